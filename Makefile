@@ -1,0 +1,47 @@
+# `make help` lists the targets. Every target that needs the environment makes it first.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+REQUIREMENTS := requirements-dev.txt requirements-nodeps.txt constraints.txt pyproject.toml
+STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
+BIN := .venv/bin
+OUTPUT ?= results
+
+.PHONY: help setup demo test smoke lint format benchmarks clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create or renew .venv from the pinned requirements
+
+$(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "error: Python 3.11 expected, $(PYTHON) is another; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@echo "installing the pinned requirements into .venv (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit install >/dev/null; fi
+	@rm -f .venv/.installed-*
+	@touch $@
+
+demo: setup ## the whole pipeline at its embedded profile, from training the subject to figures
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
+
+test: setup ## the test suite
+	@$(BIN)/python -m pytest tests -n 2
+
+smoke: setup ## the pipeline at tiny sizes, figures checked
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh
+
+lint: setup ## what pre-commit and CI check
+	@$(BIN)/pre-commit run --all-files
+
+format: setup ## rewrite the code to the project's format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+benchmarks: setup ## measure again what docs/benchmarks reports
+	@$(BIN)/python benchmarks/inference_calibration.py
+
+clean: ## remove what runs have made (results/), not the environment
+	@find results -mindepth 1 -not -name README.md -delete

@@ -1,0 +1,330 @@
+"""Phase 4a: are the features of SAEs trained with different seeds more alike than chance?
+
+    python scripts/experiments/run_phase4a_reproduction.py
+    python scripts/experiments/run_phase4a_reproduction.py --hook-name blocks.0.mlp.hook_post --d-sae 512 --k 16
+    python scripts/experiments/run_phase4a_reproduction.py --protocol published
+    python scripts/experiments/run_phase4a_reproduction.py --sae-root MY_SAES --activation-cache-dir STORE
+
+The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
+several seeds, and every pair is scored against its nulls (docs/methods.md). This phase is a positive control of the
+method; it says nothing about another model. `--protocol published` also runs the setting of the earlier study, whose
+input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import (
+    DEFAULT_SEEDS,
+    Parser,
+    positive_float,
+    positive_int,
+    prepare,
+    run_main,
+    seed_list,
+)
+
+# What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
+PUBLISHED = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/phase4a_trained_vs_random")
+    p.add_argument("--protocol", choices=["husai", "published"], default="husai", help="default: %(default)s")
+    p.add_argument("--subject", type=Path, help="folder of a trained transformer (default: train or find it)")
+    p.add_argument("--hook-name", default="blocks.0.hook_resid_post", help="default: %(default)s")
+    p.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
+    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
+    p.add_argument("--d-sae", type=positive_int, default=256, help="features (default: %(default)s)")
+    p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
+    p.add_argument("--tokens", type=positive_int, default=1_000_000, help="rows each SAE sees (default: %(default)s)")
+    p.add_argument("--batch-size", type=positive_int, default=1024, help="default: %(default)s")
+    p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
+    p.add_argument("--null-draws", type=positive_int, default=100, help="of the spectral null (default: %(default)s)")
+    p.add_argument("--sae-root", type=Path, help="score the checkpoints below this folder; train nothing")
+    p.add_argument("--untrained-root", type=Path, help="the same checkpoints before training, same folder names")
+    p.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
+    args = p.parse_args()
+    if len(args.seeds) < 2 and not args.sae_root:
+        p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
+    if args.k > args.d_sae:
+        p.error(f"--k {args.k}: at most --d-sae {args.d_sae} expected")
+    if args.layer is not None:
+        args.hook_name = f"blocks.{args.layer}.hook_resid_post"
+    if args.protocol == "published" and (args.sae_root or args.activation_cache_dir):
+        p.error("--protocol published trains its own SAEs; it goes with neither --sae-root nor --activation-cache-dir")
+    if args.untrained_root and not args.sae_root:
+        p.error("--untrained-root goes with --sae-root")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.cells import Cells, code_version
+    from husai.runs.files import tree_digest
+    from husai.runs.folder import Run
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What this run depends on. Folders that the user brings count by content, not by path.
+    brought = {
+        flag: tree_digest(path, f"--{flag.replace('_', '-')}")
+        for flag in ("subject", "sae_root", "untrained_root", "activation_cache_dir")
+        if (path := getattr(args, flag)) is not None
+    }
+    apart = ("output_dir", "artifact_root", "force", "layer", *brought)
+    config = {k: v for k, v in vars(args).items() if k not in apart and v is not None} | {"brought": brought}
+
+    with Run(args.output_dir, config, args.device, args.threads) as run:
+        cells = Cells(args.output_dir / "cells", args.force)
+        everything = {"config": config, "code": code_version("", *PACKAGES)}
+        results = cells.get("phase4a", everything, lambda: compute(args, cells))
+        run.inputs |= results["inputs"]
+        run.write(results, summary(results))
+    print(summary(results))
+    print(f"summary  {args.output_dir / 'summary.md'}")
+    print(f"figures  {args.output_dir / 'figures'}")
+
+
+PACKAGES = ("activations", "dictionaries", "report", "runs", "stability", "subjects", "training")
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
+    device = prepare(args.device, args.threads)
+    from husai.subjects.modular_addition import ModularAdditionConfig
+
+    own = brought(args, cells, device) if args.sae_root else trained(args, cells, device, ModularAdditionConfig())
+    sections = {"husai": own}
+    if args.protocol == "published":
+        sections["published"] = published(args, cells, device)
+    inputs = {"subject": own["subject_digest"], "activation store": own["store_digest"]}
+    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in own["members"]}
+    files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
+    results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
+    return results, files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our protocol
+
+
+def trained(args, cells, device, subject_config, shuffled_arm: bool = True, **setting) -> dict:
+    """SAEs of several seeds on one hook of a solved transformer, and on shuffled coordinates, scored."""
+    from husai.activations.harvest import harvest_modular_addition, shuffled_coordinates
+    from husai.activations.store import ActivationStore
+    from husai.stability import study
+    from husai.subjects import modular_addition
+    from husai.training.grid import members, train_or_find
+    from husai.training.trainer import TrainingConfig
+
+    solved = subject_config.epochs > 0
+    stores = args.artifact_root / "activations"
+    if args.activation_cache_dir:
+        folder = args.activation_cache_dir
+    else:
+        subject = args.subject or modular_addition.train_or_find(
+            subject_config, args.artifact_root / "subjects", device, args.threads
+        )
+        hook, position = setting.get("hook_name", args.hook_name), setting.get("position")
+        folder = harvest_modular_addition(
+            subject, stores, hook, position, device=device, threads=args.threads, require_solved=solved
+        )
+    store = ActivationStore.open(folder)
+
+    grid = members(
+        args.seeds,
+        [setting.get("d_sae", args.d_sae)],
+        [setting.get("k", args.k)],
+        [setting.get("learning_rate", args.learning_rate)],
+    )
+    recipe = setting.get("recipe") or TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
+    saes = train_or_find(cells, store, grid, recipe, device, args.threads)
+    arms = [saes]
+    missing = {}
+    if shuffled_arm:
+        control = ActivationStore.open(shuffled_coordinates(store, stores))
+        arms.append(train_or_find(cells, control, grid, recipe, device, args.threads))
+    else:
+        missing["shuffled"] = "not part of this protocol"
+
+    folders = [[args.output_dir / m["checkpoint"] for m in arm["members"]] for arm in arms]
+    digests = [m["checkpoint_sha256"] for arm in arms for m in arm["members"]]
+    dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
+    for m in saes["members"]:
+        m["label"] = f"seed{m['seed']}"
+    section = study.compare_all(
+        cells,
+        store,
+        [m["label"] for m in saes["members"]],
+        dictionaries[0],
+        digests,
+        dictionaries[1] if shuffled_arm else None,
+        setting.get("null_draws", args.null_draws),
+        args.threads,
+        missing,
+    )
+    steps = saes["snapshot_steps"]
+    return saes | section | {"over_training": study.over_training(cells, folders[0], digests[: len(grid)], steps)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The earlier study's protocol, and checkpoints that a user brings
+
+
+def published(args, cells, device) -> dict:
+    """Seven tokens with the answer among them, read at the answer; a model at its initialisation; 120 Adam steps.
+
+    The batch size and the number of layers were not published; 1,024 and 2 are ours.
+    """
+    from husai.subjects.modular_addition import ModularAdditionConfig
+    from husai.training.trainer import TrainingConfig
+
+    return trained(
+        args,
+        cells,
+        device,
+        ModularAdditionConfig(layout="published", n_layers=2, epochs=0),
+        shuffled_arm=False,
+        hook_name="blocks.1.hook_resid_post",
+        position=5,
+        d_sae=1024,
+        k=32,
+        learning_rate=3e-4,
+        null_draws=min(20, args.null_draws),
+        recipe=TrainingConfig(
+            tokens=120 * 1024,
+            batch_size=1024,
+            warmup_fraction=0,
+            decay_fraction=0,
+            aux_coefficient=0,
+            b_dec_init="mean",
+        ),
+    )
+
+
+def brought(args, cells, device) -> dict:
+    """Checkpoints below --sae-root, scored on the activations of a store."""
+    from husai.activations.harvest import harvest_modular_addition
+    from husai.activations.store import ActivationStore
+    from husai.dictionaries import checkpoints
+    from husai.stability import study
+    from husai.subjects import modular_addition
+    from husai.training.trainer import TrainingConfig
+
+    folder = args.activation_cache_dir
+    if folder is None:
+        subject = args.subject or modular_addition.train_or_find(
+            modular_addition.ModularAdditionConfig(), args.artifact_root / "subjects", device, args.threads
+        )
+        folder = harvest_modular_addition(
+            subject, args.artifact_root / "activations", args.hook_name, device=device, threads=args.threads
+        )
+    store = ActivationStore.open(folder)
+    _, heldout = store.split(TrainingConfig.heldout_fraction)
+    folders = checkpoints.find(args.sae_root)
+    records, dictionaries = [], []
+    for f in folders:
+        name = str(f.relative_to(args.sae_root))
+        before = args.untrained_root / name if args.untrained_root else None
+        dictionary, figures = study.brought_dictionary(f, store, heldout, before)
+        dictionaries.append(dictionary)
+        records.append({"label": name, "checkpoint_sha256": checkpoints.checkpoint_digest(f), "heldout": figures})
+    missing = {"shuffled": "the SAEs were not trained here"}
+    if not args.untrained_root:
+        missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
+    labels, digests = [r["label"] for r in records], [r["checkpoint_sha256"] for r in records]
+    section = study.compare_all(
+        cells, store, labels, dictionaries, digests, None, args.null_draws, args.threads, missing
+    )
+    return {"members": records} | section
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(section: dict, name: str, output_dir: Path) -> list[Path]:
+    """Figures and the CSV of pairs."""
+    import pandas as pd
+
+    from husai.report import figures
+    from husai.runs.files import write_text
+
+    suffix = "" if name == "husai" else f"_{name}"
+    rows = [
+        {"a": pair["a"], "b": pair["b"], "against": against, **pair[against]}
+        for pair in section["pairs"]
+        for against in pair
+        if against not in ("a", "b")
+    ]
+    csv = output_dir / f"pairs{suffix}.csv"
+    write_text(csv, pd.DataFrame(rows).to_csv(index=False))
+    files = [csv, figures.matches(section, output_dir / "figures" / f"matches{suffix}.png")]
+    if "over_training" in section:
+        files += [
+            figures.over_training(section, output_dir / "figures" / f"over_training{suffix}.png"),
+            figures.loss_curves(section, output_dir / "figures" / f"loss_curves{suffix}.png"),
+        ]
+    return files
+
+
+def summary(results: dict) -> str:
+    parts = ["# Phase 4a: are the features more alike than chance?", "", *table(results["husai"])]
+    if "published" in results:
+        parts += ["", "## The earlier study's setting, run again", "", *comparison(results["published"])]
+    return "\n".join(parts) + "\n"
+
+
+def table(section: dict) -> list[str]:
+    """The verdict, then each score beside its nulls, as markdown."""
+    stability, members = section["stability"], section["members"]
+    verdict = stability["verdict"]
+    excess = verdict["claimable_excess"]
+    ev = [m["heldout"]["explained_variance"] for m in members]
+    dead = [m["heldout"]["dead_share"] for m in members]
+    lines = [
+        f"**{verdict['outcome']}**: {verdict['reason']}. "
+        f"Excess of `{verdict['score']}` over the highest required null ({verdict['highest_null']}): {interval(excess)}.",
+        "",
+        f"{len(members)} SAEs on {section['hook_name']}, {section['rows']} rows of {section['d_in']} coordinates "
+        f"(effective rank {section['effective_rank']:.1f}); held-out explained variance {min(ev):.4f} to {max(ev):.4f}, "
+        f"dead features {min(dead):.0%} to {max(dead):.0%}.",
+        "",
+        "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("mcc_alive", "pwmcc_alive", "share70_alive", "mcc", "pwmcc", "share70"):
+        score = stability["scores"][name]
+        for i, (null, value) in enumerate(score["nulls"].items()):
+            first = f"`{name}` | {interval(score['observed'])}" if i == 0 else " | "
+            lines.append(f"| {first} | {null} | {value['mean']:.4f} | {interval(score['excess'][null])} |")
+    lines += [f"\nNot computed: {null} ({why})." for null, why in stability["missing_nulls"].items()]
+    lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
+    return lines
+
+
+def comparison(section: dict) -> list[str]:
+    """Published figures next to what the same setting gives here."""
+    score = section["stability"]["scores"]["pwmcc"]
+    observed, random, excess = score["observed"], score["nulls"]["isotropic"]["mean"], score["excess"]["isotropic"]
+    verdict = section["stability"]["verdict"]
+    return [
+        "| | published | here |",
+        "|---|---|---|",
+        f"| trained (pwmcc) | {PUBLISHED['trained'][0]:.3f} to {PUBLISHED['trained'][1]:.3f} | {interval(observed)} |",
+        f"| random (pwmcc) | {PUBLISHED['random']} | {random:.4f} |",
+        f"| difference | {PUBLISHED['difference'][0]:+} to {PUBLISHED['difference'][1]:+} | {interval(excess)} |",
+        "",
+        "The published difference is that of dictionaries which have hardly left their random initialisation, on a model "
+        "that has learned nothing and whose input holds the answer. Against the nulls that know the data, "
+        f"this setting is **{verdict['outcome']}**: excess of `{verdict['score']}` over {verdict['highest_null']} "
+        f"{interval(verdict['claimable_excess'])}.",
+    ]
+
+
+def interval(e: dict) -> str:
+    return f"{e['estimate']:.4f}" + ("" if e["low"] is None else f" [{e['low']:.4f}, {e['high']:.4f}]")
+
+
+if __name__ == "__main__":
+    run_main(main)

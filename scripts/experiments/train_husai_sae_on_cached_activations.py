@@ -1,0 +1,90 @@
+"""Train a grid of SAEs (seeds x widths x sparsities x learning rates) on a store, all in one pass.
+
+    python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE
+    python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE \\
+      --d-sae 128,256 --k 8,16 --seeds 42,123,456 --tokens 2000000
+
+Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk` opens it), held-out figures and
+loss curves. An interrupted run resumes with the same command; a finished one is found.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from husai.runs.cli import (
+    DEFAULT_SEEDS,
+    Parser,
+    fraction,
+    int_list,
+    positive_float,
+    positive_int,
+    prepare,
+    run_main,
+    seed_list,
+)
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/sae_training")
+    p.add_argument("--activation-cache-dir", type=Path, required=True, help="a store of extract_activations.py")
+    p.add_argument("--architecture", choices=["topk"], default="topk", help="default: %(default)s")
+    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
+    p.add_argument("--d-sae", type=int_list, default="256", help="widths (default: %(default)s)")
+    p.add_argument("--k", type=int_list, default="8", help="active features a row (default: %(default)s)")
+    p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
+    p.add_argument("--batch-size", type=positive_int, default=1024, help="default: %(default)s")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--tokens", type=positive_int, default=1_000_000, help="rows each SAE sees (default: %(default)s)"
+    )
+    budget.add_argument("--epochs", type=positive_int, help="instead: passes over the training rows")
+    p.add_argument("--heldout-fraction", type=fraction, default=0.2, help="default: %(default)s")
+    p.add_argument("--b-dec-init", choices=["geometric_median", "mean"], default="geometric_median")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device = prepare(args.device, args.threads)
+    from husai.activations.store import ActivationStore
+    from husai.runs.cells import Cells
+    from husai.runs.folder import Run
+    from husai.training.grid import members, train_or_find
+    from husai.training.trainer import TrainingConfig
+
+    store = ActivationStore.open(args.activation_cache_dir)
+    train_rows, _ = store.split(args.heldout_fraction)
+    grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate])
+    config = TrainingConfig(
+        tokens=args.epochs * len(train_rows) if args.epochs else args.tokens,
+        batch_size=args.batch_size,
+        heldout_fraction=args.heldout_fraction,
+        b_dec_init=args.b_dec_init,
+    )
+    settings = {"members": [asdict(m) for m in grid], "training": asdict(config), "store": store.digest}
+
+    with Run(args.output_dir, settings, args.device, args.threads) as run:
+        run.inputs["activation store"] = store.digest
+        cells = Cells(args.output_dir / "cells", args.force)
+        results = train_or_find(cells, store, grid, config, device, args.threads)
+        lines = [
+            "# SAEs on cached activations",
+            "",
+            f"{store.manifest.subject}, {store.manifest.hook_name}; {config.tokens} rows seen by each SAE, figures on held-out rows.",
+            "",
+            "| d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for m in results["members"]:
+            h = m["heldout"]
+            lines.append(
+                f"| {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | {h['mse']:.4g} | "
+                f"{h['l0']:.2f} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
+            )
+        run.write(results, "\n".join(lines) + "\n")
+    print(args.output_dir / "summary.md")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""Train the modular-addition transformer, or find it where it is already trained.
+
+    python scripts/training/train_modular_addition.py
+    python scripts/training/train_modular_addition.py --modulus 59 --seed 7
+
+It learns (a, b, =) -> (a + b) mod p from a part of the pairs, and is accepted once the held-out pairs have been
+answered with the target accuracy for several epochs in a row (exit code 1 if that never happens). Prints the
+subject's folder, its held-out accuracy and its key frequencies.
+"""
+
+from husai.runs.cli import Parser, fraction, positive_float, positive_int, prepare, run_main
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_shared()
+    p.add_argument("--modulus", type=positive_int, default=113, help="an odd number (default: %(default)s)")
+    p.add_argument("--epochs", type=positive_int, default=100, help="at most (default: %(default)s)")
+    p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="of AdamW (default: %(default)s)")
+    p.add_argument("--weight-decay", type=float, default=1.0, help="of AdamW (default: %(default)s)")
+    p.add_argument("--batch-size", type=positive_int, default=1024, help="pairs a step (default: %(default)s)")
+    p.add_argument(
+        "--train-fraction", type=fraction, default=0.8, help="share of pairs trained on (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=42, help="of split, initialisation and batches (default: %(default)s)")
+    args = p.parse_args()
+    if args.modulus % 2 == 0 or args.modulus < 11:
+        p.error(f"--modulus {args.modulus}: an odd number of at least 11 expected")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    device = prepare(args.device, args.threads)
+    from husai.subjects import modular_addition as subject
+
+    config = subject.ModularAdditionConfig(
+        modulus=args.modulus,
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        batch_size=args.batch_size,
+        train_fraction=args.train_fraction,
+        seed=args.seed,
+    )
+    folder = subject.train_or_find(config, args.artifact_root / "subjects", device, args.threads, force=args.force)
+    model, config, description = subject.load(folder)
+    frequencies, share = subject.key_frequencies(model.embed.W_E[: config.modulus].detach())
+    training = description["training"]
+    print(f"subject            {folder}")
+    print(f"held-out accuracy  {training['heldout_accuracy']:.4f} after {training['epochs']} epochs")
+    print(f"key frequencies    {frequencies}, {share:.1%} of the embedding's power")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Harvesting at a hook point, and a sharded, memory-mapped, content-addressed store."""

@@ -1,0 +1,134 @@
+"""From a subject to a store: run the model, keep what passes a hook point."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from husai.activations.store import ActivationStore, StoreWriter
+from husai.runs.cells import code_version
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, publish_directory
+from husai.runs.progress import progress
+from husai.runs.seeds import generator
+from husai.subjects import modular_addition
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+log = logging.getLogger("husai")
+
+
+def check_hook(model: HookedTransformer, hook_name: str) -> None:
+    """Raise BadInput, naming the residual-stream hooks, where the model has no such hook point."""
+    if hook_name not in model.hook_dict:
+        known = ", ".join(n for n in model.hook_dict if "resid" in n)
+        raise BadInput(f"--hook-name {hook_name}: the subject has no such hook point; among those it has: {known}")
+
+
+@torch.no_grad()
+def harvest(
+    model: HookedTransformer, tokens: Tensor, hook_name: str, position: int, writer: StoreWriter, batch: int = 4096
+) -> None:
+    """Run `tokens [rows, positions]` through the model and append the hook's output at `position` to the writer."""
+    device = next(model.parameters()).device
+    with progress(f"harvesting {hook_name} (rows)", len(tokens)) as advance:
+        for part in tokens.split(batch):
+            _, cached = model.run_with_cache(part.to(device), names_filter=hook_name)
+            activations = cached[hook_name]
+            if activations.ndim != 3:
+                raise BadInput(
+                    f"--hook-name {hook_name}: its output has shape {list(activations.shape)}; "
+                    f"[batch, position, d_in] expected"
+                )
+            writer.append(activations[:, position])
+            advance(len(part))
+
+
+def harvest_modular_addition(
+    subject: Path,
+    root: Path,
+    hook_name: str,
+    position: int | None = None,
+    row_seed: int = 0,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+    require_solved: bool = True,
+    force: bool = False,
+) -> Path:
+    """The store of every pair's activation at one hook and position, harvested where it is missing.
+
+    Args:
+        subject: folder of a modular-addition subject.
+        root: folder below which stores lie; a store's name is the digest of what it is made from.
+        position: token position; by default that of "=".
+        row_seed: of the order of the rows.
+    """
+    description = modular_addition.describe(subject, require_solved)
+    config = modular_addition.ModularAdditionConfig(**description["config"])
+    position = config.answer_position if position is None else position
+    key = digest(
+        {
+            "subject": description["digest"],
+            "hook_name": hook_name,
+            "position": position,
+            "row_seed": row_seed,
+            "code": code_version("activations", "subjects"),
+            "device": torch.device(device).type,
+            "threads": threads,
+        }
+    )
+    folder = root / f"modular_addition-{key[:16]}"
+
+    def build(partial: Path) -> None:
+        model, _, _ = modular_addition.load(subject, require_solved)
+        check_hook(model, hook_name)
+        tokens, _, _, _ = modular_addition.dataset(config)
+        if not -tokens.shape[1] <= position < tokens.shape[1]:
+            raise BadInput(f"--position {position}: the sequence has positions 0 to {tokens.shape[1] - 1}")
+        order = torch.randperm(len(tokens), generator=generator(row_seed, "rows"))
+        d_in = model.run_with_cache(tokens[:1], names_filter=hook_name)[1][hook_name].shape[-1]
+        writer = StoreWriter(partial, d_in)
+        harvest(model.to(device, print_details=False), tokens[order], hook_name, position, writer)
+        writer.finish("modular_addition", description["digest"], hook_name, str(position), row_seed, control=None)
+
+    publish_directory(folder, build, replace=force)
+    return folder
+
+
+def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> Path:
+    """A control store: every coordinate of `source` is permuted across the rows of its shard, independently.
+
+    Each coordinate keeps its distribution and loses its relation to the others; SAEs trained on it show what
+    reproducible features a meaningless subject gives. Shards hold rows in random order, so that permuting within a
+    shard is as good as permuting at large, and memory stays at one shard.
+    """
+    manifest = source.manifest
+    key = digest({"source": source.digest, "seed": seed, "code": code_version("activations")})
+    folder = root / f"{manifest.subject}-shuffled-{key[:16]}"
+
+    def build(partial: Path) -> None:
+        writer = StoreWriter(partial, source.d_in, manifest.dtype, manifest.shards[0].rows)
+        first = 0
+        for index, shard in enumerate(manifest.shards):
+            x = source.read(first, first + shard.rows)
+            for column in range(source.d_in):
+                order = torch.randperm(shard.rows, generator=generator(seed, "shuffle", index, column))
+                x[:, column] = x[order, column]
+            writer.append(x)
+            first += shard.rows
+        writer.finish(
+            manifest.subject,
+            manifest.subject_digest,
+            manifest.hook_name,
+            manifest.position,
+            manifest.row_seed,
+            control=f"shuffled_coordinates(seed={seed})",
+        )
+
+    publish_directory(folder, build)
+    return folder

@@ -1,0 +1,77 @@
+"""The order in which a training run sees the rows: seeded, resumable, and made without holding the rows in memory.
+
+An epoch permutes blocks of neighbouring rows, takes a window of blocks at a time, and permutes the rows inside the
+window. Reading is sequential within blocks, the buffer is one window, and the order is a pure function of (seed,
+rows seen so far), so that a resumed run continues exactly where it stopped. A store no larger than the window is
+permuted in full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from husai.activations.store import ActivationStore
+from husai.runs.seeds import generator
+
+
+class BatchReader:
+    """An endless stream of shuffled rows.
+
+    Args:
+        store: where to read.
+        rows: which rows, a contiguous range.
+        seed: of the order.
+        position: rows of the stream already seen; the stream goes on there.
+        window_rows, block_rows: rows buffered at a time, and rows that stay neighbours on disk.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        rows: range,
+        seed: int,
+        position: int = 0,
+        window_rows: int = 65_536,
+        block_rows: int = 1_024,
+    ):
+        self.store, self.rows, self.seed = store, rows, seed
+        self.block_rows = min(block_rows, window_rows)
+        self.blocks_per_window = window_rows // self.block_rows
+        self.epoch, self.offset = divmod(position, len(rows))
+        self._start_epoch()
+        while self.offset >= (length := sum(map(len, self._window_blocks()))):  # skip whole windows without reading
+            self.offset -= length
+            self.window += 1
+        self._load_window()
+
+    def _start_epoch(self) -> None:
+        blocks = -(-len(self.rows) // self.block_rows)
+        self.blocks = torch.randperm(blocks, generator=generator(self.seed, "blocks", self.epoch))
+        self.window = 0
+
+    def _window_blocks(self) -> list[range]:
+        chosen = self.blocks[self.window * self.blocks_per_window : (self.window + 1) * self.blocks_per_window]
+        return [self.rows[int(b) * self.block_rows : (int(b) + 1) * self.block_rows] for b in chosen]
+
+    def _load_window(self) -> None:
+        buffer = torch.cat([self.store.read(block.start, block.stop) for block in self._window_blocks()])
+        order = torch.randperm(len(buffer), generator=generator(self.seed, "window", self.epoch, self.window))
+        self.buffer = buffer[order]
+
+    def take(self, n: int) -> Tensor:
+        """The next `n` rows `[n, d_in]`; a batch may reach into the next epoch, and each epoch shows each row once."""
+        parts, missing = [], n
+        while missing:
+            part = self.buffer[self.offset : self.offset + missing]
+            parts.append(part)
+            missing -= len(part)
+            self.offset += len(part)
+            if self.offset == len(self.buffer):
+                self.offset = 0
+                self.window += 1
+                if self.window * self.blocks_per_window >= len(self.blocks):
+                    self.epoch += 1
+                    self._start_epoch()
+                self._load_window()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

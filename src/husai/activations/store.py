@@ -1,0 +1,224 @@
+"""A sharded, memory-mapped, content-addressed store of activations.
+
+A store is a folder: `shard-00000.safetensors`, … (each one tensor `activations [rows, d_in]`), `stats.safetensors`
+(`mean [d_in]`, `covariance [d_in, d_in]`, float64) and `manifest.json`. Its digest names all of them, the subject and
+the hook, so that a result can say on what it rests. Rows are in random order; the last rows serve as held-out rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, read_json, sha256_file, write_bytes, write_json
+
+VERIFY_BELOW_BYTES = 4 << 30
+"""Stores up to this size have every byte checked when opened; larger ones by `verify()`."""
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class StoreManifest(BaseModel):
+    """What a store holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1]
+    subject: str  # a readable name
+    subject_digest: str
+    hook_name: str
+    position: str
+    rows: int
+    d_in: int
+    dtype: Literal["float32", "bfloat16"]
+    row_seed: int
+    control: str | None  # e.g. "shuffled_coordinates"; null for what the model really computed
+    shards: list[Shard]
+    stats_sha256: str
+
+    @property
+    def digest(self) -> str:
+        return digest(self.model_dump())
+
+
+class StoreWriter:
+    """Append rows, then `finish()`. Memory: one shard and a covariance matrix.
+
+    Args:
+        folder: an empty folder (see `runs.files.publish_directory`).
+        shard_rows: rows of a shard.
+    """
+
+    def __init__(self, folder: Path, d_in: int, dtype: str = "float32", shard_rows: int = 65_536):
+        self.folder, self.d_in, self.dtype, self.shard_rows = folder, d_in, dtype, shard_rows
+        self.shards: list[Shard] = []
+        self.pending: list[Tensor] = []
+        self.rows = 0
+        self.mean = torch.zeros(d_in, dtype=torch.float64)
+        self.scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def append(self, x: Tensor) -> None:
+        """Add rows `[n, d_in]`.
+
+        Raises:
+            BadInput: a value is NaN or infinite.
+        """
+        x = x.detach().cpu()
+        finite = x.isfinite().all(dim=1)
+        if not finite.all():
+            row = self.rows + int((~finite).nonzero()[0])
+            raise BadInput(f"activations: row {row} holds a NaN or infinite value; finite values expected")
+        # Chan, Golub & LeVeque (1979): exact merging of means and scatter matrices.
+        chunk = x.double()
+        mean, n = chunk.mean(0), len(chunk)
+        delta, total = mean - self.mean, self.rows + n
+        centred = chunk - mean
+        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.rows * n / total)
+        self.mean += delta * (n / total)
+        self.rows = total
+        self.pending.append(x.to(getattr(torch, self.dtype)))
+        while sum(map(len, self.pending)) >= self.shard_rows:
+            self._flush(self.shard_rows)
+
+    def _flush(self, rows: int) -> None:
+        everything = torch.cat(self.pending)
+        self.pending = [everything[rows:]] if len(everything) > rows else []
+        path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+        write_bytes(path, save({"activations": everything[:rows].contiguous()}))
+        self.shards.append(
+            Shard(file=path.name, rows=min(rows, len(everything)), bytes=path.stat().st_size, sha256=sha256_file(path))
+        )
+
+    def finish(
+        self, subject: str, subject_digest: str, hook_name: str, position: str, row_seed: int, control: str | None
+    ) -> None:
+        """Write what is pending, the statistics, and the manifest."""
+        if self.rows == 0:
+            raise BadInput("activations: no rows were harvested; at least one expected")
+        if self.pending:
+            self._flush(self.shard_rows)
+        stats = self.folder / "stats.safetensors"
+        write_bytes(stats, save({"mean": self.mean, "covariance": self.scatter / max(1, self.rows - 1)}))
+        manifest = StoreManifest(
+            version=1,
+            subject=subject,
+            subject_digest=subject_digest,
+            hook_name=hook_name,
+            position=position,
+            rows=self.rows,
+            d_in=self.d_in,
+            dtype=self.dtype,
+            row_seed=row_seed,
+            control=control,
+            shards=self.shards,
+            stats_sha256=sha256_file(stats),
+        )
+        write_json(self.folder / "manifest.json", manifest.model_dump())
+
+
+@dataclass
+class ActivationStore:
+    """An opened store. Reading goes through memory maps; `read` copies only the rows asked for."""
+
+    folder: Path
+    manifest: StoreManifest
+
+    @classmethod
+    def open(cls, folder: Path, subject_digest: str | None = None, hook_name: str | None = None) -> ActivationStore:
+        """Open and check a store.
+
+        Args:
+            subject_digest, hook_name: what the store must have been harvested from, where given.
+
+        Raises:
+            BadInput: no store there, a damaged manifest or shard, or another subject or hook.
+        """
+        value = read_json(folder / "manifest.json", "activation store")
+        try:
+            manifest = StoreManifest.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the top level"
+            raise BadInput(f"activation store: {folder / 'manifest.json'}: {place}: {first['msg']}") from None
+        for name, expected, found in (
+            ("subject", subject_digest, manifest.subject_digest),
+            ("hook", hook_name, manifest.hook_name),
+        ):
+            if expected is not None and expected != found:
+                raise BadInput(f"activation store: {folder} was harvested from {name} {found}; {expected} expected")
+        store = cls(folder, manifest)
+        for shard in manifest.shards:
+            path = folder / shard.file
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise BadInput(f"activation store: {path} is missing or truncated; {shard.bytes} bytes expected")
+        if sum(s.bytes for s in manifest.shards) <= VERIFY_BELOW_BYTES:
+            store.verify()
+        return store
+
+    def verify(self) -> None:
+        """Check every byte against the digests of the manifest.
+
+        Raises:
+            BadInput: a file changed after it was written.
+        """
+        for file, expected in [(s.file, s.sha256) for s in self.manifest.shards] + [
+            ("stats.safetensors", self.manifest.stats_sha256)
+        ]:
+            path = self.folder / file
+            if not path.is_file() or sha256_file(path) != expected:
+                raise BadInput(f"activation store: {path} is not the file that the manifest names (sha256 differs)")
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def d_in(self) -> int:
+        return self.manifest.d_in
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """(mean `[d_in]`, covariance `[d_in, d_in]`), float64, over all rows."""
+        stats = load_file(self.folder / "stats.safetensors")
+        return stats["mean"], stats["covariance"]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop−1 as float32 `[stop − start, d_in]`."""
+        parts, first = [], 0
+        for shard in self.manifest.shards:
+            low, high = max(start, first), min(stop, first + shard.rows)
+            if low < high:
+                try:
+                    with safe_open(self.folder / shard.file, framework="pt") as f:
+                        parts.append(f.get_slice("activations")[low - first : high - first])
+                except (SafetensorError, OSError) as error:
+                    raise BadInput(f"activation store: {self.folder / shard.file} is damaged ({error})") from None
+            first += shard.rows
+        x = torch.cat(parts).float() if len(parts) != 1 else parts[0].float()
+        if not x.isfinite().all():
+            raise BadInput(f"activation store: {self.folder}, rows {start} to {stop}: NaN or infinite value")
+        return x
+
+    def split(self, heldout_fraction: float) -> tuple[range, range]:
+        """(training rows, held-out rows): the rows are in random order, so the last ones are a random sample."""
+        n = self.rows - max(1, round(self.rows * heldout_fraction))
+        if n < 1:
+            raise BadInput(f"activation store: {self.folder} has {self.rows} rows; too few to hold some out")
+        return range(n), range(n, self.rows)

@@ -1,0 +1,1 @@
+"""SAE families, one file each, and their checkpoints."""

@@ -1,0 +1,81 @@
+"""Figures of a phase, drawn from its results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {
+    "observed": "#0b6e99",
+    "isotropic": "#9a9a9a",
+    "untrained": "#5f5f5f",
+    "spectral": "#d9730d",
+    "covariance_matched": "#b59b00",
+    "shuffled": "#ad1a72",
+}
+NAMES = {"observed": "trained with different seeds", "covariance_matched": "covariance-matched"}
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def matches(section: dict, path: Path) -> Path:
+    """Distribution of |cos| of matched features over all pairs, observed and under each null."""
+    edges = np.array(section["histogram_bins"])
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    for name, counts in section["histograms"].items():
+        share = np.array(counts) / max(1, sum(counts))
+        main = name == "observed"
+        axis.stairs(
+            share, edges, label=NAMES.get(name, name), color=COLOURS[name], fill=main, alpha=0.45 if main else 1, lw=1.8
+        )
+    axis.set(xlabel="|cos| of matched alive features", ylabel="share of matches", xlim=(0, 1), ylim=(0, None))
+    verdict = section["stability"]["verdict"]
+    axis.set_title(
+        f"{verdict['outcome']}: {_interval(verdict['claimable_excess'])} over {verdict['highest_null']}", loc="left"
+    )
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def over_training(section: dict, path: Path) -> Path:
+    """Stability against training steps, with its interval over seeds and the nulls' levels at the end."""
+    points = section["over_training"]
+    steps = np.array([max(p["step"], 0.5) for p in points])  # the untrained state has a place on the log axis
+    low, high = ([p["mcc"][side] if p["mcc"][side] is not None else np.nan for p in points] for side in ("low", "high"))
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    axis.fill_between(steps, low, high, color=COLOURS["observed"], alpha=0.2, lw=0)
+    axis.plot(steps, [p["mcc"]["estimate"] for p in points], "o-", color=COLOURS["observed"], label=NAMES["observed"])
+    for name, null in section["stability"]["scores"]["mcc"]["nulls"].items():
+        if name in ("isotropic", "spectral", "shuffled"):
+            axis.axhline(null["mean"], color=COLOURS[name], ls="--", lw=1.4, label=f"{name} (at the end)")
+    axis.set(xscale="log", xlabel="training step (0 drawn at 0.5)", ylabel="mcc, all features", ylim=(0, 1))
+    axis.set_title("Stability over training, mean over pairs of seeds, 95 % interval", loc="left")
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def loss_curves(section: dict, path: Path) -> Path:
+    """Unexplained share of the variance on training batches, one line a seed."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    for record in section["members"]:
+        axis.plot(section["curve_steps"], record["curve"], lw=1.3, label=f"seed {record['seed']}")
+    axis.set(yscale="log", xlabel="training step", ylabel="‖x − x̂‖² / variance")
+    axis.set_title("Loss on training batches", loc="left")
+    axis.legend(frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+def _interval(e: dict) -> str:
+    bounds = "no interval" if e["low"] is None else f"{e['low']:+.4f} to {e['high']:+.4f}"
+    return f"excess {e['estimate']:+.4f} ({bounds})"

@@ -1,0 +1,1 @@
+"""Run folders, cells, atomic writes, exit codes: what every script shares."""

@@ -1,0 +1,151 @@
+"""What every script's command line shares. Imports nothing heavy, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from husai.runs.errors import BadInput, CheckFailed
+
+DEFAULT_SEEDS = "42,123,456,789,1011"
+_FOLDER_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EISDIR}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names only, the script's docstring as its help, and errors of one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
+
+    def add_common(self, output_dir: str) -> None:
+        """What every phase takes: --output-dir, and the flags of `add_shared`."""
+        self.add_argument("--output-dir", type=Path, default=Path(output_dir), help="default: %(default)s")
+        self.add_shared()
+
+    def add_shared(self) -> None:
+        """--artifact-root, --device, --threads, --force."""
+        self.add_argument(
+            "--artifact-root",
+            type=Path,
+            default=Path("results"),
+            help="holds subjects/ and activations/, which phases share (default: %(default)s)",
+        )
+        self.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+        self.add_argument(
+            "--threads",
+            type=positive_int,
+            default=len(os.sched_getaffinity(0)),
+            help="CPU threads; part of what makes a result repeatable to the byte (default: the cores at hand)",
+        )
+        self.add_argument("--force", action="store_true", help="compute again what is already finished")
+
+
+def positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def int_list(text: str) -> list[int]:
+    """`8,16,32` -> [8, 16, 32]; distinct, positive."""
+    values = [positive_int(part.strip()) for part in text.split(",")]
+    return _distinct(values, text)
+
+
+def seed_list(text: str) -> list[int]:
+    """`42,123` -> [42, 123]; distinct, not negative. Two seeds at least: one seed says nothing about stability."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as {DEFAULT_SEEDS}") from None
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a negative seed")
+    return _distinct(values, text)
+
+
+def _distinct(values: list[int], text: str) -> list[int]:
+    repeated = sorted({v for v in values if values.count(v) > 1})
+    if repeated:
+        raise argparse.ArgumentTypeError(f"{text!r} names {repeated[0]} twice; each must be given once")
+    return values
+
+
+def prepare(device: str, threads: int):
+    """Fix what the arithmetic depends on: the thread count and deterministic algorithms. Returns the torch device.
+
+    Raises:
+        BadInput: the device is unknown here.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: not available here ({str(error).splitlines()[0]})") from None
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and leave with the project's exit codes: 0, 1 (check), 2 (input), 130 (interrupted)."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("husai").setLevel(logging.INFO)
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(_one_line(error, 2))
+    except CheckFailed as error:
+        sys.exit(_one_line(error, 1))
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in _FOLDER_ERRORS:
+            raise
+        sys.exit(_one_line(error, 2))
+    sys.exit(0)
+
+
+def _one_line(error: Exception, code: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code

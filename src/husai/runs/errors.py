@@ -1,0 +1,9 @@
+"""The two ways in which a script refuses: each becomes one line and an exit code (see `cli.run_main`)."""
+
+
+class BadInput(Exception):
+    """The user's arguments or files cannot be used. Exit code 2; the message says what, where, and what was expected."""
+
+
+class CheckFailed(Exception):
+    """The work was done and a required check did not hold. Exit code 1."""

@@ -1,0 +1,159 @@
+"""One run, one folder: config, logs, results, and, written last, the manifest that makes it complete."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import digest, locked, sha256_file, write_json, write_text
+
+log = logging.getLogger("husai")
+REPOSITORY = Path(__file__).resolve().parents[3]
+RECORDED_PACKAGES = ("husai", "torch", "numpy", "scipy", "pandas", "safetensors", "transformer-lens", "sae-lens")
+
+
+class Manifest(BaseModel):
+    """What it takes to judge a run: which command, which code, which inputs, on what, and how it ended."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run_id: str
+    status: Literal["complete", "failed", "interrupted"]
+    return_code: int
+    command: str
+    started_utc: str
+    wall_seconds: float
+    git_commit: str | None
+    git_dirty: bool | None
+    git_reason: str | None  # why commit and dirtiness are null
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    device: str
+    threads: int
+    inputs: dict[str, str]  # label -> sha256
+    outputs: dict[str, str]  # file in the run folder -> sha256
+
+
+def git_state() -> tuple[str | None, bool | None, str | None]:
+    """(commit, dirty, None), or (None, None, the reason)."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain")), None
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, None, f"git gave no commit ({type(error).__name__})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Run:
+    """A context manager around one run; a second run into the same output folder is refused while it lasts.
+
+    Args:
+        output_dir: gets `run_<UTC>_<hash>/`, and copies of the finished `results.json`, `summary.md`, `manifest.json`.
+        config: the whole configuration; written to `config.json`, and its digest names the folder.
+        device, threads: recorded in the manifest.
+
+    Raises:
+        BadInput: the folder cannot be written, or another run holds it.
+    """
+
+    def __init__(self, output_dir: Path, config: dict, device: str, threads: int):
+        self.output_dir, self.config, self.device, self.threads = output_dir, config, device, threads
+        self.inputs: dict[str, str] = {}
+
+    def __enter__(self) -> Run:
+        self._started = time.monotonic()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.output_dir / ".lock", wait=False)
+            self._lock.__enter__()
+            self.folder = self._new_folder()
+        except OSError as error:
+            raise BadInput(f"--output-dir: {self.output_dir} cannot be written ({error.strerror})") from None
+        write_json(self.folder / "config.json", self.config)
+        self._handler = logging.FileHandler(self.folder / "logs" / "run.log")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+        log.info("run folder %s", self.folder)
+        return self
+
+    def _new_folder(self) -> Path:
+        while True:  # two runs of one configuration within a second: the later one waits for its own name
+            self.started = datetime.now(UTC)
+            self.run_id = f"run_{self.started:%Y%m%dT%H%M%SZ}_{digest(self.config)[:8]}"
+            folder = self.output_dir / self.run_id
+            try:
+                (folder / "logs").mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                time.sleep(0.1)
+
+    def add_input(self, label: str, path_or_digest: Path | str) -> None:
+        """Record an input by its sha256 (of the file, or as given)."""
+        self.inputs[label] = sha256_file(path_or_digest) if isinstance(path_or_digest, Path) else path_or_digest
+
+    def write(self, results: Any, summary: str) -> None:
+        """Write `results.json` (strict) and `summary.md` into the run folder."""
+        write_json(self.folder / "results.json", results)
+        write_text(self.folder / "summary.md", summary)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        codes = {BadInput: ("failed", 2), CheckFailed: ("failed", 1), KeyboardInterrupt: ("interrupted", 130)}
+        status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", 1))
+        if kind is not None:
+            log.error("%s: %s", kind.__name__, error)
+        try:
+            self._write_manifest(status, code)
+            if (self.folder / "results.json").exists() and status == "complete":
+                for name in ("results.json", "summary.md", "manifest.json"):
+                    write_text(self.output_dir / name, (self.folder / name).read_text())
+        finally:
+            log.removeHandler(self._handler)
+            self._handler.close()
+            self._lock.__exit__(None, None, None)
+
+    def _write_manifest(self, status: str, code: int) -> None:
+        commit, dirty, reason = git_state()
+        outputs = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.parent.name != "logs")
+        manifest = Manifest(
+            run_id=self.run_id,
+            status=status,
+            return_code=code,
+            command=shlex.join([Path(sys.executable).name, *sys.argv]),
+            started_utc=self.started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.monotonic() - self._started, 3),
+            git_commit=commit,
+            git_dirty=dirty,
+            git_reason=reason,
+            python=platform.python_version(),
+            platform=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            packages={p: _version(p) for p in RECORDED_PACKAGES},
+            device=self.device,
+            threads=self.threads,
+            inputs=self.inputs,
+            outputs={str(p.relative_to(self.folder)): sha256_file(p) for p in outputs},
+        )
+        write_json(self.folder / "manifest.json", manifest.model_dump())

@@ -1,0 +1,39 @@
+"""Progress with an ETA: a bar on a terminal, a quiet line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("husai")
+SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`. `done` of `total` was finished by an earlier run and does not count in the speed."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=total, completed=done)
+            yield lambda n=1: bar.advance(task, n)
+        return
+    start = last = time.monotonic()
+    finished = done
+
+    def advance(n: int = 1) -> None:
+        nonlocal last, finished
+        finished += n
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and finished > done:
+            last = now
+            eta = (now - start) / (finished - done) * (total - finished)
+            log.info("%s: %d/%d, about %.0f s left", description, finished, total, eta)
+
+    yield advance

@@ -1,0 +1,1 @@
+"""Matching scores, null baselines, and inference over seeds."""

@@ -1,0 +1,160 @@
+"""Pairs of dictionaries against their nulls, and what may be said over all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from husai.runs.errors import BadInput
+from husai.runs.seeds import generator
+from husai.stability import nulls
+from husai.stability.inference import jackknife
+from husai.stability.scores import SCORES, matched_cosines, score
+
+PRIMARY_SCORE = "mcc_alive"
+GATED_NULLS = ("isotropic", "untrained", "spectral")
+REPORTED_NULLS = ("covariance_matched", "shuffled")
+MINIMUM_SEEDS = 5
+BINS = np.linspace(0, 1, 51)
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """What the comparison needs of one SAE."""
+
+    W_dec: Tensor  # [d_sae, d_in]
+    alive: Tensor  # bool [d_sae]
+    untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
+
+
+def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:
+    """Raise BadInput where two dictionaries share their decoder or their initialisation: that is not stability."""
+    if len(dictionaries) < 2:
+        raise BadInput(f"{len(dictionaries)} SAE given: stability needs at least 2, and 5 for a verdict")
+    for (name_a, a), (name_b, b) in combinations(zip(labels, dictionaries, strict=True), 2):
+        if a.W_dec.shape[1] != b.W_dec.shape[1]:
+            raise BadInput(f"{name_a} and {name_b} have d_in {a.W_dec.shape[1]} and {b.W_dec.shape[1]}: one expected")
+        for what, x, y in (("decoder", a.W_dec, b.W_dec), ("initialisation", a.untrained, b.untrained)):
+            if x is not None and y is not None and torch.equal(x, y):
+                raise BadInput(f"{name_a} and {name_b} share their {what}: independently trained SAEs expected")
+
+
+def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, seed_path: tuple, threads: int) -> dict:
+    """Scores of one pair, observed and under the nulls.
+
+    Args:
+        draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
+        seed_path: names the random streams of this pair's nulls.
+
+    Returns:
+        {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
+        matched |cos| of alive features in BINS}}; a null that cannot be computed is None.
+    """
+
+    def drawn(name: str, draw: Callable, n: int) -> dict:
+        def one(i: int) -> tuple[dict[str, float], np.ndarray]:
+            x, y = draw(a.W_dec, b.W_dec, g=generator(*seed_path, name, i))
+            return score(x, y, a.alive, b.alive), histogram(x, y, a, b) if i == 0 else np.zeros(0)
+
+        # Each worker uses one torch thread, so that its arithmetic does not depend on how many there are.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            scores, histograms = zip(*pool.map(one, range(n)), strict=True)
+        values = {s: [x[s] for x in scores] for s in SCORES}
+        means = {s: float(np.mean(v)) for s, v in values.items()}
+        return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
+
+    def given(x: Tensor, y: Tensor) -> dict:
+        return {
+            "mean": score(x, y, a.alive, b.alive),
+            "draws": None,
+            "histogram": histogram(x, y, a, b).tolist(),
+        }
+
+    few = max(1, draws // 5)
+    return {
+        "observed": given(a.W_dec, b.W_dec),
+        "isotropic": drawn("isotropic", nulls.isotropic, few),
+        "untrained": None if a.untrained is None or b.untrained is None else given(a.untrained, b.untrained),
+        "spectral": drawn("spectral", partial(nulls.spectral, spectrum=spectrum), draws),
+        "covariance_matched": drawn("covariance_matched", partial(nulls.covariance_matched, spectrum=spectrum), few),
+    }
+
+
+def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
+    """Counts in BINS of the matched |cos| of the rows of `x` and `y` that are alive in `a` and `b`."""
+    x, y = x[a.alive], y[b.alive]
+    matched = matched_cosines(x, y) if len(x) and len(y) else np.zeros(0)
+    return np.histogram(matched.clip(0, 1), BINS)[0]
+
+
+def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> dict:
+    """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
+
+    Args:
+        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "shuffled" may stand among the nulls.
+        missing: null -> why it is not there.
+    """
+    seeds = len(labels)
+
+    def matrix(name: str, s: str) -> np.ndarray:
+        m = np.zeros((seeds, seeds))
+        for (i, j), value in pairs.items():
+            m[i, j] = m[j, i] = value[name]["mean"][s]
+        return m
+
+    present = [n for n in (*GATED_NULLS, *REPORTED_NULLS) if n not in missing]
+    observed = {s: matrix("observed", s) for s in SCORES}
+    scores = {}
+    for s in SCORES:
+        entry = {"observed": jackknife(observed[s]).to_json(), "nulls": {}, "excess": {}}
+        for name in present:
+            null = matrix(name, s)
+            entry["nulls"][name] = {"mean": jackknife(null).estimate, **_spread(pairs, name, s)}
+            entry["excess"][name] = jackknife(observed[s] - null).to_json()
+        scores[s] = entry
+    primary = scores[PRIMARY_SCORE]
+    gated = [n for n in GATED_NULLS if n in present]
+    highest = max(gated, key=lambda n: primary["nulls"][n]["mean"])
+    return {
+        "labels": list(labels),
+        "scores": scores,
+        "missing_nulls": missing,
+        "verdict": _verdict(seeds, primary, highest, missing),
+    }
+
+
+def _spread(pairs: dict, name: str, s: str) -> dict:
+    """How the null's own mean over the pairs varies from draw to draw."""
+    values = [value[name]["draws"] for value in pairs.values()]
+    if values[0] is None:
+        return {"draws": 0, "q95_of_mean": None}
+    return {"draws": len(values[0][s]), "q95_of_mean": float(np.quantile(np.mean([v[s] for v in values], 0), 0.95))}
+
+
+def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -> dict:
+    """Above chance: with at least MINIMUM_SEEDS seeds, the interval of the excess of PRIMARY_SCORE lies above 0 for
+    every one of GATED_NULLS. What may be claimed is the excess over the highest of them."""
+    absent = [n for n in GATED_NULLS if n in missing]
+    failed = [n for n in GATED_NULLS if n not in missing and not (primary["excess"][n]["low"] or 0) > 0]
+    if absent:
+        outcome, reason = "inconclusive", "a required null is missing: " + ", ".join(absent)
+    elif seeds < MINIMUM_SEEDS:
+        outcome, reason = "inconclusive", f"{seeds} seeds; a verdict needs {MINIMUM_SEEDS}"
+    elif failed:
+        outcome, reason = "not above chance", "the excess is not shown to be above 0 over: " + ", ".join(failed)
+    else:
+        outcome, reason = "above chance", "the interval of the excess lies above 0 for every required null"
+    return {
+        "score": PRIMARY_SCORE,
+        "outcome": outcome,
+        "reason": reason,
+        "highest_null": highest,
+        "claimable_excess": primary["excess"][highest],
+    }

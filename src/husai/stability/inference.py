@@ -1,0 +1,116 @@
+"""Inference over seeds. The unit is the seed: S seeds give S(S−1)/2 dependent pairs, never independent ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its 95 % interval (or the level stated in `method`), its standard error, and n."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    n_seeds: int
+    method: str
+    reason: str | None = None
+    """Why there is no interval."""
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def pair_values(matrix: np.ndarray) -> np.ndarray:
+    """The upper triangle of a symmetric `[S, S]` matrix, `[S(S−1)/2]`, row by row."""
+    return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
+    """Mean of a pairwise score over S seeds, with the delete-one-seed jackknife interval and t(S−1).
+
+    Deleting seed s gives the mean of the pairs without s, θ₍ₛ₎; SE² = (S−1)/S · Σ(θ₍ₛ₎ − mean θ)² (Efron & Stein 1981;
+    for this U-statistic of order 2 see Arvesen 1969).
+
+    Args:
+        matrix: symmetric `[S, S]`; the diagonal is ignored.
+
+    Raises:
+        ValueError: fewer than two seeds, not square, not symmetric, or not finite off the diagonal.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    s = len(matrix)
+    if matrix.shape != (s, s) or s < 2:
+        raise ValueError(f"a square matrix over at least 2 seeds expected, got shape {matrix.shape}")
+    off = ~np.eye(s, dtype=bool)
+    if not np.isfinite(matrix[off]).all() or not np.allclose(matrix[off], matrix.T[off], rtol=0, atol=1e-12):
+        raise ValueError("pairwise scores must be finite and symmetric")
+    mean = float(pair_values(matrix).mean())
+    method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {level:.0%}"
+    if s < 3:
+        return Estimate(mean, None, None, None, s, method, "at least 3 seeds are needed for an interval")
+    deleted = np.array([pair_values(np.delete(np.delete(matrix, i, 0), i, 1)).mean() for i in range(s)])
+    error = float(np.sqrt((s - 1) / s * ((deleted - deleted.mean()) ** 2).sum()))
+    half = float(stats.t.ppf(0.5 + level / 2, s - 1)) * error
+    return Estimate(mean, mean - half, mean + half, error, s, method)
+
+
+def permutation_test(matrix: np.ndarray, first: int) -> float:
+    """Exact two-sided p-value that two arms of seeds have the same mean within-arm score.
+
+    All ways to split the S seeds into arms of the given sizes are enumerated; the statistic is |mean within the first −
+    mean within the second|. Valid only where the arms are exchangeable under the null, equal variance included.
+
+    Args:
+        matrix: `[S, S]` scores of all pairs, across arms too; the first `first` seeds are the first arm.
+
+    Raises:
+        ValueError: an arm with fewer than two seeds.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    s = len(matrix)
+    if first < 2 or s - first < 2:
+        raise ValueError("each arm needs at least two seeds")
+
+    def statistic(chosen: tuple[int, ...]) -> float:
+        rest = [i for i in range(s) if i not in chosen]
+        return abs(pair_values(matrix[np.ix_(chosen, chosen)]).mean() - pair_values(matrix[np.ix_(rest, rest)]).mean())
+
+    observed = statistic(tuple(range(first)))
+    values = np.array([statistic(chosen) for chosen in combinations(range(s), first)])
+    return float((values >= observed - 1e-12).mean())
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Outcome of two one-sided tests."""
+
+    p_value: float
+    equivalent: bool
+    margin: float
+    alpha: float
+
+
+def tost(estimate: Estimate, margin: float, alpha: float = 0.05) -> Equivalence:
+    """Is |θ| < margin? Two one-sided t tests (Schuirmann 1987): what a statement of "indistinguishable" rests on.
+
+    Raises:
+        ValueError: the margin is not positive, or the estimate has no standard error.
+    """
+    if margin <= 0:
+        raise ValueError(f"margin {margin}: a positive number expected")
+    if estimate.standard_error is None:
+        raise ValueError(f"no equivalence test: {estimate.reason}")
+    if estimate.standard_error == 0:
+        p = 0.0 if abs(estimate.estimate) < margin else 1.0
+    else:
+        df = estimate.n_seeds - 1
+        lower = stats.t.sf((estimate.estimate + margin) / estimate.standard_error, df)
+        upper = stats.t.cdf((estimate.estimate - margin) / estimate.standard_error, df)
+        p = float(max(lower, upper))
+    return Equivalence(p, p < alpha, margin, alpha)

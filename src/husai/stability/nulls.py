@@ -1,0 +1,81 @@
+"""What two dictionaries that have nothing to do with each other would score, for the same shapes and the same data.
+
+Each null takes a pair of dictionaries and gives a pair to score in its place. None of them knows the true features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def isotropic(a: Tensor, b: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Gaussian directions of the same shapes."""
+    return torch.randn(a.shape, generator=g), torch.randn(b.shape, generator=g)
+
+
+@dataclass
+class Spectrum:
+    """Principal components of the activations, with (near-)degenerate ones grouped.
+
+    Two neighbouring eigenvalues that differ by less than their sampling error λ·√(2/n) have no eigenvectors of their
+    own, only a common eigenspace (North et al. 1982, "Sampling errors in the estimation of empirical orthogonal
+    functions", rule of thumb). Eigenvalues at rounding level form one group.
+    """
+
+    components: Tensor  # [d, d], a column each, by falling eigenvalue
+    eigenvalues: Tensor  # [d]
+    groups: list[range]
+
+    @classmethod
+    def of(cls, covariance: Tensor, rows: int) -> Spectrum:
+        """From a covariance `[d, d]` estimated on `rows` rows."""
+        values, vectors = torch.linalg.eigh(covariance.double())
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        floor = values[0] * len(values) * torch.finfo(torch.float32).eps
+        starts = [0]
+        for i in range(1, len(values)):
+            separate = values[i - 1] - values[i] > values[i - 1] * (2 / rows) ** 0.5 and values[i - 1] > floor
+            if separate:
+                starts.append(i)
+        groups = [range(s, e) for s, e in zip(starts, [*starts[1:], len(values)], strict=True)]
+        return cls(vectors.float(), values.float(), groups)
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007)."""
+        p = self.eigenvalues.double() / self.eigenvalues.double().sum()
+        return torch.special.entr(p).sum().exp().item()
+
+
+def spectral(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`a`, and `b` with every principal component's sign flipped at random, groups of components rotated at random.
+
+    All cosines inside `b` and the energy of each of its features in each group stay; only what aligned it with `a`
+    beyond the spectrum of the activations is gone. A feature that is a single component by itself is left where it
+    was: such a feature has no excess over this null, by design.
+    """
+    coordinates = b @ spectrum.components
+    for group in spectrum.groups:
+        size = len(group)
+        columns = coordinates[:, group.start : group.stop]
+        if size == 1:
+            sign = 1 if torch.rand((), generator=g) < 0.5 else -1
+            coordinates[:, group.start] = columns[:, 0] * sign
+        else:
+            coordinates[:, group.start : group.stop] = columns @ random_rotation(size, g)
+    return a, coordinates @ spectrum.components.T
+
+
+def random_rotation(size: int, g: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal matrix (Mezzadri 2007, "How to generate random matrices from the classical compact
+    groups", section 5)."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
+
+
+def covariance_matched(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Directions drawn with the covariance of the activations."""
+    root = spectrum.eigenvalues.sqrt() * spectrum.components  # [d, d]; z @ root.T has the covariance
+    return torch.randn(a.shape, generator=g) @ root.T, torch.randn(b.shape, generator=g) @ root.T

@@ -1,0 +1,1 @@
+"""The stacked trainer: many SAEs in one pass over the same activations."""
