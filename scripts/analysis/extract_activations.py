@@ -1,7 +1,7 @@
 """Harvest a subject's activations at one hook point into a store.
 
     python scripts/analysis/extract_activations.py
-    python scripts/analysis/extract_activations.py --subject results/subjects/modular_addition-… --hook-name blocks.0.mlp.hook_post
+    python scripts/analysis/extract_activations.py --subject results/subjects/SUBJECT --hook-name blocks.0.mlp.hook_post
 
 Without --subject, the default modular-addition transformer is trained (or found) first. The store holds every pair
 once, in random order; a store that exists for the same model, hook and position is found, not made again.

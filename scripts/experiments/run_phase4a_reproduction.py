@@ -23,6 +23,7 @@ from husai.runs.cli import (
     seed_list,
 )
 
+DEFAULT_HOOK = "blocks.0.hook_resid_post"
 # What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
 PUBLISHED = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
 
@@ -32,7 +33,7 @@ def parse():
     p.add_common("results/experiments/phase4a_trained_vs_random")
     p.add_argument("--protocol", choices=["husai", "published"], default="husai", help="default: %(default)s")
     p.add_argument("--subject", type=Path, help="folder of a trained transformer (default: train or find it)")
-    p.add_argument("--hook-name", default="blocks.0.hook_resid_post", help="default: %(default)s")
+    p.add_argument("--hook-name", help=f"default: {DEFAULT_HOOK}, or the hook of --activation-cache-dir")
     p.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--d-sae", type=positive_int, default=256, help="features (default: %(default)s)")
@@ -91,87 +92,42 @@ PACKAGES = ("activations", "dictionaries", "report", "runs", "stability", "subje
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
     device = prepare(args.device, args.threads)
-    from husai.subjects.modular_addition import ModularAdditionConfig
-
-    own = brought(args, cells, device) if args.sae_root else trained(args, cells, device, ModularAdditionConfig())
-    sections = {"husai": own}
+    sections = {"husai": brought(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))}
     if args.protocol == "published":
-        sections["published"] = published(args, cells, device)
-    inputs = {"subject": own["subject_digest"], "activation store": own["store_digest"]}
-    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in own["members"]}
+        sections["published"] = trained(args, cells, device, published(args))
+    ours = sections["husai"]
+    inputs = {"subject": ours["subject_digest"], "activation store": ours["store_digest"]}
+    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in ours["members"]}
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
     results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
     return results, files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Our protocol
+# Two protocols: ours, and the earlier study's
 
 
-def trained(args, cells, device, subject_config, shuffled_arm: bool = True, **setting) -> dict:
-    """SAEs of several seeds on one hook of a solved transformer, and on shuffled coordinates, scored."""
-    from husai.activations.harvest import harvest_modular_addition, shuffled_coordinates
-    from husai.activations.store import ActivationStore
-    from husai.stability import study
-    from husai.subjects import modular_addition
-    from husai.training.grid import members, train_or_find
+def own(args) -> dict:
+    """A transformer that solved its task, read at "="; a control on shuffled coordinates beside it."""
+    from husai.subjects.modular_addition import ModularAdditionConfig
     from husai.training.trainer import TrainingConfig
 
-    solved = subject_config.epochs > 0
-    stores = args.artifact_root / "activations"
-    if args.activation_cache_dir:
-        folder = args.activation_cache_dir
-    else:
-        subject = args.subject or modular_addition.train_or_find(
-            subject_config, args.artifact_root / "subjects", device, args.threads
-        )
-        hook, position = setting.get("hook_name", args.hook_name), setting.get("position")
-        folder = harvest_modular_addition(
-            subject, stores, hook, position, device=device, threads=args.threads, require_solved=solved
-        )
-    store = ActivationStore.open(folder)
-
-    grid = members(
-        args.seeds,
-        [setting.get("d_sae", args.d_sae)],
-        [setting.get("k", args.k)],
-        [setting.get("learning_rate", args.learning_rate)],
-    )
-    recipe = setting.get("recipe") or TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
-    saes = train_or_find(cells, store, grid, recipe, device, args.threads)
-    arms = [saes]
-    missing = {}
-    if shuffled_arm:
-        control = ActivationStore.open(shuffled_coordinates(store, stores))
-        arms.append(train_or_find(cells, control, grid, recipe, device, args.threads))
-    else:
-        missing["shuffled"] = "not part of this protocol"
-
-    folders = [[args.output_dir / m["checkpoint"] for m in arm["members"]] for arm in arms]
-    digests = [m["checkpoint_sha256"] for arm in arms for m in arm["members"]]
-    dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
-    for m in saes["members"]:
-        m["label"] = f"seed{m['seed']}"
-    section = study.compare_all(
-        cells,
-        store,
-        [m["label"] for m in saes["members"]],
-        dictionaries[0],
-        digests,
-        dictionaries[1] if shuffled_arm else None,
-        setting.get("null_draws", args.null_draws),
-        args.threads,
-        missing,
-    )
-    steps = saes["snapshot_steps"]
-    return saes | section | {"over_training": study.over_training(cells, folders[0], digests[: len(grid)], steps)}
+    return {
+        "subject_config": ModularAdditionConfig(),
+        "subject": args.subject,
+        "store": args.activation_cache_dir,
+        "hook_name": args.hook_name,
+        "position": None,
+        "d_sae": args.d_sae,
+        "k": args.k,
+        "learning_rate": args.learning_rate,
+        "recipe": TrainingConfig(tokens=args.tokens, batch_size=args.batch_size),
+        "null_draws": args.null_draws,
+        "shuffled": True,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The earlier study's protocol, and checkpoints that a user brings
-
-
-def published(args, cells, device) -> dict:
+def published(args) -> dict:
     """Seven tokens with the answer among them, read at the answer; a model at its initialisation; 120 Adam steps.
 
     The batch size and the number of layers were not published; 1,024 and 2 are ours.
@@ -179,19 +135,16 @@ def published(args, cells, device) -> dict:
     from husai.subjects.modular_addition import ModularAdditionConfig
     from husai.training.trainer import TrainingConfig
 
-    return trained(
-        args,
-        cells,
-        device,
-        ModularAdditionConfig(layout="published", n_layers=2, epochs=0),
-        shuffled_arm=False,
-        hook_name="blocks.1.hook_resid_post",
-        position=5,
-        d_sae=1024,
-        k=32,
-        learning_rate=3e-4,
-        null_draws=min(20, args.null_draws),
-        recipe=TrainingConfig(
+    return {
+        "subject_config": ModularAdditionConfig(layout="published", n_layers=2, epochs=0),
+        "subject": None,
+        "store": None,
+        "hook_name": "blocks.1.hook_resid_post",
+        "position": 5,
+        "d_sae": 1024,
+        "k": 32,
+        "learning_rate": 3e-4,
+        "recipe": TrainingConfig(
             tokens=120 * 1024,
             batch_size=1024,
             warmup_fraction=0,
@@ -199,36 +152,88 @@ def published(args, cells, device) -> dict:
             aux_coefficient=0,
             b_dec_init="mean",
         ),
+        "null_draws": min(20, args.null_draws),
+        "shuffled": False,
+    }
+
+
+def open_store(args, device, protocol: dict):
+    """The store of a protocol: the one given, or harvested from its subject, which is trained where it is missing."""
+    from husai.activations.harvest import harvest_modular_addition
+    from husai.activations.store import ActivationStore
+    from husai.subjects import modular_addition
+
+    config, subject = protocol["subject_config"], protocol["subject"]
+    if protocol["store"]:
+        expected = modular_addition.describe(subject)["digest"] if subject else None
+        return ActivationStore.open(protocol["store"], expected, protocol["hook_name"])
+    if subject is None:
+        subject = modular_addition.train_or_find(config, args.artifact_root / "subjects", device, args.threads)
+    folder = harvest_modular_addition(
+        subject,
+        args.artifact_root / "activations",
+        protocol["hook_name"] or DEFAULT_HOOK,
+        protocol["position"],
+        device=device,
+        threads=args.threads,
+        require_solved=config.epochs > 0,
     )
+    return ActivationStore.open(folder)
+
+
+def trained(args, cells, device, protocol: dict) -> dict:
+    """Train one SAE a seed (and the shuffled control), and score every pair."""
+    from husai.activations.harvest import shuffled_coordinates
+    from husai.activations.store import ActivationStore
+    from husai.stability import study
+    from husai.training.grid import members, train_or_find
+
+    store = open_store(args, device, protocol)
+    grid = members(args.seeds, [protocol["d_sae"]], [protocol["k"]], [protocol["learning_rate"]])
+    arms = [train_or_find(cells, store, grid, protocol["recipe"], device, args.threads)]
+    missing = {} if protocol["shuffled"] else {"shuffled": "not part of this protocol"}
+    if protocol["shuffled"]:
+        control = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
+        arms.append(train_or_find(cells, control, grid, protocol["recipe"], device, args.threads))
+
+    folders = [[args.output_dir / m["checkpoint"] for m in arm["members"]] for arm in arms]
+    digests = [m["checkpoint_sha256"] for arm in arms for m in arm["members"]]
+    dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
+    section = arms[0] | {"members": [m | {"label": f"seed{m['seed']}"} for m in arms[0]["members"]]}
+    section |= study.compare_all(
+        cells,
+        store,
+        [m["label"] for m in section["members"]],
+        dictionaries[0],
+        digests,
+        dictionaries[1] if protocol["shuffled"] else None,
+        protocol["null_draws"],
+        args.threads,
+        missing,
+    )
+    steps = section["snapshot_steps"]
+    return section | {"over_training": study.over_training(cells, folders[0], digests[: len(grid)], steps)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints that a user brings
 
 
 def brought(args, cells, device) -> dict:
-    """Checkpoints below --sae-root, scored on the activations of a store."""
-    from husai.activations.harvest import harvest_modular_addition
-    from husai.activations.store import ActivationStore
+    """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import checkpoints
     from husai.stability import study
-    from husai.subjects import modular_addition
-    from husai.training.trainer import TrainingConfig
 
-    folder = args.activation_cache_dir
-    if folder is None:
-        subject = args.subject or modular_addition.train_or_find(
-            modular_addition.ModularAdditionConfig(), args.artifact_root / "subjects", device, args.threads
-        )
-        folder = harvest_modular_addition(
-            subject, args.artifact_root / "activations", args.hook_name, device=device, threads=args.threads
-        )
-    store = ActivationStore.open(folder)
-    _, heldout = store.split(TrainingConfig.heldout_fraction)
-    folders = checkpoints.find(args.sae_root)
+    protocol = own(args)
+    store = open_store(args, device, protocol)
+    _, heldout = store.split(protocol["recipe"].heldout_fraction)
     records, dictionaries = [], []
-    for f in folders:
-        name = str(f.relative_to(args.sae_root))
+    for folder in checkpoints.find(args.sae_root):
+        name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None
-        dictionary, figures = study.brought_dictionary(f, store, heldout, before)
+        dictionary, figures = study.brought_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
-        records.append({"label": name, "checkpoint_sha256": checkpoints.checkpoint_digest(f), "heldout": figures})
+        records.append({"label": name, "checkpoint_sha256": checkpoints.checkpoint_digest(folder), "heldout": figures})
     missing = {"shuffled": "the SAEs were not trained here"}
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
@@ -284,11 +289,12 @@ def table(section: dict) -> list[str]:
     dead = [m["heldout"]["dead_share"] for m in members]
     lines = [
         f"**{verdict['outcome']}**: {verdict['reason']}. "
-        f"Excess of `{verdict['score']}` over the highest required null ({verdict['highest_null']}): {interval(excess)}.",
+        f"Excess of `{verdict['score']}` over the highest required null ({verdict['highest_null']}): "
+        f"{interval(excess)}.",
         "",
         f"{len(members)} SAEs on {section['hook_name']}, {section['rows']} rows of {section['d_in']} coordinates "
-        f"(effective rank {section['effective_rank']:.1f}); held-out explained variance {min(ev):.4f} to {max(ev):.4f}, "
-        f"dead features {min(dead):.0%} to {max(dead):.0%}.",
+        f"(effective rank {section['effective_rank']:.1f}); held-out explained variance {min(ev):.4f} to "
+        f"{max(ev):.4f}, dead features {min(dead):.0%} to {max(dead):.0%}.",
         "",
         "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
         "|---|---|---|---|---|",
@@ -315,8 +321,8 @@ def comparison(section: dict) -> list[str]:
         f"| random (pwmcc) | {PUBLISHED['random']} | {random:.4f} |",
         f"| difference | {PUBLISHED['difference'][0]:+} to {PUBLISHED['difference'][1]:+} | {interval(excess)} |",
         "",
-        "The published difference is that of dictionaries which have hardly left their random initialisation, on a model "
-        "that has learned nothing and whose input holds the answer. Against the nulls that know the data, "
+        "The published difference is that of dictionaries which have hardly left their random initialisation, on a "
+        "model that has learned nothing and whose input holds the answer. Against the nulls that know the data, "
         f"this setting is **{verdict['outcome']}**: excess of `{verdict['score']}` over {verdict['highest_null']} "
         f"{interval(verdict['claimable_excess'])}.",
     ]

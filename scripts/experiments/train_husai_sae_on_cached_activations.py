@@ -1,7 +1,7 @@
 """Train a grid of SAEs (seeds x widths x sparsities x learning rates) on a store, all in one pass.
 
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE
-    python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE \\
+    python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir STORE \\
       --d-sae 128,256 --k 8,16 --seeds 42,123,456 --tokens 2000000
 
 Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk` opens it), held-out figures and
@@ -71,7 +71,8 @@ def main() -> None:
         lines = [
             "# SAEs on cached activations",
             "",
-            f"{store.manifest.subject}, {store.manifest.hook_name}; {config.tokens} rows seen by each SAE, figures on held-out rows.",
+            f"{store.manifest.subject}, {store.manifest.hook_name}; {config.tokens} rows seen by each SAE; "
+            "figures on held-out rows.",
             "",
             "| d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |",
             "|---|---|---|---|---|---|---|---|",

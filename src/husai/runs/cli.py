@@ -8,11 +8,15 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from husai.runs.errors import BadInput, CheckFailed
+
+INTERRUPTED = threading.Event()
+"""Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
 
 DEFAULT_SEEDS = "42,123,456,789,1011"
 _FOLDER_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EISDIR}
@@ -127,8 +131,10 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     logging.getLogger("husai").setLevel(logging.INFO)
 
     def interrupt(signum, frame):
+        INTERRUPTED.set()
         raise KeyboardInterrupt
 
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
@@ -136,13 +142,13 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         sys.exit(_one_line(error, 2))
     except CheckFailed as error:
         sys.exit(_one_line(error, 1))
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in _FOLDER_ERRORS:
-            raise
-        sys.exit(_one_line(error, 2))
+    except (KeyboardInterrupt, Exception) as error:
+        if INTERRUPTED.is_set() or isinstance(error, KeyboardInterrupt):
+            print("interrupted: the same command resumes", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
+            sys.exit(_one_line(error, 2))
+        raise
     sys.exit(0)
 
 

@@ -2,7 +2,7 @@
 
 
 class BadInput(Exception):
-    """The user's arguments or files cannot be used. Exit code 2; the message says what, where, and what was expected."""
+    """Arguments or files that cannot be used. Exit code 2; the message says what, where, and what was expected."""
 
 
 class CheckFailed(Exception):

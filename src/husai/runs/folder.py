@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from husai.runs.cli import INTERRUPTED
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import digest, locked, sha256_file, write_json, write_text
 
@@ -123,6 +124,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         codes = {BadInput: ("failed", 2), CheckFailed: ("failed", 1), KeyboardInterrupt: ("interrupted", 130)}
         status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", 1))
+        if INTERRUPTED.is_set():
+            status, code = codes[KeyboardInterrupt]
         if kind is not None:
             log.error("%s: %s", kind.__name__, error)
         try:

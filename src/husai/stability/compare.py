@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls
-from husai.stability.inference import jackknife
+from husai.stability.inference import Estimate, jackknife, tost
 from husai.stability.scores import SCORES, matched_cosines, score
 
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "untrained", "spectral")
 REPORTED_NULLS = ("covariance_matched", "shuffled")
 MINIMUM_SEEDS = 5
+EQUIVALENCE_MARGIN = 0.01
 BINS = np.linspace(0, 1, 51)
 
 
@@ -140,7 +141,8 @@ def _spread(pairs: dict, name: str, s: str) -> dict:
 
 def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -> dict:
     """Above chance: with at least MINIMUM_SEEDS seeds, the interval of the excess of PRIMARY_SCORE lies above 0 for
-    every one of GATED_NULLS. What may be claimed is the excess over the highest of them."""
+    every one of GATED_NULLS. What may be claimed is the excess over the highest of them. Where that is not shown, an
+    equivalence test says whether the excess is shown to be within EQUIVALENCE_MARGIN of 0, or whether nothing is."""
     absent = [n for n in GATED_NULLS if n in missing]
     failed = [n for n in GATED_NULLS if n not in missing and not (primary["excess"][n]["low"] or 0) > 0]
     if absent:
@@ -151,10 +153,20 @@ def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -
         outcome, reason = "not above chance", "the excess is not shown to be above 0 over: " + ", ".join(failed)
     else:
         outcome, reason = "above chance", "the interval of the excess lies above 0 for every required null"
+    excess = Estimate(**primary["excess"][highest])
+    equivalence = None
+    if outcome == "not above chance":
+        equivalence = asdict(tost(excess, EQUIVALENCE_MARGIN))
+        reason += (
+            f"; within ±{EQUIVALENCE_MARGIN} of the highest null (TOST, p = {equivalence['p_value']:.3g})"
+            if equivalence["equivalent"]
+            else f"; nor is it shown to lie within ±{EQUIVALENCE_MARGIN} of it (TOST, p = {equivalence['p_value']:.3g})"
+        )
     return {
         "score": PRIMARY_SCORE,
         "outcome": outcome,
         "reason": reason,
         "highest_null": highest,
-        "claimable_excess": primary["excess"][highest],
+        "claimable_excess": excess.to_json(),
+        "equivalence": equivalence,
     }

@@ -36,8 +36,8 @@ def train_or_find(
     """Train the grid in one pass, or read the finished cell.
 
     Returns:
-        {"members": one record each (seed, d_sae, k, learning_rate, order_seed, checkpoint: folder relative to the output
-        folder, checkpoint_sha256, heldout: figures of `evaluate`, curve, aux_steps), "curve_steps", "snapshot_steps"}
+        {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
+        checkpoint_sha256; heldout: the figures of `evaluate`; curve; aux_steps), "curve_steps", "snapshot_steps"}
     """
     check_members(grid, store.d_in)
     key = {

@@ -94,12 +94,20 @@ class Trained:
 class Stack:
     """Members of one width: parameters, Adam moments and dead-feature counters, all `[n, …]`."""
 
-    def __init__(self, members: list[int], config: list[Member], d_in: int, b_dec: Tensor, device: torch.device):
+    def __init__(
+        self,
+        members: list[int],
+        config: list[Member],
+        d_in: int,
+        b_dec: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.members = members  # positions in the run's list of members
         self.d_sae = config[0].d_sae
         generators = [generator(m.seed, "init", m.d_sae) for m in config]
         params = topk.init(d_in, self.d_sae, b_dec, generators)
-        self.params = {name: p.to(device).requires_grad_() for name, p in params.items()}
+        self.params = {name: p.to(device, dtype).requires_grad_() for name, p in params.items()}
         self.k = torch.tensor([m.k for m in config], device=device)
         self.learning_rate = torch.tensor([m.learning_rate for m in config], device=device)
         self.moments = {
@@ -210,10 +218,7 @@ def train(
     stacks = []
     for d_sae in dict.fromkeys(m.d_sae for m in members):
         chosen = [i for i, m in enumerate(members) if m.d_sae == d_sae]
-        stack = Stack(chosen, [members[i] for i in chosen], store.d_in, centre * scale, device)
-        stack.params = {name: p.detach().to(dtype).requires_grad_() for name, p in stack.params.items()}
-        stack.moments = {name: t.to(dtype) for name, t in stack.moments.items()}
-        stacks.append(stack)
+        stacks.append(Stack(chosen, [members[i] for i in chosen], store.d_in, centre * scale, device, dtype))
 
     key = digest({"members": [asdict(m) for m in members], "config": asdict(config), "store": store.digest})
     curve_steps = sorted(

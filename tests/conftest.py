@@ -1,0 +1,81 @@
+"""Shared fixtures: small stores and subjects, and a way to run a script in this process."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from husai.activations.store import ActivationStore, StoreWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """`make_store(x)` -> an opened store of the rows `x [rows, d_in]`."""
+
+    def make(x: torch.Tensor, name: str = "store", shard_rows: int = 65_536, **manifest) -> ActivationStore:
+        folder = tmp_path / name
+        folder.mkdir()
+        writer = StoreWriter(folder, x.shape[1], shard_rows=shard_rows)
+        for part in x.split(1000):
+            writer.append(part)
+        about = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"} | manifest
+        writer.finish(**about, row_seed=0, control=None)
+        return ActivationStore.open(folder)
+
+    return make
+
+
+@pytest.fixture
+def planted():
+    """Rows made of 3 of 32 known unit features in 16 coordinates: (x `[6000, 16]`, features `[32, 16]`)."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(32, 16, generator=g), dim=1)
+    chosen = torch.rand(6000, 32, generator=g).topk(3, dim=1).indices
+    strength = torch.rand(6000, 3, generator=g) + 0.5
+    return (strength.unsqueeze(-1) * features[chosen]).sum(1), features
+
+
+@pytest.fixture(scope="session")
+def small_subject(tmp_path_factory):
+    """(artifact root, subject folder): a modular-addition transformer with p = 23, hardly trained, its target at 0."""
+    from husai.subjects import modular_addition
+
+    root = tmp_path_factory.mktemp("artifacts")
+    config = modular_addition.ModularAdditionConfig(
+        modulus=23, d_model=16, n_heads=2, d_mlp=32, epochs=2, hold_epochs=1, target_accuracy=0.0
+    )
+    return root, modular_addition.train_or_find(config, root / "subjects", torch.device("cpu"), 1)
+
+
+@pytest.fixture(scope="session")
+def small_activations(small_subject):
+    """Folder of the store of the small subject's residual stream."""
+    from husai.activations.harvest import harvest_modular_addition
+
+    root, subject = small_subject
+    return harvest_modular_addition(subject, root / "activations", "blocks.0.hook_resid_post")
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """`run_script(path, *arguments)` -> (exit code, stdout, stderr), in this process."""
+
+    def run(path: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        torch.set_num_threads(1)
+        logging.getLogger("husai").handlers.clear()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

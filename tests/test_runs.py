@@ -1,0 +1,239 @@
+"""Atomic files, cells, run folders, exit codes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from husai.runs import cli
+from husai.runs.cells import Cells, code_version
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import (
+    canonical_json,
+    digest,
+    locked,
+    publish_directory,
+    read_json,
+    sha256_file,
+    tree_digest,
+    write_bytes,
+    write_json,
+)
+from husai.runs.folder import Manifest, Run
+from husai.runs.seeds import derive_seed
+
+
+def test_json_is_strict(tmp_path):
+    for value in (math.nan, math.inf, {"a": [-math.inf]}):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(tmp_path / "x.json", value)
+    assert not (tmp_path / "x.json").exists()
+    (tmp_path / "x.json").write_text('{"a": NaN}')
+    with pytest.raises(BadInput, match=r"x\.json.*NaN is not strict JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(BadInput, match="does not exist"):
+        read_json(tmp_path / "y.json")
+
+
+def test_digest_does_not_depend_on_key_order():
+    assert digest({"a": 1, "b": [1.5, None]}) == digest({"b": [1.5, None], "a": 1})
+    assert canonical_json({"b": 1, "a": 2}) == '{"a":2,"b":1}'
+    assert digest({"a": 1}) != digest({"a": 1.5})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_bytes(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_publish_directory_shows_only_whole_folders(tmp_path):
+    final = tmp_path / "folder"
+
+    def half(partial):
+        (partial / "a").write_text("1")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        publish_directory(final, half)
+    assert not final.exists()
+    publish_directory(final, lambda p: (p / "b").write_text("2"))
+    assert [p.name for p in final.iterdir()] == ["b"], "what the killed build left is gone"
+    publish_directory(final, lambda p: pytest.fail("it exists: nothing is to be built"))
+    publish_directory(final, lambda p: (p / "c").write_text("3"), replace=True)
+    assert [p.name for p in final.iterdir()] == ["c"]
+
+
+def test_lock_is_refused_while_held_and_freed_by_death(tmp_path):
+    lock = tmp_path / ".lock"
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""
+import pathlib, time
+from husai.runs.files import locked
+with locked(pathlib.Path({str(lock)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+""",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BadInput, match="in use by another run"), locked(lock, wait=False):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(lock, wait=False):
+        pass
+
+
+def test_tree_digest_names_and_contents_count(tmp_path):
+    (tmp_path / "a").write_text("1")
+    first = tree_digest(tmp_path, "--x")
+    (tmp_path / ".lock").write_text("ignored")
+    assert tree_digest(tmp_path, "--x") == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert tree_digest(tmp_path, "--x") != first
+    with pytest.raises(BadInput, match="--x: .* is not a folder"):
+        tree_digest(tmp_path / "none", "--x")
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """(get, calls, cell file, artefact): `get()` asks for one cell and counts how often it was computed."""
+    cells, calls, artefact = Cells(tmp_path / "cells"), [], tmp_path / "artefact"
+
+    def compute():
+        calls.append(1)
+        artefact.write_text("weights")
+        return {"x": 1.25}, [artefact]
+
+    def get(force=False):
+        cells.force = force
+        return cells.get("cell", {"k": 8}, compute)
+
+    assert get() == {"x": 1.25}
+    (path,) = (tmp_path / "cells").iterdir()
+    return get, calls, path, artefact
+
+
+def test_finished_cell_is_read(cell):
+    get, calls, _, _ = cell
+    assert get() == {"x": 1.25}
+    assert len(calls) == 1
+    get(force=True)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, artefact: path.write_text(path.read_text().replace("1.25", "1.35")),
+        lambda path, artefact: path.write_text(path.read_text()[:-20]),
+        lambda path, artefact: path.write_text("[]"),
+        lambda path, artefact: path.write_text("{}"),
+        lambda path, artefact: path.write_text(path.read_text().replace('"key": "', '"key": "0')),
+        lambda path, artefact: artefact.write_text("Weights"),
+        lambda path, artefact: artefact.unlink(),
+    ],
+    ids=["digit", "truncated", "other type", "no fields", "other key", "artefact changed", "artefact missing"],
+)
+def test_damaged_cell_is_named_and_computed_again(cell, damage, caplog):
+    get, calls, path, artefact = cell
+    damage(path, artefact)
+    assert get() == {"x": 1.25}
+    assert len(calls) == 2
+    assert path.name in caplog.text
+    assert get() == {"x": 1.25}
+    assert len(calls) == 2
+
+
+def test_code_version_follows_the_source():
+    assert code_version("runs") == code_version("runs") != code_version("stability")
+
+
+def test_run_folder_and_its_manifest(tmp_path):
+    with Run(tmp_path / "out", {"a": 1}, "cpu", 2) as run:
+        run.add_input("given", "f" * 64)
+        run.write({"x": 1.0}, "summary\n")
+        assert not (run.folder / "manifest.json").exists(), "the manifest comes last"
+    manifest = Manifest.model_validate(json.loads((run.folder / "manifest.json").read_text()))
+    assert manifest.status == "complete"
+    assert manifest.return_code == 0
+    assert manifest.inputs == {"given": "f" * 64}
+    assert manifest.outputs["results.json"] == sha256_file(run.folder / "results.json")
+    for name in ("results.json", "manifest.json", "summary.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (run.folder / name).read_bytes()
+    assert (run.folder / "logs" / "run.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (BadInput("x"), "failed", 2),
+        (CheckFailed("x"), "failed", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (RuntimeError("x"), "failed", 1),
+    ],
+)
+def test_failed_run_says_so_and_publishes_nothing(tmp_path, error, status, code):
+    with pytest.raises(type(error)), Run(tmp_path, {"a": 1}, "cpu", 2) as run:
+        run.write({"x": 1.0}, "half\n")
+        raise error
+    manifest = read_json(run.folder / "manifest.json")
+    assert (manifest["status"], manifest["return_code"]) == (status, code)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_second_run_into_the_same_folder_is_refused_while_the_first_lasts(tmp_path):
+    with (
+        Run(tmp_path, {"a": 1}, "cpu", 2),
+        pytest.raises(BadInput, match="in use by another run"),
+        Run(tmp_path, {"a": 2}, "cpu", 2),
+    ):
+        pass
+
+
+def test_unwritable_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(BadInput, match="--output-dir: .* cannot be written"),
+        Run(tmp_path / "file" / "x", {}, "cpu", 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(BadInput("a\nb"), 2), (CheckFailed("a\nb"), 1), (KeyboardInterrupt(), 130), (None, 0)]
+)
+def test_exit_codes(error, code, capsys):
+    def main():
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_main(main)
+    assert stopped.value.code == code
+    if code in (1, 2):
+        assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_seed_streams_are_separate():
+    seeds = {derive_seed(s, name) for s in (42, 123) for name in ("init", "blocks")}
+    assert len(seeds) == 4
+    assert derive_seed(42, "init") == derive_seed(42, "init")
+    assert all(0 <= s < 2**63 for s in seeds)

@@ -1,0 +1,325 @@
+"""The scripts as a user runs them: results, repeats, interruptions, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import ROOT
+
+PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
+TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
+EXTRACT = "scripts/analysis/extract_activations.py"
+SUBJECT = "scripts/training/train_modular_addition.py"
+TINY = ["--d-sae", "24", "--k", "3", "--tokens", "6000", "--batch-size", "128", "--null-draws", "10", "--threads", "1"]
+
+
+@pytest.mark.parametrize("script", sorted(p.relative_to(ROOT) for p in ROOT.glob("scripts/**/*.py")), ids=str)
+def test_help_is_instant(script):
+    """Half a second is the promise; what is tested is its cause, that nothing heavy is imported."""
+    code = f"""
+import runpy, sys
+sys.argv = [{str(script)!r}, "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stopped:
+    assert stopped.code == 0
+heavy = {{"torch", "numpy", "pandas", "matplotlib", "transformer_lens", "sae_lens", "pydantic"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+    assert f"python {script}" in done.stdout, "the docstring shows how to launch it"
+
+
+@pytest.fixture(scope="module")
+def phase4a(small_subject, small_activations, tmp_path_factory):
+    """(command, finished output folder): a tiny phase 4a."""
+    root, subject = small_subject
+    out = tmp_path_factory.mktemp("phase4a")
+    command = [sys.executable, PHASE4A, "--subject", subject, "--artifact-root", root, *TINY]
+    subprocess.run([*map(str, command), "--output-dir", str(out)], cwd=ROOT, check=True, capture_output=True)
+    return command, out
+
+
+def test_phase4a_results(phase4a):
+    _, out = phase4a
+    results = json.loads((out / "results.json").read_text())
+    section = results["husai"]
+    assert len(section["pairs"]) == 10
+    assert section["stability"]["verdict"]["outcome"] in ("above chance", "not above chance")
+    assert set(section["histograms"]) == {
+        "observed",
+        "isotropic",
+        "untrained",
+        "spectral",
+        "covariance_matched",
+        "shuffled",
+    }
+    mcc = section["stability"]["scores"]["mcc"]
+    assert mcc["observed"]["estimate"] == pytest.approx(np.mean([p["observed"]["mcc"] for p in section["pairs"]]))
+    excess = mcc["observed"]["estimate"] - mcc["nulls"]["spectral"]["mean"]
+    assert mcc["excess"]["spectral"]["estimate"] == pytest.approx(excess)
+    first, last = section["over_training"][0], section["over_training"][-1]
+    assert last["mcc"]["estimate"] == pytest.approx(mcc["observed"]["estimate"], abs=1e-6)
+    assert first["mcc"]["estimate"] == pytest.approx(mcc["nulls"]["untrained"]["mean"], abs=1e-6)
+    for m in section["members"]:
+        assert m["heldout"]["l0"] <= 3
+        assert results["inputs"][f"checkpoint {m['label']}"] == m["checkpoint_sha256"]
+    assert str(ROOT) not in (out / "results.json").read_text(), "no path of this machine"
+    assert len((out / "pairs.csv").read_text().splitlines()) == 1 + 10 * 6
+    for name in ("matches", "over_training", "loss_curves"):
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert section["stability"]["verdict"]["outcome"] in (out / "summary.md").read_text()
+
+
+def test_repeat_returns_the_same_bytes_without_torch(phase4a):
+    command, out = phase4a
+    before = (out / "results.json").read_bytes()
+    code = f"""
+import runpy, sys
+sys.argv = {[str(c) for c in command[1:]] + ["--output-dir", str(out)]!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert (out / "results.json").read_bytes() == before
+    assert len(list(out.glob("run_*"))) >= 2
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(phase4a, tmp_path):
+    command, reference = phase4a
+    # A root of its own, so that the control's activations are made again too.
+    shutil.copytree(command[command.index("--artifact-root") + 1] / "subjects", tmp_path / "root" / "subjects")
+    command = [*command, "--artifact-root", tmp_path / "root", "--output-dir", tmp_path / "out"]
+    killed = 0
+    for seconds in (1.5, 2.5, 3.5, 4.5):
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+            assert not (tmp_path / "out" / "results.json").exists()
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert killed
+    assert (tmp_path / "out" / "results.json").read_bytes() == (reference / "results.json").read_bytes()
+
+
+def test_interrupt_exits_130_and_says_so_in_the_manifest(phase4a, tmp_path):
+    command, _ = phase4a
+    command = [*command, "--tokens", "100000000", "--output-dir", tmp_path]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("run_*/config.json")):
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: the same command resumes"
+    (manifest,) = tmp_path.glob("run_*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "interrupted"
+
+
+def test_published_protocol_puts_its_figures_beside_ours(phase4a, run_script, tmp_path):
+    command, _ = phase4a
+    arguments = [
+        *command[2:],
+        "--protocol",
+        "published",
+        "--seeds",
+        "1,2,3",
+        "--output-dir",
+        tmp_path,
+        "--null-draws",
+        "5",
+    ]
+    code, out, err = run_script(PHASE4A, *arguments)
+    assert code == 0, err
+    published = json.loads((tmp_path / "results.json").read_text())["published"]
+    assert published["hook_name"] == "blocks.1.hook_resid_post"
+    assert {m["d_sae"] for m in published["members"]} == {1024}
+    assert published["stability"]["missing_nulls"] == {"shuffled": "not part of this protocol"}
+    pwmcc = published["stability"]["scores"]["pwmcc"]
+    assert pwmcc["nulls"]["isotropic"]["mean"] == pytest.approx(0.2988, abs=5e-4)
+    assert "| random (pwmcc) | 0.2988 |" in out
+
+
+def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, tmp_path):
+    _, out = phase4a
+    saes = next(iter((out / "checkpoints").iterdir()))
+    arguments = ["--activation-cache-dir", small_activations, "--null-draws", 5, "--threads", 1, "--output-dir"]
+    own = json.loads((out / "results.json").read_text())["husai"]
+    folders = {m["checkpoint"] for m in own["members"]}
+    root = tmp_path / "saes"
+    for folder in folders:
+        shutil.copytree(out / folder, root / folder.rsplit("/")[-1])
+    code, text, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
+    assert code == 0, err
+    section = json.loads((tmp_path / "out" / "results.json").read_text())["husai"]
+    assert saes.exists()
+    for name in ("mcc", "pwmcc_alive"):
+        assert section["stability"]["scores"][name]["observed"]["estimate"] == pytest.approx(
+            own["stability"]["scores"][name]["observed"]["estimate"], abs=1e-9
+        )
+    assert section["stability"]["verdict"]["outcome"] == "inconclusive", "the untrained null is not known"
+    assert "untrained-root gives them" in text
+
+    shutil.copytree(next(root.iterdir()), root / "twin")
+    code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
+    assert (code, "share their decoder" in err) == (2, True)
+
+
+def test_transformer_and_activations_scripts(run_script, small_subject, tmp_path):
+    root, subject = small_subject
+    code, out, err = run_script(EXTRACT, "--artifact-root", tmp_path, "--subject", subject, "--threads", 1)
+    assert code == 0, err
+    assert "rows    529 x 16, blocks.0.hook_resid_post at position 2" in out
+    code, _, err = run_script(SUBJECT, "--artifact-root", tmp_path, "--modulus", 11, "--epochs", 1, "--threads", 1)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: the transformer did not solve its task")
+
+
+def test_grid_script(run_script, small_activations, tmp_path):
+    arguments = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path, "--seeds", "1,2"]
+    arguments += ["--d-sae", "12,20", "--k", "2,3", "--epochs", 3, "--batch-size", 64, "--threads", 1]
+    code, _, err = run_script(TRAIN, *arguments)
+    assert code == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(m["d_sae"], m["k"], m["seed"]) for m in results["members"]} == {
+        (d, k, s) for d in (12, 20) for k in (2, 3) for s in (1, 2)
+    }
+    from sae_lens import SAE
+
+    for m in results["members"]:
+        assert SAE.load_from_disk(tmp_path / m["checkpoint"]).cfg.k == m["k"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+
+
+@pytest.fixture
+def refused(run_script):
+    """`refused(message, script, *arguments)`: exit code 2 and one line on stderr that holds the message."""
+
+    def check(message, script, *arguments):
+        code, _, err = run_script(script, *arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, err
+        assert len(lines) == 1
+        assert err.splitlines()[-1] == lines[0]
+        assert message in lines[0]
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "42"], "one seed says nothing about stability"),
+        (["--seeds", "42,42"], "names 42 twice"),
+        (["--seeds", "a,b"], "not a list of whole numbers"),
+        (["--seeds", "1,-2"], "negative seed"),
+        (["--k", "300"], "--k 300: at most --d-sae 256 expected"),
+        (["--k", "0"], "at least 1"),
+        (["--tokens", "many"], "at least 1"),
+        (["--learning-rate", "nan"], "above 0"),
+        (["--sead", "1"], "unrecognized arguments: --sead"),
+        (["--untrained-root", "x"], "goes with --sae-root"),
+        (["--protocol", "published", "--sae-root", "x"], "trains its own SAEs"),
+        (["--sae-root", "nowhere"], "--sae-root: nowhere is not a folder"),
+        (["--subject", "nowhere"], "--subject: nowhere is not a folder"),
+        (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere is not a folder"),
+    ],
+)
+def test_bad_arguments(refused, arguments, message, tmp_path):
+    refused(message, PHASE4A, "--output-dir", tmp_path, *arguments)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_bad_inputs_of_phase4a(refused, small_subject, small_activations, phase4a, tmp_path):
+    root, subject = small_subject
+    common = ["--artifact-root", root, "--output-dir", tmp_path / "out", *TINY]
+    refused("no such hook point", PHASE4A, *common, "--subject", subject, "--hook-name", "blocks.9.hook_resid_post")
+    refused("no such hook point", PHASE4A, *common, "--subject", subject, "--layer", "9")
+    refused("--device cuda:77: not available here", PHASE4A, *common, "--device", "cuda:77")
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", PHASE4A, *common, "--output-dir", tmp_path / "file" / "out")
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    refused("subject.json does not exist", PHASE4A, *common, "--subject", foreign)
+
+    store = tmp_path / "store"
+    shutil.copytree(small_activations, store)
+    shard = store / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused("missing or truncated", PHASE4A, *common, "--activation-cache-dir", store)
+    given = ["--activation-cache-dir", small_activations]
+    refused("was harvested from hook", PHASE4A, *common, *given, "--hook-name", "blocks.0.mlp.hook_post")
+
+    saes = tmp_path / "saes"
+    made = json.loads((phase4a[1] / "results.json").read_text())["husai"]["members"]
+    for i, m in enumerate(made[:2]):
+        shutil.copytree(phase4a[1] / m["checkpoint"], saes / str(i))
+    scored = ["--sae-root", saes, "--activation-cache-dir", small_activations]
+    weights = saes / "1" / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:500])
+    refused("truncated or not safetensors", PHASE4A, *common, *scored)
+    weights.write_bytes(whole)
+    (saes / "1" / "cfg.json").write_text(json.dumps({"architecture": "gpt2"}))
+    refused("'topk' expected", PHASE4A, *common, *scored)
+    shutil.rmtree(saes / "1")
+    refused("1 SAE given", PHASE4A, *common, *scored)
+
+
+def test_nan_activations_are_refused(refused, small_activations, tmp_path):
+    """A store whose digests fit and whose numbers do not."""
+    from husai.runs.files import sha256_file
+
+    store = tmp_path / "store"
+    shutil.copytree(small_activations, store)
+    shard = store / "shard-00000.safetensors"
+    x = torch.ones(529, 16)
+    x[200, 3] = float("nan")
+    save_file({"activations": x}, shard)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["shards"][0] |= {"sha256": sha256_file(shard), "bytes": os.path.getsize(shard)}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    refused(
+        "NaN or infinite value", TRAIN, "--activation-cache-dir", store, "--output-dir", tmp_path / "o", "--threads", 1
+    )
+    assert not (tmp_path / "o" / "results.json").exists()
+
+
+def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
+    grid = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path, "--threads", 1]
+    refused("k 9 with d_sae 8", TRAIN, *grid, "--d-sae", "8", "--k", "9")
+    refused("names 8 twice", TRAIN, *grid, "--d-sae", "8,8")
+    refused("arguments are required: --activation-cache-dir", TRAIN)
+    refused(
+        "manifest.json does not exist", TRAIN, "--activation-cache-dir", tmp_path / "none", "--output-dir", tmp_path
+    )
+    refused("odd number", SUBJECT, "--modulus", "10")
+    refused("between 0 and 1", SUBJECT, "--train-fraction", "1.5")
+    refused("subject.json does not exist", EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path)

@@ -1,0 +1,335 @@
+"""Scores, nulls and inference, against oracles, brute force and published figures."""
+
+import subprocess
+import sys
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from husai.runs.errors import BadInput
+from husai.stability import compare, nulls
+from husai.stability.compare import Dictionary
+from husai.stability.inference import Estimate, jackknife, pair_values, permutation_test, tost
+from husai.stability.scores import matched_cosines, max_cosines, mcc, pwmcc, score
+
+
+def gaussian(seed, features, d=128):
+    """As the published figures drew it: columns are features."""
+    return torch.randn(d, features, generator=torch.Generator().manual_seed(seed)).T
+
+
+def test_published_isotropic_value_1024():
+    dictionaries = [gaussian(s, 1024) for s in range(1000, 1005)]
+    values = [pwmcc(a, b) for a, b in combinations(dictionaries, 2)]
+    assert np.mean(values) == pytest.approx(0.298829, abs=5e-7)
+
+
+def test_published_isotropic_value_128():
+    dictionaries = [gaussian(s, 128) for s in (100042, 100123, 100456)]
+    assert np.mean([pwmcc(a, b) for a, b in combinations(dictionaries, 2)]) == pytest.approx(0.2479, abs=5e-5)
+
+
+def rows(seed, n, d=12):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 40))
+@settings(max_examples=30, deadline=None)
+def test_permuted_rescaled_sign_flipped_copy_scores_one(seed, n):
+    a = rows(seed, n)
+    g = torch.Generator().manual_seed(seed + 1)
+    signs = torch.randint(0, 2, (n, 1), generator=g) * 2 - 1
+    b = (a * signs * (torch.rand(n, 1, generator=g) + 0.1))[torch.randperm(n, generator=g)]
+    everything = torch.ones(n, dtype=torch.bool)
+    assert all(v == pytest.approx(1, abs=1e-5) for v in score(a, b, everything, everything).values())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_scores_are_symmetric_and_bounded(seed, n, m):
+    a, b = rows(seed, n), rows(seed + 1, m)
+    for function in (pwmcc, mcc):
+        assert function(a, b) == pytest.approx(function(b, a), abs=1e-6)
+        assert 0 <= function(a, b) <= 1 + 1e-6
+    if n == m:
+        assert mcc(a, b) <= pwmcc(a, b) + 1e-6, "one-to-one partners are no closer than the closest ones"
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (4, 6), (6, 4)])
+def test_mcc_against_all_assignments(n, m):
+    a, b = rows(1, n, 3), rows(2, m, 3)
+    unit = lambda x: x / x.norm(dim=1, keepdim=True)  # noqa: E731
+    cosines = (unit(a) @ unit(b).T).abs().numpy()
+    cosines = cosines if n <= m else cosines.T
+    best = max(cosines[range(min(n, m)), list(p)].mean() for p in permutations(range(max(n, m)), min(n, m)))
+    assert mcc(a, b) == pytest.approx(best, abs=1e-6)
+
+
+def test_blocks_do_not_change_the_scores(monkeypatch):
+    a, b = rows(1, 50), rows(2, 70)
+    expected = (*max_cosines(a, b), matched_cosines(a, b))
+    monkeypatch.setattr("husai.stability.scores.BLOCK", 7)
+    for x, y in zip(expected, (*max_cosines(a, b), matched_cosines(a, b)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    cosines = (torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T).abs()
+    np.testing.assert_allclose(expected[0], cosines.amax(1), atol=1e-6)
+    np.testing.assert_allclose(expected[1], cosines.amax(0), atol=1e-6)
+
+
+def test_planted_overlap_is_found():
+    """40 of 100 features shared, the others orthogonal to everything shared."""
+    basis = torch.linalg.qr(rows(0, 200, 200))[0]
+    a, b = basis[:100], torch.cat([basis[:40], basis[100:160]])
+    everything = torch.ones(100, dtype=torch.bool)
+    values = score(a, b, everything, everything)
+    assert values["mcc"] == pytest.approx(0.4, abs=1e-4)
+    assert values["share70"] == pytest.approx(0.4)
+    alive = everything.clone()
+    alive[40:] = False
+    assert score(a, b, alive, alive)["mcc_alive"] == pytest.approx(1)
+    assert score(a, b, alive, ~alive)["mcc_alive"] == pytest.approx(0, abs=1e-4)
+    assert score(a, b, alive, torch.zeros(100, dtype=torch.bool))["pwmcc_alive"] == 0
+
+
+def test_a_dictionary_narrower_than_its_space_keeps_its_orientation():
+    """8 features in 12 coordinates: the features are the rows, whatever the shape looks like."""
+    a, b = rows(1, 8), rows(2, 8)
+    assert pwmcc(a, b) != pytest.approx(pwmcc(a.T, b.T), abs=1e-3)
+    unit = lambda x: (x / x.norm(dim=1, keepdim=True)).numpy()  # noqa: E731
+    cosines = np.abs(unit(a) @ unit(b).T)
+    assert cosines.shape == (8, 8)
+    assert pwmcc(a, b) == pytest.approx((cosines.max(0).mean() + cosines.max(1).mean()) / 2, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_16384_features_need_under_4_gb():
+    code = """
+import resource, torch
+from husai.stability.scores import mcc, pwmcc
+a = torch.randn(16384, 64, generator=torch.Generator().manual_seed(0))
+b = a[torch.randperm(16384, generator=torch.Generator().manual_seed(1))] + 0.02 * torch.randn(16384, 64)
+assert pwmcc(a, b) > 0.99 and mcc(a, b) > 0.99
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak * 1024 < 4e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nulls
+
+
+def covariance(d=12, seed=0):
+    x = rows(seed, 5000, d) * torch.linspace(3, 0.3, d)
+    x = x @ torch.linalg.qr(rows(seed + 9, d, d))[0]
+    return torch.cov(x.T)
+
+
+def test_spectral_null_keeps_what_it_should():
+    spectrum = nulls.Spectrum.of(covariance(), 10**9)
+    assert [len(g) for g in spectrum.groups] == [1] * 12
+    a, b = rows(1, 30), rows(2, 20)
+    same, flipped = nulls.spectral(a, b, spectrum, torch.Generator().manual_seed(0))
+    assert same is a
+    torch.testing.assert_close(flipped @ flipped.T, b @ b.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (flipped @ spectrum.components).abs(), (b @ spectrum.components).abs(), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(flipped, b, atol=0.1)
+    assert torch.equal(b, rows(2, 20)), "the dictionary itself is left alone"
+
+
+def test_degenerate_eigenspaces_are_rotated_not_flipped():
+    values = torch.tensor([5.0, 5.0, 5.0, 2.0, 1.0, 1.0, 0.0, 0.0])
+    spectrum = nulls.Spectrum.of(torch.diag(values), 10_000)
+    assert [len(g) for g in spectrum.groups] == [3, 1, 2, 2]
+    b = rows(3, 15, 8)
+    _, rotated = nulls.spectral(b, b, spectrum, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rotated @ rotated.T, b @ b.T, rtol=1e-4, atol=1e-4)
+    for group in spectrum.groups:
+        basis = spectrum.components[:, group.start : group.stop]
+        torch.testing.assert_close((rotated @ basis).norm(dim=1), (b @ basis).norm(dim=1), rtol=1e-4, atol=1e-4)
+    first = spectrum.components[:, :3]
+    assert not torch.allclose((rotated @ first).abs(), (b @ first).abs(), atol=0.1)
+
+
+def test_features_on_single_components_have_no_excess_and_others_do():
+    d = 12
+    spectrum = nulls.Spectrum.of(torch.diag(torch.linspace(3, 0.3, d)), 10**9)
+    everything = torch.ones(d, dtype=torch.bool)
+    axis_aligned = Dictionary(torch.eye(d), everything)
+    value = compare.pair(axis_aligned, axis_aligned, spectrum, 10, ("t",), 1)
+    assert value["spectral"]["mean"]["mcc"] == pytest.approx(value["observed"]["mean"]["mcc"], abs=1e-6)
+    mixed = Dictionary(torch.linalg.qr(rows(0, d, d))[0], everything)
+    value = compare.pair(mixed, mixed, spectrum, 10, ("t",), 1)
+    assert value["observed"]["mean"]["mcc"] - value["spectral"]["mean"]["mcc"] > 0.3
+
+
+def test_random_rotations_are_orthogonal_and_seeded():
+    q = nulls.random_rotation(6, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(q @ q.T, torch.eye(6), atol=1e-6, rtol=0)
+    assert torch.equal(q, nulls.random_rotation(6, torch.Generator().manual_seed(0)))
+    mean = torch.stack([nulls.random_rotation(3, torch.Generator().manual_seed(i)) for i in range(2000)]).mean(0)
+    assert mean.abs().max() < 0.06, "Haar measure has mean 0; QR without the sign correction has not"
+
+
+def test_gaussian_nulls_have_their_covariance():
+    c = covariance()
+    spectrum = nulls.Spectrum.of(c, 5000)
+    empty = torch.zeros(60_000, 12)
+    drawn, other = nulls.covariance_matched(empty, empty, spectrum, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cov(drawn.T), c, rtol=0.05, atol=0.1)
+    assert not torch.equal(drawn, other)
+    drawn, _ = nulls.isotropic(empty, empty, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cov(drawn.T), torch.eye(12), rtol=0.05, atol=0.05)
+
+
+def test_effective_rank():
+    assert nulls.Spectrum.of(torch.eye(7), 100).effective_rank() == pytest.approx(7, rel=1e-5)
+    assert nulls.Spectrum.of(torch.diag(torch.tensor([4.0, 0, 0])), 100).effective_rank() == pytest.approx(1, rel=1e-4)
+
+
+def test_pair_does_not_depend_on_the_number_of_workers():
+    spectrum = nulls.Spectrum.of(covariance(), 5000)
+    alive = torch.ones(20, dtype=torch.bool)
+    a, b = Dictionary(rows(1, 20), alive, rows(3, 20)), Dictionary(rows(2, 20), alive, rows(4, 20))
+    assert compare.pair(a, b, spectrum, 10, ("x",), 1) == compare.pair(a, b, spectrum, 10, ("x",), 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def symmetric(seed, s):
+    m = np.random.default_rng(seed).normal(size=(s, s))
+    return m + m.T
+
+
+@pytest.mark.parametrize("s", [3, 5, 8])
+def test_jackknife_against_its_definition(s):
+    m = symmetric(s, s)
+    pairs = list(combinations(range(s), 2))
+    mean = np.mean([m[p] for p in pairs])
+    deleted = np.array([np.mean([m[p] for p in pairs if i not in p]) for i in range(s)])
+    error = np.sqrt((s - 1) / s * np.sum((deleted - deleted.mean()) ** 2))
+    e = jackknife(m)
+    assert e.estimate == pytest.approx(mean)
+    assert e.standard_error == pytest.approx(error)
+    assert (e.low, e.high) == pytest.approx(
+        (mean - stats.t.ppf(0.975, s - 1) * error, mean + stats.t.ppf(0.975, s - 1) * error)
+    )
+    assert (e.n_seeds, e.reason) == (s, None)
+
+
+@given(st.integers(0, 1000), st.integers(3, 7), st.floats(-5, 5), st.floats(0.1, 5))
+@settings(max_examples=30, deadline=None)
+def test_jackknife_moves_with_its_data(seed, s, shift, scale):
+    m = symmetric(seed, s)
+    order = np.random.default_rng(seed).permutation(s)
+    e, moved = jackknife(m), jackknife((m * scale + shift)[np.ix_(order, order)])
+    assert moved.estimate == pytest.approx(e.estimate * scale + shift, abs=1e-9)
+    assert moved.high - moved.low == pytest.approx((e.high - e.low) * scale, abs=1e-9)
+
+
+def test_two_seeds_have_no_interval_and_one_is_refused():
+    e = jackknife(symmetric(0, 2))
+    assert (e.low, e.high, e.standard_error) == (None, None, None)
+    assert "at least 3 seeds" in e.reason
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        jackknife(np.zeros((1, 1)))
+    with pytest.raises(ValueError, match="finite and symmetric"):
+        jackknife(np.triu(symmetric(0, 4)))
+    with pytest.raises(ValueError, match="finite and symmetric"):
+        jackknife(np.full((4, 4), np.nan))
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (2, 4), (4, 3)])
+def test_permutation_test_against_enumeration(first, second):
+    m = symmetric(first, first + second)
+    m[:first, :first] += 1.5
+
+    def statistic(arm):
+        rest = [i for i in range(first + second) if i not in arm]
+        return abs(pair_values(m[np.ix_(arm, arm)]).mean() - pair_values(m[np.ix_(rest, rest)]).mean())
+
+    observed = statistic(list(range(first)))
+    values = [statistic(list(c)) for c in combinations(range(first + second), first)]
+    assert permutation_test(m, first) == pytest.approx(np.mean([v >= observed - 1e-12 for v in values]))
+
+
+def test_permutation_test_sees_a_difference_and_refuses_tiny_arms():
+    m = symmetric(1, 10) * 0.01
+    m[:5, :5] += 1
+    assert permutation_test(m, 5) == pytest.approx(2 / 252), "the observed split and its mirror image"
+    with pytest.raises(ValueError, match="at least two seeds"):
+        permutation_test(m, 9)
+    with pytest.raises(ValueError, match="relabellings"):
+        permutation_test(np.zeros((40, 40)), 20)
+
+
+def test_tost():
+    e = Estimate(0.01, -0.01, 0.03, 0.01, 5, "m")
+    expected = max(stats.t.sf((0.01 + 0.05) / 0.01, 4), stats.t.sf((0.05 - 0.01) / 0.01, 4))
+    assert tost(e, 0.05).p_value == pytest.approx(expected)
+    assert tost(e, 0.05).equivalent
+    assert not tost(e, 0.02).equivalent, "not different from 0 is not the same as equal"
+    with pytest.raises(ValueError, match="positive number"):
+        tost(e, 0)
+    with pytest.raises(ValueError, match="no equivalence test"):
+        tost(jackknife(symmetric(0, 2)), 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdict
+
+
+def outcome(seeds=5, excess=0.2, noise=0.02, missing=()):
+    """Summary of made-up pairs whose observed score exceeds each null by `excess` on average."""
+    rng = np.random.default_rng(0)
+    effect = rng.normal(0, noise, seeds)
+    values = lambda x: {"mean": dict.fromkeys(compare.SCORES, x), "draws": None}  # noqa: E731
+    names = [n for n in (*compare.GATED_NULLS, "covariance_matched") if n not in missing]
+    pairs = {
+        (i, j): {"observed": values(0.3 + excess + effect[i] + effect[j])} | {n: values(0.3) for n in names}
+        for i, j in combinations(range(seeds), 2)
+    }
+    reasons = {"shuffled": "not run"} | dict.fromkeys(missing, "not given")
+    return compare.summarise([str(i) for i in range(seeds)], pairs, reasons)["verdict"]
+
+
+def test_verdicts():
+    assert outcome()["outcome"] == "above chance"
+    assert outcome()["claimable_excess"]["low"] > 0
+    assert outcome(excess=0.0)["outcome"] == "not above chance"
+    assert outcome(excess=-0.3)["outcome"] == "not above chance"
+    unclear = outcome(excess=0.02, noise=0.2)
+    assert unclear["outcome"] == "not above chance"
+    assert not unclear["equivalence"]["equivalent"], "a wide interval is no evidence of equality"
+    assert outcome(excess=0.0, noise=1e-4)["equivalence"]["equivalent"]
+    assert outcome()["equivalence"] is None
+    for n in (2, 3, 4):
+        assert outcome(seeds=n)["outcome"] == "inconclusive", "fewer than five seeds are never a pass"
+    for null in compare.GATED_NULLS:
+        verdict = outcome(missing=(null,))
+        assert verdict["outcome"] == "inconclusive"
+        assert null in verdict["reason"]
+
+
+def test_shared_decoders_and_initialisations_are_refused():
+    alive = torch.ones(5, dtype=torch.bool)
+    a, b = rows(1, 5), rows(2, 5)
+    ok = [Dictionary(a, alive, rows(3, 5)), Dictionary(b, alive, rows(4, 5))]
+    compare.refuse_shared(["a", "b"], ok)
+    with pytest.raises(BadInput, match="a and b share their decoder"):
+        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
+    with pytest.raises(BadInput, match="a and b share their initialisation"):
+        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
+    with pytest.raises(BadInput, match="d_in 12 and 3"):
+        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
+    with pytest.raises(BadInput, match="1 SAE given"):
+        compare.refuse_shared(["a"], ok[:1])
