@@ -108,7 +108,7 @@ def test_tree_digest_names_and_contents_count(tmp_path):
     assert tree_digest(tmp_path, "--x") == first
     (tmp_path / "a").rename(tmp_path / "b")
     assert tree_digest(tmp_path, "--x") != first
-    with pytest.raises(BadInput, match="--x: .* is not a folder"):
+    with pytest.raises(BadInput, match=r"--x: .* is not a folder"):
         tree_digest(tmp_path / "none", "--x")
 
 
@@ -191,10 +191,15 @@ def test_run_folder_and_its_manifest(tmp_path):
     ],
 )
 def test_failed_run_says_so_and_publishes_nothing(tmp_path, error, status, code):
-    with pytest.raises(type(error)), Run(tmp_path, {"a": 1}, "cpu", 2) as run:
-        run.write({"x": 1.0}, "half\n")
-        raise error
-    manifest = read_json(run.folder / "manifest.json")
+    def attempt():
+        with Run(tmp_path, {"a": 1}, "cpu", 2) as run:
+            run.write({"x": 1.0}, "half\n")
+            raise error
+
+    with pytest.raises(type(error)):
+        attempt()
+    (folder,) = tmp_path.glob("run_*")
+    manifest = read_json(folder / "manifest.json")
     assert (manifest["status"], manifest["return_code"]) == (status, code)
     assert not (tmp_path / "results.json").exists()
 
@@ -211,7 +216,7 @@ def test_second_run_into_the_same_folder_is_refused_while_the_first_lasts(tmp_pa
 def test_unwritable_output_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(BadInput, match="--output-dir: .* cannot be written"),
+        pytest.raises(BadInput, match=r"--output-dir: .* cannot be written"),
         Run(tmp_path / "file" / "x", {}, "cpu", 1),
     ):
         pass

@@ -99,6 +99,21 @@ assert "torch" not in sys.modules
     assert len(list(out.glob("run_*"))) >= 2
 
 
+def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path):
+    command, out = phase4a
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    weights = next(copy.glob("checkpoints/*/*/sae_weights.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = subprocess.run(
+        [*map(str, command), "--output-dir", str(copy)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "was changed after it was written" in done.stderr
+    assert weights.read_bytes() == whole
+    assert (copy / "results.json").read_bytes() == (out / "results.json").read_bytes()
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(phase4a, tmp_path):
     command, reference = phase4a
@@ -188,7 +203,7 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
 
 
 def test_transformer_and_activations_scripts(run_script, small_subject, tmp_path):
-    root, subject = small_subject
+    _, subject = small_subject
     code, out, err = run_script(EXTRACT, "--artifact-root", tmp_path, "--subject", subject, "--threads", 1)
     assert code == 0, err
     assert "rows    529 x 16, blocks.0.hook_resid_post at position 2" in out

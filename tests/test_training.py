@@ -54,6 +54,7 @@ def test_loss_and_every_gradient_equal_the_plain_reference(dead_counts):
     for i, count in enumerate(dead_counts):
         dead[i, :count] = True
     loss, main, fired = topk.loss(params, x, k, dead, 5.0, k_aux=3, aux_coefficient=1 / 32)
+    assert (main <= loss).all()
     loss.sum().backward()
     for i in range(2):
         single = {name: t[i].detach().clone().requires_grad_() for name, t in params.items()}

@@ -62,7 +62,7 @@ def parse():
 def main() -> None:
     args = parse()
     from husai.runs.cells import Cells, code_version
-    from husai.runs.files import tree_digest
+    from husai.runs.files import sha256_file, tree_digest
     from husai.runs.folder import Run
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,8 @@ def main() -> None:
 
     with Run(args.output_dir, config, args.device, args.threads) as run:
         cells = Cells(args.output_dir / "cells", args.force)
-        everything = {"config": config, "code": code_version("", *PACKAGES)}
+        code = [code_version(*PACKAGES), sha256_file(Path(__file__))]
+        everything = {"config": config, "code": code}
         results = cells.get("phase4a", everything, lambda: compute(args, cells))
         run.inputs |= results["inputs"]
         run.write(results, summary(results))
@@ -99,6 +100,12 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     inputs = {"subject": ours["subject_digest"], "activation store": ours["store_digest"]}
     inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in ours["members"]}
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
+    files += [
+        args.output_dir / m["checkpoint"] / "sae_weights.safetensors"
+        for section in sections.values()
+        for m in section["members"]
+        if "checkpoint" in m
+    ]
     results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
     return results, files
 
@@ -322,8 +329,8 @@ def comparison(section: dict) -> list[str]:
         f"| difference | {PUBLISHED['difference'][0]:+} to {PUBLISHED['difference'][1]:+} | {interval(excess)} |",
         "",
         "The published difference is that of dictionaries which have hardly left their random initialisation, on a "
-        "model that has learned nothing and whose input holds the answer. Against the nulls that know the data, "
-        f"this setting is **{verdict['outcome']}**: excess of `{verdict['score']}` over {verdict['highest_null']} "
+        "model that has learned nothing and whose input holds the answer. Here this setting is "
+        f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `{verdict['score']}` over {verdict['highest_null']} "
         f"{interval(verdict['claimable_excess'])}.",
     ]
 

@@ -180,7 +180,10 @@ class ActivationStore:
         ]:
             path = self.folder / file
             if not path.is_file() or sha256_file(path) != expected:
-                raise BadInput(f"activation store: {path} is not the file that the manifest names (sha256 differs)")
+                raise BadInput(
+                    f"activation store: {path} is not the file that the manifest names (sha256 differs); "
+                    "delete the folder to have it made again"
+                )
 
     @property
     def digest(self) -> str:

@@ -237,7 +237,10 @@ def describe(folder: Path, require_solved: bool = True) -> dict:
         raise BadInput(f"subject: {folder / 'subject.json'} is damaged ({error})") from None
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256_file(weights) != expected:
-        raise BadInput(f"subject: {weights} is missing or is not the file that subject.json names (sha256 differs)")
+        raise BadInput(
+            f"subject: {weights} is missing or is not the file that subject.json names (sha256 differs); "
+            "delete the folder to have it made again"
+        )
     if require_solved and not solved:
         raise BadInput(
             f"subject: {folder} has held-out accuracy {accuracy:.4f}; at least "
