@@ -99,13 +99,14 @@ assert "torch" not in sys.modules
     assert len(list(out.glob("run_*"))) >= 2
 
 
-def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path):
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "snapshots.safetensors", "cfg.json"])
+def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file):
     command, out = phase4a
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    weights = next(copy.glob("checkpoints/*/*/sae_weights.safetensors"))
+    weights = sorted(copy.glob(f"checkpoints/*/*/{file}"))[-1]
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     done = subprocess.run(
         [*map(str, command), "--output-dir", str(copy)], cwd=ROOT, capture_output=True, text=True, check=True
     )

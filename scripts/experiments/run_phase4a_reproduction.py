@@ -101,10 +101,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in ours["members"]}
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
     files += [
-        args.output_dir / m["checkpoint"] / "sae_weights.safetensors"
+        path
         for section in sections.values()
-        for m in section["members"]
+        for m in [*section["members"], *section.get("control", [])]
         if "checkpoint" in m
+        for path in sorted((args.output_dir / m["checkpoint"]).iterdir())
     ]
     results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
     return results, files
@@ -207,6 +208,9 @@ def trained(args, cells, device, protocol: dict) -> dict:
     digests = [m["checkpoint_sha256"] for arm in arms for m in arm["members"]]
     dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
     section = arms[0] | {"members": [m | {"label": f"seed{m['seed']}"} for m in arms[0]["members"]]}
+    if protocol["shuffled"]:
+        kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
+        section["control"] = [{name: m[name] for name in kept} for m in arms[1]["members"]]
     section |= study.compare_all(
         cells,
         store,
