@@ -198,6 +198,27 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     assert section["stability"]["verdict"]["outcome"] == "inconclusive", "the untrained null is not known"
     assert "untrained-root gives them" in text
 
+    # Another untrained state is another null, not the one that was computed before.
+    from safetensors.torch import load_file
+
+    verdicts = []
+    for scale in (1.0, 2.0):
+        untrained = tmp_path / f"untrained{scale}"
+        for i, folder in enumerate(sorted(root.iterdir())):
+            shutil.copytree(folder, untrained / folder.name)
+            weights = load_file(folder / "sae_weights.safetensors")
+            g = torch.Generator().manual_seed(int(10 * scale) + i)
+            weights["W_dec"] = torch.randn(24, 16, generator=g)
+            save_file(weights, untrained / folder.name / "sae_weights.safetensors")
+        code, _, err = run_script(
+            PHASE4A, "--sae-root", root, "--untrained-root", untrained, *arguments, tmp_path / "out"
+        )
+        assert code == 0, err
+        section = json.loads((tmp_path / "out" / "results.json").read_text())["husai"]
+        verdicts.append(section["stability"]["scores"]["mcc"]["nulls"]["untrained"]["mean"])
+        assert section["stability"]["verdict"]["outcome"] != "inconclusive"
+    assert verdicts[0] != verdicts[1]
+
     shutil.copytree(next(root.iterdir()), root / "twin")
     code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
     assert (code, "share their decoder" in err) == (2, True)

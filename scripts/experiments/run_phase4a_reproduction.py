@@ -205,7 +205,7 @@ def trained(args, cells, device, protocol: dict) -> dict:
         arms.append(train_or_find(cells, control, grid, protocol["recipe"], device, args.threads))
 
     folders = [[args.output_dir / m["checkpoint"] for m in arm["members"]] for arm in arms]
-    digests = [m["checkpoint_sha256"] for arm in arms for m in arm["members"]]
+    digests = [m["checkpoint_sha256"] for m in arms[0]["members"]]
     dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
     section = arms[0] | {"members": [m | {"label": f"seed{m['seed']}"} for m in arms[0]["members"]]}
     if protocol["shuffled"]:
@@ -216,14 +216,13 @@ def trained(args, cells, device, protocol: dict) -> dict:
         store,
         [m["label"] for m in section["members"]],
         dictionaries[0],
-        digests,
         dictionaries[1] if protocol["shuffled"] else None,
         protocol["null_draws"],
         args.threads,
         missing,
     )
     steps = section["snapshot_steps"]
-    return section | {"over_training": study.over_training(cells, folders[0], digests[: len(grid)], steps)}
+    return section | {"over_training": study.over_training(cells, folders[0], digests, steps)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,10 +247,8 @@ def brought(args, cells, device) -> dict:
     missing = {"shuffled": "the SAEs were not trained here"}
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
-    labels, digests = [r["label"] for r in records], [r["checkpoint_sha256"] for r in records]
-    section = study.compare_all(
-        cells, store, labels, dictionaries, digests, None, args.null_draws, args.threads, missing
-    )
+    labels = [r["label"] for r in records]
+    section = study.compare_all(cells, store, labels, dictionaries, None, args.null_draws, args.threads, missing)
     return {"members": records} | section
 
 

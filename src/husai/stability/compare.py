@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,6 +34,13 @@ class Dictionary:
     W_dec: Tensor  # [d_sae, d_in]
     alive: Tensor  # bool [d_sae]
     untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
+
+    def digest(self) -> str:
+        """sha256 of all that a comparison reads of it."""
+        sha = hashlib.sha256()
+        for tensor in (self.W_dec, self.alive, self.untrained):
+            sha.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        return sha.hexdigest()
 
 
 def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:

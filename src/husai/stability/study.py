@@ -63,7 +63,6 @@ def compare_all(
     store: ActivationStore,
     labels: list[str],
     dictionaries: list[Dictionary],
-    digests: list[str],
     shuffled: list[Dictionary] | None,
     draws: int,
     threads: int,
@@ -72,7 +71,6 @@ def compare_all(
     """Score all pairs, one cell each, and summarise them.
 
     Args:
-        digests: one a dictionary (and one more for each shuffled one): what the cells are keyed by.
         shuffled: SAEs trained on shuffled coordinates, in the same order, or None.
         missing: null -> why it is not there.
     """
@@ -84,12 +82,11 @@ def compare_all(
     with progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
-                "digests": [digests[i], digests[j], *([digests[len(labels) + n] for n in (i, j)] if shuffled else [])],
-                "alive": [int(dictionaries[n].alive.sum()) for n in (i, j)],
+                "dictionaries": [arm[n].digest() for arm in (dictionaries, shuffled or []) if arm for n in (i, j)],
                 "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
-                "untrained": "untrained" not in missing,
+                "threads": torch.get_num_threads(),
                 "code": code_version("stability"),
             }
 
@@ -105,7 +102,7 @@ def compare_all(
                     }
                 return value, []
 
-            scored[i, j] = cells.get(f"pair-{labels[i]}-{labels[j]}", key, compute)
+            scored[i, j] = cells.get("pair", key, compute)
             advance(1)
 
     present = [n for n in ("observed", *compare.GATED_NULLS, *compare.REPORTED_NULLS) if n not in missing]
