@@ -99,6 +99,7 @@ def truncate(folder):
         (edit_config(k=21), "k ≤ d_sae expected"),
         (edit_config(k=True), "positive whole numbers"),
         (edit_config(k=None), "'k' is missing"),
+        (edit_config(metadata=[1]), "metadata is no object"),
         (edit_config(d_in=20, d_sae=8), "holds .* expected"),
         (edit_weights(lambda w: w.update(W_dec=w["W_dec"].T)), "holds .* expected"),
         (edit_weights(lambda w: w.update(threshold=torch.zeros(20))), "holds .* expected"),

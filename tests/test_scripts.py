@@ -264,6 +264,7 @@ def refused(run_script):
         assert len(lines) == 1
         assert err.splitlines()[-1] == lines[0]
         assert message in lines[0]
+        assert sum(message in line for line in err.splitlines()) == 1
 
     return check
 
@@ -278,7 +279,8 @@ def refused(run_script):
         (["--k", "300"], "--k 300: at most --d-sae 256 expected"),
         (["--k", "0"], "at least 1"),
         (["--tokens", "many"], "at least 1"),
-        (["--learning-rate", "nan"], "above 0"),
+        (["--learning-rate", "nan"], "not a finite number"),
+        (["--learning-rate", "0"], "above 0"),
         (["--sead", "1"], "unrecognized arguments: --sead"),
         (["--untrained-root", "x"], "goes with --sae-root"),
         (["--protocol", "published", "--sae-root", "x"], "trains its own SAEs"),

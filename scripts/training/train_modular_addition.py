@@ -8,7 +8,7 @@ answered with the target accuracy for several epochs in a row (exit code 1 if th
 subject's folder, its held-out accuracy and its key frequencies.
 """
 
-from husai.runs.cli import Parser, fraction, positive_float, positive_int, prepare, run_main
+from husai.runs.cli import Parser, fraction, nonnegative_float, positive_float, positive_int, prepare, run_main
 
 
 def parse():
@@ -17,7 +17,7 @@ def parse():
     p.add_argument("--modulus", type=positive_int, default=113, help="an odd number (default: %(default)s)")
     p.add_argument("--epochs", type=positive_int, default=100, help="at most (default: %(default)s)")
     p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="of AdamW (default: %(default)s)")
-    p.add_argument("--weight-decay", type=float, default=1.0, help="of AdamW (default: %(default)s)")
+    p.add_argument("--weight-decay", type=nonnegative_float, default=1.0, help="of AdamW (default: %(default)s)")
     p.add_argument("--batch-size", type=positive_int, default=1024, help="pairs a step (default: %(default)s)")
     p.add_argument(
         "--train-fraction", type=fraction, default=0.8, help="share of pairs trained on (default: %(default)s)"

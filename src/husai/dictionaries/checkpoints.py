@@ -110,6 +110,9 @@ def load(folder: Path) -> SAE:
         raise BadInput(f"{where}: {error} is missing") from None
     if not all(type(n) is int and n > 0 for n in (d_in, d_sae, k)) or k > d_sae:
         raise BadInput(f"{where}: d_in {d_in!r}, d_sae {d_sae!r}, k {k!r}: positive whole numbers, k ≤ d_sae expected")
+    metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise BadInput(f"{where}: metadata is no object")
     path = folder / WEIGHTS
     if not path.is_file():
         raise BadInput(f"checkpoint: {path} does not exist")
@@ -124,7 +127,7 @@ def load(folder: Path) -> SAE:
     weights = {name: tensor.float() for name, tensor in weights.items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise BadInput(f"checkpoint: {path} holds NaN or infinite weights")
-    return SAE(**weights, k=k, metadata=config.get("metadata", {}))
+    return SAE(**weights, k=k, metadata=metadata)
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -19,7 +19,16 @@ INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
 
 DEFAULT_SEEDS = "42,123,456,789,1011"
-_FOLDER_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EISDIR}
+_FOLDER_ERRORS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EISDIR,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,12 +84,19 @@ def fraction(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
+    value = nonnegative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def nonnegative_float(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
     return value
 
 

@@ -126,8 +126,9 @@ class Run:
         status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", 1))
         if INTERRUPTED.is_set():
             status, code = codes[KeyboardInterrupt]
-        if kind is not None:
-            log.error("%s: %s", kind.__name__, error)
+        if kind is not None:  # the log keeps the traceback; the terminal gets one line, from `run_main`
+            record = log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (error,), (kind, error, traceback))
+            self._handler.handle(record)
         try:
             self._write_manifest(status, code)
             if (self.folder / "results.json").exists() and status == "complete":

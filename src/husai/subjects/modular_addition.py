@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -230,11 +231,12 @@ def describe(folder: Path, require_solved: bool = True) -> dict:
     if not isinstance(description, dict) or description.get("kind") != "modular_addition":
         raise BadInput(f"subject: {folder / 'subject.json'} does not describe a modular-addition transformer")
     try:
-        ModularAdditionConfig(**description["config"])
+        config = _config(description)
         expected, training = description["weights_sha256"], description["training"]
-        solved, accuracy = training["solved"], training["heldout_accuracy"]
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"subject: {folder / 'subject.json'} is damaged ({error})") from None
+        solved, accuracy = training["solved"] is True, float(training["heldout_accuracy"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"subject: {folder / 'subject.json'} is damaged ({reason})") from None
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256_file(weights) != expected:
         raise BadInput(
@@ -243,23 +245,28 @@ def describe(folder: Path, require_solved: bool = True) -> dict:
         )
     if require_solved and not solved:
         raise BadInput(
-            f"subject: {folder} has held-out accuracy {accuracy:.4f}; at least "
-            f"{description['config']['target_accuracy']} is required"
+            f"subject: {folder} has held-out accuracy {accuracy:.4f}; at least {config.target_accuracy} is required"
         )
     return description | {"digest": digest({"config": description["config"], "weights": expected})}
+
+
+def _config(description: dict) -> ModularAdditionConfig:
+    """The configuration in a description, every field of its declared type (TypeError or ValueError otherwise)."""
+    config = ModularAdditionConfig(**description["config"])  # TypeError for fields that it does not have
+    return TypeAdapter(ModularAdditionConfig).validate_python(asdict(config))
 
 
 def load(folder: Path, require_solved: bool = True) -> tuple[HookedTransformer, ModularAdditionConfig, dict]:
     """(model, config, description) of a subject folder; see `describe` for what is refused."""
     description = describe(folder, require_solved)
-    config = ModularAdditionConfig(**description["config"])
-    model = build_model(config)
+    config = _config(description)
     try:
+        model = build_model(config)
         state = load_file(folder / "model.safetensors")
         if state.keys() != _weights(model).keys():
             raise KeyError("other parameter names")
         model.load_state_dict(state, strict=False)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, ValueError, ArithmeticError, AssertionError) as error:
         raise BadInput(f"subject: {folder / 'model.safetensors'} does not fit its config ({error})") from None
     return model.eval(), config, description
 
