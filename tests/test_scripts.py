@@ -279,7 +279,7 @@ def refused(run_script):
         (["--k", "300"], "--k 300: at most --d-sae 256 expected"),
         (["--k", "0"], "at least 1"),
         (["--tokens", "many"], "at least 1"),
-        (["--learning-rate", "nan"], "not a finite number"),
+        (["--learning-rate", "nan"], "not a finite number above 0"),
         (["--learning-rate", "0"], "above 0"),
         (["--sead", "1"], "unrecognized arguments: --sead"),
         (["--untrained-root", "x"], "goes with --sae-root"),

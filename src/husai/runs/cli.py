@@ -63,41 +63,30 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--force", action="store_true", help="compute again what is already finished")
 
 
-def positive_int(text: str) -> int:
+def _number(text: str, kind: type, holds: Callable[[float], bool], what: str):
     try:
-        value = int(text)
+        value = kind(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, lambda v: v >= 1, "a whole number of at least 1")
 
 
 def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+    return _number(text, float, lambda v: 0 < v < 1, "a number between 0 and 1")
 
 
 def positive_float(text: str) -> float:
-    value = nonnegative_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return _number(text, float, lambda v: 0 < v < float("inf"), "a finite number above 0")
 
 
 def nonnegative_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
-    return value
+    return _number(text, float, lambda v: 0 <= v < float("inf"), "a finite number of at least 0")
 
 
 def int_list(text: str) -> list[int]:
