@@ -194,6 +194,22 @@ def test_effective_rank():
     assert nulls.Spectrum.of(torch.diag(torch.tensor([4.0, 0, 0])), 100).effective_rank() == pytest.approx(1, rel=1e-4)
 
 
+def test_scoring_leaves_the_thread_count_as_it_was():
+    code = """
+import torch
+from husai.stability import compare, nulls
+torch.set_num_threads(2)
+d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
+with compare.one_torch_thread():
+    assert torch.get_num_threads() == 1
+    compare.pair(d(1), d(2), nulls.Spectrum.of(torch.eye(4), 100), 5, (), 2)
+assert torch.get_num_threads() == 2
+info = torch.__config__.parallel_info()
+assert "mkl_get_max_threads() : 2" in info or "mkl_get_max_threads" not in info, info
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_pair_does_not_depend_on_the_number_of_workers():
     spectrum = nulls.Spectrum.of(covariance(), 5000)
     alive = torch.ones(20, dtype=torch.bool)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -43,6 +44,20 @@ class Dictionary:
         return sha.hexdigest()
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Score with one torch thread, so that no score depends on how many there are: the draws are what runs in parallel.
+
+    Setting the number in a worker also sets it for MKL in the whole process; here it is put back.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:
     """Raise BadInput where two dictionaries share their decoder or their initialisation: that is not stability."""
     if len(dictionaries) < 2:
@@ -56,7 +71,7 @@ def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> 
 
 
 def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, seed_path: tuple, threads: int) -> dict:
-    """Scores of one pair, observed and under the nulls.
+    """Scores of one pair, observed and under the nulls; to be called inside `one_torch_thread`.
 
     Args:
         draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
@@ -72,7 +87,6 @@ def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, see
             x, y = draw(a.W_dec, b.W_dec, g=generator(*seed_path, name, i))
             return score(x, y, a.alive, b.alive), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
-        # Each worker uses one torch thread, so that its arithmetic does not depend on how many there are.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             scores, histograms = zip(*pool.map(one, range(n)), strict=True)
         values = {s: [x[s] for x in scores] for s in SCORES}

@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from husai.activations.store import ActivationStore
@@ -76,17 +75,17 @@ def compare_all(
     """
     compare.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
-    spectrum = Spectrum.of(covariance, store.rows)
+    with compare.one_torch_thread():
+        spectrum = Spectrum.of(covariance, store.rows)
     all_pairs = list(combinations(range(len(labels)), 2))
     scored = {}
-    with progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
+    with compare.one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
                 "dictionaries": [arm[n].digest() for arm in (dictionaries, shuffled or []) if arm for n in (i, j)],
                 "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
-                "threads": torch.get_num_threads(),
                 "code": code_version("stability"),
             }
 
@@ -140,10 +139,6 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
             points.append(point)
         return points, []
 
-    key = {
-        "digests": digests,
-        "steps": steps,
-        "threads": torch.get_num_threads(),
-        "code": code_version("stability"),
-    }
-    return cells.get("over_training", key, compute)
+    key = {"digests": digests, "steps": steps, "code": code_version("stability")}
+    with compare.one_torch_thread():
+        return cells.get("over_training", key, compute)

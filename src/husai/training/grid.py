@@ -39,7 +39,7 @@ def train_or_find(
         {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
         checkpoint_sha256; heldout: the figures of `evaluate`; curve; aux_steps), "curve_steps", "snapshot_steps"}
     """
-    check_members(grid, store.d_in)
+    check_members(grid)
     key = {
         "members": [asdict(m) for m in grid],
         "config": asdict(config),

@@ -174,7 +174,7 @@ def geometric_median(x: Tensor, iterations: int = 100) -> Tensor:
     return new
 
 
-def check_members(members: list[Member], d_in: int) -> None:
+def check_members(members: list[Member]) -> None:
     """Raise BadInput for an empty run, k outside 1 … d_sae, or two members that would be the same SAE."""
     if not members:
         raise BadInput("no SAE to train: the grid of seeds, widths and sparsities is empty")
@@ -204,7 +204,7 @@ def train(
     Raises:
         BadInput: an impossible member, or activations that are not finite.
     """
-    check_members(members, store.d_in)
+    check_members(members)
     train_rows, _ = store.split(config.heldout_fraction)
     sample = store.read(0, min(len(train_rows), config.window_rows)).to(dtype)
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
