@@ -1,21 +1,19 @@
 """SAE checkpoints in the SAELens layout: `cfg.json` + `sae_weights.safetensors` (+ `sparsity.safetensors`).
 
 `sae_lens.SAE.load_from_disk(folder)` opens what `save` writes. Activations need no rescaling: whatever normalisation
-training used is folded into the weights.
+training used is folded into the weights. Checkpoints of other libraries: `foreign.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from husai.dictionaries import topk
+from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file, write_bytes, write_json
 
@@ -23,44 +21,10 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 SAE_LENS_VERSION = "6.54.12"  # the layout's version
 # What would change encode or decode if it were set otherwise, and the only value that this code computes.
 ASSUMED = {
-    "apply_b_dec_to_input": True,
     "normalize_activations": "none",
     "reshape_activations": "none",
     "rescale_acts_by_decoder_norm": False,
 }
-
-
-@dataclass
-class SAE:
-    """One trained SAE. `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`."""
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    k: int
-    architecture: str = "topk"
-    metadata: dict = field(default_factory=dict)
-    """How it was made: model_name, hook_name, and under `husai` seeds, tokens, and digests of store and subject."""
-
-    @property
-    def d_in(self) -> int:
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
-
-    def _stack(self) -> topk.Params:
-        return {name: getattr(self, name).unsqueeze(0) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-
-    def encode(self, x: Tensor) -> Tensor:
-        """`x [rows, d_in]` -> features `[rows, d_sae]`."""
-        return topk.keep_top(topk.pre_activations(self._stack(), x.unsqueeze(0)), torch.tensor([self.k]))[0]
-
-    def decode(self, features: Tensor) -> Tensor:
-        """features `[rows, d_sae]` -> `[rows, d_in]`."""
-        return topk.decode(self._stack(), features.unsqueeze(0))[0]
 
 
 def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path]:
@@ -69,15 +33,17 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
     Args:
         firing_rate: `[d_sae]`, share of rows on which each feature is active; saved as SAELens' log10 sparsity.
     """
-    weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.weights.items()}
     write_bytes(folder / WEIGHTS, to_bytes(weights))
     config = {
         "architecture": sae.architecture,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "k": sae.k,
+        **({"k": sae.k} if sae.architecture == "topk" else {}),
+        **({"d_out": sae.d_out} if "transcoder" in sae.architecture else {}),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
+        "apply_b_dec_to_input": sae.subtract_b_dec,
         **ASSUMED,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **sae.metadata},
     }
@@ -99,35 +65,57 @@ def load(folder: Path) -> SAE:
     where = f"checkpoint: {folder / CONFIG}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
-    if config.get("architecture") != "topk":
-        raise BadInput(f"{where}: architecture {config.get('architecture')!r} cannot be read; 'topk' expected")
+    architecture = config.get("architecture")
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {known} expected")
     for key, expected in ASSUMED.items():
         if config.get(key, expected) != expected:
             raise BadInput(f"{where}: {key} is {config[key]!r}; only {expected!r} can be read")
-    try:
-        d_in, d_sae, k = (config[name] for name in ("d_in", "d_sae", "k"))
-    except KeyError as error:
-        raise BadInput(f"{where}: {error} is missing") from None
-    if not all(type(n) is int and n > 0 for n in (d_in, d_sae, k)) or k > d_sae:
-        raise BadInput(f"{where}: d_in {d_in!r}, d_sae {d_sae!r}, k {k!r}: positive whole numbers, k ≤ d_sae expected")
+    transcoder = "transcoder" in architecture
+    subtract = config.get("apply_b_dec_to_input", not transcoder)
+    if not isinstance(subtract, bool) or (subtract and transcoder):
+        raise BadInput(f"{where}: apply_b_dec_to_input is {subtract!r}; true or false expected, false for transcoders")
+    sizes = {"d_in": None, "d_sae": None}
+    sizes |= {"k": None} if architecture == "topk" else {}
+    sizes |= {"d_out": None} if transcoder else {}
+    for name in sizes:
+        sizes[name] = config.get(name)
+        if type(sizes[name]) is not int or sizes[name] < 1:
+            raise BadInput(f"{where}: {name} is {sizes[name]!r}; a positive whole number expected")
+    d_in, d_sae, k = sizes["d_in"], sizes["d_sae"], sizes.get("k")
+    if k is not None and k > d_sae:
+        raise BadInput(f"{where}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise BadInput(f"{where}: metadata is no object")
-    path = folder / WEIGHTS
+    weights = read_tensors(folder / WEIGHTS)
+    d_out = sizes.get("d_out", d_in)
+    shapes = dict.fromkeys(ENCODER[ARCHITECTURES[architecture]], (d_sae,))
+    shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    shapes |= {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
+    return checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or BadInput."""
     if not path.is_file():
         raise BadInput(f"checkpoint: {path} does not exist")
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"checkpoint: {path} is truncated or not safetensors ({error})") from None
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def checked(sae: SAE, shapes: dict[str, tuple[int, ...]], path: Path) -> SAE:
+    """The SAE in float32, or BadInput where its tensors are others than `shapes` says or not finite."""
+    found = {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}
     if found != shapes:
         raise BadInput(f"checkpoint: {path} holds {found}; {shapes} expected")
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    sae.weights = {name: tensor.float() for name, tensor in sae.weights.items()}
+    if not all(tensor.isfinite().all() for tensor in sae.weights.values()):
         raise BadInput(f"checkpoint: {path} holds NaN or infinite weights")
-    return SAE(**weights, k=k, metadata=metadata)
+    return sae
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -1,0 +1,134 @@
+"""What every SAE family offers the trainer, and what families share.
+
+A family is a module with `PENALISED` (its sparsity comes from a penalty, which a controller steers to the target L0),
+`UNIT_DECODER` (decoder rows are kept at norm 1) and three functions:
+
+    init(shape, generators)                      -> parameters of a stack, `[n, …]`
+    loss(params, buffers, batch)                 -> Outcome
+    weights(params, buffers)                     -> the trained member's tensors, in SAELens' names
+
+Parameters carry one leading axis n, the member: `W_enc [n, d_in, d_sae]`, `b_enc [n, d_sae]`,
+`W_dec [n, d_sae, d_out]`, `b_dec [n, d_out]`; activations are `x [n, rows, d_in]`. `W_enc` is stored feature by feature
+(a transposed view), so that a feature's encoder weights are contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from husai.kernels.sparse import Choice, Kept, encode, reconstruct
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the members of a stack."""
+
+    d_in: int
+    d_out: int
+    d_sae: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input to a stack of n members."""
+
+    x: Tensor
+    """`[n, rows, d_in]`, centred, of unit variance a coordinate on average."""
+    y: Tensor
+    """What is to be reconstructed, `[n, rows, d_out]`: x itself, or for transcoders another hook's activations."""
+    k: tuple[int, ...]
+    """For each member: active features a row, kept (top-k families) or aimed at (the others)."""
+    dead: tuple[Tensor, ...]
+    """For each member: its dead features, int64."""
+    aux_coefficient: float = 1 / 32
+    propose: bool = False
+    """See `kernels.sparse.Choice`."""
+
+    @property
+    def variance(self) -> float:
+        """Total variance of `y`: the unit of every loss."""
+        return self.y.shape[-1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one step, for each member of a stack."""
+
+    loss: Tensor
+    """`[n]`, differentiable."""
+    error: Tensor
+    """`[n]`, ‖y − ŷ‖²/variance, averaged over rows."""
+    fired: Tensor
+    """bool `[n, d_sae]`: active on some row."""
+    l0: Tensor
+    """`[n]`, active features a row."""
+
+
+def unit_rows(rows: int, columns: int, generators: list[torch.Generator]) -> Tensor:
+    """Directions drawn uniformly, one matrix a generator: `[n, rows, columns]`."""
+    matrices = [torch.randn(rows, columns, generator=g) for g in generators]
+    return torch.stack([m / m.norm(dim=1, keepdim=True) for m in matrices])
+
+
+def tied_init(shape: Shape, generators: list[torch.Generator]) -> Params:
+    """Decoder rows uniform on the unit sphere, the encoder their transpose, biases zero (Gao et al., section 2.4)."""
+    W_dec = unit_rows(shape.d_sae, shape.d_in, generators)
+    n = len(generators)
+    return {
+        "W_enc": W_dec.clone().transpose(1, 2),
+        "b_enc": torch.zeros(n, shape.d_sae),
+        "W_dec": W_dec,
+        "b_dec": torch.zeros(n, shape.d_in),
+    }
+
+
+def kept_loss(
+    params: Params, batch: Batch, choice: Choice, prefixes: tuple[int, ...] = (), transcoder: bool = False
+) -> tuple[Outcome, Kept]:
+    """The loss of the families that keep the largest pre-activations: error, averaged over nested dictionaries if
+    there are `prefixes` (the sizes of those smaller than the whole), plus AuxK."""
+    x, y, W_dec = batch.x, batch.y, params["W_dec"]
+    b_in = None if transcoder else params["b_dec"]
+    rows = x.shape[1]
+    target = y - torch.bmm(x, params["W_skip"]) if "W_skip" in params else y
+    values, kept = encode(params["W_enc"], params["b_enc"], b_in, x, choice)
+    squares, error = reconstruct(values, W_dec, params["b_dec"], target, kept)
+    main = squares / (rows * batch.variance)
+    loss = main
+    for size in prefixes:
+        inside = torch.where(kept.features < size, values, 0)
+        nested, _ = reconstruct(inside, W_dec, params["b_dec"], target, kept)
+        loss = loss + nested / (rows * batch.variance)
+    loss = loss / (1 + len(prefixes))
+    if batch.aux_coefficient and any(len(d) for d in batch.dead):
+        loss = loss + batch.aux_coefficient * auxiliary(params, batch, error, b_in)
+    fired, active = kept.activity()
+    return Outcome(loss, main.detach(), fired, active / rows), kept
+
+
+def auxiliary(params: Params, batch: Batch, error: Tensor, b_in: Tensor | None) -> Tensor:
+    """AuxK (Gao et al., arXiv 2406.04093, section 3.3 and appendix A.2), `[n]`.
+
+    The d_in/2 largest pre-activations of dead features, ReLU after the selection, model what the kept features left
+    over; the gradient reaches those features' encoder and decoder. 0 for members without dead features.
+    """
+    k = max(1, batch.x.shape[-1] // 2)
+    choice = Choice((k,) * len(batch.k), columns=batch.dead)
+    values, kept = encode(params["W_enc"], params["b_enc"], b_in, batch.x, choice)
+    nothing = torch.zeros_like(params["b_dec"])
+    squares, _ = reconstruct(values, params["W_dec"], nothing, error, kept)
+    whole = error.square().sum((1, 2)).clamp_min(torch.finfo(error.dtype).tiny)
+    has_dead = torch.tensor([len(d) > 0 for d in batch.dead], device=error.device)
+    return squares / whole * has_dead
+
+
+def dense_outcome(loss: Tensor, squares: Tensor, features: Tensor, batch: Batch) -> Outcome:
+    """The outcome of a family whose `features [n, rows, d_sae]` are computed in full."""
+    active = features.detach() > 0
+    error = squares.detach() / (batch.x.shape[1] * batch.variance)
+    return Outcome(loss, error, active.any(1), active.sum((1, 2)).float() / batch.x.shape[1])

@@ -1,0 +1,54 @@
+"""JumpReLU SAEs (Rajamanoharan et al., arXiv 2407.14435): a feature is active above a threshold of its own, learned
+through straight-through estimators from an L0 penalty and from the reconstruction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from husai.dictionaries.family import Batch, Outcome, Params, Shape, dense_outcome, tied_init
+
+PENALISED, UNIT_DECODER = True, True
+ARCHITECTURE = "jumprelu"
+BANDWIDTH = 0.1  # of the rectangle kernel; pre-activations are of order 1, as the activations are scaled
+INITIAL_THRESHOLD = 0.1
+
+
+def init(shape: Shape, generators: list[torch.Generator]) -> Params:
+    """Tied. The threshold itself is the parameter: at Adam's step sizes its logarithm would hardly move."""
+    n = len(generators)
+    return tied_init(shape, generators) | {"threshold": torch.full((n, shape.d_sae), INITIAL_THRESHOLD)}
+
+
+class _Jump(torch.autograd.Function):
+    """(f, active) = (pre · H(pre − θ), H(pre − θ)), with the paper's estimators of the gradients to θ (equations 11 and
+    12): −θ/ε · K((pre − θ)/ε) for f and −1/ε · K((pre − θ)/ε) for active, K the rectangle of width 1."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold):
+        threshold = threshold.unsqueeze(1)
+        active = (pre > threshold).to(pre.dtype)
+        ctx.save_for_backward(pre, threshold)
+        return pre * active, active
+
+    @staticmethod
+    def backward(ctx, to_features, to_active):
+        pre, threshold = ctx.saved_tensors
+        near = ((pre - threshold).abs() < BANDWIDTH / 2).to(pre.dtype)
+        to_threshold = (threshold * to_features + to_active).mul_(near).sum(1) / -BANDWIDTH
+        return to_features * (pre > threshold), to_threshold
+
+
+def loss(params: Params, buffers: Params, batch: Batch) -> Outcome:
+    """‖y − ŷ‖²/variance + penalty · L0/d_sae, averaged over rows."""
+    b_dec = params["b_dec"].unsqueeze(1)
+    pre = torch.baddbmm(params["b_enc"].unsqueeze(1), batch.x - b_dec, params["W_enc"]).relu()
+    features, active = _Jump.apply(pre, params["threshold"])
+    squares = (batch.y - torch.baddbmm(b_dec, features, params["W_dec"])).square().sum((1, 2))
+    rows = batch.x.shape[1]
+    total = squares / (rows * batch.variance) + buffers["penalty"] * active.sum((1, 2)) / (rows * pre.shape[-1])
+    return dense_outcome(total, squares, features, batch)
+
+
+def weights(params: Params, buffers: Params) -> dict[str, Tensor]:
+    return params

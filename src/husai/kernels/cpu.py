@@ -1,0 +1,201 @@
+"""The work of `sparse.py` on a CPU: numba kernels (`cpu_kernels.py`), dealt to threads member by member in pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from husai.kernels import cpu_kernels as kernels
+from husai.kernels.sparse import Choice, Kept
+from husai.kernels.workers import deal, spans
+
+ROWS = 512  # of a piece: its pre-activations stay in cache between the product and the choice
+FEATURES = 256
+SLACK = 1.05  # on the bound of a proposal's error: sums in float32 are not exact either
+
+
+def proposes() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
+    """The entries of x Wᵀ + bias to keep. `x [n, rows, d_in]`, `W [n, d_sae, d_in]`, `bias [n, d_sae]`."""
+    n, rows, d_sae = len(x), x.shape[1], W.shape[1]
+    if choice.across_batch:
+        return _across_batch(x, W, bias, choice)
+    W, bias, columns = list(W.contiguous()), list(bias), choice.columns
+    if columns is not None:
+        W, bias = ([t[c] for t, c in zip(ts, columns, strict=True)] for ts in (W, bias))
+    sizes = [min(k, len(w)) for k, w in zip(choice.k, W, strict=True)]
+    lengths = torch.tensor(sizes).repeat_interleave(rows)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    features = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    values = x.new_empty(int(offsets[-1]))
+    starts = offsets[::rows].tolist()
+    out = [tuple(t[starts[i] : starts[i + 1]].view(rows, sizes[i]) for t in (features, values)) for i in range(n)]
+    propose = choice.propose and x.dtype == torch.float32
+    if propose:
+        x_rounded = [Rounded(x[0])] * n if x.stride(0) == 0 else [Rounded(x[i]) for i in range(n)]
+        W_rounded = [Rounded(w) for w in W]
+
+    def share(i: int, first: int, last: int) -> None:
+        if sizes[i] == 0:
+            return
+        chosen, kept = (t[first:last].numpy() for t in out[i])
+        if not propose:
+            pre = torch.addmm(bias[i], x[i, first:last], W[i].T)
+            kernels.top_k(pre.numpy(), sizes[i], chosen, kept)
+            return
+        a, b = x_rounded[i], W_rounded[i]
+        product = torch.mm(a.bits[first:last], b.bits.T).view(torch.uint16).numpy()
+        error = a.errors[first:last] * b.largest_norm + a.norms[first:last] * b.largest_error
+        error = (error * SLACK).numpy()
+        at = torch.empty(last - first + 1, dtype=torch.long).numpy()
+        proposals = torch.empty(product.size, dtype=torch.int32).numpy()
+        b_i, W_i, x_i = bias[i].numpy(), W[i].numpy(), x[i, first:last].numpy()
+        kernels.propose(product, b_i, error, sizes[i], at, proposals)
+        scores = torch.empty(int(at[-1])).numpy()
+        kernels.gather_dots(at, proposals, W_i, b_i, x_i, scores)
+        kernels.keep_top(at, proposals, scores, sizes[i], chosen, kept)
+
+    deal(share, ((i, *span) for i in range(n) for span in spans(rows, ROWS)))
+    if columns is not None:
+        for (chosen, _), c in zip(out, columns, strict=True):
+            chosen.copy_(c[chosen.long()])
+    return Kept(rows, d_sae, tuple(s * rows for s in sizes), offsets, features, values)
+
+
+class Rounded:
+    """A float32 matrix rounded to bfloat16, with the norms and rounding errors of its rows."""
+
+    def __init__(self, x: Tensor):
+        self.bits = torch.empty(x.shape, dtype=torch.bfloat16)
+        self.norms, self.errors = torch.empty(len(x)), torch.empty(len(x))
+        bits, norms, errors = self.bits.view(torch.uint16).numpy(), self.norms.numpy(), self.errors.numpy()
+        source = x.contiguous().numpy()
+
+        def share(first: int, last: int) -> None:
+            kernels.round_rows(source[first:last], bits[first:last], norms[first:last], errors[first:last])
+
+        deal(share, spans(len(x), 1024))
+        self.largest_error = float(self.errors.max())
+        self.largest_norm = float(self.norms.max()) + self.largest_error
+
+
+def _across_batch(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
+    """BatchTopK. Values equal to the smallest kept one are all kept."""
+    n, rows, d_sae = len(x), x.shape[1], W.shape[1]
+    if choice.columns is not None:
+        raise NotImplementedError("a choice across the batch among some features only")
+    integers, shift = (torch.int32, 16) if x.dtype == torch.float32 else (torch.int64, 48)
+    pieces = list(spans(rows, ROWS))
+    counts, features, values = [], [], []
+    for i in range(n):
+        pre = x.new_empty(rows, d_sae)
+        histograms = torch.zeros(len(pieces), 2**15, dtype=torch.long)
+
+        def multiply(j: int, first: int, last: int, i=i, pre=pre, histograms=histograms) -> None:
+            torch.addmm(bias[i], x[i, first:last], W[i].T, out=pre[first:last])
+            kernels.histogram(pre[first:last].view(integers).numpy(), shift, histograms[j].numpy())
+
+        deal(multiply, ((j, *piece) for j, piece in enumerate(pieces)))
+        threshold = _kth_positive(pre, choice.k[i] * rows, histograms.sum(0), integers, shift)
+        count = torch.empty(rows, dtype=torch.long)
+        deal(kernels.count_rows, ((pre[a:b].numpy(), threshold, count[a:b].numpy()) for a, b in pieces))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
+        chosen, kept = torch.empty(int(offsets[-1]), dtype=torch.int32), x.new_empty(int(offsets[-1]))
+        deal(
+            kernels.collect,
+            ((pre[a:b].numpy(), threshold, offsets[a:].numpy(), chosen.numpy(), kept.numpy()) for a, b in pieces),
+        )
+        counts.append(count)
+        features.append(chosen)
+        values.append(kept)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(counts).cumsum(0)])
+    return Kept(rows, d_sae, tuple(map(len, values)), offsets, torch.cat(features), torch.cat(values))
+
+
+def _kth_positive(pre: Tensor, k: int, histogram: Tensor, integers: torch.dtype, shift: int):
+    """The k-th largest of the positive values of `pre`, or the smallest positive number where there are fewer."""
+    from_above = histogram.flip(0).cumsum(0)
+    tiny = torch.finfo(pre.dtype).tiny
+    if int(from_above[-1]) <= k:
+        return pre.new_tensor(tiny).numpy()[()]
+    leading = len(histogram) - 1 - int((from_above < k).sum())
+    above = int(from_above[len(histogram) - 1 - leading]) - int(histogram[leading])
+    same = pre[(pre.view(integers) >> shift) == leading]
+    return same.topk(k - above).values[-1].numpy()[()]
+
+
+def residual(kept: Kept, values: Tensor, W: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(error = target − bias − Σ values · W `[n, rows, d_in]`, each entry's W[feature] · error, each row's ‖error‖²)"""
+    error = torch.empty(kept.n, kept.rows, W.shape[2], dtype=W.dtype)
+    slopes, squares = torch.empty_like(values), values.new_empty(kept.n, kept.rows)
+    offsets, features, values = kept.offsets.numpy(), kept.features.numpy(), values.detach().numpy()
+    W, bias, out = W.detach().numpy(), bias.detach().numpy(), slopes.numpy()
+
+    def share(i: int, first: int, last: int) -> None:
+        rows = offsets[i * kept.rows : (i + 1) * kept.rows + 1]
+        goal, e, s = target[i].detach().numpy(), error[i].numpy(), squares[i].numpy()
+        kernels.residual(rows, features, values, W[i], bias[i], goal, first, last, e, out, s)
+
+    deal(share, ((i, *span) for i in range(kept.n) for span in spans(kept.rows, ROWS)))
+    return error, slopes, squares.flatten()
+
+
+def weighted_sums(kept: Kept, weights: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """For each feature over its entries: (Σ weights · (x − centre) `[n, d_sae, d_in]`, Σ weights `[n, d_sae]`)"""
+    starts, rows, entries = _by_feature(kept)
+    sums, totals = weights.new_empty(kept.n, kept.d_sae, x.shape[2]), weights.new_empty(kept.n, kept.d_sae)
+    weights, centre = weights.detach().numpy(), centre.detach().numpy()
+
+    def share(i: int, first: int, last: int) -> None:
+        source, out, total = x[i].detach().numpy(), sums[i].numpy(), totals[i].numpy()
+        kernels.weighted_sums(starts[i], rows[i], entries[i], weights, source, centre[i], first, last, out, total)
+
+    deal(share, ((i, *span) for i in range(kept.n) for span in spans(kept.d_sae, FEATURES)))
+    return sums, totals
+
+
+def activity(kept: Kept) -> tuple[Tensor, Tensor]:
+    """(bool [n, d_sae], which features are active on any row; [n], how many entries are positive)"""
+    starts = torch.stack([torch.from_numpy(s) for s in _by_feature(kept)[0]])
+    return starts.diff() > 0, starts[:, -1].clone()
+
+
+def _by_feature(kept: Kept) -> tuple[list, list, list]:
+    """(starts, rows, entries) of `kernels.by_feature`, a list over members each; computed once."""
+    if kept.order is not None:
+        return kept.order
+    offsets, features, values = kept.offsets.numpy(), kept.features.numpy(), kept.values.detach().numpy()
+    kept.order = order = [], [], []
+    for i in range(kept.n):
+        first, last = (int(offsets[j * kept.rows]) for j in (i, i + 1))
+        order[0].append(torch.empty(kept.d_sae + 1, dtype=torch.long).numpy())
+        order[1].append(torch.empty(last - first, dtype=torch.int32).numpy())
+        order[2].append(torch.empty(last - first, dtype=torch.int64).numpy())
+
+    def share(i: int) -> None:
+        rows = offsets[i * kept.rows : (i + 1) * kept.rows + 1]
+        kernels.by_feature(rows, features, values, *(part[i] for part in order))
+
+    deal(share, ((i,) for i in range(kept.n)))
+    return order
+
+
+def adam(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, decay: float, betas: tuple, step: int, unit: bool
+) -> None:
+    """As `dense.adam`, for parameters whose rows are contiguous."""
+    shape = (len(p), -1, p.shape[-1]) if p.ndim > 2 else (len(p), 1, p.shape[-1])
+    arrays = [t.detach().view(shape).numpy() for t in (p, g, m, v)]
+    number = arrays[0].dtype.type
+    rates = rate.tolist()
+    constants = [number(c) for c in (*betas, 1 - betas[0] ** step, 1 - betas[1] ** step)]
+
+    def share(i: int, first: int, last: int) -> None:
+        own = [a[i] for a in arrays]
+        kernels.adam_rows(*own, first, last, number(rates[i]), number(1 - rates[i] * decay), *constants, unit)
+
+    deal(share, ((i, *span) for i in range(shape[0]) for span in spans(arrays[0].shape[1], FEATURES)))

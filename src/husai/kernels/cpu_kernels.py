@@ -1,0 +1,386 @@
+"""The sparse parts of a training step as numba kernels, for float32 and float64.
+
+Each kernel is one thread's share of the work and releases the interpreter's lock; `cpu.py` deals the shares out.
+Nothing depends on how many shares there are, so results are the same bytes with any number of threads.
+
+Kept entries are in rows: those of row r lie at `offsets[r] : offsets[r + 1]` of `features` (which) and `values` (how
+much). Weights are feature-major: `W [d_sae, d_in]` for encoder and decoder alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# Reassociation lets the compiler use vector registers for sums; a value's order of summation still is fixed. "nnan"
+# lets it do so for maxima: where training diverges, which entries are kept is arbitrary, and the loss says so.
+FAST = {"reassoc", "nsz", "nnan", "contract", "arcp"}
+kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+
+
+@kernel
+def count_at_least(values, count, threshold):
+    n = 0
+    for i in range(count):
+        n += values[i] >= threshold
+    return n
+
+
+@kernel
+def cut(values, count, k, steps):
+    """A threshold that at least k of `values[:count]` reach, and few more: bisection by counting, without branches."""
+    low, high = values[0], values[0]
+    for i in range(1, count):
+        low, high = min(low, values[i]), max(high, values[i])
+    for _ in range(steps):
+        middle = low + (high - low) / 2
+        n = count_at_least(values, count, middle)
+        if n >= k:
+            low = middle
+            if n == k:
+                break
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def kth_largest(values, count, k):
+    """The k-th largest of `values[:count]` (1 ≤ k ≤ count)."""
+    low = cut(values, count, k, 24)
+    if count_at_least(values, count, low) > k:  # ties, or values closer than the bisection went
+        return np.partition(values[:count], count - k)[count - k]
+    smallest = values[0]
+    first = True
+    for i in range(count):
+        if values[i] >= low and (first or values[i] < smallest):
+            smallest = values[i]
+            first = False
+    return smallest
+
+
+@kernel
+def group_maxima(row, maxima):
+    """`maxima[g]` = the largest of row[g], row[g + G], row[g + 2G], …: whole vector registers at a time."""
+    groups = len(maxima)
+    maxima[:] = row[:groups]
+    full = len(row) // groups * groups
+    for start in range(groups, full, groups):
+        for g in range(groups):
+            v = row[start + g]
+            m = maxima[g]
+            maxima[g] = v if v > m else m
+    for g in range(len(row) - full):
+        if row[full + g] > maxima[g]:
+            maxima[g] = row[full + g]
+
+
+@kernel
+def at_least(row, maxima, threshold, chosen, found):
+    """Columns of `row` with values ≥ threshold, into `found`; returns how many. Groups below it are skipped.
+
+    An entry is always written and counted only if it holds: no branch that the processor could guess wrong.
+    """
+    n, count, groups = 0, 0, len(maxima)
+    for g in range(groups):
+        chosen[n] = g
+        n += maxima[g] >= threshold
+    for i in range(n):
+        for j in range(chosen[i], len(row), groups):
+            found[count] = j
+            count += row[j] >= threshold
+    return count
+
+
+@kernel
+def keep_largest(found, scores, count, k, scratch, features, values):
+    """Of `found[:count]` with `scores[:count]`: the k largest that are positive. Ties: as found. Rest of k: zeros."""
+    threshold = scores[0]
+    if count > k:
+        scratch[:count] = scores[:count]
+        threshold = kth_largest(scratch, count, k)
+    else:
+        for i in range(count):
+            threshold = min(threshold, scores[i])
+    above = 0
+    for i in range(count):
+        above += scores[i] > threshold
+    ties, n = k - above, 0
+    for i in range(count):
+        if scores[i] > threshold or (scores[i] == threshold and ties > 0):
+            ties -= scores[i] == threshold
+            if scores[i] > 0:
+                features[n] = found[i]
+                values[n] = scores[i]
+                n += 1
+    features[n:] = found[0] if count > 0 else 0
+    values[n:] = 0
+
+
+@kernel
+def groups_for(k, width):
+    """Enough groups that the k-th largest group maximum lies close below the k-th largest value."""
+    groups = 64
+    while groups < max(4 * k, width // 16):
+        groups *= 2
+    return min(groups, width)
+
+
+@kernel
+def top_k(pre, k, features, values):
+    """Row-wise exact top-k, ReLU after the selection. `pre [R, width]` -> `features`, `values` `[R, k]`.
+
+    At least k values are as large as the k-th largest group maximum, so only values from there on can be kept.
+    """
+    rows, width = pre.shape
+    maxima = np.empty(groups_for(k, width), pre.dtype)
+    scratch = np.empty(width, pre.dtype)
+    scores = np.empty(width, pre.dtype)
+    found = np.empty(width + 1, np.int32)
+    chosen = np.empty(width + 1, np.int32)
+    tiny = np.nextafter(pre.dtype.type(0), pre.dtype.type(1))
+    for r in range(rows):
+        row = pre[r]
+        group_maxima(row, maxima)
+        threshold = tiny
+        if k < len(maxima):
+            scratch[: len(maxima)] = maxima
+            threshold = max(tiny, kth_largest(scratch, len(maxima), k))
+        count = at_least(row, maxima, threshold, chosen, found)
+        for i in range(count):
+            scores[i] = row[found[i]]
+        keep_largest(found, scores, count, k, scratch, features[r], values[r])
+
+
+@kernel
+def propose(bits, bias, error, k, offsets, features):
+    """Which features may be among a row's k largest, from a bfloat16 product. Proposals of row r lie at
+    `offsets[r] : offsets[r + 1]` of `features`.
+
+    With x̂, ŵ the rounded operands, |x·w − x̂·ŵ| ≤ ‖x − x̂‖‖w‖ + ‖x̂‖‖w − ŵ‖ =: δ (Cauchy–Schwarz; the norms are those of
+    the actual rounding errors), and rounding the product p adds at most 2⁻⁸|p|. With |p| ≤ |v| + max|bias|, a feature
+    whose approximate value v lies more than 2δ + 2⁻⁷(|v_k| + max|bias|) below the k-th largest, v_k, is not among the k
+    largest, so the kept set that `keep_top` makes of the proposals is that of the exact product.
+
+    Args:
+        bits: `[R, width]` uint16, the bfloat16 product x̂ Ŵᵀ. error: `[R]`, δ.
+    """
+    rows, width = bits.shape
+    raw = np.empty(width, np.int32)
+    row = raw.view(np.float32)
+    maxima = np.empty(groups_for(k, width), np.float32)
+    scratch = np.empty(width, np.float32)
+    found = np.empty(width + 1, np.int32)
+    chosen = np.empty(width + 1, np.int32)
+    largest_bias = np.float32(0)
+    for j in range(width):
+        largest_bias = max(largest_bias, abs(bias[j]))
+    offsets[0] = 0
+    for r in range(rows):
+        source = bits[r]
+        for j in range(width):
+            raw[j] = np.int32(source[j]) << 16
+        for j in range(width):
+            row[j] += bias[j]
+        group_maxima(row, maxima)
+        threshold = np.float32(0)
+        if k < len(maxima):
+            scratch[: len(maxima)] = maxima
+            threshold = cut(scratch, len(maxima), k, 8)
+            count = at_least(row, maxima, threshold, chosen, found)
+            for i in range(count):
+                scratch[i] = row[found[i]]
+            threshold = max(np.float32(0), cut(scratch, count, k, 8))  # below the k-th largest, if only a little
+        margin = 2 * error[r] + np.float32(2.0**-7) * (threshold + largest_bias)
+        count = at_least(row, maxima, threshold - margin, chosen, features[offsets[r] :])
+        offsets[r + 1] = offsets[r] + count
+
+
+@kernel
+def keep_top(offsets, features, scores, k, kept_features, kept_values):
+    """The k largest positive `scores` of each row's proposals -> `kept_features`, `kept_values` `[R, k]`."""
+    scratch = np.empty(len(scores), scores.dtype)
+    for r in range(len(offsets) - 1):
+        here = slice(offsets[r], offsets[r + 1])
+        count = offsets[r + 1] - offsets[r]
+        keep_largest(features[here], scores[here], count, k, scratch, kept_features[r], kept_values[r])
+
+
+@kernel
+def gather_dots(offsets, features, W, bias, x, out):
+    """out[e] = W[features[e]] · x[row of e] + bias[features[e]]."""
+    for e in range(offsets[-1]):
+        out[e] = bias[features[e]]
+    for r in range(len(offsets) - 1):
+        add_dots(W, features, offsets[r], offsets[r + 1], x[r], out)
+
+
+@kernel
+def add_dots(W, features, low, high, x, out):
+    """out[e] += W[features[e]] · x for e = low … high − 1, four at a time, so that x is loaded once for four."""
+    whole = high - (high - low) % 4
+    for e in range(low, whole, 4):
+        p, q, s, t = W[features[e]], W[features[e + 1]], W[features[e + 2]], W[features[e + 3]]
+        a = b = c = d = W.dtype.type(0)
+        for j in range(len(x)):
+            v = x[j]
+            a += p[j] * v
+            b += q[j] * v
+            c += s[j] * v
+            d += t[j] * v
+        out[e] += a
+        out[e + 1] += b
+        out[e + 2] += c
+        out[e + 3] += d
+    for e in range(whole, high):
+        p = W[features[e]]
+        a = W.dtype.type(0)
+        for j in range(len(x)):
+            a += p[j] * x[j]
+        out[e] += a
+
+
+@kernel
+def add_rows(weights, W, chosen, low, high, out):
+    """out += Σ weights[e] · W[chosen[e]] for e = low … high − 1, four at a time: `out` is loaded and stored less."""
+    whole = high - (high - low) % 4
+    for e in range(low, whole, 4):
+        a, b, c, d = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
+        p, q, s, t = W[chosen[e]], W[chosen[e + 1]], W[chosen[e + 2]], W[chosen[e + 3]]
+        for j in range(len(out)):
+            out[j] += a * p[j] + b * q[j] + c * s[j] + d * t[j]
+    for e in range(whole, high):
+        a, p = weights[e], W[chosen[e]]
+        for j in range(len(out)):
+            out[j] += a * p[j]
+
+
+@kernel
+def residual(offsets, features, values, W, bias, target, first, last, error, slopes, squares):
+    """error = target − bias − Σ values · W[features] for rows first … last − 1, its squared norm into `squares`, and
+    slopes[e] = W[features[e]] · error[row], while the row's part of W still lies in the cache."""
+    slopes[offsets[first] : offsets[last]] = 0
+    for r in range(first, last):
+        low, high = offsets[r], offsets[r + 1]
+        row, goal = error[r], target[r]
+        for j in range(len(row)):
+            row[j] = bias[j] - goal[j]
+        add_rows(values, W, features, low, high, row)
+        square = W.dtype.type(0)
+        for j in range(len(row)):
+            row[j] = -row[j]
+            square += row[j] * row[j]
+        squares[r] = square
+        add_dots(W, features, low, high, row, slopes)
+
+
+@kernel
+def by_feature(offsets, features, values, starts, rows, entries):
+    """Sort the entries that are not 0 by feature (counting sort): f's lie at `starts[f] : starts[f + 1]` of `rows`
+    and `entries`."""
+    starts[:] = 0
+    for e in range(offsets[0], offsets[-1]):
+        starts[features[e] + 1] += values[e] > 0
+    for f in range(len(starts) - 1):
+        starts[f + 1] += starts[f]
+    position = starts[:-1].copy()
+    for r in range(len(offsets) - 1):
+        for e in range(offsets[r], offsets[r + 1]):
+            if values[e] > 0:
+                p = position[features[e]]
+                position[features[e]] = p + 1
+                rows[p] = r
+                entries[p] = e
+
+
+@kernel
+def weighted_sums(starts, rows, entries, weights, x, centre, first, last, sums, totals):
+    """For features f = first … last − 1: totals[f] = Σ weights[e] over f's entries e, and
+    sums[f] = Σ weights[e] · (x[row of e] − centre)."""
+    for f in range(first, last):
+        low, high = starts[f], starts[f + 1]
+        own = weights[entries[low:high]]
+        total = own.sum()
+        out = sums[f]
+        for j in range(len(out)):
+            out[j] = -total * centre[j]
+        add_rows(own, x, rows[low:high], 0, high - low, out)
+        totals[f] = total
+
+
+@kernel
+def histogram(bits, shift, counts):
+    """Counts of the positive numbers among `bits` (floats seen as signed integers), by their leading 16 bits."""
+    for r in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            if bits[r, j] > 0:
+                counts[bits[r, j] >> shift] += 1
+
+
+@kernel
+def count_rows(pre, threshold, counts):
+    """How many values ≥ threshold each row has."""
+    for r in range(pre.shape[0]):
+        n = 0
+        for j in range(pre.shape[1]):
+            n += pre[r, j] >= threshold
+        counts[r] = n
+
+
+@kernel
+def collect(pre, threshold, offsets, features, values):
+    """The values ≥ threshold of each row, from `offsets[r]` on."""
+    for r in range(pre.shape[0]):
+        e = offsets[r]
+        for j in range(pre.shape[1]):
+            if pre[r, j] >= threshold:
+                features[e] = j
+                values[e] = pre[r, j]
+                e += 1
+
+
+@kernel
+def round_rows(x, bits, norms, errors):
+    """bfloat16 of `x [R, d]` float32, to nearest, ties to even, as `bits` uint16; ‖x̂‖ and ‖x − x̂‖ a row."""
+    raw = np.empty(x.shape[1], np.float32)
+    word = raw.view(np.int32)
+    for r in range(x.shape[0]):
+        raw[:] = x[r]
+        source, target = x[r], bits[r]
+        for j in range(len(raw)):
+            word[j] = (word[j] + 0x7FFF + ((word[j] >> 16) & 1)) & -0x10000
+        for j in range(len(raw)):
+            target[j] = np.uint16((word[j] >> 16) & 0xFFFF)
+        square, error = np.float32(0), np.float32(0)
+        for j in range(len(raw)):
+            square += raw[j] * raw[j]
+            error += (source[j] - raw[j]) * (source[j] - raw[j])
+        norms[r] = np.sqrt(square)
+        errors[r] = np.sqrt(error)
+
+
+@kernel
+def adam_rows(p, g, m, v, first, last, rate, decay, beta1, beta2, correction1, correction2, unit):
+    """Adam on rows first … last − 1 of `p [R, d]`, in place.
+
+    With `unit`, a row is a direction: the gradient's part along it is taken off and the row is scaled to norm 1 again.
+    """
+    one, tiny = p.dtype.type(1), p.dtype.type(1e-8)
+    for r in range(first, last):
+        w, dw, m1, m2 = p[r], g[r], m[r], v[r]
+        along = p.dtype.type(0)
+        if unit:
+            for j in range(len(w)):
+                along += w[j] * dw[j]
+        square = p.dtype.type(0)
+        for j in range(len(w)):
+            d = dw[j] - along * w[j]
+            m1[j] += (one - beta1) * (d - m1[j])
+            m2[j] = beta2 * m2[j] + (one - beta2) * d * d
+            new = w[j] * decay - rate * (m1[j] / correction1) / (np.sqrt(m2[j] / correction2) + tiny)
+            w[j] = new
+            square += new * new
+        if unit:
+            scale = one / np.sqrt(square)
+            for j in range(len(w)):
+                w[j] *= scale

@@ -1,0 +1,82 @@
+"""The work of `sparse.py` in plain PyTorch, on dense matrices: for devices without kernels, and to test those by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from husai.kernels.sparse import Choice, Kept
+
+
+def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
+    """The entries of x Wᵀ + bias to keep. `x [n, rows, d_in]`, `W [n, d_sae, d_in]`, `bias [n, d_sae]`."""
+    (n, rows, _), d_sae = x.shape, W.shape[1]
+    pre = torch.baddbmm(bias.unsqueeze(1), x, W.transpose(1, 2))
+    offsets, features, values = [torch.zeros(1, dtype=torch.long, device=x.device)], [], []
+    for i in range(n):
+        columns = torch.arange(d_sae, device=x.device) if choice.columns is None else choice.columns[i]
+        candidates = pre[i, :, columns]
+        if choice.across_batch:
+            size = min(choice.k[i] * rows, candidates.numel())
+            top, places = candidates.flatten().topk(size)
+            places, order = places.sort()
+            top = top[order]
+            counts = torch.bincount(places // len(columns), minlength=rows)
+            chosen = columns[places % len(columns)]
+        else:
+            size = min(choice.k[i], len(columns))
+            top, places = candidates.topk(size, dim=1)
+            top, chosen = top.flatten(), columns[places.flatten()]
+            counts = torch.full((rows,), size, device=x.device)
+        offsets.append(counts.cumsum(0) + offsets[-1][-1])
+        features.append(chosen.int())
+        values.append(top.relu())
+    sizes = tuple(len(v) for v in values)
+    return Kept(rows, d_sae, sizes, torch.cat(offsets), torch.cat(features), torch.cat(values))
+
+
+def residual(kept: Kept, values: Tensor, W: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(error = target − bias − Σ values · W `[n, rows, d_in]`, each entry's W[feature] · error, each row's ‖error‖²)"""
+    features = _matrix(kept, values)
+    error = target - torch.baddbmm(bias.unsqueeze(1), features, W)
+    slopes = torch.bmm(error, W.transpose(1, 2)).view(-1, kept.d_sae)
+    slopes = slopes[kept.row_of_entries(), kept.features.long()]
+    return error, slopes, error.square().sum(-1).flatten()
+
+
+def weighted_sums(kept: Kept, weights: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """For each feature over its entries: (Σ weights · (x − centre) `[n, d_sae, d_in]`, Σ weights `[n, d_sae]`)"""
+    matrix = _matrix(kept, weights).transpose(1, 2)
+    return torch.bmm(matrix, x - centre.unsqueeze(1)), matrix.sum(-1)
+
+
+def activity(kept: Kept) -> tuple[Tensor, Tensor]:
+    """(bool [n, d_sae], which features are active on any row; [n], how many entries are positive)"""
+    flat = torch.zeros(kept.n * kept.d_sae, dtype=torch.bool, device=kept.values.device)
+    places = kept.row_of_entries() // kept.rows * kept.d_sae + kept.features
+    fired = flat.index_fill_(0, places[kept.values > 0], True).view(kept.n, kept.d_sae)
+    return fired, torch.stack([(v > 0).sum() for v in kept.values.split(kept.sizes)])
+
+
+def _matrix(kept: Kept, weights: Tensor) -> Tensor:
+    return replace(kept, values=weights).dense()
+
+
+def adam(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, decay: float, betas: tuple, step: int, unit: bool
+) -> None:
+    """One step of Adam on `p [n, …]`, in place; `rate [n]`. Decoupled weight decay (AdamW): p ← p (1 − rate · decay).
+
+    With `unit`, rows are directions: only the gradient's part that turns them is used, and they keep norm 1.
+    """
+    if unit:
+        g = g - (g * p).sum(-1, keepdim=True) * p
+    rate = rate.to(p.dtype).view(-1, *[1] * (p.ndim - 1))
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    update = (m / (1 - betas[0] ** step)).div_((v / (1 - betas[1] ** step)).sqrt_().add_(1e-8))
+    p.mul_(1 - rate * decay).sub_(update.mul_(rate))
+    if unit:
+        p.div_(p.norm(dim=-1, keepdim=True))
