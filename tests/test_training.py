@@ -1,4 +1,4 @@
-"""The TopK family and the stacked trainer, against plain references."""
+"""The stacked trainer, against plain references."""
 
 import math
 
@@ -8,92 +8,14 @@ import torch
 
 import husai.training.trainer as trainer
 from husai.activations.order import BatchReader
-from husai.dictionaries import topk
+from husai.dictionaries.families import FAMILIES, SAE_FAMILIES
+from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
-from husai.stability.scores import max_cosines
-from husai.training.trainer import Member, TrainingConfig, evaluate, geometric_median, train
+from husai.training import memory
+from husai.training.stack import Member
+from husai.training.trainer import Scaling, TrainingConfig, evaluate, folded, geometric_median, train
 
 CPU = torch.device("cpu")
-D_IN, D_SAE = 6, 10
-
-
-def parameters(seed=0, n=2):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    return {
-        "W_enc": draw(n, D_IN, D_SAE),
-        "b_enc": draw(n, D_SAE),
-        "W_dec": draw(n, D_SAE, D_IN),
-        "b_dec": draw(n, D_IN),
-    }
-
-
-def reference_loss(p, x, k, dead, variance, k_aux, coefficient):
-    """One member, row by row, feature by feature, as the paper writes it."""
-    main, chosen_dead, errors = 0.0, [], []
-    for row in x:
-        pre = p["W_enc"].T @ (row - p["b_dec"]) + p["b_enc"]
-        kept = sorted(range(len(pre)), key=lambda j: -pre[j].item())[:k]
-        reconstruction = p["b_dec"] + sum(torch.relu(pre[j]) * p["W_dec"][j] for j in kept)
-        main = main + (row - reconstruction).square().sum() / len(x) / variance
-        errors.append((row - reconstruction).detach())
-        order = sorted((j for j in range(len(pre)) if dead[j]), key=lambda j: -pre[j].item())[:k_aux]
-        chosen_dead.append(sum((torch.relu(pre[j]) * p["W_dec"][j] for j in order), torch.zeros(x.shape[1])))
-    if not dead.any():
-        return main
-    error, model = torch.stack(errors), torch.stack(chosen_dead)
-    return main + coefficient * (error - model).square().sum() / error.square().sum()
-
-
-@pytest.mark.parametrize("dead_counts", [(0, 0), (4, 4), (1, 7), (0, 3), (10, 2)])
-def test_loss_and_every_gradient_equal_the_plain_reference(dead_counts):
-    params = {name: t.requires_grad_() for name, t in parameters().items()}
-    x = torch.randn(2, 7, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    k = torch.tensor([3, 2])
-    dead = torch.zeros(2, D_SAE, dtype=torch.bool)
-    for i, count in enumerate(dead_counts):
-        dead[i, :count] = True
-    loss, main, fired = topk.loss(params, x, k, dead, 5.0, k_aux=3, aux_coefficient=1 / 32)
-    assert (main <= loss).all()
-    loss.sum().backward()
-    for i in range(2):
-        single = {name: t[i].detach().clone().requires_grad_() for name, t in params.items()}
-        expected = reference_loss(single, x[i], int(k[i]), dead[i], 5.0, 3, 1 / 32)
-        expected.backward()
-        torch.testing.assert_close(loss[i], expected, rtol=1e-12, atol=0)
-        for name, t in params.items():
-            torch.testing.assert_close(t.grad[i], single[name].grad, rtol=1e-9, atol=1e-12, msg=name)
-        pre = topk.pre_activations({n: t[i : i + 1].detach() for n, t in params.items()}, x[i : i + 1])
-        assert torch.equal(fired[i], (topk.keep_top(pre, k[i : i + 1]) > 0).any(1)[0])
-
-
-def test_aux_gradient_reaches_the_encoder_of_dead_features():
-    params = {name: t.requires_grad_() for name, t in parameters(n=1).items()}
-    with torch.no_grad():
-        params["b_enc"][0, 0] = -1e-3  # feature 0 is never among the top k …
-        params["W_enc"][0, :, 0] *= 1e-3
-    x = torch.randn(1, 50, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gradients = []
-    for dead in (False, True):
-        mask = torch.zeros(1, D_SAE, dtype=torch.bool)
-        mask[0, 0] = dead
-        topk.loss(params, x, torch.tensor([2]), mask, 1.0, 3, 1 / 32)[0].sum().backward()
-        gradients.append([params[n].grad[0, ..., 0].abs().sum().item() for n in ("W_enc", "b_enc")])
-        for p in params.values():
-            p.grad = None
-    assert gradients[0] == [0.0, 0.0]
-    assert min(gradients[1]) > 0, "… and AuxK alone moves it"
-
-
-def test_keep_top_against_numpy():
-    pre = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(0))
-    kept = topk.keep_top(pre, torch.tensor([1, 12])).numpy()
-    for i, k in enumerate((1, 12)):
-        for row, found in zip(pre[i].numpy(), kept[i], strict=True):
-            expected = np.zeros(30, np.float32)
-            top = np.argsort(-row)[:k]
-            expected[top] = np.maximum(row[top], 0)
-            np.testing.assert_array_equal(found, expected)
 
 
 def test_geometric_median_minimises_the_sum_of_distances():
@@ -112,27 +34,30 @@ def test_geometric_median_minimises_the_sum_of_distances():
 CONFIG = TrainingConfig(tokens=50 * 128 - 40, batch_size=128, dead_after_tokens=256, snapshots=4, curve_points=10)
 
 
-def member(seed, d_sae=24, k=3, rate=3e-3, order=None):
-    return Member(seed, d_sae, k, rate, seed if order is None else order)
+def member(seed, d_sae=24, k=3, rate=3e-3, order=None, family="topk"):
+    return Member(seed, d_sae, k, rate, seed if order is None else order, family)
 
 
 def state(trained):
-    return torch.cat([p.flatten() for t in trained for p in (t.sae.W_enc, t.sae.b_enc, t.sae.W_dec, t.sae.b_dec)])
+    return torch.cat([p.flatten() for t in trained for p in t.sae.weights.values()])
 
 
-def test_stacked_run_equals_separate_runs(make_store, planted, tmp_path):
-    """float64, 50 steps: members that differ in seed, k, rate, width and order, with AuxK at work."""
+@pytest.mark.parametrize("family", SAE_FAMILIES)
+def test_stacked_run_equals_separate_runs(make_store, planted, tmp_path, family):
+    """float64, 50 steps: members that differ in seed, k, rate, width and order, with AuxK at work, beside another
+    family."""
     store = make_store(planted[0])
     members = [
-        member(1),
-        member(2, k=5),
-        member(3, rate=1e-3),
-        member(4, d_sae=40),
-        member(5, order=1),
-        member(6, 40, 1),
+        member(1, family=family),
+        member(2, k=5, family=family),
+        member(3, rate=1e-3, family=family),
+        member(4, d_sae=40, family=family),
+        member(5, order=1, family=family),
+        member(6, 40, 1, family=family),
+        member(6, family="relu" if family == "topk" else "topk"),
     ]
     stacked, steps = train(store, members, CONFIG, CPU, tmp_path / "s", dtype=torch.float64)
-    assert any(t.aux_steps for t in stacked)
+    assert FAMILIES[family].PENALISED or any(t.aux_steps for t in stacked)
     for m, together in zip(members, stacked, strict=True):
         (alone,), alone_steps = train(store, [m], CONFIG, CPU, tmp_path / "s", dtype=torch.float64)
         assert alone_steps == steps
@@ -149,7 +74,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("killed_at", [1, 17, 49])
 def test_interrupted_training_resumes_bit_identically(make_store, planted, tmp_path, monkeypatch, killed_at):
     store = make_store(planted[0])
-    members = [member(1), member(2, d_sae=40)]
+    members = [member(1), member(2, d_sae=40), member(1, family="jumprelu"), member(2, family="matryoshka")]
     whole, _ = train(store, members, CONFIG, CPU, tmp_path / "whole")
 
     take, calls = BatchReader.take, []
@@ -208,21 +133,6 @@ def test_seeds_give_different_saes_and_separate_streams(make_store, planted, tmp
         torch.testing.assert_close(t.sae.W_dec.norm(dim=1), torch.ones(24))
 
 
-def test_trained_sae_recovers_the_planted_features(make_store, planted, tmp_path):
-    """The positive control: known features, a model that can express them."""
-    x, features = planted
-    store = make_store(x)
-    config = TrainingConfig(tokens=400_000, batch_size=256)
-    (t,), _ = train(store, [member(1, d_sae=40, rate=5e-3)], config, CPU, tmp_path / "s")
-    found, _ = max_cosines(features, t.sae.W_dec)
-    untrained, _ = max_cosines(features, t.decoders[0])
-    assert (found > 0.9).float().mean() > 0.9
-    assert (untrained > 0.9).float().mean() < 0.1
-    figures, _ = evaluate(t.sae, store, store.split(0.2)[1])
-    assert figures["explained_variance"] > 0.9
-    assert t.curve[-1] < 0.2 * t.curve[0]
-
-
 def test_evaluate_against_numpy(make_store, planted, tmp_path):
     x = planted[0] * 3 + 5
     store = make_store(x)
@@ -242,15 +152,33 @@ def test_evaluate_against_numpy(make_store, planted, tmp_path):
     assert figures["l0"] <= 3
 
 
-def test_scaling_is_folded_exactly():
-    """f(s·x) of the trained SAE and what `unscaled` returns are the same map, up to the factor s."""
-    params = {name: t[0].float() for name, t in parameters(n=1).items()}
-    x = torch.randn(20, D_IN, generator=torch.Generator().manual_seed(2))
-    sae = trainer.unscaled(params, k=3, scale=4.0)
-    stack = {name: t.unsqueeze(0) for name, t in params.items()}
-    features = topk.keep_top(topk.pre_activations(stack, 4.0 * x.unsqueeze(0)), torch.tensor([3]))
-    torch.testing.assert_close(sae.encode(x) * 4.0, features[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae.decode(sae.encode(x)) * 4.0, topk.decode(stack, features)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scaling_is_folded_exactly(family):
+    """The trained SAE on scaled activations and what `folded` returns are the same map, in other units."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    weights = {"W_enc": draw(6, 10), "W_dec": draw(10, 6), "b_dec": draw(6), "b_enc": draw(10)}
+    architecture = FAMILIES[family].ARCHITECTURE
+    if "jumprelu" in architecture:
+        weights["threshold"] = draw(10).abs()
+    if architecture == "gated":
+        del weights["b_enc"]
+        weights |= {"b_gate": draw(10), "b_mag": draw(10), "r_mag": draw(10)}
+    if "skip" in architecture:
+        weights["W_skip"] = draw(6, 6)
+    transcoder = "transcoder" in architecture
+    x_scaling = Scaling(draw(6), 4.0)
+    y_scaling = Scaling(draw(6), 0.3) if transcoder else x_scaling
+    inside = {name: t.T if name == "W_skip" else t for name, t in weights.items()}
+    inner = SAE(inside, architecture, 3, subtract_b_dec=not transcoder)
+    outer = folded(weights, architecture, 3, x_scaling, y_scaling)
+
+    x = draw(200, 6)
+    scaled = x_scaling(x)
+    features = inner.encode(scaled)
+    assert 0 < (features > 0).double().mean() < 1
+    torch.testing.assert_close(outer.encode(x) * y_scaling.scale, features)
+    torch.testing.assert_close(y_scaling(outer.decode(outer.encode(x), x)), inner.decode(features, scaled))
 
 
 def test_schedules():
@@ -270,6 +198,8 @@ def test_schedules():
         ([], "empty"),
         ([member(1, k=25)], "k 25 with d_sae 24"),
         ([member(1), member(1)], "identical"),
+        ([member(1, family="vq")], "family 'vq': one of topk, .* expected"),
+        ([member(1, family="transcoder")], "a second activation store"),
     ],
 )
 def test_impossible_members_are_refused(make_store, planted, tmp_path, members, message):
@@ -282,3 +212,37 @@ def test_constant_activations_and_divergence_are_refused(make_store, planted, tm
         train(make_store(torch.ones(300, 4), name="constant"), [member(1)], CONFIG, CPU, tmp_path / "s")
     with pytest.raises(BadInput, match="seed 1 diverged"):
         train(make_store(planted[0]), [member(1, rate=1e30)], CONFIG, CPU, tmp_path / "s")
+
+
+def test_a_grid_too_large_for_memory_is_divided_and_gives_the_same(make_store, planted, tmp_path, monkeypatch):
+    store = make_store(planted[0])
+    members = [member(s, family=f) for f in ("topk", "batchtopk", "relu") for s in (1, 2, 3)]
+    whole, _ = train(store, members, CONFIG, CPU, tmp_path / "s")
+    kinds = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert memory.stacks(members, 16, 128, 10**9) == kinds
+    assert memory.passes(members, 16, 10**9) == [list(range(9))]
+    small = 2 * 2 * memory.state_bytes(members[0], 16)
+    assert memory.passes(members, 16, small) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    monkeypatch.setattr(memory, "budget", lambda device: 1)
+    divided, _ = train(store, members, CONFIG, CPU, tmp_path / "s")
+    for a, b in zip(whole, divided, strict=True):
+        torch.testing.assert_close(state([a]), state([b]), rtol=1e-4, atol=1e-5)
+
+
+def test_transcoders_learn_a_map_between_two_hooks(make_store, planted, tmp_path):
+    """A target that a linear map and known features make up: both kinds explain it, the skip does the linear part."""
+    x, _ = planted
+    g = torch.Generator().manual_seed(1)
+    y = (x @ torch.randn(16, 24, generator=g)).relu() @ torch.randn(24, 12, generator=g) + 3
+    source, target = make_store(x), make_store(y, name="target")
+    config = TrainingConfig(tokens=100_000, batch_size=256)
+    members = [member(s, d_sae=48, k=6, family=f) for f in ("transcoder", "skip_transcoder") for s in (1, 2)]
+    trained, _ = train(source, members, config, CPU, tmp_path / "s", target=target)
+    rows = source.split(0.2)[1]
+    explained = [evaluate(t.sae, source, rows, target)[0]["explained_variance"] for t in trained]
+    assert min(explained[:2]) > 0.5
+    assert min(explained[2:]) > max(explained[:2]), "a skip connection can only help here"
+    with pytest.raises(BadInput, match="same inputs"):
+        train(source, members, config, CPU, tmp_path / "s", target=make_store(y[:-1], name="short"))
+    with pytest.raises(BadInput, match="only they"):
+        train(source, [member(1)], config, CPU, tmp_path / "s", target=target)

@@ -14,11 +14,6 @@ FEATURES = 256
 SLACK = 1.05  # on the bound of a proposal's error: sums in float32 are not exact either
 
 
-def proposes() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     """The entries of x Wᵀ + bias to keep. `x [n, rows, d_in]`, `W [n, d_sae, d_in]`, `bias [n, d_sae]`."""
     n, rows, d_sae = len(x), x.shape[1], W.shape[1]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -42,20 +41,6 @@ class Dictionary:
         for tensor in (self.W_dec, self.alive, self.untrained):
             sha.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
         return sha.hexdigest()
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Score with one torch thread, so that no score depends on how many there are: the draws are what runs in parallel.
-
-    Setting the number in a worker also sets it for MKL in the whole process; here it is put back.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
+from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
@@ -75,11 +76,11 @@ def compare_all(
     """
     compare.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
-    with compare.one_torch_thread():
+    with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows)
     all_pairs = list(combinations(range(len(labels)), 2))
     scored = {}
-    with compare.one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
+    with one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
                 "dictionaries": [arm[n].digest() for arm in (dictionaries, shuffled or []) if arm for n in (i, j)],
@@ -140,5 +141,5 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         return points, []
 
     key = {"digests": digests, "steps": steps, "code": code_version("stability")}
-    with compare.one_torch_thread():
+    with one_torch_thread():
         return cells.get("over_training", key, compute)

@@ -1,9 +1,9 @@
-"""A grid of SAEs on one store as one cell: trained once, then found."""
+"""A grid of SAEs on one store as one cell a pass: trained once, then found."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -12,17 +12,30 @@ from safetensors.torch import save as to_bytes
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
+from husai.dictionaries.families import FAMILIES
 from husai.runs.cells import Cells, code_version
 from husai.runs.files import digest, write_bytes
-from husai.training.trainer import Member, TrainingConfig, check_members, evaluate, train
+from husai.training import memory
+from husai.training.stack import Member
+from husai.training.trainer import TrainingConfig, check_members, evaluate, train
 
 log = logging.getLogger("husai")
 SNAPSHOTS = "snapshots.safetensors"
 
 
-def members(seeds: list[int], widths: list[int], ks: list[int], learning_rates: list[float]) -> list[Member]:
+L0_TOLERANCE = 0.1  # a penalised family that misses its target by more than this share is reported
+
+
+def members(
+    seeds: list[int],
+    widths: list[int],
+    ks: list[int],
+    learning_rates: list[float],
+    families: tuple[str, ...] = ("topk",),
+) -> list[Member]:
     """The product of the axes; each seed seeds initialisation and data order through separate streams."""
-    return [Member(seed, d_sae, k, rate, seed) for d_sae, k, rate, seed in product(widths, ks, learning_rates, seeds)]
+    axes = product(families, widths, ks, learning_rates, seeds)
+    return [Member(seed, d_sae, k, rate, seed, family) for family, d_sae, k, rate, seed in axes]
 
 
 def train_or_find(
@@ -32,19 +45,49 @@ def train_or_find(
     config: TrainingConfig,
     device: torch.device,
     threads: int,
+    target: ActivationStore | None = None,
 ) -> dict:
-    """Train the grid in one pass, or read the finished cell.
+    """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
+
+    Args:
+        target: what transcoders reconstruct.
 
     Returns:
         {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
-        checkpoint_sha256; heldout: the figures of `evaluate`; curve; aux_steps), "curve_steps", "snapshot_steps"}
+        checkpoint_sha256; heldout: the figures of `evaluate`; l0_miss: share by which held-out L0 misses k, where a
+        controller aims at it, else null; curve; aux_steps), "curve_steps", "snapshot_steps"}
     """
     check_members(grid)
+    config = replace(config, propose=config.proposes(device, store.d_in))
+    divided = memory.passes(grid, store.d_in, memory.budget(device))
+    if len(divided) > 1:
+        log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
+    results = [_one_pass(cells, store, [grid[i] for i in p], config, device, threads, target) for p in divided]
+    records = [record for result in results for record in result["members"]]
+    for r in records:
+        if r["l0_miss"] is not None and abs(r["l0_miss"]) > L0_TOLERANCE:
+            log.warning(
+                "%s, d_sae %d, seed %d: L0 %.1f misses its target %d by more than %.0f %%",
+                *(r["family"], r["d_sae"], r["seed"], r["heldout"]["l0"], r["k"], 100 * L0_TOLERANCE),
+            )
+    return results[0] | {"members": records}
+
+
+def _one_pass(
+    cells: Cells,
+    store: ActivationStore,
+    grid: list[Member],
+    config: TrainingConfig,
+    device: torch.device,
+    threads: int,
+    target: ActivationStore | None,
+) -> dict:
     key = {
         "members": [asdict(m) for m in grid],
         "config": asdict(config),
         "store": store.digest,
-        "code": code_version("training", "dictionaries", "activations"),
+        "target": None if target is None else target.digest,
+        "code": code_version("training", "dictionaries", "kernels", "activations"),
         "device": device.type,
         "threads": threads,
     }
@@ -54,7 +97,7 @@ def train_or_find(
     def compute() -> tuple[dict, list[Path]]:
         state = cells.folder / f"training-{name}.state.safetensors"
         state.parent.mkdir(parents=True, exist_ok=True)
-        trained, curve_steps = train(store, grid, config, device, state)
+        trained, curve_steps = train(store, grid, config, device, state, target=target)
         _, heldout = store.split(config.heldout_fraction)
         records, files = [], []
         for t in trained:
@@ -62,16 +105,19 @@ def train_or_find(
             t.sae.metadata = {
                 "model_name": store.manifest.subject,
                 "hook_name": store.manifest.hook_name,
+                **({} if target is None else {"hook_name_out": target.manifest.hook_name}),
                 "husai": {
                     **asdict(m),
                     "training": asdict(config),
                     "store_digest": store.digest,
+                    "target_digest": None if target is None else target.digest,
                     "subject_digest": store.manifest.subject_digest,
                     "control": store.manifest.control,
                 },
             }
-            figures, firing_rate = evaluate(t.sae, store, heldout)
-            folder = root / "checkpoints" / name / f"d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
+            figures, firing_rate = evaluate(t.sae, store, heldout, target)
+            label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
+            folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
             write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.contiguous()}))
             files.append(folder / SNAPSHOTS)
@@ -81,6 +127,7 @@ def train_or_find(
                     "checkpoint": str(folder.relative_to(root)),
                     "checkpoint_sha256": checkpoints.checkpoint_digest(folder),
                     "heldout": figures,
+                    "l0_miss": figures["l0"] / m.k - 1 if FAMILIES[m.family].PENALISED else None,
                     "curve": t.curve,
                     "aux_steps": t.aux_steps,
                 }

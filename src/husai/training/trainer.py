@@ -1,7 +1,8 @@
 """The stacked trainer: many SAEs in one pass over the same activations.
 
-Members of one width form a stack whose parameters share a leading axis and one batched step. Members differ in seed,
-k, learning rate and width; those that share a data order share the batches. A stacked run equals separate runs.
+Members of one family and width form a stack whose parameters share a leading axis and one batched step (`stack.py`).
+Members differ in family, seed, width, k and learning rate; those that share a data order share the batches. A stacked
+run equals separate runs.
 """
 
 from __future__ import annotations
@@ -20,27 +21,16 @@ from torch import Tensor
 
 from husai.activations.order import BatchReader
 from husai.activations.store import ActivationStore
-from husai.dictionaries import topk
-from husai.dictionaries.checkpoints import SAE
+from husai.dictionaries.families import FAMILIES
+from husai.dictionaries.family import Shape
+from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
 from husai.runs.progress import progress
-from husai.runs.seeds import generator
+from husai.training import memory
+from husai.training.stack import Member, Stack, StepSettings
 
 log = logging.getLogger("husai")
-
-
-@dataclass(frozen=True)
-class Member:
-    """One SAE of a stack."""
-
-    seed: int
-    """Of the initialisation."""
-    d_sae: int
-    k: int
-    learning_rate: float
-    order_seed: int
-    """Of the data order: a stream of its own, so that either can be varied alone."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +54,22 @@ class TrainingConfig:
     curve_points: int = 100
     window_rows: int = 65_536
     betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    """Decoupled, of the encoder (and of decoders whose rows are free)."""
+    propose: bool | None = None
+    """TopK: let a bfloat16 product propose which pre-activations may be kept (see `kernels.sparse.Choice`). None:
+    where the device multiplies bfloat16 faster."""
 
     @property
     def steps(self) -> int:
         return math.ceil(self.tokens / self.batch_size)
+
+    def proposes(self, device: torch.device, d_in: int) -> bool:
+        """Where nothing is said: yes if the device multiplies bfloat16 faster and the product is worth the trouble."""
+        if self.propose is not None:
+            return self.propose
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return device.type == "cuda" or (fast and d_in >= 256)
 
     def snapshot_steps(self) -> list[int]:
         """0, then geometrically spaced, then the last step."""
@@ -91,77 +93,6 @@ class Trained:
     aux_steps: int  # steps on which the member had dead features
 
 
-class Stack:
-    """Members of one width: parameters, Adam moments and dead-feature counters, all `[n, …]`."""
-
-    def __init__(
-        self,
-        members: list[int],
-        config: list[Member],
-        d_in: int,
-        b_dec: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.members = members  # positions in the run's list of members
-        self.d_sae = config[0].d_sae
-        generators = [generator(m.seed, "init", m.d_sae) for m in config]
-        params = topk.init(d_in, self.d_sae, b_dec, generators)
-        self.params = {name: p.to(device, dtype).requires_grad_() for name, p in params.items()}
-        self.k = torch.tensor([m.k for m in config], device=device)
-        self.learning_rate = torch.tensor([m.learning_rate for m in config], device=device)
-        self.moments = {
-            f"{moment}.{name}": torch.zeros_like(p) for name, p in self.params.items() for moment in ("m", "v")
-        }
-        self.silent = torch.zeros(len(members), self.d_sae, dtype=torch.long, device=device)  # rows since it fired
-        self.aux_steps = torch.zeros(len(members), dtype=torch.long, device=device)
-        self.snapshots: list[Tensor] = []
-
-    def step(self, x: Tensor, variance: float, config: TrainingConfig, step: int) -> Tensor:
-        """One step on `x [n, rows, d_in]`; returns the main loss `[n]`."""
-        dead = self.silent > config.dead_after_tokens
-        k_aux = max(1, x.shape[-1] // 2)
-        total, main, fired = topk.loss(self.params, x, self.k, dead, variance, k_aux, config.aux_coefficient)
-        total.sum().backward()
-        self._adam(step, config)
-        self.silent = (self.silent + x.shape[1]).masked_fill(fired, 0)
-        self.aux_steps += dead.any(1)
-        return main
-
-    @torch.no_grad()
-    def _adam(self, step: int, config: TrainingConfig) -> None:
-        """Adam (Kingma & Ba, arXiv 1412.6980), a learning rate a member; decoder rows stay on the unit sphere."""
-        beta1, beta2 = config.betas
-        correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
-        W_dec = self.params["W_dec"]
-        parallel = (W_dec.grad * W_dec).sum(-1, keepdim=True)
-        W_dec.grad.addcmul_(W_dec, parallel, value=-1)  # only the part that turns the row, not the one that scales it
-        rate = self.learning_rate * config.learning_rate_factor(step)
-        for name, p in self.params.items():
-            m, v = self.moments[f"m.{name}"], self.moments[f"v.{name}"]
-            m.lerp_(p.grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            update = (m / correction1).div_((v / correction2).sqrt_().add_(1e-8))
-            p.sub_(update.mul_(rate.view(-1, *[1] * (p.ndim - 1))))
-            p.grad = None
-        W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
-
-    def state(self) -> dict[str, Tensor]:
-        tensors = {**self.params, **self.moments, "silent": self.silent, "aux_steps": self.aux_steps}
-        return {name: t.detach() for name, t in tensors.items()} | {"snapshots": torch.stack(self.snapshots)}
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in {**self.params, **self.moments}.items():
-            tensor.copy_(state[name])
-        self.silent.copy_(state["silent"])
-        self.aux_steps.copy_(state["aux_steps"])
-        self.snapshots = list(state["snapshots"])
-
-    def snapshot(self) -> None:
-        self.snapshots.append(self.params["W_dec"].detach().clone().cpu())
-
-
 def geometric_median(x: Tensor, iterations: int = 100) -> Tensor:
     """Weiszfeld's algorithm on `x [rows, d_in]`."""
     median = x.mean(0)
@@ -175,14 +106,40 @@ def geometric_median(x: Tensor, iterations: int = 100) -> Tensor:
 
 
 def check_members(members: list[Member]) -> None:
-    """Raise BadInput for an empty run, k outside 1 … d_sae, or two members that would be the same SAE."""
+    """Raise BadInput for an empty run, an unknown family, k outside 1 … d_sae, or two members that would be the same
+    SAE."""
     if not members:
         raise BadInput("no SAE to train: the grid of seeds, widths and sparsities is empty")
     for m in members:
+        if m.family not in FAMILIES:
+            raise BadInput(f"family {m.family!r}: one of {', '.join(FAMILIES)} expected")
         if not 1 <= m.k <= m.d_sae:
             raise BadInput(f"k {m.k} with d_sae {m.d_sae}: 1 ≤ k ≤ d_sae expected")
     if len(set(members)) < len(members):
         raise BadInput("two members of the grid are identical: distinct seeds expected")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Activations are centred, and scaled to unit variance a coordinate on average, so that one learning rate fits
+    every hook; `folded` puts this into the weights."""
+
+    centre: Tensor  # [d]
+    scale: float
+
+    @classmethod
+    def of(cls, store: ActivationStore, config: TrainingConfig, dtype: torch.dtype) -> Scaling:
+        """From a sample of the store's training rows; BadInput where they do not vary."""
+        train_rows, _ = store.split(config.heldout_fraction)
+        sample = store.read(0, min(len(train_rows), config.window_rows)).to(dtype)
+        variance = (sample - sample.mean(0)).square().sum(1).mean().item()
+        if variance == 0:
+            raise BadInput(f"activation store: {store.folder}: all rows are equal; there is nothing to learn")
+        centre = geometric_median(sample[:8192]) if config.b_dec_init == "geometric_median" else sample.mean(0)
+        return cls(centre, math.sqrt(store.d_in / variance))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.to(self.centre.dtype) - self.centre) * self.scale
 
 
 def train(
@@ -193,59 +150,66 @@ def train(
     state_path: Path,
     seconds_between_saves: float = 15.0,
     dtype: torch.dtype = torch.float32,
+    target: ActivationStore | None = None,
 ) -> tuple[list[Trained], list[int]]:
     """Train all members in one pass over the store.
 
     The state is saved to `state_path` now and then; the same call resumes there, bit-identically.
 
+    Args:
+        target: what transcoders reconstruct: another hook's activations, row by row those of the same inputs.
+
     Returns:
         (one `Trained` a member, in their order; the steps at which the loss curves were read)
 
     Raises:
-        BadInput: an impossible member, or activations that are not finite.
+        BadInput: an impossible member, stores that do not fit together, or activations that are not finite.
     """
     check_members(members)
+    check_target(store, target, members)
+    target = target or store
     train_rows, _ = store.split(config.heldout_fraction)
-    sample = store.read(0, min(len(train_rows), config.window_rows)).to(dtype)
-    variance = (sample - sample.mean(0)).square().sum(1).mean().item()
-    if variance == 0:
-        raise BadInput(f"activation store: {store.folder}: all rows are equal; there is nothing to learn")
-    # The activations are scaled to unit variance a coordinate on average, so that one learning rate fits every hook;
-    # `unscaled` folds this into the weights.
-    scale = math.sqrt(store.d_in / variance)
-    centre = geometric_median(sample[:8192]) if config.b_dec_init == "geometric_median" else sample.mean(0)
+    x_scaling = Scaling.of(store, config, dtype)
+    y_scaling = x_scaling if target is store else Scaling.of(target, config, dtype)
+    settings = StepSettings(
+        config.betas, config.weight_decay, config.aux_coefficient, config.dead_after_tokens, config.proposes(device, store.d_in)
+    )
+    stacks = []  # (positions in `members`, their stack)
+    for chosen in memory.stacks(members, store.d_in, config.batch_size, memory.budget(device)):
+        shape = Shape(store.d_in, target.d_in, members[chosen[0]].d_sae)
+        stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype)))
 
-    stacks = []
-    for d_sae in dict.fromkeys(m.d_sae for m in members):
-        chosen = [i for i, m in enumerate(members) if m.d_sae == d_sae]
-        stacks.append(Stack(chosen, [members[i] for i in chosen], store.d_in, centre * scale, device, dtype))
-
-    key = digest({"members": [asdict(m) for m in members], "config": asdict(config), "store": store.digest})
+    key = {"members": [asdict(m) for m in members], "config": asdict(config), "settings": asdict(settings)}
+    key = digest(key | {"store": store.digest, "target": target.digest})
     curve_steps = sorted(
         {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
     )
-    curves = torch.zeros(len(curve_steps), len(members))
+    curves = torch.zeros(len(curve_steps), len(members), device=device)
     start = _restore(state_path, key, stacks, curves)
     snapshot_steps = set(config.snapshot_steps())
     if start == 0:
-        for stack in stacks:
+        for _, stack in stacks:
             stack.snapshot()
 
-    seen = start * config.batch_size
-    readers = {
-        seed: BatchReader(store, train_rows, seed, seen, config.window_rows)
-        for seed in dict.fromkeys(m.order_seed for m in members)
-    }
+    def readers(of: ActivationStore, scaling: Scaling) -> dict[int, Reader]:
+        seeds = dict.fromkeys(m.order_seed for m in members)
+        at = start * config.batch_size
+        return {s: Reader(BatchReader(of, train_rows, s, at, config.window_rows), scaling, device) for s in seeds}
+
+    x_readers = readers(store, x_scaling)
+    y_readers = x_readers if target is store else readers(target, y_scaling)
     saved, save_seconds = time.monotonic(), 0.0
     with progress(f"training {len(members)} SAEs (steps)", config.steps, start) as advance:
         for step in range(start, config.steps):
             rows = min(config.batch_size, config.tokens - step * config.batch_size)
-            batches = {seed: reader.take(rows).to(device, dtype) * scale for seed, reader in readers.items()}
-            for stack in stacks:
-                x = torch.stack([batches[members[i].order_seed] for i in stack.members])
-                main = stack.step(x, store.d_in, config, step)
+            xs = {seed: reader.take(rows) for seed, reader in x_readers.items()}
+            ys = xs if y_readers is x_readers else {seed: reader.take(rows) for seed, reader in y_readers.items()}
+            for chosen, stack in stacks:
+                x = stacked([xs[m.order_seed] for m in stack.members])
+                y = x if ys is xs else stacked([ys[m.order_seed] for m in stack.members])
+                error = stack.step(x, y, step, config.learning_rate_factor(step), settings)
                 if step in curve_steps:
-                    curves[curve_steps.index(step), stack.members] = main.float().cpu()
+                    curves[curve_steps.index(step), chosen] = error.float()
                 if step + 1 in snapshot_steps:
                     stack.snapshot()
             advance(1)
@@ -256,33 +220,79 @@ def train(
                 save_seconds = saved - began
 
     trained: dict[int, Trained] = {}
-    for stack in stacks:
-        for position, i in enumerate(stack.members):
-            sae = unscaled({name: p[position].detach().cpu() for name, p in stack.params.items()}, members[i].k, scale)
-            decoders = torch.stack([s[position] for s in stack.snapshots])
-            curve = curves[:, i].tolist()
+    for chosen, stack in stacks:
+        for position, i in enumerate(chosen):
+            m, curve = members[i], curves[:, i].tolist()
             if not all(map(math.isfinite, curve)):
-                raise BadInput(f"training of seed {members[i].seed} diverged: a lower --learning-rate is needed")
-            trained[i] = Trained(members[i], sae, decoders, curve, int(stack.aux_steps[position]))
+                raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
+            sae = folded(stack.trained(position), stack.family.ARCHITECTURE, m.k, x_scaling, y_scaling)
+            decoders = torch.stack([s[position] for s in stack.snapshots])
+            trained[i] = Trained(m, sae, decoders, curve, int(stack.aux_steps[position]))
     state_path.unlink(missing_ok=True)
     return [trained[i] for i in range(len(members))], curve_steps
 
 
-def unscaled(params: dict[str, Tensor], k: int, scale: float) -> SAE:
-    """The same SAE on activations that are not scaled.
+@dataclass
+class Reader:
+    """A stream of scaled batches on the device."""
 
-    ReLU and top-k commute with a positive factor, so features f(s·x)/s need only `b_enc` and `b_dec` divided by s:
-    encoder and decoder directions stay as they are, decoder rows of unit norm.
+    rows: BatchReader
+    scaling: Scaling
+    device: torch.device
+
+    def take(self, n: int) -> Tensor:
+        return self.scaling(self.rows.take(n)).to(self.device)
+
+
+def stacked(batches: list[Tensor]) -> Tensor:
+    """`[n, rows, d]`; a view without a copy where all members see the same batch."""
+    if all(b is batches[0] for b in batches):
+        return batches[0].expand(len(batches), -1, -1)
+    return torch.stack(batches)
+
+
+def check_target(store: ActivationStore, target: ActivationStore | None, members: list[Member]) -> None:
+    """Transcoders, and they alone, need a second store, of the same inputs and subject."""
+    transcoders = ["transcoder" in m.family for m in members]
+    if any(transcoders) != (target is not None) or not all(t == transcoders[0] for t in transcoders):
+        raise BadInput("transcoders, and only they, need a second activation store, of the hook they reconstruct")
+    if target is None:
+        return
+    ours, theirs = store.manifest, target.manifest
+    if (store.rows, ours.subject_digest, ours.position) != (target.rows, theirs.subject_digest, theirs.position):
+        raise BadInput(
+            f"activation store: {target.folder} does not hold the same inputs' activations as {store.folder}"
+        )
+
+
+def folded(weights: dict[str, Tensor], architecture: str, k: int, x: Scaling, y: Scaling) -> SAE:
+    """The same SAE on activations that are neither centred nor scaled.
+
+    ReLU, jumps and top-k commute with a positive factor: features f(x.scale · …)/y.scale need no change of the decoder,
+    whose rows stay as they are. For an SAE x and y are one, and encoder directions stay as well.
     """
-    return SAE(
-        W_enc=params["W_enc"], b_enc=params["b_enc"] / scale, W_dec=params["W_dec"], b_dec=params["b_dec"] / scale, k=k
-    )
+    w = dict(weights)
+    transcoder = "transcoder" in architecture
+    if transcoder:
+        w["b_enc"] = w["b_enc"] - x.scale * x.centre.cpu() @ w["W_enc"]
+        w["W_enc"] = w["W_enc"] * (x.scale / y.scale)
+    for name in ("b_enc", "threshold", "b_gate", "b_mag"):
+        if name in w:
+            w[name] = w[name] / y.scale
+    w["b_dec"] = y.centre.cpu() + w["b_dec"] / y.scale
+    if "W_skip" in w:
+        skip = w["W_skip"] * (x.scale / y.scale)
+        w["b_dec"] = w["b_dec"] - x.centre.cpu() @ skip
+        w["W_skip"] = skip.T
+    w = {name: t.contiguous() for name, t in w.items()}
+    return SAE(w, architecture, k if architecture == "topk" else None, subtract_b_dec=not transcoder)
 
 
-def _save(path: Path, key: str, step: int, stacks: list[Stack], curves: Tensor) -> None:
-    tensors = {"step": torch.tensor(step), "curves": curves}
-    for stack in stacks:
-        tensors |= {f"{stack.d_sae}.{name}": t.cpu().contiguous() for name, t in stack.state().items()}
+def _save(path: Path, key: str, step: int, stacks: list[tuple[list[int], Stack]], curves: Tensor) -> None:
+    tensors = {"step": torch.tensor(step), "curves": curves.cpu()}
+    for i, (_, stack) in enumerate(stacks):
+        own = dict(stack.state()) | {"snapshots": torch.stack(stack.snapshots)}
+        tensors |= {f"{i}.{name}": t.detach().cpu().contiguous() for name, t in own.items()}
     write_bytes(path, save(tensors, metadata={"key": key, "sha256": _fingerprint(tensors)}))
 
 
@@ -293,7 +303,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _restore(path: Path, key: str, stacks: list[Stack], curves: Tensor) -> int:
+def _restore(path: Path, key: str, stacks: list[tuple[list[int], Stack]], curves: Tensor) -> int:
     """Load the state of an interrupted run into the stacks; returns the step to go on with (0: none usable)."""
     if not path.exists():
         return 0
@@ -305,12 +315,11 @@ def _restore(path: Path, key: str, stacks: list[Stack], curves: Tensor) -> int:
             state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("sha256") != _fingerprint(state):
             raise ValueError("it was changed after it was written")
-        for stack in stacks:
-            stack.restore(
-                {n.removeprefix(f"{stack.d_sae}."): t for n, t in state.items() if n.startswith(f"{stack.d_sae}.")}
-            )
+        for i, (_, stack) in enumerate(stacks):
+            prefix = f"{i}."
+            stack.restore({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
         curves.copy_(state["curves"])
-        log.info("resuming training at step %d", int(state["step"]))
+        log.info("training resumes at step %d", int(state["step"]))
         return int(state["step"])
     except (SafetensorError, OSError, ValueError) as error:
         log.warning("%s cannot be resumed (%s); training starts again", path, error)
@@ -318,29 +327,33 @@ def _restore(path: Path, key: str, stacks: list[Stack], curves: Tensor) -> int:
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, store: ActivationStore, rows: range, batch: int = 8192) -> tuple[dict[str, float], Tensor]:
-    """Held-out figures of one SAE, streamed.
+def evaluate(
+    sae: SAE, store: ActivationStore, rows: range, target: ActivationStore | None = None, batch: int = 8192
+) -> tuple[dict[str, float], Tensor]:
+    """Held-out figures of one SAE, streamed; of a transcoder from `store` to `target`.
 
     Returns:
-        ({explained_variance: 1 − Σ‖x−x̂‖²/Σ‖x−mean(x)‖², mse: a coordinate, l0: active features a row, dead_share:
+        ({explained_variance: 1 − Σ‖y−ŷ‖²/Σ‖y−mean(y)‖², mse: a coordinate, l0: active features a row, dead_share:
         features active on none of the rows}, firing rate `[d_sae]`)
     """
-    centre, _ = store.stats()
+    target = target or store
+    centre, _ = target.stats()
     fired = torch.zeros(sae.d_sae, dtype=torch.float64)
     error = total = 0.0
-    offset = torch.zeros(store.d_in, dtype=torch.float64)
+    offset = torch.zeros(target.d_in, dtype=torch.float64)
     for start in range(rows.start, rows.stop, batch):
         x = store.read(start, min(start + batch, rows.stop))
+        y = x if target is store else target.read(start, min(start + batch, rows.stop))
         features = sae.encode(x)
-        error += (x - sae.decode(features)).double().square().sum().item()
-        shifted = x.double() - centre
+        error += (y - sae.decode(features, x)).double().square().sum().item()
+        shifted = y.double() - centre
         total += shifted.square().sum().item()
         offset += shifted.sum(0)
         fired += (features > 0).sum(0)
     total -= offset.square().sum().item() / len(rows)
     figures = {
         "explained_variance": 1 - error / total,
-        "mse": error / (len(rows) * store.d_in),
+        "mse": error / (len(rows) * target.d_in),
         "l0": fired.sum().item() / len(rows),
         "dead_share": (fired == 0).double().mean().item(),
     }

@@ -1,0 +1,129 @@
+"""A stack: members of one family and width that take each step together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from husai.dictionaries.families import FAMILIES
+from husai.dictionaries.family import Batch, Shape
+from husai.kernels.sparse import backend
+from husai.runs.seeds import generator
+
+DEAD_EVERY = 16  # steps between two looks at which features are dead: on a GPU each look waits for the device
+PENALTY = 1e-3  # where the penalty of a penalised family starts
+PENALTY_RATE = 0.02  # per step, at most, in its logarithm
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a stack."""
+
+    seed: int
+    """Of the initialisation."""
+    d_sae: int
+    k: int
+    """Active features a row: kept (top-k families) or aimed at (the others)."""
+    learning_rate: float
+    order_seed: int
+    """Of the data order: a stream of its own, so that either can be varied alone."""
+    family: str = "topk"
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs of the run's configuration."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    aux_coefficient: float
+    dead_after_tokens: int
+    propose: bool
+
+
+class Stack:
+    """Parameters, Adam moments, buffers and dead-feature counters of n members, all `[n, …]`."""
+
+    def __init__(self, members: list[Member], shape: Shape, device: torch.device, dtype: torch.dtype):
+        self.members, self.shape = members, shape
+        self.family = FAMILIES[members[0].family]
+        n, self.k = len(members), tuple(m.k for m in members)
+        generators = [generator(m.seed, "init", m.d_sae) for m in members]
+        params = self.family.init(shape, generators)
+        self.params = {name: p.to(device, dtype).requires_grad_() for name, p in params.items()}
+        self.moments = {f"{moment}.{name}": torch.zeros_like(p) for name, p in self.params.items() for moment in "mv"}
+        self.buffers = {
+            "threshold": torch.full((n,), -1.0, device=device, dtype=dtype),
+            "penalty": torch.full((n,), PENALTY, device=device, dtype=dtype),
+        }
+        self.learning_rate = torch.tensor([m.learning_rate for m in members], device=device)
+        self.target_l0 = torch.tensor(self.k, device=device, dtype=torch.float32)
+        self.silent = torch.zeros(n, shape.d_sae, dtype=torch.long, device=device)  # rows since it fired
+        self.dead_mask = torch.zeros(n, shape.d_sae, dtype=torch.bool, device=device)
+        self.aux_steps = torch.zeros(n, dtype=torch.long, device=device)
+        self.snapshots: list[Tensor] = []
+        self._list_dead()
+
+    def step(self, x: Tensor, y: Tensor, step: int, rate_factor: float, settings: StepSettings) -> Tensor:
+        """One step on `x [n, rows, d_in]` towards `y [n, rows, d_out]`; returns ‖y − ŷ‖²/variance `[n]`."""
+        if step % DEAD_EVERY == 0:
+            self.dead_mask = self.silent > settings.dead_after_tokens
+            self._list_dead()
+        batch = Batch(x, y, self.k, self.dead, settings.aux_coefficient, settings.propose)
+        outcome = self.family.loss(self.params, self.buffers, batch)
+        outcome.loss.sum().backward()
+        self._adam(step, rate_factor, settings)
+        self.silent = (self.silent + x.shape[1]).masked_fill(outcome.fired, 0)
+        if not self.family.PENALISED:
+            self.aux_steps += self.dead_mask.any(1)
+        else:
+            # More features active than aimed at: a higher penalty, by a share that says how many more.
+            excess = (outcome.l0.clamp_min(0.1) / self.target_l0).log().clamp(-1, 1)
+            self.buffers["penalty"].mul_((PENALTY_RATE * excess).exp())
+        return outcome.error
+
+    @torch.no_grad()
+    def _adam(self, step: int, rate_factor: float, settings: StepSettings) -> None:
+        """Adam (Kingma & Ba, arXiv 1412.6980), a learning rate a member; decoder rows stay on the unit sphere where
+        the family says so. Weight decay (decoupled) applies to matrices, never to rows of norm 1."""
+        adam = backend(self.learning_rate.device.type).adam
+        rate = self.learning_rate * rate_factor
+        for name, p in self.params.items():
+            own = [p, p.grad, self.moments[f"m.{name}"], self.moments[f"v.{name}"]]
+            if name == "W_enc":  # stored feature by feature
+                own = [t.transpose(1, 2) for t in own]
+            unit = name == "W_dec" and self.family.UNIT_DECODER
+            decay = settings.weight_decay if p.ndim == 3 and not unit else 0.0
+            adam(*own, rate, decay, settings.betas, step + 1, unit)
+            p.grad = None
+        if "threshold" in self.params:
+            self.params["threshold"].clamp_min_(0)
+
+    def _list_dead(self) -> None:
+        self.dead = tuple(mask.nonzero().flatten() for mask in self.dead_mask)
+
+    def snapshot(self) -> None:
+        """Keep the decoder as it is now, rows of norm 1."""
+        self.snapshots.append(torch.nn.functional.normalize(self.params["W_dec"].detach(), dim=-1).cpu())
+
+    def trained(self, position: int) -> dict[str, Tensor]:
+        """One member's tensors in SAELens' names, in the coordinates of training."""
+        own = [{name: t[position].detach() for name, t in ts.items()} for ts in (self.params, self.buffers)]
+        return {name: t.cpu() for name, t in self.family.weights(*own).items()}
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a resumed run needs."""
+        yield from {**self.params, **self.moments}.items()
+        yield from ((f"buffer.{name}", t) for name, t in self.buffers.items())
+        for name in ("silent", "dead_mask", "aux_steps"):
+            yield name, getattr(self, name)
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state():
+            tensor.copy_(state[name])
+        self.snapshots = list(state["snapshots"])
+        self._list_dead()
