@@ -167,7 +167,7 @@ def synthetic():
     return x.float(), torch.nn.functional.normalize(dictionary.feature_vectors.detach(), dim=1)
 
 
-RECOVERED = {"topk": 0.9, "batchtopk": 0.9, "relu": 0.9, "gated": 0.9, "jumprelu": 0.8, "matryoshka": 0.5}
+RECOVERED = {"topk": 0.9, "batchtopk": 0.9, "relu": 0.9, "gated": 0.9, "jumprelu": 0.75, "matryoshka": 0.5}
 EXPLAINED = {"relu": 0.4}  # an L1 penalty shrinks what is active; 0.6 for all others
 
 
@@ -176,7 +176,7 @@ def test_every_family_recovers_known_features_at_its_target_l0(make_store, synth
     training. Matryoshka's small dictionaries hold mixtures of features by design."""
     x, features = synthetic
     store = make_store(x)
-    config = TrainingConfig(tokens=500_000, batch_size=512)
+    config = TrainingConfig(tokens=1_000_000, batch_size=512)
     members = [Member(1, 64, 5, 5e-3, 1, family) for family in SAE_FAMILIES]
     trained, _ = train(store, members, config, torch.device("cpu"), tmp_path / "s")
     for t in trained:

@@ -108,7 +108,9 @@ def test_top_k_keeps_the_largest_whatever_the_row(pre, k):
     """Ties, rows of equal values, rows without positive values, k as large as the row."""
     k = min(k, pre.shape[1])
     features, values = np.zeros((len(pre), k), np.int32), np.zeros((len(pre), k), np.float32)
-    cpu_kernels.top_k(pre, k, features, values)
+    counts = np.zeros(len(pre), np.int64)
+    cpu_kernels.top_k(pre, k, features, values, counts)
+    assert (values[np.arange(k) >= counts[:, None]] == 0).all()
     expected = np.maximum(-np.sort(-pre, axis=1)[:, :k], 0)
     np.testing.assert_array_equal(-np.sort(-values, axis=1), expected)
     for row, f, v in zip(pre, features, values, strict=True):

@@ -19,16 +19,13 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     n, rows, d_sae = len(x), x.shape[1], W.shape[1]
     if choice.across_batch:
         return _across_batch(x, W, bias, choice)
-    W, bias, columns = list(W.contiguous()), list(bias), choice.columns
+    W, bias, columns = list(W), list(bias), choice.columns
     if columns is not None:
         W, bias = ([t[c] for t, c in zip(ts, columns, strict=True)] for ts in (W, bias))
     sizes = [min(k, len(w)) for k, w in zip(choice.k, W, strict=True)]
-    lengths = torch.tensor(sizes).repeat_interleave(rows)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    features = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    values = x.new_empty(int(offsets[-1]))
-    starts = offsets[::rows].tolist()
-    out = [tuple(t[starts[i] : starts[i + 1]].view(rows, sizes[i]) for t in (features, values)) for i in range(n)]
+    features = [torch.empty(rows, size, dtype=torch.int32) for size in sizes]
+    values = [x.new_empty(rows, size) for size in sizes]
+    counts = torch.zeros(n, rows, dtype=torch.long)
     propose = choice.propose and x.dtype == torch.float32
     if propose:
         x_rounded = [Rounded(x[0])] * n if x.stride(0) == 0 else [Rounded(x[i]) for i in range(n)]
@@ -37,28 +34,44 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     def share(i: int, first: int, last: int) -> None:
         if sizes[i] == 0:
             return
-        chosen, kept = (t[first:last].numpy() for t in out[i])
+        out = [t[i][first:last].numpy() for t in (features, values, counts)]
         if not propose:
             pre = torch.addmm(bias[i], x[i, first:last], W[i].T)
-            kernels.top_k(pre.numpy(), sizes[i], chosen, kept)
+            kernels.top_k(pre.numpy(), sizes[i], *out)
             return
         a, b = x_rounded[i], W_rounded[i]
-        product = torch.mm(a.bits[first:last], b.bits.T).view(torch.uint16).numpy()
+        product = torch.addmm(bias[i].bfloat16(), a.bits[first:last], b.bits.T).view(torch.int16).numpy()
         error = a.errors[first:last] * b.largest_norm + a.norms[first:last] * b.largest_error
-        error = (error * SLACK).numpy()
         at = torch.empty(last - first + 1, dtype=torch.long).numpy()
-        proposals = torch.empty(product.size, dtype=torch.int32).numpy()
-        b_i, W_i, x_i = bias[i].numpy(), W[i].numpy(), x[i, first:last].numpy()
-        kernels.propose(product, b_i, error, sizes[i], at, proposals)
+        proposals = torch.empty(product.size + 1, dtype=torch.int32).numpy()
+        kernels.propose(product, (error * SLACK).numpy(), bias[i].abs().max().numpy()[()], sizes[i], at, proposals)
         scores = torch.empty(int(at[-1])).numpy()
-        kernels.gather_dots(at, proposals, W_i, b_i, x_i, scores)
-        kernels.keep_top(at, proposals, scores, sizes[i], chosen, kept)
+        kernels.gather_dots(at, proposals, W[i].numpy(), bias[i].numpy(), x[i, first:last].numpy(), scores)
+        kernels.keep_top(at, proposals, scores, sizes[i], *out)
 
     deal(share, ((i, *span) for i in range(n) for span in spans(rows, ROWS)))
-    if columns is not None:
-        for (chosen, _), c in zip(out, columns, strict=True):
-            chosen.copy_(c[chosen.long()])
-    return Kept(rows, d_sae, tuple(s * rows for s in sizes), offsets, features, values)
+    return _packed(rows, d_sae, features, values, counts, columns)
+
+
+def _packed(
+    rows: int, d_sae: int, features: list[Tensor], values: list[Tensor], counts: Tensor, columns: tuple | None
+) -> Kept:
+    """The kept entries of rows `[rows, k]`, of which the first `counts [n, rows]` are filled, without gaps."""
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.flatten().cumsum(0)])
+    sizes = tuple(counts.sum(1).tolist())
+    chosen = torch.empty(sum(sizes), dtype=torch.int32)
+    kept = values[0].new_empty(sum(sizes))
+    starts = offsets[:-1].view_as(counts)
+
+    def share(i: int) -> None:
+        out = starts[i].numpy(), chosen.numpy(), kept.numpy()
+        kernels.pack(counts[i].numpy(), features[i].numpy(), values[i].numpy(), *out)
+        if columns is not None:
+            own = slice(int(starts[i, 0]), int(starts[i, 0]) + sizes[i])
+            chosen[own] = columns[i][chosen[own].long()].int()
+
+    deal(share, ((i,) for i in range(len(counts))))
+    return Kept(rows, d_sae, sizes, offsets, chosen, kept)
 
 
 class Rounded:
@@ -163,7 +176,7 @@ def _by_feature(kept: Kept) -> tuple[list, list, list]:
     """(starts, rows, entries) of `kernels.by_feature`, a list over members each; computed once."""
     if kept.order is not None:
         return kept.order
-    offsets, features, values = kept.offsets.numpy(), kept.features.numpy(), kept.values.detach().numpy()
+    offsets, features = kept.offsets.numpy(), kept.features.numpy()
     kept.order = order = [], [], []
     for i in range(kept.n):
         first, last = (int(offsets[j * kept.rows]) for j in (i, i + 1))
@@ -173,7 +186,7 @@ def _by_feature(kept: Kept) -> tuple[list, list, list]:
 
     def share(i: int) -> None:
         rows = offsets[i * kept.rows : (i + 1) * kept.rows + 1]
-        kernels.by_feature(rows, features, values, *(part[i] for part in order))
+        kernels.by_feature(rows, features, *(part[i] for part in order))
 
     deal(share, ((i,) for i in range(kept.n)))
     return order

@@ -64,15 +64,11 @@ def group_maxima(row, maxima):
     """`maxima[g]` = the largest of row[g], row[g + G], row[g + 2G], …: whole vector registers at a time."""
     groups = len(maxima)
     maxima[:] = row[:groups]
-    full = len(row) // groups * groups
-    for start in range(groups, full, groups):
-        for g in range(groups):
-            v = row[start + g]
-            m = maxima[g]
+    for start in range(groups, len(row), groups):
+        part = row[start : start + groups]
+        for g in range(len(part)):
+            v, m = part[g], maxima[g]
             maxima[g] = v if v > m else m
-    for g in range(len(row) - full):
-        if row[full + g] > maxima[g]:
-            maxima[g] = row[full + g]
 
 
 @kernel
@@ -94,7 +90,7 @@ def at_least(row, maxima, threshold, chosen, found):
 
 @kernel
 def keep_largest(found, scores, count, k, scratch, features, values):
-    """Of `found[:count]` with `scores[:count]`: the k largest that are positive. Ties: as found. Rest of k: zeros."""
+    """Of `found[:count]` with `scores[:count]`: the k largest that are positive; returns how many. Ties: as found."""
     threshold = scores[0]
     if count > k:
         scratch[:count] = scores[:count]
@@ -113,8 +109,7 @@ def keep_largest(found, scores, count, k, scratch, features, values):
                 features[n] = found[i]
                 values[n] = scores[i]
                 n += 1
-    features[n:] = found[0] if count > 0 else 0
-    values[n:] = 0
+    return n
 
 
 @kernel
@@ -127,8 +122,9 @@ def groups_for(k, width):
 
 
 @kernel
-def top_k(pre, k, features, values):
-    """Row-wise exact top-k, ReLU after the selection. `pre [R, width]` -> `features`, `values` `[R, k]`.
+def top_k(pre, k, features, values, counts):
+    """Row-wise exact top-k of the positive values. `pre [R, width]` -> the first counts[r] of `features`, `values`
+    `[R, k]`.
 
     At least k values are as large as the k-th largest group maximum, so only values from there on can be kept.
     """
@@ -149,61 +145,84 @@ def top_k(pre, k, features, values):
         count = at_least(row, maxima, threshold, chosen, found)
         for i in range(count):
             scores[i] = row[found[i]]
-        keep_largest(found, scores, count, k, scratch, features[r], values[r])
+        counts[r] = keep_largest(found, scores, count, k, scratch, features[r], values[r])
 
 
 @kernel
-def propose(bits, bias, error, k, offsets, features):
-    """Which features may be among a row's k largest, from a bfloat16 product. Proposals of row r lie at
+def propose(bits, error, largest_bias, k, offsets, features):
+    """Which features may be among a row's k largest positive ones, from a bfloat16 product. Proposals of row r lie at
     `offsets[r] : offsets[r + 1]` of `features`.
 
     With x̂, ŵ the rounded operands, |x·w − x̂·ŵ| ≤ ‖x − x̂‖‖w‖ + ‖x̂‖‖w − ŵ‖ =: δ (Cauchy–Schwarz; the norms are those of
-    the actual rounding errors), and rounding the product p adds at most 2⁻⁸|p|. With |p| ≤ |v| + max|bias|, a feature
-    whose approximate value v lies more than 2δ + 2⁻⁷(|v_k| + max|bias|) below the k-th largest, v_k, is not among the k
-    largest, so the kept set that `keep_top` makes of the proposals is that of the exact product.
+    the actual rounding errors). Rounding the bias and the sum v adds at most 2⁻⁸(|v| + max|bias|). So a feature whose v
+    lies more than 2δ + 2⁻⁷(v_k + max|bias|) below the k-th largest, v_k, is not among the k largest, and the kept set
+    that `keep_top` makes of the proposals is that of the exact product.
+
+    Bits of positive bfloat16 numbers are ordered as the numbers are, and those of negative ones, as int16, lie below
+    them: nothing needs to be converted to compare.
 
     Args:
-        bits: `[R, width]` uint16, the bfloat16 product x̂ Ŵᵀ. error: `[R]`, δ.
+        bits: `[R, width]` int16, bfloat16 of x̂ Ŵᵀ + bias. error: `[R]`, δ.
     """
     rows, width = bits.shape
-    raw = np.empty(width, np.int32)
-    row = raw.view(np.float32)
-    maxima = np.empty(groups_for(k, width), np.float32)
+    maxima = np.empty(groups_for(k, width), np.int16)
     scratch = np.empty(width, np.float32)
     found = np.empty(width + 1, np.int32)
     chosen = np.empty(width + 1, np.int32)
-    largest_bias = np.float32(0)
-    for j in range(width):
-        largest_bias = max(largest_bias, abs(bias[j]))
+    word = np.empty(1, np.int32)
+    number = word.view(np.float32)
     offsets[0] = 0
     for r in range(rows):
-        source = bits[r]
-        for j in range(width):
-            raw[j] = np.int32(source[j]) << 16
-        for j in range(width):
-            row[j] += bias[j]
+        row = bits[r]
         group_maxima(row, maxima)
-        threshold = np.float32(0)
+        kth = np.float32(0)
         if k < len(maxima):
-            scratch[: len(maxima)] = maxima
-            threshold = cut(scratch, len(maxima), k, 8)
-            count = at_least(row, maxima, threshold, chosen, found)
-            for i in range(count):
-                scratch[i] = row[found[i]]
-            threshold = max(np.float32(0), cut(scratch, count, k, 8))  # below the k-th largest, if only a little
-        margin = 2 * error[r] + np.float32(2.0**-7) * (threshold + largest_bias)
-        count = at_least(row, maxima, threshold - margin, chosen, features[offsets[r] :])
+            as_float(maxima, len(maxima), scratch)
+            number[0] = max(np.float32(0), cut(scratch, len(maxima), k, 8))
+            count = at_least(row, maxima, word[0] >> 16, chosen, found)
+            if count > k:
+                for i in range(count):
+                    word[0] = np.int32(row[found[i]]) << 16
+                    scratch[i] = number[0]
+                kth = max(np.float32(0), cut(scratch, count, k, 8))  # below the k-th largest, if only a little
+        number[0] = kth - 2 * error[r] - np.float32(2.0**-7) * (kth + largest_bias)
+        if number[0] > 0:
+            count = at_least(row, maxima, word[0] >> 16, chosen, features[offsets[r] :])
+        else:  # hardly k positive ones: whatever may be positive
+            lowest, count = number[0], 0
+            for j in range(width):
+                word[0] = np.int32(row[j]) << 16
+                features[offsets[r] + count] = j
+                count += number[0] >= lowest
         offsets[r + 1] = offsets[r] + count
 
 
 @kernel
-def keep_top(offsets, features, scores, k, kept_features, kept_values):
-    """The k largest positive `scores` of each row's proposals -> `kept_features`, `kept_values` `[R, k]`."""
+def as_float(bits, count, out):
+    """bfloat16 bits (int16) to float32; negative numbers to 0."""
+    raw = out.view(np.int32)
+    for i in range(count):
+        raw[i] = max(np.int32(bits[i]), 0) << 16
+
+
+@kernel
+def keep_top(offsets, features, scores, k, kept_features, kept_values, counts):
+    """The k largest positive `scores` of each row's proposals -> the first counts[r] of `kept_features`, `kept_values`
+    `[R, k]`."""
     scratch = np.empty(len(scores), scores.dtype)
     for r in range(len(offsets) - 1):
         here = slice(offsets[r], offsets[r + 1])
         count = offsets[r + 1] - offsets[r]
-        keep_largest(features[here], scores[here], count, k, scratch, kept_features[r], kept_values[r])
+        counts[r] = keep_largest(features[here], scores[here], count, k, scratch, kept_features[r], kept_values[r])
+
+
+@kernel
+def pack(counts, features, values, offsets, packed_features, packed_values):
+    """The first counts[r] of each row `[R, k]`, one row after the other from `offsets[r]` on."""
+    for r in range(len(counts)):
+        for j in range(counts[r]):
+            packed_features[offsets[r] + j] = features[r, j]
+            packed_values[offsets[r] + j] = values[r, j]
 
 
 @kernel
@@ -275,22 +294,20 @@ def residual(offsets, features, values, W, bias, target, first, last, error, slo
 
 
 @kernel
-def by_feature(offsets, features, values, starts, rows, entries):
-    """Sort the entries that are not 0 by feature (counting sort): f's lie at `starts[f] : starts[f + 1]` of `rows`
-    and `entries`."""
+def by_feature(offsets, features, starts, rows, entries):
+    """Sort the entries by feature (counting sort): f's lie at `starts[f] : starts[f + 1]` of `rows` and `entries`."""
     starts[:] = 0
     for e in range(offsets[0], offsets[-1]):
-        starts[features[e] + 1] += values[e] > 0
+        starts[features[e] + 1] += 1
     for f in range(len(starts) - 1):
         starts[f + 1] += starts[f]
     position = starts[:-1].copy()
     for r in range(len(offsets) - 1):
         for e in range(offsets[r], offsets[r + 1]):
-            if values[e] > 0:
-                p = position[features[e]]
-                position[features[e]] = p + 1
-                rows[p] = r
-                entries[p] = e
+            p = position[features[e]]
+            position[features[e]] = p + 1
+            rows[p] = r
+            entries[p] = e
 
 
 @kernel

@@ -79,3 +79,18 @@ def loss_curves(section: dict, path: Path) -> Path:
 def _interval(e: dict) -> str:
     bounds = "no interval" if e["low"] is None else f"{e['low']:+.4f} to {e['high']:+.4f}"
     return f"excess {e['estimate']:+.4f} ({bounds})"
+
+
+def save_lines(path: Path, panels: list[tuple[str, list[float], dict[str, list[float]]]], y_label: str) -> Path:
+    """Panels (x label, x values, {name: y values}) side by side, both axes logarithmic, one legend."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), sharey=True, squeeze=False)
+    for axis, (x_label, x, lines) in zip(axes[0], panels, strict=True):
+        for name, y in lines.items():
+            axis.plot(x, y, "o-", lw=2.4 if name.startswith("HUSAI") else 1.4, label=name)
+        axis.set(xlabel=x_label, xscale="log", yscale="log")
+        axis.set_xticks(x, [f"{value:,}" for value in x], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(y_label)
+    axes[0][-1].legend(frameon=False)
+    return _save(figure, path)

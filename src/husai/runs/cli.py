@@ -53,6 +53,11 @@ class Parser(argparse.ArgumentParser):
             default=Path("results"),
             help="holds subjects/ and activations/, which phases share (default: %(default)s)",
         )
+        self.add_machine()
+        self.add_argument("--force", action="store_true", help="compute again what is already finished")
+
+    def add_machine(self) -> None:
+        """--device, --threads."""
         self.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
         self.add_argument(
             "--threads",
@@ -60,7 +65,6 @@ class Parser(argparse.ArgumentParser):
             default=len(os.sched_getaffinity(0)),
             help="CPU threads; part of what makes a result repeatable to the byte (default: the cores at hand)",
         )
-        self.add_argument("--force", action="store_true", help="compute again what is already finished")
 
 
 def _number(text: str, kind: type, holds: Callable[[float], bool], what: str):

@@ -172,7 +172,11 @@ def train(
     x_scaling = Scaling.of(store, config, dtype)
     y_scaling = x_scaling if target is store else Scaling.of(target, config, dtype)
     settings = StepSettings(
-        config.betas, config.weight_decay, config.aux_coefficient, config.dead_after_tokens, config.proposes(device, store.d_in)
+        config.betas,
+        config.weight_decay,
+        config.aux_coefficient,
+        config.dead_after_tokens,
+        config.proposes(device, store.d_in),
     )
     stacks = []  # (positions in `members`, their stack)
     for chosen in memory.stacks(members, store.d_in, config.batch_size, memory.budget(device)):
