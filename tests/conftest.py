@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from husai.activations.store import ActivationStore, StoreWriter
 
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU here
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 

@@ -161,8 +161,9 @@ def test_adam_against_torch(unit):
     optimisers = [torch.optim.AdamW([theirs], lr=float(r), weight_decay=0.1, eps=1e-8) for r in rate]
     for step in range(1, 6):
         gradient = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
-        cpu.adam(ours, gradient, *moments[:2], rate, 0.1, (0.9, 0.999), step, unit)
-        dense.adam(plain, gradient.clone(), *moments[2:], rate, 0.1, (0.9, 0.999), step, unit)
+        corrections = torch.tensor([1 - 0.9**step, 1 - 0.999**step], dtype=torch.float64)
+        cpu.adam(ours, gradient, *moments[:2], rate, 0.1, (0.9, 0.999), corrections, unit)
+        dense.adam(plain, gradient.clone(), *moments[2:], rate, 0.1, (0.9, 0.999), corrections, unit)
         if not unit:
             before = theirs.detach().clone()
             theirs.grad = gradient

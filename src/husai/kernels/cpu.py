@@ -193,14 +193,22 @@ def _by_feature(kept: Kept) -> tuple[list, list, list]:
 
 
 def adam(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, decay: float, betas: tuple, step: int, unit: bool
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    decay: float,
+    betas: tuple,
+    corrections: Tensor,
+    unit: bool,
 ) -> None:
     """As `dense.adam`, for parameters whose rows are contiguous."""
     shape = (len(p), -1, p.shape[-1]) if p.ndim > 2 else (len(p), 1, p.shape[-1])
     arrays = [t.detach().view(shape).numpy() for t in (p, g, m, v)]
     number = arrays[0].dtype.type
     rates = rate.tolist()
-    constants = [number(c) for c in (*betas, 1 - betas[0] ** step, 1 - betas[1] ** step)]
+    constants = [number(c) for c in (*betas, *corrections.tolist())]
 
     def share(i: int, first: int, last: int) -> None:
         own = [a[i] for a in arrays]

@@ -23,7 +23,8 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
             top, places = candidates.flatten().topk(size)
             places, order = places.sort()
             top = top[order]
-            counts = torch.bincount(places // len(columns), minlength=rows)
+            counts = torch.zeros(rows, dtype=torch.long, device=x.device)
+            counts.index_add_(0, places // len(columns), torch.ones_like(places))
             chosen = columns[places % len(columns)]
         else:
             size = min(choice.k[i], len(columns))
@@ -54,10 +55,11 @@ def weighted_sums(kept: Kept, weights: Tensor, x: Tensor, centre: Tensor) -> tup
 
 def activity(kept: Kept) -> tuple[Tensor, Tensor]:
     """(bool [n, d_sae], which features are active on any row; [n], how many entries are positive)"""
-    flat = torch.zeros(kept.n * kept.d_sae, dtype=torch.bool, device=kept.values.device)
+    positive = (kept.values > 0).long()
     places = kept.row_of_entries() // kept.rows * kept.d_sae + kept.features
-    fired = flat.index_fill_(0, places[kept.values > 0], True).view(kept.n, kept.d_sae)
-    return fired, torch.stack([(v > 0).sum() for v in kept.values.split(kept.sizes)])
+    counts = torch.zeros(kept.n * kept.d_sae, dtype=torch.long, device=places.device).index_add_(0, places, positive)
+    counts = counts.view(kept.n, kept.d_sae)
+    return counts > 0, counts.sum(1)
 
 
 def _matrix(kept: Kept, weights: Tensor) -> Tensor:
@@ -65,9 +67,18 @@ def _matrix(kept: Kept, weights: Tensor) -> Tensor:
 
 
 def adam(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, rate: Tensor, decay: float, betas: tuple, step: int, unit: bool
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    decay: float,
+    betas: tuple,
+    corrections: Tensor,
+    unit: bool,
 ) -> None:
     """One step of Adam on `p [n, …]`, in place; `rate [n]`. Decoupled weight decay (AdamW): p ← p (1 − rate · decay).
+    `corrections [2]`: 1 − β₁ᵗ and 1 − β₂ᵗ at step t.
 
     With `unit`, rows are directions: only the gradient's part that turns them is used, and they keep norm 1.
     """
@@ -76,7 +87,7 @@ def adam(
     rate = rate.to(p.dtype).view(-1, *[1] * (p.ndim - 1))
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    update = (m / (1 - betas[0] ** step)).div_((v / (1 - betas[1] ** step)).sqrt_().add_(1e-8))
+    update = (m / corrections[0]).div_((v / corrections[1]).sqrt_().add_(1e-8))
     p.mul_(1 - rate * decay).sub_(update.mul_(rate))
     if unit:
         p.div_(p.norm(dim=-1, keepdim=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,37 @@ class StepSettings:
     propose: bool
 
 
+class StepGraph:
+    """A step on a GPU, recorded once as a CUDA graph and replayed: one launch instead of some hundred.
+
+    The first steps run one by one, so that kernels are compiled; then the step is recorded for the batch's shape.
+    Batches of another shape (the last one) run one by one.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, advance: Callable[[Tensor, Tensor, Tensor, StepSettings], Tensor], settings: StepSettings):
+        self.advance, self.settings, self.steps = advance, settings, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, x: Tensor, y: Tensor, scalars: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps <= self.WARM_UP or (self.graph is not None and x.shape != self.x.shape):
+            return self.advance(x, y, scalars, self.settings)
+        if self.graph is None:
+            self.x, self.scalars = x.clone(), scalars.clone()
+            self.y = self.x if y is x else y.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.error = self.advance(self.x, self.y, self.scalars, self.settings)
+        self.x.copy_(x)
+        self.scalars.copy_(scalars)
+        if y is not x:
+            self.y.copy_(y)
+        self.graph.replay()
+        return self.error.clone()
+
+
 class Stack:
     """Parameters, Adam moments, buffers and dead-feature counters of n members, all `[n, …]`."""
 
@@ -65,20 +96,35 @@ class Stack:
         self.dead_mask = torch.zeros(n, shape.d_sae, dtype=torch.bool, device=device)
         self.aux_steps = torch.zeros(n, dtype=torch.long, device=device)
         self.snapshots: list[Tensor] = []
+        self.graph: StepGraph | None = None
         self._list_dead()
 
     def step(self, x: Tensor, y: Tensor, step: int, rate_factor: float, settings: StepSettings) -> Tensor:
         """One step on `x [n, rows, d_in]` towards `y [n, rows, d_out]`; returns ‖y − ŷ‖²/variance `[n]`."""
         if step % DEAD_EVERY == 0:
-            self.dead_mask = self.silent > settings.dead_after_tokens
+            self.dead_mask.copy_(self.silent > settings.dead_after_tokens)
             self._list_dead()
+        beta1, beta2 = settings.betas
+        scalars = [rate_factor, 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)]
+        scalars = torch.tensor(scalars, dtype=torch.float64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+        if x.is_cuda and not any(map(len, self.dead)):
+            self.graph = self.graph or StepGraph(self._advance, settings)
+            return self.graph(x, y, scalars)
+        return self._advance(x, y, scalars, settings)
+
+    def _advance(self, x: Tensor, y: Tensor, scalars: Tensor, settings: StepSettings) -> Tensor:
+        """Loss, gradients, Adam, counters, penalty; nothing here waits for the device unless features are dead.
+
+        Args:
+            scalars: `[3]`, the learning rate's factor and Adam's two bias corrections.
+        """
         batch = Batch(x, y, self.k, self.dead, settings.aux_coefficient, settings.propose)
         outcome = self.family.loss(self.params, self.buffers, batch)
         outcome.loss.sum().backward()
-        self._adam(step, rate_factor, settings)
-        self.silent = (self.silent + x.shape[1]).masked_fill(outcome.fired, 0)
+        self._adam(scalars, settings)
+        self.silent.add_(x.shape[1]).masked_fill_(outcome.fired, 0)
         if not self.family.PENALISED:
-            self.aux_steps += self.dead_mask.any(1)
+            self.aux_steps.add_(self.dead_mask.any(1))
         else:
             # More features active than aimed at: a higher penalty, by a share that says how many more.
             excess = (outcome.l0.clamp_min(0.1) / self.target_l0).log().clamp(-1, 1)
@@ -86,18 +132,18 @@ class Stack:
         return outcome.error
 
     @torch.no_grad()
-    def _adam(self, step: int, rate_factor: float, settings: StepSettings) -> None:
+    def _adam(self, scalars: Tensor, settings: StepSettings) -> None:
         """Adam (Kingma & Ba, arXiv 1412.6980), a learning rate a member; decoder rows stay on the unit sphere where
         the family says so. Weight decay (decoupled) applies to matrices, never to rows of norm 1."""
-        adam = backend(self.learning_rate.device.type).adam
-        rate = self.learning_rate * rate_factor
+        adam = backend(scalars.device.type).adam
+        rate = self.learning_rate * scalars[0]
         for name, p in self.params.items():
             own = [p, p.grad, self.moments[f"m.{name}"], self.moments[f"v.{name}"]]
             if name == "W_enc":  # stored feature by feature
                 own = [t.transpose(1, 2) for t in own]
             unit = name == "W_dec" and self.family.UNIT_DECODER
             decay = settings.weight_decay if p.ndim == 3 and not unit else 0.0
-            adam(*own, rate, decay, settings.betas, step + 1, unit)
+            adam(*own, rate, decay, settings.betas, scalars[1:], unit)
             p.grad = None
         if "threshold" in self.params:
             self.params["threshold"].clamp_min_(0)
