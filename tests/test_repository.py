@@ -9,7 +9,7 @@ import yaml
 
 from conftest import ROOT
 
-STEPS = ["subjects", "activations", "dictionaries", "training", "stability", "report"]
+STEPS = ["subjects", "activations", "kernels", "dictionaries", "training", "stability", "report"]
 
 
 def requirements(name):
@@ -60,9 +60,7 @@ def imports(path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_imports_follow_the_flow(step):
-    order = {
-        name: i for i, name in enumerate(["subjects", "activations", "dictionaries", "training", "stability", "report"])
-    }
+    order = {name: i for i, name in enumerate(STEPS)}
     for path in (ROOT / "src" / "husai" / step).glob("*.py"):
         for module in imports(path):
             parts = module.split(".")

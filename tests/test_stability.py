@@ -15,7 +15,8 @@ from husai.runs.errors import BadInput
 from husai.stability import compare, nulls
 from husai.stability.compare import Dictionary
 from husai.stability.inference import Estimate, jackknife, pair_values, permutation_test, tost
-from husai.stability.scores import matched_cosines, max_cosines, mcc, pwmcc, score
+from husai.stability.matching import match
+from husai.stability.scores import GAP, max_cosines, mcc, pwmcc, score
 
 
 def gaussian(seed, features, d=128):
@@ -46,7 +47,9 @@ def test_permuted_rescaled_sign_flipped_copy_scores_one(seed, n):
     signs = torch.randint(0, 2, (n, 1), generator=g) * 2 - 1
     b = (a * signs * (torch.rand(n, 1, generator=g) + 0.1))[torch.randperm(n, generator=g)]
     everything = torch.ones(n, dtype=torch.bool)
-    assert all(v == pytest.approx(1, abs=1e-5) for v in score(a, b, everything, everything).values())
+    scores = score(a, b, everything, everything)
+    assert scores.pop(GAP) == 0
+    assert all(v == pytest.approx(1, abs=1e-5) for v in scores.values())
 
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30))
@@ -72,9 +75,9 @@ def test_mcc_against_all_assignments(n, m):
 
 def test_blocks_do_not_change_the_scores(monkeypatch):
     a, b = rows(1, 50), rows(2, 70)
-    expected = (*max_cosines(a, b), matched_cosines(a, b))
+    expected = (*max_cosines(a, b), match(a, b).cosines)
     monkeypatch.setattr("husai.stability.scores.BLOCK", 7)
-    for x, y in zip(expected, (*max_cosines(a, b), matched_cosines(a, b)), strict=True):
+    for x, y in zip(expected, (*max_cosines(a, b), match(a, b).cosines), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
     cosines = (torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T).abs()
     np.testing.assert_allclose(expected[0], cosines.amax(1), atol=1e-6)
@@ -197,10 +200,11 @@ def test_effective_rank():
 def test_scoring_leaves_the_thread_count_as_it_was():
     code = """
 import torch
+from husai.kernels.workers import one_torch_thread
 from husai.stability import compare, nulls
 torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
-with compare.one_torch_thread():
+with one_torch_thread():
     assert torch.get_num_threads() == 1
     compare.pair(d(1), d(2), nulls.Spectrum.of(torch.eye(4), 100), 5, (), 2)
 assert torch.get_num_threads() == 2
@@ -308,7 +312,7 @@ def outcome(seeds=5, excess=0.2, noise=0.02, missing=()):
     """Summary of made-up pairs whose observed score exceeds each null by `excess` on average."""
     rng = np.random.default_rng(0)
     effect = rng.normal(0, noise, seeds)
-    values = lambda x: {"mean": dict.fromkeys(compare.SCORES, x), "draws": None}  # noqa: E731
+    values = lambda x: {"mean": dict.fromkeys(compare.SCORES, x) | {GAP: 0.0}, "draws": None}  # noqa: E731
     names = [n for n in (*compare.GATED_NULLS, "covariance_matched") if n not in missing]
     pairs = {
         (i, j): {"observed": values(0.3 + excess + effect[i] + effect[j])} | {n: values(0.3) for n in names}

@@ -87,7 +87,7 @@ def main() -> None:
     print(f"figures  {args.output_dir / 'figures'}")
 
 
-PACKAGES = ("activations", "dictionaries", "report", "runs", "stability", "subjects", "training")
+PACKAGES = ("activations", "dictionaries", "kernels", "report", "runs", "stability", "subjects", "training")
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -1,8 +1,12 @@
-"""Train a grid of SAEs (seeds x widths x sparsities x learning rates) on a store, all in one pass.
+"""Train a grid of SAEs (families x seeds x widths x sparsities) on a store, all in one pass.
 
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir STORE \\
-      --d-sae 128,256 --k 8,16 --seeds 42,123,456 --tokens 2000000
+      --architecture topk,batchtopk,relu --d-sae 128,256 --k 8,16 --seeds 42,123,456 --tokens 2000000
+    python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir MLP_IN_STORE \\
+      --target-activation-cache-dir MLP_OUT_STORE --architecture transcoder,skip_transcoder
+
+ReLU, JumpReLU and gated SAEs are steered to an L0 of k; what they reach is reported, and a miss of more than 10 % said.
 
 Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk` opens it), held-out figures and
 loss curves. An interrupted run resumes with the same command; a finished one is found.
@@ -16,6 +20,7 @@ from husai.runs.cli import (
     Parser,
     fraction,
     int_list,
+    name_list,
     positive_float,
     positive_int,
     prepare,
@@ -28,7 +33,13 @@ def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/sae_training")
     p.add_argument("--activation-cache-dir", type=Path, required=True, help="a store of extract_activations.py")
-    p.add_argument("--architecture", choices=["topk"], default="topk", help="default: %(default)s")
+    p.add_argument("--target-activation-cache-dir", type=Path, help="transcoders: the store they reconstruct")
+    p.add_argument(
+        "--architecture",
+        type=name_list,
+        default="topk",
+        help="topk,batchtopk,matryoshka,relu,jumprelu,gated, or transcoder,skip_transcoder (default: %(default)s)",
+    )
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--d-sae", type=int_list, default="256", help="widths (default: %(default)s)")
     p.add_argument("--k", type=int_list, default="8", help="active features a row (default: %(default)s)")
@@ -44,6 +55,12 @@ def parse():
     return p.parse_args()
 
 
+def missed(record: dict) -> str:
+    """Said in the table where a penalised family's L0 lies far from what it aimed at."""
+    miss = record["l0_miss"]
+    return f" (misses {record['k']} by {miss:+.0%})" if miss is not None and abs(miss) > 0.1 else ""
+
+
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
@@ -51,11 +68,14 @@ def main() -> None:
     from husai.runs.cells import Cells
     from husai.runs.folder import Run
     from husai.training.grid import members, train_or_find
-    from husai.training.trainer import TrainingConfig
+    from husai.training.trainer import TrainingConfig, check_members, check_target
 
     store = ActivationStore.open(args.activation_cache_dir)
+    target = args.target_activation_cache_dir and ActivationStore.open(args.target_activation_cache_dir)
     train_rows, _ = store.split(args.heldout_fraction)
-    grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate])
+    grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate], args.architecture)
+    check_members(grid)
+    check_target(store, target, grid)
     config = TrainingConfig(
         tokens=args.epochs * len(train_rows) if args.epochs else args.tokens,
         batch_size=args.batch_size,
@@ -63,25 +83,28 @@ def main() -> None:
         b_dec_init=args.b_dec_init,
     )
     settings = {"members": [asdict(m) for m in grid], "training": asdict(config), "store": store.digest}
+    settings["target"] = target and target.digest
 
     with Run(args.output_dir, settings, args.device, args.threads) as run:
         run.inputs["activation store"] = store.digest
+        if target:
+            run.inputs["target activation store"] = target.digest
         cells = Cells(args.output_dir / "cells", args.force)
-        results = train_or_find(cells, store, grid, config, device, args.threads)
+        results = train_or_find(cells, store, grid, config, device, args.threads, target)
         lines = [
             "# SAEs on cached activations",
             "",
             f"{store.manifest.subject}, {store.manifest.hook_name}; {config.tokens} rows seen by each SAE; "
             "figures on held-out rows.",
             "",
-            "| d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |",
-            "|---|---|---|---|---|---|---|---|",
+            "| family | d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for m in results["members"]:
             h = m["heldout"]
             lines.append(
-                f"| {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | {h['mse']:.4g} | "
-                f"{h['l0']:.2f} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
+                f"| {m['family']} | {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | "
+                f"{h['mse']:.4g} | {h['l0']:.2f}{missed(m)} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
             )
         run.write(results, "\n".join(lines) + "\n")
     print(args.output_dir / "summary.md")

@@ -99,6 +99,11 @@ def int_list(text: str) -> list[int]:
     return _distinct(values, text)
 
 
+def name_list(text: str) -> list[str]:
+    """`topk,relu` -> ["topk", "relu"]; distinct."""
+    return _distinct([part.strip() for part in text.split(",")], text)
+
+
 def seed_list(text: str) -> list[int]:
     """`42,123` -> [42, 123]; distinct, not negative. Two seeds at least: one seed says nothing about stability."""
     try:
@@ -110,7 +115,7 @@ def seed_list(text: str) -> list[int]:
     return _distinct(values, text)
 
 
-def _distinct(values: list[int], text: str) -> list[int]:
+def _distinct(values: list, text: str) -> list:
     repeated = sorted({v for v in values if values.count(v) > 1})
     if repeated:
         raise argparse.ArgumentTypeError(f"{text!r} names {repeated[0]} twice; each must be given once")

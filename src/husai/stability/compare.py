@@ -17,7 +17,8 @@ from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.inference import Estimate, jackknife, tost
-from husai.stability.scores import SCORES, matched_cosines, score
+from husai.stability.matching import match
+from husai.stability.scores import GAP, SCORES, score
 
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "untrained", "spectral")
@@ -76,6 +77,7 @@ def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, see
             scores, histograms = zip(*pool.map(one, range(n)), strict=True)
         values = {s: [x[s] for x in scores] for s in SCORES}
         means = {s: float(np.mean(v)) for s, v in values.items()}
+        means[GAP] = max(x[GAP] for x in scores)
         return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
 
     def given(x: Tensor, y: Tensor) -> dict:
@@ -98,7 +100,7 @@ def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, see
 def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
     """Counts in BINS of the matched |cos| of the rows of `x` and `y` that are alive in `a` and `b`."""
     x, y = x[a.alive], y[b.alive]
-    matched = matched_cosines(x, y) if len(x) and len(y) else np.zeros(0)
+    matched = match(x, y).cosines if len(x) and len(y) else np.zeros(0)
     return np.histogram(matched.clip(0, 1), BINS)[0]
 
 
@@ -133,6 +135,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
     return {
         "labels": list(labels),
         "scores": scores,
+        GAP: max(value[name]["mean"][GAP] for value in pairs.values() for name in ("observed", *present)),
         "missing_nulls": missing,
         "verdict": _verdict(seeds, primary, highest, missing),
     }

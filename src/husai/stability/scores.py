@@ -1,23 +1,18 @@
 """How alike two dictionaries are. Feature directions are the rows of `W_dec [d_sae, d_in]`, never guessed from a shape.
 
 `pwmcc`: symmetrised mean of the largest |cos| (the earlier study's score; several features may share a partner).
-`mcc`: mean |cos| of the best one-to-one assignment (Hungarian). `share70`: share of those pairs with |cos| ≥ 0.7.
+`mcc`: mean |cos| of the best one-to-one assignment (Hungarian, `matching.py`). `share70`: share of those pairs with
+|cos| ≥ 0.7.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-BLOCK = 2048
+from husai.stability.matching import BLOCK, match, unit_rows
+
 MATCHED = 0.7
-
-
-def unit_rows(W_dec: Tensor) -> Tensor:
-    """Rows scaled to norm 1; rows of zeros stay zero."""
-    return W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
 
 
 def max_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,30 +35,21 @@ def pwmcc(a: Tensor, b: Tensor) -> float:
     return 0.5 * (best_a.double().mean() + best_b.double().mean()).item()
 
 
-def matched_cosines(a: Tensor, b: Tensor) -> np.ndarray:
-    """|cos| of each pair of the optimal one-to-one assignment, `[min(n, m)]` float64.
-
-    The only large object is one float64 cost matrix (2.1 GB at 16,384 × 16,384): shorter side first and minimised,
-    because scipy would copy it otherwise.
-    """
-    a, b = (unit_rows(a), unit_rows(b)) if len(a) <= len(b) else (unit_rows(b), unit_rows(a))
-    cost = np.empty((len(a), len(b)))
-    for start in range(0, len(a), BLOCK):
-        cost[start : start + BLOCK] = (a[start : start + BLOCK] @ b.T).abs().neg_().numpy()
-    return -cost[linear_sum_assignment(cost)]
+def mcc(a: Tensor, b: Tensor, exact: bool | None = None) -> float:
+    """Mean |cos| of the best one-to-one assignment of the smaller dictionary into the larger, in [0, 1] (`match`)."""
+    return float(match(a, b, exact).cosines.mean())
 
 
-def mcc(a: Tensor, b: Tensor) -> float:
-    """Mean |cos| of the optimal one-to-one assignment of the smaller dictionary into the larger, in [0, 1]."""
-    return float(matched_cosines(a, b).mean())
-
-
+GAP = "mcc_gap_bound"
 SCORES = ("pwmcc", "mcc", "share70", "pwmcc_alive", "mcc_alive", "share70_alive")
 
 
 def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor) -> dict[str, float]:
-    """All of SCORES for one pair of dictionaries; `alive_a [n]`, `alive_b [m]` bool. Empty dictionaries score 0."""
-    values = {}
+    """All of SCORES for one pair of dictionaries; `alive_a [n]`, `alive_b [m]` bool. Empty dictionaries score 0.
+
+    With them `mcc_gap_bound`: by how much the two `mcc` may fall short of the best assignment's.
+    """
+    values, gap = {}, 0.0
     everything = alive_a.all() and alive_b.all()
     for suffix, first, second in (("", a, b), ("_alive", a[alive_a], b[alive_b])):
         if suffix and everything:
@@ -71,8 +57,9 @@ def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor) -> dict[str, f
         elif len(first) == 0 or len(second) == 0:
             values |= {name + suffix: 0.0 for name in ("pwmcc", "mcc", "share70")}
         else:
-            matched = matched_cosines(first, second)
+            matching = match(first, second)
             values["pwmcc" + suffix] = pwmcc(first, second)
-            values["mcc" + suffix] = float(matched.mean())
-            values["share70" + suffix] = float((matched >= MATCHED).mean())
-    return values
+            values["mcc" + suffix] = float(matching.cosines.mean())
+            values["share70" + suffix] = float((matching.cosines >= MATCHED).mean())
+            gap = max(gap, matching.gap_bound)
+    return values | {GAP: gap}
