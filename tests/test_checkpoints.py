@@ -7,16 +7,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from husai.dictionaries import checkpoints
-from husai.dictionaries.checkpoints import SAE
+from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
+
+
+def made(architecture: str, d_in: int = 8, d_sae: int = 20) -> SAE:
+    """Random weights, biases that are not zero."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    transcoder = "transcoder" in architecture
+    d_out = 6 if transcoder else d_in
+    vectors = {name: draw(d_sae) for name in ENCODER[ARCHITECTURES[architecture]] if name != "W_enc"}
+    if "threshold" in vectors:
+        vectors["threshold"] = vectors["threshold"].abs()
+    weights = {"W_enc": draw(d_in, d_sae), "W_dec": draw(d_sae, d_out), "b_dec": draw(d_out), **vectors}
+    if "skip" in architecture:
+        weights["W_skip"] = draw(d_out, d_in)
+    metadata = {"model_name": "modular_addition", "hook_name": "blocks.0.hook_resid_post", "husai": {"seed": 1}}
+    return SAE(weights, architecture, 4 if architecture == "topk" else None, not transcoder, metadata)
 
 
 @pytest.fixture
 def sae():
-    g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    metadata = {"model_name": "modular_addition", "hook_name": "blocks.0.hook_resid_post", "husai": {"seed": 1}}
-    return SAE(draw(8, 20), draw(20), draw(20, 8), draw(8), k=4, metadata=metadata)
+    return made("topk")
 
 
 def test_round_trip(sae, tmp_path):
@@ -31,31 +44,84 @@ def test_round_trip(sae, tmp_path):
     assert torch.equal(sparsity > -9, rate > 0)
 
 
-def test_sae_lens_opens_it_and_computes_the_same(sae, tmp_path):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sae_lens_opens_it_and_computes_the_same(architecture, tmp_path):
     from sae_lens import SAE as TheirSAE
 
+    sae = made(architecture)
     checkpoints.save(sae, tmp_path, torch.ones(20))
     theirs = TheirSAE.load_from_disk(tmp_path)
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(1)) * 3
     features = sae.encode(x)
+    assert 0 < (features > 0).float().mean() < 0.9
     torch.testing.assert_close(theirs.encode(x), features, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(theirs.decode(theirs.encode(x)), sae.decode(features), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(x), sae.decode(features, x), rtol=1e-5, atol=1e-4)
     assert theirs.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
-    assert (features > 0).sum(1).max() == 4
+    again = checkpoints.load(tmp_path)
+    assert torch.equal(again.encode(x), features)
+    assert (again.architecture, again.k, again.subtract_b_dec) == (sae.architecture, sae.k, sae.subtract_b_dec)
 
 
-def test_what_sae_lens_saves_is_read(tmp_path):
-    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu", "gated"])
+def test_what_sae_lens_saves_is_read(kind, tmp_path):
+    from sae_lens import SAE as TheirSAE
+    from sae_lens.registry import get_sae_training_class
 
-    theirs = TopKSAE(TopKSAEConfig(d_in=8, d_sae=20, k=3, apply_b_dec_to_input=True))
+    cls, config = get_sae_training_class(kind)
+    extra = {"k": 3} if "topk" in kind else {}
+    extra |= {"matryoshka_widths": [8, 20]} if "matryoshka" in kind else {}
+    torch.manual_seed(0)
+    training = cls(config(d_in=8, d_sae=20, apply_b_dec_to_input=True, **extra))
     with torch.no_grad():
-        theirs.b_dec += 0.5
-        theirs.b_enc += 0.1
-    theirs.save_model(tmp_path)
-    ours = checkpoints.load(tmp_path)
-    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+        for name, p in training.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.1 if name != "threshold" else 0.5)
+        if "batchtopk" in kind:
+            training.topk_threshold.fill_(0.05)
+    training.save_inference_model(tmp_path)
+    theirs, ours = TheirSAE.load_from_disk(tmp_path), checkpoints.load(tmp_path)
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * 2
+    assert (theirs.encode(x) > 0).any()
     torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(ours.encode(x)), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+OLD = {
+    "model_name": "gpt2-small",
+    "hook_name": "blocks.8.hook_resid_pre",
+    "hook_layer": 8,
+    "prepend_bos": True,
+    "dataset_trust_remote_code": True,
+    "finetuning_scaling_factor": False,
+    "sae_lens_training_version": None,
+    "metadata": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("standard", {"architecture": "standard", "activation_fn_str": "relu", "activation_fn_kwargs": {}}),
+        ("standard", {"architecture": None, "activation_fn_str": "relu"}),
+        (
+            "topk",
+            {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "k": None},
+        ),
+        ("gated", {"activation_fn_str": "relu", "normalize_activations": False}),
+    ],
+)
+def test_configurations_of_sae_lens_5_are_read(architecture, config, tmp_path):
+    from sae_lens import SAE as TheirSAE
+
+    sae = made(architecture)
+    checkpoints.save(sae, tmp_path)
+    edit_config(**OLD, **config)(tmp_path)
+    loaded = checkpoints.load(tmp_path)
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    torch.testing.assert_close(TheirSAE.load_from_disk(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    assert loaded.metadata["model_name"] == "gpt2-small"
+    assert loaded.metadata["hook_name"] == "blocks.8.hook_resid_pre"
 
 
 def edit_config(**changes):
@@ -63,7 +129,7 @@ def edit_config(**changes):
         config = json.loads((folder / "cfg.json").read_text())
         for key, value in changes.items():
             if value is None:
-                del config[key]
+                config.pop(key, None)
             else:
                 config[key] = value
         (folder / "cfg.json").write_text(json.dumps(config))
@@ -93,12 +159,16 @@ def truncate(folder):
         (lambda f: (f / "sae_weights.safetensors").unlink(), "sae_weights.safetensors does not exist"),
         (truncate, "truncated or not safetensors"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"PK\x03\x04 a pickle"), "not safetensors"),
-        (edit_config(architecture="relu"), "architecture 'relu' cannot be read"),
-        (edit_config(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
-        (edit_config(apply_b_dec_to_input=False), "apply_b_dec_to_input is False"),
+        (edit_config(architecture="relu"), "architecture 'relu' cannot be read; one of standard"),
+        (edit_config(normalize_activations="layer_norm"), "normalize_activations is set; only 'none'"),
+        (edit_config(apply_b_dec_to_input=1), "apply_b_dec_to_input is 1"),
+        (edit_config(activation_fn="tanh"), "activation_fn 'tanh'"),
+        (edit_config(finetuning_scaling_factor=True), "finetuning_scaling_factor is set"),
+        (edit_config(architecture="standard", rescale_acts_by_decoder_norm=True), "known of topk alone"),
+        (edit_config(noise_scale=0.1), "noise_scale is not known"),
         (edit_config(k=21), "k ≤ d_sae expected"),
-        (edit_config(k=True), "positive whole numbers"),
-        (edit_config(k=None), "'k' is missing"),
+        (edit_config(k=True), "k is True; a positive whole number"),
+        (edit_config(k=None), "k is None; a positive whole number"),
         (edit_config(metadata=[1]), "metadata is no object"),
         (edit_config(d_in=20, d_sae=8), "holds .* expected"),
         (edit_weights(lambda w: w.update(W_dec=w["W_dec"].T)), "holds .* expected"),

@@ -23,8 +23,25 @@ SAE_LENS_VERSION = "6.54.12"  # the layout's version
 ASSUMED = {
     "normalize_activations": "none",
     "reshape_activations": "none",
-    "rescale_acts_by_decoder_norm": False,
 }
+SIZES = ("d_in", "d_sae", "d_out", "k")
+# Keys of SAELens before version 6 that say where an SAE belongs; since then they are in `metadata`.
+MOVED = {
+    "model_name": "model_name",
+    "hook_name": "hook_name",
+    "hook_point": "hook_name",
+    "hook_layer": "hook_layer",
+    "hook_point_layer": "hook_layer",
+    "hook_head_index": "hook_head_index",
+    "hook_point_head_index": "hook_head_index",
+    "context_size": "context_size",
+    "prepend_bos": "prepend_bos",
+    "dataset_path": "dataset_path",
+    "neuronpedia_id": "neuronpedia_id",
+    "sae_lens_training_version": "sae_lens_training_version",
+}
+HARMLESS = {"dtype", "device", "dataset_trust_remote_code", "model_from_pretrained_kwargs", "seqpos_slice"}
+READ = {"architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", *SIZES}
 
 
 def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path]:
@@ -65,36 +82,65 @@ def load(folder: Path) -> SAE:
     where = f"checkpoint: {folder / CONFIG}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
-    architecture = config.get("architecture")
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {known} expected")
-    for key, expected in ASSUMED.items():
-        if config.get(key, expected) != expected:
-            raise BadInput(f"{where}: {key} is {config[key]!r}; only {expected!r} can be read")
+    config = modern(config, where)
+    architecture, metadata = config["architecture"], config["metadata"]
     transcoder = "transcoder" in architecture
     subtract = config.get("apply_b_dec_to_input", not transcoder)
     if not isinstance(subtract, bool) or (subtract and transcoder):
         raise BadInput(f"{where}: apply_b_dec_to_input is {subtract!r}; true or false expected, false for transcoders")
-    sizes = {"d_in": None, "d_sae": None}
-    sizes |= {"k": None} if architecture == "topk" else {}
-    sizes |= {"d_out": None} if transcoder else {}
-    for name in sizes:
-        sizes[name] = config.get(name)
-        if type(sizes[name]) is not int or sizes[name] < 1:
-            raise BadInput(f"{where}: {name} is {sizes[name]!r}; a positive whole number expected")
+    needed = ["d_in", "d_sae", *(["k"] if architecture == "topk" else []), *(["d_out"] if transcoder else [])]
+    sizes = {name: config.get(name) for name in needed}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise BadInput(f"{where}: {name} is {size!r}; a positive whole number expected")
     d_in, d_sae, k = sizes["d_in"], sizes["d_sae"], sizes.get("k")
     if k is not None and k > d_sae:
         raise BadInput(f"{where}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise BadInput(f"{where}: metadata is no object")
     weights = read_tensors(folder / WEIGHTS)
     d_out = sizes.get("d_out", d_in)
     shapes = dict.fromkeys(ENCODER[ARCHITECTURES[architecture]], (d_sae,))
     shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
-    return checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)
+    sae = checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)
+    if config.get("rescale_acts_by_decoder_norm"):  # as if decoder rows had norm 1: made so
+        norms = sae.W_dec.norm(dim=1)
+        sae.weights |= {"W_enc": sae.W_enc * norms, "b_enc": weights["b_enc"].float() * norms}
+        sae.weights["W_dec"] = sae.W_dec / norms.unsqueeze(1)
+    return sae
+
+
+def modern(config: dict, where: str) -> dict:
+    """A `cfg.json` of SAELens 5 or later in the terms of version 6; BadInput for what would change encode or decode and
+    is not computed here, and for keys whose meaning is not known."""
+    config = dict(config)
+    metadata = config.pop("metadata", None) or {}
+    if not isinstance(metadata, dict):
+        raise BadInput(f"{where}: metadata is no object")
+    metadata = metadata | {MOVED[key]: config.pop(key) for key in list(config) if key in MOVED}
+    activation = config.pop("activation_fn", None) or config.pop("activation_fn_str", None)
+    arguments = config.pop("activation_fn_kwargs", None) or {}
+    config.pop("activation_fn_str", None)
+    if activation == "topk" and set(arguments) == {"k"}:
+        config |= {"architecture": "topk", "k": arguments["k"]}
+    elif activation not in (None, "relu") or arguments:
+        raise BadInput(f"{where}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
+    if config.pop("finetuning_scaling_factor", False):
+        raise BadInput(f"{where}: finetuning_scaling_factor is set; an SAE without one expected")
+    if config.get("normalize_activations") in (None, False):
+        config.pop("normalize_activations", None)
+    for key, expected in ASSUMED.items():
+        if config.pop(key, expected) != expected:
+            raise BadInput(f"{where}: {key} is set; only {expected!r} can be read (fold it into the weights first)")
+    architecture = config.setdefault("architecture", "standard")
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {known} expected")
+    if config.get("rescale_acts_by_decoder_norm") and architecture != "topk":
+        raise BadInput(f"{where}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
+    unknown = sorted(set(config) - READ - HARMLESS)
+    if unknown:
+        raise BadInput(f"{where}: {unknown[0]} is not known; it may change what the SAE computes")
+    return config | {"metadata": metadata}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
