@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 REQUIREMENTS := requirements-dev.txt requirements-nodeps.txt constraints.txt pyproject.toml
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
+PEERS := .venv/.peers-$(shell cat requirements-bench.txt $(REQUIREMENTS) | sha256sum | cut -c1-16)
 BIN := .venv/bin
 OUTPUT ?= results
 
@@ -25,10 +26,16 @@ $(STAMP): $(REQUIREMENTS)
 	@rm -f .venv/.installed-*
 	@touch $@
 
+$(PEERS): requirements-bench.txt $(STAMP)
+	@echo "installing the libraries that the tests and benchmarks compare with"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	@rm -f .venv/.peers-*
+	@touch $@
+
 demo: setup ## the whole pipeline at its embedded profile, from training the subject to figures
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
 
-test: setup ## the test suite
+test: setup $(PEERS) ## the test suite
 	@$(BIN)/python -m pytest tests -n 2
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
@@ -40,8 +47,10 @@ lint: setup ## what pre-commit and CI check
 format: setup ## rewrite the code to the project's format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-benchmarks: setup ## measure again what docs/benchmarks reports
+benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, a quarter of an hour
 	@$(BIN)/python benchmarks/inference_calibration.py
+	@$(BIN)/python benchmarks/matching_speed.py
+	@$(BIN)/python benchmarks/training_speed.py
 
 clean: ## remove what runs have made (results/), not the environment
 	@find results -mindepth 1 -not -name README.md -delete

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from husai.dictionaries import checkpoints
+from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
 
@@ -186,9 +186,9 @@ def test_damaged_or_foreign_checkpoints_are_refused(sae, tmp_path, damage, messa
 
 def test_find(sae, tmp_path):
     with pytest.raises(BadInput, match="is not a folder"):
-        checkpoints.find(tmp_path / "none")
+        foreign.find(tmp_path / "none")
     with pytest.raises(BadInput, match="no checkpoint"):
-        checkpoints.find(tmp_path)
+        foreign.find(tmp_path)
     for name in ("b", "a/deep"):
         checkpoints.save(sae, tmp_path / name)
-    assert checkpoints.find(tmp_path) == [tmp_path / "a/deep", tmp_path / "b"]
+    assert foreign.find(tmp_path) == [tmp_path / "a/deep", tmp_path / "b"]

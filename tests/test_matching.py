@@ -11,7 +11,7 @@ from husai.stability import matching
 from husai.stability.matching import match, unit_rows
 from husai.stability.scores import GAP, mcc, score
 
-KINDS = ["random", "shared", "clustered", "equal", "zeros"]
+KINDS = ["random", "shared", "clustered", "anisotropic", "equal", "zeros"]
 
 
 def dictionaries(kind: str, n: int, m: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +21,8 @@ def dictionaries(kind: str, n: int, m: int, d: int, seed: int) -> tuple[torch.Te
         b = torch.cat([a, b])[torch.randperm(n + m, generator=g)[:m]] + 0.1 * b
     if kind == "clustered":  # many rows want the same few partners
         a, b = (x[torch.randint(max(1, len(x) // 8), (len(x),), generator=g)] + 0.01 * x for x in (a, b))
+    if kind == "anisotropic":
+        a, b = (x * torch.arange(1, d + 1) ** -1.0 for x in (a, b))
     if kind == "equal":
         a, b = a[:1].expand(n, d).clone(), b[:1].expand(m, d).clone()
     if kind == "zeros":
@@ -53,12 +55,15 @@ def test_the_bound_holds_and_the_matching_is_one_to_one(kind, n, m, d, seed):
     assert match(a, b).gap_bound == 0, "small dictionaries are matched exactly"
 
 
-@pytest.mark.parametrize(("kind", "m"), [("random", 1500), ("shared", 1500), ("random", 1800)])
+@pytest.mark.parametrize(
+    ("kind", "m"), [("random", 1500), ("shared", 1500), ("random", 1800), ("anisotropic", 1500), ("clustered", 1500)]
+)
 def test_near_the_optimum_and_says_so(kind, m):
+    """Features of an anisotropic space crowd together, as in real activations: many near ties."""
     a, b = dictionaries(kind, 1500, m, 64, 0)
     found = match(a, b, exact=False)
     assert optimum(a, b) - found.cosines.mean() < 1e-5
-    assert found.gap_bound < 2e-4
+    assert found.gap_bound < 1e-5
 
 
 def test_sides_may_be_exchanged_and_signs_flipped():
@@ -74,5 +79,5 @@ def test_the_gap_reaches_the_scores(monkeypatch):
     assert score(a, b, everything, everything)[GAP] == 0
     monkeypatch.setattr(matching, "EXACT_UP_TO", 10)
     fast = score(a, b, everything, everything)
-    assert 0 < fast[GAP] < 1e-3
+    assert 0 < fast[GAP] < 1e-4
     assert fast["mcc"] - 1e-6 <= mcc(a, b, exact=True) <= fast["mcc"] + fast[GAP]

@@ -249,6 +249,46 @@ def test_grid_script(run_script, small_activations, tmp_path):
         assert SAE.load_from_disk(tmp_path / m["checkpoint"]).cfg.k == m["k"]
 
 
+def test_every_family_from_the_shell(run_script, small_activations, tmp_path):
+    """All families in one pass: sae_lens opens each, a missed L0 is said, and phase 4a scores them."""
+    from sae_lens import SAE
+
+    arguments = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path, "--seeds", "1,2"]
+    families = "topk,batchtopk,matryoshka,relu,jumprelu,gated"
+    arguments += ["--architecture", families, "--d-sae", "16", "--k", "3", "--tokens", 3000, "--threads", 1]
+    code, _, err = run_script(TRAIN, *arguments)
+    assert code == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    summary = (tmp_path / "summary.md").read_text()
+    assert [m["family"] for m in results["members"]] == [f for f in families.split(",") for _ in (1, 2)]
+    for m in results["members"]:
+        theirs = SAE.load_from_disk(tmp_path / m["checkpoint"])
+        assert theirs.W_dec.shape == (16, 16)
+        penalised = m["family"] in ("relu", "jumprelu", "gated")
+        assert (m["l0_miss"] is not None) == penalised
+        if penalised:
+            assert m["l0_miss"] == pytest.approx(m["heldout"]["l0"] / 3 - 1)
+            assert (f"{m['heldout']['l0']:.2f} (misses 3 by" in summary) == (abs(m["l0_miss"]) > 0.1)
+
+
+def test_transcoders_from_the_shell(run_script, refused, small_subject, small_activations, tmp_path):
+    from husai.activations.harvest import harvest_modular_addition
+
+    root, subject = small_subject
+    stores = [harvest_modular_addition(subject, root / "activations", f"blocks.0.{h}") for h in HOOKS]
+    arguments = ["--activation-cache-dir", stores[0], "--seeds", "1,2", "--d-sae", "32", "--k", "4", "--threads", 1]
+    arguments += ["--output-dir", tmp_path, "--tokens", 4000, "--architecture", "transcoder,skip_transcoder"]
+    code, _, err = run_script(TRAIN, *arguments, "--target-activation-cache-dir", stores[1])
+    assert code == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [m["family"] for m in results["members"]] == ["transcoder"] * 2 + ["skip_transcoder"] * 2
+    assert all(m["heldout"]["explained_variance"] > 0 for m in results["members"])
+    refused("a second activation store", TRAIN, *arguments)
+
+
+HOOKS = ("hook_resid_mid", "hook_mlp_out")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
 
@@ -355,6 +395,8 @@ def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
     grid = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path, "--threads", 1]
     refused("k 9 with d_sae 8", TRAIN, *grid, "--d-sae", "8", "--k", "9")
     refused("names 8 twice", TRAIN, *grid, "--d-sae", "8,8")
+    refused("family 'vq': one of topk", TRAIN, *grid, "--architecture", "topk,vq")
+    refused("a second activation store", TRAIN, *grid, "--target-activation-cache-dir", small_activations)
     refused("arguments are required: --activation-cache-dir", TRAIN)
     refused(
         "manifest.json does not exist", TRAIN, "--activation-cache-dir", tmp_path / "none", "--output-dir", tmp_path

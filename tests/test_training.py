@@ -1,6 +1,8 @@
 """The stacked trainer, against plain references."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,3 +248,34 @@ def test_transcoders_learn_a_map_between_two_hooks(make_store, planted, tmp_path
         train(source, members, config, CPU, tmp_path / "s", target=make_store(y[:-1], name="short"))
     with pytest.raises(BadInput, match="only they"):
         train(source, [member(1)], config, CPU, tmp_path / "s", target=target)
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from husai.activations.store import ActivationStore, StoreWriter
+from husai.training.stack import Member
+from husai.training.trainer import TrainingConfig, train
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+writer = StoreWriter(folder, 64)
+g = torch.Generator().manual_seed(0)
+for _ in range(int(sys.argv[2])):
+    writer.append(torch.randn(10_000, 64, generator=g))
+writer.finish(subject="s", subject_digest="0" * 64, hook_name="h", position="0", row_seed=0, control=None)
+store = ActivationStore.open(folder)
+config = TrainingConfig(tokens=len(store.split(0.2)[0]), batch_size=4096)  # one epoch: every row is read
+train(store, [Member(s, 64, 4, 1e-3, 0) for s in (1, 2)], config, torch.device("cpu"), folder / "state")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Six times the rows, 128 MB more on disk: less than a third of that more in memory."""
+    peaks = []
+    for name, parts in (("small", "10"), ("large", "60")):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", MEASURE, tmp_path / name, parts]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 43, peaks

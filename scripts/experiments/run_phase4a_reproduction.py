@@ -231,19 +231,21 @@ def trained(args, cells, device, protocol: dict) -> dict:
 
 def brought(args, cells, device) -> dict:
     """Score the checkpoints below --sae-root on the activations of a store."""
-    from husai.dictionaries import checkpoints
+    from husai.dictionaries import foreign
+    from husai.runs.files import sha256_file
     from husai.stability import study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
     records, dictionaries = [], []
-    for folder in checkpoints.find(args.sae_root):
+    for folder in foreign.find(args.sae_root):
         name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None
         dictionary, figures = study.brought_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
-        records.append({"label": name, "checkpoint_sha256": checkpoints.checkpoint_digest(folder), "heldout": figures})
+        digest = sha256_file(foreign.weights_file(folder))
+        records.append({"label": name, "checkpoint_sha256": digest, "heldout": figures})
     missing = {"shuffled": "the SAEs were not trained here"}
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"

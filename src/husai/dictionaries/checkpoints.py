@@ -167,17 +167,3 @@ def checked(sae: SAE, shapes: dict[str, tuple[int, ...]], path: Path) -> SAE:
 def checkpoint_digest(folder: Path) -> str:
     """sha256 of the weights file: what a result names when it speaks of this SAE."""
     return sha256_file(folder / WEIGHTS)
-
-
-def find(root: Path) -> list[Path]:
-    """The checkpoint folders below `root`, sorted.
-
-    Raises:
-        BadInput: `root` is no folder or holds no checkpoint.
-    """
-    if not root.is_dir():
-        raise BadInput(f"--sae-root: {root} is not a folder")
-    folders = sorted(path.parent for path in root.rglob(CONFIG) if (path.parent / WEIGHTS).exists())
-    if not folders:
-        raise BadInput(f"--sae-root: no checkpoint ({CONFIG} + {WEIGHTS}) below {root}")
-    return folders

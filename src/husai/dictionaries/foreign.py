@@ -35,6 +35,8 @@ DICTIONARY_LEARNING = {
     "BatchTopKSAE": ("jumprelu", True, LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}),
     "MatryoshkaBatchTopKSAE": ("jumprelu", True, DIRECT | {"threshold": "threshold"}),
 }
+FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", checkpoints.WEIGHTS)
+"""Of sparsify, dictionary_learning, the earlier study, and SAELens."""
 # Tensors beside the weights that say nothing about encode or decode, or that are read by themselves.
 BESIDE = {"k", "group_sizes", "feature_counts"}
 
@@ -47,21 +49,27 @@ def open_checkpoint(path: Path) -> SAE:
     Raises:
         BadInput: none of these, damaged, or with settings whose meaning is not known. No code of a pickle is run.
     """
-    if path.is_file():
-        return _earlier_study(path)
-    if (path / "sae.safetensors").is_file():
-        return _sparsify(path)
-    if (path / "ae.pt").is_file():
-        return _dictionary_learning(path)
-    if (path / "sae_final.pt").is_file():
-        return _earlier_study(path / "sae_final.pt")
-    return checkpoints.load(path)
+    openers = dict(zip(FILES, (_sparsify, _dictionary_learning, _earlier_study, checkpoints.load), strict=True))
+    return _earlier_study(path.parent, path.name) if path.is_file() else openers[weights_file(path).name](path)
 
 
 def weights_file(path: Path) -> Path:
     """The file whose sha256 names a checkpoint of any kind."""
-    names = ("sae.safetensors", "ae.pt", "sae_final.pt", checkpoints.WEIGHTS)
-    return path if path.is_file() else next((path / n for n in names if (path / n).is_file()), path / names[-1])
+    return path if path.is_file() else next((path / n for n in FILES if (path / n).is_file()), path / FILES[-1])
+
+
+def find(root: Path) -> list[Path]:
+    """The checkpoint folders of any kind below `root`, sorted.
+
+    Raises:
+        BadInput: `root` is no folder or holds no checkpoint.
+    """
+    if not root.is_dir():
+        raise BadInput(f"--sae-root: {root} is not a folder")
+    folders = sorted({path.parent for name in FILES for path in root.rglob(name)})
+    if not folders:
+        raise BadInput(f"--sae-root: no checkpoint ({', '.join(FILES)}) below {root}")
+    return folders
 
 
 def _dictionary_learning(folder: Path) -> SAE:
@@ -104,7 +112,8 @@ def _sparsify(folder: Path) -> SAE:
     return _finished(weights, "topk", k, not config.get("transcode", False), {}, "sparsify", path)
 
 
-def _earlier_study(path: Path) -> SAE:
+def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
+    path = folder / name
     saved = _torch_load(path)
     state = next((saved[name] for name in ("model_state_dict", "sae_state_dict") if name in saved), saved)
     if not isinstance(state, dict):

@@ -91,6 +91,8 @@ def at_least(row, maxima, threshold, chosen, found):
 @kernel
 def keep_largest(found, scores, count, k, scratch, features, values):
     """Of `found[:count]` with `scores[:count]`: the k largest that are positive; returns how many. Ties: as found."""
+    if count == 0:
+        return 0
     threshold = scores[0]
     if count > k:
         scratch[:count] = scores[:count]
@@ -105,7 +107,7 @@ def keep_largest(found, scores, count, k, scratch, features, values):
     for i in range(count):
         if scores[i] > threshold or (scores[i] == threshold and ties > 0):
             ties -= scores[i] == threshold
-            if scores[i] > 0:
+            if scores[i] > 0 and n < k:  # n < k: never past the row's end, whatever a diverged training holds
                 features[n] = found[i]
                 values[n] = scores[i]
                 n += 1

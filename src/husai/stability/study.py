@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
+from husai.dictionaries.foreign import open_checkpoint
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
@@ -43,7 +44,9 @@ def brought_dictionary(
     Raises:
         BadInput: it was made for another width or hook than the store's.
     """
-    sae = checkpoints.load(folder)
+    sae = open_checkpoint(folder)
+    if "transcoder" in sae.architecture or "W_skip" in sae.weights:
+        raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
     made_for = sae.metadata.get("hook_name")
     if sae.d_in != store.d_in:
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {store.d_in}")
@@ -51,7 +54,7 @@ def brought_dictionary(
         raise BadInput(
             f"checkpoint: {folder} was made for {made_for}; the activations are of {store.manifest.hook_name}"
         )
-    before = None if untrained is None else checkpoints.load(untrained).W_dec
+    before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
         raise BadInput(f"checkpoint: {untrained} has another shape than {folder}, whose untrained state it should be")
     figures, firing_rate = evaluate(sae, store, heldout)
