@@ -4,8 +4,9 @@
     python benchmarks/matching_speed.py --sizes 4096,8192,16384 --dense-up-to 16384
 
 Three kinds of pairs: half of the features shared, at cosines of 0.5 to 0.99; none shared (as in a null, which is drawn
-many times); and none shared in an anisotropic space (spectrum 1/i), where features crowd together as in activations. Each matching runs in a process of its own, with one thread; time is that of the whole score (mean
-|cos| from the two decoders on), memory the most that the process ever held beyond what it held before.
+many times); and none shared in an anisotropic space (spectrum 1/i), where features crowd together as in activations.
+Each matching runs in a process of its own, with one thread; time is that of the whole score (mean |cos| from the two
+decoders on), memory the most that the process ever held beyond what it held before.
 """
 
 import resource

@@ -117,7 +117,8 @@ def test_the_earlier_study(architecture, linear, tmp_path):
         features = features * (pre >= kth)
     elif threshold is not None:
         features = features * (pre > threshold)
-    for path in (tmp_path, tmp_path / "sae_final.pt"):
+    torch.save(state | about, tmp_path / "bare.pt")
+    for path in (tmp_path, tmp_path / "sae_final.pt", tmp_path / "bare.pt"):
         ours = open_checkpoint(path)
         torch.testing.assert_close(ours.encode(X), features, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.decode(features), features @ W_dec + b_dec, rtol=1e-5, atol=1e-5)
@@ -168,7 +169,15 @@ def learned(tmp_path, change=lambda state, trainer: None, cls="AutoEncoderTopK")
         ),
         (partial(learned, change=lambda s, t: s.pop("b_dec")), "b_dec is missing"),
         (partial(learned, change=lambda s, t: s.update(scale=torch.ones(1))), "scale is not known"),
-        (partial(learned, change=lambda s, t: t.update(k=31)), "k 31 with d_sae 30"),
+        (partial(learned, change=lambda s, t: (t.update(k=31), s.pop("k"))), "k 31 with d_sae 30"),
+        (partial(learned, change=lambda s, t: t.update(k=4)), "k is 4 in its configuration and 3 among"),
+        (partial(learned, change=lambda s, t: t.update(dict_size=31)), "dict_size is 31 in its configuration"),
+        (partial(learned, change=lambda s, t: t.update(dict_class=["x"])), "dict_class .'x'."),
+        (partial(learned, change=lambda s, t: s.update(b_dec=s["b_dec"].int())), "vectors of floats"),
+        (
+            lambda f: torch.save({"k": 3, "W_enc": X, "threshold": X[0]}, f / "sae_final.pt"),
+            "both k and a threshold and no architecture",
+        ),
         (partial(learned, change=lambda s, t: t.update(k="many")), "k is 'many'"),
         (partial(learned, change=lambda s, t: s["b_dec"].fill_(torch.nan)), "NaN or infinite"),
         (partial(learned, change=lambda s, t: s.update(b_dec=torch.ones(11))), "holds .* expected"),

@@ -39,8 +39,17 @@ MOVED = {
     "dataset_path": "dataset_path",
     "neuronpedia_id": "neuronpedia_id",
     "sae_lens_training_version": "sae_lens_training_version",
+    "sae_lens_version": "sae_lens_version",
+    "hook_name_out": "hook_name_out",
 }
-HARMLESS = {"dtype", "device", "dataset_trust_remote_code", "model_from_pretrained_kwargs", "seqpos_slice"}
+STANDARD = ("standard", "topk")
+# Where and how it was made, or settings of training alone.
+HARMLESS = {
+    *("dtype", "device", "dataset_trust_remote_code", "model_from_pretrained_kwargs", "seqpos_slice"),
+    *("l1_coefficient", "lp_norm", "use_ghost_grads", "normalize_sae_decoder", "noise_scale", "mse_loss_normalization"),
+    *("decoder_orthogonal_init", "decoder_heuristic_init", "decoder_heuristic_init_norm", "jumprelu_init_threshold"),
+    *("init_encoder_as_decoder_transpose", "scale_sparsity_penalty_by_decoder_norm", "jumprelu_bandwidth"),
+}
 READ = {"architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", *SIZES}
 
 
@@ -62,7 +71,7 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtract_b_dec,
         **ASSUMED,
-        "metadata": {"sae_lens_version": SAE_LENS_VERSION, **sae.metadata},
+        "metadata": {**sae.metadata, "sae_lens_version": SAE_LENS_VERSION},
     }
     write_json(folder / CONFIG, config)
     files = [folder / WEIGHTS, folder / CONFIG]
@@ -102,10 +111,17 @@ def load(folder: Path) -> SAE:
     shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
     sae = checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)
-    if config.get("rescale_acts_by_decoder_norm"):  # as if decoder rows had norm 1: made so
-        norms = sae.W_dec.norm(dim=1)
-        sae.weights |= {"W_enc": sae.W_enc * norms, "b_enc": weights["b_enc"].float() * norms}
-        sae.weights["W_dec"] = sae.W_dec / norms.unsqueeze(1)
+    # As if decoder rows had norm 1: made so.
+    return unit_decoder(sae, folder / WEIGHTS) if config.get("rescale_acts_by_decoder_norm") else sae
+
+
+def unit_decoder(sae: SAE, path: Path) -> SAE:
+    """The same map with decoder rows of norm 1, for encoders that are scaled along; BadInput where a row is zero."""
+    norms = sae.W_dec.norm(dim=1)
+    if (norms == 0).any():
+        raise BadInput(f"checkpoint: {path}: a decoder row is zero and cannot be scaled to norm 1")
+    sae.weights |= {"W_enc": sae.W_enc * norms, "b_enc": sae.weights["b_enc"] * norms}
+    sae.weights["W_dec"] = sae.W_dec / norms.unsqueeze(1)
     return sae
 
 
@@ -120,7 +136,9 @@ def modern(config: dict, where: str) -> dict:
     activation = config.pop("activation_fn", None) or config.pop("activation_fn_str", None)
     arguments = config.pop("activation_fn_kwargs", None) or {}
     config.pop("activation_fn_str", None)
-    if activation == "topk" and set(arguments) == {"k"}:
+    if not isinstance(arguments, dict):
+        raise BadInput(f"{where}: activation_fn_kwargs is {arguments!r}; an object expected")
+    if activation == "topk" and set(arguments) == {"k"} and config.get("architecture", "standard") in STANDARD:
         config |= {"architecture": "topk", "k": arguments["k"]}
     elif activation not in (None, "relu") or arguments:
         raise BadInput(f"{where}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
@@ -128,18 +146,22 @@ def modern(config: dict, where: str) -> dict:
         raise BadInput(f"{where}: finetuning_scaling_factor is set; an SAE without one expected")
     if config.get("normalize_activations") in (None, False):
         config.pop("normalize_activations", None)
+    old = metadata.get("sae_lens_version") is None and "reshape_activations" not in config
+    if old and "hook_z" in str(metadata.get("hook_name", "")):
+        raise BadInput(f"{where}: an SAE of hook_z without reshape_activations reshapes its input; none expected")
     for key, expected in ASSUMED.items():
-        if config.pop(key, expected) != expected:
-            raise BadInput(f"{where}: {key} is set; only {expected!r} can be read (fold it into the weights first)")
+        if (value := config.pop(key, expected)) != expected:
+            raise BadInput(
+                f"{where}: {key} is {value!r}; only {expected!r} can be read (fold it into the weights first)"
+            )
     architecture = config.setdefault("architecture", "standard")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {known} expected")
     if config.get("rescale_acts_by_decoder_norm") and architecture != "topk":
         raise BadInput(f"{where}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
-    unknown = sorted(set(config) - READ - HARMLESS)
-    if unknown:
-        raise BadInput(f"{where}: {unknown[0]} is not known; it may change what the SAE computes")
+    for key in sorted(set(config) - READ - HARMLESS):
+        raise BadInput(f"{where}: {key} ({config[key]!r}) is not known; it may change what the SAE computes")
     return config | {"metadata": metadata}
 
 

@@ -3,9 +3,7 @@ of tensors, never shapes, say which side is which."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -50,7 +48,11 @@ def open_checkpoint(path: Path) -> SAE:
         BadInput: none of these, damaged, or with settings whose meaning is not known. No code of a pickle is run.
     """
     openers = dict(zip(FILES, (_sparsify, _dictionary_learning, _earlier_study, checkpoints.load), strict=True))
-    return _earlier_study(path.parent, path.name) if path.is_file() else openers[weights_file(path).name](path)
+    if path.is_file():
+        return openers[path.name](path.parent) if path.name in openers else _earlier_study(path.parent, path.name)
+    if len(kinds := [name for name in FILES if (path / name).is_file()]) > 1:
+        raise BadInput(f"checkpoint: {path} holds {' and '.join(kinds)}; one of them expected")
+    return openers[weights_file(path).name](path)
 
 
 def weights_file(path: Path) -> Path:
@@ -76,7 +78,7 @@ def _dictionary_learning(folder: Path) -> SAE:
     path, config = folder / "ae.pt", read_json(folder / "config.json", "checkpoint")
     trainer = config.get("trainer") if isinstance(config, dict) else None
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    if name not in DICTIONARY_LEARNING:
+    if not isinstance(name, str) or name not in DICTIONARY_LEARNING:
         known = ", ".join(DICTIONARY_LEARNING)
         raise BadInput(f"checkpoint: {folder / 'config.json'}: trainer.dict_class {name!r}; one of {known} expected")
     architecture, subtract, names = DICTIONARY_LEARNING[name]
@@ -85,12 +87,11 @@ def _dictionary_learning(folder: Path) -> SAE:
     if "threshold" not in names:
         state.pop("threshold", None)  # AutoEncoderTopK keeps one that its encode does not use
     weights = _renamed(state, names, path)
-    if name == "AutoEncoder":  # its own loader scales decoder rows to norm 1 in this way
-        norms = weights["W_dec"].norm(dim=1)
-        weights |= {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
-        weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
     metadata = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
-    return _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path)
+    sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path)
+    _fits(trainer, "activation_dim", sae.d_in, path)
+    _fits(trainer, "dict_size", sae.d_sae, path)
+    return checkpoints.unit_decoder(sae, path) if name == "AutoEncoder" else sae  # as its own loader does
 
 
 def _sparsify(folder: Path) -> SAE:
@@ -109,7 +110,11 @@ def _sparsify(folder: Path) -> SAE:
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
     names |= {"W_skip": "W_skip"} if config.get("skip_connection") else {}
     weights = _renamed(state, names, path)
-    return _finished(weights, "topk", k, not config.get("transcode", False), {}, "sparsify", path)
+    sae = _finished(weights, "topk", k, not config.get("transcode", False), {}, "sparsify", path)
+    _fits(config, "d_in", sae.d_in, path)
+    if config.get("num_latents"):  # 0: not said
+        _fits(config, "num_latents", sae.d_sae, path)
+    return sae
 
 
 def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
@@ -118,11 +123,14 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     state = next((saved[name] for name in ("model_state_dict", "sae_state_dict") if name in saved), saved)
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint: {path}: a dictionary of tensors expected")
-    about = {} if state is saved else saved
+    about = saved
     state = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    architecture = about.get("architecture") or ("topk" if "k" in state or "k" in about else "relu")
+    has_k, has_threshold = "k" in state or "k" in about, {"threshold", "log_threshold"} & set(state)
+    if "architecture" not in about and has_k and has_threshold:
+        raise BadInput(f"checkpoint: {path} has both k and a threshold and no architecture: topk or batchtopk?")
+    architecture = about.get("architecture", "topk" if has_k else "jumprelu" if has_threshold else "relu")
     kinds = {"topk": "topk", "relu": "standard", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
-    if architecture not in kinds:
+    if not isinstance(architecture, str) or architecture not in kinds:
         raise BadInput(f"checkpoint: {path}: architecture {architecture!r}; one of {', '.join(kinds)} expected")
     kind = kinds[architecture]
     k = _k(state, about, path) if kind == "topk" else None
@@ -140,17 +148,23 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
         state.pop("threshold", None)
     weights = _renamed(state, names, path)
     for name, size in (("d_model", len(weights["W_enc"])), ("d_sae", len(weights["W_dec"]))):
-        if name in about and about[name] != size:
-            raise BadInput(f"checkpoint: {path}: {name} is {about[name]!r}; its tensors say {size}")
+        _fits(about, name, size, path)
     return _finished(weights, kind, k, not linear, {}, "earlier study", path)
 
 
 def _k(state: dict, config: dict, path: Path) -> int:
-    k = config.get("k", state.get("k"))
-    k = int(k) if isinstance(k, Tensor) and k.numel() == 1 else k
+    found = [int(k) if isinstance(k, Tensor) and k.numel() == 1 else k for k in (config.get("k"), state.get("k"))]
+    k = found[0] if found[0] is not None else found[1]
+    if None not in found and found[0] != found[1]:
+        raise BadInput(f"checkpoint: {path}: k is {found[0]!r} in its configuration and {found[1]!r} among its tensors")
     if type(k) is not int or k < 1:
         raise BadInput(f"checkpoint: {path}: k is {k!r}; a positive whole number expected")
     return k
+
+
+def _fits(config: dict, name: str, size: int, path: Path) -> None:
+    if config.get(name, size) != size:
+        raise BadInput(f"checkpoint: {path}: {name} is {config[name]!r} in its configuration; its tensors say {size}")
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Tensor]:
@@ -172,8 +186,9 @@ def _finished(
     source: str,
     path: Path,
 ) -> SAE:
-    if weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
-        raise BadInput(f"checkpoint: {path}: encoder and decoder are no matrices")
+    plain = all(t.layout == torch.strided and t.is_floating_point() for t in weights.values())
+    if not plain or weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
+        raise BadInput(f"checkpoint: {path}: its weights are no dense matrices and vectors of floats")
     (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
     if "threshold" in weights and weights["threshold"].ndim == 0:  # one for all features, as BatchTopK learns it
         if weights["threshold"] < 0:
@@ -200,9 +215,11 @@ def _torch_load(path: Path) -> dict:
     """A dictionary saved by torch. Only tensors and plain values are unpickled: nothing else in a file can run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(f"checkpoint: {path} holds more than tensors and plain values, or is no torch file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, BadZipFile) as error:
+    except Exception as error:  # torch raises whatever a damaged archive happens to cause
+        if type(error).__name__ == "UnpicklingError":
+            raise BadInput(
+                f"checkpoint: {path} holds more than tensors and plain values, or is no torch file"
+            ) from None
         raise BadInput(
             f"checkpoint: {path} cannot be read ({(str(error) or 'it is cut off').splitlines()[0]})"
         ) from None

@@ -1,8 +1,9 @@
 """The best one-to-one assignment between the rows of two dictionaries by |cos|, with a proof of how good it is.
 
-Exact: one dense float64 matrix. Bounded: an optimal assignment on a sparse graph of candidates, and by linear-programming
-duality (Kuhn 1955) a bound on every other. With c_ij = |cos(a_i, b_j)|, any prices v_j and u_i = max_j (c_ij − v_j), an
-assignment σ of n rows to distinct columns has Σ c_iσ(i) = Σ (c_iσ(i) − v_σ(i)) + Σ v_σ(i) ≤ Σ u_i + (the n largest v_j).
+Exact: one dense float64 matrix. Bounded: an optimal assignment on a sparse graph of candidates, and by duality of
+linear programming (Kuhn 1955) a bound on every other. With c_ij = |cos(a_i, b_j)|, any prices v_j and
+u_i = max_j (c_ij − v_j), an assignment σ of n rows to distinct columns has
+Σ c_iσ(i) = Σ (c_iσ(i) − v_σ(i)) + Σ v_σ(i) ≤ Σ u_i + (the n largest v_j).
 """
 
 from __future__ import annotations
