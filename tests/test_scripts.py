@@ -277,7 +277,8 @@ def test_transcoders_from_the_shell(run_script, refused, small_subject, small_ac
     root, subject = small_subject
     stores = [harvest_modular_addition(subject, root / "activations", f"blocks.0.{h}") for h in HOOKS]
     arguments = ["--activation-cache-dir", stores[0], "--seeds", "1,2", "--d-sae", "32", "--k", "4", "--threads", 1]
-    arguments += ["--output-dir", tmp_path, "--tokens", 4000, "--architecture", "transcoder,skip_transcoder"]
+    arguments += ["--output-dir", tmp_path, "--tokens", 60_000, "--learning-rate", "3e-3"]
+    arguments += ["--architecture", "transcoder,skip_transcoder"]
     code, _, err = run_script(TRAIN, *arguments, "--target-activation-cache-dir", stores[1])
     assert code == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
