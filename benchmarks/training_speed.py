@@ -265,7 +265,8 @@ def markdown(result: dict, command: str) -> str:
         f"{result['rounds']} rounds; {machine['device']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in result["versions"].items())
         + ". Rows × SAEs trained a second, medians over the rounds. Ratios: to the fastest peer of the same round, "
-        "median (lowest to highest). Last column: the encoder's dense product alone, in float32.",
+        "median (lowest to highest). Last column: the encoder's dense float32 product alone, which no exact step can "
+        "do without, and the share of that rate that HUSAI's whole step reaches with it.",
         "",
         "| | " + " | ".join(names) + " | " + " | ".join(f"ratio, {o.removeprefix('HUSAI, ')}" for o in OURS)
         + " | product |",
@@ -274,7 +275,8 @@ def markdown(result: dict, command: str) -> str:
     for r in result["rows"]:
         cells = [f"{r['medians'][name]:,.0f}" for name in names]
         cells += [f"**{q['median']:.1f}** ({q['lowest']:.1f} to {q['highest']:.1f})" for q in r["ratios"].values()]
-        cells.append(f"{r['medians'][PRODUCT]:,.0f}")
+        product, reached = r["medians"][PRODUCT], r["medians"].get(OURS[0])
+        cells.append(f"{product:,.0f}" + (f" ({reached / product:.0%})" if reached else ""))
         lines.append(f"| {r['label']} | " + " | ".join(cells) + " |")
     lines += [
         "",
