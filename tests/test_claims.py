@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from conftest import ROOT
 from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, resolve, unclaimed, values
 from husai.release.recompute import studies, study_problems
 from husai.runs.files import sha256_file
+from husai.stability import compare
 
 AUDIT = "scripts/analysis/verify_experiment_consistency.py"
 LOG, CLAIMS = "EXPERIMENT_LOG.md", "docs/claims.yaml"
@@ -429,6 +432,29 @@ def test_places_keep_numbers_whole():
     assert list(places("0.25", text)) == [], "the sign belongs to it"
     assert list(places("then +0.2", text)) == []
     assert list(places("0.5", text)) == [(3, 6)]
+
+
+@pytest.mark.parametrize("seeds", [2, 4, 6])
+@pytest.mark.parametrize("missing", [{}, {"untrained": "not known", "shuffled": "not part"}])
+def test_what_the_current_code_writes_is_computed_again(seeds, missing):
+    rng = np.random.default_rng(seeds)
+    nulls = [n for n in (*compare.GATED_NULLS, *compare.REPORTED_NULLS) if n not in missing]
+
+    def drawn(name):
+        draws = {s: rng.random(4).tolist() for s in compare.SCORES}
+        means = {s: float(np.mean(d)) for s, d in draws.items()} | {compare.GAP: float(rng.random())}
+        return {"mean": means, "draws": draws if name == "spectral" else None}
+
+    labels = [f"seed{i}" for i in range(seeds)]
+    pairs = {ij: {n: drawn(n) for n in ("observed", *nulls)} for ij in combinations(range(seeds), 2)}
+    kept = [
+        {"a": labels[i], "b": labels[j]} | {n: v["mean"] for n, v in value.items()} for (i, j), value in pairs.items()
+    ]
+    study = {"stability": compare.summarise(labels, pairs, missing), "pairs": kept}
+    study = json.loads(json.dumps(study))
+    assert study_problems(study) == []
+    study["stability"][compare.GAP] /= 2
+    assert len(study_problems(study)) == 1
 
 
 def test_a_study_is_found_wherever_it_stands_and_one_that_cannot_be_read_is_a_failure():
