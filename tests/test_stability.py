@@ -349,6 +349,9 @@ def test_shared_decoders_and_initialisations_are_refused():
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
     with pytest.raises(BadInput, match="a and b share their initialisation"):
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
+    turned = -2 * a[[3, 1, 0, 4, 2]]
+    with pytest.raises(BadInput, match="a and b share their decoder"):
+        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(turned, alive, rows(4, 5))])
     with pytest.raises(BadInput, match="d_in 12 and 3"):
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
     with pytest.raises(BadInput, match="1 SAE given"):

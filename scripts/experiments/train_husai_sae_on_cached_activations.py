@@ -56,9 +56,9 @@ def parse():
 
 
 def missed(record: dict) -> str:
-    """Said in the table where a penalised family's L0 lies far from what it aimed at."""
+    """Said in the table where the held-out L0 lies far from k."""
     miss = record["l0_miss"]
-    return f" (misses {record['k']} by {miss:+.0%})" if miss is not None and abs(miss) > 0.1 else ""
+    return f" (misses {record['k']} by {miss:+.0%})" if abs(miss) > 0.1 else ""
 
 
 def main() -> None:

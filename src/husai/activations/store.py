@@ -221,7 +221,7 @@ class ActivationStore:
 
     def split(self, heldout_fraction: float) -> tuple[range, range]:
         """(training rows, held-out rows): the rows are in random order, so the last ones are a random sample."""
-        n = self.rows - max(1, round(self.rows * heldout_fraction))
+        n = self.rows - max(2, round(self.rows * heldout_fraction))
         if n < 1:
             raise BadInput(f"activation store: {self.folder} has {self.rows} rows; too few to hold some out")
         return range(n), range(n, self.rows)

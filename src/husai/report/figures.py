@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ COLOURS = {
     "covariance_matched": "#b59b00",
     "shuffled": "#ad1a72",
 }
+REFERENCE_LEVELS = ("isotropic", "untrained", "spectral")
 NAMES = {"observed": "trained with different seeds", "covariance_matched": "covariance-matched"}
 
 
@@ -73,6 +75,63 @@ def loss_curves(section: dict, path: Path) -> Path:
     axis.set(yscale="log", xlabel="training step", ylabel="‖x − x̂‖² / variance")
     axis.set_title("Loss on training batches", loc="left")
     axis.legend(frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Estimates with their intervals: against numbers on a logarithmic axis, or, where `x` holds names, one a line
+    beside a zero line."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: list
+    series: dict[str, list[dict]]
+    """name -> one estimate for each x; `low` and `high` None: no interval."""
+    unfinished: list[bool] | None = None
+    """Which of `x` are drawn hollow: training had not come to rest."""
+
+
+def panels(path: Path, drawn: list[Panel]) -> Path:
+    """Panels side by side, two a line."""
+    columns = min(2, len(drawn))
+    lines = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(7.2 * columns, 4.2 * lines), squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, drawn, strict=False):
+        named = isinstance(panel.x[0], str)
+        places = np.arange(len(panel.x))[::-1] if named else np.array(panel.x, dtype=float)
+        for i, (name, estimates) in enumerate(panel.series.items()):
+            value = np.array([e["estimate"] for e in estimates])
+            ends = np.array([[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")])
+            error = np.abs(ends - value)
+            colour = COLOURS.get(name, f"C{i}")
+            style = {"color": colour, "label": NAMES.get(name, name), "capsize": 3}
+            if named:
+                shift = 0.12 * (i - (len(panel.series) - 1) / 2)
+                axis.errorbar(value, places - shift, xerr=error, fmt="o", **style)
+                continue
+            fmt = "o-" if name not in REFERENCE_LEVELS else "--"
+            axis.errorbar(places, value, yerr=error, fmt=fmt, **style)
+            if panel.unfinished and name not in REFERENCE_LEVELS:
+                hollow = np.array(panel.unfinished)
+                axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5)
+                if hollow.any():
+                    axis.plot([], [], "o", mfc="white", mec=colour, label="still moving at the end of training")
+        if named:
+            axis.axvline(0, color="#5f5f5f", lw=1)
+            axis.set(yticks=places, yticklabels=panel.x, ylim=(-0.6, len(panel.x) - 0.4), xlabel=panel.x_label)
+        else:
+            log = places.min() > 0 and places.max() / places.min() > 3
+            axis.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if log else "linear")
+            axis.set_xticks(places, [f"{x:g}" for x in panel.x])
+            axis.minorticks_off()
+        axis.set_title(panel.title, loc="left")
+        axis.grid(alpha=0.3)
+        if len(panel.series) > 1:
+            axis.legend(frameon=False)
     return _save(figure, path)
 
 

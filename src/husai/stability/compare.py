@@ -18,13 +18,14 @@ from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.inference import Estimate, jackknife, tost
 from husai.stability.matching import match
-from husai.stability.scores import GAP, SCORES, score
+from husai.stability.scores import GAP, SCORES, max_cosines, score
 
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "untrained", "spectral")
 REPORTED_NULLS = ("covariance_matched", "shuffled")
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
+SAME_DIRECTION = 1 - 1e-6  # of a |cos| in float32
 BINS = np.linspace(0, 1, 51)
 
 
@@ -52,8 +53,16 @@ def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> 
         if a.W_dec.shape[1] != b.W_dec.shape[1]:
             raise BadInput(f"{name_a} and {name_b} have d_in {a.W_dec.shape[1]} and {b.W_dec.shape[1]}: one expected")
         for what, x, y in (("decoder", a.W_dec, b.W_dec), ("initialisation", a.untrained, b.untrained)):
-            if x is not None and y is not None and torch.equal(x, y):
+            if x is not None and y is not None and _shared(x, y):
                 raise BadInput(f"{name_a} and {name_b} share their {what}: independently trained SAEs expected")
+
+
+def _shared(x: Tensor, y: Tensor) -> bool:
+    """The same directions, whatever their order, sign and scale."""
+    if x.shape != y.shape:
+        return False
+    best, _ = max_cosines(x, y)
+    return bool((best > SAME_DIRECTION).all())
 
 
 def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, seed_path: tuple, threads: int) -> dict:

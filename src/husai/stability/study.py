@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
@@ -43,18 +46,20 @@ def brought_dictionary(
         untrained: folder of the same SAE before training, if there is one.
 
     Raises:
-        BadInput: it was made for another width or hook than the store's.
+        BadInput: it was made for another width, hook or subject than the store's.
     """
     sae = open_checkpoint(folder)
     if "transcoder" in sae.architecture or "W_skip" in sae.weights:
         raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
-    made_for = sae.metadata.get("hook_name")
+    made_for, subject = sae.metadata.get("hook_name"), (sae.metadata.get("husai") or {}).get("subject_digest")
     if sae.d_in != store.d_in:
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {store.d_in}")
     if made_for is not None and made_for != store.manifest.hook_name:
         raise BadInput(
             f"checkpoint: {folder} was made for {made_for}; the activations are of {store.manifest.hook_name}"
         )
+    if subject is not None and subject != store.manifest.subject_digest:
+        raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
     before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
         raise BadInput(f"checkpoint: {untrained} has another shape than {folder}, whose untrained state it should be")
@@ -128,7 +133,7 @@ def compare_all(
     }
 
 
-def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int]) -> dict:
+def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> dict:
     """Stability of all features at each snapshot, and whether it has come to rest.
 
     Returns:
@@ -139,16 +144,20 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
 
     def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
-        points, found = [], {}
-        for index, step in enumerate(steps):
-            point = {"step": step}
+        found = {(name, step): np.zeros((len(folders),) * 2) for name in ("mcc", "pwmcc") for step in steps}
+
+        def one(index: int, i: int, j: int) -> None:
             for name, function in (("mcc", mcc), ("pwmcc", pwmcc)):
-                matrix = np.zeros((len(folders), len(folders)))
-                for i, j in combinations(range(len(folders)), 2):
-                    matrix[i, j] = matrix[j, i] = function(decoders[i][index], decoders[j][index])
-                found[name, step] = matrix
-                point[name] = jackknife(matrix).to_json()
-            points.append(point)
+                value = function(decoders[i][index], decoders[j][index])
+                found[name, steps[index]][i, j] = found[name, steps[index]][j, i] = value
+
+        pairs = [(index, i, j) for index in range(len(steps)) for i, j in combinations(range(len(folders)), 2)]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(lambda pair: one(*pair), pairs))
+        points = [
+            {"step": step, **{name: jackknife(found[name, step]).to_json() for name in ("mcc", "pwmcc")}}
+            for step in steps
+        ]
         first, last = steps[-2:]
         moved = jackknife(found["mcc", last] - found["mcc", first])
         at_rest = None if moved.low is None else moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
@@ -193,7 +202,50 @@ def score_trained(
         {} if control else {"shuffled": no_control},
     )
     digests = [m["checkpoint_sha256"] for m in records]
-    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps)}
+    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps, threads)}
+
+
+def reference_decoder(folder: Path, store: ActivationStore, d_sae: int) -> Tensor:
+    """`W_dec` of a checkpoint that a user brings as a reference.
+
+    Raises:
+        BadInput: it was made for another width, hook or subject than the store's, or has another number of features.
+    """
+    dictionary, _ = brought_dictionary(folder, store, store.split(0.2)[1], None)
+    if len(dictionary.W_dec) != d_sae:
+        raise BadInput(f"checkpoint: {folder} has {len(dictionary.W_dec)} features; a reference needs d_sae {d_sae}")
+    return dictionary.W_dec
+
+
+def gain_with_reference(root: Path, section: dict, control: dict, reference: Tensor) -> float:
+    """How much `mcc_alive` would seem to gain if the reference itself were among the SAEs that are scored.
+
+    Args:
+        section, control: arms as `score_trained` gives them; the reference's features all count as alive.
+    """
+    means = []
+    for arm in (section, control):
+        own = [own_dictionary(root / m["checkpoint"]) for m in arm["members"]]
+        with one_torch_thread():
+            values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
+        means.append(np.mean(values + [pair["observed"]["mcc_alive"] for pair in arm["pairs"]]))
+    return float(means[0] - means[1])
+
+
+def brief(section: dict) -> dict:
+    """A section without what only its own figures need: histograms, loss curves."""
+    members = [{k: v for k, v in m.items() if k not in ("curve", "aux_steps")} for m in section["members"]]
+    dropped = ("histograms", "histogram_bins", "spectral_groups", "members")
+    return {"members": members, **{k: v for k, v in section.items() if k not in dropped}}
+
+
+def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
+    """Why the stability code refuses to compare these; None if it does not."""
+    try:
+        compare.refuse_shared([f"seed{label}" for label in labels], dictionaries)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 def checkpoint_files(cells: Cells, records: list[dict]) -> list[Path]:
