@@ -55,6 +55,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.activations.source import open_store
     from husai.stability import contrast, study
+    from husai.stability.scores import ALIVE
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
 
@@ -69,7 +70,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         sections = {}
         for k in ks:
             alike = [m for m in trained["members"] if m["k"] == k]
-            section = study.score_trained(cells, store, alike, trained["snapshot_steps"], args.null_draws, args.threads)
+            steps = trained["snapshot_steps"]
+            section = study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
             lower, ev = contrast.lower_bound(section), contrast.heldout(section)
             figures = {"k": k, "lower_bound": lower, "explained_variance": ev.to_json()}
             sections[k] = figures | study.brief(section)

@@ -80,6 +80,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.runs.files import sha256_file
     from husai.stability import contrast, study
     from husai.stability.matching import partners
+    from husai.stability.scores import ALIVE
     from husai.training.consistency import References
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
@@ -124,10 +125,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     grid = list(dict.fromkeys(m for arm in arms.values() for m in arm))  # a shared reference is some seed's own, too
     records, steps = train(grid)
     record = dict(zip(grid, records, strict=True))
-    scored = {
-        key: study.score_trained(cells, store, [record[m] for m in arm], steps, args.null_draws, args.threads)
-        for key, arm in arms.items()
-    }
+
+    def score(alike: list[dict]) -> dict:
+        return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
+
+    scored = {key: score([record[m] for m in arm]) for key, arm in arms.items()}
     control = scored["control", 0.0, None]
 
     def compared(s: dict, base: dict, weight: float) -> dict:
@@ -166,8 +168,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     if chosen is not None:
         fresh = args.confirmation_seeds
         records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
-        halves = records[: len(fresh)], records[len(fresh) :]
-        base, s = (study.score_trained(cells, store, h, steps, args.null_draws, args.threads) for h in halves)
+        base, s = score(records[: len(fresh)]), score(records[len(fresh) :])
         confirmation = [compared(base, base, 0.0), compared(s, base, chosen)]
 
     everything = [control, *scored.values(), *confirmation]

@@ -37,7 +37,7 @@ def parse():
         "--d-saes", type=int_list, default="64,128,256,512,1024", help="widths at --k (default: %(default)s)"
     )
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
-    p.add_recipe(d_sae=256, tokens=250_000, batch_size=512)
+    p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)
     p.add_argument("--weight-decay", type=nonnegative_float, default=0.01, help="of that method (default: %(default)s)")
     p.add_argument("--no-methods", action="store_true", help="the two axes alone")
     args = p.parse_phase()
@@ -59,6 +59,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.activations.source import open_store
     from husai.stability import contrast, study
+    from husai.stability.scores import ALIVE
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig, check_members
 
@@ -78,8 +79,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         return trained["members"], trained["snapshot_steps"]
 
     def scored(records: list[dict], steps: list[int]) -> dict:
-        why = "not part of this protocol"
-        section = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, no_control=why)
+        section = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
         ev = {
             "explained_variance": contrast.heldout(section).to_json(),
             "l0": contrast.heldout(section, "l0").to_json(),

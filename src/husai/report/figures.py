@@ -19,7 +19,6 @@ COLOURS = {
     "covariance_matched": "#b59b00",
     "shuffled": "#ad1a72",
 }
-REFERENCE_LEVELS = ("isotropic", "untrained", "spectral")
 NAMES = {"observed": "trained with different seeds", "covariance_matched": "covariance-matched"}
 
 
@@ -94,10 +93,10 @@ class Panel:
 
 
 def panels(path: Path, drawn: list[Panel]) -> Path:
-    """Panels side by side, two a line."""
-    columns = min(2, len(drawn))
+    """Panels side by side, two a line where they are more than three."""
+    columns = len(drawn) if len(drawn) <= 3 else 2
     lines = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(7.2 * columns, 4.2 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.2 * lines), squeeze=False)
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, drawn, strict=False):
@@ -113,9 +112,11 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
                 shift = 0.12 * (i - (len(panel.series) - 1) / 2)
                 axis.errorbar(value, places - shift, xerr=error, fmt="o", **style)
                 continue
-            fmt = "o-" if name not in REFERENCE_LEVELS else "--"
-            axis.errorbar(places, value, yerr=error, fmt=fmt, **style)
-            if panel.unfinished and name not in REFERENCE_LEVELS:
+            if all(e["low"] is None for e in estimates):
+                axis.plot(places, value, "--", color=colour, label=style["label"])
+                continue
+            axis.errorbar(places, value, yerr=error, fmt="o-", **style)
+            if panel.unfinished:
                 hollow = np.array(panel.unfinished)
                 axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5)
                 if hollow.any():

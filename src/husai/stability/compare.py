@@ -65,12 +65,20 @@ def _shared(x: Tensor, y: Tensor) -> bool:
     return bool((best > SAME_DIRECTION).all())
 
 
-def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, seed_path: tuple, threads: int) -> dict:
+def pair(
+    a: Dictionary,
+    b: Dictionary,
+    spectrum: nulls.Spectrum,
+    draws: int,
+    seed_path: tuple,
+    threads: int,
+    scores: tuple[str, ...] = SCORES,
+) -> dict:
     """Scores of one pair, observed and under the nulls; to be called inside `one_torch_thread`.
 
     Args:
         draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
-        seed_path: names the random streams of this pair's nulls.
+        seed_path: names the random streams of this pair's nulls. scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
@@ -80,18 +88,18 @@ def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, see
     def drawn(name: str, draw: Callable, n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
             x, y = draw(a.W_dec, b.W_dec, g=generator(*seed_path, name, i))
-            return score(x, y, a.alive, b.alive), histogram(x, y, a, b) if i == 0 else np.zeros(0)
+            return score(x, y, a.alive, b.alive, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            scores, histograms = zip(*pool.map(one, range(n)), strict=True)
-        values = {s: [x[s] for x in scores] for s in SCORES}
+            found, histograms = zip(*pool.map(one, range(n)), strict=True)
+        values = {s: [x[s] for x in found] for s in scores}
         means = {s: float(np.mean(v)) for s, v in values.items()}
-        means[GAP] = max(x[GAP] for x in scores)
+        means[GAP] = max(x[GAP] for x in found)
         return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
 
     def given(x: Tensor, y: Tensor) -> dict:
         return {
-            "mean": score(x, y, a.alive, b.alive),
+            "mean": score(x, y, a.alive, b.alive, scores),
             "draws": None,
             "histogram": histogram(x, y, a, b).tolist(),
         }
@@ -129,9 +137,10 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
         return m
 
     present = [n for n in (*GATED_NULLS, *REPORTED_NULLS) if n not in missing]
-    observed = {s: matrix("observed", s) for s in SCORES}
+    scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
+    observed = {s: matrix("observed", s) for s in scored}
     scores = {}
-    for s in SCORES:
+    for s in scored:
         entry = {"observed": jackknife(observed[s]).to_json(), "nulls": {}, "excess": {}}
         for name in present:
             null = matrix(name, s)

@@ -23,7 +23,7 @@ from husai.stability import compare
 from husai.stability.compare import Dictionary
 from husai.stability.inference import jackknife
 from husai.stability.nulls import Spectrum
-from husai.stability.scores import mcc, pwmcc, score
+from husai.stability.scores import SCORES, mcc, pwmcc, score
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
@@ -76,12 +76,13 @@ def compare_all(
     draws: int,
     threads: int,
     missing: dict[str, str],
+    scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """Score all pairs, one cell each, and summarise them.
 
     Args:
         shuffled: SAEs trained on shuffled coordinates, in the same order, or None.
-        missing: null -> why it is not there.
+        missing: null -> why it is not there. scores: SCORES or ALIVE.
     """
     compare.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
@@ -96,16 +97,17 @@ def compare_all(
                 "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
+                "scores": scores,
                 "code": code_version("stability"),
             }
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
                 path = ("null", labels[i], labels[j])
-                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads)
+                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads, scores)
                 if shuffled:
                     a, b = shuffled[i], shuffled[j]
                     value["shuffled"] = {
-                        "mean": score(a.W_dec, b.W_dec, a.alive, b.alive),
+                        "mean": score(a.W_dec, b.W_dec, a.alive, b.alive, scores),
                         "draws": None,
                         "histogram": compare.histogram(a.W_dec, b.W_dec, a, b).tolist(),
                     }
@@ -178,12 +180,13 @@ def score_trained(
     threads: int,
     control: list[dict] | None = None,
     no_control: str = "not part of this protocol",
+    scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
         records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
-        no_control: why there is none.
+        no_control: why there is none. scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"members": records with labels, **compare_all(…), **over_training(…)}
@@ -200,6 +203,7 @@ def score_trained(
         draws,
         threads,
         {} if control else {"shuffled": no_control},
+        scores,
     )
     digests = [m["checkpoint_sha256"] for m in records]
     return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps, threads)}
