@@ -137,12 +137,11 @@ class Inputs:
         return [range(a, b) for a, b in zip(edges, [*edges[1:], len(number)], strict=True)]
 
     def heldout_documents(self, fraction: float) -> np.ndarray:
-        """The last documents, which give about this share of the rows, `[inputs]` bool."""
+        """The last documents, one at least, which give about this share of the rows, `[inputs]` bool."""
         before = np.cumsum(self.rows()) - self.rows()
-        first = {}
-        for i, document in enumerate(self.document):
-            first.setdefault(document, before[i])
-        return np.array([first[d] for d in self.document]) >= (1 - fraction) * self.rows().sum()
+        _, first, document = np.unique(self.document, return_index=True, return_inverse=True)
+        begins = before[first][document]  # the first row of each input's document
+        return begins >= min((1 - fraction) * self.rows().sum(), begins[-1])
 
     def heldout_tokens(self, fraction: float, seed: int) -> np.ndarray:
         """A random set of tokens, which gives about this share of the rows."""
@@ -232,7 +231,7 @@ class Plan:
     seed: int
 
     @classmethod
-    def of(cls, inputs: Inputs, hook: str, fraction: float, seed: int, shard_rows: int = PART_ROWS) -> Plan:
+    def of(cls, inputs: Inputs, hook: str, fraction: float, seed: int) -> Plan:
         by_input = by_token = None
         if hook == EMBEDDING:
             by_token = inputs.heldout_tokens(fraction, seed)
@@ -243,8 +242,8 @@ class Plan:
         total = int(inputs.rows().sum())
         if not 0 < heldout < total:
             raise BadInput(f"--rows {total}: too few documents to hold some out; more rows needed")
-        training = -(-(total - heldout) // shard_rows)
-        return cls(hook, by_input, by_token, heldout, training, training + -(-heldout // shard_rows), seed)
+        training = -(-(total - heldout) // PART_ROWS)
+        return cls(hook, by_input, by_token, heldout, training, training + -(-heldout // PART_ROWS), seed)
 
     def bucket(self, tokens: Tensor, owner: Tensor, part: int) -> Tensor:
         """Bucket of each row of a part, given its token and the number of its input."""

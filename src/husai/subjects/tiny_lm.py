@@ -27,6 +27,7 @@ from torch import Tensor
 
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory, read_json, sha256_file, write_bytes, write_json, write_text
+from husai.runs.machine import keep_freed_memory
 from husai.runs.progress import progress
 from husai.runs.seeds import derive_seed, generator
 from husai.subjects.ngrams import WittenBell
@@ -52,12 +53,12 @@ class TinyLMConfig:
     n_heads: int = 4
     d_mlp: int = 1024
     n_ctx: int = 256
-    tokens: int = 60_000_000
+    tokens: int = 30_000_000
     """Targets seen in training, repeats included."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Of a step, padding included."""
     learning_rate: float = 2e-3
-    warmup_fraction: float = 0.02
+    warmup_tokens: int = 600_000
     decay_fraction: float = 0.5
     """The learning rate falls linearly to zero over this last share of the tokens."""
     weight_decay: float = 0.1
@@ -65,13 +66,15 @@ class TinyLMConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     """Largest norm of the gradient."""
-    history_points: int = 60
+    history_tokens: int = 500_000
+    """Between two rows of the history."""
     seed: int = 42
 
     def learning_rate_factor(self, tokens: int) -> float:
         """Linear warm-up, constant, linear decay to zero, by the tokens seen so far."""
-        done = tokens / self.tokens
-        return max(0.0, min(1.0, (done + 1e-3) / self.warmup_fraction, (1 - done) / self.decay_fraction))
+        warmup = (tokens + self.batch_tokens) / self.warmup_tokens
+        decay = (self.tokens - tokens) / (self.decay_fraction * self.tokens)
+        return max(0.0, min(1.0, warmup, decay))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,21 +113,22 @@ class Windows:
     stream: np.ndarray  # [tokens] int32, all documents one after the other
     starts: np.ndarray  # [windows]
     lengths: np.ndarray  # [windows]
+    end: int = END
 
     @classmethod
-    def of(cls, documents: list[np.ndarray], n_ctx: int) -> Windows:
+    def of(cls, documents: list[np.ndarray], n_ctx: int, end: int = END) -> Windows:
         starts, lengths, first = [], [], 0
         for document in documents:
             for offset in range(0, len(document), n_ctx):
                 starts.append(first + offset)
                 lengths.append(min(n_ctx, len(document) - offset))
             first += len(document)
-        return cls(np.concatenate(documents), np.array(starts), np.array(lengths))
+        return cls(np.concatenate(documents), np.array(starts), np.array(lengths), end)
 
     def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(inputs, targets), each `[rows, longest]`: END and all targets but the last; the targets, then IGNORED."""
+        """(inputs, targets), each `[rows, longest]`: end and all targets but the last; the targets, then IGNORED."""
         longest = self.lengths[chosen].max()
-        inputs = torch.full((len(chosen), longest), END)
+        inputs = torch.full((len(chosen), longest), self.end)
         targets = torch.full((len(chosen), longest), IGNORED)
         for row, i in enumerate(chosen):
             tokens = torch.from_numpy(self.stream[self.starts[i] : self.starts[i] + self.lengths[i]].astype(np.int64))
@@ -174,6 +178,7 @@ def build_model(config: TinyLMConfig) -> GPTNeoXForCausalLM:
                 rotary_pct=0.25,
                 bos_token_id=END,
                 eos_token_id=END,
+                attn_implementation="eager",  # at this size faster on a CPU than the fused kernel
             )
         )
 
@@ -220,6 +225,7 @@ def train(
         (the model; history: rows of tokens seen, learning rate, training loss since the row before and loss on a sample
         of the held-out windows, both in nats a token)
     """
+    keep_freed_memory()
     model = build_model(config).to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -239,7 +245,7 @@ def train(
         }
     )
     at, history = _restore(state_path, key, model, optimizer)
-    every = config.tokens / config.history_points
+    every = config.history_tokens
     saved = time.monotonic()
     with progress("training the language model (tokens)", config.tokens, at.tokens) as advance:
         batches = training.epoch(config.batch_tokens, config.seed, "batches", at.epoch)
@@ -336,7 +342,7 @@ def _restore(path: Path, key: str, model, optimizer) -> tuple[Progress, list[dic
 # Bits per byte, and the bars
 
 
-def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx: int) -> dict:
+def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx: int, end: int = END) -> dict:
     """The model beside Witten–Bell n-grams of the same tokenizer, on the same held-out documents.
 
     Bits are summed over all tokens of a document and its END; bytes are those of its UTF-8 text. The n-grams are fitted
@@ -344,6 +350,7 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
 
     Args:
         tokenise_texts: texts -> token numbers of each, the end token last.
+        end: that token; it also stands before each document.
 
     Returns:
         {"documents", "tokens", "bytes", "all": {model: bits per byte}, "families": {family: {model: bits per byte}}}
@@ -351,12 +358,12 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
     heldout = tokenise_texts(corpus.heldout)
     fitted = tokenise_texts(corpus.train)
     bits = {
-        name: WittenBell(order, vocabulary).fit(fitted).bits(heldout)
+        name: WittenBell(order, vocabulary, end).fit(fitted).bits(heldout)
         for order, name in enumerate(("unigram", "bigram", "trigram"), start=1)
     }
     per_document = np.repeat(np.arange(len(heldout)), [len(d) for d in heldout])
     bits = {name: np.bincount(per_document, weights=b) for name, b in bits.items()}
-    windows = [Windows.of([document], n_ctx) for document in heldout]
+    windows = [Windows.of([document], n_ctx, end) for document in heldout]
     bits["model"] = np.array([nats(model, w, np.arange(len(w.starts))) / math.log(2) for w in windows])
     sizes = np.array([len(text.encode()) for text in corpus.heldout])
     families = np.array(corpus.heldout_families)
