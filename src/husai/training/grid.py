@@ -46,11 +46,13 @@ def train_or_find(
     device: torch.device,
     threads: int,
     target: ActivationStore | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict:
     """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
 
     Args:
         target: what transcoders reconstruct.
+        dtype: of the arithmetic; checkpoints are float32.
 
     Returns:
         {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
@@ -62,7 +64,7 @@ def train_or_find(
     divided = memory.passes(grid, store.d_in, memory.budget(device))
     if len(divided) > 1:
         log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
-    results = [_one_pass(cells, store, [grid[i] for i in p], config, device, threads, target) for p in divided]
+    results = [_one_pass(cells, store, [grid[i] for i in p], config, device, threads, target, dtype) for p in divided]
     records = [record for result in results for record in result["members"]]
     for r in records:
         if r["l0_miss"] is not None and abs(r["l0_miss"]) > L0_TOLERANCE:
@@ -81,6 +83,7 @@ def _one_pass(
     device: torch.device,
     threads: int,
     target: ActivationStore | None,
+    dtype: torch.dtype,
 ) -> dict:
     key = {
         "members": [asdict(m) for m in grid],
@@ -90,6 +93,7 @@ def _one_pass(
         "code": code_version("training", "dictionaries", "kernels", "activations"),
         "device": device.type,
         "threads": threads,
+        "dtype": str(dtype),
     }
     name = digest(key)[:16]
     root = cells.folder.parent
@@ -97,11 +101,12 @@ def _one_pass(
     def compute() -> tuple[dict, list[Path]]:
         state = cells.folder / f"training-{name}.state.safetensors"
         state.parent.mkdir(parents=True, exist_ok=True)
-        trained, curve_steps = train(store, grid, config, device, state, target=target)
+        trained, curve_steps = train(store, grid, config, device, state, dtype=dtype, target=target)
         _, heldout = store.split(config.heldout_fraction)
         records, files = [], []
         for t in trained:
             m = t.member
+            t.sae.weights = {name: w.float() for name, w in t.sae.weights.items()}
             t.sae.metadata = {
                 "model_name": store.manifest.subject,
                 "hook_name": store.manifest.hook_name,
@@ -119,7 +124,7 @@ def _one_pass(
             label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
             folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
-            write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.contiguous()}))
+            write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))
             files.append(folder / SNAPSHOTS)
             records.append(
                 {
