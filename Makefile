@@ -7,11 +7,11 @@ PEERS := .venv/.peers-$(shell cat requirements-bench.txt $(REQUIREMENTS) | sha25
 BIN := .venv/bin
 OUTPUT ?= results
 
-.PHONY: help setup demo test smoke lint format benchmarks clean
+.PHONY: help setup demo test smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create or renew .venv from the pinned requirements
 
@@ -40,6 +40,9 @@ test: setup $(PEERS) ## the test suite
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh
+
+audit-results: setup ## every headline figure read again from its artefact, the evidence computed again
+	@$(BIN)/python scripts/analysis/verify_experiment_consistency.py
 
 lint: setup ## what pre-commit and CI check
 	@$(BIN)/pre-commit run --all-files

@@ -145,6 +145,14 @@ CONTENDERS = {
 }
 OURS = [name for name in CONTENDERS if name.startswith("HUSAI")]
 PRODUCT = "the encoder's dense float32 product alone"
+PARTS = {
+    "select": "product and choice",
+    "residual": "decoding",
+    "weighted_sums": "weight gradients",
+    "activity": "activity",
+    "adam": "Adam",
+}
+"""What a backend does in a step -> how the report calls it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,10 +178,30 @@ def work(name: str, sizes: tuple, args, pipe: Connection) -> None:
     step(data[0])  # compile, allocate
     pipe.send(0)
     taken = 0
-    while steps := pipe.recv():
+    while (steps := pipe.recv()) != "parts":
         chosen = [data[(taken + s) % len(data)] for s in range(steps)]
         taken += steps
         pipe.send(timed(lambda chosen=chosen: [step(x) for x in chosen], device))
+    pipe.send(shares(step, data, device) if name in OURS else {})
+
+
+def shares(step: Step, data: list, device) -> dict[str, float]:
+    """The shares of our step's time that its parts take; the rest is autograd's and PyTorch's."""
+    from husai.kernels.sparse import backend
+
+    spent, module = dict.fromkeys(PARTS, 0.0), backend(device.type)
+    for name in PARTS:
+        part = getattr(module, name)
+
+        def watched(*arguments, name=name, part=part):
+            out = []
+            spent[name] += timed(lambda: out.append(part(*arguments)), device)
+            return out[0]
+
+        setattr(module, name, watched)
+    total = timed(lambda: [step(x) for x in data], device)
+    found = {PARTS[name]: seconds / total for name, seconds in spent.items()}
+    return found | {"rest": 1 - sum(found.values())}
 
 
 def timed(work: Callable[[], object], device) -> float:
@@ -204,8 +232,9 @@ def batches(d_in: int, rows: int, device) -> list:
     return made
 
 
-def measure(args, n: int, d_sae: int, dead: int, advance: Callable) -> dict:
-    """Rows x SAEs a second of every contender, one value a round; of the dense product, rows a second."""
+def measure(args, n: int, d_sae: int, dead: int, advance: Callable) -> tuple[dict, dict]:
+    """(rows x SAEs a second of every contender, one value a round; of the dense product, rows a second), (the shares of
+    our own steps' parts)."""
     sizes = (n, args.d_in, d_sae, args.k, dead)
     pipes, processes = {}, []
     for name in [*args.contenders, PRODUCT]:
@@ -223,27 +252,30 @@ def measure(args, n: int, d_sae: int, dead: int, advance: Callable) -> dict:
                 pipe.send(steps)
                 found[name].append(steps * (1 if name == PRODUCT else n) * args.batch_size / pipe.recv())
                 advance(1)
-        for pipe in pipes.values():
-            pipe.send(0)
+        parts = {}
+        for name, pipe in pipes.items():
+            pipe.send("parts")
+            parts[name] = pipe.recv()
     except EOFError:
         raise BadInput("a contender's process ended; the lines above say why") from None
     finally:
         for process in processes:
             process.join(timeout=10)
             process.kill()
-    return found
+    return found, {name: p for name, p in parts.items() if p}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def row(label: str, found: dict) -> dict:
+def row(label: str, found: dict, parts: dict) -> dict:
     peers = [name for name in found if name in CONTENDERS and name not in OURS]
     best = [max(values) for values in zip(*(found[p] for p in peers), strict=True)]
     ratios = {o: [a / b for a, b in zip(found[o], best, strict=True)] for o in OURS if o in found}
     return {
         "label": label,
         "rates": found,
+        "parts": parts,
         "medians": {name: median(values) for name, values in found.items()},
         "ratios": {name: {"median": median(r), "lowest": min(r), "highest": max(r)} for name, r in ratios.items()},
     }
@@ -278,6 +310,12 @@ def markdown(result: dict, command: str) -> str:
         product, reached = r["medians"][PRODUCT], r["medians"].get(OURS[0])
         cells.append(f"{product:,.0f}" + (f" ({reached / product:.0%})" if reached else ""))
         lines.append(f"| {r['label']} | " + " | ".join(cells) + " |")
+    lines += ["", "Where the time of a step of HUSAI's goes:", ""]
+    lines += ["| | " + " | ".join([*PARTS.values(), "rest"]) + " |", "|---" * (len(PARTS) + 2) + "|"]
+    for r in result["rows"]:
+        for name, parts in r["parts"].items():
+            cells = " | ".join(f"{share:.0%}" for share in parts.values())
+            lines.append(f"| {r['label']}, {name.removeprefix('HUSAI, ')} | {cells} |")
     lines += [
         "",
         "*float32 product*: the dense product and everything else in float32. *bfloat16 proposals*: a bfloat16 product "
@@ -317,7 +355,7 @@ def main() -> None:
     with progress("measuring", len(settings) * args.rounds * (len(args.contenders) + 1)) as advance:
         for n, d_sae, dead in settings:
             label = f"{n} SAE{'s' * (n > 1)}, d_sae {d_sae:,}" + (", AuxK at work" if dead else "")
-            rows.append(row(label, measure(args, n, d_sae, dead, advance)))
+            rows.append(row(label, *measure(args, n, d_sae, dead, advance)))
     result = {
         "d_in": args.d_in,
         "k": args.k,

@@ -9,7 +9,7 @@ import yaml
 
 from conftest import ROOT
 
-STEPS = ["subjects", "activations", "kernels", "dictionaries", "training", "stability", "report"]
+STEPS = ["subjects", "activations", "kernels", "dictionaries", "training", "stability", "release", "report"]
 
 
 def requirements(name):

@@ -271,11 +271,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """Six times the rows, 128 MB more on disk: less than a third of that more in memory."""
+    """From several windows on: 154 MB more on disk, less than a third of that more in memory."""
     peaks = []
-    for name, parts in (("small", "10"), ("large", "60")):
+    for name, parts in (("small", "30"), ("large", "90")):
         (tmp_path / name).mkdir()
         command = [sys.executable, "-c", MEASURE, tmp_path / name, parts]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 43, peaks
+    assert peaks[1] - peaks[0] < 50, peaks

@@ -13,17 +13,8 @@ input contained the answer and whose model had hardly been trained. `--sae-root`
 
 from pathlib import Path
 
-from husai.runs.cli import (
-    DEFAULT_SEEDS,
-    Parser,
-    positive_float,
-    positive_int,
-    prepare,
-    run_main,
-    seed_list,
-)
+from husai.runs.cli import DEFAULT_SEEDS, Parser, positive_int, prepare, run_main, seed_list
 
-DEFAULT_HOOK = "blocks.0.hook_resid_post"
 # What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
 PUBLISHED = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
 
@@ -32,26 +23,15 @@ def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/phase4a_trained_vs_random")
     p.add_argument("--protocol", choices=["husai", "published"], default="husai", help="default: %(default)s")
-    p.add_argument("--subject", type=Path, help="folder of a trained transformer (default: train or find it)")
-    p.add_argument("--hook-name", help=f"default: {DEFAULT_HOOK}, or the hook of --activation-cache-dir")
-    p.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
+    p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
-    p.add_argument("--d-sae", type=positive_int, default=256, help="features (default: %(default)s)")
+    p.add_recipe(d_sae=256, tokens=1_000_000, batch_size=1024)
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
-    p.add_argument("--tokens", type=positive_int, default=1_000_000, help="rows each SAE sees (default: %(default)s)")
-    p.add_argument("--batch-size", type=positive_int, default=1024, help="default: %(default)s")
-    p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
-    p.add_argument("--null-draws", type=positive_int, default=100, help="of the spectral null (default: %(default)s)")
     p.add_argument("--sae-root", type=Path, help="score the checkpoints below this folder; train nothing")
     p.add_argument("--untrained-root", type=Path, help="the same checkpoints before training, same folder names")
-    p.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
-    args = p.parse_args()
-    if len(args.seeds) < 2 and not args.sae_root:
-        p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
+    args = p.parse_phase()
     if args.k > args.d_sae:
         p.error(f"--k {args.k}: at most --d-sae {args.d_sae} expected")
-    if args.layer is not None:
-        args.hook_name = f"blocks.{args.layer}.hook_resid_post"
     if args.protocol == "published" and (args.sae_root or args.activation_cache_dir):
         p.error("--protocol published trains its own SAEs; it goes with neither --sae-root nor --activation-cache-dir")
     if args.untrained_root and not args.sae_root:
@@ -61,38 +41,17 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.runs.cells import Cells, code_version
-    from husai.runs.files import sha256_file, tree_digest
-    from husai.runs.folder import Run
+    from husai.runs.phase import run_phase
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # What this run depends on. Folders that the user brings count by content, not by path.
-    brought = {
-        flag: tree_digest(path, f"--{flag.replace('_', '-')}")
-        for flag in ("subject", "sae_root", "untrained_root", "activation_cache_dir")
-        if (path := getattr(args, flag)) is not None
-    }
-    apart = ("output_dir", "artifact_root", "force", "layer", *brought)
-    config = {k: v for k, v in vars(args).items() if k not in apart and v is not None} | {"brought": brought}
-
-    with Run(args.output_dir, config, args.device, args.threads) as run:
-        cells = Cells(args.output_dir / "cells", args.force)
-        code = [code_version(*PACKAGES), sha256_file(Path(__file__))]
-        everything = {"config": config, "code": code}
-        results = cells.get("phase4a", everything, lambda: compute(args, cells))
-        run.inputs |= results["inputs"]
-        run.write(results, summary(results))
-    print(summary(results))
-    print(f"summary  {args.output_dir / 'summary.md'}")
-    print(f"figures  {args.output_dir / 'figures'}")
-
-
-PACKAGES = ("activations", "dictionaries", "kernels", "report", "runs", "stability", "subjects", "training")
+    folders = ("subject", "sae_root", "untrained_root", "activation_cache_dir")
+    run_phase(args, "phase4a", __file__, compute, summary, brought=folders)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
     device = prepare(args.device, args.threads)
+    from husai.stability import study
+
     sections = {"husai": brought(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))}
     if args.protocol == "published":
         sections["published"] = trained(args, cells, device, published(args))
@@ -103,9 +62,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     files += [
         path
         for section in sections.values()
-        for m in [*section["members"], *section.get("control", [])]
-        if "checkpoint" in m
-        for path in sorted((args.output_dir / m["checkpoint"]).iterdir())
+        for path in study.checkpoint_files(cells, [*section["members"], *section.get("control", [])])
     ]
     results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
     return results, files
@@ -166,27 +123,11 @@ def published(args) -> dict:
 
 
 def open_store(args, device, protocol: dict):
-    """The store of a protocol: the one given, or harvested from its subject, which is trained where it is missing."""
-    from husai.activations.harvest import harvest_modular_addition
-    from husai.activations.store import ActivationStore
-    from husai.subjects import modular_addition
+    from husai.activations import source
 
-    config, subject = protocol["subject_config"], protocol["subject"]
-    if protocol["store"]:
-        expected = modular_addition.describe(subject)["digest"] if subject else None
-        return ActivationStore.open(protocol["store"], expected, protocol["hook_name"])
-    if subject is None:
-        subject = modular_addition.train_or_find(config, args.artifact_root / "subjects", device, args.threads)
-    folder = harvest_modular_addition(
-        subject,
-        args.artifact_root / "activations",
-        protocol["hook_name"] or DEFAULT_HOOK,
-        protocol["position"],
-        device=device,
-        threads=args.threads,
-        require_solved=config.epochs > 0,
-    )
-    return ActivationStore.open(folder)
+    names = ("store", "subject", "hook_name", "position")
+    given = {name: protocol[name] for name in names}
+    return source.open_store(args.artifact_root, device, args.threads, **given, config=protocol["subject_config"])
 
 
 def trained(args, cells, device, protocol: dict) -> dict:
@@ -199,30 +140,19 @@ def trained(args, cells, device, protocol: dict) -> dict:
     store = open_store(args, device, protocol)
     grid = members(args.seeds, [protocol["d_sae"]], [protocol["k"]], [protocol["learning_rate"]])
     arms = [train_or_find(cells, store, grid, protocol["recipe"], device, args.threads)]
-    missing = {} if protocol["shuffled"] else {"shuffled": "not part of this protocol"}
     if protocol["shuffled"]:
         control = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
         arms.append(train_or_find(cells, control, grid, protocol["recipe"], device, args.threads))
 
-    folders = [[args.output_dir / m["checkpoint"] for m in arm["members"]] for arm in arms]
-    digests = [m["checkpoint_sha256"] for m in arms[0]["members"]]
-    dictionaries = [[study.own_dictionary(f) for f in arm] for arm in folders]
-    section = arms[0] | {"members": [m | {"label": f"seed{m['seed']}"} for m in arms[0]["members"]]}
-    if protocol["shuffled"]:
-        kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
-        section["control"] = [{name: m[name] for name in kept} for m in arms[1]["members"]]
-    section |= study.compare_all(
-        cells,
-        store,
-        [m["label"] for m in section["members"]],
-        dictionaries[0],
-        dictionaries[1] if protocol["shuffled"] else None,
-        protocol["null_draws"],
-        args.threads,
-        missing,
+    alike = [arm["members"] for arm in arms]
+    steps, control = arms[0]["snapshot_steps"], alike[1] if protocol["shuffled"] else None
+    section = arms[0] | study.score_trained(
+        cells, store, alike[0], steps, protocol["null_draws"], args.threads, control
     )
-    steps = section["snapshot_steps"]
-    return section | {"over_training": study.over_training(cells, folders[0], digests, steps)}
+    if control:
+        kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
+        section["control"] = [{name: m[name] for name in kept} for m in control]
+    return section
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,21 +190,12 @@ def brought(args, cells, device) -> dict:
 
 def draw(section: dict, name: str, output_dir: Path) -> list[Path]:
     """Figures and the CSV of pairs."""
-    import pandas as pd
-
     from husai.report import figures
-    from husai.runs.files import write_text
+    from husai.report.text import pair_rows, write_csv
 
     suffix = "" if name == "husai" else f"_{name}"
-    rows = [
-        {"a": pair["a"], "b": pair["b"], "against": against, **pair[against]}
-        for pair in section["pairs"]
-        for against in pair
-        if against not in ("a", "b")
-    ]
-    csv = output_dir / f"pairs{suffix}.csv"
-    write_text(csv, pd.DataFrame(rows).to_csv(index=False))
-    files = [csv, figures.matches(section, output_dir / "figures" / f"matches{suffix}.png")]
+    files = [write_csv(output_dir / f"pairs{suffix}.csv", pair_rows(section))]
+    files.append(figures.matches(section, output_dir / "figures" / f"matches{suffix}.png"))
     if "over_training" in section:
         files += [
             figures.over_training(section, output_dir / "figures" / f"over_training{suffix}.png"),
@@ -292,6 +213,8 @@ def summary(results: dict) -> str:
 
 def table(section: dict) -> list[str]:
     """The verdict, then each score beside its nulls, as markdown."""
+    from husai.report.text import interval
+
     stability, members = section["stability"], section["members"]
     verdict = stability["verdict"]
     excess = verdict["claimable_excess"]
@@ -321,6 +244,8 @@ def table(section: dict) -> list[str]:
 
 def comparison(section: dict) -> list[str]:
     """Published figures next to what the same setting gives here."""
+    from husai.report.text import interval
+
     score = section["stability"]["scores"]["pwmcc"]
     observed, random, excess = score["observed"], score["nulls"]["isotropic"]["mean"], score["excess"]["isotropic"]
     verdict = section["stability"]["verdict"]
@@ -336,10 +261,6 @@ def comparison(section: dict) -> list[str]:
         f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `{verdict['score']}` over {verdict['highest_null']} "
         f"{interval(verdict['claimable_excess'])}.",
     ]
-
-
-def interval(e: dict) -> str:
-    return f"{e['estimate']:.4f}" + ("" if e["low"] is None else f" [{e['low']:.4f}, {e['high']:.4f}]")
 
 
 if __name__ == "__main__":

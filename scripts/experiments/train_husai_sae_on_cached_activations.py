@@ -95,7 +95,8 @@ def main() -> None:
         if target:
             run.inputs["target activation store"] = target.digest
         cells = Cells(args.output_dir / "cells", args.force)
-        results = train_or_find(cells, store, grid, config, device, args.threads, target, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        results = train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype)
         lines = [
             "# SAEs on cached activations",
             "",

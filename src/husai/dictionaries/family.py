@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from husai.kernels.sparse import Choice, Kept, encode, reconstruct
 
@@ -106,25 +107,51 @@ def kept_loss(
         loss = loss + nested / (rows * batch.variance)
     loss = loss / (1 + len(prefixes))
     if batch.aux_coefficient and any(len(d) for d in batch.dead):
-        loss = loss + batch.aux_coefficient * auxiliary(params, batch, error, b_in)
+        loss = loss + batch.aux_coefficient * auxiliary(params, batch, error, squares, b_in)
     fired, active = kept.activity()
     return Outcome(loss, main.detach(), fired, active / rows), kept
 
 
-def auxiliary(params: Params, batch: Batch, error: Tensor, b_in: Tensor | None) -> Tensor:
+def auxiliary(params: Params, batch: Batch, error: Tensor, squares: Tensor, b_in: Tensor | None) -> Tensor:
     """AuxK (Gao et al., arXiv 2406.04093, section 3.3 and appendix A.2), `[n]`.
 
     The d_in/2 largest pre-activations of dead features, ReLU after the selection, model what the kept features left
-    over; the gradient reaches those features' encoder and decoder. 0 for members without dead features.
+    over; the gradient reaches those features' encoder and decoder. 0 for members without dead features. So many are
+    kept of so few that dense products are the faster ones.
+
+    Args:
+        error: what the kept features left over, `[n, rows, d_out]`; squares: its squared norm, `[n]`.
     """
     k = max(1, batch.x.shape[-1] // 2)
-    choice = Choice((k,) * len(batch.k), columns=batch.dead)
-    values, kept = encode(params["W_enc"], params["b_enc"], b_in, batch.x, choice)
-    nothing = torch.zeros_like(params["b_dec"])
-    squares, _ = reconstruct(values, params["W_dec"], nothing, error, kept)
-    whole = error.square().sum((1, 2)).clamp_min(torch.finfo(error.dtype).tiny)
-    has_dead = torch.tensor([len(d) > 0 for d in batch.dead], device=error.device)
-    return squares / whole * has_dead
+    stacks = params["W_enc"].transpose(1, 2), params["b_enc"], params["W_dec"]
+    losses = []
+    for i, (dead, *own) in enumerate(zip(batch.dead, *(p.unbind() for p in stacks), strict=True)):
+        if len(dead) == 0:
+            losses.append(error.new_zeros(()))
+            continue
+        W_enc, b_enc, W_dec = (_Rows.apply(p, dead) for p in own)
+        bias = b_enc if b_in is None else b_enc - W_enc @ b_in[i]
+        features = torch.addmm(bias, batch.x[i], W_enc.T)
+        if len(dead) > k:
+            largest, places = features.topk(k, dim=1)
+            features = torch.zeros_like(features).scatter(1, places, largest)
+        losses.append(mse_loss(features.relu() @ W_dec, error[i], reduction="sum"))
+    return torch.stack(losses) / squares.detach().clamp_min(torch.finfo(error.dtype).tiny)
+
+
+class _Rows(torch.autograd.Function):
+    """`p[rows]` for distinct rows. index_select's own gradient allows for repeated ones, which is slow."""
+
+    @staticmethod
+    def forward(ctx, p, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = p.shape
+        return p.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
 
 
 def dense_outcome(loss: Tensor, squares: Tensor, features: Tensor, batch: Batch) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from husai.kernels.sparse import Choice, Kept
 from husai.kernels.workers import deal, spans
 
 ROWS = 512  # of a piece: its pre-activations stay in cache between the product and the choice
-FEATURES = 256
+FEATURES = 256  # of a piece
+TILE_BYTES = 2**20  # of rows that are gathered from: half of a core's own cache
 SLACK = 1.05  # on the bound of a proposal's error: sums in float32 are not exact either
 
 
@@ -19,10 +21,7 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     n, rows, d_sae = len(x), x.shape[1], W.shape[1]
     if choice.across_batch:
         return _across_batch(x, W, bias, choice)
-    W, bias, columns = list(W), list(bias), choice.columns
-    if columns is not None:
-        W, bias = ([t[c] for t, c in zip(ts, columns, strict=True)] for ts in (W, bias))
-    sizes = [min(k, len(w)) for k, w in zip(choice.k, W, strict=True)]
+    sizes = [min(k, d_sae) for k in choice.k]
     features = [torch.empty(rows, size, dtype=torch.int32) for size in sizes]
     values = [x.new_empty(rows, size) for size in sizes]
     counts = torch.zeros(n, rows, dtype=torch.long)
@@ -32,8 +31,6 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
         W_rounded = [Rounded(w) for w in W]
 
     def share(i: int, first: int, last: int) -> None:
-        if sizes[i] == 0:
-            return
         out = [t[i][first:last].numpy() for t in (features, values, counts)]
         if not propose:
             pre = torch.addmm(bias[i], x[i, first:last], W[i].T)
@@ -50,12 +47,10 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
         kernels.keep_top(at, proposals, scores, sizes[i], *out)
 
     deal(share, ((i, *span) for i in range(n) for span in spans(rows, ROWS)))
-    return _packed(rows, d_sae, features, values, counts, columns)
+    return _packed(rows, d_sae, features, values, counts)
 
 
-def _packed(
-    rows: int, d_sae: int, features: list[Tensor], values: list[Tensor], counts: Tensor, columns: tuple | None
-) -> Kept:
+def _packed(rows: int, d_sae: int, features: list[Tensor], values: list[Tensor], counts: Tensor) -> Kept:
     """The kept entries of rows `[rows, k]`, of which the first `counts [n, rows]` are filled, without gaps."""
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.flatten().cumsum(0)])
     sizes = tuple(counts.sum(1).tolist())
@@ -66,9 +61,6 @@ def _packed(
     def share(i: int) -> None:
         out = starts[i].numpy(), chosen.numpy(), kept.numpy()
         kernels.pack(counts[i].numpy(), features[i].numpy(), values[i].numpy(), *out)
-        if columns is not None:
-            own = slice(int(starts[i, 0]), int(starts[i, 0]) + sizes[i])
-            chosen[own] = columns[i][chosen[own].long()].int()
 
     deal(share, ((i,) for i in range(len(counts))))
     return Kept(rows, d_sae, sizes, offsets, chosen, kept)
@@ -94,8 +86,6 @@ class Rounded:
 def _across_batch(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     """BatchTopK. Values equal to the smallest kept one are all kept."""
     n, rows, d_sae = len(x), x.shape[1], W.shape[1]
-    if choice.columns is not None:
-        raise NotImplementedError("a choice across the batch among some features only")
     integers, shift = (torch.int32, 16) if x.dtype == torch.float32 else (torch.int64, 48)
     pieces = list(spans(rows, ROWS))
     counts, features, values = [], [], []
@@ -160,10 +150,17 @@ def weighted_sums(kept: Kept, weights: Tensor, x: Tensor, centre: Tensor) -> tup
 
     def share(i: int, first: int, last: int) -> None:
         source, out, total = x[i].detach().numpy(), sums[i].numpy(), totals[i].numpy()
-        kernels.weighted_sums(starts[i], rows[i], entries[i], weights, source, centre[i], first, last, out, total)
+        tile = _tile(source, len(entries[i]) / kept.d_sae)
+        kernels.weighted_sums(starts[i], rows[i], entries[i], weights, source, centre[i], first, last, tile, out, total)
 
     deal(share, ((i, *span) for i in range(kept.n) for span in spans(kept.d_sae, FEATURES)))
     return sums, totals
+
+
+def _tile(x: np.ndarray, entries: float) -> int:
+    """Rows of `x` that stay in cache together, or all where features, of `entries` each, would find few among them."""
+    tile = max(1, TILE_BYTES // x[0].nbytes)
+    return tile if entries * tile / len(x) >= 4 else len(x)
 
 
 def activity(kept: Kept) -> tuple[Tensor, Tensor]:

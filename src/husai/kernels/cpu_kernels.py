@@ -180,7 +180,7 @@ def propose(bits, error, largest_bias, k, offsets, features):
         kth = np.float32(0)
         if k < len(maxima):
             as_float(maxima, len(maxima), scratch)
-            number[0] = max(np.float32(0), cut(scratch, len(maxima), k, 8))
+            kth = number[0] = max(np.float32(0), cut(scratch, len(maxima), k, 8))
             count = at_least(row, maxima, word[0] >> 16, chosen, found)
             if count > k:
                 for i in range(count):
@@ -313,18 +313,29 @@ def by_feature(offsets, features, starts, rows, entries):
 
 
 @kernel
-def weighted_sums(starts, rows, entries, weights, x, centre, first, last, sums, totals):
+def weighted_sums(starts, rows, entries, weights, x, centre, first, last, tile, sums, totals):
     """For features f = first … last − 1: totals[f] = Σ weights[e] over f's entries e, and
-    sums[f] = Σ weights[e] · (x[row of e] − centre)."""
+    sums[f] = Σ weights[e] · (x[row of e] − centre).
+
+    `tile` rows of `x` at a time, so that they stay in cache while all these features add theirs up; a feature's entries
+    lie in the order of their rows.
+    """
+    base = starts[first]
+    own, rows = weights[entries[base : starts[last]]], rows[base : starts[last]]
     for f in range(first, last):
-        low, high = starts[f], starts[f + 1]
-        own = weights[entries[low:high]]
-        total = own.sum()
+        total = own[starts[f] - base : starts[f + 1] - base].sum()
         out = sums[f]
         for j in range(len(out)):
             out[j] = -total * centre[j]
-        add_rows(own, x, rows[low:high], 0, high - low, out)
         totals[f] = total
+    position = starts[first:last] - base
+    for end in range(tile, len(x) + tile, tile):
+        for f in range(first, last):
+            low = high = position[f - first]
+            while high < starts[f + 1] - base and rows[high] < end:
+                high += 1
+            add_rows(own, x, rows, low, high, sums[f])
+            position[f - first] = high
 
 
 @kernel

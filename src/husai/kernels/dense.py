@@ -16,20 +16,18 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     pre = torch.baddbmm(bias.unsqueeze(1), x, W.transpose(1, 2))
     offsets, features, values = [torch.zeros(1, dtype=torch.long, device=x.device)], [], []
     for i in range(n):
-        columns = torch.arange(d_sae, device=x.device) if choice.columns is None else choice.columns[i]
-        candidates = pre[i, :, columns]
         if choice.across_batch:
-            size = min(choice.k[i] * rows, candidates.numel())
-            top, places = candidates.flatten().topk(size)
+            size = min(choice.k[i] * rows, pre[i].numel())
+            top, places = pre[i].flatten().topk(size)
             places, order = places.sort()
             top = top[order]
             counts = torch.zeros(rows, dtype=torch.long, device=x.device)
-            counts.index_add_(0, places // len(columns), torch.ones_like(places))
-            chosen = columns[places % len(columns)]
+            counts.index_add_(0, places // d_sae, torch.ones_like(places))
+            chosen = places % d_sae
         else:
-            size = min(choice.k[i], len(columns))
-            top, places = candidates.topk(size, dim=1)
-            top, chosen = top.flatten(), columns[places.flatten()]
+            size = min(choice.k[i], d_sae)
+            top, places = pre[i].topk(size, dim=1)
+            top, chosen = top.flatten(), places.flatten()
             counts = torch.full((rows,), size, device=x.device)
         offsets.append(counts.cumsum(0) + offsets[-1][-1])
         features.append(chosen.int())

@@ -18,7 +18,7 @@ EXTRA = 32  # proposals beside the k largest; on the CPU their number follows fr
 
 def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
     """The entries of x Wᵀ + bias to keep. `x [n, rows, d_in]`, `W [n, d_sae, d_in]`, `bias [n, d_sae]`."""
-    if choice.across_batch or choice.columns is not None:
+    if choice.across_batch:
         return dense.select(x, W, bias, choice)
     (n, rows, _), d_sae, k = x.shape, W.shape[1], max(choice.k)
     piece = max(1, PRODUCT_BYTES // (n * d_sae * (2 if choice.propose else x.element_size())))

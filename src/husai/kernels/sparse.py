@@ -123,8 +123,6 @@ class Choice:
     """For each member: how many a row."""
     across_batch: bool = False
     """The k · rows largest of the whole batch, whatever row they lie in (BatchTopK)."""
-    columns: tuple[Tensor, ...] | None = None
-    """For each member: the features that may be kept, int64; all where None."""
     propose: bool = False
     """Let a bfloat16 product propose and compute the proposals in float32; the kept set is float32's own."""
 

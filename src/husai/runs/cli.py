@@ -45,6 +45,48 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--output-dir", type=Path, default=Path(output_dir), help="default: %(default)s")
         self.add_shared()
 
+    def add_source(self, hook: str) -> None:
+        """What a phase studies: --subject, --hook-name, --layer, --activation-cache-dir."""
+        self.add_argument("--subject", type=Path, help="folder of a trained transformer (default: train or find it)")
+        self.add_argument("--hook-name", help=f"default: {hook}, or the hook of --activation-cache-dir")
+        self.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
+        self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
+
+    def add_recipe(self, d_sae: int, tokens: int, batch_size: int, learning_rate: float = 3e-3) -> None:
+        """How SAEs are trained and scored: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
+        self.add_argument("--d-sae", type=positive_int, default=d_sae, help="features (default: %(default)s)")
+        self.add_argument(
+            "--tokens", type=positive_int, default=tokens, help="rows each SAE sees (default: %(default)s)"
+        )
+        self.add_argument("--batch-size", type=positive_int, default=batch_size, help="default: %(default)s")
+        self.add_argument("--learning-rate", type=positive_float, default=learning_rate, help="default: %(default)s")
+        self.add_argument(
+            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+        )
+
+    def parse_phase(self) -> argparse.Namespace:
+        """The arguments, with --layer turned into --hook-name and no stability asked of a single seed."""
+        args = self.parse_args()
+        if args.layer is not None:
+            args.hook_name = f"blocks.{args.layer}.hook_resid_post"
+        for flag in ("seeds", "confirmation_seeds", "reference_seeds", "confirmation_reference_seeds"):
+            seeds = getattr(args, flag, None)
+            if seeds is not None and len(seeds) < 2 and getattr(args, "sae_root", None) is None:
+                self.error(
+                    f"--{flag.replace('_', '-')} {seeds[0]}: one seed says nothing about stability; "
+                    "at least 2 expected, 5 for a verdict"
+                )
+        return args
+
+    def refuse_overlap(self, **seeds: list[int]) -> None:
+        """Exit 2 where two of these flags share a seed."""
+        flags = list(seeds)
+        for i, first in enumerate(flags):
+            for second in flags[i + 1 :]:
+                if shared := sorted(set(seeds[first]) & set(seeds[second])):
+                    names = (f"--{f.replace('_', '-')}" for f in (first, second))
+                    self.error(f"{' and '.join(names)} share seed {shared[0]}: seeds of their own expected")
+
     def add_shared(self) -> None:
         """--artifact-root, --device, --threads, --force."""
         self.add_argument(
@@ -91,6 +133,11 @@ def positive_float(text: str) -> float:
 
 def nonnegative_float(text: str) -> float:
     return _number(text, float, lambda v: 0 <= v < float("inf"), "a finite number of at least 0")
+
+
+def float_list(text: str) -> list[float]:
+    """`0,0.01,0.1` -> [0.0, 0.01, 0.1]; distinct, not negative."""
+    return _distinct([nonnegative_float(part.strip()) for part in text.split(",")], text)
 
 
 def int_list(text: str) -> list[int]:

@@ -71,6 +71,12 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None) -> Matching:
     return _exact(a, b) if exact or len(a) == 0 else _bounded(a.float(), b.float())
 
 
+def partners(a: Tensor, b: Tensor) -> Tensor:
+    """The rows of `b [n, d]` in the order of the rows of `a [n, d]` that the best assignment gives them to."""
+    found = match(a, b)
+    return b[torch.from_numpy(found.columns[np.argsort(found.rows)])]
+
+
 def _exact(a: Tensor, b: Tensor) -> Matching:
     """The matrix is filled negated and minimised: scipy would copy it otherwise."""
     cost = np.empty((len(a), len(b)))

@@ -25,6 +25,7 @@ from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
+MOVED_AT_MOST = 0.02  # of mcc between the last two snapshots: beyond, training is too short to judge by
 
 
 def own_dictionary(folder: Path) -> Dictionary:
@@ -127,22 +128,75 @@ def compare_all(
     }
 
 
-def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int]) -> list[dict]:
-    """Stability of all features at each snapshot: [{"step", "mcc": estimate, "pwmcc": estimate}]."""
+def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int]) -> dict:
+    """Stability of all features at each snapshot, and whether it has come to rest.
 
-    def compute() -> tuple[list[dict], list[Path]]:
+    Returns:
+        {"over_training": [{"step", "mcc": estimate, "pwmcc": estimate}], "convergence": {"from_step", "to_step",
+        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": its
+        interval lies within ±MOVED_AT_MOST (null without an interval)}}
+    """
+
+    def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
-        points = []
+        points, found = [], {}
         for index, step in enumerate(steps):
             point = {"step": step}
             for name, function in (("mcc", mcc), ("pwmcc", pwmcc)):
                 matrix = np.zeros((len(folders), len(folders)))
                 for i, j in combinations(range(len(folders)), 2):
                     matrix[i, j] = matrix[j, i] = function(decoders[i][index], decoders[j][index])
+                found[name, step] = matrix
                 point[name] = jackknife(matrix).to_json()
             points.append(point)
-        return points, []
+        first, last = steps[-2:]
+        moved = jackknife(found["mcc", last] - found["mcc", first])
+        at_rest = None if moved.low is None else moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
+        convergence = {"from_step": first, "to_step": last, "moved": moved.to_json(), "converged": at_rest}
+        return {"over_training": points, "convergence": convergence}, []
 
     key = {"digests": digests, "steps": steps, "code": code_version("stability")}
     with one_torch_thread():
         return cells.get("over_training", key, compute)
+
+
+def score_trained(
+    cells: Cells,
+    store: ActivationStore,
+    records: list[dict],
+    snapshot_steps: list[int],
+    draws: int,
+    threads: int,
+    control: list[dict] | None = None,
+    no_control: str = "not part of this protocol",
+) -> dict:
+    """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
+
+    Args:
+        records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
+        no_control: why there is none.
+
+    Returns:
+        {"members": records with labels, **compare_all(…), **over_training(…)}
+    """
+    root = cells.folder.parent
+    folders = [root / m["checkpoint"] for m in records]
+    members = [m | {"label": f"seed{m['seed']}"} for m in records]
+    section = compare_all(
+        cells,
+        store,
+        [m["label"] for m in members],
+        [own_dictionary(folder) for folder in folders],
+        control and [own_dictionary(root / m["checkpoint"]) for m in control],
+        draws,
+        threads,
+        {} if control else {"shuffled": no_control},
+    )
+    digests = [m["checkpoint_sha256"] for m in records]
+    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps)}
+
+
+def checkpoint_files(cells: Cells, records: list[dict]) -> list[Path]:
+    """The files of all checkpoints of these records: what a phase's cell rests on."""
+    root = cells.folder.parent
+    return [path for m in records if "checkpoint" in m for path in sorted((root / m["checkpoint"]).iterdir())]

@@ -16,6 +16,7 @@ from husai.dictionaries.families import FAMILIES
 from husai.runs.cells import Cells, code_version
 from husai.runs.files import digest, write_bytes
 from husai.training import memory
+from husai.training.consistency import References
 from husai.training.stack import Member
 from husai.training.trainer import TrainingConfig, check_members, evaluate, train
 
@@ -32,10 +33,16 @@ def members(
     ks: list[int],
     learning_rates: list[float],
     families: tuple[str, ...] = ("topk",),
+    init_seed: int | None = None,
 ) -> list[Member]:
-    """The product of the axes; each seed seeds initialisation and data order through separate streams."""
+    """The product of the axes; each seed seeds initialisation and data order through separate streams.
+
+    Args:
+        init_seed: one initialisation for all, a control that the stability code refuses.
+    """
     axes = product(families, widths, ks, learning_rates, seeds)
-    return [Member(seed, d_sae, k, rate, seed, family) for family, d_sae, k, rate, seed in axes]
+    starts = {seed: seed if init_seed is None else init_seed for seed in seeds}
+    return [Member(starts[seed], d_sae, k, rate, seed, family) for family, d_sae, k, rate, seed in axes]
 
 
 def train_or_find(
@@ -46,12 +53,13 @@ def train_or_find(
     device: torch.device,
     threads: int,
     target: ActivationStore | None = None,
+    references: References | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict:
     """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
 
     Args:
-        target: what transcoders reconstruct.
+        target: what transcoders reconstruct. references: what members are pulled towards.
         dtype: of the arithmetic; checkpoints are float32.
 
     Returns:
@@ -64,7 +72,8 @@ def train_or_find(
     divided = memory.passes(grid, store.d_in, memory.budget(device))
     if len(divided) > 1:
         log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
-    results = [_one_pass(cells, store, [grid[i] for i in p], config, device, threads, target, dtype) for p in divided]
+    arguments = config, device, threads, target, references, dtype
+    results = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
     records = [record for result in results for record in result["members"]]
     for r in records:
         if r["l0_miss"] is not None and abs(r["l0_miss"]) > L0_TOLERANCE:
@@ -83,6 +92,7 @@ def _one_pass(
     device: torch.device,
     threads: int,
     target: ActivationStore | None,
+    references: References | None,
     dtype: torch.dtype,
 ) -> dict:
     key = {
@@ -90,9 +100,10 @@ def _one_pass(
         "config": asdict(config),
         "store": store.digest,
         "target": None if target is None else target.digest,
-        "code": code_version("training", "dictionaries", "kernels", "activations"),
+        "code": code_version("training", "dictionaries", "kernels", "activations", "stability"),
         "device": device.type,
         "threads": threads,
+        "assign_every": references and references.every,
         "dtype": str(dtype),
     }
     name = digest(key)[:16]
@@ -101,7 +112,9 @@ def _one_pass(
     def compute() -> tuple[dict, list[Path]]:
         state = cells.folder / f"training-{name}.state.safetensors"
         state.parent.mkdir(parents=True, exist_ok=True)
-        trained, curve_steps = train(store, grid, config, device, state, dtype=dtype, target=target)
+        trained, curve_steps = train(
+            store, grid, config, device, state, dtype=dtype, target=target, references=references
+        )
         _, heldout = store.split(config.heldout_fraction)
         records, files = [], []
         for t in trained:
@@ -122,6 +135,8 @@ def _one_pass(
             }
             figures, firing_rate = evaluate(t.sae, store, heldout, target)
             label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
+            label += f"_order{m.order_seed}" if m.order_seed != m.seed else ""
+            label += f"_pull{m.assignment_weight:g}_{m.reference[:8]}" if m.reference else ""
             folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
             write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))

@@ -30,8 +30,8 @@ def step_bytes(m: Member, d_in: int, rows: int) -> int:
     matrices = 4 * rows * d_in
     if family.PENALISED:
         return FLOAT * (matrices + 8 * rows * m.d_sae)
-    entries = 6 * rows * (m.k + d_in // 2)  # kept and, where features are dead, AuxK's
-    return FLOAT * (matrices + entries + (rows * m.d_sae if m.family != "topk" else 0))
+    dense = 4 * rows * m.d_sae  # AuxK's, should all features be dead
+    return FLOAT * (matrices + 6 * rows * m.k + dense + (rows * m.d_sae if m.family != "topk" else 0))
 
 
 def passes(members: list[Member], d_in: int, available: int) -> list[list[int]]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from husai.dictionaries.families import FAMILIES
-from husai.dictionaries.family import Batch, Shape
+from husai.dictionaries.family import Batch, Shape, unit_rows
 from husai.kernels.sparse import backend
 from husai.runs.seeds import generator
+from husai.training.consistency import Consistency, References
 
 DEAD_EVERY = 16  # steps between two looks at which features are dead: on a GPU each look waits for the device
 PENALTY = 1e-3  # where the penalty of a penalised family starts
@@ -31,6 +32,10 @@ class Member:
     order_seed: int
     """Of the data order: a stream of its own, so that either can be varied alone."""
     family: str = "topk"
+    assignment_weight: float = 0.0
+    """λ of the pull towards a reference (`consistency.py`)."""
+    reference: str | None = None
+    """Which: the sha256 of its checkpoint; None where the member has none."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class StepSettings:
     aux_coefficient: float
     dead_after_tokens: int
     propose: bool
+    freeze_decoder: bool = False
 
 
 class StepGraph:
@@ -78,12 +84,24 @@ class StepGraph:
 class Stack:
     """Parameters, Adam moments, buffers and dead-feature counters of n members, all `[n, …]`."""
 
-    def __init__(self, members: list[Member], shape: Shape, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        members: list[Member],
+        shape: Shape,
+        device: torch.device,
+        dtype: torch.dtype,
+        tied_init: bool = True,
+        references: References | None = None,
+    ):
         self.members, self.shape = members, shape
         self.family = FAMILIES[members[0].family]
         n, self.k = len(members), tuple(m.k for m in members)
         generators = [generator(m.seed, "init", m.d_sae) for m in members]
         params = self.family.init(shape, generators)
+        if not tied_init:
+            drawn = unit_rows(shape.d_sae, shape.d_in, [generator(m.seed, "encoder", m.d_sae) for m in members])
+            norms = params["W_enc"].norm(dim=1).unsqueeze(-1)
+            params["W_enc"] = (drawn * norms).transpose(1, 2)
         self.params = {name: p.to(device, dtype).requires_grad_() for name, p in params.items()}
         self.moments = {f"{moment}.{name}": torch.zeros_like(p) for name, p in self.params.items() for moment in "mv"}
         self.buffers = {
@@ -95,6 +113,11 @@ class Stack:
         self.silent = torch.zeros(n, shape.d_sae, dtype=torch.long, device=device)  # rows since it fired
         self.dead_mask = torch.zeros(n, shape.d_sae, dtype=torch.bool, device=device)
         self.aux_steps = torch.zeros(n, dtype=torch.long, device=device)
+        self.consistency: Consistency | None = None
+        if any(m.reference for m in members):
+            weights = [m.assignment_weight for m in members]
+            like = self.params["W_dec"].detach()
+            self.consistency = Consistency([m.reference for m in members], weights, references, like)
         self.snapshots: list[Tensor] = []
         self.graph: StepGraph | None = None
         self._list_dead()
@@ -104,6 +127,8 @@ class Stack:
         if step % DEAD_EVERY == 0:
             self.dead_mask.copy_(self.silent > settings.dead_after_tokens)
             self._list_dead()
+        if self.consistency and step % self.consistency.references.every == 0:
+            self.consistency.assign(self.params["W_dec"].detach())
         beta1, beta2 = settings.betas
         scalars = [rate_factor, 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)]
         scalars = torch.tensor(scalars, dtype=torch.float64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
@@ -120,7 +145,8 @@ class Stack:
         """
         batch = Batch(x, y, self.k, self.dead, settings.aux_coefficient, settings.propose)
         outcome = self.family.loss(self.params, self.buffers, batch)
-        outcome.loss.sum().backward()
+        pull = self.consistency.loss(self.params["W_dec"]) if self.consistency else 0
+        (outcome.loss + pull).sum().backward()
         self._adam(scalars, settings)
         self.silent.add_(x.shape[1]).masked_fill_(outcome.fired, 0)
         if not self.family.PENALISED:
@@ -138,6 +164,9 @@ class Stack:
         adam = backend(scalars.device.type).adam
         rate = self.learning_rate * scalars[0]
         for name, p in self.params.items():
+            if name == "W_dec" and settings.freeze_decoder:
+                p.grad = None
+                continue
             own = [p, p.grad, self.moments[f"m.{name}"], self.moments[f"v.{name}"]]
             if name == "W_enc":  # stored feature by feature
                 own = [t.transpose(1, 2) for t in own]
@@ -164,6 +193,8 @@ class Stack:
         """All that a resumed run needs."""
         yield from {**self.params, **self.moments}.items()
         yield from ((f"buffer.{name}", t) for name, t in self.buffers.items())
+        if self.consistency:
+            yield "partners", self.consistency.partners
         for name in ("silent", "dead_mask", "aux_steps"):
             yield name, getattr(self, name)
 

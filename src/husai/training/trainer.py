@@ -28,6 +28,7 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
 from husai.runs.progress import progress
 from husai.training import memory
+from husai.training.consistency import References
 from husai.training.stack import Member, Stack, StepSettings
 
 log = logging.getLogger("husai")
@@ -56,6 +57,10 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     """Decoupled, of the encoder (and of decoders whose rows are free)."""
+    tied_init: bool = True
+    """Each encoder starts as its own decoder's transpose, else as unit directions drawn apart."""
+    freeze_decoder: bool = False
+    """Decoders stay as initialised."""
     propose: bool | None = None
     """TopK: let a bfloat16 product propose which pre-activations may be kept (see `kernels.sparse.Choice`). None:
     where the device multiplies bfloat16 faster."""
@@ -151,6 +156,7 @@ def train(
     seconds_between_saves: float = 15.0,
     dtype: torch.dtype = torch.float32,
     target: ActivationStore | None = None,
+    references: References | None = None,
 ) -> tuple[list[Trained], list[int]]:
     """Train all members in one pass over the store.
 
@@ -158,6 +164,7 @@ def train(
 
     Args:
         target: what transcoders reconstruct: another hook's activations, row by row those of the same inputs.
+        references: what members that name a reference are pulled towards.
 
     Returns:
         (one `Trained` a member, in their order; the steps at which the loss curves were read)
@@ -166,6 +173,7 @@ def train(
         BadInput: an impossible member, stores that do not fit together, or activations that are not finite.
     """
     check_members(members)
+    check_references(store, members, references)
     check_target(store, target, members)
     target = target or store
     train_rows, _ = store.split(config.heldout_fraction)
@@ -177,13 +185,16 @@ def train(
         config.aux_coefficient,
         config.dead_after_tokens,
         config.proposes(device, store.d_in),
+        config.freeze_decoder,
     )
+    apart = (config.tied_init, references)
     stacks = []  # (positions in `members`, their stack)
     for chosen in memory.stacks(members, store.d_in, config.batch_size, memory.budget(device)):
         shape = Shape(store.d_in, target.d_in, members[chosen[0]].d_sae)
-        stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype)))
+        stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype, *apart)))
 
     key = {"members": [asdict(m) for m in members], "config": asdict(config), "settings": asdict(settings)}
+    key["every"] = references and references.every
     key = digest(key | {"store": store.digest, "target": target.digest})
     curve_steps = sorted(
         {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
@@ -253,6 +264,19 @@ def stacked(batches: list[Tensor]) -> Tensor:
     if all(b is batches[0] for b in batches):
         return batches[0].expand(len(batches), -1, -1)
     return torch.stack(batches)
+
+
+def check_references(store: ActivationStore, members: list[Member], references: References | None) -> None:
+    """A pulled member needs a reference of its own width, and SAEs, not transcoders, are pulled."""
+    for m in members:
+        if m.reference is None and m.assignment_weight:
+            raise BadInput(f"seed {m.seed}: assignment weight {m.assignment_weight} without a reference")
+        if m.reference is None:
+            continue
+        reference = references and references.decoders.get(m.reference)
+        shape = None if reference is None else tuple(reference.shape)
+        if shape != (m.d_sae, store.d_in) or "transcoder" in m.family:
+            raise BadInput(f"seed {m.seed}: reference of shape {shape}; an SAE's ({m.d_sae}, {store.d_in}) expected")
 
 
 def check_target(store: ActivationStore, target: ActivationStore | None, members: list[Member]) -> None:

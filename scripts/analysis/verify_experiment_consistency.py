@@ -1,0 +1,49 @@
+"""Does every headline figure follow from its artefact?
+
+    python scripts/analysis/verify_experiment_consistency.py
+    python scripts/analysis/verify_experiment_consistency.py --write-digests
+
+Reads docs/claims.yaml and checks each claim: its words stand in the document, its artefact is unchanged, its figures
+are what the artefact holds, and an external one has a passed gate. Figures that need a claim and have none are found in
+the documents; in every folder below docs/evidence the manifest is checked, and what rests on pairs of seeds is computed
+again. --write-digests first records the artefacts as they are now: for when they were meant to change.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import Parser, run_main
+from husai.runs.errors import CheckFailed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--root", type=Path, default=ROOT, help="what paths are relative to (default: this repository)")
+    p.add_argument("--claims", type=Path, help="default: docs/claims.yaml below the root")
+    p.add_argument("--write-digests", action="store_true", help="bring the sha256 of the artefacts up to date first")
+    args = p.parse_args()
+    from husai.release import claims, recompute
+
+    path = args.claims or args.root / "docs" / "claims.yaml"
+    if args.write_digests:
+        for change in claims.write_digests(path, args.root):
+            print(f"sha256  {change}")
+    listed = claims.read(path)
+    parts = {
+        "claims": claims.audit_claims(listed, args.root),
+        "documents": claims.audit_documents(listed, args.root),
+        "evidence folders": recompute.audit_evidence(args.root),
+    }
+    for findings in parts.values():
+        for name, problems in findings.items():
+            print(f"FAIL  {name}: {'; '.join(problems)}" if problems else f"ok    {name}")
+    failed = sum(bool(problems) for findings in parts.values() for problems in findings.values())
+    counted = ", ".join(f"{len(findings)} {what}" for what, findings in parts.items())
+    if failed:
+        raise CheckFailed(f"audit: {failed} do not hold, of {counted}")
+    print(f"audit: {counted}: all hold")
+
+
+if __name__ == "__main__":
+    run_main(main)

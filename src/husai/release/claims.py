@@ -1,0 +1,326 @@
+"""Claims: statements of the documents, every figure in them read again from the artefact that it names.
+
+A figure holds when the value in the artefact, printed to the figure's own digits, is the figure. `docs/claims.yaml`
+lists the claims; `unclaimed` finds the figures that stand in a document without one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from husai.runs.errors import BadInput
+from husai.runs.files import read_json, sha256_file
+
+LOG = "EXPERIMENT_LOG.md"
+DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
+"""Where a bold number needs a claim; in LOG, also each number with a decimal point or a per cent sign."""
+
+
+def _inside(path: str) -> str:
+    if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError("a path below the root of the repository expected")
+    return path
+
+
+def _distinct(claims: list[Claim]) -> list[Claim]:
+    ids = [c.id for c in claims]
+    repeated = sorted({i for i in ids if ids.count(i) > 1})
+    if repeated:
+        raise ValueError(f"the id {repeated[0]} stands twice")
+    return claims
+
+
+RepositoryPath = Annotated[str, AfterValidator(_inside)]
+Pointer = Annotated[str, Field(pattern=r"^(/([^~/]|~[01])*)*$")]  # RFC 6901
+Text = Annotated[str, Field(pattern=r"\S")]
+
+
+class Figure(BaseModel):
+    """A figure of a statement, as printed, and where its value stands in the claim's artefact."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Text
+    """`0.9975`, `+0.033 [+0.022, +0.044]` (at the pointer: an estimate with low and high), `42 to 47 %` (with
+    `range_of`), or a word (`above chance`). With a % the artefact holds the fraction."""
+    pointer: Pointer
+    range_of: Pointer | None = None
+    """The figure is the lowest and highest of this, taken of each item of the list or object at `pointer`."""
+    tolerance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """In printed units, for a figure that is not the value rounded to its digits."""
+
+
+class Claim(BaseModel):
+    """A statement and one artefact; where figures come of two artefacts, two claims have the same statement."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
+    document: RepositoryPath
+    statement: Text
+    """As it stands in the document; line wraps do not matter."""
+    tier: Literal["internal", "external"]
+    gate: RepositoryPath | None = None
+    """What an external claim stands on: a result of the release gate."""
+    artefact: RepositoryPath
+    figures: list[Figure] = Field(min_length=1)
+    """In the order in which they stand in the statement."""
+
+    def files(self) -> list[str]:
+        return [self.artefact] + ([self.gate] if self.gate else [])
+
+
+class Claims(BaseModel):
+    """`docs/claims.yaml`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    artefacts: dict[RepositoryPath, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]  # path -> sha256
+    claims: Annotated[list[Claim], AfterValidator(_distinct)]
+
+    def files(self) -> list[str]:
+        return sorted({path for claim in self.claims for path in claim.files()})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys; this refuses them."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read(path: Path) -> Claims:
+    """Read a claims file.
+
+    Raises:
+        BadInput: it is missing, is not YAML, or is no list of claims.
+    """
+    try:
+        return Claims.model_validate(yaml.load(path.read_text(), _Loader))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BadInput(f"claims: {path}: {where}: {first['msg']}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"claims: {path} is not readable as YAML ({error})") from None
+
+
+def write_digests(path: Path, root: Path) -> list[str]:
+    """Bring `artefacts` of a claims file up to date with the files that its claims name; returns what changed.
+
+    Raises:
+        BadInput: an artefact is missing, or the list is not written as one indented line an artefact.
+    """
+    claims = read(path)
+    for name in claims.files():
+        if not (root / name).is_file():
+            raise BadInput(f"claims: {name} does not exist")
+    now = {name: sha256_file(root / name) for name in claims.files()}
+    lines = ["artefacts:", *(f"  {name}: {sha}" for name, sha in now.items())] if now else ["artefacts: {}"]
+    text = re.sub(r"^artefacts:.*\n(?:[ \t]+\S.*\n)*", "\n".join(lines) + "\n", path.read_text(), count=1, flags=re.M)
+    if yaml.load(text, _Loader).get("artefacts") != now:
+        raise BadInput(f"claims: {path}: artefacts: one indented line an artefact expected, `path: sha256`")
+    path.write_text(text)
+    before = claims.artefacts
+    return [
+        f"{name}: {before.get(name, 'none')[:12]} -> {now.get(name, 'none')[:12]}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A figure and its value
+
+NUMBER = re.compile(r"(?<![\w.])[+−-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e[+−-]?[0-9]+)?(?!\w|\.[0-9])")
+"""A printed number; digits inside a word or a version are none."""
+
+
+def resolve(value: Any, pointer: str) -> Any:
+    """The value at an RFC 6901 pointer (LookupError where there is none)."""
+    for token in pointer.split("/")[1:]:
+        token = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]*", token) and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
+    return value
+
+
+def prints_as(printed: str, value: float, percent: bool = False, tolerance: float | None = None) -> bool:
+    """Is `printed` what `value` looks like in as many digits?"""
+    printed = printed.replace(",", "").replace("−", "-")
+    value = value * 100 if percent else value
+    if tolerance is not None:
+        return abs(value - float(printed)) <= tolerance
+    mantissa, _, exponent = printed.partition("e")
+    digits = len(mantissa.partition(".")[2])
+    expected = f"{value:.{digits}{'e' if exponent else 'f'}}"
+    signed = printed[0] in "+-"  # even a zero keeps the sign of its value, where it is printed with one
+    return Decimal(expected) == Decimal(printed) and (not signed or (printed[0] == "-") == (expected[0] == "-"))
+
+
+def values(figure: Figure, artefact: Any) -> list[float] | str:
+    """What the artefact holds for a figure: a word, a number, [estimate, low, high], or [lowest, highest].
+
+    Raises:
+        LookupError: nothing of the kind is there.
+    """
+    found = resolve(artefact, figure.pointer)
+    if isinstance(found, str) and figure.range_of is None:
+        return found
+    if figure.range_of is not None:
+        items = list(found.values()) if isinstance(found, dict) else found
+        if not isinstance(items, list) or not items:
+            raise LookupError(f"a list or an object expected at {figure.pointer}")
+        numbers = [resolve(item, figure.range_of) for item in items]
+    elif isinstance(found, dict) and {"estimate", "low", "high"} <= found.keys():
+        numbers = [found[name] for name in ("estimate", "low", "high") if found[name] is not None]
+    else:
+        numbers = [found]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise LookupError(f"no number, interval or word at {figure.pointer}{figure.range_of or ''}")
+    return numbers if figure.range_of is None else [min(numbers), max(numbers)]
+
+
+def figure_problem(figure: Figure, artefact: Any) -> str | None:
+    """Why a figure does not follow from its artefact, or None."""
+    try:
+        found = values(figure, artefact)
+    except LookupError as error:
+        return f"{figure.text!r}: {error.args[0]}"
+    if isinstance(found, str):
+        holds, found = " ".join(figure.text.split()).casefold() == found.casefold(), [found]
+    else:
+        printed, percent = NUMBER.findall(figure.text), "%" in figure.text
+        holds = len(printed) == len(found) and all(
+            prints_as(p, v, percent, figure.tolerance) for p, v in zip(printed, found, strict=True)
+        )
+    return None if holds else f"{figure.text!r} printed, {', '.join(map(str, found))} at {figure.pointer}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A statement and its document
+
+
+def places(text: str, within: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where `text` stands in `within[start:end]`, its words apart by any white space, none of its numbers cut off."""
+    numbers = [m.span() for m in NUMBER.finditer(within)]
+    expected = len(NUMBER.findall(text))
+    for m in re.compile(r"\s+".join(map(re.escape, text.split()))).finditer(within, start, end or len(within)):
+        if sum(m.start() <= s and e <= m.end() for s, e in numbers) == expected:
+            yield m.span()
+
+
+def figure_places(claim: Claim, within: str, start: int = 0, end: int | None = None) -> list[tuple[int, int] | None]:
+    """Where the claim's figures stand, each after the one before it; None where one does not."""
+    found = []
+    for figure in claim.figures:
+        place = next(places(figure.text, within, start, end), None)
+        start = place[1] if place else start
+        found.append(place)
+    return found
+
+
+def claim_problems(claim: Claim, document: str, artefact: Any, gate: Any) -> list[str]:
+    """Why a claim does not hold: its words, its figures, its gate.
+
+    Args:
+        document: the text that it should stand in. artefact, gate: the content of the files that it names, or None.
+    """
+    problems = []
+    if not any(places(claim.statement, document)):
+        problems.append(f"{claim.document} does not say {' '.join(claim.statement.split())!r}")
+    for figure, place in zip(claim.figures, figure_places(claim, claim.statement), strict=True):
+        if place is None:
+            problems.append(f"{figure.text!r} does not stand in the statement, after the figure before it")
+        elif artefact is not None and (problem := figure_problem(figure, artefact)):
+            problems.append(problem)
+    if claim.tier == "external":
+        passed = gate.get("pass_all") if isinstance(gate, dict) else None
+        if claim.gate is None:
+            problems.append("external, and names no gate")
+        elif passed is not True:
+            problems.append(f"external, and pass_all in {claim.gate} is {passed!r}, not true")
+    return problems
+
+
+def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
+    """The numbers of a document that need a claim and are no figure of one."""
+    backed = [
+        place
+        for claim in claims
+        if claim.document == name
+        for start, end in places(claim.statement, text)
+        for place in figure_places(claim, text, start, end)
+        if place
+    ]
+    code = r"^```.*?^```|(`+)((?!\n\s*\n).)+?\1(?!`)|\]\([^)\s]*\)"  # and the targets of links
+    prose = re.sub(code, lambda m: re.sub(r"[^\n]", "·", m[0]), text, flags=re.M | re.S).replace("__", "**")
+    bold = [m.span() for m in re.finditer(r"\*\*(?=\S)((?!\n\s*\n).)+?\*\*", prose, re.S)]
+    problems = []
+    for number in NUMBER.finditer(prose):
+        start, end = number.span()
+        needs = any(s < start and end < e for s, e in bold)
+        needs |= name == LOG and ("." in number[0] or re.match(r"\s?%", prose[end:]) is not None)
+        if needs and not any(s <= start and end <= e for s, e in backed):
+            problems.append(f"line {text.count(chr(10), 0, start) + 1}: {number[0]} is no figure of a claim")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The audit of a repository: name -> problems
+
+
+def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
+    """Every claim against its document and its artefacts."""
+    opened = {path: _open(root / path, path, claims.artefacts.get(path)) for path in claims.files()}
+    findings = {}
+    for claim in claims.claims:
+        document, problem = _text(root / claim.document, claim.document)
+        problems = [problem] if problem else []
+        problems += [opened[path][1] for path in claim.files() if opened[path][1]]
+        gate = opened[claim.gate][0] if claim.gate else None
+        findings[claim.id] = problems + claim_problems(claim, document, opened[claim.artefact][0], gate)
+    unused = sorted(claims.artefacts.keys() - opened.keys())
+    return findings | ({"artefacts": [f"{path} is named by no claim" for path in unused]} if unused else {})
+
+
+def audit_documents(claims: Claims, root: Path) -> dict[str, list[str]]:
+    """Every figure of DOCUMENTS that needs a claim has one."""
+    findings = {}
+    for name in DOCUMENTS:
+        text, problem = _text(root / name, name)
+        findings[name] = [problem] if problem else unclaimed(name, text, claims.claims)
+    return findings
+
+
+def _open(path: Path, name: str, expected: str | None) -> tuple[Any, str | None]:
+    """(content or None, what is wrong with the file or None)."""
+    if not path.is_file():
+        return None, f"{name} is missing"
+    if expected is None:
+        problem = f"{name} has no sha256 among the artefacts"
+    else:
+        problem = None if sha256_file(path) == expected else f"{name} was changed: its sha256 is another"
+    try:
+        return read_json(path, "artefact"), problem
+    except BadInput:
+        return None, f"{name} is not strict JSON"
+
+
+def _text(path: Path, name: str) -> tuple[str, str | None]:
+    return (path.read_text(), None) if path.is_file() else ("", f"{name} is missing")

@@ -1,0 +1,58 @@
+"""A phase: one run, whose whole result is a cell, so that a repeat reads it without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from husai.runs.cells import Cells, code_version
+from husai.runs.files import sha256_file, tree_digest
+from husai.runs.folder import Run
+
+PACKAGES = ("activations", "dictionaries", "kernels", "report", "runs", "stability", "subjects", "training")
+APART = ("output_dir", "artifact_root", "force", "layer")
+"""Arguments that change no result."""
+
+
+def run_phase(
+    args: argparse.Namespace,
+    name: str,
+    script: str,
+    compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
+    summary: Callable[[dict], str],
+    brought: tuple[str, ...] = ("subject", "activation_cache_dir"),
+    apart: tuple[str, ...] = (),
+    check: Callable[[dict], None] | None = None,
+) -> None:
+    """Compute a phase, or read its finished cell, and write results, summary and manifest.
+
+    Args:
+        script: the phase's own file: a change of it is another cell.
+        compute: the study itself; returns its results, with `inputs` (label -> sha256), and the files they rest on.
+        brought: arguments that name folders which the user brings; they count by content, not by path.
+        apart: further arguments that change no result.
+        check: raises CheckFailed where the results, which are kept, do not hold.
+
+    Raises:
+        BadInput, CheckFailed.
+    """
+    contents = {
+        flag: tree_digest(path, f"--{flag.replace('_', '-')}")
+        for flag in brought
+        if (path := getattr(args, flag)) is not None
+    }
+    left_out = (*APART, *brought, *apart)
+    config = {k: v for k, v in vars(args).items() if k not in left_out and v is not None} | {"brought": contents}
+    with Run(args.output_dir, config, args.device, args.threads) as run:
+        cells = Cells(args.output_dir / "cells", args.force)
+        key = {"config": config, "code": [code_version(*PACKAGES), sha256_file(Path(script))]}
+        results = cells.get(name, key, lambda: compute(args, cells))
+        run.inputs |= results["inputs"]
+        text = summary(results)
+        run.write(results, text)
+        print(text)
+        print(f"summary  {args.output_dir / 'summary.md'}")
+        print(f"figures  {args.output_dir / 'figures'}")
+        if check is not None:
+            check(results)

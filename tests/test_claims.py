@@ -1,0 +1,465 @@
+"""The audit of the claims: it passes on this repository, and on a copy it fails for the reason that was put there."""
+
+import json
+import re
+import shutil
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, resolve, unclaimed, values
+from husai.release.recompute import studies, study_problems
+from husai.runs.files import sha256_file
+from husai.stability import compare
+
+AUDIT = "scripts/analysis/verify_experiment_consistency.py"
+LOG, CLAIMS = "EXPERIMENT_LOG.md", "docs/claims.yaml"
+EVIDENCE = "docs/evidence/phase4a"
+RESULTS, MANIFEST = f"{EVIDENCE}/results.json", f"{EVIDENCE}/manifest.json"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what the audit reads."""
+    for name in DOCUMENTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/summary.md")]:
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path
+
+
+@pytest.fixture
+def audit(run_script, copy):
+    """`audit(*flags)` -> (exit code, {name: line of what fails}, stderr) on the copy."""
+
+    def run(*flags):
+        code, out, err = run_script(AUDIT, "--root", copy, *flags)
+        return code, dict(re.findall(r"^FAIL  ([^:\n]+): (.*)", out, re.M)), err
+
+    return run
+
+
+def swap(path, old, new):
+    """Replace the one place where `old` stands."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
+    path.write_text(text.replace(old, new))
+
+
+def edit(path, change):
+    """Let `change` edit the JSON at `path`."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def rebind(copy, audit):
+    """Make every digest fit again, as one would who wants a wrong figure to pass."""
+    edit(copy / MANIFEST, lambda m: m["outputs"].update({"results.json": sha256_file(copy / RESULTS)}))
+    return audit("--write-digests")
+
+
+def test_the_audit_of_this_repository_passes(run_script):
+    code, out, err = run_script(AUDIT)
+    assert (code, err) == (0, ""), out + err
+    assert "FAIL" not in out
+    assert re.search(r"^audit: \d+ claims, 4 documents, \d+ evidence folders: all hold$", out, re.M)
+
+
+def test_the_copy_passes_untouched(audit):
+    assert audit() == (0, {}, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One thing is changed
+
+
+def test_a_digit_of_a_document(copy, audit):
+    swap(copy / LOG, "0.597 [0.564, 0.629]", "0.598 [0.564, 0.629]")
+    code, failed, err = audit()
+    assert code == 1
+    assert set(failed) == {"phase4a-excess", LOG}
+    assert "EXPERIMENT_LOG.md does not say" in failed["phase4a-excess"]
+    assert re.search(r"line \d+: 0\.598 is no figure of a claim", failed[LOG])
+    assert re.match(r"error: audit: 2 do not hold, of \d+ claims.*\n$", err)
+
+
+def test_a_digit_of_a_document_and_of_its_claim(copy, audit):
+    for path in (copy / LOG, copy / CLAIMS):
+        path.write_text(path.read_text().replace("+0.033 [+0.022, +0.044]", "+0.033 [+0.023, +0.044]"))
+    code, failed, _ = audit()
+    assert code == 1
+    assert set(failed) == {"phase4a-excess"}
+    assert re.fullmatch(
+        r"'\+0.033 \[\+0.023, \+0.044\]' printed, 0.03\d+, 0.02\d+, 0.04\d+ at /.*", failed.popitem()[1]
+    )
+
+
+def test_a_digit_of_an_artefact(copy, audit):
+    edit(copy / RESULTS, lambda r: r["husai"].update(effective_rank=r["husai"]["effective_rank"] + 0.1))
+    code, failed, _ = audit()
+    assert code == 1
+    assert "'4.3' printed, 4.38" in failed["phase4a-covariance"]
+    assert f"{RESULTS} was changed" in failed["phase4a-covariance"]
+    assert failed["phase4a-dead"] == f"{RESULTS} was changed: its sha256 is another"
+    assert failed[EVIDENCE] == "results.json is not the file that the manifest names (sha256 differs)"
+    assert not any("mlp" in name or "calibration" in name for name in failed)
+
+
+def claimable(results):
+    results["husai"]["stability"]["verdict"]["claimable_excess"]["low"] += 1e-6
+
+
+def estimate(results):
+    results["husai"]["stability"]["scores"]["pwmcc"]["observed"]["estimate"] += 1e-6
+
+
+def null_mean(results):
+    results["published"]["stability"]["scores"]["mcc"]["nulls"]["spectral"]["mean"] -= 1e-6
+
+
+def outcome(results):
+    results["published"]["stability"]["verdict"]["outcome"] = "above chance"
+
+
+def one_pair(results):
+    results["husai"]["pairs"][3]["observed"]["mcc"] += 1e-6
+
+
+def lost_pair(results):
+    del results["published"]["pairs"][-1]
+
+
+def nested(results):
+    results["more"] = [{"deep": json.loads(json.dumps(results["husai"]))}]
+    estimate({"husai": results["more"][0]["deep"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (claimable, r"/husai: stability/verdict/claimable_excess/low is 0.02\d+, computed again 0.02\d+"),
+        (estimate, "/husai: stability/scores/pwmcc/observed/estimate is"),
+        (null_mean, "/published: stability/scores/mcc/nulls/spectral/mean is"),
+        (outcome, "/published: stability/verdict/outcome is 'above chance', computed again 'not above chance'"),
+        (one_pair, "/husai: stability/scores/mcc/observed/estimate is"),
+        (lost_pair, "/published: pairs: each pair of labels once expected"),
+        (nested, "/more/0/deep: stability/scores/pwmcc/observed/estimate is"),
+    ],
+)
+def test_results_that_do_not_follow_from_their_pairs(copy, audit, change, reason):
+    edit(copy / RESULTS, change)
+    code, failed, _ = rebind(copy, audit)
+    assert code == 1
+    assert re.search(reason, failed[EVIDENCE])
+    assert "sha256" not in failed[EVIDENCE]
+
+
+def test_a_digest(copy, audit):
+    sha = sha256_file(copy / RESULTS)
+    swap(copy / CLAIMS, sha, sha[:-1] + ("0" if sha[-1] != "0" else "1"))
+    code, failed, _ = audit()
+    assert code == 1
+    assert set(failed.values()) == {f"{RESULTS} was changed: its sha256 is another"}
+
+
+def test_a_pointer(copy, audit):
+    swap(copy / CLAIMS, "/husai/effective_rank", "/husai/effective_tank")
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed == {
+        "phase4a-covariance": "'4.3': the artefact has no /husai/effective_tank (it ends before 'effective_tank')"
+    }
+
+
+@pytest.mark.parametrize("path", [RESULTS, MANIFEST, "docs/benchmarks/inference_calibration.json", "docs/methods.md"])
+def test_a_missing_file(copy, audit, path):
+    (copy / path).unlink()
+    code, failed, _ = audit()
+    assert code == 1
+    assert any(f"{path} is missing" in line or f"{path} does not exist" in line for line in failed.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"return_code": 1}, "the run is complete, return code 1; complete and 0 expected"),
+        ({"status": "failed"}, "the run is failed, return code 0"),
+        ({"return_code": "0"}, "manifest.json: return_code: Input should be a valid integer"),
+        ({"extra": 1}, "manifest.json: extra: Extra inputs are not permitted"),
+        ({"inputs": {"subject": "0" * 64}}, "the inputs in the results are not those in the manifest"),
+        ({"outputs": {}}, "the manifest names no results.json"),
+        ({"outputs": {"results.json": "0" * 64}}, "results.json is not the file that the manifest names"),
+    ],
+)
+def test_a_manifest(copy, audit, change, reason):
+    edit(copy / MANIFEST, lambda m: m.update(change))
+    code, failed, _ = audit("--write-digests")
+    assert code == 1
+    assert set(failed) == {EVIDENCE}
+    assert reason in failed[EVIDENCE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# External claims
+
+
+def make_external(copy, *lines):
+    """Let the claim phase4a-shuffled be external, with these lines after its tier."""
+    before, after = (copy / CLAIMS).read_text().split("  - id: phase4a-shuffled\n")
+    after = after.replace("tier: internal", "\n    ".join(["tier: external", *lines]), 1)
+    (copy / CLAIMS).write_text(f"{before}  - id: phase4a-shuffled\n{after}")
+
+
+def test_an_external_claim_without_a_gate(copy, audit):
+    make_external(copy)
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed == {"phase4a-shuffled": "external, and names no gate"}
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason"),
+    [
+        ({"pass_all": True}, None),
+        ({"pass_all": False}, "pass_all in docs/gate.json is False, not true"),
+        ({"pass_all": "true"}, "pass_all in docs/gate.json is 'true', not true"),
+        ({"pass_all": 1}, "pass_all in docs/gate.json is 1, not true"),
+        ({}, "pass_all in docs/gate.json is None, not true"),
+        ([True], "pass_all in docs/gate.json is None, not true"),
+        (None, "docs/gate.json is missing"),
+    ],
+)
+def test_an_external_claim_and_its_gate(copy, audit, gate, reason):
+    make_external(copy, "gate: docs/gate.json")
+    flags = []
+    if gate is not None:
+        (copy / "docs/gate.json").write_text(json.dumps(gate))
+        flags = ["--write-digests"]
+    code, failed, _ = audit(*flags)
+    if reason is None:
+        assert (code, failed) == (0, {})
+        (copy / "docs/gate.json").write_text(json.dumps(gate | {"note": "changed"}))
+        code, failed, _ = audit()
+        reason = "docs/gate.json was changed"
+    assert code == 1
+    assert set(failed) == {"phase4a-shuffled"}
+    assert reason in failed["phase4a-shuffled"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures without a claim
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("bold", ["**12 times faster**", "__a gain of\n0.5__", "**`mcc` 0.597 of old**"])
+def test_a_bold_figure_without_a_claim(copy, audit, name, bold):
+    with open(copy / name, "a") as f:
+        f.write(f"\nHUSAI is {bold}.\n")
+    code, failed, _ = audit()
+    assert code == 1
+    assert set(failed) == {name}
+    assert "is no figure of a claim" in failed[name]
+
+
+@pytest.mark.parametrize(
+    ("line", "figures"),
+    [
+        ("| λ | 0.25 | 17 % | 12 |", ["0.25", "17"]),
+        ("Stability rose to 0.9, in 7 seeds.", ["0.9"]),
+        ("With `--rate 0.25` and torch 2.13.0, see [that](docs/v0.5.md).", []),
+        ("**Negative**: in layer4 nothing.", []),
+        ("```\nmcc 0.5\n\n**0.7**\n```", []),
+        ("By `--rate\n0.25`, ``a`0.25``, 0.5 is `mcc`.", ["0.5"]),
+    ],
+)
+def test_what_needs_a_claim_in_the_log(line, figures):
+    found = unclaimed(LOG, f"# Log\n\n{line}\n", [])
+    assert [re.fullmatch(r"line \d: (\S+) is no figure of a claim", problem)[1] for problem in found] == figures
+    assert unclaimed("README.md", f"# Log\n\n{line}\n", []) == []
+
+
+def test_a_figure_backs_its_own_place_alone():
+    claims = Claims.model_validate({"artefacts": {}, "claims": [claim("random 0.5, trained 0.5", ["0.5"])]}).claims
+    assert unclaimed(LOG, "random 0.5,\ntrained 0.5; and 0.5", claims) == [
+        "line 2: 0.5 is no figure of a claim",
+        "line 2: 0.5 is no figure of a claim",
+    ]
+
+
+def claim(statement, figures, **others):
+    return {
+        "id": "a",
+        "document": LOG,
+        "statement": statement,
+        "tier": "internal",
+        "artefact": "a.json",
+        "figures": [{"text": text, "pointer": "/a"} for text in figures],
+    } | others
+
+
+def test_all_failures_are_listed(copy, audit):
+    swap(copy / LOG, "+0.357", "+0.358")
+    swap(copy / LOG, "at 0.929", "at 0.928")
+    edit(copy / MANIFEST, lambda m: m.update(return_code=3))
+    code, failed, err = audit()
+    assert code == 1
+    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-wall", LOG, EVIDENCE}
+    assert "5 do not hold" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The claims file
+
+GOOD = json.dumps({"artefacts": {}, "claims": [claim("a 0.5", ["0.5"])]})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("claims: [unclosed", "is not readable as YAML"),
+        ("- a list", "the file: Input should be a valid dictionary"),
+        ("artefacts: {}\nartefacts: {}\nclaims: []", "'artefacts' stands twice"),
+        ("claims: []", "artefacts: Field required"),
+        (GOOD.replace('"0.5"', "0.5"), "claims.0.figures.0.text: Input should be a valid string"),
+        (GOOD.replace('"tier"', '"tear"'), "claims.0.tier: Field required"),
+        (GOOD.replace('"internal"', '"public"'), "claims.0.tier: Input should be 'internal' or 'external'"),
+        (GOOD.replace('"a.json"', '"../a.json"'), "claims.0.artefact: Value error, a path below the root"),
+        (GOOD.replace('"a.json"', '"/a.json"'), "claims.0.artefact: Value error, a path below the root"),
+        (GOOD.replace('"/a"', '"a"'), "claims.0.figures.0.pointer: String should match"),
+        (GOOD.replace("{}", '{"a.json": "0"}'), "artefacts.a.json: String should match"),
+        (json.dumps({"artefacts": {}, "claims": [claim("x", ["1"])] * 2}), "Value error, the id a stands twice"),
+        (json.dumps({"artefacts": {}, "claims": [claim("x", [])]}), "claims.0.figures: List should have at least 1"),
+        (None, "is not readable as YAML"),
+    ],
+)
+def test_a_malformed_claims_file(copy, audit, text, reason):
+    if text is None:
+        (copy / CLAIMS).unlink()
+    else:
+        (copy / CLAIMS).write_text(text)
+    code, failed, err = audit()
+    assert (code, failed) == (2, {})
+    assert err.startswith("error: claims: ")
+    assert err.count("\n") == 1
+    assert reason in err
+
+
+def test_write_digests(copy, run_script):
+    before = (copy / CLAIMS).read_text()
+    edit(copy / "docs/benchmarks/inference_calibration.json", lambda r: r.update(note="measured again"))
+    swap(copy / CLAIMS, "artefacts:\n", f"artefacts:\n  docs/old.json: {'f' * 64}\n")
+    code, out, _ = run_script(AUDIT, "--root", copy, "--write-digests")
+    assert code == 0
+    changed = re.findall("^sha256  (.*): [0-9a-f]{12} -> (.*)", out, re.M)
+    now = sha256_file(copy / "docs/benchmarks/inference_calibration.json")
+    assert changed == [("docs/benchmarks/inference_calibration.json", now[:12]), ("docs/old.json", "none")]
+    after = (copy / CLAIMS).read_text()
+    assert [line for line in after.splitlines() if line not in before] == [
+        f"  docs/benchmarks/inference_calibration.json: {now}"
+    ]
+    assert len(after) == len(before)
+    assert "sha256" not in run_script(AUDIT, "--root", copy, "--write-digests")[1]
+    (copy / RESULTS).unlink()
+    code, _, err = run_script(AUDIT, "--root", copy, "--write-digests")
+    assert (code, err) == (2, f"error: claims: {RESULTS} does not exist\n")
+    assert (copy / CLAIMS).read_text() == after
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers, pointers, places
+
+
+@given(
+    st.floats(-1e7, 1e7) | st.floats(-1, 1),
+    st.integers(0, 8),
+    st.sampled_from("fe"),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_a_figure_is_its_value_rounded_and_nothing_else(value, digits, style, percent, other):
+    """What Python prints is accepted; with another last digit, before any exponent, it is refused."""
+    printed = f"{value * 100 if percent else value:,.{digits}f}" if style == "f" else f"{value:.{digits}e}"
+    percent = percent and style == "f"
+    mantissa, _, exponent = printed.partition("e")
+    wrong = mantissa[:-1] + str((int(mantissa[-1]) + other) % 10) + printed[len(mantissa) :]
+    assert NUMBER.findall(printed) == [printed]
+    for sign in ("-", "−"):
+        assert prints_as(printed.replace("-", sign), value, percent)
+    assert prints_as(("" if printed[0] == "-" else "+") + printed, value, percent)
+    if not (exponent and wrong.lstrip("-")[0] == "0"):  # 0.5e-3 is not how a number is printed
+        assert not prints_as(wrong, value, percent)
+
+
+def test_tolerance_is_in_printed_units():
+    assert prints_as("40", 0.41, percent=True, tolerance=1.001)
+    assert not prints_as("40", 0.42, percent=True, tolerance=1.001)
+
+
+@pytest.mark.parametrize(("printed", "holds"), [("−0.000", True), ("0.000", True), ("+0.000", False)])
+def test_a_signed_zero_keeps_its_sign(printed, holds):
+    assert prints_as(printed, -0.0004) == holds
+    assert prints_as("−0.000", 0.0004) is False
+
+
+def test_pointers_as_in_rfc_6901():
+    document = {"foo": ["bar", "baz"], "": 0, "a/b": 1, "c%d": 2, "e^f": 3, "k l": 6, " ": 7, "m~n": 8, "~1": 9}
+    expected = {"": document, "/foo": ["bar", "baz"], "/foo/0": "bar", "/": 0, "/a~1b": 1, "/c%d": 2, "/e^f": 3}
+    expected |= {"/k l": 6, "/ ": 7, "/m~0n": 8, "/~01": 9}
+    for pointer, value in expected.items():
+        assert resolve(document, pointer) == value
+    for pointer in ("/foo/2", "/foo/-", "/foo/00", "/foo/-1", "/bar", "/foo/0/x", "/foo/٠"):
+        with pytest.raises(LookupError):
+            resolve(document, pointer)
+
+
+@pytest.mark.parametrize("held", [True, None, [], [1.0], {"estimate": 1}, {"estimate": True, "low": 1, "high": 1}])
+def test_what_is_no_figure(held):
+    with pytest.raises(LookupError, match="no number, interval or word at /a"):
+        values(Figure(text="1", pointer="/a"), {"a": held})
+
+
+def test_places_keep_numbers_whole():
+    text = "is 0.5,\n  then +0.25 and\n10.5"
+    assert [text[s:e] for s, e in places("0.5, then", text)] == ["0.5,\n  then"]
+    assert list(places("0.25", text)) == [], "the sign belongs to it"
+    assert list(places("then +0.2", text)) == []
+    assert list(places("0.5", text)) == [(3, 6)]
+
+
+@pytest.mark.parametrize("seeds", [2, 4, 6])
+@pytest.mark.parametrize("missing", [{}, {"untrained": "not known", "shuffled": "not part"}])
+def test_what_the_current_code_writes_is_computed_again(seeds, missing):
+    rng = np.random.default_rng(seeds)
+    nulls = [n for n in (*compare.GATED_NULLS, *compare.REPORTED_NULLS) if n not in missing]
+
+    def drawn(name):
+        draws = {s: rng.random(4).tolist() for s in compare.SCORES}
+        means = {s: float(np.mean(d)) for s, d in draws.items()} | {compare.GAP: float(rng.random())}
+        return {"mean": means, "draws": draws if name == "spectral" else None}
+
+    labels = [f"seed{i}" for i in range(seeds)]
+    pairs = {ij: {n: drawn(n) for n in ("observed", *nulls)} for ij in combinations(range(seeds), 2)}
+    kept = [
+        {"a": labels[i], "b": labels[j]} | {n: v["mean"] for n, v in value.items()} for (i, j), value in pairs.items()
+    ]
+    study = {"stability": compare.summarise(labels, pairs, missing), "pairs": kept}
+    study = json.loads(json.dumps(study))
+    assert study_problems(study) == []
+    study["stability"][compare.GAP] /= 2
+    assert len(study_problems(study)) == 1
+
+
+def test_a_study_is_found_wherever_it_stands_and_one_that_cannot_be_read_is_a_failure():
+    results = {"cells": [{"stability": {}, "pairs": []}, {"stability": {}}], "a": {"stability": 1, "pairs": 2}}
+    found = dict(studies(results))
+    assert set(found) == {"/cells/0", "/a"}
+    for study in found.values():
+        assert "cannot be computed again" in study_problems(study)[0]
