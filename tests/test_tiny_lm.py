@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from conftest import ROOT
 from husai.runs.files import sha256_file
+from husai.runs.subjects import SHIPPED
 from husai.subjects import text, tiny_lm
 from husai.subjects.ngrams import WittenBell
-from husai.subjects.pretrained import SHIPPED
 from husai.subjects.tiny_lm import END, IGNORED, TinyLMConfig, Windows
 
 SCRIPT = "scripts/training/train_tiny_lm.py"

@@ -43,7 +43,7 @@ def parse():
     language.add_argument(
         "--data-sets",
         type=name_list,
-        help="names, or train, probe, ood (default: train; for sae-probes the binary sets of probe)",
+        help="names, or train, probe, ood (default: what husai-tiny learned from, or the probe sets)",
     )
     language.add_argument("--rows", type=positive_int, default=1_000_000, help="of a store (default: %(default)s)")
     language.add_argument(
@@ -57,7 +57,7 @@ def parse():
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    from husai.subjects.pretrained import is_language_model
+    from husai.runs.subjects import is_language_model
 
     if not is_language_model(args.subject):
         report(modular_addition_stores(args, device))
@@ -101,7 +101,7 @@ def language_model_stores(args, device) -> list[Path]:
     folders = harvest_tokens(
         pretrained.load(args.subject, random_seed(args), device),
         args.hook_name or ["blocks.1.hook_resid_pre"],
-        text.distinct(args.data_sets or ["train"]),
+        text.distinct(args.data_sets) if args.data_sets else text.corpus().train,
         args.artifact_root / "activations",
         args.rows,
         args.row_seed,

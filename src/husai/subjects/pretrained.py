@@ -18,13 +18,12 @@ import torch
 
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file
-from husai.runs.folder import REPOSITORY
 from husai.runs.seeds import generator
+from husai.runs.subjects import SHIPPED, folder_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-SHIPPED = {"husai-tiny": REPOSITORY / "assets" / "husai-tiny"}
 OFFLINE = "husai-tiny, which the repository ships, or a local Hugging Face folder work without a network"
 DIGESTS = "digests.json"  # sha256 of each file, where whoever made the folder left them
 
@@ -44,19 +43,13 @@ class LanguageModel:
         return self.model.tokenizer
 
 
-def is_language_model(subject: str | Path | None) -> bool:
-    """Whether this is the name or folder of a language model; False for none and for a folder of modular addition."""
-    return subject is not None and not (Path(subject) / "subject.json").is_file()
-
-
 def open_folder(name: str) -> Path:
     """The folder of a subject; a hub name is downloaded, or found where it was downloaded before.
 
     Raises:
         BadInput: no such folder or name, or it cannot be had.
     """
-    folder = SHIPPED.get(name, Path(name))
-    if folder.is_dir():
+    if folder := folder_of(name):
         if not (folder / "config.json").is_file():
             raise BadInput(
                 f"subject: {folder} holds neither config.json (a Hugging Face folder) "
@@ -64,7 +57,7 @@ def open_folder(name: str) -> Path:
             )
         return folder
     if name in SHIPPED:
-        raise BadInput(f"subject {name}: {folder} is missing; the repository ships it")
+        raise BadInput(f"subject {name}: {SHIPPED[name]} is missing; the repository ships it")
     with quiet():
         from huggingface_hub import snapshot_download
         from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES

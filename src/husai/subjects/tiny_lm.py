@@ -192,7 +192,7 @@ def cross_entropy(model: GPTNeoXForCausalLM, inputs: Tensor, targets: Tensor) ->
 
 
 @torch.no_grad()
-def nats(model: GPTNeoXForCausalLM, windows: Windows, chosen: np.ndarray, batch_tokens: int = 16_384) -> float:
+def nats(model: GPTNeoXForCausalLM, windows: Windows, chosen: np.ndarray, batch_tokens: int = 4096) -> float:
     """Summed cross-entropy of the chosen windows."""
     device = model.device
     batches = windows.batches(chosen, batch_tokens)
