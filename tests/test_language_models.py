@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from husai.activations import language_model as lm
 from husai.activations.probes import auc_interval, delong, probe
 from husai.activations.store import ActivationStore
+from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
 from husai.subjects import pretrained, text, tiny_lm
 from husai.subjects.tiny_lm import TinyLMConfig
+from husai.training.recovered import cross_entropies, recovered
 
 EXTRACT = "scripts/analysis/extract_activations.py"
 EVALUATE = "scripts/analysis/evaluate_language_model.py"
+PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
 TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
 CONFIG = TinyLMConfig(vocabulary=400, n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
@@ -435,3 +438,60 @@ def test_the_random_model_flag_gives_another_store(run_script, folder, small_sub
     )
     assert code == 0, err
     assert ActivationStore.open(tmp_path / out.split()[1]).manifest.control == "random_weights(seed=0)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAEs of a language model
+
+
+def test_cross_entropy_recovered(subject, folder, documents):
+    """An SAE that changes nothing recovers all, one that gives zeros nothing; the model's own loss is transformers'."""
+    eye = torch.eye(16)
+    mirror = torch.cat([eye, -eye])  # relu(x) − relu(−x) = x
+    nothing = {"W_enc": mirror.T, "b_enc": torch.zeros(32), "b_dec": torch.zeros(16)}
+    perfect = SAE(nothing | {"W_dec": mirror}, "standard")
+    zeros = SAE(nothing | {"W_dec": torch.zeros(32, 16)}, "standard")
+    losses = cross_entropies(subject, HOOKS[0], [perfect, zeros], documents[:20])
+    assert recovered(losses) == pytest.approx([1, 0], abs=1e-4)
+    assert losses["spliced"][1] == pytest.approx(losses["zeroed"], rel=1e-6)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total = count = 0
+    for document in documents[:20]:
+        ids = torch.tensor(
+            [[0, *AutoTokenizer.from_pretrained(folder)(document, add_special_tokens=False)["input_ids"]]]
+        )
+        ids = ids[:, :32]
+        with torch.no_grad():
+            logits = model(ids).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[1:-1], ids[0, 2:], reduction="sum").item()
+        count += ids.shape[1] - 2
+    assert losses["tokens"] == count
+    assert losses["model"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_phase4a_on_a_language_model(folder, run_script, tmp_path, monkeypatch):
+    spam = text.distinct(["96_spam_is", "95_toxic_is"])
+    few = text.Corpus(train=spam[:1400], heldout=spam[1400:1500], heldout_families=["a"] * 100, dropped=0)
+    monkeypatch.setattr(text, "corpus", lambda: few)
+    arguments = ["--subject", folder, "--hook-name", HOOKS[0], "--rows", 12_000, "--seeds", "1,2,3", "--d-sae", 24]
+    arguments += ["--k", 3, "--tokens", 4000, "--batch-size", 128, "--null-draws", 5, "--threads", 1]
+    arguments += ["--artifact-root", tmp_path, "--output-dir", tmp_path / "out"]
+    code, out, err = run_script(PHASE4A, *arguments)
+    assert code == 0, err
+    section = json.loads((tmp_path / "out" / "results.json").read_text())["husai"]
+    nulls = section["stability"]["scores"]["mcc_alive"]["nulls"]
+    assert {"isotropic", "untrained", "spectral", "shuffled", "random_model"} <= set(nulls)
+    assert section["rows"] == 12_000
+    assert len(section["random_model"]) == 3
+    pairs = [p["random_model"]["mcc_alive"] for p in section["pairs"]]
+    assert nulls["random_model"]["mean"] == pytest.approx(np.mean(pairs))
+    stores = [ActivationStore.open(p) for p in (tmp_path / "activations").iterdir() if not p.name.startswith(".")]
+    assert {s.manifest.control for s in stores} == {None, "random_weights(seed=0)", "shuffled_coordinates(seed=0)"}
+    assert len(section["cross_entropy"]["recovered"]) == 3
+    assert "recovered" in out
+    assert (tmp_path / "out" / "figures" / "cross_entropy.png").exists()
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert run_script(PHASE4A, *arguments)[0] == 0
+    assert (tmp_path / "out" / "results.json").read_bytes() == before

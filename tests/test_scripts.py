@@ -340,7 +340,7 @@ def refused(run_script):
         (["--untrained-root", "x"], "goes with --sae-root"),
         (["--protocol", "published", "--sae-root", "x"], "trains its own SAEs"),
         (["--sae-root", "nowhere"], "--sae-root: nowhere is not a folder"),
-        (["--subject", "nowhere"], "--subject: nowhere is not a folder"),
+        (["--subject", "nowhere"], "subject nowhere: neither a folder nor a name that TransformerLens knows"),
         (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere is not a folder"),
     ],
 )
