@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,68 +87,81 @@ def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.nd
 @dataclass(frozen=True)
 class Inputs:
     """Documents cut into inputs of at most n_ctx tokens. Of an input, position 0 gives no row: it holds the token that
-    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself."""
+    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself.
 
-    tokens: list[np.ndarray]  # of each input, int64
+    Holds where each input lies, not its tokens: these are made again when they are needed.
+    """
+
+    tokenizer: Any
+    texts: list[str]
+    begins: list[int]  # what the tokenizer puts before a text
+    owner: np.ndarray  # [inputs], position of its document in `texts`
+    start: np.ndarray  # [inputs], its first token in the document
+    rows: np.ndarray  # [inputs], rows that it gives: tokens without position 0
     document: np.ndarray  # [inputs] int64, the first 60 bits of the document's sha256
+    counts: np.ndarray  # [vocabulary], rows of each token
+    digest: str  # sha256 (hex) of documents and tokens
 
     @classmethod
-    def of(cls, subject: LanguageModel, documents: list[str], rows: int, seed: int) -> Inputs:
+    def of(cls, subject: LanguageModel, texts: list[str], rows: int, seed: int) -> Inputs:
         """As many documents, in random order, as give `rows` rows; the last input is cut to meet them exactly.
 
         Raises:
             BadInput: all documents together give fewer.
         """
-        bos = subject.tokenizer.bos_token_id
-        begins = [bos] if bos is not None and subject.tokenizer("a")["input_ids"][:1] == [bos] else []
+        tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
+        begins = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
         size = subject.n_ctx - len(begins)
-        inputs, origin, missing = [], [], rows
-        order = torch.randperm(len(documents), generator=generator(seed, "documents")).tolist()
+        found: list[tuple[int, int, int, int]] = []
+        counts, sha, missing = np.zeros(len(tokenizer), np.int64), hashlib.sha256(), rows
+        order = torch.randperm(len(texts), generator=generator(seed, "documents")).tolist()
         for first in range(0, len(order), 512):
-            if missing <= 0:
-                break
-            some = [documents[i] for i in order[first : first + 512]]
-            tokens = subject.tokenizer(some, add_special_tokens=False)["input_ids"]
-            for content, encoded in zip(some, tokens, strict=True):
-                for start in range(0, len(encoded), size):
-                    piece = np.array([*begins, *encoded[start : start + size]])[: missing + 1]
+            chosen = order[first : first + 512] if missing > 0 else []
+            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=False)["input_ids"] if chosen else []
+            for i, tokens in zip(chosen, encoded, strict=True):
+                number = int(text.document_id(texts[i])[:15], 16)
+                for start in range(0, len(tokens), size):
+                    piece = np.array([*begins, *tokens[start : start + size]])[: missing + 1]
                     if missing > 0 and len(piece) > 1:
-                        inputs.append(piece)
-                        origin.append(int(text.document_id(content)[:15], 16))
+                        found.append((i, start, len(piece) - 1, number))
+                        sha.update(number.to_bytes(8, "big") + piece.tobytes())
+                        counts += np.bincount(piece[1:], minlength=len(counts))
                         missing -= len(piece) - 1
         if missing > 0:
             raise BadInput(f"--rows {rows}: the chosen documents give {rows - missing} rows of activations")
-        return cls(inputs, np.array(origin))
+        owner, start, length, document = np.array(found, dtype=np.int64).T
+        return cls(tokenizer, texts, begins, owner, start, length, document, counts, sha.hexdigest())
 
-    def digest(self) -> str:
-        """sha256 (hex) over documents and tokens."""
-        sha = hashlib.sha256(self.document.tobytes())
-        for tokens in self.tokens:
-            sha.update(len(tokens).to_bytes(8, "big") + tokens.tobytes())
-        return sha.hexdigest()
-
-    def rows(self) -> np.ndarray:
-        """Rows that each input gives, `[inputs]`."""
-        return np.array([len(t) - 1 for t in self.tokens])
+    def tokens(self, part: range) -> list[np.ndarray]:
+        """Tokens of these inputs, position 0 included."""
+        owners = sorted({int(self.owner[i]) for i in part})
+        encoded = self.tokenizer([self.texts[o] for o in owners], add_special_tokens=False)["input_ids"]
+        of_owner = dict(zip(owners, encoded, strict=True))
+        found = []
+        for i in part:
+            piece = of_owner[int(self.owner[i])][self.start[i] :]
+            found.append(np.array([*self.begins, *piece])[: self.rows[i] + 1])
+        return found
 
     def parts(self) -> list[range]:
         """Neighbouring inputs that give about PART_ROWS rows together."""
-        number = (np.cumsum(self.rows()) - 1) // PART_ROWS
+        number = (np.cumsum(self.rows) - 1) // PART_ROWS
         edges = np.flatnonzero(np.diff(number, prepend=-1))
         return [range(a, b) for a, b in zip(edges, [*edges[1:], len(number)], strict=True)]
 
     def heldout_documents(self, fraction: float) -> np.ndarray:
         """The last documents, one at least, which give about this share of the rows, `[inputs]` bool."""
-        before = np.cumsum(self.rows()) - self.rows()
+        before = np.cumsum(self.rows) - self.rows
         _, first, document = np.unique(self.document, return_index=True, return_inverse=True)
         begins = before[first][document]  # the first row of each input's document
-        return begins >= min((1 - fraction) * self.rows().sum(), begins[-1])
+        return begins >= min((1 - fraction) * self.rows.sum(), begins[-1])
 
     def heldout_tokens(self, fraction: float, seed: int) -> np.ndarray:
-        """A random set of tokens, which gives about this share of the rows."""
-        seen, counts = np.unique(np.concatenate([t[1:] for t in self.tokens]), return_counts=True)
-        order = torch.randperm(len(seen), generator=generator(seed, "tokens")).numpy()
-        return np.sort(seen[order][np.cumsum(counts[order]) <= max(fraction * counts.sum(), counts[order[0]])])
+        """A random set of tokens, one at least, which gives at most this share of the rows, sorted."""
+        seen = np.flatnonzero(self.counts)
+        order = seen[torch.randperm(len(seen), generator=generator(seed, "tokens")).numpy()]
+        total = np.cumsum(self.counts[order])
+        return np.sort(order[total <= max(fraction * self.counts.sum(), total[0])])
 
 
 def harvest_tokens(
@@ -165,7 +179,7 @@ def harvest_tokens(
     """A store a hook, all from one pass, found where they exist. Rows are shuffled among all documents.
 
     Held-out rows come last and are of documents (at the embedding: of tokens) that no other row is of. The rows of the
-    stores of one pass correspond, the embedding's aside. Memory: the texts' tokens and one shard.
+    stores of one pass correspond, the embedding's aside. Memory: the texts, and one part or shard.
 
     Args:
         documents: the texts to draw from, each once.
@@ -179,7 +193,7 @@ def harvest_tokens(
     device = next(subject.model.parameters()).device.type
     about = {
         "subject": subject.digest,
-        "inputs": inputs.digest(),
+        "inputs": inputs.digest,
         "row_seed": row_seed,
         "heldout_fraction": heldout_fraction,
         "dtype": dtype,
@@ -200,7 +214,7 @@ def harvest_tokens(
     with progress(f"harvesting {', '.join(wanted)} (rows)", rows) as advance:
         for number, part in enumerate(parts):
             missing = [h for h in wanted if not (work / f"{h}-{number:05d}.safetensors").exists()]
-            n = int(inputs.rows()[part].sum())
+            n = int(inputs.rows[part.start : part.stop].sum())
             if missing:
                 _harvest_part(subject, inputs, part, number, {h: plans[h] for h in missing}, dtype, work)
                 done += n
@@ -235,11 +249,11 @@ class Plan:
         by_input = by_token = None
         if hook == EMBEDDING:
             by_token = inputs.heldout_tokens(fraction, seed)
-            heldout = sum(int(np.isin(t[1:], by_token).sum()) for t in inputs.tokens)
+            heldout = int(inputs.counts[by_token].sum())
         else:
             by_input = inputs.heldout_documents(fraction)
-            heldout = int(inputs.rows()[by_input].sum())
-        total = int(inputs.rows().sum())
+            heldout = int(inputs.rows[by_input].sum())
+        total = int(inputs.rows.sum())
         if not 0 < heldout < total:
             raise BadInput(f"--rows {total}: too few documents to hold some out; more rows needed")
         training = -(-(total - heldout) // PART_ROWS)
@@ -261,16 +275,16 @@ def _harvest_part(
     subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: str, work: Path
 ) -> None:
     """Run the inputs of a part; one file a hook, its rows ordered by bucket."""
-    lengths = np.array([len(inputs.tokens[i]) for i in part])
+    of_part = inputs.tokens(part)
+    lengths = np.array([*map(len, of_part)])
     found: dict[str, list[Tensor]] = {hook: [] for hook in plans}
     tokens, owner = [], []
     for chosen in batches(lengths):
-        members = [part[i] for i in chosen]
-        outputs = run(subject, [inputs.tokens[i] for i in members], list(plans))
+        outputs = run(subject, [of_part[i] for i in chosen], list(plans))
         for hook, x in outputs.items():
             found[hook] += [x[row, 1 : lengths[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
-        tokens += [torch.from_numpy(inputs.tokens[i][1:]) for i in members]
-        owner += [torch.full((len(inputs.tokens[i]) - 1,), i) for i in members]
+        tokens += [torch.from_numpy(of_part[i][1:]) for i in chosen]
+        owner += [torch.full((len(of_part[i]) - 1,), part[i]) for i in chosen]
     tokens, owner = torch.cat(tokens), torch.cat(owner)
     document = torch.from_numpy(inputs.document)[owner]
     for hook, plan in plans.items():
