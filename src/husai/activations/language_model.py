@@ -42,12 +42,17 @@ def check_hooks(subject: LanguageModel, hook_names: list[str]) -> None:
     """Raise BadInput for a hook point that the subject does not have; warn of the embedding."""
     for hook in hook_names:
         check_hook(subject.model, hook)
-    if EMBEDDING in hook_names and "pos_embed" not in dict(subject.model.named_children()):
-        log.warning(
-            "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are of "
-            "tokens that the others are not of; a later block says more",
-            *(EMBEDDING, subject.name),
-        )
+        if is_embedding(subject, hook):
+            log.warning(
+                "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are "
+                "of tokens that the others are not of; a later block says more",
+                *(hook, subject.name),
+            )
+
+
+def is_embedding(subject: LanguageModel, hook: str) -> bool:
+    """Whether the hook sees nothing but the token: before the first block of a model without position embeddings."""
+    return hook == EMBEDDING and "pos_embed" not in dict(subject.model.named_children())
 
 
 @torch.inference_mode()
@@ -208,7 +213,7 @@ def harvest_tokens(
     work = root / f".{subject.name}-{digest(about)[:16]}.work"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    plans = {hook: Plan.of(inputs, hook, heldout_fraction, row_seed) for hook in wanted}
+    plans = {h: Plan.of(inputs, heldout_fraction, row_seed, is_embedding(subject, h)) for h in wanted}
     parts = inputs.parts()
     began, done = time.monotonic(), 0
     with progress(f"harvesting {', '.join(wanted)} (rows)", rows) as advance:
@@ -231,12 +236,11 @@ def harvest_tokens(
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the rows of a hook go: row r to bucket `bucket(r)`; the first `training_buckets` hold the training rows.
+    """Where the rows of a hook go: each to a bucket, the first `training_buckets` of which hold the training rows.
 
     A bucket becomes a shard: its rows are a random part of all, brought into random order when it is written.
     """
 
-    hook: str
     heldout_inputs: np.ndarray | None  # [inputs] bool, where whole documents are held out
     heldout_tokens: np.ndarray | None  # sorted, where tokens are
     heldout_rows: int
@@ -245,9 +249,9 @@ class Plan:
     seed: int
 
     @classmethod
-    def of(cls, inputs: Inputs, hook: str, fraction: float, seed: int) -> Plan:
+    def of(cls, inputs: Inputs, fraction: float, seed: int, hold_out_tokens: bool) -> Plan:
         by_input = by_token = None
-        if hook == EMBEDDING:
+        if hold_out_tokens:
             by_token = inputs.heldout_tokens(fraction, seed)
             heldout = int(inputs.counts[by_token].sum())
         else:
@@ -257,7 +261,7 @@ class Plan:
         if not 0 < heldout < total:
             raise BadInput(f"--rows {total}: too few documents to hold some out; more rows needed")
         training = -(-(total - heldout) // PART_ROWS)
-        return cls(hook, by_input, by_token, heldout, training, training + -(-heldout // PART_ROWS), seed)
+        return cls(by_input, by_token, heldout, training, training + -(-heldout // PART_ROWS), seed)
 
     def bucket(self, tokens: Tensor, owner: Tensor, part: int) -> Tensor:
         """Bucket of each row of a part, given its token and the number of its input."""

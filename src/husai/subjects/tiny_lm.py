@@ -53,11 +53,12 @@ class TinyLMConfig:
     n_heads: int = 4
     d_mlp: int = 1024
     n_ctx: int = 256
-    tokens: int = 30_000_000
+    tokens: int = 20_000_000
     """Targets seen in training, repeats included."""
     batch_tokens: int = 4096
     """Of a step, padding included."""
     learning_rate: float = 2e-3
+    """Of Muon (matrices of the blocks; its updates have the size of AdamW's) and AdamW (everything else)."""
     warmup_tokens: int = 600_000
     decay_fraction: float = 0.5
     """The learning rate falls linearly to zero over this last share of the tokens."""
@@ -227,14 +228,7 @@ def train(
     """
     keep_freed_memory()
     model = build_model(config).to(device)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
+    optimizers = make_optimizers(model, config)
     sample = torch.randperm(len(heldout.starts), generator=generator(config.seed, "heldout")).numpy()[:128]
     sample_tokens = int(heldout.lengths[sample].sum())
     key = digest(
@@ -244,7 +238,7 @@ def train(
             "heldout": hashlib.sha256(heldout.stream.tobytes()).hexdigest(),
         }
     )
-    at, history = _restore(state_path, key, model, optimizer)
+    at, history = _restore(state_path, key, model, optimizers)
     every = config.history_tokens
     saved = time.monotonic()
     with progress("training the language model (tokens)", config.tokens, at.tokens) as advance:
@@ -256,14 +250,15 @@ def train(
             inputs, targets = (t.to(device) for t in training.batch(batches[at.batch]))
             n = int((targets != IGNORED).sum())
             rate = config.learning_rate * config.learning_rate_factor(at.tokens)
-            for group in optimizer.param_groups:
+            for group in [g for optimizer in optimizers for g in optimizer.param_groups]:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16):
                 loss = cross_entropy(model, inputs, targets) / n
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             at.step, at.tokens, at.batch = at.step + 1, at.tokens + n, at.batch + 1
             at.loss_sum, at.loss_tokens = at.loss_sum + loss.item() * n, at.loss_tokens + n
             advance(n)
@@ -279,23 +274,41 @@ def train(
                 at.loss_sum, at.loss_tokens = 0.0, 0
                 log.info("%d tokens: loss %.3f, held out %.3f", at.tokens, row["train_loss"], row["heldout_loss"])
             if time.monotonic() - saved > seconds_between_saves:
-                _save(state_path, key, model, optimizer, at, history)
+                _save(state_path, key, model, optimizers, at, history)
                 saved = time.monotonic()
     if not all(math.isfinite(row["train_loss"]) for row in history):
         raise BadInput("training of the language model diverged: a lower --learning-rate is needed")
-    _save(state_path, key, model, optimizer, at, history)
+    _save(state_path, key, model, optimizers, at, history)
     return model.eval(), history
 
 
+def make_optimizers(model: GPTNeoXForCausalLM, config: TinyLMConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings and vectors.
+
+    Muon: Jordan et al. 2024; updates scaled to the size of AdamW's, Liu et al., arXiv 2502.16982.
+    """
+    blocks = [p for p in model.gpt_neox.layers.parameters() if p.ndim == 2]
+    embeddings = [model.gpt_neox.embed_in.weight, model.lm_head.weight]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    rate, decay = config.learning_rate, config.weight_decay
+    groups = [{"params": embeddings, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(blocks, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=True),
+    ]
+
+
 HISTORY = ("tokens", "learning_rate", "train_loss", "heldout_loss")
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
-def _save(path: Path, key: str, model, optimizer, at: Progress, history: list[dict]) -> None:
+def _save(path: Path, key: str, model, optimizers, at: Progress, history: list[dict]) -> None:
     tensors = {"history": torch.tensor([[row[n] for n in HISTORY] for row in history], dtype=torch.float64)}
     tensors["progress"] = torch.tensor([*asdict(at).values()], dtype=torch.float64)
     for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        tensors |= {name: p.detach(), f"{name}.mean": state["exp_avg"], f"{name}.square": state["exp_avg_sq"]}
+        tensors[name] = p.detach()
+        for state in (optimizer.state[p] for optimizer in optimizers if p in optimizer.state):
+            tensors |= {f"{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_bytes(path, save(tensors, metadata={"key": key, "sha256": _fingerprint(tensors)}))
 
@@ -308,8 +321,8 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def _restore(path: Path, key: str, model, optimizer) -> tuple[Progress, list[dict]]:
-    """Load an interrupted training into model and optimiser; a fresh start where there is none that fits."""
+def _restore(path: Path, key: str, model, optimizers) -> tuple[Progress, list[dict]]:
+    """Load an interrupted training into model and optimisers; a fresh start where there is none that fits."""
     if not path.exists():
         return Progress(), []
     try:
@@ -328,11 +341,12 @@ def _restore(path: Path, key: str, model, optimizer) -> tuple[Progress, list[dic
     at = Progress(*(kind(v) for kind, v in zip(kinds, values, strict=True)))
     for name, p in model.named_parameters():
         p.copy_(tensors[name])
-        optimizer.state[p] = {
-            "step": torch.tensor(float(at.step), device=p.device),
-            "exp_avg": tensors[f"{name}.mean"].to(p.device),
-            "exp_avg_sq": tensors[f"{name}.square"].to(p.device),
-        }
+        moments = {m: tensors[f"{name}.{m}"].to(p.device) for m in MOMENTS if f"{name}.{m}" in tensors}
+        muon, adam = optimizers
+        if "exp_avg" in moments:
+            adam.state[p] = moments | {"step": torch.tensor(float(at.step), device=p.device)}
+        else:
+            muon.state[p] = moments
     rows = tensors["history"].reshape(-1, len(HISTORY)).tolist()
     log.info("training resumes at token %d", at.tokens)
     return at, [dict(zip(HISTORY, row, strict=True)) | {"tokens": int(row[0])} for row in rows]
@@ -469,7 +483,10 @@ def model_card(record: dict) -> str:
     c, figures = record["config"], record["bits_per_byte"]
     order = ("model", "trigram", "bigram", "unigram")
     rows = [("all", figures["all"]), *figures["families"].items()]
-    held = "; ".join(f"{b['bar']}: {b['value']:.3f} < {b['below']:.3f}, {b['holds']}" for b in record["bars"])
+    held = "; ".join(
+        f"{b['bar']} ({b['value']:.3f} against {b['below']:.3f}): {'holds' if b['holds'] else 'missed'}"
+        for b in record["bars"]
+    )
     table = ["| family | model | trigram | bigram | unigram |", "|---|---|---|---|---|"]
     table += [f"| {name} | " + " | ".join(f"{row[m]:.3f}" for m in order) + " |" for name, row in rows]
     paragraphs = [
