@@ -121,13 +121,15 @@ def test_any_text_survives_the_tokenizer(tokenizer):
     assert tokenizer.get_vocab_size() == 400
 
 
-@given(st.lists(st.integers(1, 23), min_size=1, max_size=9), st.integers(2, 7), st.integers(1, 40))
-@settings(max_examples=50, deadline=None)
-def test_each_token_is_one_target_predicted_from_its_own_document(lengths, n_ctx, batch_tokens):
+@given(st.lists(st.integers(1, 23), min_size=1, max_size=9), st.integers(2, 7), st.integers(1, 40), st.integers(0, 4))
+@settings(max_examples=80, deadline=None)
+def test_each_token_is_one_target_predicted_from_its_own_document(lengths, n_ctx, batch_tokens, overlap):
+    overlap = min(overlap, n_ctx - 1)
     numbers = np.arange(1, sum(lengths) + 1, dtype=np.int32)  # all different: a token says where it stands
     pieces = np.split(numbers, np.cumsum(lengths)[:-1])
     document_of = {int(t): i for i, piece in enumerate(pieces) for t in piece}
-    windows = Windows.of(pieces, n_ctx)
+    start_of = {int(piece[0]) for piece in pieces}
+    windows = Windows.of(pieces, n_ctx, overlap=overlap)
     seen = []
     for chosen in windows.epoch(batch_tokens, 3):
         inputs, targets = windows.batch(chosen)
@@ -135,11 +137,13 @@ def test_each_token_is_one_target_predicted_from_its_own_document(lengths, n_ctx
         assert inputs.shape[1] <= n_ctx
         assert len(chosen) == 1 or inputs.numel() <= batch_tokens
         for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
-            y = [t for t in y if t != IGNORED]
+            scored = [t for t in y if t != IGNORED]
+            skipped = 0 if y[0] != IGNORED else overlap
             assert x[0] == END
-            assert x[1 : len(y)] == y[:-1]
-            assert len({document_of[t] for t in y}) == 1
-            seen += y
+            assert x[1 + skipped : skipped + len(scored)] == scored[:-1], "each stands before the next target"
+            assert len({document_of[t] for t in [*scored, *(t for t in x if t != END)]}) == 1
+            assert y[0] in start_of or skipped == overlap, "with context, but at the start of a document"
+            seen += scored
     assert sorted(seen) == numbers.tolist()
 
 
@@ -244,11 +248,12 @@ def test_bits_per_byte_of_every_model_by_hand(corpus, tokenizer):
     figures = tiny_lm.bits_per_byte(model, tokenise, few, SMALL.vocabulary, SMALL.n_ctx)
     bits = []
     for document in tokenise(few.heldout):
-        for start in range(0, len(document), SMALL.n_ctx):
-            piece = torch.from_numpy(document[start : start + SMALL.n_ctx].astype(np.int64))
+        for start in range(0, max(1, len(document) - 16), 16):
+            piece = torch.from_numpy(document[start : start + 32].astype(np.int64))
             with torch.no_grad():
                 logits = model(input_ids=torch.cat([torch.tensor([END]), piece[:-1]])[None]).logits[0]
-            bits.append(-logits.log_softmax(-1)[range(len(piece)), piece].sum().item() / math.log(2))
+            of_targets = -logits.log_softmax(-1)[range(len(piece)), piece] / math.log(2)
+            bits.append(of_targets[16 if start else 0 :].sum().item())
     size = sum(len(d.encode()) for d in few.heldout)
     assert figures["bytes"] == size
     assert figures["tokens"] == sum(map(len, tokenise(few.heldout)))
@@ -319,7 +324,8 @@ def test_the_shipped_weights_have_the_recorded_bits_per_byte(corpus):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert AutoTokenizer.from_pretrained(folder)("Any text.")["input_ids"] == tokenizer.encode("Any text.").ids
     family = [d for d, f in zip(corpus.heldout, corpus.heldout_families, strict=True) if f == "yelp"]
-    windows = Windows.of(tiny_lm.tokenise(tokenizer, family), model.config.max_position_embeddings)
+    n_ctx = model.config.max_position_embeddings
+    windows = Windows.of(tiny_lm.tokenise(tokenizer, family), n_ctx, overlap=n_ctx // 2)
     bits = tiny_lm.nats(model, windows, np.arange(len(windows.starts))) / math.log(2)
     found = bits / sum(len(d.encode()) for d in family)
     assert found == pytest.approx(record["bits_per_byte"]["families"]["yelp"]["model"], abs=2e-4)

@@ -3,7 +3,8 @@
 It stands in for Pythia where no weights can be downloaded. The text is the training side of `text.FAMILIES`; a
 byte-level BPE tokenizer is made from it first. A document is a row of tokens that ends with END; it is cut into windows
 of at most `n_ctx` targets, each predicted from what stands before it in its window, which starts with END. A batch is
-made of windows of about one length, so that no window sees another and little is padded.
+made of windows of about one length, so that no window sees another and little is padded. The matrices of the blocks are
+trained by Muon, everything else by AdamW.
 """
 
 from __future__ import annotations
@@ -109,22 +110,27 @@ def tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Documents cut into windows of at most n_ctx targets: window i is `stream[starts[i] : starts[i] + lengths[i]]`."""
+    """Documents cut into windows of at most n_ctx targets: window i is `stream[starts[i] : starts[i] + lengths[i]]`.
+
+    Neighbouring windows may overlap; the first `context[i]` targets of a window are then not scored a second time.
+    """
 
     stream: np.ndarray  # [tokens] int32, all documents one after the other
     starts: np.ndarray  # [windows]
     lengths: np.ndarray  # [windows]
+    context: np.ndarray  # [windows]
     end: int = END
 
     @classmethod
-    def of(cls, documents: list[np.ndarray], n_ctx: int, end: int = END) -> Windows:
-        starts, lengths, first = [], [], 0
+    def of(cls, documents: list[np.ndarray], n_ctx: int, end: int = END, overlap: int = 0) -> Windows:
+        starts, lengths, context, first = [], [], [], 0
         for document in documents:
-            for offset in range(0, len(document), n_ctx):
+            for offset in range(0, max(1, len(document) - overlap), n_ctx - overlap):
                 starts.append(first + offset)
                 lengths.append(min(n_ctx, len(document) - offset))
+                context.append(overlap if offset else 0)
             first += len(document)
-        return cls(np.concatenate(documents), np.array(starts), np.array(lengths), end)
+        return cls(np.concatenate(documents), *map(np.array, (starts, lengths, context)), end)
 
     def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         """(inputs, targets), each `[rows, longest]`: end and all targets but the last; the targets, then IGNORED."""
@@ -134,7 +140,7 @@ class Windows:
         for row, i in enumerate(chosen):
             tokens = torch.from_numpy(self.stream[self.starts[i] : self.starts[i] + self.lengths[i]].astype(np.int64))
             inputs[row, 1 : len(tokens)] = tokens[:-1]
-            targets[row, : len(tokens)] = tokens
+            targets[row, self.context[i] : len(tokens)] = tokens[self.context[i] :]
         return inputs, targets
 
     def batches(self, order: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -360,7 +366,8 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
     """The model beside Witten–Bell n-grams of the same tokenizer, on the same held-out documents.
 
     Bits are summed over all tokens of a document and its END; bytes are those of its UTF-8 text. The n-grams are fitted
-    on the training documents and see a document from its start; the model sees at most n_ctx − 1 tokens back.
+    on the training documents and see a document from its start. The model sees at least n_ctx/2 tokens back, where the
+    document has them, since its windows overlap by half.
 
     Args:
         tokenise_texts: texts -> token numbers of each, the end token last.
@@ -377,7 +384,7 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
     }
     per_document = np.repeat(np.arange(len(heldout)), [len(d) for d in heldout])
     bits = {name: np.bincount(per_document, weights=b) for name, b in bits.items()}
-    windows = [Windows.of([document], n_ctx, end) for document in heldout]
+    windows = [Windows.of([document], n_ctx, end, overlap=n_ctx // 2) for document in heldout]
     bits["model"] = np.array([nats(model, w, np.arange(len(w.starts))) / math.log(2) for w in windows])
     sizes = np.array([len(text.encode()) for text in corpus.heldout])
     families = np.array(corpus.heldout_families)
@@ -447,17 +454,32 @@ def make(
 
     def build(partial: Path) -> None:
         save_folder(model, tokenizer, config, partial)
-        shipped = type(model).from_pretrained(partial, dtype=torch.float32).eval()  # what was written is measured
-        figures = bits_per_byte(shipped, lambda t: tokenise(tokenizer, t), corpus, config.vocabulary, config.n_ctx)
-        record["bits_per_byte"], record["bars"] = figures, bars(figures)
-        write_json(partial / LOG, record)
-        write_text(partial / "README.md", model_card(record))
-        files = sorted(p for p in partial.iterdir() if p.is_file())
-        write_json(partial / DIGESTS, {"name": folder.name, "files": {p.name: sha256_file(p) for p in files}})
+        record.update(measure(partial, corpus))
+        write_card(partial, record)
 
     publish_directory(folder, build, replace=True)
     shutil.rmtree(work)
     return record
+
+
+def measure(folder: Path, corpus: Corpus) -> dict:
+    """{"bits_per_byte", "bars"} of the weights as they were written."""
+    from tokenizers import Tokenizer
+    from transformers import GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    c = model.config
+    figures = bits_per_byte(model, lambda t: tokenise(tokenizer, t), corpus, c.vocab_size, c.max_position_embeddings)
+    return {"bits_per_byte": figures, "bars": bars(figures)}
+
+
+def write_card(folder: Path, record: dict) -> None:
+    """training.json, the model card made of it, and the digest of each file."""
+    write_json(folder / LOG, record)
+    write_text(folder / "README.md", model_card(record))
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != DIGESTS)
+    write_json(folder / DIGESTS, {"files": {p.name: sha256_file(p) for p in files}})
 
 
 def save_folder(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, config: TinyLMConfig, folder: Path) -> None:
