@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from husai.activations.harvest import check_hook
 from husai.activations.store import StoreWriter
 from husai.runs.cells import code_version
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, publish_directory, read_json, write_bytes, write_json
+from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.subjects import text
@@ -207,31 +208,34 @@ def harvest_tokens(
         "threads": threads,
     }
     folders = {hook: root / f"{subject.name}-{digest(about | {'hook': hook})[:16]}" for hook in hook_names}
-    wanted = [hook for hook in hook_names if force or not folders[hook].exists()]
-    if not wanted:
-        return folders
     work = root / f".{subject.name}-{digest(about)[:16]}.work"
-    if force:
-        shutil.rmtree(work, ignore_errors=True)
-    plans = {h: Plan.of(inputs, heldout_fraction, row_seed, is_embedding(subject, h)) for h in wanted}
-    parts = inputs.parts()
+    with locked(work.with_suffix(".lock")):
+        wanted = [hook for hook in hook_names if force or not folders[hook].exists()]
+        if wanted:
+            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, is_embedding(subject, h)) for h in wanted}
+            if force:
+                shutil.rmtree(work, ignore_errors=True)
+            _harvest(subject, inputs, plans, dtype, work)
+            for hook, plan in plans.items():
+                build = partial(_merge, subject, hook, plan, work, len(inputs.parts()), dtype)
+                publish_directory(folders[hook], build, force)
+            shutil.rmtree(work)
+    return folders
+
+
+def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dtype: str, work: Path) -> None:
+    """Run all parts whose files are missing."""
     began, done = time.monotonic(), 0
-    with progress(f"harvesting {', '.join(wanted)} (rows)", rows) as advance:
-        for number, part in enumerate(parts):
-            missing = [h for h in wanted if not (work / f"{h}-{number:05d}.safetensors").exists()]
+    with progress(f"harvesting {', '.join(plans)} (rows)", int(inputs.rows.sum())) as advance:
+        for number, part in enumerate(inputs.parts()):
+            missing = {h: p for h, p in plans.items() if not (work / f"{h}-{number:05d}.safetensors").exists()}
             n = int(inputs.rows[part.start : part.stop].sum())
             if missing:
-                _harvest_part(subject, inputs, part, number, {h: plans[h] for h in missing}, dtype, work)
+                _harvest_part(subject, inputs, part, number, missing, dtype, work)
                 done += n
             advance(n)
     if done:
-        log.info("%d rows of %d hooks: %.0f tokens/s", done, len(wanted), done / (time.monotonic() - began))
-    for hook in wanted:
-        publish_directory(
-            folders[hook], lambda partial, h=hook: _merge(subject, h, plans[h], work, len(parts), dtype, partial), force
-        )
-    shutil.rmtree(work)
-    return folders
+        log.info("%d rows of %d hooks: %.0f tokens/s", done, len(plans), done / (time.monotonic() - began))
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,8 @@ def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int
                 for name, piece in pieces.items():
                     piece.append(f.get_slice(name)[first:last])
         rows = {name: torch.cat(piece) for name, piece in pieces.items()}
+        if len(rows["token"]) == 0:
+            continue
         order = torch.randperm(len(rows["token"]), generator=generator(plan.seed, "shuffle", bucket))
         x = rows.pop("activations")[order].float()
         writer = writer or StoreWriter(folder, x.shape[1], dtype)
