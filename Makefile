@@ -7,7 +7,7 @@ PEERS := .venv/.peers-$(shell cat requirements-bench.txt $(REQUIREMENTS) | sha25
 BIN := .venv/bin
 OUTPUT ?= results
 
-.PHONY: help setup demo test smoke audit-results lint format benchmarks clean
+.PHONY: help setup demo tiny-lm test smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,9 @@ $(PEERS): requirements-bench.txt $(STAMP)
 
 demo: setup ## the whole pipeline at its embedded profile, from training the subject to figures
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
+
+tiny-lm: setup ## train the language model that assets/ ships again, about an hour
+	@$(BIN)/python scripts/training/train_tiny_lm.py
 
 test: setup $(PEERS) ## the test suite
 	@$(BIN)/python -m pytest tests -n 2

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 
@@ -199,8 +199,6 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     assert "untrained-root gives them" in text
 
     # Another untrained state is another null, not the one that was computed before.
-    from safetensors.torch import load_file
-
     verdicts = []
     for scale in (1.0, 2.0):
         untrained = tmp_path / f"untrained{scale}"
@@ -247,6 +245,22 @@ def test_grid_script(run_script, small_activations, tmp_path):
 
     for m in results["members"]:
         assert SAE.load_from_disk(tmp_path / m["checkpoint"]).cfg.k == m["k"]
+
+
+def test_arithmetic_in_float64_from_the_shell(run_script, small_activations, tmp_path):
+    """Nearly the same SAEs, and the same kind of checkpoints."""
+    found = {}
+    for dtype in ("float32", "float64"):
+        arguments = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path / dtype, "--seeds", "1,2"]
+        arguments += ["--d-sae", "16", "--k", "3", "--tokens", 2000, "--threads", 1, "--dtype", dtype]
+        code, _, err = run_script(TRAIN, *arguments)
+        assert code == 0, err
+        (member, _) = json.loads((tmp_path / dtype / "results.json").read_text())["members"]
+        found[dtype] = load_file(tmp_path / dtype / member["checkpoint"] / "sae_weights.safetensors")
+    for name, weight in found["float32"].items():
+        assert found["float64"][name].dtype == torch.float32
+        torch.testing.assert_close(found["float64"][name], weight, rtol=0.05, atol=0.02)
+    assert not all(torch.equal(found["float64"][name], weight) for name, weight in found["float32"].items())
 
 
 def test_every_family_from_the_shell(run_script, small_activations, tmp_path):
@@ -307,7 +321,7 @@ HOOKS = ("hook_resid_mid", "hook_mlp_out")
         (["--untrained-root", "x"], "goes with --sae-root"),
         (["--protocol", "published", "--sae-root", "x"], "trains its own SAEs"),
         (["--sae-root", "nowhere"], "--sae-root: nowhere is not a folder"),
-        (["--subject", "nowhere"], "--subject: nowhere is not a folder"),
+        (["--subject", "nowhere"], "subject nowhere: neither a folder nor a name that TransformerLens knows"),
         (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere is not a folder"),
     ],
 )
@@ -385,4 +399,4 @@ def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
     )
     refused("odd number", SUBJECT, "--modulus", "10")
     refused("between 0 and 1", SUBJECT, "--train-fraction", "1.5")
-    refused("subject.json does not exist", EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path)
+    refused("holds neither config.json", EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path)

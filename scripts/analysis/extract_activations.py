@@ -1,51 +1,141 @@
-"""Harvest a subject's activations at one hook point into a store.
+"""Harvest a subject's activations into stores, or into the files that sae-probes reads.
 
     python scripts/analysis/extract_activations.py
     python scripts/analysis/extract_activations.py --subject results/subjects/SUBJECT --hook-name blocks.0.mlp.hook_post
+    python scripts/analysis/extract_activations.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre
+    python scripts/analysis/extract_activations.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre \\
+      --random-model
+    python scripts/analysis/extract_activations.py --subject pythia-70m-deduped --hook-name blocks.2.hook_resid_pre \\
+      --layout sae-probes --data-sets 87_glue_cola,92_glue_sst2
 
-Without --subject, the default modular-addition transformer is trained (or found) first. The store holds every pair
-once, in random order; a store that exists for the same model, hook and position is found, not made again.
+A subject is a folder of a modular-addition transformer (by default it is trained, or found, first), `husai-tiny`, a
+local Hugging Face folder, or a hub name that TransformerLens knows. A store of modular addition holds every pair once;
+one of a language model holds every token but the first of as many documents as give --rows rows. Rows lie in random
+order. Several hooks (A,B) share one forward pass and give a store each. What exists is found, and an interrupted
+harvest resumes.
 """
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, prepare, run_main
+from husai.runs.cli import Parser, fraction, name_list, positive_int, prepare, run_main
 
 
 def parse():
     p = Parser(__doc__)
     p.add_shared()
-    p.add_argument("--subject", type=Path, help="folder of a trained subject (default: the modular-addition one)")
-    p.add_argument("--hook-name", default="blocks.0.hook_resid_post", help="default: %(default)s")
-    p.add_argument("--position", type=int, help='token position (default: that of "=")')
+    p.add_argument("--subject", help="folder or name (default: the modular-addition transformer)")
+    p.add_argument(
+        "--hook-name",
+        type=name_list,
+        help="default: blocks.0.hook_resid_post of modular addition, blocks.1.hook_resid_pre of a language model",
+    )
+    p.add_argument("--random-model", action="store_true", help="redraw all weights, mean and variance kept")
+    p.add_argument("--random-seed", type=int, default=0, help="of --random-model (default: %(default)s)")
     p.add_argument("--row-seed", type=int, default=0, help="of the order of the rows (default: %(default)s)")
+    p.add_argument("--position", type=int, help='modular addition: token position (default: that of "=")')
+    language = p.add_argument_group("language models")
+    language.add_argument(
+        "--layout",
+        choices=["store", "sae-probes"],
+        default="store",
+        help="stores of all tokens, or the last token of each prompt where sae-probes looks (default: %(default)s)",
+    )
+    language.add_argument(
+        "--data-sets",
+        type=name_list,
+        help="names, or train, probe, ood (default: what husai-tiny learned from, or the probe sets)",
+    )
+    language.add_argument("--rows", type=positive_int, default=1_000_000, help="of a store (default: %(default)s)")
+    language.add_argument(
+        "--heldout-fraction", type=fraction, default=0.2, help="by document; last in the store (default: %(default)s)"
+    )
+    language.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    language.add_argument("--probe-cache-dir", type=Path, help="default: ARTIFACT_ROOT/probe_activations")
     return p.parse_args()
 
 
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
+    from husai.runs.subjects import is_language_model
+
+    if not is_language_model(args.subject):
+        report(modular_addition_stores(args, device))
+    elif args.layout == "store":
+        report(language_model_stores(args, device))
+    else:
+        prompts(args, device)
+
+
+def random_seed(args) -> int | None:
+    return args.random_seed if args.random_model else None
+
+
+def modular_addition_stores(args, device) -> list[Path]:
     from husai.activations.harvest import harvest_modular_addition
-    from husai.activations.store import ActivationStore
     from husai.subjects import modular_addition
 
     subject = args.subject or modular_addition.train_or_find(
         modular_addition.ModularAdditionConfig(), args.artifact_root / "subjects", device, args.threads
     )
-    folder = harvest_modular_addition(
-        subject,
+    return [
+        harvest_modular_addition(
+            Path(subject),
+            args.artifact_root / "activations",
+            hook,
+            args.position,
+            args.row_seed,
+            device,
+            args.threads,
+            force=args.force,
+            random_seed=random_seed(args),
+        )
+        for hook in args.hook_name or ["blocks.0.hook_resid_post"]
+    ]
+
+
+def language_model_stores(args, device) -> list[Path]:
+    from husai.activations.language_model import harvest_tokens
+    from husai.subjects import pretrained, text
+
+    folders = harvest_tokens(
+        pretrained.load(args.subject, random_seed(args), device),
+        args.hook_name or ["blocks.1.hook_resid_pre"],
+        text.distinct(args.data_sets) if args.data_sets else text.corpus().train,
         args.artifact_root / "activations",
-        args.hook_name,
-        args.position,
+        args.rows,
         args.row_seed,
-        device,
+        args.heldout_fraction,
+        args.dtype,
         args.threads,
-        force=args.force,
+        args.force,
     )
-    store = ActivationStore.open(folder)
-    print(f"store   {folder}")
-    print(f"rows    {store.rows} x {store.d_in}, {store.manifest.hook_name} at position {store.manifest.position}")
-    print(f"digest  {store.digest}")
+    return [*folders.values()]
+
+
+def prompts(args, device) -> None:
+    from husai.activations.language_model import harvest_prompts
+    from husai.subjects import pretrained, text
+
+    data_sets = text.expand(args.data_sets) if args.data_sets else text.probe_sets()
+    hooks = args.hook_name or ["blocks.1.hook_resid_pre"]
+    cache = args.probe_cache_dir or args.artifact_root / "probe_activations"
+    subject = pretrained.load(args.subject, random_seed(args), device)
+    harvest_prompts(subject, hooks, data_sets, cache, args.force)
+    print(f"model_cache_path  {cache}")
+    print(f"model_name        {subject.name}")
+    print(f"hook_name         {', '.join(hooks)}")
+    print(f"data sets         {len(data_sets)}")
+
+
+def report(folders: list[Path]) -> None:
+    from husai.activations.store import ActivationStore
+
+    for folder in folders:
+        store = ActivationStore.open(folder)
+        print(f"store   {folder}")
+        print(f"rows    {store.rows} x {store.d_in}, {store.manifest.hook_name} at position {store.manifest.position}")
+        print(f"digest  {store.digest}")
 
 
 if __name__ == "__main__":

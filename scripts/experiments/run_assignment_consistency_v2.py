@@ -85,7 +85,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
 
-    given = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
+    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
     store = open_store(args.artifact_root, device, args.threads, **given)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
     decoders = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards

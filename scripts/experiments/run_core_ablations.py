@@ -63,7 +63,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig, check_members
 
-    given = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
+    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
     axes = list(dict.fromkeys([*((args.d_sae, k) for k in args.ks), *((d, args.k) for d in args.d_saes)]))
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
 

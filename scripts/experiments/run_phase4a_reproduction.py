@@ -3,11 +3,15 @@
     python scripts/experiments/run_phase4a_reproduction.py
     python scripts/experiments/run_phase4a_reproduction.py --hook-name blocks.0.mlp.hook_post --d-sae 512 --k 16
     python scripts/experiments/run_phase4a_reproduction.py --protocol published
+    python scripts/experiments/run_phase4a_reproduction.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre \\
+      --d-sae 1024 --k 16 --output-dir results/experiments/phase4a_husai_tiny
     python scripts/experiments/run_phase4a_reproduction.py --sae-root MY_SAES --activation-cache-dir STORE
 
 The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
-several seeds, and every pair is scored against its nulls (docs/methods.md). This phase is a positive control of the
-method; it says nothing about another model. `--protocol published` also runs the setting of the earlier study, whose
+several seeds, and every pair is scored against its nulls (docs/methods.md). There this phase is a positive control of
+the method; it says nothing about another model. `--subject` names a language model in its place: held-out rows are then
+of documents of their own, SAEs trained alike on the random-weights model stand beside the nulls, and the cross-entropy
+that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose
 input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
 """
 
@@ -62,7 +66,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     files += [
         path
         for section in sections.values()
-        for path in study.checkpoint_files(cells, [*section["members"], *section.get("control", [])])
+        for arm in ("members", "control", "random_model")
+        for path in study.checkpoint_files(cells, section.get(arm, []))
     ]
     results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
     return results, files
@@ -83,6 +88,7 @@ def own(args) -> dict:
         "store": args.activation_cache_dir,
         "hook_name": args.hook_name,
         "position": None,
+        "rows": args.rows,
         "d_sae": args.d_sae,
         "k": args.k,
         "learning_rate": args.learning_rate,
@@ -106,6 +112,7 @@ def published(args) -> dict:
         "store": None,
         "hook_name": "blocks.1.hook_resid_post",
         "position": 5,
+        "rows": None,
         "d_sae": 1024,
         "k": 32,
         "learning_rate": 3e-4,
@@ -122,18 +129,19 @@ def published(args) -> dict:
     }
 
 
-def open_store(args, device, protocol: dict):
+def open_store(args, device, protocol: dict, random_seed: int | None = None):
     from husai.activations import source
 
-    names = ("store", "subject", "hook_name", "position")
-    given = {name: protocol[name] for name in names}
-    return source.open_store(args.artifact_root, device, args.threads, **given, config=protocol["subject_config"])
+    names = ("store", "subject", "hook_name", "position", "rows")
+    given = {name: protocol[name] for name in names} | {"config": protocol["subject_config"]}
+    return source.open_store(args.artifact_root, device, args.threads, **given, random_seed=random_seed)
 
 
 def trained(args, cells, device, protocol: dict) -> dict:
-    """Train one SAE a seed (and the shuffled control), and score every pair."""
+    """Train one SAE a seed (and the controls: shuffled coordinates, the random-weights model), and score every pair."""
     from husai.activations.harvest import shuffled_coordinates
     from husai.activations.store import ActivationStore
+    from husai.runs.subjects import is_language_model
     from husai.stability import study
     from husai.training.grid import members, train_or_find
 
@@ -144,15 +152,51 @@ def trained(args, cells, device, protocol: dict) -> dict:
         control = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
         arms.append(train_or_find(cells, control, grid, protocol["recipe"], device, args.threads))
 
+    language_model = is_language_model(protocol["subject"])
+    if language_model and protocol["store"] is None:
+        random_store = open_store(args, device, protocol, random_seed=0)
+        arms.append(train_or_find(cells, random_store, grid, protocol["recipe"], device, args.threads))
+
     alike = [arm["members"] for arm in arms]
     steps, control = arms[0]["snapshot_steps"], alike[1] if protocol["shuffled"] else None
+    random_model = alike[2] if len(alike) > 2 else None
     section = arms[0] | study.score_trained(
-        cells, store, alike[0], steps, protocol["null_draws"], args.threads, control
+        cells,
+        store,
+        alike[0],
+        steps,
+        protocol["null_draws"],
+        args.threads,
+        control,
+        random_model=random_model,
     )
-    if control:
-        kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
-        section["control"] = [{name: m[name] for name in kept} for m in control]
+    kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
+    for name, records in (("control", control), ("random_model", random_model)):
+        if records:
+            section[name] = [{name: m[name] for name in kept} for m in records]
+    if language_model:
+        section["cross_entropy"] = cross_entropy(args, cells, device, store, section["members"])
     return section
+
+
+def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
+    """What the language model loses to each SAE on documents that neither was trained on."""
+    from husai.dictionaries import checkpoints
+    from husai.runs.cells import code_version
+    from husai.subjects import pretrained, text
+    from husai.training.recovered import cross_entropies, recovered
+
+    texts = text.corpus().heldout[:200]
+
+    def compute() -> tuple[dict, list[Path]]:
+        subject = pretrained.load(str(args.subject), device=device)
+        saes = [checkpoints.load(args.output_dir / m["checkpoint"]) for m in records]
+        losses = cross_entropies(subject, store.manifest.hook_name, saes, texts)
+        return losses | {"recovered": recovered(losses)}, []
+
+    key = {"subject": store.manifest.subject_digest, "saes": [m["checkpoint_sha256"] for m in records]}
+    key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads}
+    return cells.get("cross_entropy", key | {"code": code_version("training", "activations", "subjects")}, compute)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +245,10 @@ def draw(section: dict, name: str, output_dir: Path) -> list[Path]:
             figures.over_training(section, output_dir / "figures" / f"over_training{suffix}.png"),
             figures.loss_curves(section, output_dir / "figures" / f"loss_curves{suffix}.png"),
         ]
+    if "cross_entropy" in section:
+        from husai.report import language_model
+
+        files.append(language_model.cross_entropy(section, output_dir / "figures" / "cross_entropy.png"))
     return files
 
 
@@ -229,6 +277,7 @@ def table(section: dict) -> list[str]:
         f"(effective rank {section['effective_rank']:.1f}); held-out explained variance {min(ev):.4f} to "
         f"{max(ev):.4f}, dead features {min(dead):.0%} to {max(dead):.0%}.",
         "",
+        *spliced(section),
         "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
         "|---|---|---|---|---|",
     ]
@@ -240,6 +289,20 @@ def table(section: dict) -> list[str]:
     lines += [f"\nNot computed: {null} ({why})." for null, why in stability["missing_nulls"].items()]
     lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
     return lines
+
+
+def spliced(section: dict) -> list[str]:
+    """What the language model loses to the SAEs, where there is one."""
+    losses = section.get("cross_entropy")
+    if losses is None:
+        return []
+    values, shares = losses["spliced"], losses["recovered"]
+    return [
+        f"Cross-entropy on {losses['tokens']} tokens of held-out documents: {losses['model']:.4f} nats as the model "
+        f"is, {min(values):.4f} to {max(values):.4f} with an SAE spliced in, {losses['zeroed']:.4f} with zeros in its "
+        f"place: {min(shares):.2%} to {max(shares):.2%} recovered.",
+        "",
+    ]
 
 
 def comparison(section: dict) -> list[str]:

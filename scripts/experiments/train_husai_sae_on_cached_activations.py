@@ -51,6 +51,9 @@ def parse():
     )
     budget.add_argument("--epochs", type=positive_int, help="instead: passes over the training rows")
     p.add_argument("--heldout-fraction", type=fraction, default=0.2, help="default: %(default)s")
+    p.add_argument(
+        "--dtype", choices=["float32", "float64"], default="float32", help="of the arithmetic (default: %(default)s)"
+    )
     p.add_argument("--b-dec-init", choices=["geometric_median", "mean"], default="geometric_median")
     return p.parse_args()
 
@@ -64,6 +67,8 @@ def missed(record: dict) -> str:
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
+    import torch
+
     from husai.activations.store import ActivationStore
     from husai.runs.cells import Cells
     from husai.runs.folder import Run
@@ -83,14 +88,15 @@ def main() -> None:
         b_dec_init=args.b_dec_init,
     )
     settings = {"members": [asdict(m) for m in grid], "training": asdict(config), "store": store.digest}
-    settings["target"] = target and target.digest
+    settings |= {"target": target and target.digest, "dtype": args.dtype}
 
     with Run(args.output_dir, settings, args.device, args.threads) as run:
         run.inputs["activation store"] = store.digest
         if target:
             run.inputs["target activation store"] = target.digest
         cells = Cells(args.output_dir / "cells", args.force)
-        results = train_or_find(cells, store, grid, config, device, args.threads, target)
+        dtype = getattr(torch, args.dtype)
+        results = train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype)
         lines = [
             "# SAEs on cached activations",
             "",

@@ -16,6 +16,7 @@ from husai.runs.files import digest, publish_directory
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.subjects import modular_addition
+from husai.subjects.pretrained import redraw
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -59,6 +60,7 @@ def harvest_modular_addition(
     threads: int = 1,
     require_solved: bool = True,
     force: bool = False,
+    random_seed: int | None = None,
 ) -> Path:
     """The store of every pair's activation at one hook and position, harvested where it is missing.
 
@@ -67,13 +69,16 @@ def harvest_modular_addition(
         root: folder below which stores lie; a store's name is the digest of what it is made from.
         position: token position; by default that of "=".
         row_seed: of the order of the rows.
+        random_seed: harvest the random-weights control in the subject's place.
     """
     description = modular_addition.describe(subject, require_solved)
+    control = None if random_seed is None else f"random_weights(seed={random_seed})"
+    subject_digest = description["digest"] if control is None else digest([description["digest"], control])
     config = modular_addition.ModularAdditionConfig(**description["config"])
     position = config.answer_position if position is None else position
     key = digest(
         {
-            "subject": description["digest"],
+            "subject": subject_digest,
             "hook_name": hook_name,
             "position": position,
             "row_seed": row_seed,
@@ -86,6 +91,8 @@ def harvest_modular_addition(
 
     def build(partial: Path) -> None:
         model, _, _ = modular_addition.load(subject, require_solved)
+        if random_seed is not None:
+            redraw(model, random_seed)
         check_hook(model, hook_name)
         tokens, _, _, _ = modular_addition.dataset(config)
         if not -tokens.shape[1] <= position < tokens.shape[1]:
@@ -94,7 +101,7 @@ def harvest_modular_addition(
         d_in = model.run_with_cache(tokens[:1], names_filter=hook_name)[1][hook_name].shape[-1]
         writer = StoreWriter(partial, d_in)
         harvest(model.to(device, print_details=False), tokens[order], hook_name, position, writer)
-        writer.finish("modular_addition", description["digest"], hook_name, str(position), row_seed, control=None)
+        writer.finish("modular_addition", subject_digest, hook_name, str(position), row_seed, control)
 
     publish_directory(folder, build, replace=force)
     return folder
@@ -128,6 +135,7 @@ def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> 
             manifest.position,
             manifest.row_seed,
             control=f"shuffled_coordinates(seed={seed})",
+            heldout_rows=manifest.heldout_rows,
         )
 
     publish_directory(folder, build)

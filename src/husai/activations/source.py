@@ -8,10 +8,13 @@ import torch
 
 from husai.activations.harvest import harvest_modular_addition
 from husai.activations.store import ActivationStore
+from husai.runs.subjects import is_language_model
 from husai.subjects import modular_addition
 from husai.subjects.modular_addition import ModularAdditionConfig
 
 DEFAULT_HOOK = "blocks.0.hook_resid_post"
+LANGUAGE_MODEL_HOOK = "blocks.1.hook_resid_pre"
+LANGUAGE_MODEL_ROWS = 1_000_000
 
 
 def open_store(
@@ -19,34 +22,74 @@ def open_store(
     device: torch.device,
     threads: int,
     store: Path | None = None,
-    subject: Path | None = None,
+    subject: str | Path | None = None,
     hook_name: str | None = None,
     position: int | None = None,
     config: ModularAdditionConfig | None = None,
+    rows: int | None = None,
+    random_seed: int | None = None,
 ) -> ActivationStore:
     """The store to study.
 
     Args:
         store: a store's folder; where None, the activations of `subject` are harvested, or found below `artifact_root`.
-        subject: folder of a trained transformer; where None, one is trained by `config`, or found.
-        hook_name: by default the store's, or DEFAULT_HOOK. position: by default that of "=".
+        subject: folder of a trained transformer, or folder or name of a language model; where None, a modular-addition
+            transformer is trained by `config`, or found.
+        hook_name: by default the store's, or the default of the kind of subject.
+        position: modular addition: by default that of "=".
+        rows: language models: by default LANGUAGE_MODEL_ROWS, of the documents that husai-tiny is trained on.
+        random_seed: the random-weights control in the subject's place.
 
     Raises:
         BadInput: the store is damaged, or of another subject or hook.
     """
     if store is not None:
-        expected = modular_addition.describe(subject)["digest"] if subject is not None else None
-        return ActivationStore.open(store, expected, hook_name)
+        return ActivationStore.open(store, None if subject is None else _digest(subject), hook_name)
+    if is_language_model(subject):
+        return _of_language_model(artifact_root, device, threads, str(subject), hook_name, rows, random_seed)
     config = config or ModularAdditionConfig()
     if subject is None:
         subject = modular_addition.train_or_find(config, artifact_root / "subjects", device, threads)
     folder = harvest_modular_addition(
-        subject,
+        Path(subject),
         artifact_root / "activations",
         hook_name or DEFAULT_HOOK,
         position,
         device=device,
         threads=threads,
         require_solved=config.epochs > 0,
+        random_seed=random_seed,
     )
     return ActivationStore.open(folder)
+
+
+def _digest(subject: str | Path) -> str:
+    if not is_language_model(subject):
+        return modular_addition.describe(Path(subject))["digest"]
+    from husai.subjects import pretrained
+
+    return pretrained.describe(pretrained.open_folder(str(subject)))
+
+
+def _of_language_model(
+    artifact_root: Path,
+    device: torch.device,
+    threads: int,
+    subject: str,
+    hook_name: str | None,
+    rows: int | None,
+    random_seed: int | None,
+) -> ActivationStore:
+    from husai.activations.language_model import harvest_tokens
+    from husai.subjects import pretrained, text
+
+    hook = hook_name or LANGUAGE_MODEL_HOOK
+    folders = harvest_tokens(
+        pretrained.load(subject, random_seed, device),
+        [hook],
+        text.corpus().train,
+        artifact_root / "activations",
+        rows or LANGUAGE_MODEL_ROWS,
+        threads=threads,
+    )
+    return ActivationStore.open(folders[hook])

@@ -3,6 +3,8 @@
 A store is a folder: `shard-00000.safetensors`, … (each one tensor `activations [rows, d_in]`), `stats.safetensors`
 (`mean [d_in]`, `covariance [d_in, d_in]`, float64) and `manifest.json`. Its digest names all of them, the subject and
 the hook, so that a result can say on what it rests. Rows are in random order; the last rows serve as held-out rows.
+A store of a language model says itself how many these are, since they come from documents (or tokens) that no other
+row comes from; beside `activations`, its shards hold the int64 labels `document` and `token` of each row.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class StoreManifest(BaseModel):
     control: str | None  # e.g. "shuffled_coordinates"; null for what the model really computed
     shards: list[Shard]
     stats_sha256: str
+    heldout_rows: int | None = None  # the last ones; null where any last rows may serve
 
     @property
     def digest(self) -> str:
@@ -67,12 +70,13 @@ class StoreWriter:
         self.folder, self.d_in, self.dtype, self.shard_rows = folder, d_in, dtype, shard_rows
         self.shards: list[Shard] = []
         self.pending: list[Tensor] = []
+        self.pending_labels: list[dict[str, Tensor]] = []
         self.rows = 0
         self.mean = torch.zeros(d_in, dtype=torch.float64)
         self.scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
 
-    def append(self, x: Tensor) -> None:
-        """Add rows `[n, d_in]`.
+    def append(self, x: Tensor, labels: dict[str, Tensor] | None = None) -> None:
+        """Add rows `[n, d_in]`, with integers `[n]` that say where each comes from (the same names each time).
 
         Raises:
             BadInput: a value is NaN or infinite.
@@ -91,20 +95,32 @@ class StoreWriter:
         self.mean += delta * (n / total)
         self.rows = total
         self.pending.append(x.to(getattr(torch, self.dtype)))
+        self.pending_labels.append(labels or {})
         while sum(map(len, self.pending)) >= self.shard_rows:
             self._flush(self.shard_rows)
 
     def _flush(self, rows: int) -> None:
         everything = torch.cat(self.pending)
-        self.pending = [everything[rows:]] if len(everything) > rows else []
+        labels = {name: torch.cat([part[name] for part in self.pending_labels]) for name in self.pending_labels[0]}
+        rest = len(everything) > rows
+        self.pending = [everything[rows:]] if rest else []
+        self.pending_labels = [{name: label[rows:] for name, label in labels.items()}] if rest else []
         path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
-        write_bytes(path, save({"activations": everything[:rows].contiguous()}))
+        tensors = {"activations": everything, **labels}
+        write_bytes(path, save({name: t[:rows].contiguous() for name, t in tensors.items()}))
         self.shards.append(
             Shard(file=path.name, rows=min(rows, len(everything)), bytes=path.stat().st_size, sha256=sha256_file(path))
         )
 
     def finish(
-        self, subject: str, subject_digest: str, hook_name: str, position: str, row_seed: int, control: str | None
+        self,
+        subject: str,
+        subject_digest: str,
+        hook_name: str,
+        position: str,
+        row_seed: int,
+        control: str | None,
+        heldout_rows: int | None = None,
     ) -> None:
         """Write what is pending, the statistics, and the manifest."""
         if self.rows == 0:
@@ -126,6 +142,7 @@ class StoreWriter:
             control=control,
             shards=self.shards,
             stats_sha256=sha256_file(stats),
+            heldout_rows=heldout_rows,
         )
         write_json(self.folder / "manifest.json", manifest.model_dump())
 
@@ -204,24 +221,34 @@ class ActivationStore:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start … stop−1 as float32 `[stop − start, d_in]`."""
+        x = self._slice("activations", start, stop).float()
+        if not x.isfinite().all():
+            raise BadInput(f"activation store: {self.folder}, rows {start} to {stop}: NaN or infinite value")
+        return x
+
+    def labels(self, name: str, start: int, stop: int) -> Tensor:
+        """`document` (a number made of its sha256) or `token` of rows start … stop−1, int64 `[stop − start]`."""
+        return self._slice(name, start, stop)
+
+    def _slice(self, name: str, start: int, stop: int) -> Tensor:
         parts, first = [], 0
         for shard in self.manifest.shards:
             low, high = max(start, first), min(stop, first + shard.rows)
             if low < high:
                 try:
                     with safe_open(self.folder / shard.file, framework="pt") as f:
-                        parts.append(f.get_slice("activations")[low - first : high - first])
+                        parts.append(f.get_slice(name)[low - first : high - first])
                 except (SafetensorError, OSError) as error:
                     raise BadInput(f"activation store: {self.folder / shard.file} is damaged ({error})") from None
             first += shard.rows
-        x = torch.cat(parts).float() if len(parts) != 1 else parts[0].float()
-        if not x.isfinite().all():
-            raise BadInput(f"activation store: {self.folder}, rows {start} to {stop}: NaN or infinite value")
-        return x
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def split(self, heldout_fraction: float) -> tuple[range, range]:
-        """(training rows, held-out rows): the rows are in random order, so the last ones are a random sample."""
-        n = self.rows - max(2, round(self.rows * heldout_fraction))
+        """(training rows, held-out rows): the rows are in random order, so the last ones are a random sample.
+
+        Where the store was split by document when it was made, that split stands, whatever the fraction.
+        """
+        n = self.rows - (self.manifest.heldout_rows or max(2, round(self.rows * heldout_fraction)))
         if n < 1:
             raise BadInput(f"activation store: {self.folder} has {self.rows} rows; too few to hold some out")
         return range(n), range(n, self.rows)

@@ -18,8 +18,13 @@ COLOURS = {
     "spectral": "#d9730d",
     "covariance_matched": "#b59b00",
     "shuffled": "#ad1a72",
+    "random_model": "#4f7f3b",
 }
-NAMES = {"observed": "trained with different seeds", "covariance_matched": "covariance-matched"}
+NAMES = {
+    "observed": "trained with different seeds",
+    "covariance_matched": "covariance-matched",
+    "random_model": "random-weights model",
+}
 
 
 def _save(figure, path: Path) -> Path:

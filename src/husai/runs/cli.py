@@ -46,9 +46,18 @@ class Parser(argparse.ArgumentParser):
         self.add_shared()
 
     def add_source(self, hook: str) -> None:
-        """What a phase studies: --subject, --hook-name, --layer, --activation-cache-dir."""
-        self.add_argument("--subject", type=Path, help="folder of a trained transformer (default: train or find it)")
-        self.add_argument("--hook-name", help=f"default: {hook}, or the hook of --activation-cache-dir")
+        """What a phase studies: --subject, --hook-name, --layer, --activation-cache-dir, --rows."""
+        self.add_argument(
+            "--subject",
+            type=Path,
+            help="folder of a trained transformer (default: train or find it), or a language model: husai-tiny, "
+            "a Hugging Face folder, a hub name",
+        )
+        self.add_argument(
+            "--hook-name",
+            help=f"default: {hook}, blocks.1.hook_resid_pre of a language model, or that of --activation-cache-dir",
+        )
+        self.add_argument("--rows", type=positive_int, help="of a language model's store (default: 1000000)")
         self.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
         self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from husai.runs.cells import Cells, code_version
 from husai.runs.files import sha256_file, tree_digest
 from husai.runs.folder import Run
+from husai.runs.subjects import folder_of
 
 PACKAGES = ("activations", "dictionaries", "kernels", "report", "runs", "stability", "subjects", "training")
 APART = ("output_dir", "artifact_root", "force", "layer")
@@ -38,7 +39,7 @@ def run_phase(
         BadInput, CheckFailed.
     """
     contents = {
-        flag: tree_digest(path, f"--{flag.replace('_', '-')}")
+        flag: _content(flag, path, f"--{flag.replace('_', '-')}")
         for flag in brought
         if (path := getattr(args, flag)) is not None
     }
@@ -56,3 +57,11 @@ def run_phase(
         print(f"figures  {args.output_dir / 'figures'}")
         if check is not None:
             check(results)
+
+
+def _content(flag: str, path: Path, what: str) -> str:
+    """What a brought folder counts by: its content; a subject that is not on this machine counts by its name."""
+    if flag != "subject":
+        return tree_digest(path, what)
+    folder = folder_of(path)
+    return str(path) if folder is None else tree_digest(folder, what)

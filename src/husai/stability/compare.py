@@ -23,6 +23,8 @@ from husai.stability.scores import GAP, SCORES, max_cosines, score
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "untrained", "spectral")
 REPORTED_NULLS = ("covariance_matched", "shuffled")
+ASKED_FOR_NULLS = ("random_model",)
+"""Reported where they were computed, and not missed where they were not."""
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 SAME_DIRECTION = 1 - 1e-6  # of a |cos| in float32
@@ -114,6 +116,12 @@ def pair(
     }
 
 
+def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> list[str]:
+    """The nulls that stand in these pairs, in the order in which they are reported."""
+    asked_for = [n for n in ASKED_FOR_NULLS if all(n in value for value in pairs.values())]
+    return [n for n in (*GATED_NULLS, *REPORTED_NULLS, *asked_for) if n not in missing]
+
+
 def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
     """Counts in BINS of the matched |cos| of the rows of `x` and `y` that are alive in `a` and `b`."""
     x, y = x[a.alive], y[b.alive]
@@ -125,7 +133,8 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
     """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
 
     Args:
-        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "shuffled" may stand among the nulls.
+        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "shuffled" and "random_model" may
+            stand among the nulls.
         missing: null -> why it is not there.
     """
     seeds = len(labels)
@@ -136,7 +145,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
             m[i, j] = m[j, i] = value[name]["mean"][s]
         return m
 
-    present = [n for n in (*GATED_NULLS, *REPORTED_NULLS) if n not in missing]
+    present = computed(pairs, missing)
     scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
     observed = {s: matrix("observed", s) for s in scored}
     scores = {}

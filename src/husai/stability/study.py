@@ -76,24 +76,30 @@ def compare_all(
     draws: int,
     threads: int,
     missing: dict[str, str],
+    random_model: list[Dictionary] | None = None,
     scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """Score all pairs, one cell each, and summarise them.
 
     Args:
         shuffled: SAEs trained on shuffled coordinates, in the same order, or None.
-        missing: null -> why it is not there. scores: SCORES or ALIVE.
+        missing: null -> why it is not there.
+        random_model: SAEs trained alike on the random-weights model, in the same order, or None.
+        scores: SCORES or ALIVE.
     """
     compare.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
     with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows)
     all_pairs = list(combinations(range(len(labels)), 2))
+    controls = {"shuffled": shuffled, "random_model": random_model}
     scored = {}
     with one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
-                "dictionaries": [arm[n].digest() for arm in (dictionaries, shuffled or []) if arm for n in (i, j)],
+                "dictionaries": [
+                    [arm and arm[n].digest() for n in (i, j)] for arm in (dictionaries, *controls.values())
+                ],
                 "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
@@ -104,19 +110,20 @@ def compare_all(
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
                 path = ("null", labels[i], labels[j])
                 value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads, scores)
-                if shuffled:
-                    a, b = shuffled[i], shuffled[j]
-                    value["shuffled"] = {
-                        "mean": score(a.W_dec, b.W_dec, a.alive, b.alive, scores),
-                        "draws": None,
-                        "histogram": compare.histogram(a.W_dec, b.W_dec, a, b).tolist(),
-                    }
+                for name, arm in controls.items():
+                    if arm:
+                        a, b = arm[i], arm[j]
+                        value[name] = {
+                            "mean": score(a.W_dec, b.W_dec, a.alive, b.alive, scores),
+                            "draws": None,
+                            "histogram": compare.histogram(a.W_dec, b.W_dec, a, b).tolist(),
+                        }
                 return value, []
 
             scored[i, j] = cells.get("pair", key, compute)
             advance(1)
 
-    present = [n for n in ("observed", *compare.GATED_NULLS, *compare.REPORTED_NULLS) if n not in missing]
+    present = ["observed", *compare.computed(scored, missing)]
     return {
         "subject_digest": store.manifest.subject_digest,
         "hook_name": store.manifest.hook_name,
@@ -180,13 +187,15 @@ def score_trained(
     threads: int,
     control: list[dict] | None = None,
     no_control: str = "not part of this protocol",
+    random_model: list[dict] | None = None,
     scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
         records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
-        no_control: why there is none. scores: SCORES, or ALIVE alone, which is faster.
+        no_control: why there is none. random_model: records of SAEs trained alike on the random-weights model.
+        scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"members": records with labels, **compare_all(…), **over_training(…)}
@@ -203,6 +212,7 @@ def score_trained(
         draws,
         threads,
         {} if control else {"shuffled": no_control},
+        random_model and [own_dictionary(root / m["checkpoint"]) for m in random_model],
         scores,
     )
     digests = [m["checkpoint_sha256"] for m in records]

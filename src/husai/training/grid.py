@@ -53,11 +53,13 @@ def train_or_find(
     threads: int,
     target: ActivationStore | None = None,
     references: References | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict:
     """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
 
     Args:
         target: what transcoders reconstruct. references: what members are pulled towards.
+        dtype: of the arithmetic; checkpoints are float32.
 
     Returns:
         {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
@@ -69,9 +71,8 @@ def train_or_find(
     divided = memory.passes(grid, memory_sizes(store, target, config), device)
     if len(divided) > 1:
         log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
-    results = [
-        _one_pass(cells, store, [grid[i] for i in p], config, device, threads, target, references) for p in divided
-    ]
+    arguments = config, device, threads, target, references, dtype
+    results = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
     records = [record for result in results for record in result["members"]]
     for r in records:
         if abs(r["l0_miss"]) > L0_TOLERANCE:
@@ -91,6 +92,7 @@ def _one_pass(
     threads: int,
     target: ActivationStore | None,
     references: References | None,
+    dtype: torch.dtype,
 ) -> dict:
     key = {
         "members": [asdict(m) for m in grid],
@@ -102,6 +104,7 @@ def _one_pass(
         "threads": threads,
         "stacks": memory.stacks(grid, memory_sizes(store, target, config), device),
         "assign_every": references and references.every,
+        "dtype": str(dtype),
     }
     name = digest(key)[:16]
     root = cells.folder.parent
@@ -109,11 +112,14 @@ def _one_pass(
     def compute() -> tuple[dict, list[Path]]:
         state = cells.folder / f"training-{name}.state.safetensors"
         state.parent.mkdir(parents=True, exist_ok=True)
-        trained, curve_steps = train(store, grid, config, device, state, target=target, references=references)
+        trained, curve_steps = train(
+            store, grid, config, device, state, dtype=dtype, target=target, references=references
+        )
         _, heldout = store.split(config.heldout_fraction)
         records, files = [], []
         for t in trained:
             m = t.member
+            t.sae.weights = {name: w.float() for name, w in t.sae.weights.items()}
             t.sae.metadata = {
                 "model_name": store.manifest.subject,
                 "hook_name": store.manifest.hook_name,
@@ -133,7 +139,7 @@ def _one_pass(
             label += f"_pull{m.assignment_weight:g}_{m.reference[:8]}" if m.reference else ""
             folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
-            write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.contiguous()}))
+            write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))
             files.append(folder / SNAPSHOTS)
             records.append(
                 {

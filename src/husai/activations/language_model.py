@@ -1,0 +1,383 @@
+"""Activations of a language model: of every token, into stores; of each prompt's last token, where sae-probes looks.
+
+Inputs are what the subject's tokenizer makes of a text, and batches hold inputs of about one length, padded on the
+right, which changes nothing before the padding. A pass stops at the last layer that is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from husai.activations.harvest import check_hook
+from husai.activations.store import StoreWriter
+from husai.runs.cells import code_version
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
+from husai.runs.progress import progress
+from husai.runs.seeds import generator
+from husai.subjects import text
+from husai.subjects.pretrained import LanguageModel
+
+log = logging.getLogger("husai")
+BATCH_TOKENS = 8192
+PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
+EMBEDDING = "blocks.0.hook_resid_pre"
+
+
+def check_hooks(subject: LanguageModel, hook_names: list[str]) -> None:
+    """Raise BadInput for a hook point that the subject does not have; warn of the embedding."""
+    for hook in hook_names:
+        check_hook(subject.model, hook)
+        if is_embedding(subject, hook):
+            log.warning(
+                "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are "
+                "of tokens that the others are not of; a later block says more",
+                *(hook, subject.name),
+            )
+
+
+def is_embedding(subject: LanguageModel, hook: str) -> bool:
+    """Whether the hook sees nothing but the token: before the first block of a model without position embeddings."""
+    return hook == EMBEDDING and "pos_embed" not in dict(subject.model.named_children())
+
+
+@torch.inference_mode()
+def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str]) -> dict[str, Tensor]:
+    """Each hook's output `[len(inputs), longest, d_in]`, padding included."""
+    longest = max(map(len, inputs))
+    tokens = torch.zeros(len(inputs), longest, dtype=torch.long)
+    for row, tokens_of_row in enumerate(inputs):
+        tokens[row, : len(tokens_of_row)] = torch.from_numpy(tokens_of_row)
+    layers = [int(m[1]) if (m := re.match(r"blocks\.(\d+)\.", hook)) else None for hook in hook_names]
+    stop = None if None in layers else max(layers) + 1
+    device = next(subject.model.parameters()).device
+    _, cache = subject.model.run_with_cache(tokens.to(device), names_filter=hook_names, stop_at_layer=stop)
+    for hook in hook_names:
+        if cache[hook].ndim != 3:
+            raise BadInput(
+                f"--hook-name {hook}: its output has shape {list(cache[hook].shape)}; [batch, position, d_in] expected"
+            )
+    return {hook: cache[hook] for hook in hook_names}
+
+
+def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
+    """Indices of inputs by length, in batches of at most `batch_tokens` with padding (one input at least)."""
+    order = np.argsort(lengths, kind="stable")
+    cut, first = [], 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or (i + 1 - first) * lengths[order[i]] > batch_tokens:
+            cut.append(order[first:i])
+            first = i
+    return cut
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every token
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Documents cut into inputs of at most n_ctx tokens. Of an input, position 0 gives no row: it holds the token that
+    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself.
+
+    Holds where each input lies, not its tokens: these are made again when they are needed.
+    """
+
+    tokenizer: Any
+    texts: list[str]
+    begins: list[int]  # what the tokenizer puts before a text
+    owner: np.ndarray  # [inputs], position of its document in `texts`
+    start: np.ndarray  # [inputs], its first token in the document
+    rows: np.ndarray  # [inputs], rows that it gives: tokens without position 0
+    document: np.ndarray  # [inputs] int64, the first 60 bits of the document's sha256
+    counts: np.ndarray  # [vocabulary], rows of each token
+    digest: str  # sha256 (hex) of documents and tokens
+
+    @classmethod
+    def of(cls, subject: LanguageModel, texts: list[str], rows: int, seed: int) -> Inputs:
+        """As many documents, in random order, as give `rows` rows; the last input is cut to meet them exactly.
+
+        Raises:
+            BadInput: all documents together give fewer.
+        """
+        tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
+        begins = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        size = subject.n_ctx - len(begins)
+        found: list[tuple[int, int, int, int]] = []
+        counts, sha, missing = np.zeros(len(tokenizer), np.int64), hashlib.sha256(), rows
+        order = torch.randperm(len(texts), generator=generator(seed, "documents")).tolist()
+        for first in range(0, len(order), 512):
+            chosen = order[first : first + 512] if missing > 0 else []
+            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=False)["input_ids"] if chosen else []
+            for i, tokens in zip(chosen, encoded, strict=True):
+                number = int(text.document_id(texts[i])[:15], 16)
+                for start in range(0, len(tokens), size):
+                    piece = np.array([*begins, *tokens[start : start + size]])[: missing + 1]
+                    if missing > 0 and len(piece) > 1:
+                        found.append((i, start, len(piece) - 1, number))
+                        sha.update(number.to_bytes(8, "big") + piece.tobytes())
+                        counts += np.bincount(piece[1:], minlength=len(counts))
+                        missing -= len(piece) - 1
+        if missing > 0:
+            raise BadInput(f"--rows {rows}: the chosen documents give {rows - missing} rows of activations")
+        owner, start, length, document = np.array(found, dtype=np.int64).T
+        return cls(tokenizer, texts, begins, owner, start, length, document, counts, sha.hexdigest())
+
+    def tokens(self, part: range) -> list[np.ndarray]:
+        """Tokens of these inputs, position 0 included."""
+        owners = sorted({int(self.owner[i]) for i in part})
+        encoded = self.tokenizer([self.texts[o] for o in owners], add_special_tokens=False)["input_ids"]
+        of_owner = dict(zip(owners, encoded, strict=True))
+        found = []
+        for i in part:
+            piece = of_owner[int(self.owner[i])][self.start[i] :]
+            found.append(np.array([*self.begins, *piece])[: self.rows[i] + 1])
+        return found
+
+    def parts(self) -> list[range]:
+        """Neighbouring inputs that give about PART_ROWS rows together."""
+        number = (np.cumsum(self.rows) - 1) // PART_ROWS
+        edges = np.flatnonzero(np.diff(number, prepend=-1))
+        return [range(a, b) for a, b in zip(edges, [*edges[1:], len(number)], strict=True)]
+
+    def heldout_documents(self, fraction: float) -> np.ndarray:
+        """The last documents, one at least, which give about this share of the rows, `[inputs]` bool."""
+        before = np.cumsum(self.rows) - self.rows
+        _, first, document = np.unique(self.document, return_index=True, return_inverse=True)
+        begins = before[first][document]  # the first row of each input's document
+        return begins >= min((1 - fraction) * self.rows.sum(), begins[-1])
+
+    def heldout_tokens(self, fraction: float, seed: int) -> np.ndarray:
+        """A random set of tokens, one at least, which gives at most this share of the rows, sorted."""
+        seen = np.flatnonzero(self.counts)
+        order = seen[torch.randperm(len(seen), generator=generator(seed, "tokens")).numpy()]
+        total = np.cumsum(self.counts[order])
+        return np.sort(order[total <= max(fraction * self.counts.sum(), total[0])])
+
+
+def harvest_tokens(
+    subject: LanguageModel,
+    hook_names: list[str],
+    documents: list[str],
+    root: Path,
+    rows: int,
+    row_seed: int = 0,
+    heldout_fraction: float = 0.2,
+    dtype: str = "float32",
+    threads: int = 1,
+    force: bool = False,
+) -> dict[str, Path]:
+    """A store a hook, all from one pass, found where they exist. Rows are shuffled among all documents.
+
+    Held-out rows come last and are of documents (at the embedding: of tokens) that no other row is of. The rows of the
+    stores of one pass correspond, the embedding's aside. Memory: the texts, and one part or shard.
+
+    Args:
+        documents: the texts to draw from, each once.
+        root: folder below which stores lie; a store's name is the digest of what it is made from.
+
+    Returns:
+        {hook: folder}
+    """
+    check_hooks(subject, hook_names)
+    inputs = Inputs.of(subject, documents, rows, row_seed)
+    device = next(subject.model.parameters()).device.type
+    about = {
+        "subject": subject.digest,
+        "inputs": inputs.digest,
+        "row_seed": row_seed,
+        "heldout_fraction": heldout_fraction,
+        "dtype": dtype,
+        "code": code_version("activations", "subjects"),
+        "device": device,
+        "threads": threads,
+    }
+    folders = {hook: root / f"{subject.name}-{digest(about | {'hook': hook})[:16]}" for hook in hook_names}
+    work = root / f".{subject.name}-{digest(about)[:16]}.work"
+    with locked(work.with_suffix(".lock")):
+        wanted = [hook for hook in hook_names if force or not folders[hook].exists()]
+        if wanted:
+            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, is_embedding(subject, h)) for h in wanted}
+            if force:
+                shutil.rmtree(work, ignore_errors=True)
+            _harvest(subject, inputs, plans, dtype, work)
+            for hook, plan in plans.items():
+                build = partial(_merge, subject, hook, plan, work, len(inputs.parts()), dtype)
+                publish_directory(folders[hook], build, force)
+            shutil.rmtree(work)
+    return folders
+
+
+def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dtype: str, work: Path) -> None:
+    """Run all parts whose files are missing."""
+    began, done = time.monotonic(), 0
+    with progress(f"harvesting {', '.join(plans)} (rows)", int(inputs.rows.sum())) as advance:
+        for number, part in enumerate(inputs.parts()):
+            missing = {h: p for h, p in plans.items() if not (work / f"{h}-{number:05d}.safetensors").exists()}
+            n = int(inputs.rows[part.start : part.stop].sum())
+            if missing:
+                _harvest_part(subject, inputs, part, number, missing, dtype, work)
+                done += n
+            advance(n)
+    if done:
+        log.info("%d rows of %d hooks: %.0f tokens/s", done, len(plans), done / (time.monotonic() - began))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the rows of a hook go: each to a bucket, the first `training_buckets` of which hold the training rows.
+
+    A bucket becomes a shard: its rows are a random part of all, brought into random order when it is written.
+    """
+
+    heldout_inputs: np.ndarray | None  # [inputs] bool, where whole documents are held out
+    heldout_tokens: np.ndarray | None  # sorted, where tokens are
+    heldout_rows: int
+    training_buckets: int
+    buckets: int
+    seed: int
+
+    @classmethod
+    def of(cls, inputs: Inputs, fraction: float, seed: int, hold_out_tokens: bool) -> Plan:
+        by_input = by_token = None
+        if hold_out_tokens:
+            by_token = inputs.heldout_tokens(fraction, seed)
+            heldout = int(inputs.counts[by_token].sum())
+        else:
+            by_input = inputs.heldout_documents(fraction)
+            heldout = int(inputs.rows[by_input].sum())
+        total = int(inputs.rows.sum())
+        if not 0 < heldout < total:
+            raise BadInput(f"--rows {total}: too few documents to hold some out; more rows needed")
+        training = -(-(total - heldout) // PART_ROWS)
+        return cls(by_input, by_token, heldout, training, training + -(-heldout // PART_ROWS), seed)
+
+    def bucket(self, tokens: Tensor, owner: Tensor, part: int) -> Tensor:
+        """Bucket of each row of a part, given its token and the number of its input."""
+        if self.heldout_tokens is not None:
+            held = torch.isin(tokens, torch.from_numpy(self.heldout_tokens))
+        else:
+            held = torch.from_numpy(self.heldout_inputs)[owner]
+        draw = torch.rand(len(tokens), generator=generator(self.seed, "bucket", part), dtype=torch.float64)
+        training = (draw * self.training_buckets).long()
+        heldout = self.training_buckets + (draw * (self.buckets - self.training_buckets)).long()
+        return torch.where(held, heldout, training)
+
+
+def _harvest_part(
+    subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: str, work: Path
+) -> None:
+    """Run the inputs of a part; one file a hook, its rows ordered by bucket."""
+    of_part = inputs.tokens(part)
+    lengths = np.array([*map(len, of_part)])
+    found: dict[str, list[Tensor]] = {hook: [] for hook in plans}
+    tokens, owner = [], []
+    for chosen in batches(lengths):
+        outputs = run(subject, [of_part[i] for i in chosen], list(plans))
+        for hook, x in outputs.items():
+            found[hook] += [x[row, 1 : lengths[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
+        tokens += [torch.from_numpy(of_part[i][1:]) for i in chosen]
+        owner += [torch.full((len(of_part[i]) - 1,), part[i]) for i in chosen]
+    tokens, owner = torch.cat(tokens), torch.cat(owner)
+    document = torch.from_numpy(inputs.document)[owner]
+    for hook, plan in plans.items():
+        bucket = plan.bucket(tokens, owner, number)
+        order = bucket.argsort(stable=True)
+        tensors = {
+            "activations": torch.cat(found[hook])[order],
+            "document": document[order],
+            "token": tokens[order],
+            "edges": torch.cat([torch.zeros(1, dtype=torch.long), bucket.bincount(minlength=plan.buckets).cumsum(0)]),
+        }
+        write_bytes(work / f"{hook}-{number:05d}.safetensors", save(tensors))
+
+
+def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int, dtype: str, folder: Path) -> None:
+    """Gather each bucket from all parts, shuffle it, and append it to the store."""
+    writer = None
+    for bucket in range(plan.buckets):
+        pieces: dict[str, list[Tensor]] = {"activations": [], "document": [], "token": []}
+        for number in range(parts):
+            with safe_open(work / f"{hook}-{number:05d}.safetensors", framework="pt") as f:
+                first, last = f.get_tensor("edges")[bucket : bucket + 2].tolist()
+                for name, piece in pieces.items():
+                    piece.append(f.get_slice(name)[first:last])
+        rows = {name: torch.cat(piece) for name, piece in pieces.items()}
+        if len(rows["token"]) == 0:
+            continue
+        order = torch.randperm(len(rows["token"]), generator=generator(plan.seed, "shuffle", bucket))
+        x = rows.pop("activations")[order].float()
+        writer = writer or StoreWriter(folder, x.shape[1], dtype)
+        writer.append(x, {name: label[order] for name, label in rows.items()})
+    position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
+    writer.finish(
+        subject.name, subject.digest, hook, position, plan.seed, subject.control, heldout_rows=plan.heldout_rows
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The last token of each prompt
+
+
+def harvest_prompts(
+    subject: LanguageModel, hook_names: list[str], data_sets: list[str], cache: Path, force: bool = False
+) -> Path:
+    """Write `<data set>_<hook>.pt` files, each a tensor `[prompts, d_in]`, where sae-probes looks for them.
+
+    `sae_probes.run_sae_evals(model_name=subject.name, model_cache_path=cache, …)` then runs without a model. Files that
+    exist are kept: the same call resumes.
+
+    Returns:
+        `<cache>/model_activations_<subject.name>`; shifted sets go beside it, with `_OOD` at its end.
+
+    Raises:
+        BadInput: the folder holds another subject's activations.
+    """
+    check_hooks(subject, hook_names)
+    folder = cache / f"model_activations_{subject.name}"
+    about = {"subject": subject.digest, "n_ctx": subject.n_ctx}
+    for place in {folder.with_name(folder.name + ("_OOD" if name.endswith("_OOD") else "")) for name in data_sets}:
+        if not (place / "subject.json").exists():
+            write_json(place / "subject.json", about)
+        if read_json(place / "subject.json", "activations of prompts") != about:
+            raise BadInput(f"{place} holds the activations of another subject; delete it or name another folder")
+    tokenizer = subject.tokenizer
+    began, done = time.monotonic(), 0
+    with progress("harvesting prompts (data sets)", len(data_sets)) as advance:
+        for name in data_sets:
+            place = folder.with_name(folder.name + ("_OOD" if name.endswith("_OOD") else ""))
+            missing = [h for h in hook_names if force or not (place / f"{name}_{h}.pt").exists()]
+            if missing:
+                tokenizer.truncation_side = "left"  # as sae-probes does
+                encoded = tokenizer(text.documents(name), truncation=True, max_length=subject.n_ctx)["input_ids"]
+                inputs = [np.array(ids) for ids in encoded]
+                lengths = np.array([*map(len, inputs)])
+                last = {hook: [None] * len(inputs) for hook in missing}
+                for chosen in batches(lengths):
+                    for hook, x in run(subject, [inputs[i] for i in chosen], missing).items():
+                        for row, i in enumerate(chosen):
+                            last[hook][i] = x[row, lengths[i] - 1].clone().cpu()
+                for hook in missing:
+                    buffer = io.BytesIO()
+                    torch.save(torch.stack(last[hook]), buffer)
+                    write_bytes(place / f"{name}_{hook}.pt", buffer.getvalue())
+                done += int(lengths.sum())
+            advance(1)
+    if done:
+        log.info("%d tokens, %d hooks: %.0f tokens/s", done, len(hook_names), done / (time.monotonic() - began))
+    return folder

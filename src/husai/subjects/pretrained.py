@@ -1,0 +1,164 @@
+"""Language models as subjects: husai-tiny, a local Hugging Face folder, or any name that TransformerLens knows.
+
+A subject is opened through TransformerLens's bridge over transformers' own model, with the usual hook names
+(`blocks.0.hook_resid_pre`) and the weights as they were saved: no folding, no centring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, read_json, sha256_file
+from husai.runs.seeds import generator
+from husai.runs.subjects import SHIPPED, folder_of
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+OFFLINE = "husai-tiny, which the repository ships, or a local Hugging Face folder work without a network"
+DIGESTS = "digests.json"  # sha256 of each file, where whoever made the folder left them
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """An opened subject."""
+
+    name: str  # names folders and files: husai-tiny, pythia-70m-deduped, husai-tiny-random0
+    digest: str  # of configuration, tokenizer and weights, and of how the control was drawn
+    control: str | None  # how the weights were redrawn; None for the model itself
+    model: TransformerBridge
+    n_ctx: int
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
+
+def open_folder(name: str) -> Path:
+    """The folder of a subject; a hub name is downloaded, or found where it was downloaded before.
+
+    Raises:
+        BadInput: no such folder or name, or it cannot be had.
+    """
+    if folder := folder_of(name):
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"subject: {folder} holds neither config.json (a Hugging Face folder) "
+                "nor subject.json (modular addition)"
+            )
+        return folder
+    if name in SHIPPED:
+        raise BadInput(f"subject {name}: {SHIPPED[name]} is missing; the repository ships it")
+    with quiet():
+        from huggingface_hub import snapshot_download
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    official = next((full for full, short in MODEL_ALIASES.items() if name in short), name)
+    if official not in OFFICIAL_MODEL_NAMES:
+        raise BadInput(f"subject {name}: neither a folder nor a name that TransformerLens knows; {OFFLINE}")
+    try:
+        return Path(snapshot_download(official, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # whatever the hub's client raises: no network, no such repository, no right to read it
+        raise BadInput(
+            f"subject {name}: {official} could not be downloaded ({type(error).__name__}); {OFFLINE}"
+        ) from None
+
+
+def describe(folder: Path) -> str:
+    """sha256 that names configuration, tokenizer and weights of a folder.
+
+    Raises:
+        BadInput: no safetensors in it, or a file that differs from the digest kept beside it.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise BadInput(f"subject: {folder} holds no *.safetensors; weights of another format are not read")
+    files = [folder / "config.json", *sorted(folder.glob("tokenizer*.json")), *weights]
+    found = {p.name: sha256_file(p) for p in files if p.is_file()}
+    if (folder / DIGESTS).exists():
+        expected = read_json(folder / DIGESTS, "subject")["files"]
+        changed = [n for n, sha in found.items() if expected.get(n) != sha]
+        if changed:
+            raise BadInput(f"subject: {folder / changed[0]} is not the file that {DIGESTS} names (sha256 differs)")
+    return digest(found)
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module, seed: int) -> None:
+    """Replace every parameter by Gaussian numbers of its own mean and variance: the random-weights control.
+
+    Heap et al., "Sparse autoencoders can interpret randomly initialized transformers", arXiv 2501.17727. What is left
+    of the training is two numbers a tensor.
+    """
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator(seed, "redraw", name))
+        spread = p.float().std(correction=0) if p.numel() > 1 else torch.zeros(())
+        p.copy_(noise.to(p.device) * spread + p.float().mean())
+
+
+def load_transformers(name: str, random_seed: int | None = None):
+    """(transformers' model in float32, its tokenizer, digest, control): the subject without hooks."""
+    folder = open_folder(name)
+    sha = describe(folder)
+    control = None if random_seed is None else f"random_weights(seed={random_seed})"
+    with quiet():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BadInput(f"subject {name}: transformers cannot open {folder} ({error})") from None
+    if random_seed is not None:
+        redraw(model, random_seed)
+    return model.eval(), tokenizer, sha if control is None else digest([sha, control]), control
+
+
+def load(name: str, random_seed: int | None = None, device: torch.device | str = "cpu") -> LanguageModel:
+    """Open a subject with its hooks.
+
+    Args:
+        name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it.
+        random_seed: give the random-weights control in its place (see `redraw`).
+
+    Raises:
+        BadInput: there is no such subject, or it cannot be had without a network.
+    """
+    model, tokenizer, sha, control = load_transformers(name, random_seed)
+    with quiet():
+        from transformer_lens.model_bridge import TransformerBridge
+
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=model.to(device), tokenizer=tokenizer, device=str(device), dtype=torch.float32
+        )
+    short = Path(name).name + ("" if random_seed is None else f"-random{random_seed}")
+    return LanguageModel(short, sha, control, bridge, model.config.max_position_embeddings)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what the libraries print while they load."""
+    logger = logging.getLogger()
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
