@@ -342,7 +342,7 @@ def test_bad_inputs_of_phase4a(refused, small_subject, small_activations, phase4
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
-    refused("subject.json does not exist", PHASE4A, *common, "--subject", foreign)
+    refused("weights of another format are not read", PHASE4A, *common, "--subject", foreign)
 
     store = tmp_path / "store"
     shutil.copytree(small_activations, store)
