@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from husai.runs.errors import BadInput
-from husai.stability import compare, nulls
+from husai.stability import compare, contrast, nulls
 from husai.stability.compare import Dictionary
-from husai.stability.inference import Estimate, jackknife, pair_values, permutation_test, tost
+from husai.stability.inference import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
 from husai.stability.matching import match
-from husai.stability.scores import GAP, max_cosines, mcc, pwmcc, score
+from husai.stability.scores import ALIVE, GAP, max_cosines, mcc, pwmcc, score
 
 
 def gaussian(seed, features, d=128):
@@ -201,7 +201,7 @@ def test_scoring_leaves_the_thread_count_as_it_was():
     code = """
 import torch
 from husai.kernels.workers import one_torch_thread
-from husai.stability import compare, nulls
+from husai.stability import compare, contrast, nulls
 torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
 with one_torch_thread():
@@ -254,6 +254,67 @@ def test_jackknife_moves_with_its_data(seed, s, shift, scale):
     e, moved = jackknife(m), jackknife((m * scale + shift)[np.ix_(order, order)])
     assert moved.estimate == pytest.approx(e.estimate * scale + shift, abs=1e-9)
     assert moved.high - moved.low == pytest.approx((e.high - e.low) * scale, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=8), st.sampled_from([0.9, 0.95]))
+def test_mean_over_seeds_is_the_t_interval(values, level):
+    found = mean_over_seeds(values, level)
+    assert found.estimate == pytest.approx(np.mean(values), abs=1e-12)
+    if np.std(values) > 1e-6:
+        theirs = stats.ttest_1samp(values, 0).confidence_interval(level)
+        assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-9), pytest.approx(theirs.high, abs=1e-9))
+
+
+def test_mean_over_seeds_needs_three_for_an_interval_and_finite_figures():
+    assert mean_over_seeds([1.0, 2.0]).low is None
+    for bad in ([], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="finite figures"):
+            mean_over_seeds(bad)
+
+
+def arm(excess, null="spectral", seeds=(1, 2, 3)):
+    """A section with these claimable excesses `[S, S]`, and the fields that contrasts read."""
+    labels = [f"seed{s}" for s in seeds]
+    pairs = [
+        {
+            "a": labels[i],
+            "b": labels[j],
+            "observed": {"mcc_alive": 0.5 + excess[i, j]},
+            "isotropic": {"mcc_alive": 0.2},
+            "untrained": {"mcc_alive": 0.2},
+            "spectral": {"mcc_alive": 0.5},
+        }
+        for i, j in combinations(range(len(seeds)), 2)
+    ]
+    each = {n: {"low": low} for n, low in (("isotropic", 0.2), ("untrained", 0.1), ("spectral", -0.05))}
+    stability = {"labels": labels, "verdict": {"highest_null": null}, "scores": {"mcc_alive": {"excess": each}}}
+    return {"pairs": pairs, "stability": stability}
+
+
+def test_contrasts_pair_the_seeds():
+    g = np.random.default_rng(0)
+    base, more = (m + m.T for m in g.normal(size=(2, 3, 3)))
+    np.fill_diagonal(base, 0)
+    np.fill_diagonal(more, 0)
+    a, b = arm(base + more), arm(base)
+    np.testing.assert_allclose(contrast.excess_matrix(b), base, atol=1e-12)
+    expected = jackknife(more)
+    assert contrast.gain(a, b).estimate == pytest.approx(expected.estimate)
+    assert contrast.gain(a, b).low == pytest.approx(expected.low)
+    assert contrast.mean_gain([more, -more]).estimate == pytest.approx(0, abs=1e-12)
+    assert contrast.lower_bound(a) == -0.05
+    with pytest.raises(ValueError, match="same seeds"):
+        contrast.gain(a, arm(base, seeds=(1, 2, 4)))
+
+
+def test_alive_scores_alone_are_those_of_all_scores():
+    a, b = rows(1, 9), rows(2, 7)
+    alive_a, alive_b = torch.arange(9) > 2, torch.arange(7) != 1
+    everything = score(a, b, alive_a, alive_b)
+    alone = score(a, b, alive_a, alive_b, ALIVE)
+    assert set(alone) == {*ALIVE, GAP}
+    assert all(alone[name] == everything[name] for name in ALIVE)
 
 
 def test_two_seeds_have_no_interval_and_one_is_refused():
