@@ -221,6 +221,9 @@ def summary(results: dict) -> str:
             "",
             *table(["method", "gain in excess, paired", "EV lost, paired", *header], methods),
             "",
+            f"{len(methods) - 1} methods were looked at on these seeds: an interval above 0 is a reason to try "
+            "that one on fresh seeds, not a finding.",
+            "",
             "## Controls that share what must not be shared",
             "",
             *(
