@@ -31,6 +31,9 @@ def parse():
     p.add_argument("--ev-floor", type=fraction, default=0.9, help="held-out (default: %(default)s)")
     p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)
     args = p.parse_phase()
+    for flag, seeds in (("seeds", args.seeds), ("confirmation-seeds", args.confirmation_seeds)):
+        if len(seeds) < 3:
+            p.error(f"--{flag}: at least 3 expected: two seeds give no interval to choose or confirm by")
     p.refuse_overlap(seeds=args.seeds, confirmation_seeds=args.confirmation_seeds)
     for k in (*args.k_candidates, args.control_k):
         if k > args.d_sae:
@@ -82,24 +85,19 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # Selection: the surest excess above the floor; ties go to the sparser one
 
     candidates = arms(args.k_candidates, args.seeds)
-    allowed = [
-        s
-        for s in candidates.values()
-        if s["lower_bound"] is not None and (s["explained_variance"]["low"] or 0) >= args.ev_floor
-    ]
-    chosen = max(allowed, key=lambda s: (s["lower_bound"], -s["k"]))["k"] if allowed else None
+    chosen = contrast.choose_k(list(candidates.values()), args.ev_floor)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Confirmation on fresh seeds, against the control
 
-    confirmed, gain, drop, reason = {}, None, None, "no candidate meets the floor"
+    confirmed, gain, drop, outcome = {}, None, None, "no candidate meets the floor"
     if chosen is not None:
         confirmed = arms(list(dict.fromkeys([chosen, args.control_k])), args.confirmation_seeds)
-        reason = "the chosen k is the control's"
+        outcome = "the chosen k is the control's"
     if len(confirmed) == 2:
-        gain = contrast.gain(confirmed[chosen], confirmed[args.control_k]).to_json()
+        gain = contrast.gain([confirmed[chosen]], [confirmed[args.control_k]])
         drop = contrast.drop(confirmed[chosen], confirmed[args.control_k]).to_json()
-        reason = None
+        outcome = contrast.verdict(gain, len(args.confirmation_seeds))
 
     both = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
     results = {
@@ -122,7 +120,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "chosen_k": chosen,
         "gain": gain,
         "ev_drop": drop,
-        "no_gain_because": reason,
+        "outcome": outcome,
         **both,
     }
     everything = [*both["selection"], *both["confirmation"]]
@@ -137,13 +135,13 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 def draw(results: dict, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
-    from husai.report.text import pair_rows, write_csv
+    from husai.report.text import GAINS, pair_rows, write_csv
 
     candidates = sorted(results["selection"], key=lambda s: s["k"])
     ks = [s["k"] for s in candidates]
     label = "k, active features a row"
     series = {"excess over the highest null": [s["stability"]["verdict"]["claimable_excess"] for s in candidates]}
-    unfinished = [s["convergence"]["converged"] is False for s in candidates]
+    unfinished = {next(iter(series)): [s["convergence"]["converged"] is False for s in candidates]}
     ev = {"held-out": [s["explained_variance"] for s in candidates]}
     ev["floor"] = [{"estimate": results["ev_floor"], "low": None, "high": None}] * len(ks)
     drawn = [
@@ -152,9 +150,13 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
     ]
     if results["gain"] is not None:
         confirmed = results["confirmation"]
-        names = [f"k {s['k']}" for s in confirmed] + [f"k {results['chosen_k']} − k {results['control_k']}, paired"]
-        excess = [s["stability"]["verdict"]["claimable_excess"] for s in confirmed] + [results["gain"]]
-        drawn.append(Panel("Confirmation on fresh seeds", "excess of mcc_alive", "", names, {"excess": excess}))
+        names = [f"k {s['k']}" for s in confirmed]
+        excess = [s["stability"]["verdict"]["claimable_excess"] for s in confirmed]
+        for null in GAINS[1:]:
+            names.append(f"k {results['chosen_k']} − k {results['control_k']}, over {null}")
+            excess.append(results["gain"][null])
+        title = f"Fresh seeds: {results['outcome']}"
+        drawn.append(Panel(title, "excess of mcc_alive; below, paired gain", "", names, {"excess": excess}))
     pairs = [
         row
         for stage in ("selection", "confirmation")
@@ -165,7 +167,7 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import gain_sentence, interval, table
 
     def cells(s: dict) -> list[str]:
         lower = "none" if s["lower_bound"] is None else f"{s['lower_bound']:+.4f}"
@@ -179,15 +181,11 @@ def summary(results: dict) -> str:
     if chosen is None:
         outcome = f"**No candidate** keeps the held-out explained variance surely above {results['ev_floor']}."
     elif results["gain"] is None:
-        outcome = f"k {chosen} runs alone: {results['no_gain_because']}."
+        outcome = f"k {chosen} runs alone: {results['outcome']}."
     else:
-        low, high = results["gain"]["low"], results["gain"]["high"]
-        found = (
-            "inconclusive" if low is None else "better" if low > 0 else "worse" if high < 0 else "not shown to differ"
-        )
         outcome = (
-            f"**k {chosen} against k {control} on fresh seeds: {found}.** Paired gain in excess "
-            f"{interval(results['gain'], '+')}, held-out EV lost {interval(results['ev_drop'], '+')}."
+            f"**k {chosen} against k {control} on fresh seeds: {results['outcome']}**; "
+            f"{gain_sentence(results['gain'])}; held-out EV lost {interval(results['ev_drop'], '+')}."
         )
     lines = [
         "# Adaptive L0",

@@ -45,6 +45,10 @@ def parse():
     p.add_recipe(d_sae=256, tokens=200_000, batch_size=512)
     args = p.parse_phase()
     p.refuse_overlap(**{name: getattr(args, name) for name in ("seeds", *SEEDS)})
+    if min(len(args.seeds), len(args.confirmation_seeds)) < 3:
+        p.error(
+            "--seeds, --confirmation-seeds: at least 3 expected: two seeds give no interval to choose or confirm by"
+        )
     for seeds, references in (("seeds", "reference_seeds"), ("confirmation_seeds", "confirmation_reference_seeds")):
         if len(getattr(args, references)) != len(getattr(args, seeds)):
             p.error(f"--{references.replace('_', '-')}: one for each of --{seeds.replace('_', '-')} expected")
@@ -113,7 +117,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     shared = own[: args.shared_references]
     if args.reference:
         name = sha256_file(weights_file(args.reference))
-        decoders[name] = study.reference_decoder(args.reference, store, args.d_sae)
+        scored = [*args.seeds, *args.confirmation_seeds]
+        decoders[name] = study.reference_decoder(args.reference, store, args.d_sae, scored)
         shared = [name]
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -134,43 +139,41 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     control = scored["control", 0.0, None]
 
     def compared(s: dict, base: dict, weight: float) -> dict:
-        figures = {"gain": contrast.gain(s, base).to_json(), "ev_drop": contrast.drop(s, base).to_json()}
+        figures = {"gain": contrast.gain([s], [base]), "ev_drop": contrast.drop(s, base).to_json()}
         return {"lambda": weight} | figures | study.brief(s)
 
     arm_own = [compared(scored["own", weight, None], control, weight) for weight in lambdas]
     arm_shared = []
     for weight in lambdas:
-        each = [compared(scored["shared", weight, name], control, weight) for name in shared]
-        gains = [contrast.gain_matrix(scored["shared", weight, name], control) for name in shared]
+        each = [scored["shared", weight, name] for name in shared]
         counted = [
-            study.gain_with_reference(args.output_dir, scored["shared", weight, name], control, decoders[name])
-            for name in shared
+            study.mcc_with_reference(args.output_dir, s, decoders[name])
+            - study.mcc_with_reference(args.output_dir, control, decoders[name])
+            for name, s in zip(shared, each, strict=True)
         ]
+        left_out = [each[:i] + each[i + 1 :] for i in range(len(each)) if len(each) > 1]
         arm_shared.append(
             {
                 "lambda": weight,
-                "gain": contrast.mean_gain(gains).to_json(),
-                "leave_one_reference_out": [
-                    contrast.mean_gain(gains[:i] + gains[i + 1 :]).to_json()
-                    for i in range(len(gains))
-                    if len(gains) > 1
-                ],
+                "gain": contrast.gain(each, [control] * len(each)),
+                "leave_one_reference_out": [contrast.gain(s, [control] * len(s)) for s in left_out],
                 "gain_counting_the_reference": sum(counted) / len(counted),
-                "references": [{"sha256": name, **c} for name, c in zip(shared, each, strict=True)],
+                "references": [
+                    {"sha256": name, **compared(s, control, weight)} for name, s in zip(shared, each, strict=True)
+                ],
             }
         )
 
     # ----------------------------------------------------------------------------------------------------------------
     # The surest gain among the λ that keep the explained variance, tried on fresh seeds with fresh references
 
-    kept = [a for a in arm_own if a["gain"]["low"] is not None and a["ev_drop"]["high"] <= args.max_ev_drop]
-    chosen = max(kept, key=lambda a: a["gain"]["low"])["lambda"] if kept else None
+    chosen = contrast.choose_weight(arm_own, args.max_ev_drop)
     confirmation = []
     if chosen is not None:
         fresh = args.confirmation_seeds
         records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
         base, s = score(records[: len(fresh)]), score(records[len(fresh) :])
-        confirmation = [compared(base, base, 0.0), compared(s, base, chosen)]
+        confirmation = [{"lambda": 0.0, **study.brief(base)}, compared(s, base, chosen)]
 
     everything = [control, *scored.values(), *confirmation]
     results = {
@@ -189,7 +192,14 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "d_sae": args.d_sae,
         "k": args.k,
         "rows_seen": args.tokens,
-        "acceptance": acceptance(chosen, confirmation, args),
+        "max_ev_drop": args.max_ev_drop,
+        "acceptance": contrast.acceptance(
+            chosen,
+            confirmation[1]["gain"] if confirmation else None,
+            confirmation[1]["ev_drop"] if confirmation else None,
+            len(args.confirmation_seeds),
+            args.max_ev_drop,
+        ),
         "control": study.brief(control),
         "own": arm_own,
         "shared": arm_shared,
@@ -200,23 +210,6 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     return results, [*files, *study.checkpoint_files(cells, trained)]
 
 
-def acceptance(chosen: float | None, confirmation: list[dict], args) -> dict:
-    """Gain's lower end above 0 and EV drop's upper end at most --max-ev-drop, on at least five fresh seeds."""
-    rule = f"gain's lower end > 0 and EV drop's upper end <= {args.max_ev_drop}, own references, fresh seeds"
-    if chosen is None:
-        reason = f"no λ keeps the drop of explained variance surely at most {args.max_ev_drop}"
-        return {"accepted": False, "rule": rule, "lambda": None, "reason": reason}
-    gain, drop = confirmation[1]["gain"], confirmation[1]["ev_drop"]
-    failed = []
-    if len(args.confirmation_seeds) < 5:
-        failed.append(f"{len(args.confirmation_seeds)} seeds; 5 needed")
-    if gain["low"] is None or gain["low"] <= 0:
-        failed.append("the gain is not shown to be above 0")
-    if drop["high"] is None or drop["high"] > args.max_ev_drop:
-        failed.append("the explained variance is not shown to be kept")
-    return {"accepted": not failed, "rule": rule, "lambda": chosen, "reason": "; ".join(failed) or "both hold"}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
@@ -224,28 +217,22 @@ def acceptance(chosen: float | None, confirmation: list[dict], args) -> dict:
 def draw(results: dict, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
-    from husai.report.text import pair_rows, write_csv
+    from husai.report.text import GAINS, pair_rows, write_csv
 
     names = [f"λ {a['lambda']:g}" for a in results["own"]]
-    gains = {"own references": [a["gain"] for a in results["own"]]}
-    gains["shared reference"] = [a["gain"] for a in results["shared"]]
+    gains = {"own references": [a["gain"][a["gain"]["least"]] for a in results["own"]]}
+    gains["shared reference"] = [a["gain"][a["gain"]["least"]] for a in results["shared"]]
     drops = {"own references": [a["ev_drop"] for a in results["own"]]}
     drawn = [
-        Panel("Gain over λ = 0, selection seeds", "gain in excess of mcc_alive, paired", "", names, gains),
+        Panel("Gain over λ = 0, selection seeds", "gain of mcc_alive over the least null, paired", "", names, gains),
         Panel("Explained variance lost", "held-out EV lost, paired", "", names, drops),
     ]
     if results["confirmation"]:
         fresh = results["confirmation"][1]
-        title = f"Fresh seeds and references: {'accepted' if results['acceptance']['accepted'] else 'not accepted'}"
-        drawn.append(
-            Panel(
-                title,
-                "paired",
-                "",
-                [f"gain, λ {fresh['lambda']:g}", "EV lost"],
-                {"": [fresh["gain"], fresh["ev_drop"]]},
-            )
-        )
+        names = ["mcc_alive", *(f"over {null}" for null in GAINS[1:]), "EV lost"]
+        figures = [*(fresh["gain"][null] for null in GAINS), fresh["ev_drop"]]
+        title = f"Fresh seeds and references, λ {fresh['lambda']:g}: {results['acceptance']['outcome']}"
+        drawn.append(Panel(title, "paired gain", "", names, {"": figures}))
     sections = [("control", results["control"])]
     sections += [(f"own, lambda {a['lambda']:g}", a) for a in results["own"]]
     sections += [
@@ -257,7 +244,7 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import GAIN_HEADER, gain_cells, gain_sentence, interval, table
 
     accepted = results["acceptance"]
     lines = [
@@ -271,17 +258,16 @@ def summary(results: dict) -> str:
         c = results["confirmation"][1]
         lines += [
             "",
-            f"Confirmation, λ {c['lambda']:g}, fresh seeds, each with a reference of its own: paired gain in excess "
-            f"{interval(c['gain'], '+')}, held-out EV lost {interval(c['ev_drop'], '+')}.",
+            f"Confirmation, λ {c['lambda']:g}, fresh seeds, each with a reference of its own: "
+            f"{gain_sentence(c['gain'])}; held-out EV lost {interval(c['ev_drop'], '+')}.",
         ]
-    own = [[f"{a['lambda']:g}", interval(a["gain"], "+"), interval(a["ev_drop"], "+")] for a in results["own"]]
-    lines += ["", "## Own references, selection seeds", ""]
-    lines += table(["λ", "gain in excess, paired", "EV lost, paired"], own)
+    own = [[f"{a['lambda']:g}", *gain_cells(a["gain"]), interval(a["ev_drop"], "+")] for a in results["own"]]
+    lines += ["", "## Own references, selection seeds", "", *table(["λ", *GAIN_HEADER, "EV lost"], own)]
     shared = [
         [
             f"{a['lambda']:g}",
-            interval(a["gain"], "+"),
-            ", ".join(f"{g['estimate']:+.4f}" for g in a["leave_one_reference_out"]) or "one reference",
+            *gain_cells(a["gain"]),
+            ", ".join(f"{g[g['least']]['estimate']:+.4f}" for g in a["leave_one_reference_out"]) or "one reference",
             f"{a['gain_counting_the_reference']:+.4f}",
         ]
         for a in results["shared"]
@@ -289,15 +275,15 @@ def summary(results: dict) -> str:
     lines += ["", "## One reference shared by all seeds: reported, never accepted", ""]
     header = [
         "λ",
-        "gain, mean over references",
-        "leaving one reference out",
-        "`mcc_alive` gained if it were scored too",
+        *GAIN_HEADER,
+        "over the least null, leaving one reference out",
+        "of `mcc_alive` if it were scored too",
     ]
     lines += table(header, shared)
     lines += [
         "",
-        "*Gain*: of the excess of `mcc_alive` over the highest required null, against λ = 0, the same seeds in both. "
-        "Intervals: delete-one-seed jackknife, t(S−1); of EV, t(S−1).",
+        "*Gain*: against λ = 0, the same seeds in both; the shared arm's is the mean over references, its interval "
+        "over seeds given these references. Intervals: delete-one-seed jackknife, t(S−1); of EV, t(S−1).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -44,20 +44,28 @@ def parse():
     for k, d_sae in [*((k, args.d_sae) for k in args.ks), *((args.k, d) for d in args.d_saes)]:
         if k > d_sae:
             p.error(f"k {k} with d_sae {d_sae}: k ≤ d_sae expected")
+    if not args.no_methods and (args.k > args.d_sae // 2 or args.batch_size < 4):
+        p.error("the methods halve --d-sae and quarter --batch-size: k ≤ d_sae/2 and 4 rows expected, or --no-methods")
     return args
 
 
 def main() -> None:
     args = parse()
+    from husai.runs.errors import CheckFailed
     from husai.runs.phase import run_phase
 
-    run_phase(args, "core_ablations", __file__, compute, summary)
+    def check(results: dict) -> None:
+        if passed := [c["name"] for c in results["controls"] if not c["refused"]]:
+            raise CheckFailed(f"core ablations: controls that had to be refused were not: {', '.join(passed)}")
+
+    run_phase(args, "core_ablations", __file__, compute, summary, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> all conditions in a few passes -> scores. Returns the results and their files."""
     device = prepare(args.device, args.threads)
     from husai.activations.source import open_store
+    from husai.runs.errors import BadInput
     from husai.stability import contrast, study
     from husai.stability.scores import ALIVE
     from husai.training.grid import members, train_or_find
@@ -73,6 +81,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     conditions = [m for d_sae, k in axes for m in grid(d_sae, k, args.architectures)]
     check_members(conditions)
+    if any("transcoder" in family for family in args.architectures):
+        raise BadInput("--architectures: SAEs of the activations expected; transcoders need a second store")
     store = open_store(args.artifact_root, device, args.threads, **given)
 
     def train(these: list, how: TrainingConfig = recipe) -> tuple[list[dict], list[int]]:
@@ -105,7 +115,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     methods, controls = [], []
     if not args.no_methods:
-        quarter, half = max(1, args.batch_size // 4), max(args.k, args.d_sae // 2)
+        quarter, half = max(1, args.batch_size // 4), args.d_sae // 2
         variants = {
             "as it is": (recipe, args.d_sae),
             "encoder and decoder start apart": (replace(recipe, tied_init=False), args.d_sae),
@@ -115,9 +125,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         }
         for name, (how, d_sae) in variants.items():
             section = {"name": name, "d_sae": d_sae, "rows_seen": how.tokens} | scored(*train(grid(d_sae), how))
-            baseline = methods[0] if methods else section
-            section["gain"] = contrast.gain(section, baseline).to_json()
-            section["ev_drop"] = contrast.drop(section, baseline).to_json()
+            if methods:
+                section["gain"] = contrast.gain([section], [methods[0]])
+                section["ev_drop"] = contrast.drop(section, methods[0]).to_json()
             methods.append(section)
         for name, how in (
             ("shared initialisation", recipe),
@@ -158,32 +168,32 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 def draw(results: dict, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
-    from husai.report.text import pair_rows, write_csv
+    from husai.report.text import GAINS, pair_rows, write_csv
 
     drawn = []
     for axis, label in (("k", "k, active features a row"), ("d_sae", "d_sae, features")):
+        series, unfinished, x = {}, {}, []
         for family in dict.fromkeys(r["family"] for r in results["rows"]):
-            here = sorted(
-                (r for r in results["rows"] if axis in r["axes"] and r["family"] == family), key=lambda r: r[axis]
-            )
-            scores = [r["stability"]["scores"]["mcc_alive"] for r in here]
-            series = {"observed": [s["observed"] for s in scores]}
-            for null in ("isotropic", "untrained", "spectral"):
-                series[null] = [{"estimate": s["nulls"][null]["mean"], "low": None, "high": None} for s in scores]
-            unfinished = [r["convergence"]["converged"] is False for r in here]
-            title = f"{family}: against {axis}"
-            drawn.append(Panel(title, label, "mcc of alive features", [r[axis] for r in here], series, unfinished))
+            here = [r for r in results["rows"] if axis in r["axes"] and r["family"] == family]
+            here, x = sorted(here, key=lambda r: r[axis]), sorted(r[axis] for r in here)
+            series[family] = [r["stability"]["verdict"]["claimable_excess"] for r in here]
+            unfinished[family] = [r["convergence"]["converged"] is False for r in here]
+        drawn.append(Panel(f"Against {axis}", label, "excess over the highest null", x, series, unfinished))
     if results["methods"]:
-        names = [m["name"] for m in results["methods"][1:]]
-        gains = {"gain": [m["gain"] for m in results["methods"][1:]]}
-        drawn.append(Panel("Methods: gain in excess, same seeds", "gain over the recipe as it is", "", names, gains))
+        others = results["methods"][1:]
+        gains = {n: [m["gain"][n] for m in others] for n in GAINS}
+        title = "Methods, same seeds: gain of mcc_alive, and over each null"
+        drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m["name"] for m in others], gains))
+    curves = {r["name"]: [p["mcc"] for p in r["over_training"]] for r in results["rows"]}
+    steps = [max(p["step"], 0.5) for p in results["rows"][0]["over_training"]]
+    drawn.append(Panel("Over training", "training step (0 drawn at 0.5)", "mcc, all features", steps, curves))
     figure = panels(output_dir / "figures" / "core_ablations.png", drawn)
     pairs = [row for s in (*results["rows"], *results["methods"]) for row in pair_rows(s, condition=s["name"])]
     return [figure, write_csv(output_dir / "pairs.csv", pairs)]
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import GAIN_HEADER, gain_cells, interval, table
 
     def cells(r: dict) -> list[str]:
         stability, moved = r["stability"], r["convergence"]
@@ -192,7 +202,7 @@ def summary(results: dict) -> str:
             interval(stability["scores"]["mcc_alive"]["observed"]),
             f"{interval(stability['verdict']['claimable_excess'], '+')} ({stability['verdict']['highest_null']})",
             stability["verdict"]["outcome"],
-            f"{at_rest}, {moved['moved']['estimate']:+.4f}",
+            f"{at_rest}, {interval(moved['moved'], '+')}",
             f"{r['explained_variance']['estimate']:.4f}",
             f"{r['l0']['estimate']:.1f}",
             f"{r['dead_share']['estimate']:.0%}",
@@ -213,16 +223,20 @@ def summary(results: dict) -> str:
     ]
     if results["methods"]:
         methods = [
-            [m["name"], interval(m["gain"], "+"), interval(m["ev_drop"], "+"), *cells(m)] for m in results["methods"]
+            [m["name"], *gain_cells(m["gain"]), interval(m["ev_drop"], "+"), *cells(m)]
+            if "gain" in m
+            else [m["name"], *["–"] * 5, *cells(m)]
+            for m in results["methods"]
         ]
         lines += [
             "",
             "## Methods credited with higher stability, same seeds, against the recipe as it is",
             "",
-            *table(["method", "gain in excess, paired", "EV lost, paired", *header], methods),
+            *table(["method", *GAIN_HEADER, "EV lost", *header], methods),
             "",
-            f"{len(methods) - 1} methods were looked at on these seeds: an interval above 0 is a reason to try "
-            "that one on fresh seeds, not a finding.",
+            f"{len(methods) - 1} methods were looked at on these seeds: one whose gain lies above 0 over every null "
+            "is worth trying on fresh seeds, and no finding yet. Gains are paired by seed; weight decay is of "
+            "encoders alone.",
             "",
             "## Controls that share what must not be shared",
             "",

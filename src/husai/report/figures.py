@@ -93,8 +93,8 @@ class Panel:
     x: list
     series: dict[str, list[dict]]
     """name -> one estimate for each x; `low` and `high` None: no interval."""
-    unfinished: list[bool] | None = None
-    """Which of `x` are drawn hollow: training had not come to rest."""
+    unfinished: dict[str, list[bool]] | None = None
+    """Of each series, which of `x` are drawn hollow: training had not come to rest."""
 
 
 def panels(path: Path, drawn: list[Panel]) -> Path:
@@ -122,22 +122,23 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
                 continue
             axis.errorbar(places, value, yerr=error, fmt="o-", **style)
             if panel.unfinished:
-                hollow = np.array(panel.unfinished)
-                axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5)
-                if hollow.any():
-                    axis.plot([], [], "o", mfc="white", mec=colour, label="still moving at the end of training")
+                hollow = np.array(panel.unfinished[name])
+                label = "still moving at the end of training" if hollow.any() else None
+                axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5, label=label)
         if named:
             axis.axvline(0, color="#5f5f5f", lw=1)
             axis.set(yticks=places, yticklabels=panel.x, ylim=(-0.6, len(panel.x) - 0.4), xlabel=panel.x_label)
         else:
             log = places.min() > 0 and places.max() / places.min() > 3
             axis.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if log else "linear")
+            if "excess" in panel.y_label:
+                axis.axhline(0, color="#5f5f5f", lw=1)
             axis.set_xticks(places, [f"{x:g}" for x in panel.x])
             axis.minorticks_off()
         axis.set_title(panel.title, loc="left")
         axis.grid(alpha=0.3)
-        if len(panel.series) > 1:
-            axis.legend(frameon=False)
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(frameon=False, fontsize="small")
     return _save(figure, path)
 
 

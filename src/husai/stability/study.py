@@ -15,11 +15,12 @@ from torch import Tensor
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.dictionaries.foreign import open_checkpoint
+from husai.dictionaries.sae import SAE
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
-from husai.stability import compare
+from husai.stability import compare, contrast
 from husai.stability.compare import Dictionary
 from husai.stability.inference import jackknife
 from husai.stability.nulls import Spectrum
@@ -28,7 +29,6 @@ from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
-MOVED_AT_MOST = 0.02  # of mcc between the last two snapshots: beyond, training is too short to judge by
 
 
 def own_dictionary(folder: Path) -> Dictionary:
@@ -37,16 +37,11 @@ def own_dictionary(folder: Path) -> Dictionary:
     return Dictionary(checkpoints.load(folder).W_dec, alive, load_file(folder / SNAPSHOTS)["W_dec"][0])
 
 
-def brought_dictionary(
-    folder: Path, store: ActivationStore, heldout: range, untrained: Path | None
-) -> tuple[Dictionary, dict]:
-    """(a checkpoint that a user brings, its held-out figures).
-
-    Args:
-        untrained: folder of the same SAE before training, if there is one.
+def open_fitting(folder: Path, store: ActivationStore) -> SAE:
+    """A checkpoint that was made for a store's activations, as far as it says.
 
     Raises:
-        BadInput: it was made for another width, hook or subject than the store's.
+        BadInput: a transcoder, or made for another width, hook or subject.
     """
     sae = open_checkpoint(folder)
     if "transcoder" in sae.architecture or "W_skip" in sae.weights:
@@ -60,6 +55,21 @@ def brought_dictionary(
         )
     if subject is not None and subject != store.manifest.subject_digest:
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
+    return sae
+
+
+def brought_dictionary(
+    folder: Path, store: ActivationStore, heldout: range, untrained: Path | None
+) -> tuple[Dictionary, dict]:
+    """(a checkpoint that a user brings, its held-out figures).
+
+    Args:
+        untrained: folder of the same SAE before training, if there is one.
+
+    Raises:
+        BadInput: it was made for another width, hook or subject than the store's.
+    """
+    sae = open_fitting(folder, store)
     before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
         raise BadInput(f"checkpoint: {untrained} has another shape than {folder}, whose untrained state it should be")
@@ -147,8 +157,8 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
 
     Returns:
         {"over_training": [{"step", "mcc": estimate, "pwmcc": estimate}], "convergence": {"from_step", "to_step",
-        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": its
-        interval lies within ±MOVED_AT_MOST (null without an interval)}}
+        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": `at_rest`
+        of it}}
     """
 
     def compute() -> tuple[dict, list[Path]]:
@@ -169,8 +179,8 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         ]
         first, last = steps[-2:]
         moved = jackknife(found["mcc", last] - found["mcc", first])
-        at_rest = None if moved.low is None else moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
-        convergence = {"from_step": first, "to_step": last, "moved": moved.to_json(), "converged": at_rest}
+        moved = moved.to_json()
+        convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": contrast.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
     key = {"digests": digests, "steps": steps, "code": code_version("stability")}
@@ -219,31 +229,31 @@ def score_trained(
     return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps, threads)}
 
 
-def reference_decoder(folder: Path, store: ActivationStore, d_sae: int) -> Tensor:
+def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: list[int]) -> Tensor:
     """`W_dec` of a checkpoint that a user brings as a reference.
 
-    Raises:
-        BadInput: it was made for another width, hook or subject than the store's, or has another number of features.
-    """
-    dictionary, _ = brought_dictionary(folder, store, store.split(0.2)[1], None)
-    if len(dictionary.W_dec) != d_sae:
-        raise BadInput(f"checkpoint: {folder} has {len(dictionary.W_dec)} features; a reference needs d_sae {d_sae}")
-    return dictionary.W_dec
-
-
-def gain_with_reference(root: Path, section: dict, control: dict, reference: Tensor) -> float:
-    """How much `mcc_alive` would seem to gain if the reference itself were among the SAEs that are scored.
-
     Args:
-        section, control: arms as `score_trained` gives them; the reference's features all count as alive.
+        scored: seeds of the SAEs that are compared; a reference of one of them would be compared with itself.
+
+    Raises:
+        BadInput: it was made for another width, hook or subject than the store's, has another number of features, or
+            comes of a seed that is scored.
     """
-    means = []
-    for arm in (section, control):
-        own = [own_dictionary(root / m["checkpoint"]) for m in arm["members"]]
-        with one_torch_thread():
-            values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
-        means.append(np.mean(values + [pair["observed"]["mcc_alive"] for pair in arm["pairs"]]))
-    return float(means[0] - means[1])
+    sae = open_fitting(folder, store)
+    if sae.d_sae != d_sae:
+        raise BadInput(f"checkpoint: {folder} has {sae.d_sae} features; a reference needs d_sae {d_sae}")
+    if (seed := (sae.metadata.get("husai") or {}).get("seed")) in scored:
+        raise BadInput(f"checkpoint: {folder} was trained with seed {seed}, which is scored; another seed expected")
+    return sae.W_dec
+
+
+def mcc_with_reference(root: Path, section: dict, reference: Tensor) -> float:
+    """What `mcc_alive` would be if the reference, all of whose features count as alive, were among the SAEs that are
+    scored, as it was in the earlier study."""
+    own = [own_dictionary(root / m["checkpoint"]) for m in section["members"]]
+    with one_torch_thread():
+        values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
+    return float(np.mean(values + [pair["observed"]["mcc_alive"] for pair in section["pairs"]]))
 
 
 def brief(section: dict) -> dict:

@@ -134,9 +134,9 @@ def _one_pass(
                 },
             }
             figures, firing_rate = evaluate(t.sae, store, heldout, target)
-            label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
+            label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate!r}_seed{m.seed}"
             label += f"_order{m.order_seed}" if m.order_seed != m.seed else ""
-            label += f"_pull{m.assignment_weight:g}_{m.reference[:8]}" if m.reference else ""
+            label += f"_pull{m.assignment_weight!r}_{m.reference[:8]}" if m.reference else ""
             folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
             write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))
