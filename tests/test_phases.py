@@ -369,7 +369,7 @@ def test_an_interrupted_pull_resumes_bit_identically(make_store, planted, tmp_pa
         (ADAPTIVE, ["--confirmation-seeds", "42,2,3"], "--seeds and --confirmation-seeds share seed 42"),
         (ADAPTIVE, ["--ev-floor", "1.5"], "between 0 and 1"),
         (ADAPTIVE, ["--seeds", "1,2"], "--seeds: at least 3 expected"),
-        (ABLATIONS, ["--k", "200"], "the methods halve --d-sae"),
+        (ABLATIONS, ["--k", "9", "--d-sae", "16", "--ks", "8", "--d-saes", "16"], "the methods halve --d-sae"),
         (ABLATIONS, ["--architectures", "transcoder"], "transcoders need a second store"),
         (ASSIGNMENT, ["--lambdas", "0.1,0.2"], "0, the control"),
         (ASSIGNMENT, ["--lambdas", "0,-1"], "'-1' is not a finite number of at least 0"),
