@@ -531,4 +531,7 @@ def model_card(record: dict) -> str:
         "little, and says false and offensive things, as its training text (news, reviews, forum posts, essays, "
         "papers) does.",
     ]
-    return "\n\n".join(p if p.startswith("|") else textwrap.fill(p, 120) for p in paragraphs) + "\n"
+    return (
+        "\n\n".join(p if p.startswith("|") else textwrap.fill(p, 120, break_on_hyphens=False) for p in paragraphs)
+        + "\n"
+    )
