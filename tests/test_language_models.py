@@ -280,6 +280,19 @@ def test_impossible_harvests_are_refused(subject, documents, tmp_path, hooks, ro
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
 
 
+def test_a_pass_stops_at_the_last_layer_that_is_asked_for(subject):
+    assert lm.where_to_stop(["blocks.2.hook_resid_pre"]) == (2, "blocks.2.hook_resid_pre")
+    assert lm.where_to_stop(["blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out"]) == (2, "blocks.2.hook_resid_pre")
+    assert lm.where_to_stop(["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]) == (2, None)
+    assert lm.where_to_stop(["blocks.0.hook_resid_pre"]) == (1, None)
+    assert lm.where_to_stop(["blocks.1.hook_resid_pre", "ln_final.hook_normalized"]) == (None, None)
+    tokens = [np.array([0, 5, 6, 7]), np.array([0, 9])]
+    _, cache = subject.model.run_with_cache(torch.tensor([[0, 5, 6, 7], [0, 9, 0, 0]]))
+    for hooks in (["blocks.2.hook_resid_pre", HOOKS[1]], ["blocks.0.hook_resid_pre"], ["ln_final.hook_normalized"]):
+        for hook, x in lm.run(subject, tokens, hooks).items():
+            torch.testing.assert_close(x, cache[hook], rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The last token of each prompt, and sae-probes' own code on it
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from husai.runs.cli import Parser, name_list, prepare, run_main
 
-PACKAGES = ("activations", "report", "runs", "subjects")
-
 
 def parse():
     p = Parser(__doc__)
@@ -35,29 +33,17 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.runs.cells import Cells, code_version
-    from husai.runs.errors import CheckFailed
-    from husai.runs.files import sha256_file
-    from husai.runs.folder import Run
-    from husai.subjects.pretrained import describe, open_folder
+    from husai.runs.phase import run_phase
 
-    apart = ("output_dir", "artifact_root", "force")
-    config = {k: v for k, v in vars(args).items() if k not in apart}
-    subject = describe(open_folder(args.subject))
-    with Run(args.output_dir, config, args.device, args.threads) as run:
-        run.inputs["subject"] = subject
-        cells = Cells(args.output_dir / "cells", args.force)
-        code = [code_version(*PACKAGES), sha256_file(Path(__file__))]
-        key = {"config": config, "subject": subject, "code": code}
-        results = cells.get("language_model", key, lambda: compute(args, cells))
-        run.write(results, summary(results))
-        print(summary(results))
-        missed = [
-            f"{b['value']:.4f} is not {b['bar']} (below {b['below']:.4f})" for b in results["bars"] if not b["holds"]
-        ]
-        if missed:
-            raise CheckFailed("bits per byte: " + "; ".join(missed))
-    print(f"summary  {args.output_dir / 'summary.md'}")
+    run_phase(args, "language_model", __file__, compute, summary, brought=("subject",), check=check)
+
+
+def check(results: dict) -> None:
+    from husai.runs.errors import CheckFailed
+
+    missed = [b for b in results["bars"] if not b["holds"]]
+    if missed:
+        raise CheckFailed("; ".join(f"{b['value']:.4f} bits per byte is not {b['bar']}" for b in missed))
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
@@ -65,7 +51,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.subjects import pretrained, text
 
-    results = {"subject": args.subject, "subject_digest": pretrained.describe(pretrained.open_folder(args.subject))}
+    digest = pretrained.describe(pretrained.open_folder(args.subject))
+    results = {"subject": args.subject, "subject_digest": digest, "inputs": {"subject": digest}}
     results |= bits(args, cells, device)
     data_sets = text.expand(args.data_sets) if args.data_sets else text.probe_sets()
     results["probes"] = probes(args, cells, device, data_sets, None)
@@ -90,7 +77,11 @@ def bits(args, cells, device) -> dict:
         end = tokenizer.eos_token_id
 
         def tokenise(texts: list[str]) -> list[np.ndarray]:
-            return [np.array([*ids, end], np.int32) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            rows = []
+            for first in range(0, len(texts), 1000):  # lists of Python numbers are large
+                encoded = tokenizer(texts[first : first + 1000], add_special_tokens=False)["input_ids"]
+                rows += [np.array([*ids, end], np.int32) for ids in encoded]
+            return rows
 
         c = model.config
         figures = tiny_lm.bits_per_byte(

@@ -63,16 +63,32 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
     tokens = torch.zeros(len(inputs), longest, dtype=torch.long)
     for row, tokens_of_row in enumerate(inputs):
         tokens[row, : len(tokens_of_row)] = torch.from_numpy(tokens_of_row)
-    layers = [int(m[1]) if (m := re.match(r"blocks\.(\d+)\.", hook)) else None for hook in hook_names]
-    stop = None if None in layers else max(layers) + 1
+    stop, at_stop = where_to_stop(hook_names)
     device = next(subject.model.parameters()).device
-    _, cache = subject.model.run_with_cache(tokens.to(device), names_filter=hook_names, stop_at_layer=stop)
-    for hook in hook_names:
-        if cache[hook].ndim != 3:
+    cached = [hook for hook in hook_names if hook != at_stop]
+    output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
+    found = {hook: output if hook == at_stop else cache[hook] for hook in hook_names}
+    for hook, x in found.items():
+        if x.ndim != 3:
             raise BadInput(
-                f"--hook-name {hook}: its output has shape {list(cache[hook].shape)}; [batch, position, d_in] expected"
+                f"--hook-name {hook}: its output has shape {list(x.shape)}; [batch, position, d_in] expected"
             )
-    return {hook: cache[hook] for hook in hook_names}
+    return found
+
+
+def where_to_stop(hook_names: list[str]) -> tuple[int | None, str | None]:
+    """(the block before which a pass stops, None for no stop; the hook that is the output of the stopped pass, if any).
+
+    What stands before the last block asked for is there without running it.
+    """
+    layers = {hook: int(m[1]) if (m := re.match(r"blocks\.(\d+)\.", hook)) else None for hook in hook_names}
+    if None in layers.values():
+        return None, None
+    last = max(layers.values())
+    at_stop = f"blocks.{last}.hook_resid_pre"
+    if last > 0 and [hook for hook, layer in layers.items() if layer == last] == [at_stop]:
+        return last, at_stop
+    return last + 1, None
 
 
 def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:

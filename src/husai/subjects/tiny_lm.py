@@ -54,14 +54,14 @@ class TinyLMConfig:
     n_heads: int = 4
     d_mlp: int = 1024
     n_ctx: int = 256
-    tokens: int = 20_000_000
+    tokens: int = 8_000_000
     """Targets seen in training, repeats included."""
     batch_tokens: int = 4096
     """Of a step, padding included."""
     learning_rate: float = 2e-3
     """Of Muon (matrices of the blocks; its updates have the size of AdamW's) and AdamW (everything else)."""
     warmup_tokens: int = 600_000
-    decay_fraction: float = 0.5
+    decay_fraction: float = 0.35
     """The learning rate falls linearly to zero over this last share of the tokens."""
     weight_decay: float = 0.1
     """Of matrices."""
@@ -531,4 +531,7 @@ def model_card(record: dict) -> str:
         "little, and says false and offensive things, as its training text (news, reviews, forum posts, essays, "
         "papers) does.",
     ]
-    return "\n\n".join(p if p.startswith("|") else textwrap.fill(p, 120) for p in paragraphs) + "\n"
+    return (
+        "\n\n".join(p if p.startswith("|") else textwrap.fill(p, 120, break_on_hyphens=False) for p in paragraphs)
+        + "\n"
+    )
