@@ -182,7 +182,7 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
     if results["methods"]:
         others = results["methods"][1:]
         gains = {n: [m["gain"][n] for m in others] for n in GAINS}
-        title = "Methods, same seeds: gain of mcc_alive, and over each null"
+        title = "Methods: gain of mcc_alive, and over each null"
         drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m["name"] for m in others], gains))
     curves = {r["name"]: [p["mcc"] for p in r["over_training"]] for r in results["rows"]}
     steps = [max(p["step"], 0.5) for p in results["rows"][0]["over_training"]]
