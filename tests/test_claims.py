@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, read, resolve, unclaimed, values
+from husai.release.claims import (
+    DOCUMENTS,
+    NUMBER,
+    Claims,
+    Figure,
+    figure_problem,
+    places,
+    prints_as,
+    read,
+    resolve,
+    unclaimed,
+    values,
+)
 from husai.release.recompute import studies, study_problems
 from husai.runs.files import sha256_file
 from husai.stability import compare
@@ -202,6 +214,15 @@ def test_a_missing_file(copy, audit, path):
     assert any(f"{path} is missing" in line or f"{path} does not exist" in line for line in failed.values())
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_that_is_not_utf8(copy, audit, name):
+    with open(copy / name, "ab") as f:
+        f.write(b"\xff")
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed[name] == f"{name} is not UTF-8"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -332,12 +353,18 @@ def test_a_bold_figure_without_a_claim(copy, audit, name, bold):
         ("**Negative**: in layer4 nothing.", []),
         ("```\nmcc 0.5\n\n**0.7**\n```", []),
         ("By `--rate\n0.25`, ``a`0.25``, 0.5 is `mcc`.", ["0.5"]),
+        ("It is .597, by +.0221, p=.05 or _0.7_.", [".597", "+.0221", ".05", "0.7"]),
+        ("2.5x, 12.7k rows, 0.5s, 10.5ms, 3.5GB, 1.5E-3", ["2.5", "12.7", "0.5", "10.5", "3.5", "1.5E-3"]),
+        ("Of old 0,597 and 17,25 of 2,000 and 1,234,567.5.", ["0,597", "17,25", "1,234,567.5"]),
+        ("17 per cent, 18 Percent, 19\npercent, 20 per\ncent, 21%", ["17", "18", "19", "20", "21"]),
+        ("torch 2.13.0, 2.13.0+cpu, v0.5, 2.13.0rc1 of phase 4a on 2026-11-24, 8 cores, 99 s.", []),
+        ("**2x**, **40k** rows, **3GB**, **phase `4a`**, **layer4**, **2.13.0**", ["2", "40", "3"]),
     ],
 )
 def test_what_needs_a_claim_in_the_log(line, figures):
     found = unclaimed(LOG, f"# Log\n\n{line}\n", [])
     assert [re.fullmatch(r"line \d: (\S+) is no figure of a claim", problem)[1] for problem in found] == figures
-    assert unclaimed("README.md", f"# Log\n\n{line}\n", []) == []
+    assert unclaimed("README.md", f"# Log\n\n{line}\n", []) == (found if "**" in line else [])
 
 
 def test_a_figure_backs_its_own_place_alone():
@@ -392,6 +419,7 @@ GOOD = json.dumps({"artefacts": {}, "claims": [claim("a 0.5", ["0.5"])]})
         (GOOD.replace("{}", '{"a.json": "0"}'), "artefacts.a.json: String should match"),
         (json.dumps({"artefacts": {}, "claims": [claim("x", ["1"])] * 2}), "Value error, the id a stands twice"),
         (json.dumps({"artefacts": {}, "claims": [claim("x", [])]}), "claims.0.figures: List should have at least 1"),
+        ("[" * 100_000 + "]" * 100_000, "is not readable as YAML"),
         (None, "is not readable as YAML"),
     ],
 )
@@ -453,6 +481,44 @@ def test_a_figure_is_its_value_rounded_and_nothing_else(value, digits, style, pe
         assert not prints_as(wrong, value, percent)
 
 
+@pytest.mark.parametrize(
+    ("printed", "value", "percent"),
+    [
+        (".597", 0.5971, False),
+        ("+.0221", 0.0221, False),
+        ("0,597", 0.597, False),
+        ("17,25", 17.25, False),
+        ("17,250", 17250, False),
+        ("−1.5E-3", -0.0015, False),
+    ],
+)
+def test_spellings_of_a_number(printed, value, percent):
+    assert NUMBER.findall(printed) == [printed]
+    assert prints_as(printed, value, percent)
+    assert not prints_as(printed, value * 1000, percent)
+
+
+def test_a_per_cent_word_is_a_per_cent_sign():
+    for text in ("17 %", "17 per cent", "17 percent"):
+        assert figure_problem(Figure(text=text, pointer="/a"), {"a": 0.17}) is None
+        assert figure_problem(Figure(text=text, pointer="/a"), {"a": 17}) is not None
+
+
+@pytest.mark.parametrize(("text", "value"), [("5", 10**400), ("9" * 400, 10**400), ("1e" + "9" * 30, 1)])
+def test_a_number_too_large(text, value):
+    assert figure_problem(Figure(text=text, pointer="/a"), {"a": value}).endswith("is too large")
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("40 %", 1), ("0.25", 0.01), ("3.1e-5", 1e-6), ("0,597", 0.001), ("1,024", 1), ("5 [4.9, 5.1]", 0.1)],
+)
+def test_tolerance_is_one_unit_of_the_last_digit_at_most(text, most):
+    assert Figure(text=text, pointer="/a", tolerance=most).tolerance == most
+    with pytest.raises(ValueError, match="at most one unit of the last printed digit"):
+        Figure(text=text, pointer="/a", tolerance=most * 1.01)
+
+
 def test_tolerance_is_in_printed_units():
     assert prints_as("40", 0.41, percent=True, tolerance=1.001)
     assert not prints_as("40", 0.42, percent=True, tolerance=1.001)
@@ -470,7 +536,7 @@ def test_pointers_as_in_rfc_6901():
     expected |= {"/k l": 6, "/ ": 7, "/m~0n": 8, "/~01": 9}
     for pointer, value in expected.items():
         assert resolve(document, pointer) == value
-    for pointer in ("/foo/2", "/foo/-", "/foo/00", "/foo/-1", "/bar", "/foo/0/x", "/foo/٠"):
+    for pointer in ("/foo/2", "/foo/-", "/foo/00", "/foo/-1", "/bar", "/foo/0/x", "/foo/٠", "/foo/" + "9" * 5000):
         with pytest.raises(LookupError):
             resolve(document, pointer)
 
@@ -487,6 +553,8 @@ def test_places_keep_numbers_whole():
     assert list(places("0.25", text)) == [], "the sign belongs to it"
     assert list(places("then +0.2", text)) == []
     assert list(places("0.5", text)) == [(3, 6)]
+    assert list(places("is 2.5", "is 2.5k")) == [], "the unit belongs to it"
+    assert list(places("2.5", "_2.5_")) == [(1, 4)]
 
 
 @pytest.mark.parametrize("seeds", [2, 4, 6])
