@@ -16,6 +16,7 @@ from husai.release.claims import (
     NUMBER,
     Claims,
     Figure,
+    audit_claims,
     figure_problem,
     places,
     prints_as,
@@ -301,9 +302,49 @@ def test_an_external_claim_without_a_gate(copy, audit):
 
 
 @pytest.mark.parametrize(
+    ("results", "internal"),
+    [
+        ({"phase": "4a"}, True),
+        ({"phase": "external"}, False),
+        ({"phase": ["4a"]}, False),
+        ({}, False),
+        (["4a"], False),
+        (None, False),
+    ],
+)
+def test_an_internal_claim_needs_an_internal_artefact(tmp_path, results, internal):
+    (tmp_path / LOG).write_text("a 0.5\n")
+    for artefact, holds in [("docs/evidence/x/a.json", internal), ("docs/a.json", False), ("a.json", False)]:
+        (tmp_path / artefact).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / artefact).write_text('{"a": 0.5}')
+        if results is not None:
+            (tmp_path / artefact).with_name("results.json").write_text(json.dumps(results))
+        assert internal_claim(tmp_path, artefact) == (
+            [] if holds else [f"internal, and {artefact} is neither a benchmark nor evidence of an internal phase"]
+        )
+    for artefact in ("docs/benchmarks/a.json", "docs/benchmarks/b/a.json"):
+        (tmp_path / artefact).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / artefact).write_text('{"a": 0.5}')
+        assert internal_claim(tmp_path, artefact) == []
+
+
+def internal_claim(root, artefact):
+    """What the audit finds of an internal claim on an artefact below the root."""
+    listed = {
+        "artefacts": {artefact: sha256_file(root / artefact)},
+        "claims": [claim("a 0.5", ["0.5"], artefact=artefact)],
+    }
+    return audit_claims(Claims.model_validate(listed), root)["a"]
+
+
+@pytest.mark.parametrize(
     ("gate", "reason"),
     [
-        ({"pass_all": True}, None),
+        ({"pass_all": True, "of": {"inputs": ["HERE"]}}, None),
+        ({"pass_all": True}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": True, "HERE": "x"}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": True, "of": "sha256:HERE"}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": False, "of": "HERE"}, "pass_all in docs/gate.json is False, not true"),
         ({"pass_all": False}, "pass_all in docs/gate.json is False, not true"),
         ({"pass_all": "true"}, "pass_all in docs/gate.json is 'true', not true"),
         ({"pass_all": 1}, "pass_all in docs/gate.json is 1, not true"),
@@ -316,7 +357,7 @@ def test_an_external_claim_and_its_gate(copy, audit, gate, reason):
     make_external(copy, "gate: docs/gate.json")
     flags = []
     if gate is not None:
-        (copy / "docs/gate.json").write_text(json.dumps(gate))
+        (copy / "docs/gate.json").write_text(json.dumps(gate).replace("HERE", sha256_file(copy / RESULTS)))
         flags = ["--write-digests"]
     code, failed, _ = audit(*flags)
     if reason is None:

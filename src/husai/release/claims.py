@@ -22,6 +22,9 @@ LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
 """Where a bold number needs a claim; in LOG, also each number with a decimal point, or of per cent."""
 
+INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "husai_tiny")
+"""Claims on evidence of these phases, and on docs/benchmarks, may be internal; all others are external."""
+
 
 def _inside(path: str) -> str:
     if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
@@ -74,8 +77,9 @@ class Claim(BaseModel):
     statement: Text
     """As it stands in the document; line wraps do not matter."""
     tier: Literal["internal", "external"]
+    """The artefact decides whether `internal` will do (`may_be_internal`)."""
     gate: RepositoryPath | None = None
-    """What an external claim stands on: a result of the release gate."""
+    """What an external claim stands on: a result of the release gate that names the sha256 of the artefact."""
     artefact: RepositoryPath
     figures: list[Figure] = Field(min_length=1)
     """In the order in which they stand in the statement."""
@@ -264,11 +268,11 @@ def figure_places(claim: Claim, within: str, start: int = 0, end: int | None = N
     return found
 
 
-def claim_problems(claim: Claim, document: str, artefact: Any, gate: Any) -> list[str]:
-    """Why a claim does not hold: its words, its figures, its gate.
+def claim_problems(claim: Claim, document: str, artefact: Any) -> list[str]:
+    """Why a claim does not hold: its words and its figures.
 
     Args:
-        document: the text that it should stand in. artefact, gate: the content of the files that it names, or None.
+        document: the text that it should stand in. artefact: the content of the file that it names, or None.
     """
     problems = []
     if not any(places(claim.statement, document)):
@@ -278,13 +282,45 @@ def claim_problems(claim: Claim, document: str, artefact: Any, gate: Any) -> lis
             problems.append(f"{figure.text!r} does not stand in the statement, after the figure before it")
         elif artefact is not None and (problem := figure_problem(figure, artefact)):
             problems.append(problem)
-    if claim.tier == "external":
-        passed = gate.get("pass_all") if isinstance(gate, dict) else None
-        if claim.gate is None:
-            problems.append("external, and names no gate")
-        elif passed is not True:
-            problems.append(f"external, and pass_all in {claim.gate} is {passed!r}, not true")
     return problems
+
+
+def may_be_internal(artefact: str, root: Path) -> bool:
+    """Is the artefact a benchmark of ours, or evidence of an internal phase?"""
+    path = PurePosixPath(artefact)
+    if path.parts[:2] != ("docs", "evidence"):
+        return path.parts[:2] == ("docs", "benchmarks")
+    try:
+        results = read_json(root / path.parent / "results.json", "evidence")
+    except (BadInput, RecursionError):
+        return False
+    return isinstance(results, dict) and results.get("phase") in INTERNAL_PHASES
+
+
+def gate_problem(claim: Claim, gate: Any, sha256: str | None) -> str | None:
+    """Why an external claim does not pass its gate, or None.
+
+    Args:
+        gate: the content of the file that the claim names, or None. sha256: of the claim's artefact.
+    """
+    passed = gate.get("pass_all") if isinstance(gate, dict) else None
+    if claim.gate is None:
+        return "external, and names no gate"
+    if passed is not True:
+        return f"external, and pass_all in {claim.gate} is {passed!r}, not true"
+    if sha256 not in strings(gate):
+        return f"external, and {claim.gate} does not name the sha256 of {claim.artefact}"
+    return None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string value, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
@@ -322,8 +358,14 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
         document, problem = _text(root / claim.document, claim.document)
         problems = [problem] if problem else []
         problems += [opened[path][1] for path in claim.files() if opened[path][1]]
-        gate = opened[claim.gate][0] if claim.gate else None
-        findings[claim.id] = problems + claim_problems(claim, document, opened[claim.artefact][0], gate)
+        problems += claim_problems(claim, document, opened[claim.artefact][0])
+        if claim.tier == "external":
+            gate = opened[claim.gate][0] if claim.gate else None
+            problem = gate_problem(claim, gate, claims.artefacts.get(claim.artefact))
+            problems += [problem] if problem else []
+        elif not may_be_internal(claim.artefact, root):
+            problems.append(f"internal, and {claim.artefact} is neither a benchmark nor evidence of an internal phase")
+        findings[claim.id] = problems
     unused = sorted(claims.artefacts.keys() - opened.keys())
     return findings | ({"artefacts": [f"{path} is named by no claim" for path in unused]} if unused else {})
 
