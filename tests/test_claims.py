@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, read, resolve, unclaimed, values
+from husai.release.claims import (
+    DOCUMENTS,
+    NUMBER,
+    Claims,
+    Figure,
+    audit_claims,
+    figure_problem,
+    places,
+    prints_as,
+    read,
+    resolve,
+    unclaimed,
+    values,
+)
 from husai.release.recompute import studies, study_problems
 from husai.runs.files import sha256_file
 from husai.stability import compare
@@ -28,7 +41,7 @@ def copy(tmp_path):
     for name in DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/summary.md")]:
+    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/*")]:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -202,15 +215,24 @@ def test_a_missing_file(copy, audit, path):
     assert any(f"{path} is missing" in line or f"{path} does not exist" in line for line in failed.values())
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_that_is_not_utf8(copy, audit, name):
+    with open(copy / name, "ab") as f:
+        f.write(b"\xff")
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed[name] == f"{name} is not UTF-8"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"return_code": 1}, "the run is complete, return code 1; complete and 0 expected"),
+        ({"return_code": 2}, "the run is complete, return code 2; complete and 0, or 1"),
         ({"status": "failed"}, "the run is failed, return code 0"),
         ({"return_code": "0"}, "manifest.json: return_code: Input should be a valid integer"),
         ({"extra": 1}, "manifest.json: extra: Extra inputs are not permitted"),
         ({"inputs": {"subject": "0" * 64}}, "the inputs in the results are not those in the manifest"),
-        ({"outputs": {}}, "the manifest names no results.json"),
+        ({"outputs": {}}, "results.json is not known to the manifest"),
         ({"outputs": {"results.json": "0" * 64}}, "results.json is not the file that the manifest names"),
     ],
 )
@@ -220,6 +242,45 @@ def test_a_manifest(copy, audit, change, reason):
     assert code == 1
     assert set(failed) == {EVIDENCE}
     assert reason in failed[EVIDENCE]
+
+
+def test_a_run_whose_check_did_not_hold_is_evidence(copy, audit):
+    edit(copy / MANIFEST, lambda m: m.update(return_code=1))
+    assert audit("--write-digests") == (0, {}, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "matches.png").write_bytes(b"drawn"), "matches.png is not the file that"),
+        (lambda folder: (folder / "summary.md").write_text("better"), "summary.md is not the file that"),
+        (lambda folder: (folder / "pairs.csv").write_text("a,b\n"), "pairs.csv is not known to the manifest"),
+        (lambda folder: (folder / "summary.md").unlink(), "summary.md is missing"),
+        (lambda folder: (folder / "figures").mkdir(), "figures is not known to the manifest"),
+    ],
+)
+def test_a_file_of_an_evidence_folder(copy, audit, change, reason):
+    change(copy / EVIDENCE)
+    code, failed, _ = audit()
+    assert code == 1
+    assert set(failed) == {EVIDENCE}
+    assert reason in failed[EVIDENCE]
+
+
+@pytest.mark.parametrize("path", [RESULTS, MANIFEST])
+def test_evidence_nested_too_deep(copy, audit, path):
+    (copy / path).write_text("[" * 100_000 + "]" * 100_000)
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed[EVIDENCE] == "results.json or manifest.json is nested too deep"
+    assert f"{path} is nested too deep" in failed["phase4a-excess" if path == RESULTS else "phase4a-wall"]
+
+
+def test_results_that_cannot_be_computed_with(copy, audit):
+    edit(copy / RESULTS, lambda r: r["husai"]["pairs"][0]["observed"].update(mcc=10**400))
+    code, failed, _ = rebind(copy, audit)
+    assert code == 1
+    assert failed[EVIDENCE].startswith("results.json cannot be computed again (OverflowError: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,9 +302,49 @@ def test_an_external_claim_without_a_gate(copy, audit):
 
 
 @pytest.mark.parametrize(
+    ("results", "internal"),
+    [
+        ({"phase": "4a"}, True),
+        ({"phase": "external"}, False),
+        ({"phase": ["4a"]}, False),
+        ({}, False),
+        (["4a"], False),
+        (None, False),
+    ],
+)
+def test_an_internal_claim_needs_an_internal_artefact(tmp_path, results, internal):
+    (tmp_path / LOG).write_text("a 0.5\n")
+    for artefact, holds in [("docs/evidence/x/a.json", internal), ("docs/a.json", False), ("a.json", False)]:
+        (tmp_path / artefact).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / artefact).write_text('{"a": 0.5}')
+        if results is not None:
+            (tmp_path / artefact).with_name("results.json").write_text(json.dumps(results))
+        assert internal_claim(tmp_path, artefact) == (
+            [] if holds else [f"internal, and {artefact} is neither a benchmark nor evidence of an internal phase"]
+        )
+    for artefact in ("docs/benchmarks/a.json", "docs/benchmarks/b/a.json"):
+        (tmp_path / artefact).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / artefact).write_text('{"a": 0.5}')
+        assert internal_claim(tmp_path, artefact) == []
+
+
+def internal_claim(root, artefact):
+    """What the audit finds of an internal claim on an artefact below the root."""
+    listed = {
+        "artefacts": {artefact: sha256_file(root / artefact)},
+        "claims": [claim("a 0.5", ["0.5"], artefact=artefact)],
+    }
+    return audit_claims(Claims.model_validate(listed), root)["a"]
+
+
+@pytest.mark.parametrize(
     ("gate", "reason"),
     [
-        ({"pass_all": True}, None),
+        ({"pass_all": True, "of": {"inputs": ["HERE"]}}, None),
+        ({"pass_all": True}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": True, "HERE": "x"}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": True, "of": "sha256:HERE"}, f"docs/gate.json does not name the sha256 of {RESULTS}"),
+        ({"pass_all": False, "of": "HERE"}, "pass_all in docs/gate.json is False, not true"),
         ({"pass_all": False}, "pass_all in docs/gate.json is False, not true"),
         ({"pass_all": "true"}, "pass_all in docs/gate.json is 'true', not true"),
         ({"pass_all": 1}, "pass_all in docs/gate.json is 1, not true"),
@@ -256,7 +357,7 @@ def test_an_external_claim_and_its_gate(copy, audit, gate, reason):
     make_external(copy, "gate: docs/gate.json")
     flags = []
     if gate is not None:
-        (copy / "docs/gate.json").write_text(json.dumps(gate))
+        (copy / "docs/gate.json").write_text(json.dumps(gate).replace("HERE", sha256_file(copy / RESULTS)))
         flags = ["--write-digests"]
     code, failed, _ = audit(*flags)
     if reason is None:
@@ -293,12 +394,18 @@ def test_a_bold_figure_without_a_claim(copy, audit, name, bold):
         ("**Negative**: in layer4 nothing.", []),
         ("```\nmcc 0.5\n\n**0.7**\n```", []),
         ("By `--rate\n0.25`, ``a`0.25``, 0.5 is `mcc`.", ["0.5"]),
+        ("It is .597, by +.0221, p=.05 or _0.7_.", [".597", "+.0221", ".05", "0.7"]),
+        ("2.5x, 12.7k rows, 0.5s, 10.5ms, 3.5GB, 1.5E-3", ["2.5", "12.7", "0.5", "10.5", "3.5", "1.5E-3"]),
+        ("Of old 0,597 and 17,25 of 2,000 and 1,234,567.5.", ["0,597", "17,25", "1,234,567.5"]),
+        ("17 per cent, 18 Percent, 19\npercent, 20 per\ncent, 21%", ["17", "18", "19", "20", "21"]),
+        ("torch 2.13.0, 2.13.0+cpu, v0.5, 2.13.0rc1 of phase 4a on 2026-11-24, 8 cores, 99 s.", []),
+        ("**2x**, **40k** rows, **3GB**, **phase `4a`**, **layer4**, **2.13.0**", ["2", "40", "3"]),
     ],
 )
 def test_what_needs_a_claim_in_the_log(line, figures):
     found = unclaimed(LOG, f"# Log\n\n{line}\n", [])
     assert [re.fullmatch(r"line \d: (\S+) is no figure of a claim", problem)[1] for problem in found] == figures
-    assert unclaimed("README.md", f"# Log\n\n{line}\n", []) == []
+    assert unclaimed("README.md", f"# Log\n\n{line}\n", []) == (found if "**" in line else [])
 
 
 def test_a_figure_backs_its_own_place_alone():
@@ -353,6 +460,7 @@ GOOD = json.dumps({"artefacts": {}, "claims": [claim("a 0.5", ["0.5"])]})
         (GOOD.replace("{}", '{"a.json": "0"}'), "artefacts.a.json: String should match"),
         (json.dumps({"artefacts": {}, "claims": [claim("x", ["1"])] * 2}), "Value error, the id a stands twice"),
         (json.dumps({"artefacts": {}, "claims": [claim("x", [])]}), "claims.0.figures: List should have at least 1"),
+        ("[" * 100_000 + "]" * 100_000, "is not readable as YAML"),
         (None, "is not readable as YAML"),
     ],
 )
@@ -414,6 +522,44 @@ def test_a_figure_is_its_value_rounded_and_nothing_else(value, digits, style, pe
         assert not prints_as(wrong, value, percent)
 
 
+@pytest.mark.parametrize(
+    ("printed", "value", "percent"),
+    [
+        (".597", 0.5971, False),
+        ("+.0221", 0.0221, False),
+        ("0,597", 0.597, False),
+        ("17,25", 17.25, False),
+        ("17,250", 17250, False),
+        ("−1.5E-3", -0.0015, False),
+    ],
+)
+def test_spellings_of_a_number(printed, value, percent):
+    assert NUMBER.findall(printed) == [printed]
+    assert prints_as(printed, value, percent)
+    assert not prints_as(printed, value * 1000, percent)
+
+
+def test_a_per_cent_word_is_a_per_cent_sign():
+    for text in ("17 %", "17 per cent", "17 percent"):
+        assert figure_problem(Figure(text=text, pointer="/a"), {"a": 0.17}) is None
+        assert figure_problem(Figure(text=text, pointer="/a"), {"a": 17}) is not None
+
+
+@pytest.mark.parametrize(("text", "value"), [("5", 10**400), ("9" * 400, 10**400), ("1e" + "9" * 30, 1)])
+def test_a_number_too_large(text, value):
+    assert figure_problem(Figure(text=text, pointer="/a"), {"a": value}).endswith("is too large")
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("40 %", 1), ("0.25", 0.01), ("3.1e-5", 1e-6), ("0,597", 0.001), ("1,024", 1), ("5 [4.9, 5.1]", 0.1)],
+)
+def test_tolerance_is_one_unit_of_the_last_digit_at_most(text, most):
+    assert Figure(text=text, pointer="/a", tolerance=most).tolerance == most
+    with pytest.raises(ValueError, match="at most one unit of the last printed digit"):
+        Figure(text=text, pointer="/a", tolerance=most * 1.01)
+
+
 def test_tolerance_is_in_printed_units():
     assert prints_as("40", 0.41, percent=True, tolerance=1.001)
     assert not prints_as("40", 0.42, percent=True, tolerance=1.001)
@@ -431,7 +577,7 @@ def test_pointers_as_in_rfc_6901():
     expected |= {"/k l": 6, "/ ": 7, "/m~0n": 8, "/~01": 9}
     for pointer, value in expected.items():
         assert resolve(document, pointer) == value
-    for pointer in ("/foo/2", "/foo/-", "/foo/00", "/foo/-1", "/bar", "/foo/0/x", "/foo/٠"):
+    for pointer in ("/foo/2", "/foo/-", "/foo/00", "/foo/-1", "/bar", "/foo/0/x", "/foo/٠", "/foo/" + "9" * 5000):
         with pytest.raises(LookupError):
             resolve(document, pointer)
 
@@ -448,6 +594,8 @@ def test_places_keep_numbers_whole():
     assert list(places("0.25", text)) == [], "the sign belongs to it"
     assert list(places("then +0.2", text)) == []
     assert list(places("0.5", text)) == [(3, 6)]
+    assert list(places("is 2.5", "is 2.5k")) == [], "the unit belongs to it"
+    assert list(places("2.5", "_2.5_")) == [(1, 4)]
 
 
 @pytest.mark.parametrize("seeds", [2, 4, 6])

@@ -4,9 +4,10 @@
     python scripts/analysis/verify_experiment_consistency.py --write-digests
 
 Reads docs/claims.yaml and checks each claim: its words stand in the document, its artefact is unchanged, its figures
-are what the artefact holds, and an external one has a passed gate. Figures that need a claim and have none are found in
-the documents; in every folder below docs/evidence the manifest is checked, and what rests on pairs of seeds is computed
-again. --write-digests first records the artefacts as they are now: for when they were meant to change.
+are what the artefact holds. It is on a benchmark or an internal phase of ours, or else it is external and has a passed
+gate that names the artefact. Figures that need a claim and have none are found in the documents; every folder below
+docs/evidence holds the files that its manifest names and no others, and what rests on pairs of seeds is computed again.
+--write-digests first records the artefacts as they are now: for when they were meant to change.
 """
 
 from pathlib import Path

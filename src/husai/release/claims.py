@@ -13,14 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 
 LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
-"""Where a bold number needs a claim; in LOG, also each number with a decimal point or a per cent sign."""
+"""Where a bold number needs a claim; in LOG, also each number with a decimal point, or of per cent."""
+
+INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "husai_tiny")
+"""Claims on evidence of these phases, and on docs/benchmarks, may be internal; all others are external."""
 
 
 def _inside(path: str) -> str:
@@ -54,7 +57,14 @@ class Figure(BaseModel):
     range_of: Pointer | None = None
     """The figure is the lowest and highest of this, taken of each item of the list or object at `pointer`."""
     tolerance: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """In printed units, for a figure that is not the value rounded to its digits."""
+    """In printed units, for a figure that is not the value rounded to its digits; at most one unit of the last digit of
+    each number in `text` (0.01 of `0.25`, 1 of `40 %`)."""
+
+    @model_validator(mode="after")
+    def _tolerance_is_small(self) -> Figure:
+        if self.tolerance is not None and any(self.tolerance > unit(n) for n in NUMBER.findall(self.text)):
+            raise ValueError("a tolerance of at most one unit of the last printed digit expected")
+        return self
 
 
 class Claim(BaseModel):
@@ -67,8 +77,9 @@ class Claim(BaseModel):
     statement: Text
     """As it stands in the document; line wraps do not matter."""
     tier: Literal["internal", "external"]
+    """The artefact decides whether `internal` will do (`may_be_internal`)."""
     gate: RepositoryPath | None = None
-    """What an external claim stands on: a result of the release gate."""
+    """What an external claim stands on: a result of the release gate that names the sha256 of the artefact."""
     artefact: RepositoryPath
     figures: list[Figure] = Field(min_length=1)
     """In the order in which they stand in the statement."""
@@ -112,7 +123,7 @@ def read(path: Path) -> Claims:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BadInput(f"claims: {path}: {where}: {first['msg']}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"claims: {path} is not readable as YAML ({error})") from None
 
 
@@ -143,8 +154,20 @@ def write_digests(path: Path, root: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # A figure and its value
 
-NUMBER = re.compile(r"(?<![\w.])[+−-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:e[+−-]?[0-9]+)?(?!\w|\.[0-9])")
-"""A printed number; digits inside a word or a version are none."""
+NUMBER = re.compile(
+    r"(?<![^\W_])(?<!\.)[+−-]?"
+    r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:[.,][0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][+−-]?[0-9]+)?(?!\.?[0-9])"
+)
+"""A printed number, without its unit (`2.5` of `2.5x`); digits after a letter, or in a version, are none."""
+
+PERCENT = re.compile(r"\s*(?:%|per\s?cent)", re.I)
+
+
+def plain(printed: str) -> str:
+    """As Python writes it: `1,024` -> `1024`, `0,597` (a decimal comma) -> `0.597`, `−3E-5` -> `-3e-5`."""
+    grouped = re.match(r"\D?[1-9][0-9]{0,2}(,[0-9]{3})+(?![0-9])", printed)
+    return printed.replace("−", "-").lower().replace(",", "" if grouped else ".")
 
 
 def resolve(value: Any, pointer: str) -> Any:
@@ -153,16 +176,22 @@ def resolve(value: Any, pointer: str) -> Any:
         token = token.replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict) and token in value:
             value = value[token]
-        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]*", token) and int(token) < len(value):
+        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", token) and int(token) < len(value):
             value = value[int(token)]
         else:
             raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
     return value
 
 
+def unit(printed: str) -> float:
+    """One unit of the last digit."""
+    mantissa, _, exponent = plain(printed).partition("e")
+    return float(f"1e{int(exponent or 0) - len(mantissa.partition('.')[2])}")
+
+
 def prints_as(printed: str, value: float, percent: bool = False, tolerance: float | None = None) -> bool:
     """Is `printed` what `value` looks like in as many digits?"""
-    printed = printed.replace(",", "").replace("−", "-")
+    printed = plain(printed)
     value = value * 100 if percent else value
     if tolerance is not None:
         return abs(value - float(printed)) <= tolerance
@@ -205,10 +234,13 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
     if isinstance(found, str):
         holds, found = " ".join(figure.text.split()).casefold() == found.casefold(), [found]
     else:
-        printed, percent = NUMBER.findall(figure.text), "%" in figure.text
-        holds = len(printed) == len(found) and all(
-            prints_as(p, v, percent, figure.tolerance) for p, v in zip(printed, found, strict=True)
-        )
+        printed, percent = NUMBER.findall(figure.text), PERCENT.search(figure.text) is not None
+        try:
+            holds = len(printed) == len(found) and all(
+                prints_as(p, v, percent, figure.tolerance) for p, v in zip(printed, found, strict=True)
+            )
+        except ArithmeticError:
+            return f"{figure.text!r}: the number printed, or that at {figure.pointer}, is too large"
     return None if holds else f"{figure.text!r} printed, {', '.join(map(str, found))} at {figure.pointer}"
 
 
@@ -217,10 +249,11 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
 
 
 def places(text: str, within: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Where `text` stands in `within[start:end]`, its words apart by any white space, none of its numbers cut off."""
+    """Where `text` stands in `within[start:end]`, its words apart by any white space, no number or unit cut off."""
     numbers = [m.span() for m in NUMBER.finditer(within)]
     expected = len(NUMBER.findall(text))
-    for m in re.compile(r"\s+".join(map(re.escape, text.split()))).finditer(within, start, end or len(within)):
+    words = r"\s+".join(map(re.escape, text.split())) + (r"(?![^\W_])" if text[-1:].isdigit() else "")
+    for m in re.compile(words).finditer(within, start, end or len(within)):
         if sum(m.start() <= s and e <= m.end() for s, e in numbers) == expected:
             yield m.span()
 
@@ -235,11 +268,11 @@ def figure_places(claim: Claim, within: str, start: int = 0, end: int | None = N
     return found
 
 
-def claim_problems(claim: Claim, document: str, artefact: Any, gate: Any) -> list[str]:
-    """Why a claim does not hold: its words, its figures, its gate.
+def claim_problems(claim: Claim, document: str, artefact: Any) -> list[str]:
+    """Why a claim does not hold: its words and its figures.
 
     Args:
-        document: the text that it should stand in. artefact, gate: the content of the files that it names, or None.
+        document: the text that it should stand in. artefact: the content of the file that it names, or None.
     """
     problems = []
     if not any(places(claim.statement, document)):
@@ -249,13 +282,45 @@ def claim_problems(claim: Claim, document: str, artefact: Any, gate: Any) -> lis
             problems.append(f"{figure.text!r} does not stand in the statement, after the figure before it")
         elif artefact is not None and (problem := figure_problem(figure, artefact)):
             problems.append(problem)
-    if claim.tier == "external":
-        passed = gate.get("pass_all") if isinstance(gate, dict) else None
-        if claim.gate is None:
-            problems.append("external, and names no gate")
-        elif passed is not True:
-            problems.append(f"external, and pass_all in {claim.gate} is {passed!r}, not true")
     return problems
+
+
+def may_be_internal(artefact: str, root: Path) -> bool:
+    """Is the artefact a benchmark of ours, or evidence of an internal phase?"""
+    path = PurePosixPath(artefact)
+    if path.parts[:2] != ("docs", "evidence"):
+        return path.parts[:2] == ("docs", "benchmarks")
+    try:
+        results = read_json(root / path.parent / "results.json", "evidence")
+    except (BadInput, RecursionError):
+        return False
+    return isinstance(results, dict) and results.get("phase") in INTERNAL_PHASES
+
+
+def gate_problem(claim: Claim, gate: Any, sha256: str | None) -> str | None:
+    """Why an external claim does not pass its gate, or None.
+
+    Args:
+        gate: the content of the file that the claim names, or None. sha256: of the claim's artefact.
+    """
+    passed = gate.get("pass_all") if isinstance(gate, dict) else None
+    if claim.gate is None:
+        return "external, and names no gate"
+    if passed is not True:
+        return f"external, and pass_all in {claim.gate} is {passed!r}, not true"
+    if sha256 not in strings(gate):
+        return f"external, and {claim.gate} does not name the sha256 of {claim.artefact}"
+    return None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string value, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
@@ -275,7 +340,7 @@ def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
     for number in NUMBER.finditer(prose):
         start, end = number.span()
         needs = any(s < start and end < e for s, e in bold)
-        needs |= name == LOG and ("." in number[0] or re.match(r"\s?%", prose[end:]) is not None)
+        needs |= name == LOG and ("." in plain(number[0]) or PERCENT.match(prose, end) is not None)
         if needs and not any(s <= start and end <= e for s, e in backed):
             problems.append(f"line {text.count(chr(10), 0, start) + 1}: {number[0]} is no figure of a claim")
     return problems
@@ -293,8 +358,14 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
         document, problem = _text(root / claim.document, claim.document)
         problems = [problem] if problem else []
         problems += [opened[path][1] for path in claim.files() if opened[path][1]]
-        gate = opened[claim.gate][0] if claim.gate else None
-        findings[claim.id] = problems + claim_problems(claim, document, opened[claim.artefact][0], gate)
+        problems += claim_problems(claim, document, opened[claim.artefact][0])
+        if claim.tier == "external":
+            gate = opened[claim.gate][0] if claim.gate else None
+            problem = gate_problem(claim, gate, claims.artefacts.get(claim.artefact))
+            problems += [problem] if problem else []
+        elif not may_be_internal(claim.artefact, root):
+            problems.append(f"internal, and {claim.artefact} is neither a benchmark nor evidence of an internal phase")
+        findings[claim.id] = problems
     unused = sorted(claims.artefacts.keys() - opened.keys())
     return findings | ({"artefacts": [f"{path} is named by no claim" for path in unused]} if unused else {})
 
@@ -320,7 +391,12 @@ def _open(path: Path, name: str, expected: str | None) -> tuple[Any, str | None]
         return read_json(path, "artefact"), problem
     except BadInput:
         return None, f"{name} is not strict JSON"
+    except RecursionError:
+        return None, f"{name} is nested too deep"
 
 
 def _text(path: Path, name: str) -> tuple[str, str | None]:
-    return (path.read_text(), None) if path.is_file() else ("", f"{name} is missing")
+    try:
+        return (path.read_text(), None) if path.is_file() else ("", f"{name} is missing")
+    except UnicodeDecodeError:
+        return "", f"{name} is not UTF-8"
