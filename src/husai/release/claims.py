@@ -23,7 +23,7 @@ DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
 """Where a bold number needs a claim; in LOG, also each number with a decimal point, or of per cent."""
 
 INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "husai_tiny")
-"""Claims on evidence of these phases, and on docs/benchmarks, may be internal; all others are external."""
+"""Claims on evidence of these phases, on docs/benchmarks and on assets may be internal; all others are external."""
 
 
 def _inside(path: str) -> str:
@@ -286,10 +286,10 @@ def claim_problems(claim: Claim, document: str, artefact: Any) -> list[str]:
 
 
 def may_be_internal(artefact: str, root: Path) -> bool:
-    """Is the artefact a benchmark of ours, or evidence of an internal phase?"""
+    """Is the artefact a benchmark or subject of ours, or evidence of an internal phase?"""
     path = PurePosixPath(artefact)
     if path.parts[:2] != ("docs", "evidence"):
-        return path.parts[:2] == ("docs", "benchmarks")
+        return path.parts[:2] == ("docs", "benchmarks") or path.parts[0] == "assets"
     try:
         results = read_json(root / path.parent / "results.json", "evidence")
     except (BadInput, RecursionError):
