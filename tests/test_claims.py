@@ -41,7 +41,12 @@ def copy(tmp_path):
     for name in DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/*")]:
+    for path in [
+        ROOT / CLAIMS,
+        *ROOT.glob("docs/**/*.json"),
+        *ROOT.glob("docs/evidence/*/*"),
+        *ROOT.glob("assets/*/*.json"),
+    ]:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
