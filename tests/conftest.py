@@ -29,7 +29,7 @@ def make_store(tmp_path):
         for part in x.split(1000):
             writer.append(part)
         about = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"} | manifest
-        writer.finish(**about, row_seed=0, control=None)
+        writer.finish(**({"row_seed": 0, "control": None} | about))
         return ActivationStore.open(folder)
 
     return make
@@ -81,3 +81,19 @@ def run_script(monkeypatch, capsys):
         return stopped.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def refused(run_script):
+    """`refused(message, script, *arguments)`: exit code 2 and one line on stderr that holds the message."""
+
+    def check(message, script, *arguments):
+        code, _, err = run_script(script, *arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, err
+        assert len(lines) == 1
+        assert err.splitlines()[-1] == lines[0]
+        assert message in lines[0]
+        assert sum(message in line for line in err.splitlines()) == 1
+
+    return check

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, resolve, unclaimed, values
+from husai.release.claims import DOCUMENTS, NUMBER, Claims, Figure, places, prints_as, read, resolve, unclaimed, values
 from husai.release.recompute import studies, study_problems
 from husai.runs.files import sha256_file
 from husai.stability import compare
@@ -53,6 +53,18 @@ def swap(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def printed(claim, figure):
+    """The text of a claim's figure, as it stands in the documents of this repository."""
+    return next(c for c in read(ROOT / CLAIMS).claims if c.id == claim).figures[figure].text
+
+
+def misprinted(text, at=0):
+    """The text with the last digit of its number `at` changed."""
+    number = list(NUMBER.finditer(text))[at]
+    digit = str((int(text[number.end() - 1]) + 1) % 10)
+    return text[: number.end() - 1] + digit + text[number.end() :]
+
+
 def edit(path, change):
     """Let `change` edit the JSON at `path`."""
     value = json.loads(path.read_text())
@@ -82,31 +94,33 @@ def test_the_copy_passes_untouched(audit):
 
 
 def test_a_digit_of_a_document(copy, audit):
-    swap(copy / LOG, "0.597 [0.564, 0.629]", "0.598 [0.564, 0.629]")
+    score = printed("phase4a-excess", 2)
+    swap(copy / LOG, score, misprinted(score))
     code, failed, err = audit()
     assert code == 1
     assert set(failed) == {"phase4a-excess", LOG}
     assert "EXPERIMENT_LOG.md does not say" in failed["phase4a-excess"]
-    assert re.search(r"line \d+: 0\.598 is no figure of a claim", failed[LOG])
+    assert re.search(rf"line \d+: {misprinted(score).split()[0]} is no figure of a claim", failed[LOG])
     assert re.match(r"error: audit: 2 do not hold, of \d+ claims.*\n$", err)
 
 
 def test_a_digit_of_a_document_and_of_its_claim(copy, audit):
+    excess = printed("phase4a-excess", 4)
+    wrong = misprinted(excess, at=1)
     for path in (copy / LOG, copy / CLAIMS):
-        path.write_text(path.read_text().replace("+0.033 [+0.022, +0.044]", "+0.033 [+0.023, +0.044]"))
+        path.write_text(path.read_text().replace(excess, wrong))
     code, failed, _ = audit()
     assert code == 1
     assert set(failed) == {"phase4a-excess"}
-    assert re.fullmatch(
-        r"'\+0.033 \[\+0.023, \+0.044\]' printed, 0.03\d+, 0.02\d+, 0.04\d+ at /.*", failed.popitem()[1]
-    )
+    assert re.fullmatch(rf"'{re.escape(wrong)}' printed, (0\.\d+(, )?){{3}} at /.*", failed.popitem()[1])
 
 
 def test_a_digit_of_an_artefact(copy, audit):
     edit(copy / RESULTS, lambda r: r["husai"].update(effective_rank=r["husai"]["effective_rank"] + 0.1))
     code, failed, _ = audit()
     assert code == 1
-    assert "'4.3' printed, 4.38" in failed["phase4a-covariance"]
+    rank = printed("phase4a-covariance", 1)
+    assert f"'{rank}' printed, {float(rank) + 0.1:.1f}"[:-1] in failed["phase4a-covariance"]
     assert f"{RESULTS} was changed" in failed["phase4a-covariance"]
     assert failed["phase4a-dead"] == f"{RESULTS} was changed: its sha256 is another"
     assert failed[EVIDENCE] == "results.json is not the file that the manifest names (sha256 differs)"
@@ -145,7 +159,7 @@ def nested(results):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (claimable, r"/husai: stability/verdict/claimable_excess/low is 0.02\d+, computed again 0.02\d+"),
+        (claimable, r"/husai: stability/verdict/claimable_excess/low is 0\.\d+, computed again 0\.\d+"),
         (estimate, "/husai: stability/scores/pwmcc/observed/estimate is"),
         (null_mean, "/published: stability/scores/mcc/nulls/spectral/mean is"),
         (outcome, "/published: stability/verdict/outcome is 'above chance', computed again 'not above chance'"),
@@ -175,7 +189,8 @@ def test_a_pointer(copy, audit):
     code, failed, _ = audit()
     assert code == 1
     assert failed == {
-        "phase4a-covariance": "'4.3': the artefact has no /husai/effective_tank (it ends before 'effective_tank')"
+        "phase4a-covariance": f"'{printed('phase4a-covariance', 1)}': the artefact has no /husai/effective_tank "
+        "(it ends before 'effective_tank')"
     }
 
 
@@ -306,8 +321,9 @@ def claim(statement, figures, **others):
 
 
 def test_all_failures_are_listed(copy, audit):
-    swap(copy / LOG, "+0.357", "+0.358")
-    swap(copy / LOG, "at 0.929", "at 0.928")
+    isotropic, covariance = printed("phase4a-isotropic", 0), f"at {printed('phase4a-covariance', 0)}"
+    swap(copy / LOG, isotropic, misprinted(isotropic))
+    swap(copy / LOG, covariance, misprinted(covariance))
     edit(copy / MANIFEST, lambda m: m.update(return_code=3))
     code, failed, err = audit()
     assert code == 1

@@ -179,6 +179,14 @@ def learned(tmp_path, change=lambda state, trainer: None, cls="AutoEncoderTopK")
             "both k and a threshold and no architecture",
         ),
         (partial(learned, change=lambda s, t: t.update(k="many")), "k is 'many'"),
+        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(2.5)))), "k is 2.5"),
+        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(torch.nan)))), "k is nan"),
+        (
+            lambda f: torch.save(
+                {n: torch.ones(()) for n in ("encoder.weight", "encoder.bias", "decoder.weight")}, f / "sae_final.pt"
+            ),
+            "no dense matrices",
+        ),
         (partial(learned, change=lambda s, t: s["b_dec"].fill_(torch.nan)), "NaN or infinite"),
         (partial(learned, change=lambda s, t: s.update(b_dec=torch.ones(11))), "holds .* expected"),
         (partial(learned, change=lambda s, t: s.update(note="hello")), "dictionary of tensors expected"),

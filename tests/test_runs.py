@@ -185,7 +185,6 @@ def test_run_folder_and_its_manifest(tmp_path):
     ("error", "status", "code"),
     [
         (BadInput("x"), "failed", 2),
-        (CheckFailed("x"), "failed", 1),
         (KeyboardInterrupt(), "interrupted", 130),
         (RuntimeError("x"), "failed", 1),
     ],
@@ -202,6 +201,21 @@ def test_failed_run_says_so_and_publishes_nothing(tmp_path, error, status, code)
     manifest = read_json(folder / "manifest.json")
     assert (manifest["status"], manifest["return_code"]) == (status, code)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_check_that_does_not_hold_is_a_finished_run_with_return_code_1(tmp_path):
+    def attempt(finished):
+        with Run(tmp_path, {"finished": finished}, "cpu", 2) as run:
+            if finished:
+                run.write({"x": 1.0}, "whole\n")
+            raise CheckFailed("x")
+
+    for finished, status in ((False, "failed"), (True, "complete")):
+        with pytest.raises(CheckFailed):
+            attempt(finished)
+        (manifest,) = [m for p in tmp_path.glob("run_*/manifest.json") if (m := read_json(p))["status"] == status]
+        assert manifest["return_code"] == 1
+        assert (tmp_path / "results.json").exists() == finished
 
 
 def test_second_run_into_the_same_folder_is_refused_while_the_first_lasts(tmp_path):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from husai.runs.errors import BadInput
-from husai.stability import compare, nulls
+from husai.stability import compare, contrast, nulls
 from husai.stability.compare import Dictionary
-from husai.stability.inference import Estimate, jackknife, pair_values, permutation_test, tost
+from husai.stability.inference import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
 from husai.stability.matching import match
-from husai.stability.scores import GAP, max_cosines, mcc, pwmcc, score
+from husai.stability.scores import ALIVE, GAP, max_cosines, mcc, pwmcc, score
 
 
 def gaussian(seed, features, d=128):
@@ -201,7 +201,7 @@ def test_scoring_leaves_the_thread_count_as_it_was():
     code = """
 import torch
 from husai.kernels.workers import one_torch_thread
-from husai.stability import compare, nulls
+from husai.stability import compare, contrast, nulls
 torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
 with one_torch_thread():
@@ -254,6 +254,177 @@ def test_jackknife_moves_with_its_data(seed, s, shift, scale):
     e, moved = jackknife(m), jackknife((m * scale + shift)[np.ix_(order, order)])
     assert moved.estimate == pytest.approx(e.estimate * scale + shift, abs=1e-9)
     assert moved.high - moved.low == pytest.approx((e.high - e.low) * scale, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=8), st.sampled_from([0.9, 0.95]))
+def test_mean_over_seeds_is_the_t_interval(values, level):
+    found = mean_over_seeds(values, level)
+    assert found.estimate == pytest.approx(np.mean(values), abs=1e-12)
+    if np.std(values) > 1e-6:
+        theirs = stats.ttest_1samp(values, 0).confidence_interval(level)
+        assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-9), pytest.approx(theirs.high, abs=1e-9))
+
+
+def test_mean_over_seeds_needs_three_for_an_interval_and_finite_figures():
+    assert mean_over_seeds([1.0, 2.0]).low is None
+    for bad in ([], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="finite figures"):
+            mean_over_seeds(bad)
+
+
+def arm(excess, null="spectral", seeds=(1, 2, 3)):
+    """A section with these claimable excesses `[S, S]`, and the fields that contrasts read."""
+    labels = [f"seed{s}" for s in seeds]
+    pairs = [
+        {
+            "a": labels[i],
+            "b": labels[j],
+            "observed": {"mcc_alive": 0.5 + excess[i, j]},
+            "isotropic": {"mcc_alive": 0.2},
+            "untrained": {"mcc_alive": 0.2},
+            "spectral": {"mcc_alive": 0.5},
+        }
+        for i, j in combinations(range(len(seeds)), 2)
+    ]
+    each = {n: {"low": low} for n, low in (("isotropic", 0.2), ("untrained", 0.1), ("spectral", -0.05))}
+    stability = {"labels": labels, "verdict": {"highest_null": null}, "scores": {"mcc_alive": {"excess": each}}}
+    return {"pairs": pairs, "stability": stability}
+
+
+def test_gains_pair_the_seeds():
+    g = np.random.default_rng(0)
+    base, more = (m + m.T for m in g.normal(size=(2, 3, 3)))
+    np.fill_diagonal(base, 0)
+    np.fill_diagonal(more, 0)
+    a, b = arm(base + more), arm(base)
+    np.testing.assert_allclose(contrast.score_matrix(b, "spectral"), base, atol=1e-12)
+    found, expected = contrast.gain([a], [b]), jackknife(more)
+    for name in ("observed", "isotropic", "untrained", "spectral"):
+        assert found[name]["estimate"] == pytest.approx(expected.estimate)
+        assert found[name]["low"] == pytest.approx(expected.low)
+    both = contrast.gain([a, arm(base - more)], [b, b])
+    assert both["observed"]["estimate"] == pytest.approx(0, abs=1e-12)
+    assert contrast.lower_bound(a) == -0.05
+    with pytest.raises(ValueError, match="same seeds"):
+        contrast.gain([a], [arm(base, seeds=(1, 2, 4))])
+
+
+def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
+    """Features less alike than the control's, and the spectral null fallen further: no gain."""
+    level = np.full((5, 5), 0.1) - np.diag([0.1] * 5)
+    noise = np.triu(np.random.default_rng(0).normal(size=(5, 5)) / 1000, 1)
+    control, less = arm(level, seeds=range(5)), arm(level - 0.05 + noise + noise.T, seeds=range(5))
+    for pair in less["pairs"]:
+        pair["spectral"]["mcc_alive"] -= 0.1
+    found = contrast.gain([less], [control])
+    assert found["spectral"]["low"] > 0 > found["isotropic"]["high"]
+    assert found["least"] in ("isotropic", "untrained")
+    assert contrast.verdict(found, 5) == "not shown to differ"
+
+
+def estimates(low, high, observed=0.0):
+    each = {"estimate": (low + high) / 2, "low": low, "high": high}
+    return {"observed": each, "isotropic": each, "untrained": each, "spectral": dict(each), "least": "spectral"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "outcome"),
+    [
+        (0.01, 0.02, 5, "better"),
+        (0.01, 0.02, 4, "inconclusive"),
+        (-0.02, -0.01, 5, "worse"),
+        (-0.01, 0.01, 5, "not shown to differ"),
+    ],
+)
+def test_verdict_of_a_gain(low, high, seeds, outcome):
+    assert contrast.verdict(estimates(low, high), seeds) == outcome
+
+
+@pytest.mark.parametrize(
+    ("weight", "low", "lost", "seeds", "accepted", "reason"),
+    [
+        (0.1, 0.01, 0.04, 5, True, "all hold"),
+        (0.1, 0.0, 0.04, 5, False, "the gain is not shown to be above 0"),
+        (0.1, 0.01, 0.06, 5, False, "the explained variance is not shown to be kept"),
+        (0.1, 0.01, 0.04, 4, False, "4 seeds; 5 needed"),
+        (None, 0.01, 0.04, 5, False, "no λ keeps the explained variance"),
+    ],
+)
+def test_acceptance(weight, low, lost, seeds, accepted, reason):
+    found = contrast.acceptance(weight, estimates(low, 0.1), {"low": -0.1, "high": lost}, seeds, 0.05)
+    assert found["accepted"] is accepted
+    assert found["outcome"] == ("accepted" if accepted else "not accepted")
+    assert reason in found["reason"]
+    one_null_short = estimates(0.01, 0.1) | {"spectral": {"low": -0.01, "high": 0.1}}
+    assert not contrast.acceptance(0.1, one_null_short, {"high": 0.0}, 5, 0.05)["accepted"]
+
+
+def test_choices_by_what_is_sure():
+    def candidate(k, ev, low):
+        section = arm(np.zeros((3, 3)))
+        section["stability"]["scores"]["mcc_alive"]["excess"] = {"isotropic": {"low": low}, "spectral": {"low": 1.0}}
+        return section | {"k": k, "members": [{"heldout": {"explained_variance": v}} for v in ev]}
+
+    fine, straddling = (
+        [0.95, 0.951, 0.949],
+        [0.8, 0.95, 1.0],
+    )  # the second's mean lies above the floor, its interval not
+    candidates = [
+        candidate(4, straddling, 0.9),
+        candidate(8, fine, 0.3),
+        candidate(16, fine, 0.3),
+        candidate(32, fine, 0.2),
+    ]
+    assert contrast.choose_k(candidates, 0.9) == 8
+    assert contrast.choose_k(candidates, 0.99) is None
+
+    def pulled(weight, low, lost):
+        return {"lambda": weight, "gain": estimates(low, 1.0), "ev_drop": {"low": -1.0, "high": lost}}
+
+    arms = [pulled(0.1, 0.5, 0.06), pulled(0.2, 0.2, 0.05), pulled(0.3, 0.1, 0.0)]
+    assert contrast.choose_weight(arms, 0.05) == 0.2
+    assert contrast.choose_weight(arms, 0.001) == 0.3
+    assert contrast.choose_weight(arms[:1], 0.05) is None
+
+
+def test_drop_is_what_the_arm_lost():
+    def members(values):
+        return {"members": [{"heldout": {"explained_variance": v}} for v in values]}
+
+    found = contrast.drop(members([0.8, 0.7, 0.9]), members([0.9, 0.85, 0.95]))
+    theirs = stats.ttest_rel([0.9, 0.85, 0.95], [0.8, 0.7, 0.9]).confidence_interval()
+    assert found.estimate == pytest.approx(0.1)
+    assert (found.low, found.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rest"), [(-0.02, 0.02, True), (-0.021, 0.01, False), (0.0, 0.03, False), (None, None, None)]
+)
+def test_at_rest(low, high, rest):
+    assert contrast.at_rest({"low": low, "high": high}) is rest
+
+
+def test_what_counts_as_shared():
+    a, b = rows(1, 300, 16), rows(2, 300, 16)
+    assert not compare.shared(a, b, 0.5)
+    assert compare.shared(torch.cat([a, b[:1]]), a, 0.99), "one row appended"
+    assert compare.shared(torch.cat([a[:-1], b[:1]]), a, 0.99), "one row exchanged"
+    assert compare.shared(a.bfloat16().float(), a, 0.99), "rounded"
+    pruned = a * (torch.arange(300) > 0).unsqueeze(1)
+    assert compare.shared(pruned, pruned * 2, 0.99), "a zero row"
+    assert compare.shared(torch.cat([a[:200], b[:100]]), a, 0.5)
+    assert not compare.shared(torch.cat([a[:200], b[:100]]), a, 0.99)
+    assert not compare.shared(rows(1, 5, 1), rows(2, 5, 1), 0.5), "on a line all directions coincide"
+
+
+def test_alive_scores_alone_are_those_of_all_scores():
+    a, b = rows(1, 9), rows(2, 7)
+    alive_a, alive_b = torch.arange(9) > 2, torch.arange(7) != 1
+    everything = score(a, b, alive_a, alive_b)
+    alone = score(a, b, alive_a, alive_b, ALIVE)
+    assert set(alone) == {*ALIVE, GAP}
+    assert all(alone[name] == everything[name] for name in ALIVE)
 
 
 def test_two_seeds_have_no_interval_and_one_is_refused():
@@ -349,6 +520,9 @@ def test_shared_decoders_and_initialisations_are_refused():
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
     with pytest.raises(BadInput, match="a and b share their initialisation"):
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
+    turned = -2 * a[[3, 1, 0, 4, 2]]
+    with pytest.raises(BadInput, match="a and b share their decoder"):
+        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(turned, alive, rows(4, 5))])
     with pytest.raises(BadInput, match="d_in 12 and 3"):
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
     with pytest.raises(BadInput, match="1 SAE given"):

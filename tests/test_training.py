@@ -212,8 +212,22 @@ def test_impossible_members_are_refused(make_store, planted, tmp_path, members, 
 def test_constant_activations_and_divergence_are_refused(make_store, planted, tmp_path):
     with pytest.raises(BadInput, match="all rows are equal"):
         train(make_store(torch.ones(300, 4), name="constant"), [member(1)], CONFIG, CPU, tmp_path / "s")
-    with pytest.raises(BadInput, match="seed 1 diverged"):
-        train(make_store(planted[0]), [member(1, rate=1e30)], CONFIG, CPU, tmp_path / "s")
+    store, target = make_store(planted[0]), make_store(planted[0], name="target")
+    for family in FAMILIES:
+        other = target if "transcoder" in family else None
+        with pytest.raises(BadInput, match="seed 1 diverged"):
+            train(store, [member(1, rate=1e30, family=family)], CONFIG, CPU, tmp_path / "s", target=other)
+    x = planted[0].clone()
+    x[-1200:] = 1.0
+    constant = make_store(x, name="constant heldout")
+    trained, _ = train(constant, [member(1)], CONFIG, CPU, tmp_path / "s")
+    with pytest.raises(BadInput, match="held-out rows are all equal"):
+        evaluate(trained[0].sae, constant, constant.split(0.2)[1])
+
+
+def test_an_sae_too_large_for_the_machine_is_refused():
+    with pytest.raises(BadInput, match="GiB to train"):
+        memory.passes([member(1, d_sae=4 * 10**8)], memory.Sizes(128, 128, 1024, 8), CPU)
 
 
 def test_a_grid_too_large_for_memory_is_divided_and_gives_the_same(make_store, planted, tmp_path, monkeypatch):
@@ -221,10 +235,12 @@ def test_a_grid_too_large_for_memory_is_divided_and_gives_the_same(make_store, p
     members = [member(s, family=f) for f in ("topk", "batchtopk", "relu") for s in (1, 2, 3)]
     whole, _ = train(store, members, CONFIG, CPU, tmp_path / "s")
     kinds = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert memory.stacks(members, 16, 128, 10**9) == kinds
-    assert memory.passes(members, 16, 10**9) == [list(range(9))]
-    small = 2 * 2 * memory.state_bytes(members[0], 16)
-    assert memory.passes(members, 16, small) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    sizes = memory.Sizes(16, 16, 128, 8)
+    assert memory.stacks(members, sizes, CPU) == kinds
+    assert memory.passes(members, sizes, CPU) == [list(range(9))]
+    monkeypatch.setattr(memory, "budget", lambda device: 2 * 2 * memory.state_bytes(members[0], sizes, CPU))
+    monkeypatch.setattr(memory, "step_bytes", lambda m, sizes: 1)
+    assert memory.passes(members, sizes, CPU) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
     monkeypatch.setattr(memory, "budget", lambda device: 1)
     divided, _ = train(store, members, CONFIG, CPU, tmp_path / "s")
     for a, b in zip(whole, divided, strict=True):
@@ -246,6 +262,9 @@ def test_transcoders_learn_a_map_between_two_hooks(make_store, planted, tmp_path
     assert min(explained[2:]) > max(explained[:2]), "a skip connection can only help here"
     with pytest.raises(BadInput, match="same inputs"):
         train(source, members, config, CPU, tmp_path / "s", target=make_store(y[:-1], name="short"))
+    other_order = make_store(y, name="other order", row_seed=7)
+    with pytest.raises(BadInput, match="in the same order"):
+        train(source, members, config, CPU, tmp_path / "s", target=other_order)
     with pytest.raises(BadInput, match="only they"):
         train(source, [member(1)], config, CPU, tmp_path / "s", target=target)
 

@@ -21,6 +21,7 @@ from husai.runs.cli import (
     fraction,
     int_list,
     name_list,
+    nonnegative_float,
     positive_float,
     positive_int,
     prepare,
@@ -54,14 +55,18 @@ def parse():
     p.add_argument(
         "--dtype", choices=["float32", "float64"], default="float32", help="of the arithmetic (default: %(default)s)"
     )
+    p.add_argument("--weight-decay", type=nonnegative_float, default=0.0, help="of encoders (default: %(default)s)")
+    p.add_argument("--untied-init", action="store_true", help="encoders do not start as their decoder's transpose")
+    p.add_argument("--freeze-decoder", action="store_true", help="a control: decoders stay as initialised")
+    p.add_argument("--init-seed", type=int, help="a control: one initialisation for all; --seeds order the data alone")
     p.add_argument("--b-dec-init", choices=["geometric_median", "mean"], default="geometric_median")
     return p.parse_args()
 
 
 def missed(record: dict) -> str:
-    """Said in the table where a penalised family's L0 lies far from what it aimed at."""
+    """Said in the table where the held-out L0 lies far from k."""
     miss = record["l0_miss"]
-    return f" (misses {record['k']} by {miss:+.0%})" if miss is not None and abs(miss) > 0.1 else ""
+    return f" (misses {record['k']} by {miss:+.0%})" if abs(miss) > 0.1 else ""
 
 
 def main() -> None:
@@ -78,7 +83,7 @@ def main() -> None:
     store = ActivationStore.open(args.activation_cache_dir)
     target = args.target_activation_cache_dir and ActivationStore.open(args.target_activation_cache_dir)
     train_rows, _ = store.split(args.heldout_fraction)
-    grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate], args.architecture)
+    grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate], args.architecture, args.init_seed)
     check_members(grid)
     check_target(store, target, grid)
     config = TrainingConfig(
@@ -86,6 +91,9 @@ def main() -> None:
         batch_size=args.batch_size,
         heldout_fraction=args.heldout_fraction,
         b_dec_init=args.b_dec_init,
+        weight_decay=args.weight_decay,
+        tied_init=not args.untied_init,
+        freeze_decoder=args.freeze_decoder,
     )
     settings = {"members": [asdict(m) for m in grid], "training": asdict(config), "store": store.digest}
     settings |= {"target": target and target.digest, "dtype": args.dtype}

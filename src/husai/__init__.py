@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# torch asks for huge pages for large tensors: a training step's cost less than a quarter to make on a CPU. Read by
-# torch at its first allocation.
+# Lets torch ask for huge pages, which large tensors of a training step are quicker to get from. torch reads it at its
+# first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

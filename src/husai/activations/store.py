@@ -248,7 +248,7 @@ class ActivationStore:
 
         Where the store was split by document when it was made, that split stands, whatever the fraction.
         """
-        n = self.rows - (self.manifest.heldout_rows or max(1, round(self.rows * heldout_fraction)))
+        n = self.rows - (self.manifest.heldout_rows or max(2, round(self.rows * heldout_fraction)))
         if n < 1:
             raise BadInput(f"activation store: {self.folder} has {self.rows} rows; too few to hold some out")
         return range(n), range(n, self.rows)

@@ -58,7 +58,13 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
 
     Args:
         firing_rate: `[d_sae]`, share of rows on which each feature is active; saved as SAELens' log10 sparsity.
+
+    Raises:
+        BadInput: SAELens has no such architecture (a top-k SAE beside a linear map, as sparsify makes them).
     """
+    skip = ("W_skip",) if "skip" in sae.architecture else ()
+    if set(sae.weights) != {*ENCODER[ARCHITECTURES[sae.architecture]], "W_dec", "b_dec", *skip}:
+        raise BadInput(f"checkpoint: {folder}: {sae.architecture} with {sorted(sae.weights)} has no SAELens layout")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.weights.items()}
     write_bytes(folder / WEIGHTS, to_bytes(weights))
     config = {

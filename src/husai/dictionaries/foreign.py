@@ -3,6 +3,7 @@ of tensors, never shapes, say which side is which."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -139,7 +140,7 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     if linear:  # takes nothing off its input, and may have no bias behind the decoder
         names["decoder.bias"] = "b_dec"
         if "decoder.weight" in state:
-            state.setdefault("decoder.bias", torch.zeros(len(state["decoder.weight"])))
+            state.setdefault("decoder.bias", torch.zeros(state["decoder.weight"].shape[:1]))
     if kind == "jumprelu":
         if "log_threshold" in state:
             state["threshold"] = state.pop("log_threshold").exp()
@@ -147,13 +148,14 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     else:
         state.pop("threshold", None)
     weights = _renamed(state, names, path)
-    for name, size in (("d_model", len(weights["W_enc"])), ("d_sae", len(weights["W_dec"]))):
+    sae = _finished(weights, kind, k, not linear, {}, "earlier study", path)
+    for name, size in (("d_model", sae.d_in), ("d_sae", sae.d_sae)):
         _fits(about, name, size, path)
-    return _finished(weights, kind, k, not linear, {}, "earlier study", path)
+    return sae
 
 
 def _k(state: dict, config: dict, path: Path) -> int:
-    found = [int(k) if isinstance(k, Tensor) and k.numel() == 1 else k for k in (config.get("k"), state.get("k"))]
+    found = [k.item() if isinstance(k, Tensor) and k.numel() == 1 else k for k in (config.get("k"), state.get("k"))]
     k = found[0] if found[0] is not None else found[1]
     if None not in found and found[0] != found[1]:
         raise BadInput(f"checkpoint: {path}: k is {found[0]!r} in its configuration and {found[1]!r} among its tensors")
@@ -214,7 +216,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _torch_load(path: Path) -> dict:
     """A dictionary saved by torch. Only tensors and plain values are unpickled: nothing else in a file can run."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on pickles; the line below says what matters
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a damaged archive happens to cause
         if type(error).__name__ == "UnpicklingError":
             raise BadInput(

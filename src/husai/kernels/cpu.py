@@ -105,7 +105,10 @@ def _across_batch(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
         chosen, kept = torch.empty(int(offsets[-1]), dtype=torch.int32), x.new_empty(int(offsets[-1]))
         deal(
             kernels.collect,
-            ((pre[a:b].numpy(), threshold, offsets[a:].numpy(), chosen.numpy(), kept.numpy()) for a, b in pieces),
+            (
+                (pre[a:b].numpy(), threshold, offsets[a : b + 1].numpy(), chosen.numpy(), kept.numpy())
+                for a, b in pieces
+            ),
         )
         counts.append(count)
         features.append(chosen)

@@ -1,7 +1,7 @@
 """The sparse parts of a training step as numba kernels, for float32 and float64.
 
 Each kernel is one thread's share of the work and releases the interpreter's lock; `cpu.py` deals the shares out.
-Nothing depends on how many shares there are, so results are the same bytes with any number of threads.
+Nothing depends on how many shares there are: a kernel gives the same bytes with any number of threads.
 
 Kept entries are in rows: those of row r lie at `offsets[r] : offsets[r + 1]` of `features` (which) and `values` (how
 much). Weights are feature-major: `W [d_sae, d_in]` for encoder and decoder alike.
@@ -16,6 +16,8 @@ from numba import njit
 # lets it do so for maxima: where training diverges, which entries are kept is arbitrary, and the loss says so.
 FAST = {"reassoc", "nsz", "nnan", "contract", "arcp"}
 kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+# Where one kernel counts and another fills, both must answer alike whatever they compare.
+strict_kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @kernel
@@ -347,7 +349,7 @@ def histogram(bits, shift, counts):
                 counts[bits[r, j] >> shift] += 1
 
 
-@kernel
+@strict_kernel
 def count_rows(pre, threshold, counts):
     """How many values ≥ threshold each row has."""
     for r in range(pre.shape[0]):
@@ -357,13 +359,13 @@ def count_rows(pre, threshold, counts):
         counts[r] = n
 
 
-@kernel
+@strict_kernel
 def collect(pre, threshold, offsets, features, values):
-    """The values ≥ threshold of each row, from `offsets[r]` on."""
+    """The values ≥ threshold of each row, from `offsets[r]` on, as many as `count_rows` counted."""
     for r in range(pre.shape[0]):
         e = offsets[r]
         for j in range(pre.shape[1]):
-            if pre[r, j] >= threshold:
+            if pre[r, j] >= threshold and e < offsets[r + 1]:
                 features[e] = j
                 values[e] = pre[r, j]
                 e += 1

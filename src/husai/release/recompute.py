@@ -10,9 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
+from husai.stability import contrast
 from husai.stability.compare import summarise
 from husai.stability.scores import GAP
 
@@ -36,9 +38,11 @@ def folder_problems(folder: Path) -> list[str]:
         first = error.errors()[0]
         return [f"manifest.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"]
     digests = {p.name: sha256_file(p) for p in folder.iterdir() if p.is_file()}
-    return manifest_problems(manifest, results, digests) + [
-        f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)
-    ]
+    return (
+        manifest_problems(manifest, results, digests)
+        + [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
+        + phase_problems(results)
+    )
 
 
 def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str]) -> list[str]:
@@ -91,6 +95,65 @@ def study_problems(study: dict) -> list[str]:
     if GAP not in published:  # evidence from before there was one
         del recomputed[GAP]
     return list(differences(published, recomputed, "stability"))
+
+
+def decisions(results: dict) -> dict[str, Any]:
+    """What a phase decided, made again from its sections: place in the results -> value."""
+    phase, again = results.get("phase"), {}
+    for at, study in studies(results):
+        if "convergence" in study:
+            again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
+        for name, figure in (("explained_variance", "explained_variance"), ("l0", "l0"), ("dead_share", "dead_share")):
+            if name in study:
+                again[f"{at}/{name}"] = contrast.heldout(study, figure).to_json()
+        if "lower_bound" in study:
+            again[f"{at}/lower_bound"] = contrast.lower_bound(study)
+
+    def against(at: str, section: dict, control: dict) -> None:
+        again[f"{at}/gain"] = contrast.gain([section], [control])
+        again[f"{at}/ev_drop"] = contrast.drop(section, control).to_json()
+
+    if phase == "core_ablations":
+        for i, method in enumerate(results["methods"][1:], 1):
+            against(f"/methods/{i}", method, results["methods"][0])
+    elif phase == "adaptive_l0_calibration":
+        again["/chosen_k"] = contrast.choose_k(results["selection"], results["ev_floor"])
+        if len(confirmed := results["confirmation"]) == 2:
+            against("", *confirmed)
+            again["/outcome"] = contrast.verdict(again["/gain"], len(confirmed[0]["members"]))
+    elif phase == "assignment_consistency_v2":
+        for i, arm in enumerate(results["own"]):
+            against(f"/own/{i}", arm, results["control"])
+        for i, arm in enumerate(results["shared"]):
+            each, n = arm["references"], len(arm["references"])
+            again[f"/shared/{i}/gain"] = contrast.gain(each, [results["control"]] * n)
+            again[f"/shared/{i}/leave_one_reference_out"] = [
+                contrast.gain(each[:j] + each[j + 1 :], [results["control"]] * (n - 1)) for j in range(n) if n > 1
+            ]
+            for j, section in enumerate(each):
+                against(f"/shared/{i}/references/{j}", section, results["control"])
+        chosen = contrast.choose_weight(results["own"], results["max_ev_drop"])
+        found = lost = None
+        if confirmation := results["confirmation"]:
+            against("/confirmation/1", confirmation[1], confirmation[0])
+            found, lost = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"]
+        seeds = len(confirmation[1]["members"]) if confirmation else 0
+        again["/acceptance"] = contrast.acceptance(chosen, found, lost, seeds, results["max_ev_drop"])
+    return again
+
+
+def phase_problems(results: Any) -> list[str]:
+    """Where a phase's figures and decisions do not follow from its pairs and members."""
+    try:
+        if not isinstance(results, dict) or "phase" not in results:
+            return []
+        return [
+            problem
+            for at, value in decisions(results).items()
+            for problem in differences(resolve(results, at), value, at)
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:

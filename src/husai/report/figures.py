@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -78,6 +79,66 @@ def loss_curves(section: dict, path: Path) -> Path:
     axis.set(yscale="log", xlabel="training step", ylabel="‖x − x̂‖² / variance")
     axis.set_title("Loss on training batches", loc="left")
     axis.legend(frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Estimates with their intervals: against numbers on a logarithmic axis, or, where `x` holds names, one a line
+    beside a zero line."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: list
+    series: dict[str, list[dict]]
+    """name -> one estimate for each x; `low` and `high` None: no interval."""
+    unfinished: dict[str, list[bool]] | None = None
+    """Of each series, which of `x` are drawn hollow: training had not come to rest."""
+
+
+def panels(path: Path, drawn: list[Panel]) -> Path:
+    """Panels side by side, two a line where they are more than three."""
+    columns = len(drawn) if len(drawn) <= 3 else 2
+    lines = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.2 * lines), squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, drawn, strict=False):
+        named = isinstance(panel.x[0], str)
+        places = np.arange(len(panel.x))[::-1] if named else np.array(panel.x, dtype=float)
+        for i, (name, estimates) in enumerate(panel.series.items()):
+            value = np.array([e["estimate"] for e in estimates])
+            ends = np.array([[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")])
+            error = np.abs(ends - value)
+            colour = COLOURS.get(name, f"C{i}")
+            style = {"color": colour, "label": NAMES.get(name, name), "capsize": 3}
+            if named:
+                shift = 0.12 * (i - (len(panel.series) - 1) / 2)
+                axis.errorbar(value, places - shift, xerr=error, fmt="o", **style)
+                continue
+            if all(e["low"] is None for e in estimates):
+                axis.plot(places, value, "--", color=colour, label=style["label"])
+                continue
+            axis.errorbar(places, value, yerr=error, fmt="o-", **style)
+            if panel.unfinished:
+                hollow = np.array(panel.unfinished[name])
+                label = "still moving at the end of training" if hollow.any() else None
+                axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5, label=label)
+        if named:
+            axis.axvline(0, color="#5f5f5f", lw=1)
+            axis.set(yticks=places, yticklabels=panel.x, ylim=(-0.6, len(panel.x) - 0.4), xlabel=panel.x_label)
+        else:
+            log = places.min() > 0 and places.max() / places.min() > 3
+            axis.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if log else "linear")
+            if "excess" in panel.y_label:
+                axis.axhline(0, color="#5f5f5f", lw=1)
+            axis.set_xticks(places, [f"{x:g}" for x in panel.x])
+            axis.minorticks_off()
+        axis.set_title(panel.title, loc="left")
+        axis.grid(alpha=0.3)
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(frameon=False, fontsize="small")
     return _save(figure, path)
 
 

@@ -14,6 +14,21 @@ def interval(e: dict, sign: str = "") -> str:
     )
 
 
+GAINS = ("observed", "isotropic", "untrained", "spectral")
+"""What `stability.contrast.gain` estimates: of `mcc_alive` itself, and of its excess over each required null."""
+GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in GAINS[1:])]
+
+
+def gain_cells(gain: dict) -> list[str]:
+    """One cell for each of GAIN_HEADER."""
+    return [interval(gain[name], "+") for name in GAINS]
+
+
+def gain_sentence(gain: dict) -> str:
+    over = ", ".join(f"{interval(gain[null], '+')} over {null}" for null in GAINS[1:])
+    return f"paired gain of `mcc_alive` {interval(gain['observed'], '+')}, of its excess {over}"
+
+
 def table(header: list[str], rows: list[list]) -> list[str]:
     """Lines of a markdown table."""
     return [f"| {' | '.join(map(str, r))} |" for r in (header, ["---"] * len(header), *rows)]

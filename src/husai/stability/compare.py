@@ -18,7 +18,7 @@ from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.inference import Estimate, jackknife, tost
 from husai.stability.matching import match
-from husai.stability.scores import GAP, SCORES, score
+from husai.stability.scores import GAP, SCORES, max_cosines, score
 
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "untrained", "spectral")
@@ -27,6 +27,8 @@ ASKED_FOR_NULLS = ("random_model",)
 """Reported where they were computed, and not missed where they were not."""
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
+SAME_DIRECTION = 1 - 1e-5  # of a |cos|, bfloat16 copies included
+FEW_DIMENSIONS = 8  # below, directions may coincide by chance
 BINS = np.linspace(0, 1, 51)
 
 
@@ -53,17 +55,39 @@ def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> 
     for (name_a, a), (name_b, b) in combinations(zip(labels, dictionaries, strict=True), 2):
         if a.W_dec.shape[1] != b.W_dec.shape[1]:
             raise BadInput(f"{name_a} and {name_b} have d_in {a.W_dec.shape[1]} and {b.W_dec.shape[1]}: one expected")
-        for what, x, y in (("decoder", a.W_dec, b.W_dec), ("initialisation", a.untrained, b.untrained)):
-            if x is not None and y is not None and torch.equal(x, y):
+        # Trained directions may come to agree; initial ones never do.
+        parts = (("decoder", a.W_dec, b.W_dec, 0.99), ("initialisation", a.untrained, b.untrained, 0.5))
+        for what, x, y, share in parts:
+            if x is not None and y is not None and shared(x, y, share):
                 raise BadInput(f"{name_a} and {name_b} share their {what}: independently trained SAEs expected")
 
 
-def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, seed_path: tuple, threads: int) -> dict:
+def shared(x: Tensor, y: Tensor, share: float) -> bool:
+    """Whether at least this share of the smaller dictionary's directions stands in the other, in whatever order, sign
+    and scale; rows of zeros do not count."""
+    if x.shape == y.shape and torch.equal(x, y):
+        return True
+    x, y = (w[w.norm(dim=1) > 0].float() for w in (x, y))
+    if x.shape[1] < FEW_DIMENSIONS or min(len(x), len(y)) == 0:
+        return False
+    same = max_cosines(x, y)[0 if len(x) <= len(y) else 1] > SAME_DIRECTION
+    return bool(same.double().mean() >= share)
+
+
+def pair(
+    a: Dictionary,
+    b: Dictionary,
+    spectrum: nulls.Spectrum,
+    draws: int,
+    seed_path: tuple,
+    threads: int,
+    scores: tuple[str, ...] = SCORES,
+) -> dict:
     """Scores of one pair, observed and under the nulls; to be called inside `one_torch_thread`.
 
     Args:
         draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
-        seed_path: names the random streams of this pair's nulls.
+        seed_path: names the random streams of this pair's nulls. scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
@@ -73,18 +97,18 @@ def pair(a: Dictionary, b: Dictionary, spectrum: nulls.Spectrum, draws: int, see
     def drawn(name: str, draw: Callable, n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
             x, y = draw(a.W_dec, b.W_dec, g=generator(*seed_path, name, i))
-            return score(x, y, a.alive, b.alive), histogram(x, y, a, b) if i == 0 else np.zeros(0)
+            return score(x, y, a.alive, b.alive, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            scores, histograms = zip(*pool.map(one, range(n)), strict=True)
-        values = {s: [x[s] for x in scores] for s in SCORES}
+            found, histograms = zip(*pool.map(one, range(n)), strict=True)
+        values = {s: [x[s] for x in found] for s in scores}
         means = {s: float(np.mean(v)) for s, v in values.items()}
-        means[GAP] = max(x[GAP] for x in scores)
+        means[GAP] = max(x[GAP] for x in found)
         return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
 
     def given(x: Tensor, y: Tensor) -> dict:
         return {
-            "mean": score(x, y, a.alive, b.alive),
+            "mean": score(x, y, a.alive, b.alive, scores),
             "draws": None,
             "histogram": histogram(x, y, a, b).tolist(),
         }
@@ -129,9 +153,10 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
         return m
 
     present = computed(pairs, missing)
-    observed = {s: matrix("observed", s) for s in SCORES}
+    scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
+    observed = {s: matrix("observed", s) for s in scored}
     scores = {}
-    for s in SCORES:
+    for s in scored:
         entry = {"observed": jackknife(observed[s]).to_json(), "nulls": {}, "excess": {}}
         for name in present:
             null = matrix(name, s)

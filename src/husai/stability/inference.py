@@ -64,6 +64,23 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, error, s, method)
 
 
+def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
+    """Mean of one figure a seed, with the t(S−1) interval; of paired differences, that of the paired t test.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 1 or len(x) == 0 or not np.isfinite(x).all():
+        raise ValueError("finite figures expected, one a seed")
+    mean, method = float(x.mean()), f"mean over seeds, t(S-1), {level:.0%}"
+    if len(x) < 3:
+        return Estimate(mean, None, None, None, len(x), method, "at least 3 seeds are needed for an interval")
+    error = float(x.std(ddof=1) / np.sqrt(len(x)))
+    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1)) * error
+    return Estimate(mean, mean - half, mean + half, error, len(x), method)
+
+
 def permutation_test(matrix: np.ndarray, first: int) -> float:
     """Exact two-sided p-value that two arms of seeds have the same mean within-arm score.
 

@@ -73,7 +73,7 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None) -> Matching:
 
 def partners(a: Tensor, b: Tensor) -> Tensor:
     """The rows of `b [n, d]` in the order of the rows of `a [n, d]` that the best assignment gives them to."""
-    found = match(a, b)
+    found = match(a, b.to(a.dtype))
     return b[torch.from_numpy(found.columns[np.argsort(found.rows)])]
 
 

@@ -41,17 +41,20 @@ def mcc(a: Tensor, b: Tensor, exact: bool | None = None) -> float:
 
 
 GAP = "mcc_gap_bound"
-SCORES = ("pwmcc", "mcc", "share70", "pwmcc_alive", "mcc_alive", "share70_alive")
+ALIVE = ("pwmcc_alive", "mcc_alive", "share70_alive")
+SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
 
 
-def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor) -> dict[str, float]:
-    """All of SCORES for one pair of dictionaries; `alive_a [n]`, `alive_b [m]` bool. Empty dictionaries score 0.
+def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, scores: tuple[str, ...] = SCORES) -> dict[str, float]:
+    """Scores of one pair of dictionaries, all of SCORES or ALIVE; `alive_a [n]`, `alive_b [m]` bool. Empty dictionaries
+    score 0.
 
     With them `mcc_gap_bound`: by how much the two `mcc` may fall short of the best assignment's.
     """
     values, gap = {}, 0.0
-    everything = alive_a.all() and alive_b.all()
-    for suffix, first, second in (("", a, b), ("_alive", a[alive_a], b[alive_b])):
+    everything = alive_a.all() and alive_b.all() and scores == SCORES
+    parts = (("", a, b), ("_alive", a[alive_a], b[alive_b]))
+    for suffix, first, second in parts if scores == SCORES else parts[1:]:
         if suffix and everything:
             values |= {name + suffix: values[name] for name in ("pwmcc", "mcc", "share70")}
         elif len(first) == 0 or len(second) == 0:

@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.dictionaries.foreign import open_checkpoint
+from husai.dictionaries.sae import SAE
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
-from husai.stability import compare
+from husai.stability import compare, contrast
 from husai.stability.compare import Dictionary
 from husai.stability.inference import jackknife
 from husai.stability.nulls import Spectrum
-from husai.stability.scores import mcc, pwmcc, score
+from husai.stability.scores import SCORES, mcc, pwmcc, score
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
-MOVED_AT_MOST = 0.02  # of mcc between the last two snapshots: beyond, training is too short to judge by
 
 
 def own_dictionary(folder: Path) -> Dictionary:
     """A checkpoint that the grid trained, with its state before training."""
     alive = load_file(folder / checkpoints.SPARSITY)["sparsity"] > -9
     return Dictionary(checkpoints.load(folder).W_dec, alive, load_file(folder / SNAPSHOTS)["W_dec"][0])
+
+
+def open_fitting(folder: Path, store: ActivationStore) -> SAE:
+    """A checkpoint that was made for a store's activations, as far as it says.
+
+    Raises:
+        BadInput: a transcoder, or made for another width, hook or subject.
+    """
+    sae = open_checkpoint(folder)
+    if "transcoder" in sae.architecture or "W_skip" in sae.weights:
+        raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
+    made_for, subject = sae.metadata.get("hook_name"), (sae.metadata.get("husai") or {}).get("subject_digest")
+    if sae.d_in != store.d_in:
+        raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {store.d_in}")
+    if made_for is not None and made_for != store.manifest.hook_name:
+        raise BadInput(
+            f"checkpoint: {folder} was made for {made_for}; the activations are of {store.manifest.hook_name}"
+        )
+    if subject is not None and subject != store.manifest.subject_digest:
+        raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
+    return sae
 
 
 def brought_dictionary(
@@ -43,18 +67,9 @@ def brought_dictionary(
         untrained: folder of the same SAE before training, if there is one.
 
     Raises:
-        BadInput: it was made for another width or hook than the store's.
+        BadInput: it was made for another width, hook or subject than the store's.
     """
-    sae = open_checkpoint(folder)
-    if "transcoder" in sae.architecture or "W_skip" in sae.weights:
-        raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
-    made_for = sae.metadata.get("hook_name")
-    if sae.d_in != store.d_in:
-        raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {store.d_in}")
-    if made_for is not None and made_for != store.manifest.hook_name:
-        raise BadInput(
-            f"checkpoint: {folder} was made for {made_for}; the activations are of {store.manifest.hook_name}"
-        )
+    sae = open_fitting(folder, store)
     before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
         raise BadInput(f"checkpoint: {untrained} has another shape than {folder}, whose untrained state it should be")
@@ -72,6 +87,7 @@ def compare_all(
     threads: int,
     missing: dict[str, str],
     random_model: list[Dictionary] | None = None,
+    scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """Score all pairs, one cell each, and summarise them.
 
@@ -79,6 +95,7 @@ def compare_all(
         shuffled: SAEs trained on shuffled coordinates, in the same order, or None.
         missing: null -> why it is not there.
         random_model: SAEs trained alike on the random-weights model, in the same order, or None.
+        scores: SCORES or ALIVE.
     """
     compare.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
@@ -96,17 +113,18 @@ def compare_all(
                 "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
+                "scores": scores,
                 "code": code_version("stability"),
             }
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
                 path = ("null", labels[i], labels[j])
-                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads)
+                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads, scores)
                 for name, arm in controls.items():
                     if arm:
                         a, b = arm[i], arm[j]
                         value[name] = {
-                            "mean": score(a.W_dec, b.W_dec, a.alive, b.alive),
+                            "mean": score(a.W_dec, b.W_dec, a.alive, b.alive, scores),
                             "draws": None,
                             "histogram": compare.histogram(a.W_dec, b.W_dec, a, b).tolist(),
                         }
@@ -134,31 +152,35 @@ def compare_all(
     }
 
 
-def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int]) -> dict:
+def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> dict:
     """Stability of all features at each snapshot, and whether it has come to rest.
 
     Returns:
         {"over_training": [{"step", "mcc": estimate, "pwmcc": estimate}], "convergence": {"from_step", "to_step",
-        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": its
-        interval lies within ±MOVED_AT_MOST (null without an interval)}}
+        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": `at_rest`
+        of it}}
     """
 
     def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
-        points, found = [], {}
-        for index, step in enumerate(steps):
-            point = {"step": step}
+        found = {(name, step): np.zeros((len(folders),) * 2) for name in ("mcc", "pwmcc") for step in steps}
+
+        def one(index: int, i: int, j: int) -> None:
             for name, function in (("mcc", mcc), ("pwmcc", pwmcc)):
-                matrix = np.zeros((len(folders), len(folders)))
-                for i, j in combinations(range(len(folders)), 2):
-                    matrix[i, j] = matrix[j, i] = function(decoders[i][index], decoders[j][index])
-                found[name, step] = matrix
-                point[name] = jackknife(matrix).to_json()
-            points.append(point)
+                value = function(decoders[i][index], decoders[j][index])
+                found[name, steps[index]][i, j] = found[name, steps[index]][j, i] = value
+
+        pairs = [(index, i, j) for index in range(len(steps)) for i, j in combinations(range(len(folders)), 2)]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(lambda pair: one(*pair), pairs))
+        points = [
+            {"step": step, **{name: jackknife(found[name, step]).to_json() for name in ("mcc", "pwmcc")}}
+            for step in steps
+        ]
         first, last = steps[-2:]
         moved = jackknife(found["mcc", last] - found["mcc", first])
-        at_rest = None if moved.low is None else moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
-        convergence = {"from_step": first, "to_step": last, "moved": moved.to_json(), "converged": at_rest}
+        moved = moved.to_json()
+        convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": contrast.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
     key = {"digests": digests, "steps": steps, "code": code_version("stability")}
@@ -176,12 +198,14 @@ def score_trained(
     control: list[dict] | None = None,
     no_control: str = "not part of this protocol",
     random_model: list[dict] | None = None,
+    scores: tuple[str, ...] = SCORES,
 ) -> dict:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
         records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
         no_control: why there is none. random_model: records of SAEs trained alike on the random-weights model.
+        scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"members": records with labels, **compare_all(…), **over_training(…)}
@@ -199,9 +223,53 @@ def score_trained(
         threads,
         {} if control else {"shuffled": no_control},
         random_model and [own_dictionary(root / m["checkpoint"]) for m in random_model],
+        scores,
     )
     digests = [m["checkpoint_sha256"] for m in records]
-    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps)}
+    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps, threads)}
+
+
+def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: list[int]) -> Tensor:
+    """`W_dec` of a checkpoint that a user brings as a reference.
+
+    Args:
+        scored: seeds of the SAEs that are compared; a reference of one of them would be compared with itself.
+
+    Raises:
+        BadInput: it was made for another width, hook or subject than the store's, has another number of features, or
+            comes of a seed that is scored.
+    """
+    sae = open_fitting(folder, store)
+    if sae.d_sae != d_sae:
+        raise BadInput(f"checkpoint: {folder} has {sae.d_sae} features; a reference needs d_sae {d_sae}")
+    if (seed := (sae.metadata.get("husai") or {}).get("seed")) in scored:
+        raise BadInput(f"checkpoint: {folder} was trained with seed {seed}, which is scored; another seed expected")
+    return sae.W_dec
+
+
+def mcc_with_reference(root: Path, section: dict, reference: Tensor) -> float:
+    """What `mcc_alive` would be if the reference, all of whose features count as alive, were among the SAEs that are
+    scored, as it was in the earlier study."""
+    own = [own_dictionary(root / m["checkpoint"]) for m in section["members"]]
+    with one_torch_thread():
+        values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
+    return float(np.mean(values + [pair["observed"]["mcc_alive"] for pair in section["pairs"]]))
+
+
+def brief(section: dict) -> dict:
+    """A section without what only its own figures need: histograms, loss curves."""
+    members = [{k: v for k, v in m.items() if k not in ("curve", "aux_steps")} for m in section["members"]]
+    dropped = ("histograms", "histogram_bins", "spectral_groups", "members")
+    return {"members": members, **{k: v for k, v in section.items() if k not in dropped}}
+
+
+def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
+    """Why the stability code refuses to compare these; None if it does not."""
+    try:
+        compare.refuse_shared([f"seed{label}" for label in labels], dictionaries)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 def checkpoint_files(cells: Cells, records: list[dict]) -> list[Path]:

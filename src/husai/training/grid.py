@@ -12,13 +12,12 @@ from safetensors.torch import save as to_bytes
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
-from husai.dictionaries.families import FAMILIES
 from husai.runs.cells import Cells, code_version
 from husai.runs.files import digest, write_bytes
 from husai.training import memory
 from husai.training.consistency import References
 from husai.training.stack import Member
-from husai.training.trainer import TrainingConfig, check_members, evaluate, train
+from husai.training.trainer import TrainingConfig, check_members, evaluate, memory_sizes, train
 
 log = logging.getLogger("husai")
 SNAPSHOTS = "snapshots.safetensors"
@@ -64,19 +63,19 @@ def train_or_find(
 
     Returns:
         {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
-        checkpoint_sha256; heldout: the figures of `evaluate`; l0_miss: share by which held-out L0 misses k, where a
-        controller aims at it, else null; curve; aux_steps), "curve_steps", "snapshot_steps"}
+        checkpoint_sha256; heldout: the figures of `evaluate`; l0_miss: share by which held-out L0
+        misses k; curve; aux_steps), "curve_steps", "snapshot_steps"}
     """
     check_members(grid)
     config = replace(config, propose=config.proposes(device, store.d_in))
-    divided = memory.passes(grid, store.d_in, memory.budget(device))
+    divided = memory.passes(grid, memory_sizes(store, target, config), device)
     if len(divided) > 1:
         log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
     arguments = config, device, threads, target, references, dtype
     results = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
     records = [record for result in results for record in result["members"]]
     for r in records:
-        if r["l0_miss"] is not None and abs(r["l0_miss"]) > L0_TOLERANCE:
+        if abs(r["l0_miss"]) > L0_TOLERANCE:
             log.warning(
                 "%s, d_sae %d, seed %d: L0 %.1f misses its target %d by more than %.0f %%",
                 *(r["family"], r["d_sae"], r["seed"], r["heldout"]["l0"], r["k"], 100 * L0_TOLERANCE),
@@ -103,6 +102,7 @@ def _one_pass(
         "code": code_version("training", "dictionaries", "kernels", "activations", "stability"),
         "device": device.type,
         "threads": threads,
+        "stacks": memory.stacks(grid, memory_sizes(store, target, config), device),
         "assign_every": references and references.every,
         "dtype": str(dtype),
     }
@@ -134,9 +134,9 @@ def _one_pass(
                 },
             }
             figures, firing_rate = evaluate(t.sae, store, heldout, target)
-            label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate:g}_seed{m.seed}"
+            label = f"{m.family}_d{m.d_sae}_k{m.k}_lr{m.learning_rate!r}_seed{m.seed}"
             label += f"_order{m.order_seed}" if m.order_seed != m.seed else ""
-            label += f"_pull{m.assignment_weight:g}_{m.reference[:8]}" if m.reference else ""
+            label += f"_pull{m.assignment_weight!r}_{m.reference[:8]}" if m.reference else ""
             folder = root / "checkpoints" / name / label
             files += checkpoints.save(t.sae, folder, firing_rate)
             write_bytes(folder / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))
@@ -147,7 +147,7 @@ def _one_pass(
                     "checkpoint": str(folder.relative_to(root)),
                     "checkpoint_sha256": checkpoints.checkpoint_digest(folder),
                     "heldout": figures,
-                    "l0_miss": figures["l0"] / m.k - 1 if FAMILIES[m.family].PENALISED else None,
+                    "l0_miss": figures["l0"] / m.k - 1,
                     "curve": t.curve,
                     "aux_steps": t.aux_steps,
                 }

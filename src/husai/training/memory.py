@@ -2,44 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import psutil
 import torch
 
 from husai.dictionaries.families import FAMILIES
+from husai.runs.errors import BadInput
 from husai.training.stack import Member
 
 FLOAT = 4  # bytes
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a run depends on beside its members."""
+
+    d_in: int
+    d_out: int
+    rows: int
+    """Of a batch."""
+    snapshots: int
+    """Decoders kept along the way, in the computer's own memory."""
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that training may take: a part of what the device has, whatever is free of it just now, so that the same
-    machine divides a grid in the same way each time."""
+    """Bytes that training may take: a part of what the device or the container has, whatever is free of it just now,
+    so that the same machine divides a grid in the same way each time."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
-    return int(0.6 * psutil.virtual_memory().total)
+    total = psutil.virtual_memory().total
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return int(0.6 * (min(total, int(limit)) if limit.isdigit() else total))
 
 
-def state_bytes(m: Member, d_in: int) -> int:
-    """Of a member between steps: parameters, gradients and Adam's two moments of both matrices."""
-    return 4 * FLOAT * 2 * m.d_sae * d_in
+def state_bytes(m: Member, sizes: Sizes, device: torch.device) -> int:
+    """Of a member between steps: parameters, gradients and Adam's two moments of both matrices; on a CPU also the
+    snapshots, and copies of all that while it is saved or handed over."""
+    both, decoder = m.d_sae * (sizes.d_in + sizes.d_out), m.d_sae * sizes.d_out
+    return FLOAT * (4 * both if device.type == "cuda" else 7 * both + 3 * sizes.snapshots * decoder)
 
 
-def step_bytes(m: Member, d_in: int, rows: int) -> int:
+def step_bytes(m: Member, sizes: Sizes) -> int:
     """Of a member during a step, at most."""
-    family = FAMILIES[m.family]
-    matrices = 4 * rows * d_in
+    family, rows = FAMILIES[m.family], sizes.rows
+    matrices = 2 * rows * (sizes.d_in + sizes.d_out)
     if family.PENALISED:
         return FLOAT * (matrices + 8 * rows * m.d_sae)
     dense = 4 * rows * m.d_sae  # AuxK's, should all features be dead
     return FLOAT * (matrices + 6 * rows * m.k + dense + (rows * m.d_sae if m.family != "topk" else 0))
 
 
-def passes(members: list[Member], d_in: int, available: int) -> list[list[int]]:
-    """Positions of the members that are trained together, one list a pass over the data. A member that alone exceeds
-    half the memory gets a pass of its own."""
+def passes(members: list[Member], sizes: Sizes, device: torch.device) -> list[list[int]]:
+    """Positions of the members that are trained together, one list a pass over the data.
+
+    Raises:
+        BadInput: a member does not fit by itself.
+    """
+    available = budget(device)
     out, used = [[]], 0
     for i, m in enumerate(members):
-        need = state_bytes(m, d_in)
+        need = state_bytes(m, sizes, device)
+        if need + step_bytes(m, sizes) > available:
+            needed = (need + step_bytes(m, sizes)) / 2**30
+            raise BadInput(
+                f"d_sae {m.d_sae}: one such SAE takes {needed:.0f} GiB to train; {available / 2**30:.0f} GiB at hand"
+            )
         if out[-1] and used + need > available // 2:
             out.append([])
             used = 0
@@ -48,12 +78,12 @@ def passes(members: list[Member], d_in: int, available: int) -> list[list[int]]:
     return out
 
 
-def stacks(members: list[Member], d_in: int, rows: int, available: int) -> list[list[int]]:
+def stacks(members: list[Member], sizes: Sizes, device: torch.device) -> list[list[int]]:
     """Positions of the members that take each step together: of one family and width, and no more of them than fit."""
     out: list[list[int]] = []
     for kind in dict.fromkeys((m.family, m.d_sae) for m in members):
         same = [i for i, m in enumerate(members) if (m.family, m.d_sae) == kind]
-        need = max(step_bytes(members[i], d_in, rows) for i in same)
-        size = max(1, available // 2 // need)
+        need = max(step_bytes(members[i], sizes) for i in same)
+        size = max(1, budget(device) // 2 // need)
         out += [same[i : i + size] for i in range(0, len(same), size)]
     return out

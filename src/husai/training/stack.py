@@ -16,7 +16,8 @@ from husai.training.consistency import Consistency, References
 
 DEAD_EVERY = 16  # steps between two looks at which features are dead: on a GPU each look waits for the device
 PENALTY = 1e-3  # where the penalty of a penalised family starts
-PENALTY_RATE = 0.02  # per step, at most, in its logarithm
+PENALTY_RATE = 0.02  # per step, at most, in its logarithm …
+PENALTY_RANGE = 12.0  # … or more, so that in a short run it can still change by this much: from 1e-3 to beyond 100
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class StepSettings:
     aux_coefficient: float
     dead_after_tokens: int
     propose: bool
+    steps: int = 10_000
+    """Of the whole run."""
     freeze_decoder: bool = False
 
 
@@ -154,7 +157,8 @@ class Stack:
         else:
             # More features active than aimed at: a higher penalty, by a share that says how many more.
             excess = (outcome.l0.clamp_min(0.1) / self.target_l0).log().clamp(-1, 1)
-            self.buffers["penalty"].mul_((PENALTY_RATE * excess).exp())
+            rate = max(PENALTY_RATE, PENALTY_RANGE / settings.steps)
+            self.buffers["penalty"].mul_((rate * excess).exp())
         return outcome.error
 
     @torch.no_grad()

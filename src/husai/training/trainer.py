@@ -185,16 +185,20 @@ def train(
         config.aux_coefficient,
         config.dead_after_tokens,
         config.proposes(device, store.d_in),
+        config.steps,
         config.freeze_decoder,
     )
     apart = (config.tied_init, references)
     stacks = []  # (positions in `members`, their stack)
-    for chosen in memory.stacks(members, store.d_in, config.batch_size, memory.budget(device)):
+    divided = memory.stacks(members, memory_sizes(store, target, config), device)
+    if len(divided) > len({(m.family, m.d_sae) for m in members}):
+        log.info("SAEs that do not fit into memory in one step are divided: %s a step", [len(c) for c in divided])
+    for chosen in divided:
         shape = Shape(store.d_in, target.d_in, members[chosen[0]].d_sae)
         stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype, *apart)))
 
     key = {"members": [asdict(m) for m in members], "config": asdict(config), "settings": asdict(settings)}
-    key["every"] = references and references.every
+    key |= {"every": references and references.every, "stacks": divided}
     key = digest(key | {"store": store.digest, "target": target.digest})
     curve_steps = sorted(
         {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
@@ -238,13 +242,17 @@ def train(
     for chosen, stack in stacks:
         for position, i in enumerate(chosen):
             m, curve = members[i], curves[:, i].tolist()
-            if not all(map(math.isfinite, curve)):
-                raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
             sae = folded(stack.trained(position), stack.family.ARCHITECTURE, m.k, x_scaling, y_scaling)
+            if not all(map(math.isfinite, curve)) or not all(t.isfinite().all() for t in sae.weights.values()):
+                raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
             decoders = torch.stack([s[position] for s in stack.snapshots])
             trained[i] = Trained(m, sae, decoders, curve, int(stack.aux_steps[position]))
     state_path.unlink(missing_ok=True)
     return [trained[i] for i in range(len(members))], curve_steps
+
+
+def memory_sizes(store: ActivationStore, target: ActivationStore | None, config: TrainingConfig) -> memory.Sizes:
+    return memory.Sizes(store.d_in, (target or store).d_in, config.batch_size, config.snapshots)
 
 
 @dataclass
@@ -287,9 +295,11 @@ def check_target(store: ActivationStore, target: ActivationStore | None, members
     if target is None:
         return
     ours, theirs = store.manifest, target.manifest
-    if (store.rows, ours.subject_digest, ours.position) != (target.rows, theirs.subject_digest, theirs.position):
+    alike = ("rows", "subject_digest", "position", "row_seed", "control")
+    if any(getattr(ours, name) != getattr(theirs, name) for name in alike):
         raise BadInput(
-            f"activation store: {target.folder} does not hold the same inputs' activations as {store.folder}"
+            f"activation store: {target.folder} does not hold the same inputs' activations as {store.folder}, "
+            "in the same order"
         )
 
 
@@ -379,6 +389,10 @@ def evaluate(
         offset += shifted.sum(0)
         fired += (features > 0).sum(0)
     total -= offset.square().sum().item() / len(rows)
+    if total <= 0:
+        raise BadInput(
+            f"activation store: {target.folder}: its {len(rows)} held-out rows are all equal; nothing to explain"
+        )
     figures = {
         "explained_variance": 1 - error / total,
         "mse": error / (len(rows) * target.d_in),

@@ -1,0 +1,292 @@
+"""Assignment consistency v2: does a pull towards a reference make independently trained SAEs more alike?
+
+    python scripts/experiments/run_assignment_consistency_v2.py --device cpu
+    python scripts/experiments/run_assignment_consistency_v2.py --lambdas 0,0.05,0.2 --fail-on-acceptance-fail
+    python scripts/experiments/run_assignment_consistency_v2.py --activation-cache-dir STORE --reference CKPT
+
+Loss: reconstruction + λ · [1 − mean |cos(d_i, r_π(i))|], r a frozen reference dictionary, π the best assignment, found
+again every --assign-every steps. No reference is ever among the SAEs that are scored: in the earlier study 4 of 10
+pairs held it, and made most of the gain.
+
+*own*: every seed has a reference of its own, trained independently of all others. Only this arm can show that the
+pull finds features rather than copies them, and the acceptance is read from it: λ is chosen on the selection seeds,
+and what counts is its paired gain over λ = 0 on fresh seeds with fresh references. *shared*: all seeds have one
+reference; reported for several references, with each left out in turn, and with its pairs counted as the earlier
+study counted them.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from husai.runs.cli import DEFAULT_SEEDS, Parser, float_list, positive_float, positive_int, prepare, run_main, seed_list
+
+SEEDS = {
+    "reference_seeds": ("7,11,13,17,19", "of the references, one a seed"),
+    "confirmation_seeds": ("2024,2025,2026,2027,2028", "fresh ones"),
+    "confirmation_reference_seeds": ("3024,3025,3026,3027,3028", "of their references"),
+}
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/assignment_consistency_v2")
+    p.add_source("blocks.0.hook_resid_post")
+    p.add_argument("--lambdas", type=float_list, default="0,0.01,0.05,0.1,0.2", help="default: %(default)s")
+    p.add_argument("--assign-every", type=positive_int, default=50, help="steps (default: %(default)s)")
+    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="of the selection (default: %(default)s)")
+    for name, (default, text) in SEEDS.items():
+        flag = f"--{name.replace('_', '-')}"
+        p.add_argument(flag, type=seed_list, default=default, help=f"{text} (default: %(default)s)")
+    p.add_argument("--shared-references", type=positive_int, default=3, help="of the shared arm (default: %(default)s)")
+    p.add_argument("--reference", type=Path, help="a checkpoint that the shared arm takes in their place")
+    p.add_argument("--max-ev-drop", type=positive_float, default=0.05, help="held-out EV lost (default: %(default)s)")
+    p.add_argument("--fail-on-acceptance-fail", action="store_true", help="exit 1 where the acceptance does not hold")
+    p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
+    p.add_recipe(d_sae=256, tokens=200_000, batch_size=512)
+    args = p.parse_phase()
+    p.refuse_overlap(**{name: getattr(args, name) for name in ("seeds", *SEEDS)})
+    if min(len(args.seeds), len(args.confirmation_seeds)) < 3:
+        p.error(
+            "--seeds, --confirmation-seeds: at least 3 expected: two seeds give no interval to choose or confirm by"
+        )
+    for seeds, references in (("seeds", "reference_seeds"), ("confirmation_seeds", "confirmation_reference_seeds")):
+        if len(getattr(args, references)) != len(getattr(args, seeds)):
+            p.error(f"--{references.replace('_', '-')}: one for each of --{seeds.replace('_', '-')} expected")
+    if 0 not in args.lambdas or len(args.lambdas) < 2:
+        p.error("--lambdas: 0, the control, and at least one more expected")
+    if args.shared_references > len(args.reference_seeds):
+        p.error(f"--shared-references {args.shared_references}: at most the {len(args.reference_seeds)} references")
+    if args.k > args.d_sae:
+        p.error(f"--k {args.k}: at most --d-sae {args.d_sae} expected")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.errors import CheckFailed
+    from husai.runs.phase import run_phase
+
+    def check(results: dict) -> None:
+        if args.fail_on_acceptance_fail and not results["acceptance"]["accepted"]:
+            raise CheckFailed(f"assignment consistency: not accepted: {results['acceptance']['reason']}")
+
+    folders = ("subject", "activation_cache_dir", "reference")
+    apart = ("fail_on_acceptance_fail",)
+    run_phase(args, "assignment_v2", __file__, compute, summary, brought=folders, apart=apart, check=check)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """Subject -> activations -> references -> own and shared arms at each λ -> choice -> confirmation."""
+    device = prepare(args.device, args.threads)
+    from husai.activations.source import open_store
+    from husai.dictionaries import checkpoints
+    from husai.dictionaries.foreign import weights_file
+    from husai.runs.files import sha256_file
+    from husai.stability import contrast, study
+    from husai.stability.matching import partners
+    from husai.stability.scores import ALIVE
+    from husai.training.consistency import References
+    from husai.training.grid import members, train_or_find
+    from husai.training.trainer import TrainingConfig
+
+    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
+    store = open_store(args.artifact_root, device, args.threads, **given)
+    recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
+    decoders = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
+
+    def train(grid: list) -> tuple[list[dict], list[int]]:
+        pull = References(decoders, partners, args.assign_every)
+        trained = train_or_find(cells, store, grid, recipe, device, args.threads, references=pull)
+        return trained["members"], trained["snapshot_steps"]
+
+    def plain(seeds: list[int]) -> list:
+        return members(seeds, [args.d_sae], [args.k], [args.learning_rate])
+
+    def pulled(seeds: list[int], weight: float, names: list[str]) -> list:
+        return [replace(m, assignment_weight=weight, reference=n) for m, n in zip(plain(seeds), names, strict=True)]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # References: trained like everything else, on seeds of their own, and never scored
+
+    references, _ = train(plain([*args.reference_seeds, *args.confirmation_reference_seeds]))
+    for r in references:
+        decoders[r["checkpoint_sha256"]] = checkpoints.load(args.output_dir / r["checkpoint"]).W_dec
+    own = [r["checkpoint_sha256"] for r in references[: len(args.seeds)]]
+    own_fresh = [r["checkpoint_sha256"] for r in references[len(args.seeds) :]]
+    shared = own[: args.shared_references]
+    if args.reference:
+        name = sha256_file(weights_file(args.reference))
+        scored = [*args.seeds, *args.confirmation_seeds]
+        decoders[name] = study.reference_decoder(args.reference, store, args.d_sae, scored)
+        shared = [name]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Selection seeds: own references and shared ones, at every λ, in one pass
+
+    lambdas = sorted(args.lambdas)[1:]
+    arms = {("control", 0.0, None): plain(args.seeds)}
+    arms |= {("own", weight, None): pulled(args.seeds, weight, own) for weight in lambdas}
+    arms |= {("shared", w, name): pulled(args.seeds, w, [name] * len(args.seeds)) for w in lambdas for name in shared}
+    grid = list(dict.fromkeys(m for arm in arms.values() for m in arm))  # a shared reference is some seed's own, too
+    records, steps = train(grid)
+    record = dict(zip(grid, records, strict=True))
+
+    def score(alike: list[dict]) -> dict:
+        return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
+
+    scored = {key: score([record[m] for m in arm]) for key, arm in arms.items()}
+    control = scored["control", 0.0, None]
+
+    def compared(s: dict, base: dict, weight: float) -> dict:
+        figures = {"gain": contrast.gain([s], [base]), "ev_drop": contrast.drop(s, base).to_json()}
+        return {"lambda": weight} | figures | study.brief(s)
+
+    arm_own = [compared(scored["own", weight, None], control, weight) for weight in lambdas]
+    arm_shared = []
+    for weight in lambdas:
+        each = [scored["shared", weight, name] for name in shared]
+        counted = [
+            study.mcc_with_reference(args.output_dir, s, decoders[name])
+            - study.mcc_with_reference(args.output_dir, control, decoders[name])
+            for name, s in zip(shared, each, strict=True)
+        ]
+        left_out = [each[:i] + each[i + 1 :] for i in range(len(each)) if len(each) > 1]
+        arm_shared.append(
+            {
+                "lambda": weight,
+                "gain": contrast.gain(each, [control] * len(each)),
+                "leave_one_reference_out": [contrast.gain(s, [control] * len(s)) for s in left_out],
+                "gain_counting_the_reference": sum(counted) / len(counted),
+                "references": [
+                    {"sha256": name, **compared(s, control, weight)} for name, s in zip(shared, each, strict=True)
+                ],
+            }
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The surest gain among the λ that keep the explained variance, tried on fresh seeds with fresh references
+
+    chosen = contrast.choose_weight(arm_own, args.max_ev_drop)
+    confirmation = []
+    if chosen is not None:
+        fresh = args.confirmation_seeds
+        records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
+        base, s = score(records[: len(fresh)]), score(records[len(fresh) :])
+        confirmation = [{"lambda": 0.0, **study.brief(base)}, compared(s, base, chosen)]
+
+    everything = [control, *scored.values(), *confirmation]
+    results = {
+        "phase": "assignment_consistency_v2",
+        "inputs": {
+            "activation store": store.digest,
+            "subject": store.manifest.subject_digest,
+            **{f"reference {i}": name for i, name in enumerate(decoders)},
+            **{
+                f"checkpoint {m['checkpoint'].split('/')[-1]}": m["checkpoint_sha256"]
+                for s in everything
+                for m in s["members"]
+            },
+        },
+        "hook_name": store.manifest.hook_name,
+        "d_sae": args.d_sae,
+        "k": args.k,
+        "rows_seen": args.tokens,
+        "max_ev_drop": args.max_ev_drop,
+        "acceptance": contrast.acceptance(
+            chosen,
+            confirmation[1]["gain"] if confirmation else None,
+            confirmation[1]["ev_drop"] if confirmation else None,
+            len(args.confirmation_seeds),
+            args.max_ev_drop,
+        ),
+        "control": study.brief(control),
+        "own": arm_own,
+        "shared": arm_shared,
+        "confirmation": confirmation,
+    }
+    files = draw(results, args.output_dir)
+    trained = [m for s in everything for m in s["members"]] + references
+    return results, [*files, *study.checkpoint_files(cells, trained)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(results: dict, output_dir: Path) -> list[Path]:
+    """The figure and the CSV of pairs."""
+    from husai.report.figures import Panel, panels
+    from husai.report.text import GAINS, pair_rows, write_csv
+
+    names = [f"λ {a['lambda']:g}" for a in results["own"]]
+    gains = {"own references": [a["gain"][a["gain"]["least"]] for a in results["own"]]}
+    gains["shared reference"] = [a["gain"][a["gain"]["least"]] for a in results["shared"]]
+    drops = {"own references": [a["ev_drop"] for a in results["own"]]}
+    drawn = [
+        Panel("Gain over λ = 0, selection seeds", "gain of mcc_alive over the least null, paired", "", names, gains),
+        Panel("Explained variance lost", "held-out EV lost, paired", "", names, drops),
+    ]
+    if results["confirmation"]:
+        fresh = results["confirmation"][1]
+        names = ["mcc_alive", *(f"over {null}" for null in GAINS[1:]), "EV lost"]
+        figures = [*(fresh["gain"][null] for null in GAINS), fresh["ev_drop"]]
+        title = f"Fresh seeds and references, λ {fresh['lambda']:g}: {results['acceptance']['outcome']}"
+        drawn.append(Panel(title, "paired gain", "", names, {"": figures}))
+    sections = [("control", results["control"])]
+    sections += [(f"own, lambda {a['lambda']:g}", a) for a in results["own"]]
+    sections += [
+        (f"shared {i}, lambda {a['lambda']:g}", r) for a in results["shared"] for i, r in enumerate(a["references"])
+    ]
+    sections += [(f"confirmation, lambda {a['lambda']:g}", a) for a in results["confirmation"]]
+    pairs = [row for name, s in sections for row in pair_rows(s, arm=name)]
+    return [panels(output_dir / "figures" / "assignment_v2.png", drawn), write_csv(output_dir / "pairs.csv", pairs)]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import GAIN_HEADER, gain_cells, gain_sentence, interval, table
+
+    accepted = results["acceptance"]
+    lines = [
+        "# Assignment consistency v2",
+        "",
+        f"**{'Accepted' if accepted['accepted'] else 'Not accepted'}**: {accepted['reason']} ({accepted['rule']}).",
+        "",
+        f"{results['hook_name']}, d_sae {results['d_sae']}, k {results['k']}, {results['rows_seen']} rows each.",
+    ]
+    if results["confirmation"]:
+        c = results["confirmation"][1]
+        lines += [
+            "",
+            f"Confirmation, λ {c['lambda']:g}, fresh seeds, each with a reference of its own: "
+            f"{gain_sentence(c['gain'])}; held-out EV lost {interval(c['ev_drop'], '+')}.",
+        ]
+    own = [[f"{a['lambda']:g}", *gain_cells(a["gain"]), interval(a["ev_drop"], "+")] for a in results["own"]]
+    lines += ["", "## Own references, selection seeds", "", *table(["λ", *GAIN_HEADER, "EV lost"], own)]
+    shared = [
+        [
+            f"{a['lambda']:g}",
+            *gain_cells(a["gain"]),
+            ", ".join(f"{g[g['least']]['estimate']:+.4f}" for g in a["leave_one_reference_out"]) or "one reference",
+            f"{a['gain_counting_the_reference']:+.4f}",
+        ]
+        for a in results["shared"]
+    ]
+    lines += ["", "## One reference shared by all seeds: reported, never accepted", ""]
+    header = [
+        "λ",
+        *GAIN_HEADER,
+        "over the least null, leaving one reference out",
+        "of `mcc_alive` if it were scored too",
+    ]
+    lines += table(header, shared)
+    lines += [
+        "",
+        "*Gain*: against λ = 0, the same seeds in both; the shared arm's is the mean over references, its interval "
+        "over seeds given these references. Intervals: delete-one-seed jackknife, t(S−1); of EV, t(S−1).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)

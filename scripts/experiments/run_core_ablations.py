@@ -1,0 +1,252 @@
+"""Core ablations: how stability depends on sparsity, on width and on how SAEs are trained.
+
+    python scripts/experiments/run_core_ablations.py
+    python scripts/experiments/run_core_ablations.py --architectures topk,batchtopk --ks 8,16 --d-saes 256,512
+    python scripts/experiments/run_core_ablations.py --activation-cache-dir STORE --d-sae 1024 --k 32 --tokens 5000000
+
+Two axes, k at a fixed width and width at a fixed k, every condition with the same seeds and the same number of rows,
+scored against its nulls (docs/methods.md). A condition whose stability still moves at the end of training is marked:
+SAEs that are trained too short look like chance. Beside the axes stand methods that are credited with higher
+stability, under the same protocol, and two controls that share what must not be shared; they have to be refused.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from husai.runs.cli import (
+    DEFAULT_SEEDS,
+    Parser,
+    int_list,
+    name_list,
+    nonnegative_float,
+    positive_int,
+    prepare,
+    run_main,
+    seed_list,
+)
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/core_ablations")
+    p.add_source("blocks.0.hook_resid_post")
+    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
+    p.add_argument("--architectures", type=name_list, default="topk", help="families (default: %(default)s)")
+    p.add_argument("--ks", type=int_list, default="8,16,32,64", help="sparsities at --d-sae (default: %(default)s)")
+    p.add_argument(
+        "--d-saes", type=int_list, default="64,128,256,512,1024", help="widths at --k (default: %(default)s)"
+    )
+    p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
+    p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)
+    p.add_argument("--weight-decay", type=nonnegative_float, default=0.01, help="of that method (default: %(default)s)")
+    p.add_argument("--no-methods", action="store_true", help="the two axes alone")
+    args = p.parse_phase()
+    for k, d_sae in [*((k, args.d_sae) for k in args.ks), *((args.k, d) for d in args.d_saes)]:
+        if k > d_sae:
+            p.error(f"k {k} with d_sae {d_sae}: k ≤ d_sae expected")
+    if not args.no_methods and (args.k > args.d_sae // 2 or args.batch_size < 4):
+        p.error("the methods halve --d-sae and quarter --batch-size: k ≤ d_sae/2 and 4 rows expected, or --no-methods")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.errors import CheckFailed
+    from husai.runs.phase import run_phase
+
+    def check(results: dict) -> None:
+        if passed := [c["name"] for c in results["controls"] if not c["refused"]]:
+            raise CheckFailed(f"core ablations: controls that had to be refused were not: {', '.join(passed)}")
+
+    run_phase(args, "core_ablations", __file__, compute, summary, check=check)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """Subject -> activations -> all conditions in a few passes -> scores. Returns the results and their files."""
+    device = prepare(args.device, args.threads)
+    from husai.activations.source import open_store
+    from husai.runs.errors import BadInput
+    from husai.stability import contrast, study
+    from husai.stability.scores import ALIVE
+    from husai.training.grid import members, train_or_find
+    from husai.training.trainer import TrainingConfig, check_members
+
+    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
+    axes = list(dict.fromkeys([*((args.d_sae, k) for k in args.ks), *((d, args.k) for d in args.d_saes)]))
+    recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
+
+    def grid(d_sae: int = args.d_sae, k: int = args.k, families=args.architectures[:1], **kwargs) -> list:
+        return members(args.seeds, [d_sae], [k], [args.learning_rate], families, **kwargs)
+
+    conditions = [m for d_sae, k in axes for m in grid(d_sae, k, args.architectures)]
+    check_members(conditions)
+    if any("transcoder" in family for family in args.architectures):
+        raise BadInput("--architectures: SAEs of the activations expected; transcoders need a second store")
+    store = open_store(args.artifact_root, device, args.threads, **given)
+
+    def train(these: list, how: TrainingConfig = recipe) -> tuple[list[dict], list[int]]:
+        trained = train_or_find(cells, store, these, how, device, args.threads)
+        return trained["members"], trained["snapshot_steps"]
+
+    def scored(records: list[dict], steps: list[int]) -> dict:
+        section = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
+        ev = {
+            "explained_variance": contrast.heldout(section).to_json(),
+            "l0": contrast.heldout(section, "l0").to_json(),
+        }
+        dead = {"dead_share": contrast.heldout(section, "dead_share").to_json()}
+        return study.brief(section) | ev | dead
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The two axes: all conditions of a width and family take each step together
+
+    records, steps = train(conditions)
+    rows = []
+    for family in args.architectures:
+        for d_sae, k in axes:
+            alike = [r for r in records if (r["family"], r["d_sae"], r["k"]) == (family, d_sae, k)]
+            on = [axis for axis, here in (("k", d_sae == args.d_sae), ("d_sae", k == args.k)) if here]
+            row = {"name": f"{family}, d_sae {d_sae}, k {k}", "axes": on, "family": family, "d_sae": d_sae, "k": k}
+            rows.append(row | scored(alike, steps))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Methods credited with higher stability, and controls that must be refused: the first family, at --d-sae and --k
+
+    methods, controls = [], []
+    if not args.no_methods:
+        quarter, half = max(1, args.batch_size // 4), args.d_sae // 2
+        variants = {
+            "as it is": (recipe, args.d_sae),
+            "encoder and decoder start apart": (replace(recipe, tied_init=False), args.d_sae),
+            f"weight decay {args.weight_decay:g}": (replace(recipe, weight_decay=args.weight_decay), args.d_sae),
+            "a quarter of the batch, four times the steps": (replace(recipe, batch_size=quarter), args.d_sae),
+            "half the width, twice the rows": (replace(recipe, tokens=2 * args.tokens), half),
+        }
+        for name, (how, d_sae) in variants.items():
+            section = {"name": name, "d_sae": d_sae, "rows_seen": how.tokens} | scored(*train(grid(d_sae), how))
+            if methods:
+                section["gain"] = contrast.gain([section], [methods[0]])
+                section["ev_drop"] = contrast.drop(section, methods[0]).to_json()
+            methods.append(section)
+        for name, how in (
+            ("shared initialisation", recipe),
+            ("shared frozen decoder", replace(recipe, freeze_decoder=True)),
+        ):
+            alike, _ = train(grid(init_seed=args.seeds[0]), how)
+            dictionaries = [study.own_dictionary(args.output_dir / r["checkpoint"]) for r in alike]
+            controls.append({"name": name, "members": alike, "refused": study.refusal(args.seeds, dictionaries)})
+
+    everything = [*rows, *methods, *controls]
+    results = {
+        "phase": "core_ablations",
+        "inputs": {
+            "activation store": store.digest,
+            "subject": store.manifest.subject_digest,
+            **{
+                f"checkpoint {section['name']}, seed {m['order_seed']}": m["checkpoint_sha256"]
+                for section in everything
+                for m in section["members"]
+            },
+        },
+        "hook_name": store.manifest.hook_name,
+        "d_in": store.d_in,
+        "effective_rank": rows[0]["effective_rank"],
+        "rows_seen": args.tokens,
+        "rows": rows,
+        "methods": methods,
+        "controls": [{"name": c["name"], "refused": c["refused"]} for c in controls],
+    }
+    files = draw(results, args.output_dir)
+    return results, [*files, *(f for s in everything for f in study.checkpoint_files(cells, s["members"]))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(results: dict, output_dir: Path) -> list[Path]:
+    """The figure and the CSV of pairs."""
+    from husai.report.figures import Panel, panels
+    from husai.report.text import GAINS, pair_rows, write_csv
+
+    drawn = []
+    for axis, label in (("k", "k, active features a row"), ("d_sae", "d_sae, features")):
+        series, unfinished, x = {}, {}, []
+        for family in dict.fromkeys(r["family"] for r in results["rows"]):
+            here = [r for r in results["rows"] if axis in r["axes"] and r["family"] == family]
+            here, x = sorted(here, key=lambda r: r[axis]), sorted(r[axis] for r in here)
+            series[family] = [r["stability"]["verdict"]["claimable_excess"] for r in here]
+            unfinished[family] = [r["convergence"]["converged"] is False for r in here]
+        drawn.append(Panel(f"Against {axis}", label, "excess over the highest null", x, series, unfinished))
+    if results["methods"]:
+        others = results["methods"][1:]
+        gains = {n: [m["gain"][n] for m in others] for n in GAINS}
+        title = "Methods: gain of mcc_alive, and over each null"
+        drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m["name"] for m in others], gains))
+    curves = {r["name"]: [p["mcc"] for p in r["over_training"]] for r in results["rows"]}
+    steps = [max(p["step"], 0.5) for p in results["rows"][0]["over_training"]]
+    drawn.append(Panel("Over training", "training step (0 drawn at 0.5)", "mcc, all features", steps, curves))
+    figure = panels(output_dir / "figures" / "core_ablations.png", drawn)
+    pairs = [row for s in (*results["rows"], *results["methods"]) for row in pair_rows(s, condition=s["name"])]
+    return [figure, write_csv(output_dir / "pairs.csv", pairs)]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import GAIN_HEADER, gain_cells, interval, table
+
+    def cells(r: dict) -> list[str]:
+        stability, moved = r["stability"], r["convergence"]
+        at_rest = {True: "yes", False: "**no**", None: "not known"}[moved["converged"]]
+        return [
+            interval(stability["scores"]["mcc_alive"]["observed"]),
+            f"{interval(stability['verdict']['claimable_excess'], '+')} ({stability['verdict']['highest_null']})",
+            stability["verdict"]["outcome"],
+            f"{at_rest}, {interval(moved['moved'], '+')}",
+            f"{r['explained_variance']['estimate']:.4f}",
+            f"{r['l0']['estimate']:.1f}",
+            f"{r['dead_share']['estimate']:.0%}",
+        ]
+
+    header = ["`mcc_alive`", "excess over the highest required null", "outcome", "at rest, moved by", "held-out EV"]
+    header += ["L0", "dead"]
+    lines = [
+        "# Core ablations",
+        "",
+        f"{results['hook_name']}, {results['d_in']} coordinates of effective rank {results['effective_rank']:.1f}; "
+        f"{results['rows_seen']} rows seen by each SAE, {len(results['rows'][0]['members'])} seeds a condition.",
+        "",
+        *table(["condition", *header], [[r["name"], *cells(r)] for r in results["rows"]]),
+        "",
+        "*At rest*: `mcc` of all features moved by at most 0.02 between the last two snapshots, its interval included. "
+        "Intervals: delete-one-seed jackknife, t(S−1).",
+    ]
+    if results["methods"]:
+        methods = [
+            [m["name"], *gain_cells(m["gain"]), interval(m["ev_drop"], "+"), *cells(m)]
+            if "gain" in m
+            else [m["name"], *["–"] * 5, *cells(m)]
+            for m in results["methods"]
+        ]
+        lines += [
+            "",
+            "## Methods credited with higher stability, same seeds, against the recipe as it is",
+            "",
+            *table(["method", *GAIN_HEADER, "EV lost", *header], methods),
+            "",
+            f"{len(methods) - 1} methods were looked at on these seeds: one whose gain lies above 0 over every null "
+            "is worth trying on fresh seeds, and no finding yet. Gains are paired by seed; weight decay is of "
+            "encoders alone.",
+            "",
+            "## Controls that share what must not be shared",
+            "",
+            *(
+                f"- {c['name']}: {'refused, ' + c['refused'] if c['refused'] else '**NOT REFUSED**'}"
+                for c in results["controls"]
+            ),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)
