@@ -28,7 +28,7 @@ def copy(tmp_path):
     for name in DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/summary.md")]:
+    for path in [ROOT / CLAIMS, *ROOT.glob("docs/**/*.json"), *ROOT.glob("docs/evidence/*/*")]:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -205,12 +205,12 @@ def test_a_missing_file(copy, audit, path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"return_code": 1}, "the run is complete, return code 1; complete and 0 expected"),
+        ({"return_code": 2}, "the run is complete, return code 2; complete and 0, or 1"),
         ({"status": "failed"}, "the run is failed, return code 0"),
         ({"return_code": "0"}, "manifest.json: return_code: Input should be a valid integer"),
         ({"extra": 1}, "manifest.json: extra: Extra inputs are not permitted"),
         ({"inputs": {"subject": "0" * 64}}, "the inputs in the results are not those in the manifest"),
-        ({"outputs": {}}, "the manifest names no results.json"),
+        ({"outputs": {}}, "results.json is not known to the manifest"),
         ({"outputs": {"results.json": "0" * 64}}, "results.json is not the file that the manifest names"),
     ],
 )
@@ -220,6 +220,45 @@ def test_a_manifest(copy, audit, change, reason):
     assert code == 1
     assert set(failed) == {EVIDENCE}
     assert reason in failed[EVIDENCE]
+
+
+def test_a_run_whose_check_did_not_hold_is_evidence(copy, audit):
+    edit(copy / MANIFEST, lambda m: m.update(return_code=1))
+    assert audit("--write-digests") == (0, {}, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "matches.png").write_bytes(b"drawn"), "matches.png is not the file that"),
+        (lambda folder: (folder / "summary.md").write_text("better"), "summary.md is not the file that"),
+        (lambda folder: (folder / "pairs.csv").write_text("a,b\n"), "pairs.csv is not known to the manifest"),
+        (lambda folder: (folder / "summary.md").unlink(), "summary.md is missing"),
+        (lambda folder: (folder / "figures").mkdir(), "figures is not known to the manifest"),
+    ],
+)
+def test_a_file_of_an_evidence_folder(copy, audit, change, reason):
+    change(copy / EVIDENCE)
+    code, failed, _ = audit()
+    assert code == 1
+    assert set(failed) == {EVIDENCE}
+    assert reason in failed[EVIDENCE]
+
+
+@pytest.mark.parametrize("path", [RESULTS, MANIFEST])
+def test_evidence_nested_too_deep(copy, audit, path):
+    (copy / path).write_text("[" * 100_000 + "]" * 100_000)
+    code, failed, _ = audit()
+    assert code == 1
+    assert failed[EVIDENCE] == "results.json or manifest.json is nested too deep"
+    assert f"{path} is nested too deep" in failed["phase4a-excess" if path == RESULTS else "phase4a-wall"]
+
+
+def test_results_that_cannot_be_computed_with(copy, audit):
+    edit(copy / RESULTS, lambda r: r["husai"]["pairs"][0]["observed"].update(mcc=10**400))
+    code, failed, _ = rebind(copy, audit)
+    assert code == 1
+    assert failed[EVIDENCE].startswith("results.json cannot be computed again (OverflowError: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -320,7 +320,12 @@ def _open(path: Path, name: str, expected: str | None) -> tuple[Any, str | None]
         return read_json(path, "artefact"), problem
     except BadInput:
         return None, f"{name} is not strict JSON"
+    except RecursionError:
+        return None, f"{name} is nested too deep"
 
 
 def _text(path: Path, name: str) -> tuple[str, str | None]:
-    return (path.read_text(), None) if path.is_file() else ("", f"{name} is missing")
+    try:
+        return (path.read_text(), None) if path.is_file() else ("", f"{name} is missing")
+    except UnicodeDecodeError:
+        return "", f"{name} is not UTF-8"

@@ -29,6 +29,7 @@ def audit_evidence(root: Path) -> dict[str, list[str]]:
 
 
 def folder_problems(folder: Path) -> list[str]:
+    """What is wrong with one evidence folder: its manifest, its files, what is computed again."""
     try:
         results = read_json(folder / "results.json", "evidence")
         manifest = Manifest.model_validate(read_json(folder / "manifest.json", "evidence"), strict=True)
@@ -37,27 +38,39 @@ def folder_problems(folder: Path) -> list[str]:
     except ValidationError as error:
         first = error.errors()[0]
         return [f"manifest.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"]
-    digests = {p.name: sha256_file(p) for p in folder.iterdir() if p.is_file()}
-    return (
-        manifest_problems(manifest, results, digests)
-        + [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
-        + phase_problems(results)
-    )
+    except RecursionError:
+        return ["results.json or manifest.json is nested too deep"]
+    digests = {p.name: sha256_file(p) if p.is_file() else None for p in sorted(folder.iterdir())}
+    problems = manifest_problems(manifest, results, digests)
+    try:
+        return (
+            problems
+            + [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
+            + phase_problems(results)
+        )
+    except (RecursionError, OverflowError) as error:
+        return [*problems, f"results.json cannot be computed again ({type(error).__name__}: {error})"]
 
 
-def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str]) -> list[str]:
-    """Does the manifest speak of a finished run, and of these results?
+def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str | None]) -> list[str]:
+    """Does the manifest speak of a finished run, of these results, and of every file beside them?
 
     Args:
-        digests: file in the folder -> sha256.
+        digests: name in the folder -> sha256, or None where it is no file. Figures lie flat in it.
     """
     problems = []
-    if (manifest.status, manifest.return_code) != ("complete", 0):
-        problems.append(f"the run is {manifest.status}, return code {manifest.return_code}; complete and 0 expected")
-    if "results.json" not in manifest.outputs:
-        problems.append("the manifest names no results.json")
-    for name, expected in manifest.outputs.items():
-        if name in digests and digests[name] != expected:
+    if manifest.status != "complete" or manifest.return_code not in (0, 1):  # 1: a check did not hold, a result too
+        ended = f"{manifest.status}, return code {manifest.return_code}"
+        problems.append(f"the run is {ended}; complete and 0, or 1 for a check that did not hold, expected")
+    if "summary.md" not in digests:
+        problems.append("summary.md is missing")
+    for name, sha256 in digests.items():
+        expected = manifest.outputs.get(name, manifest.outputs.get(f"figures/{name}"))
+        if name == "manifest.json":
+            continue
+        if expected is None:
+            problems.append(f"{name} is not known to the manifest")
+        elif sha256 != expected:
             problems.append(f"{name} is not the file that the manifest names (sha256 differs)")
     if not isinstance(results, dict) or results.get("inputs") != manifest.inputs:
         problems.append("the inputs in the results are not those in the manifest")

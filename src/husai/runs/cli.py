@@ -21,6 +21,7 @@ INTERRUPTED = threading.Event()
 DEFAULT_SEEDS = "42,123,456,789,1011"
 _FOLDER_ERRORS = {
     errno.ENOENT,
+    errno.EEXIST,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,

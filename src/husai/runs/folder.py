@@ -45,7 +45,7 @@ class Manifest(BaseModel):
     device: str
     threads: int
     inputs: dict[str, str]  # label -> sha256
-    outputs: dict[str, str]  # file in the run folder -> sha256
+    outputs: dict[str, str]  # file in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`) -> sha256
 
 
 def git_state() -> tuple[str | None, bool | None, str | None]:
@@ -143,7 +143,10 @@ class Run:
 
     def _write_manifest(self, status: str, code: int) -> None:
         commit, dirty, reason = git_state()
-        outputs = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.parent.name != "logs")
+        outputs = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.parent.name != "logs"}
+        if status == "complete":
+            drawn = (p for pattern in ("figures/*.png", "*.csv") for p in self.output_dir.glob(pattern))
+            outputs |= {p.relative_to(self.output_dir): p for p in drawn}
         manifest = Manifest(
             run_id=self.run_id,
             status=status,
@@ -160,6 +163,6 @@ class Run:
             device=self.device,
             threads=self.threads,
             inputs=self.inputs,
-            outputs={str(p.relative_to(self.folder)): sha256_file(p) for p in outputs},
+            outputs={str(name): sha256_file(outputs[name]) for name in sorted(outputs) if outputs[name].is_file()},
         )
         write_json(self.folder / "manifest.json", manifest.model_dump())
