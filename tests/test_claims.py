@@ -259,7 +259,7 @@ def test_a_run_whose_check_did_not_hold_is_evidence(copy, audit):
     [
         (lambda folder: (folder / "matches.png").write_bytes(b"drawn"), "matches.png is not the file that"),
         (lambda folder: (folder / "summary.md").write_text("better"), "summary.md is not the file that"),
-        (lambda folder: (folder / "pairs.csv").write_text("a,b\n"), "pairs.csv is not known to the manifest"),
+        (lambda folder: (folder / "more.csv").write_text("a,b\n"), "more.csv is not known to the manifest"),
         (lambda folder: (folder / "summary.md").unlink(), "summary.md is missing"),
         (lambda folder: (folder / "figures").mkdir(), "figures is not known to the manifest"),
     ],
@@ -278,7 +278,7 @@ def test_evidence_nested_too_deep(copy, audit, path):
     code, failed, _ = audit()
     assert code == 1
     assert failed[EVIDENCE] == "results.json or manifest.json is nested too deep"
-    assert f"{path} is nested too deep" in failed["phase4a-excess" if path == RESULTS else "phase4a-wall"]
+    assert f"{path} is nested too deep" in failed["phase4a-excess" if path == RESULTS else "phase4a-command"]
 
 
 def test_results_that_cannot_be_computed_with(copy, audit):
@@ -439,7 +439,7 @@ def test_all_failures_are_listed(copy, audit):
     edit(copy / MANIFEST, lambda m: m.update(return_code=3))
     code, failed, err = audit()
     assert code == 1
-    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-wall", LOG, EVIDENCE}
+    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-command", LOG, EVIDENCE}
     assert "5 do not hold" in err
 
 
