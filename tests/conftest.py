@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,20 @@ def small_activations(small_subject):
 
     root, subject = small_subject
     return harvest_modular_addition(subject, root / "activations", "blocks.0.hook_resid_post")
+
+
+def run_without_torch(script, *arguments) -> None:
+    """Run a script in a process of its own; it must succeed and never import torch."""
+    code = f"""
+import runpy, sys
+sys.argv = {[str(a) for a in (script, *arguments)]!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
-from conftest import ROOT
+from conftest import ROOT, run_without_torch
 from husai.release import recompute
 from husai.stability import contrast
 
@@ -62,16 +62,7 @@ def matched(a, b):
 def test_a_repeat_gives_the_same_bytes_without_torch(finished, script):
     command, out = finished(script)
     before = (out / "results.json").read_bytes()
-    code = f"""
-import runpy, sys
-sys.argv = {[*command[1:], "--output-dir", str(out)]!r}
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stopped:
-    assert stopped.code == 0
-assert "torch" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    run_without_torch(*command[1:], "--output-dir", out)
     assert (out / "results.json").read_bytes() == before
     assert str(ROOT) not in before.decode(), "no path of this machine"
     assert list((out / "figures").glob("*.png"))

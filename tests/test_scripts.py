@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
+from conftest import ROOT, run_without_torch
 
 PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
 TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
@@ -85,16 +85,7 @@ def test_phase4a_results(phase4a):
 def test_repeat_returns_the_same_bytes_without_torch(phase4a):
     command, out = phase4a
     before = (out / "results.json").read_bytes()
-    code = f"""
-import runpy, sys
-sys.argv = {[str(c) for c in command[1:]] + ["--output-dir", str(out)]!r}
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stopped:
-    assert stopped.code == 0
-assert "torch" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    run_without_torch(*command[1:], "--output-dir", out)
     assert (out / "results.json").read_bytes() == before
     assert len(list(out.glob("run_*"))) >= 2
 

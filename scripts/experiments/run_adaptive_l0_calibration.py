@@ -56,15 +56,13 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> candidates on selection seeds -> choice -> confirmation on fresh seeds."""
     device = prepare(args.device, args.threads)
-    from husai.activations.source import open_store
+    from husai.activations import source
     from husai.stability import contrast, study
     from husai.stability.scores import ALIVE
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
 
-    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
-    given = {name: getattr(args, flag) for name, flag in names.items()}
-    store = open_store(args.artifact_root, device, args.threads, **given)
+    store = source.of_arguments(args, device)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
 
     def arms(ks: list[int], seeds: list[int]) -> dict[int, dict]:
@@ -167,14 +165,13 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import gain_sentence, interval, table
+    from husai.report.text import at_rest, gain_sentence, interval, table
 
     def cells(s: dict) -> list[str]:
         lower = "none" if s["lower_bound"] is None else f"{s['lower_bound']:+.4f}"
         verdict = s["stability"]["verdict"]
-        at_rest = {True: "yes", False: "**no**", None: "not known"}[s["convergence"]["converged"]]
         excess = f"{interval(verdict['claimable_excess'], '+')} ({verdict['highest_null']})"
-        return [s["k"], interval(s["explained_variance"]), excess, lower, at_rest]
+        return [s["k"], interval(s["explained_variance"]), excess, lower, at_rest(s["convergence"])]
 
     header = ["k", "held-out EV", "excess over the highest required null", "surest excess", "at rest"]
     chosen, control = results["chosen_k"], results["control_k"]

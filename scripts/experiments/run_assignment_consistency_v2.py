@@ -78,7 +78,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> references -> own and shared arms at each λ -> choice -> confirmation."""
     device = prepare(args.device, args.threads)
-    from husai.activations.source import open_store
+    from husai.activations import source
     from husai.dictionaries import checkpoints
     from husai.dictionaries.foreign import weights_file
     from husai.runs.files import sha256_file
@@ -89,9 +89,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
 
-    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
-    given = {name: getattr(args, flag) for name, flag in names.items()}
-    store = open_store(args.artifact_root, device, args.threads, **given)
+    store = source.of_arguments(args, device)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
     decoders = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
 
@@ -142,15 +140,16 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         figures = {"gain": contrast.gain([s], [base]), "ev_drop": contrast.drop(s, base).to_json()}
         return {"lambda": weight} | figures | study.brief(s)
 
+    # What the score would seem to gain if the reference were among the SAEs, as it was in the earlier study.
+    def counting(s: dict, name: str) -> float:
+        return study.mcc_with_reference(args.output_dir, s, decoders[name])
+
+    control_counting = {name: counting(control, name) for name in shared}
     arm_own = [compared(scored["own", weight, None], control, weight) for weight in lambdas]
     arm_shared = []
     for weight in lambdas:
         each = [scored["shared", weight, name] for name in shared]
-        counted = [
-            study.mcc_with_reference(args.output_dir, s, decoders[name])
-            - study.mcc_with_reference(args.output_dir, control, decoders[name])
-            for name, s in zip(shared, each, strict=True)
-        ]
+        counted = [counting(s, name) - control_counting[name] for name, s in zip(shared, each, strict=True)]
         left_out = [each[:i] + each[i + 1 :] for i in range(len(each)) if len(each) > 1]
         arm_shared.append(
             {
@@ -175,7 +174,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         base, s = score(records[: len(fresh)]), score(records[len(fresh) :])
         confirmation = [{"lambda": 0.0, **study.brief(base)}, compared(s, base, chosen)]
 
-    everything = [control, *scored.values(), *confirmation]
+    everything = [*scored.values(), *confirmation]
     results = {
         "phase": "assignment_consistency_v2",
         "inputs": {

@@ -64,15 +64,13 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> all conditions in a few passes -> scores. Returns the results and their files."""
     device = prepare(args.device, args.threads)
-    from husai.activations.source import open_store
+    from husai.activations import source
     from husai.runs.errors import BadInput
     from husai.stability import contrast, study
     from husai.stability.scores import ALIVE
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig, check_members
 
-    names = {"store": "activation_cache_dir", "subject": "subject", "hook_name": "hook_name", "rows": "rows"}
-    given = {name: getattr(args, flag) for name, flag in names.items()}
     axes = list(dict.fromkeys([*((args.d_sae, k) for k in args.ks), *((d, args.k) for d in args.d_saes)]))
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
 
@@ -83,7 +81,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     check_members(conditions)
     if any("transcoder" in family for family in args.architectures):
         raise BadInput("--architectures: SAEs of the activations expected; transcoders need a second store")
-    store = open_store(args.artifact_root, device, args.threads, **given)
+    store = source.of_arguments(args, device)
 
     def train(these: list, how: TrainingConfig = recipe) -> tuple[list[dict], list[int]]:
         trained = train_or_find(cells, store, these, how, device, args.threads)
@@ -91,12 +89,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     def scored(records: list[dict], steps: list[int]) -> dict:
         section = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
-        ev = {
-            "explained_variance": contrast.heldout(section).to_json(),
-            "l0": contrast.heldout(section, "l0").to_json(),
-        }
-        dead = {"dead_share": contrast.heldout(section, "dead_share").to_json()}
-        return study.brief(section) | ev | dead
+        figures = ("explained_variance", "l0", "dead_share")
+        return study.brief(section) | {name: contrast.heldout(section, name).to_json() for name in figures}
 
     # ----------------------------------------------------------------------------------------------------------------
     # The two axes: all conditions of a width and family take each step together
@@ -193,16 +187,15 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import GAIN_HEADER, gain_cells, interval, table
+    from husai.report.text import GAIN_HEADER, at_rest, gain_cells, interval, table
 
     def cells(r: dict) -> list[str]:
         stability, moved = r["stability"], r["convergence"]
-        at_rest = {True: "yes", False: "**no**", None: "not known"}[moved["converged"]]
         return [
             interval(stability["scores"]["mcc_alive"]["observed"]),
             f"{interval(stability['verdict']['claimable_excess'], '+')} ({stability['verdict']['highest_null']})",
             stability["verdict"]["outcome"],
-            f"{at_rest}, {interval(moved['moved'], '+')}",
+            f"{at_rest(moved)}, {interval(moved['moved'], '+')}",
             f"{r['explained_variance']['estimate']:.4f}",
             f"{r['l0']['estimate']:.1f}",
             f"{r['dead_share']['estimate']:.0%}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -61,6 +62,12 @@ def open_store(
         random_seed=random_seed,
     )
     return ActivationStore.open(folder)
+
+
+def of_arguments(args: argparse.Namespace, device: torch.device) -> ActivationStore:
+    """The store that a phase's command line names (`runs.cli.Parser.add_source`)."""
+    named = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
+    return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows)
 
 
 def _digest(subject: str | Path) -> str:

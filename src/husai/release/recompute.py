@@ -116,9 +116,9 @@ def decisions(results: dict) -> dict[str, Any]:
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
-        for name, figure in (("explained_variance", "explained_variance"), ("l0", "l0"), ("dead_share", "dead_share")):
+        for name in ("explained_variance", "l0", "dead_share"):
             if name in study:
-                again[f"{at}/{name}"] = contrast.heldout(study, figure).to_json()
+                again[f"{at}/{name}"] = contrast.heldout(study, name).to_json()
         if "lower_bound" in study:
             again[f"{at}/lower_bound"] = contrast.lower_bound(study)
 

@@ -29,6 +29,11 @@ def gain_sentence(gain: dict) -> str:
     return f"paired gain of `mcc_alive` {interval(gain['observed'], '+')}, of its excess {over}"
 
 
+def at_rest(convergence: dict) -> str:
+    """Whether stability had come to rest at the end of training, as a cell."""
+    return {True: "yes", False: "**no**", None: "not known"}[convergence["converged"]]
+
+
 def table(header: list[str], rows: list[list]) -> list[str]:
     """Lines of a markdown table."""
     return [f"| {' | '.join(map(str, r))} |" for r in (header, ["---"] * len(header), *rows)]

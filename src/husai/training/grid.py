@@ -40,8 +40,10 @@ def members(
         init_seed: one initialisation for all, a control that the stability code refuses.
     """
     axes = product(families, widths, ks, learning_rates, seeds)
-    starts = {seed: seed if init_seed is None else init_seed for seed in seeds}
-    return [Member(starts[seed], d_sae, k, rate, seed, family) for family, d_sae, k, rate, seed in axes]
+    return [
+        Member(seed if init_seed is None else init_seed, d_sae, k, rate, seed, family)
+        for family, d_sae, k, rate, seed in axes
+    ]
 
 
 def train_or_find(
