@@ -1,6 +1,7 @@
 """The stacked trainer, against plain references."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -290,11 +291,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """From several windows on: 154 MB more on disk, less than a third of that more in memory."""
+    """From ten windows on: 307 MB more on disk, less than a tenth of that more in memory."""
+    # What is freed is given back at once, so that the peak is what was needed and not what the allocator kept.
+    strict = {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     peaks = []
-    for name, parts in (("small", "30"), ("large", "90")):
+    for name, parts in (("small", "60"), ("large", "180")):
         (tmp_path / name).mkdir()
         command = [sys.executable, "-c", MEASURE, tmp_path / name, parts]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | strict)
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 50, peaks
+    assert peaks[1] - peaks[0] < 30, peaks
