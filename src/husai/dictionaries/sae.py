@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class SAE:
     @property
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
+
+    def to(self, device: torch.device | str) -> SAE:
+        """The same on another device."""
+        return replace(self, weights={name: t.to(device) for name, t in self.weights.items()})
 
     def encode(self, x: Tensor) -> Tensor:
         """`x [rows, d_in]` -> features `[rows, d_sae]`."""

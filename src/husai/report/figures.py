@@ -19,11 +19,17 @@ COLOURS = {
     "covariance_matched": "#b59b00",
     "shuffled": "#ad1a72",
     "random_model": "#4f7f3b",
+    "reference": "#0b6e99",
+    "llm": "#ad1a72",
+    "pca": "#d9730d",
 }
 NAMES = {
     "observed": "trained with different seeds",
     "covariance_matched": "covariance-matched",
     "random_model": "random-weights model",
+    "reference": "matched reference",
+    "llm": "residual stream",
+    "pca": "PCA",
 }
 
 
@@ -92,7 +98,7 @@ class Panel:
     y_label: str
     x: list
     series: dict[str, list[dict]]
-    """name -> one estimate for each x; `low` and `high` None: no interval."""
+    """name -> one estimate for each x; `low` and `high` None: no interval; all None: not drawn."""
     unfinished: dict[str, list[bool]] | None = None
     """Of each series, which of `x` are drawn hollow: training had not come to rest."""
 
@@ -108,8 +114,9 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
         named = isinstance(panel.x[0], str)
         places = np.arange(len(panel.x))[::-1] if named else np.array(panel.x, dtype=float)
         for i, (name, estimates) in enumerate(panel.series.items()):
-            value = np.array([e["estimate"] for e in estimates])
-            ends = np.array([[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")])
+            value = np.array([e["estimate"] for e in estimates], dtype=float)
+            ends = [[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")]
+            ends = np.array(ends, dtype=float)
             error = np.abs(ends - value)
             colour = COLOURS.get(name, f"C{i}")
             style = {"color": colour, "label": NAMES.get(name, name), "capsize": 3}

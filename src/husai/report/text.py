@@ -8,7 +8,9 @@ from husai.runs.files import write_text
 
 
 def interval(e: dict, sign: str = "") -> str:
-    """`0.597 [0.564, 0.629]`, four digits; `sign="+"` writes it for differences."""
+    """`0.597 [0.564, 0.629]`, four digits; `sign="+"` writes it for differences; `none: why` where there is none."""
+    if e["estimate"] is None:
+        return f"none: {e['reason']}"
     return f"{e['estimate']:{sign}.4f}" + (
         "" if e["low"] is None else f" [{e['low']:{sign}.4f}, {e['high']:{sign}.4f}]"
     )

@@ -74,6 +74,57 @@ class Parser(argparse.ArgumentParser):
             "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
         )
 
+    def add_benchmark(self) -> None:
+        """What an external benchmark is run on: --checkpoint, --reference, --random-model-checkpoint, --model-name,
+        --hook-name, --hook-layer, --rows."""
+        self.add_argument(
+            "--checkpoint",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
+            "condition",
+        )
+        self.add_argument(
+            "--reference",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
+        )
+        self.add_argument(
+            "--random-model-checkpoint",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="SAEs trained alike on the random-weights model",
+        )
+        self.add_argument(
+            "--model-name",
+            "--subject",
+            dest="subject",
+            default="husai-tiny",
+            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
+        )
+        self.add_argument("--hook-name", help="default: blocks.HOOK_LAYER.hook_resid_pre")
+        self.add_argument("--hook-layer", type=int, help="default: that of --hook-name, else 1")
+        self.add_argument(
+            "--rows",
+            type=positive_int,
+            default=100_000,
+            help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
+        )
+
+    def parse_benchmark(self) -> argparse.Namespace:
+        """The arguments, with --hook-name filled in."""
+        args = self.parse_args()
+        if args.hook_name is None:
+            args.hook_name = f"blocks.{1 if args.hook_layer is None else args.hook_layer}.hook_resid_pre"
+        elif args.hook_layer is not None and not args.hook_name.startswith(f"blocks.{args.hook_layer}."):
+            self.error(f"--hook-layer {args.hook_layer} with --hook-name {args.hook_name}: one layer expected")
+        args.hook_layer = None  # said by the name
+        return args
+
     def parse_phase(self) -> argparse.Namespace:
         """The arguments, with --layer turned into --hook-name and no stability asked of a single seed."""
         args = self.parse_args()
@@ -106,7 +157,9 @@ class Parser(argparse.ArgumentParser):
             help="holds subjects/ and activations/, which phases share (default: %(default)s)",
         )
         self.add_machine()
-        self.add_argument("--force", action="store_true", help="compute again what is already finished")
+        self.add_argument(
+            "--force", "--force-rerun", action="store_true", help="compute again what is already finished"
+        )
 
     def add_machine(self) -> None:
         """--device, --threads."""

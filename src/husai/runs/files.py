@@ -110,11 +110,13 @@ def publish_directory(final: Path, build: Callable[[Path], None], replace: bool 
 
 
 def tree_digest(path: Path, what: str) -> str:
-    """sha256 over the names and contents of all files below a folder (hidden ones aside).
+    """sha256 over the names and contents of all files below a folder (hidden ones aside), or of a file.
 
     Raises:
-        BadInput: it is not a folder, or holds no file.
+        BadInput: there is no such folder, or it holds no file.
     """
+    if path.is_file():
+        return sha256_file(path)
     if not path.is_dir():
         raise BadInput(f"{what}: {path} is not a folder")
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))

@@ -25,6 +25,7 @@ def run_phase(
     brought: tuple[str, ...] = ("subject", "activation_cache_dir"),
     apart: tuple[str, ...] = (),
     check: Callable[[dict], None] | None = None,
+    packages: tuple[str, ...] = PACKAGES,
 ) -> None:
     """Compute a phase, or read its finished cell, and write results, summary and manifest.
 
@@ -34,20 +35,17 @@ def run_phase(
         brought: arguments that name folders which the user brings; they count by content, not by path.
         apart: further arguments that change no result.
         check: raises CheckFailed where the results, which are kept, do not hold.
+        packages: folders of husai whose code the results depend on.
 
     Raises:
         BadInput, CheckFailed.
     """
-    contents = {
-        flag: _content(flag, path, f"--{flag.replace('_', '-')}")
-        for flag in brought
-        if (path := getattr(args, flag)) is not None
-    }
+    contents = {flag: _contents(flag, given) for flag in brought if (given := getattr(args, flag)) is not None}
     left_out = (*APART, *brought, *apart)
     config = {k: v for k, v in vars(args).items() if k not in left_out and v is not None} | {"brought": contents}
     with Run(args.output_dir, config, args.device, args.threads) as run:
         cells = Cells(args.output_dir / "cells", args.force)
-        key = {"config": config, "code": [code_version(*PACKAGES), sha256_file(Path(script))]}
+        key = {"config": config, "code": [code_version(*packages), sha256_file(Path(script))]}
         results = cells.get(name, key, lambda: compute(args, cells))
         run.inputs |= results["inputs"]
         text = summary(results)
@@ -57,6 +55,11 @@ def run_phase(
         print(f"figures  {args.output_dir / 'figures'}")
         if check is not None:
             check(results)
+
+
+def _contents(flag: str, given: Path | list[Path]) -> str | list[str]:
+    what = f"--{flag.replace('_', '-')}"
+    return [_content(flag, p, what) for p in given] if isinstance(given, list) else _content(flag, given, what)
 
 
 def _content(flag: str, path: Path, what: str) -> str:

@@ -81,6 +81,52 @@ def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, error, len(x), method)
 
 
+def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: float = 0.95) -> Estimate:
+    """Mean of a figure (of paired differences, as a rule) over S training seeds and D data sets.
+
+    Both are samples: other seeds would give other SAEs, and data sets of one family share their source. Var = s²/S over
+    the seeds' means + the variance of the mean over data sets, clustered by family, F/(F−1) Σ_f (Σ_{d∈f} (x̄_d − x̄))²/D²
+    (Liang & Zeger 1986). What is left over in each cell counts in both: conservative. t with the fewer degrees of
+    freedom. Below three seeds there is only the second term, and the interval says nothing of training again.
+
+    Args:
+        values: `[S, D]`. families: D names.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 2 or 0 in x.shape or x.shape[1] != len(families) or not np.isfinite(x).all():
+        raise ValueError("finite figures expected, a row a seed, a column a data set")
+    s, d = x.shape
+    mean, residuals = float(x.mean()), x.mean(0) - x.mean()
+    sums = np.array([residuals[np.array(families) == f].sum() for f in dict.fromkeys(families)])
+    f = len(sums)
+    if f < 2:
+        method = f"mean over {d} data sets"
+        return Estimate(
+            mean, None, None, None, s, method, "at least 2 families of data sets are needed for an interval"
+        )
+    variance, freedom = f / (f - 1) * float((sums**2).sum()) / d**2, f - 1
+    method = f"mean over {d} data sets of {f} families; clustered by family, t(F-1), {level:.0%}; not over seeds"
+    if s >= 3:
+        variance, freedom = variance + float(x.mean(1).var(ddof=1)) / s, min(f, s) - 1
+        method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {level:.0%}"
+    error = float(np.sqrt(variance))
+    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * error
+    return Estimate(mean, mean - half, mean + half, error, s, method)
+
+
+def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> float:
+    """How far two single runs of a benchmark must lie apart to differ by more than its own noise: t(n−1)·√2·s.
+
+    Args:
+        repeats: the same SAE's figure at n ≥ 2 seeds of the benchmark.
+    """
+    x = np.asarray(repeats, dtype=float)
+    return float(stats.t.ppf(0.5 + level / 2, len(x) - 1) * np.sqrt(2) * x.std(ddof=1))
+
+
 def permutation_test(matrix: np.ndarray, first: int) -> float:
     """Exact two-sided p-value that two arms of seeds have the same mean within-arm score.
 

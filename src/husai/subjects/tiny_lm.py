@@ -54,7 +54,7 @@ class TinyLMConfig:
     n_heads: int = 4
     d_mlp: int = 1024
     n_ctx: int = 256
-    tokens: int = 8_000_000
+    tokens: int = 24_000_000
     """Targets seen in training, repeats included."""
     batch_tokens: int = 4096
     """Of a step, padding included."""

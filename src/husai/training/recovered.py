@@ -12,39 +12,55 @@ from husai.activations.language_model import batches
 from husai.dictionaries.sae import SAE
 from husai.subjects.pretrained import LanguageModel
 
+LOGITS = 2**27  # at once
+
 
 @torch.inference_mode()
 def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], texts: list[str]) -> dict:
-    """Mean cross-entropy of the next token, in nats, over the texts, each cut to n_ctx.
+    """Mean cross-entropy of the next token and KL divergence from the model as it is, in nats, over the texts, each cut
+    to n_ctx. The passes without an SAE are shared by all.
 
     An SAE replaces what it was trained on: every position but the first; what is predicted there is counted.
 
     Returns:
         {"model": as it is, "zeroed": with zeros in the activation's place, "spliced": with each SAE's reconstruction,
-        "tokens": how many were predicted}
+        "kl_zeroed", "kl_spliced": the same of KL(as it is ‖ changed), "tokens": how many were predicted}
     """
     tokenizer, model = subject.tokenizer, subject.model
     tokenizer.truncation_side = "right"
     encoded = tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"]
     inputs = [torch.tensor(ids) for ids in encoded if len(ids) > 2]
-    replacements = [None, torch.zeros_like, *(reconstruction(sae) for sae in saes)]
     device = next(model.parameters()).device
-    totals, count = np.zeros(len(replacements)), 0
-    for chosen in batches(np.array([*map(len, inputs)]), 4096):
+    replacements = [torch.zeros_like, *(reconstruction(sae.to(device)) for sae in saes)]
+    total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
+    at_once = max(512, min(4096, LOGITS // len(tokenizer)))
+    for chosen in batches(np.array([*map(len, inputs)]), at_once):
         tokens = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in chosen], batch_first=True).to(device)
-        targets = tokens[:, 1:].clone()
-        targets[:, 0] = -100
-        for row, i in enumerate(chosen):
-            targets[row, len(inputs[i]) - 1 :] = -100
+        lengths = torch.tensor([len(inputs[i]) for i in chosen], device=device)
+        position = torch.arange(tokens.shape[1] - 1, device=device)
+        counted = (position >= 1) & (position < lengths[:, None] - 1)  # what is predicted at these is counted
+        targets = tokens[:, 1:][counted].unsqueeze(1)
+
+        def predictions(hooks: list, tokens: Tensor = tokens, counted: Tensor = counted) -> Tensor:
+            return model.run_with_hooks(tokens, fwd_hooks=hooks)[:, :-1][counted].float().log_softmax(-1)
+
+        whole = predictions([])
+        total -= whole.gather(1, targets).sum().item()
         for i, replace in enumerate(replacements):
-            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook_name, spliced(replace))] if replace else [])
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-            )
-            totals[i] += loss.item()
-        count += int((targets != -100).sum())
-    model_loss, zeroed, *others = (totals / count).tolist()
-    return {"model": model_loss, "zeroed": zeroed, "spliced": others, "tokens": count}
+            changed = predictions([(hook_name, spliced(replace))])
+            losses[i] -= changed.gather(1, targets).sum().item()
+            divergences[i] += (whole.exp() * (whole - changed)).sum().item()
+        count += len(targets)
+    zeroed, *others = (losses / count).tolist()
+    kl_zeroed, *kl_others = (divergences / count).tolist()
+    return {
+        "model": total / count,
+        "zeroed": zeroed,
+        "spliced": others,
+        "kl_zeroed": kl_zeroed,
+        "kl_spliced": kl_others,
+        "tokens": count,
+    }
 
 
 def reconstruction(sae: SAE) -> Callable[[Tensor], Tensor]:

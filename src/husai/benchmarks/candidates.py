@@ -1,0 +1,149 @@
+"""The SAEs that a benchmark is run on, with the facts that decide what each may be compared with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from husai.activations.language_model import harvest_tokens
+from husai.activations.store import ActivationStore
+from husai.dictionaries import checkpoints, foreign
+from husai.dictionaries.sae import SAE
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, sha256_file
+from husai.stability.study import open_fitting
+from husai.subjects import pretrained, text
+from husai.subjects.pretrained import LanguageModel
+from husai.training.trainer import evaluate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that fits the subject and the hook."""
+
+    folder: Path
+    sha256: str
+    """Of its weights file."""
+    sae: SAE
+    facts: dict
+    """How it was made (`facts_of`)."""
+    heldout: dict
+    """Figures of `training.trainer.evaluate` on documents that neither the subject nor an SAE was trained on."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.folder.name}-{self.sha256[:8]}"
+
+    @property
+    def condition(self) -> str:
+        """What its siblings with other seeds share."""
+        f = self.facts
+        if f["source"] != "husai":
+            return self.label
+        name = f"{f['family']} d{f['d_sae']} k{f['k']}" + ("" if f["control"] is None else f" on {f['control']}")
+        return f"{name} ({digest({k: v for k, v in f.items() if k not in ('seed', 'l0')})[:6]})"
+
+    def to_json(self) -> dict:
+        return {
+            "label": self.label,
+            "condition": self.condition,
+            "checkpoint_sha256": self.sha256,
+            "facts": self.facts,
+            "heldout": self.heldout,
+        }
+
+
+def facts_of(sae: SAE, l0: float) -> dict:
+    """What matching goes by; None where a checkpoint does not say."""
+    made = sae.metadata.get("husai") or {}
+    training = made.get("training")
+    ours = training is not None
+    settings = {k: v for k, v in (training or {}).items() if k not in ("tokens", "propose")}
+    return {
+        "source": "husai" if ours else made.get("source", "SAELens"),
+        "subject_digest": made.get("subject_digest"),
+        "hook_name": sae.metadata.get("hook_name"),
+        "family": made.get("family", sae.architecture),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": made.get("k", sae.k),
+        "l0": l0,
+        "learning_rate": made.get("learning_rate"),
+        "tokens": training["tokens"] if ours else None,
+        "store_digest": made.get("store_digest"),
+        "training": digest(settings) if ours else None,
+        "seed": made.get("seed"),
+        "control": made.get("control"),
+    }
+
+
+def heldout_store(
+    subject: LanguageModel, hook_name: str, artifact_root: Path, rows: int, threads: int
+) -> ActivationStore:
+    """Activations on documents that husai-tiny and every SAE of its stores were not trained on; found or harvested.
+
+    Raises:
+        BadInput: the subject has no such hook, or the documents give fewer rows.
+    """
+    folders = harvest_tokens(
+        subject, [hook_name], text.corpus().heldout, artifact_root / "activations", rows, threads=threads
+    )
+    return ActivationStore.open(folders[hook_name])
+
+
+def open_all(paths: list[Path], store: ActivationStore, flag: str) -> list[Candidate]:
+    """All checkpoints at or below these paths, of any kind that can be read, each once.
+
+    Raises:
+        BadInput: a path without one, an SAE made for another width, hook or subject, or two of one condition and seed.
+    """
+    found: dict[str, Candidate] = {}
+    for path in paths:
+        if not path.exists():
+            raise BadInput(f"--{flag}: {path} does not exist")
+        for folder in [path] if path.is_file() else foreign.find(path):
+            sha = sha256_file(foreign.weights_file(folder))
+            if sha not in found:
+                sae = open_fitting(folder, store)
+                figures, _ = evaluate(sae, store, range(store.rows))
+                found[sha] = Candidate(folder, sha, sae, facts_of(sae, figures["l0"]), figures)
+    seeds: dict[tuple, Candidate] = {}
+    for c in found.values():
+        if c.facts["source"] != "husai":
+            continue
+        if (other := seeds.setdefault((c.condition, c.facts["seed"]), c)) is not c:
+            raise BadInput(
+                f"--{flag}: {c.folder} and {other.folder} are of one condition and seed; one of them expected"
+            )
+    return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.sha256))
+
+
+def open_controls(
+    paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device, threads: int
+):
+    """(the random-weights model, the SAEs trained on it); (None, []) where no path is given.
+
+    Raises:
+        BadInput: an SAE of the model itself, or of several random models.
+    """
+    if not paths:
+        return None, []
+    folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path))]
+    said = {(foreign.open_checkpoint(f).metadata.get("husai") or {}).get("control") for f in folders}
+    seeds = {re.fullmatch(r"random_weights\(seed=(\d+)\)", str(control)) for control in said}
+    if len(said) != 1 or None in seeds:
+        raise BadInput(
+            f"--random-model-checkpoint: trained on {', '.join(sorted(map(str, said)))}; SAEs of one random-weights "
+            "model expected (extract_activations.py --random-model)"
+        )
+    random_model = pretrained.load(subject, int(seeds.pop()[1]), device)
+    store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
+    return random_model, open_all(paths, store, "random-model-checkpoint")
+
+
+def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
+    """Write an SAE in the SAELens layout, with what the benchmarks look for in its metadata."""
+    metadata = sae.metadata | {"model_name": subject.name, "hook_name": hook_name, "prepend_bos": True}
+    checkpoints.save(SAE(sae.weights, sae.architecture, sae.k, sae.subtract_b_dec, metadata), folder)
+    return folder

@@ -1,0 +1,275 @@
+"""SAEBench's `sparse_probing_sae_probes`, run by its own code, each SAE in a folder of its own.
+
+That code reuses whatever file lies where it would write, whichever SAE made it. So a folder's name is the digest of the
+SAE, the subject, the data sets, the settings and the packages' versions, and what is read is exactly the data sets that
+were asked for. The work is shared among processes: `python -m husai.benchmarks.sae_probes TASKS.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import digest, read_json, write_json
+from husai.runs.progress import progress
+from husai.subjects import text
+
+PACKAGES = ("sae-bench", "sae-probes", "sae-lens", "scikit-learn", "torch", "numpy")
+METRICS = ("test_auc", "test_acc", "test_f1", "val_auc")
+INSTALL = "sae-bench is not installed: make setup (or pip install --no-deps -r requirements-nodeps.txt)"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the figures.
+
+    Raises:
+        BadInput: one is missing.
+    """
+    try:
+        return {p: importlib.metadata.version(p) for p in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BadInput(INSTALL if error.name == "sae-bench" else f"{error.name} is not installed: make setup") from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a probing figure depends on, the SAE aside."""
+
+    subject_digest: str
+    model_name: str
+    hook_name: str
+    data_sets: tuple[str, ...]
+    ks: tuple[int, ...]
+    reg_type: str = "l1"
+    binarize: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One SAE (or other encoder, or the model itself) at one seed of the benchmark."""
+
+    label: str
+    kind: str
+    """`sae` (a folder in the SAELens layout), `encoder` (a safetensors file of `W` and `mean`) or `llm`."""
+    path: str | None
+    sha256: str
+    seed: int
+    settings: Settings
+    cache: str
+    """Holds `model_activations_<model_name>/<data set>_<hook>.pt`."""
+    root: str
+    device: str
+
+    @cached_property
+    def key(self) -> dict:
+        """All that the figures depend on."""
+        about = {"kind": self.kind, "sha256": self.sha256, "seed": self.seed, "device": self.device}
+        return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions()}))
+
+    @cached_property
+    def folder(self) -> Path:
+        return Path(self.root) / f"{self.label}-seed{self.seed}-{digest(self.key)[:16]}"
+
+    def file(self, data_set: str) -> Path:
+        """Where the official code leaves a data set's figures."""
+        s = self.settings
+        if self.kind == "llm":
+            return self.folder / f"baseline_results_{s.model_name}/normal_setting/{data_set}_{s.hook_name}_logreg.json"
+        name = f"{data_set}_{s.hook_name}_{s.reg_type}{'_binarized' if s.binarize else ''}.json"
+        return self.folder / f"sae_custom_sae/sae_probes_{s.model_name}/normal_setting/{name}"
+
+
+def check_data_sets(names: list[str]) -> list[str]:
+    """The binary probing sets that are meant by names or sides, none of whose texts a language model or SAE here saw.
+
+    Raises:
+        BadInput: an unknown name, a set that is not binary, or one whose texts are trained on.
+    """
+    found = text.expand(names)
+    binary, trained = set(text.binary_sets()), set(text.names("train"))
+    for name in found:
+        if name in trained:
+            raise BadInput(f"--dataset-names: {name} is text that language model and SAEs are trained on")
+        if name not in binary:
+            raise BadInput(f"--dataset-names: {name} is not one of sae-probes' {len(binary)} binary data sets")
+    if repeated := sorted({n for n in found if found.count(n) > 1}):
+        raise BadInput(f"--dataset-names: {repeated[0]} is named twice")
+    seen = {text.document_id(t) for t in text.corpus().train}
+    for name in found:
+        if shared := sum(text.document_id(t) in seen for t in text.documents(name)):
+            raise BadInput(f"--dataset-names: {name} shares {shared} documents with the training text")
+    return found
+
+
+def families(data_sets: list[str]) -> list[str]:
+    """The family of each: data sets that were made from the same texts."""
+    of = {name: family for side in text.FAMILIES.values() for family, members in side.items() for name in members}
+    return [of[name] for name in data_sets]
+
+
+def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> list[dict]:
+    """Run the tasks that are not finished, then read all; returns `figures` of each.
+
+    Args:
+        work: gets the lists of tasks and the official code's output, `sae_probes_<worker>.{json,log}`.
+
+    Raises:
+        CheckFailed: the official code failed, or left something other than was asked for.
+    """
+    waiting = []
+    for task in tasks:
+        if force:
+            shutil.rmtree(task.folder, ignore_errors=True)
+        key = task.folder / "key.json"
+        if key.exists() and read_json(key, "probing results") != task.key:
+            raise BadInput(f"--results-path: {task.folder} holds other results than its name says; delete it")
+        for name in task.settings.data_sets:
+            if task.file(name).exists() and _read(task, name) is None:
+                task.file(name).unlink()  # cut off by an interruption: the official code would take it as it is
+        if not all(task.file(name).exists() for name in task.settings.data_sets):
+            write_json(key, task.key)
+            waiting.append(task)
+    if waiting:
+        _run_workers(waiting, min(workers, len(waiting)), work)
+    return [figures(task) for task in tasks]
+
+
+def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
+    processes = []
+    total = sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
+    try:
+        for i in range(workers):
+            write_json(work / f"sae_probes_{i}.json", [asdict(t) for t in tasks[i::workers]])
+            command = [sys.executable, "-m", "husai.benchmarks.sae_probes", str(work / f"sae_probes_{i}.json")]
+            with open(work / f"sae_probes_{i}.log", "w") as log:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        with progress(f"sae-probes on {len(tasks)} encoders (data sets)", total) as advance:
+            done = 0
+            while any(p.poll() is None for p in processes):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    next(p for p in processes if p.poll() is None).wait(1)
+                now = total - sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
+                advance(now - done)
+                done = now
+                if any(p.poll() for p in processes):
+                    break
+    finally:
+        for p in processes:
+            if p.poll() is None:
+                p.terminate()
+                p.wait()
+    for i, p in enumerate(processes):
+        if p.returncode:
+            log = work / f"sae_probes_{i}.log"
+            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            raise CheckFailed(f"sae-probes failed with return code {p.returncode}: {last} (see {log})")
+
+
+def figures(task: Task) -> dict[str, dict[str, list[float]]]:
+    """{k (`llm` for the model): {metric: a figure a data set, in the order of the settings}}.
+
+    Raises:
+        CheckFailed: a data set or a k is missing, or a figure is not finite.
+    """
+    s = task.settings
+    ks = ["llm"] if task.kind == "llm" else [str(k) for k in s.ks]
+    found: dict = {k: {m: [] for m in METRICS} for k in ks}
+    for name in s.data_sets:
+        rows = _read(task, name)
+        if rows is None or set(rows) != set(ks):
+            raise CheckFailed(f"sae-probes left no whole result for {name} in {task.file(name)}")
+        for k in ks:
+            for m in METRICS:
+                found[k][m].append(rows[k][m])
+    return found
+
+
+def _read(task: Task, data_set: str) -> dict[str, dict[str, float]] | None:
+    """{k: {metric: figure}} of one data set; None where it is missing, cut off or not finite."""
+    try:
+        rows = json.loads(task.file(data_set).read_text())
+        found = {"llm" if task.kind == "llm" else str(r["k"]): {m: float(r[m]) for m in METRICS} for r in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if all(math.isfinite(v) for row in found.values() for v in row.values()) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A worker: one process, one thread
+
+
+def _work(task: Task) -> None:
+    from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
+    from sae_bench.evals.sparse_probing_sae_probes.main import run_eval
+    from sae_lens import SAE
+    from sae_probes import run_baseline_evals, run_sae_evals
+
+    s, where = task.settings, str(task.folder)
+    shared = {"model_name": s.model_name, "model_cache_path": task.cache}
+    if task.kind == "sae":
+        config = SparseProbingSaeProbesEvalConfig(
+            random_seed=task.seed,
+            dataset_names=list(s.data_sets),
+            reg_type=s.reg_type,
+            ks=list(s.ks),
+            binarize=s.binarize,
+            results_path=where,
+            include_llm_baseline=False,
+            **shared,
+        )
+        sae = SAE.load_from_disk(task.path, device=task.device)
+        run_eval(config, [("sae", sae)], task.device, where, force_rerun=True)
+        return
+    common = {"hook_name": s.hook_name, "setting": "normal", "datasets": list(s.data_sets), "seed": task.seed}
+    common |= shared | {"device": task.device}
+    if task.kind == "llm":
+        run_baseline_evals(results_path=where, method="logreg", **common)
+    else:
+        run_sae_evals(
+            sae=Linear(task.path, task.device),
+            reg_type=s.reg_type,
+            ks=list(s.ks),
+            binarize=s.binarize,
+            results_path=task.folder / "sae_custom_sae",
+            **common,
+        )
+
+
+class Linear:
+    """Features of a linear map, which sae-probes takes in an SAE's place: `(x − mean) @ W`."""
+
+    def __init__(self, path: str, device: str):
+        from safetensors.torch import load_file
+
+        weights = load_file(path, device=device)
+        self.W, self.mean = weights["W"], weights["mean"]
+
+    def encode(self, x):
+        return (x - self.mean) @ self.W
+
+
+def _tasks(path: Path) -> Iterator[Task]:
+    for t in read_json(path, "tasks"):
+        s = t.pop("settings")
+        settings = Settings(**{**s, "data_sets": tuple(s["data_sets"]), "ks": tuple(s["ks"])})
+        yield Task(**t, settings=settings)
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    for each in _tasks(Path(sys.argv[1])):
+        _work(each)
