@@ -1,0 +1,1 @@
+"""External benchmarks: SAEBench, CE-Bench, matched baselines."""
