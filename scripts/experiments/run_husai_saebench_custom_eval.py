@@ -73,7 +73,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         args.random_model_checkpoint, args.subject, *place, device, args.threads
     )
 
-    figures = probe(args, data_sets, subject, store, [*saes, *references], random_model, controls)
+    figures, repeats = probe(args, data_sets, subject, store, [*saes, *references], random_model, controls)
     core = core_metrics(args, cells, subject, [*saes, *references])
     records = [c.to_json() | {"core": core[c.sha256]} for c in [*saes, *references]]
     results = {
@@ -91,7 +91,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "controls": [c.to_json() | probed(figures[c.sha256]) for c in controls],
         "baselines": {name: probed(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
         "conditions": compare(args, records[: len(saes)], records, [c.to_json() for c in controls], figures, data_sets),
-        "noise": noise(args, records[0], figures),
+        "noise": noise(args, records[0], [figures[saes[0].sha256], *repeats]),
     }
     return results, [write_csv(args, data_sets, records, figures), *draw(results, args.output_dir / "figures")]
 
@@ -105,8 +105,8 @@ def inputs(args, subject, store, opened) -> dict[str, str]:
 # Figures: of each SAE and baseline, at each k, one a data set
 
 
-def probe(args, data_sets, subject, store, saes, random_model, controls) -> dict[str, dict]:
-    """{sha256 of an SAE, or name of a baseline, or ("noise", seed): {k: {metric: figures}}}."""
+def probe(args, data_sets, subject, store, saes, random_model, controls) -> tuple[dict[str, dict], list[dict]]:
+    """({sha256 of an SAE, or name of a baseline: {k: {metric: figures}}}, the first SAE's at the noise seeds)."""
     from safetensors.torch import save
 
     from husai.activations.language_model import harvest_prompts
@@ -144,7 +144,7 @@ def probe(args, data_sets, subject, store, saes, random_model, controls) -> dict
     for c in saes:
         folder = candidates.to_saelens(c.sae, subject, args.hook_name, work / c.label)
         tasks[c.sha256] = task(c.label, "sae", folder, c.sha256)
-        d_sae, k, seed = untrained_like(c.facts)
+        d_sae, k, seed = baselines.untrained_like(c.facts)
         name = untrained_name(c.facts)
         if name not in tasks:
             sae = baselines.untrained(store, d_sae, k, seed)
@@ -159,19 +159,15 @@ def probe(args, data_sets, subject, store, saes, random_model, controls) -> dict
         on_random = replace(settings, subject_digest=random_model.digest, model_name=random_model.name)
         of_random = {"settings": on_random, "cache": str(cache(random_model))}
         tasks[c.sha256] = replace(task(c.label, "sae", folder, c.sha256), **of_random)
-    for seed in args.noise_seeds:
-        tasks["noise", seed] = replace(tasks[saes[0].sha256], seed=seed)
-    found = sae_probes.run(list(tasks.values()), args.threads, args.output_dir / "sae_probes_work", args.force)
-    return dict(zip(tasks, found, strict=True))
-
-
-def untrained_like(facts: dict) -> tuple[int, int, int]:
-    """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0."""
-    return facts["d_sae"], facts["k"] or max(1, round(facts["l0"])), facts["seed"] or 0
+    noise = [replace(tasks[saes[0].sha256], seed=seed) for seed in args.noise_seeds]
+    found = sae_probes.run([*tasks.values(), *noise], args.threads, args.output_dir / "sae_probes_work", args.force)
+    return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
 
 
 def untrained_name(facts: dict) -> str:
-    return "untrained_d{}_k{}_seed{}".format(*untrained_like(facts))
+    from husai.benchmarks import baselines
+
+    return "untrained_d{}_k{}_seed{}".format(*baselines.untrained_like(facts))
 
 
 def pca_name(facts: dict) -> str:
@@ -254,38 +250,19 @@ def compare(
                 "llm": deltas.paired(of, [np.array(figures["llm"]["llm"]["test_auc"])], families),
                 "pca": deltas.paired(of, [values[pca_name(group[0]["facts"])]], families),
                 "untrained": deltas.paired(of, [values[untrained_name(r["facts"])] for r in group], families),
-                "random_model": random_model_delta(group, controls, values, families),
+                "random_model": deltas.against_controls(group, controls, values, families),
                 "reference": deltas.against_reference(group, references, values, families),
             }
         rows.append(row)
     return rows
 
 
-def random_model_delta(group: list[dict], controls: list[dict], values, families) -> dict:
-    """Against SAEs of the random-weights model, of the same width, tokens and settings."""
-    from husai.benchmarks import deltas
-
-    alike = ("d_sae", "k", "tokens", "training")
-    first = group[0]["facts"]
-    fitting = [c for c in controls if all(c["facts"][n] == first[n] for n in alike)]
-    if not fitting:
-        why = "none has this one's width, k, tokens and training settings" if controls else "no checkpoint was given"
-        return deltas.none(f"{why} (--random-model-checkpoint)")
-    conditions = deltas.by_condition(fitting)
-    same = [name for name, of in conditions.items() if of[0]["facts"]["family"] == first["family"]]
-    chosen = conditions[(same or sorted(conditions))[0]]
-    of = [values[r["checkpoint_sha256"]] for r in group]
-    estimate = deltas.paired(of, [values[r["checkpoint_sha256"]] for r in chosen], families)
-    return estimate | {"reference": chosen[0]["condition"]}
-
-
-def noise(args, first: dict, figures) -> dict:
+def noise(args, first: dict, runs: list[dict]) -> dict:
     """How much one SAE's mean AUC moves with the benchmark's own seed."""
     import numpy as np
 
     from husai.stability.inference import minimum_detectable_difference
 
-    runs = [figures[first["checkpoint_sha256"]], *(figures["noise", seed] for seed in args.noise_seeds)]
     answer = {"label": first["label"], "seeds": [args.random_seed, *args.noise_seeds], "auc": {}}
     for k in map(str, args.ks):
         means = [float(np.mean(f[k]["test_auc"])) for f in runs]
@@ -307,7 +284,6 @@ def write_csv(args, data_sets: list[str], records: list[dict], figures) -> Path:
         {"encoder": labels.get(key, key), "seed": args.random_seed, "data_set": name, "k": k}
         | {metric: values[i] for metric, values in by_metric.items()}
         for key, of in figures.items()
-        if isinstance(key, str)
         for k, by_metric in of.items()
         for i, name in enumerate(data_sets)
     ]

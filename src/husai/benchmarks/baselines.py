@@ -33,6 +33,11 @@ def untrained(store: ActivationStore, d_sae: int, k: int, seed: int) -> SAE:
     return SAE(weights, "topk", min(k, d_sae))
 
 
+def untrained_like(facts: dict) -> tuple[int, int, int]:
+    """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0."""
+    return facts["d_sae"], facts["k"] or max(1, round(facts["l0"])), facts["seed"] or 0
+
+
 def principal_components(store: ActivationStore, d_sae: int) -> dict[str, Tensor]:
     """{"W": the min(d_sae, d_in) leading components `[d_in, n]`, "mean" `[d_in]`}; PCA of the size of an SAE."""
     mean, covariance = store.stats()
@@ -92,7 +97,7 @@ def matched(candidates: list[dict], references: list[dict]) -> Match:
         if r["facts"].get("family") in ((wanted, "standard") if wanted == "relu" else (wanted,)):
             groups.setdefault(r["condition"], []).append(r)
     if not groups:
-        return Match([], f"no {wanted} reference is at hand")
+        return Match([], f"no {wanted} reference whose facts are known is at hand")
     fitting, reasons = [], []
     for name in sorted(groups):
         pairs = list(zip(candidates, sorted(groups[name], key=lambda r: r["facts"]["seed"] or 0), strict=False))
@@ -134,7 +139,7 @@ def read_summary(path: Path) -> dict:
     """The results of an earlier CE-Bench run whose SAEs serve as references.
 
     Raises:
-        BadInput: damaged. A summary without facts is read: nothing will match it.
+        BadInput: damaged. A summary that names no SAEs is read: nothing will match it.
     """
     summary = read_json(path, "baseline summary")
     if not isinstance(summary, dict):

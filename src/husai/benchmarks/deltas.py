@@ -51,5 +51,23 @@ def against_reference(
         return none(match.reason)
     others = values if other_values is None else other_values
     of = [values[r["checkpoint_sha256"]] for r in group]
-    estimate = paired(of, [others[r["checkpoint_sha256"]] for r in match.records], clusters)
-    return estimate | {"reference": match.records[0]["condition"], "n_reference_seeds": len(match.records)}
+    against = [others[r["checkpoint_sha256"]] for r in match.records]
+    about = {"reference": match.records[0]["condition"], "reference_mean": float(np.mean(against))}
+    return paired(of, against, clusters) | about
+
+
+def against_controls(group: list[dict], controls: list[dict], values: Values, clusters: list[str]) -> dict:
+    """The difference to SAEs of the random-weights model of the same width, k, tokens and settings, of the same family
+    where there are such; none, with the reason, where there are none."""
+    first = group[0]["facts"]
+    alike = ("d_sae", "k", "tokens", "training")
+    fitting = [c for c in controls if all(c["facts"][name] == first[name] for name in alike)]
+    if not fitting:
+        why = "none has this one's width, k, tokens and training settings" if controls else "no checkpoint was given"
+        return none(f"{why} (--random-model-checkpoint)")
+    conditions = by_condition(fitting)
+    same = [name for name, of in conditions.items() if of[0]["facts"]["family"] == first["family"]]
+    chosen = conditions[(same or sorted(conditions))[0]]
+    of = [values[r["checkpoint_sha256"]] for r in group]
+    estimate = paired(of, [values[r["checkpoint_sha256"]] for r in chosen], clusters)
+    return estimate | {"reference": chosen[0]["condition"]}

@@ -1,0 +1,324 @@
+"""CE-Bench's contrastive score on SAEs at hand, as published and corrected, against matched references.
+
+    python scripts/experiments/run_husai_cebench_custom_eval.py --cebench-repo PATH --checkpoint CKPT \\
+      --model-name pythia-70m-deduped --hook-layer 0 --hook-name blocks.0.hook_resid_pre --device cuda
+    python scripts/experiments/run_husai_cebench_custom_eval.py --model-name husai-tiny --hook-layer 1 \\
+      --checkpoint results/experiments/sae_training/checkpoints --random-model-checkpoint RANDOM_MODEL_SAES
+
+With `--stories GulkoA/contrastive-stories-v3` (or a local copy of it) the pairs are CE-Bench's own. Without it they are
+texts of the two classes of labelled sae-probes sets, and the metric is called `contrastive_local`: it is not CE-Bench.
+Scores grow with the width of an SAE (docs/methods.md), so that a difference is taken only against a reference of the
+same width and L0, of bound-normalised corrected scores. `--cebench-repo` also runs your checkout of CE-Bench,
+unmodified, on the same pairs.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import Parser, name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
+
+FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject", "matched_baseline_summary")
+LOCAL = (
+    "96_spam_is,95_toxic_is,105_click_bait,92_glue_sst2,110_aimade_humangpt3,157_amazon_5star,106_hate_hate,36_sciq_tf"
+)
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/cebench_custom")
+    p.add_benchmark()
+    p.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
+    p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
+    p.add_argument("--dataset-names", type=name_list, default=LOCAL, help="of local pairs (default: %(default)s)")
+    p.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=42, help="which pairs (default: %(default)s)")
+    p.add_argument(
+        "--noise-seeds",
+        type=seed_list,
+        default="43,44,45,46",
+        help="other draws of pairs, for the first SAE alone: the benchmark's own noise (default: %(default)s)",
+    )
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--matched-baseline-summary", type=Path, help="results.json of an earlier run, as references")
+    where.add_argument("--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> such a file")
+    p.add_argument("--as-baseline", action="store_true", help="also write the map that names this run's SAEs")
+    p.add_argument(
+        "--min-delta", type=nonnegative_float, help="exit 1 unless each condition's lower bound reaches this (0 to 1)"
+    )
+    args = p.parse_benchmark()
+    if args.random_seed in args.noise_seeds:
+        p.error(f"--noise-seeds: {args.random_seed} is --random-seed; others expected")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.phase import PACKAGES, run_phase
+
+    if args.min_delta is not None:
+        from husai.benchmarks import contrastive
+
+        contrastive.refuse_unreachable(args.min_delta)
+    if args.cebench_matched_baseline_map:
+        from husai.benchmarks import baselines
+
+        args.matched_baseline_summary, args.no_baseline = baselines.lookup(
+            args.cebench_matched_baseline_map, args.hook_name
+        )
+    apart = ("cebench_matched_baseline_map",)
+    packages = (*PACKAGES, "benchmarks")
+    run_phase(args, "cebench_custom", __file__, compute, summary, FOLDERS, apart, check=check, packages=packages)
+
+
+def check(results: dict) -> None:
+    """Raise CheckFailed where a condition does not reach --min-delta, or has no difference at all."""
+    from husai.runs.errors import CheckFailed
+
+    if results["min_delta"] is None:
+        return
+    for c in results["conditions"]:
+        d = c["delta"]["reference"]
+        if d["estimate"] is not None and d["reference_mean"] + results["min_delta"] > 1:
+            raise CheckFailed(f"{c['condition']}: its reference's {d['reference_mean']:.4f} leaves no room for it")
+        if d["low"] is None or d["low"] < results["min_delta"]:
+            why = d["reason"] if d["low"] is None else f"lower bound {d['low']:.4f} < {results['min_delta']}"
+            raise CheckFailed(f"{c['condition']}: {why}")
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """Check all that is brought, then read the stories once for all SAEs, and compare."""
+    device = prepare(args.device, args.threads)
+    import numpy as np
+
+    from husai.benchmarks import baselines, candidates, cebench_checkout
+    from husai.subjects import pretrained
+
+    summary_of_references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
+    pairs = choose_pairs(args, args.random_seed)
+    subject = pretrained.load(args.subject, device=device)
+    place = (args.hook_name, args.artifact_root, args.rows)
+    store = candidates.heldout_store(subject, *place, args.threads)
+    saes = candidates.open_all(args.checkpoint, store, "checkpoint")
+    known = {c.sha256 for c in saes}
+    references = [c for c in candidates.open_all(args.reference, store, "reference") if c.sha256 not in known]
+    random_model, controls = candidates.open_controls(
+        args.random_model_checkpoint, args.subject, *place, device, args.threads
+    )
+    refuse_unreachable(args, saes, summary_of_references)
+    plain = {  # an untrained SAE of each one's width and L0
+        c.sha256: baselines.untrained(store, *baselines.untrained_like(c.facts)) for c in saes
+    }
+
+    opened = [*saes, *references]
+    found = scored(args, subject, [*(c.sae for c in opened), *plain.values()], pairs)
+    figures = dict(zip([*(c.sha256 for c in opened), *(f"untrained of {sha}" for sha in plain)], found, strict=True))
+    if controls:
+        on_random = scored(args, random_model, [c.sae for c in controls], pairs)
+        figures |= {c.sha256: f for c, f in zip(controls, on_random, strict=True)}
+    repeats = [figures[saes[0].sha256]]
+    repeats += [scored(args, subject, [saes[0].sae], choose_pairs(args, seed))[0] for seed in args.noise_seeds]
+    checkouts = {}
+    if args.cebench_repo:
+        for c in saes:
+            folder = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
+            work = args.output_dir / "cebench_checkout" / c.label
+            given = (args.cebench_repo, args.subject, None, folder, pairs.rows, work, args.device)
+            checkouts[c.sha256] = cebench_checkout.run(*given)
+
+    records = [c.to_json() | told(figures[c.sha256], c.sae.d_sae) for c in opened]
+    for r in records:
+        r["checkout"] = checkouts.get(r["checkpoint_sha256"])
+    results = {
+        "phase": "cebench_custom",
+        "inputs": {"subject": subject.digest, "held-out activations": store.digest, "pairs": pairs.digest}
+        | {f"checkpoint {c.label}": c.sha256 for c in [*opened, *controls]},
+        "subject": subject.name,
+        "subject_digest": subject.digest,
+        "hook_name": args.hook_name,
+        "benchmark": pairs.benchmark,
+        "source": pairs.source,
+        "pairs_digest": pairs.digest,
+        "n_pairs": len(pairs.rows),
+        "stories_cut": found[0]["stories_cut"],
+        "subjects": pairs.subjects,
+        "saes": records,
+        "controls": [c.to_json() | told(figures[c.sha256], c.sae.d_sae) for c in controls],
+        "untrained": [told(figures[f"untrained of {c.sha256}"], c.sae.d_sae) for c in saes],
+        "conditions": compare(args, pairs, saes, records, controls, figures, summary_of_references),
+        "noise": noise(records[0], [args.random_seed, *args.noise_seeds], repeats),
+        "min_delta": args.min_delta,
+    }
+    files = draw(results, args.output_dir / "figures")
+    if args.as_baseline:
+        files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))
+    assert all(np.isfinite(f["normalised"]).all() for f in figures.values())
+    return results, files
+
+
+def choose_pairs(args, seed: int):
+    from husai.benchmarks import contrastive, sae_probes
+
+    if args.stories:
+        return contrastive.published_pairs(args.stories, args.max_rows, seed)
+    return contrastive.local_pairs(sae_probes.check_data_sets(args.dataset_names), args.max_rows, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def scored(args, subject, saes, pairs) -> list[dict]:
+    """Of each SAE: its scores, one a pair, and `normalised`: the corrected interpretability over its bound."""
+    import tempfile
+
+    from husai.benchmarks import contrastive
+
+    stories = [r["story1"] for r in pairs.rows] + [r["story2"] for r in pairs.rows]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".means-") as folder:
+        means, tokens, cut = contrastive.story_means(subject, args.hook_name, saes, stories, Path(folder))
+        found = [contrastive.scores(mean, tokens) for mean in means]
+    for f, sae in zip(found, saes, strict=True):
+        f["normalised"] = f["corrected"]["interpretability"] / contrastive.bound(sae.d_sae)
+        f["stories_cut"] = cut
+    return found
+
+
+def told(figures: dict, d_sae: int) -> dict:
+    """What is kept of an SAE's scores: means, and the normalised score of each pair."""
+    from husai.benchmarks import contrastive
+
+    means = {v: {s: float(x.mean()) for s, x in figures[v].items()} for v in ("published", "corrected")}
+    return means | {
+        "bound": contrastive.bound(d_sae),
+        "normalised": float(figures["normalised"].mean()),
+        "normalised_of_pairs": figures["normalised"].tolist(),
+    }
+
+
+def refuse_unreachable(args, saes, summary_of_references) -> None:
+    """Before anything is computed: a minimum that no SAE can reach, as the references' figures stand."""
+    from husai.benchmarks import baselines, contrastive, deltas
+
+    if args.min_delta is None or summary_of_references is None:
+        return
+    for group in deltas.by_condition([c.to_json() for c in saes]).values():
+        match = baselines.matched(group, summary_of_references["saes"])
+        if match.records:
+            known = sum(r["normalised"] for r in match.records) / len(match.records)
+            contrastive.refuse_unreachable(args.min_delta, known)
+
+
+def compare(args, pairs, saes, records, controls, figures, summary_of_references) -> list[dict]:
+    """Each condition's normalised score and its paired differences, with intervals over seeds and subjects."""
+    from husai.benchmarks import deltas
+
+    values = {key: f["normalised"] for key, f in figures.items()}
+    rows = []
+    for name, group in deltas.by_condition(records[: len(saes)]).items():
+        of = [values[r["checkpoint_sha256"]] for r in group]
+        plain = [values[f"untrained of {r['checkpoint_sha256']}"] for r in group]
+        told_controls = [c.to_json() for c in controls]
+        delta = {
+            "untrained": deltas.paired(of, plain, pairs.subjects),
+            "random_model": deltas.against_controls(group, told_controls, values, pairs.subjects),
+            "reference": reference_delta(args, pairs, group, records, values, summary_of_references),
+        }
+        seeds = [r["facts"]["seed"] for r in group]
+        row = {"condition": name, "facts": group[0]["facts"], "seeds": seeds}
+        rows.append(row | {"normalised": deltas.mean(of, pairs.subjects), "delta": delta})
+    return rows
+
+
+def reference_delta(args, pairs, group, records, values, summary_of_references) -> dict:
+    """Against the matched reference of this run, or of the summary where one is given."""
+    import numpy as np
+
+    from husai.benchmarks import deltas
+
+    if getattr(args, "no_baseline", None):
+        return deltas.none(args.no_baseline)
+    if summary_of_references is None:
+        return deltas.against_reference(group, records, values, pairs.subjects)
+    if summary_of_references.get("pairs_digest") not in (pairs.digest, None):
+        return deltas.none(f"{args.matched_baseline_summary.name} was made on other story pairs")
+    saes = summary_of_references["saes"]
+    others = {r["checkpoint_sha256"]: np.array(r["normalised_of_pairs"]) for r in saes}
+    return deltas.against_reference(group, saes, values, pairs.subjects, others)
+
+
+def noise(first: dict, seeds: list[int], runs: list[dict]) -> dict:
+    """How much one SAE's score moves with the draw of pairs."""
+    import numpy as np
+
+    from husai.stability.inference import minimum_detectable_difference
+
+    means = [float(f["normalised"].mean()) for f in runs]
+    mdd = minimum_detectable_difference(means)
+    answer = {"label": first["label"], "seeds": seeds, "means": means}
+    return answer | {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+ARMS = ("untrained", "random_model", "reference")
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    from husai.report import figures
+
+    conditions = results["conditions"]
+    names = [c["condition"] for c in conditions]
+    arms = {arm: [c["delta"][arm] for c in conditions] for arm in ARMS}
+    title = f"{results['benchmark']}: the SAE less a baseline"
+    return [figures.panels(folder / "cebench_deltas.png", [figures.Panel(title, "normalised score", "", names, arms)])]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import interval
+
+    local = results["benchmark"] != "cebench"
+    lines = [
+        "# " + ("Contrastive score on local pairs (not CE-Bench)" if local else "CE-Bench on SAEs at hand"),
+        "",
+        f"{results['subject']}, {results['hook_name']}; {results['n_pairs']} story pairs ({results['source']}), "
+        f"{results['stories_cut']} stories cut to the model's context. "
+        + ("Pairs are built here from labelled texts: these figures are not CE-Bench's. " if local else "")
+        + "Scores are of the corrected variant, divided by the largest that the width allows.",
+        "",
+        "| condition | SAEs | normalised, 95 % interval | − untrained | − random model | − matched reference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in results["conditions"]:
+        cells = [interval(c["normalised"]), *(interval(c["delta"][arm], "+") for arm in ARMS)]
+        lines.append(f"| {c['condition']} | {len(c['seeds'])} | {' | '.join(cells)} |")
+    n = results["noise"]
+    lines += [
+        "",
+        "Intervals: over training seeds and, clustered by subject, pairs (t; docs/methods.md).",
+        f"The benchmark's own noise: {len(n['seeds'])} draws of pairs for one SAE have a standard deviation of "
+        f"{n['sd']:.4f}; the minimum detectable difference of two single runs is "
+        f"{n['minimum_detectable_difference']:.4f}.",
+        "",
+        "| SAE | d_sae | L0 | published: contrastive | independence | interpretability | corrected: independence "
+        "| interpretability | bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results["saes"]:
+        p, c = r["published"], r["corrected"]
+        values = (p["contrastive"], p["independence"], p["interpretability"], c["independence"], c["interpretability"])
+        cells = " | ".join(f"{v:.4f}" for v in (*values, r["bound"]))
+        lines.append(f"| {r['label']} | {r['facts']['d_sae']} | {r['facts']['l0']:.2f} | {cells} |")
+    for r in results["saes"]:
+        if r["checkout"]:
+            o = r["checkout"]
+            lines.append(
+                f"\nYour checkout of CE-Bench ({o['commit'] or 'no commit'}) on {r['label']}: contrastive "
+                f"{o['contrastive_score_mean']:.4f}, independent {o['independent_score_mean']:.4f}, interpretability "
+                f"{o['interpretability_score_mean']:.4f}."
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,228 @@
+"""CE-Bench (Peng et al., "CE-Bench: Towards a reliable contrastive evaluation benchmark of interpretability of sparse
+autoencoders", 2025): how sharply an SAE's features tell two stories on one subject apart.
+
+Of each story V = mean features over its tokens. Contrast |V₁ − V₂|, independence |I − Ī| (I: mean over the tokens of
+both stories; Ī: mean of I over the data set), and their sum are each z-scored over features, and the largest z is the
+pair's score; an SAE's is the mean over pairs. Two variants: `published`, whose code leaves Ī at zero, and `corrected`.
+
+The largest z of n numbers is at most (n − 1)/√n, so that scores grow with the dictionary, dead features included. They
+are compared at one width only; `normalised` divides by that bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from husai.activations.language_model import batches, run
+from husai.dictionaries.sae import SAE
+from husai.runs.errors import BadInput
+from husai.runs.files import digest
+from husai.runs.progress import progress
+from husai.runs.seeds import generator
+from husai.subjects import text
+from husai.subjects.pretrained import LanguageModel
+
+COLUMNS = ("story1", "story2", "subject")
+PUBLISHED = "GulkoA/contrastive-stories-v"
+"""Names of the published data sets begin so."""
+SCORES = ("contrastive", "independence", "interpretability")
+AT_ONCE = 2**26  # features held at a time, tokens x d_sae
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Story pairs."""
+
+    benchmark: str
+    """`cebench` where they are CE-Bench's own, else `contrastive_local`: another metric, which no gate counts as it."""
+    source: str
+    rows: list[dict[str, str]]
+    """Of COLUMNS."""
+
+    @property
+    def digest(self) -> str:
+        return digest([self.benchmark, self.rows])
+
+    @property
+    def subjects(self) -> list[str]:
+        return [row["subject"] for row in self.rows]
+
+
+def local_pairs(data_sets: list[str], rows: int, seed: int) -> Pairs:
+    """Pairs of texts of the two classes of labelled data sets, as many of each, drawn without replacement.
+
+    Raises:
+        BadInput: more rows than the data sets hold pairs.
+    """
+    found: list[dict[str, str]] = []
+    for i, name in enumerate(data_sets):
+        wanted = (rows + len(data_sets) - 1 - i) // len(data_sets)
+        table = text.table(name)
+        classes = sorted(table["target"].unique(), key=str)
+        sides = []
+        for label in classes[:2]:
+            texts = table["prompt"][table["target"] == label].astype(str).tolist()
+            order = torch.randperm(len(texts), generator=generator(seed, "pairs", name, str(label))).tolist()
+            sides.append([texts[j] for j in order[:wanted]])
+        if min(map(len, sides)) < wanted:
+            raise BadInput(f"--max-rows {rows}: {name} holds {min(map(len, sides))} pairs; {wanted} needed of it")
+        found += [dict(zip(COLUMNS, (a, b, name), strict=True)) for a, b in zip(*sides, strict=True)]
+    return Pairs("contrastive_local", f"sae-probes, two classes of {len(data_sets)} data sets", found)
+
+
+def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
+    """CE-Bench's stories: a hub name (downloaded, or found where it was before), or a local copy of the data set.
+
+    Args:
+        rows: a random part of so many; None for all.
+
+    Raises:
+        BadInput: it cannot be had, lacks a column, or is empty.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(name)
+    try:
+        if path.is_dir() and (path / "dataset_info.json").is_file():
+            table = datasets.load_from_disk(str(path))
+        elif path.exists():
+            kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+            files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in kind)
+            if not files:
+                raise BadInput(f"--stories: {path} holds no .jsonl, .json, .csv or .parquet file")
+            table = datasets.load_dataset(kind[files[0].suffix], data_files=[str(p) for p in files], split="train")
+        elif name.startswith(PUBLISHED):
+            table = datasets.load_dataset(name, split="train")
+        else:
+            raise BadInput(f"--stories {name}: neither a path nor a data set {PUBLISHED}*")
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the hub's client or a reader raises
+        raise BadInput(
+            f"--stories {name}: cannot be read ({type(error).__name__}); without it, pairs are built locally"
+        ) from None
+    missing = [c for c in COLUMNS if c not in table.column_names]
+    if missing:
+        raise BadInput(f"--stories {name}: column {missing[0]} is missing; {', '.join(COLUMNS)} expected")
+    if len(table) == 0:
+        raise BadInput(f"--stories {name}: no row")
+    chosen = range(len(table))
+    if rows is not None and rows < len(table):
+        chosen = sorted(torch.randperm(len(table), generator=generator(seed, "stories"))[:rows].tolist())
+    found = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]
+    return Pairs("cebench", name if name.startswith(PUBLISHED) else f"a local copy, {path.name}", found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mean features of each story
+
+
+@torch.inference_mode()
+def story_means(
+    subject: LanguageModel, hook_name: str, saes: list[SAE], stories: list[str], folder: Path
+) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Mean features of each story over all its tokens, for all SAEs from one pass of the model.
+
+    Stories run in batches of about one length, padded on the right; each is cut to n_ctx.
+
+    Args:
+        folder: holds the means, which do not fit into memory for wide SAEs and many stories.
+
+    Returns:
+        (a memory-mapped `[stories, d_sae]` an SAE; tokens of each story `[stories]`; how many stories were cut)
+    """
+    tokenizer = subject.tokenizer
+    tokenizer.truncation_side = "right"
+    whole = tokenizer(stories)["input_ids"]
+    inputs = [np.array(ids[: subject.n_ctx]) for ids in whole]
+    lengths = np.array([*map(len, inputs)])
+    device = next(subject.model.parameters()).device
+    saes = [sae.to(device) for sae in saes]
+    folder.mkdir(parents=True, exist_ok=True)
+    means = [
+        np.lib.format.open_memmap(folder / f"{i}.npy", "w+", np.float32, (len(stories), sae.d_sae))
+        for i, sae in enumerate(saes)
+    ]
+    with progress("reading stories", len(stories)) as advance:
+        for chosen in batches(lengths):
+            x = run(subject, [inputs[i] for i in chosen], [hook_name])[hook_name]
+            row, position = torch.nonzero(
+                torch.arange(x.shape[1]) < torch.from_numpy(lengths[chosen])[:, None], as_tuple=True
+            )
+            tokens, row = x[row.to(device), position.to(device)], row.to(device)
+            for sae, mean in zip(saes, means, strict=True):
+                total = torch.zeros(len(chosen), sae.d_sae, device=device)
+                step = max(1, AT_ONCE // sae.d_sae)
+                for first in range(0, len(tokens), step):
+                    features = sae.encode(tokens[first : first + step])
+                    total.index_add_(0, row[first : first + step], features)
+                mean[chosen] = (total.cpu() / torch.from_numpy(lengths[chosen])[:, None]).numpy()
+            advance(len(chosen))
+    return means, lengths, sum(len(ids) > subject.n_ctx for ids in whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def bound(d_sae: int) -> float:
+    """The largest z-score that one of d_sae numbers can have (with the sample's standard deviation)."""
+    return (d_sae - 1) / d_sae**0.5
+
+
+def largest_z(x: np.ndarray) -> np.ndarray:
+    """Of each row of `x [rows, n]`; 0 where all its numbers are equal."""
+    x = x.astype(np.float64)
+    centred = x - x.mean(1, keepdims=True)
+    spread = centred.std(1, ddof=1)
+    return centred.max(1) / np.where(spread == 0, 1, spread)
+
+
+def scores(means: np.ndarray, tokens: np.ndarray, rows_at_once: int = 256) -> dict[str, dict[str, np.ndarray]]:
+    """{"published", "corrected": {score: one a pair}} of one SAE.
+
+    Args:
+        means: `[2·pairs, d_sae]`, first all first stories, then all second ones; tokens: `[2·pairs]`.
+    """
+    pairs, d_sae = len(means) // 2, means.shape[1]
+    parts = [slice(i, min(i + rows_at_once, pairs)) for i in range(0, pairs, rows_at_once)]
+
+    def both(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(V₁, V₂, I) of these pairs."""
+        second = slice(part.start + pairs, part.stop + pairs)
+        first_tokens, second_tokens = tokens[part, None], tokens[second, None]
+        a, b = means[part].astype(np.float64), means[second].astype(np.float64)
+        return a, b, (first_tokens * a + second_tokens * b) / (first_tokens + second_tokens)
+
+    average = np.zeros(d_sae)
+    for part in parts:
+        average += both(part)[2].sum(0)
+    found: dict = {"published": {s: [] for s in SCORES}, "corrected": {s: [] for s in SCORES}}
+    for part in parts:
+        a, b, story = both(part)
+        contrast = np.abs(a - b)
+        for variant, centre in (("published", 0.0), ("corrected", average / pairs)):
+            independence = np.abs(story - centre)
+            for name, value in zip(SCORES, (contrast, independence, contrast + independence), strict=True):
+                found[variant][name].append(largest_z(value))
+    return {v: {name: np.concatenate(x) for name, x in of.items()} for v, of in found.items()}
+
+
+def refuse_unreachable(minimum: float, reference: float | None = None) -> None:
+    """Raise BadInput where no SAE could be better than its reference by `minimum`, in normalised scores (at most 1).
+
+    Args:
+        reference: the reference's score, where it is known.
+    """
+    room = 1 - (reference or 0.0)
+    if minimum > room:
+        known = "" if reference is None else f", of which a reference already reaches {reference:.4f}"
+        raise BadInput(
+            f"--min-delta {minimum}: cannot be reached; a normalised score is at most 1{known} "
+            f"(the largest z-score of n numbers is (n − 1)/√n)"
+        )
