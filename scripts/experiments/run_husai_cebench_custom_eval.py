@@ -64,7 +64,11 @@ def main() -> None:
         args.matched_baseline_summary, args.no_baseline = baselines.lookup(
             args.cebench_matched_baseline_map, args.hook_name
         )
-    apart = ("cebench_matched_baseline_map",)
+    if args.cebench_repo:
+        from husai.benchmarks import cebench_checkout
+
+        args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
+    apart = ("cebench_matched_baseline_map", "cebench_repo")
     packages = (*PACKAGES, "benchmarks")
     run_phase(args, "cebench_custom", __file__, compute, summary, FOLDERS, apart, check=check, packages=packages)
 

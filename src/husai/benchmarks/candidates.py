@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints, foreign
@@ -147,3 +149,24 @@ def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -
     metadata = sae.metadata | {"model_name": subject.name, "hook_name": hook_name, "prepend_bos": True}
     checkpoints.save(SAE(sae.weights, sae.architecture, sae.k, sae.subtract_b_dec, metadata), folder)
     return folder
+
+
+def train_default(
+    output_dir: Path, artifact_root: Path, subject: str, hook_name: str, device: torch.device, threads: int, force: bool
+) -> Path:
+    """The SAEs that a benchmark takes where none is named: TopK and ReLU, each the other's reference, five seeds.
+
+    Returns:
+        The folder that holds them; found where they were trained before.
+    """
+    from husai.activations.source import open_store
+    from husai.runs.cells import Cells
+    from husai.runs.cli import DEFAULT_SEEDS, int_list
+    from husai.training.grid import members, train_or_find
+    from husai.training.trainer import TrainingConfig
+
+    store = open_store(artifact_root, device, threads, subject=subject, hook_name=hook_name, rows=200_000)
+    grid = members(int_list(DEFAULT_SEEDS), [512], [16], [3e-3], ("topk", "relu"))
+    recipe = TrainingConfig(tokens=600_000, batch_size=512)
+    trained = train_or_find(Cells(output_dir / "cells", force), store, grid, recipe, device, threads)
+    return output_dir / Path(trained["members"][0]["checkpoint"]).parent

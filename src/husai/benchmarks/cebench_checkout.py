@@ -66,10 +66,9 @@ def run(
         BadInput: there is no CE-Bench at `repo`.
         CheckFailed: it stopped with an error, or its scores are missing, not finite, or of other pairs.
     """
-    if not (repo / SCRIPT).is_file():
-        raise BadInput(f"CE-Bench: {repo / SCRIPT} does not exist; a checkout of Yusen-Peng/CE-Bench expected")
+    sha256 = code_digest(repo)
     repo, work = repo.resolve(), work.resolve()
-    about = {**revision(repo), "sha256": sha256_file(repo / SCRIPT)}
+    about = {**revision(repo), "sha256": sha256}
     shutil.rmtree(work / OUTPUT, ignore_errors=True)
     write_json(work / PAIRS, pairs)
     folder = folder_of(subject)
@@ -93,6 +92,17 @@ def run(
         raise CheckFailed(f"CE-Bench: exit code {code} ({last[:200]}); log: {work / LOG}")
     scores = read_scores(work, len(pairs))
     return scores | about | {"stand_ins": read_json(work / STAND_INS), "return_code": code}
+
+
+def code_digest(repo: Path) -> str:
+    """sha256 of the checkout's CE_Bench.py.
+
+    Raises:
+        BadInput: there is no CE-Bench at `repo`.
+    """
+    if not (repo / SCRIPT).is_file():
+        raise BadInput(f"CE-Bench: {repo / SCRIPT} does not exist; a checkout of Yusen-Peng/CE-Bench expected")
+    return sha256_file(repo / SCRIPT)
 
 
 def read_scores(work: Path, rows: int) -> dict:

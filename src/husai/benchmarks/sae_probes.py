@@ -91,13 +91,13 @@ class Task:
 
 
 def check_data_sets(names: list[str]) -> list[str]:
-    """The binary probing sets that are meant by names or sides, none of whose texts a language model or SAE here saw.
+    """The binary probing sets that names, or sides as a whole, stand for; none of whose texts husai-tiny or SAEs saw.
 
     Raises:
         BadInput: an unknown name, a set that is not binary, or one whose texts are trained on.
     """
-    found = text.expand(names)
     binary, trained = set(text.binary_sets()), set(text.names("train"))
+    found = [n for name in names for n in text.expand([name]) if name not in text.FAMILIES or n in binary]
     for name in found:
         if name in trained:
             raise BadInput(f"--dataset-names: {name} is text that language model and SAEs are trained on")

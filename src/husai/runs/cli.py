@@ -74,14 +74,15 @@ class Parser(argparse.ArgumentParser):
             "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
         )
 
-    def add_benchmark(self) -> None:
+    def add_benchmark(self, needs_checkpoint: bool = True) -> None:
         """What an external benchmark is run on: --checkpoint, --reference, --random-model-checkpoint, --model-name,
         --hook-name, --hook-layer, --rows."""
         self.add_argument(
             "--checkpoint",
             type=Path,
             nargs="+",
-            required=True,
+            required=needs_checkpoint,
+            default=[],
             help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
             "condition",
         )

@@ -45,7 +45,11 @@ class Manifest(BaseModel):
     device: str
     threads: int
     inputs: dict[str, str]  # label -> sha256
-    outputs: dict[str, str]  # file in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`) -> sha256
+    commands: list[dict] = []
+    """What the run started: {"command", "return_code", "seconds", "log": below the run folder} each."""
+    outputs: dict[
+        str, str
+    ]  # file in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`, `<name>_map.json`) -> sha256
 
 
 def git_state() -> tuple[str | None, bool | None, str | None]:
@@ -84,6 +88,7 @@ class Run:
     def __init__(self, output_dir: Path, config: dict, device: str, threads: int):
         self.output_dir, self.config, self.device, self.threads = output_dir, config, device, threads
         self.inputs: dict[str, str] = {}
+        self.commands: list[dict] = []
 
     def __enter__(self) -> Run:
         self._started = time.monotonic()
@@ -116,6 +121,17 @@ class Run:
         """Record an input by its sha256 (of the file, or as given)."""
         self.inputs[label] = sha256_file(path_or_digest) if isinstance(path_or_digest, Path) else path_or_digest
 
+    def command(self, name: str, command: list[str]) -> int:
+        """Start a command, its output in `logs/<name>.log`; returns its return code and records all in the manifest."""
+        log.info("%s: %s", name, shlex.join(command))
+        began, path = time.monotonic(), self.folder / "logs" / f"{name}.log"
+        with open(path, "wb") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        shown = shlex.join([Path(command[0]).name, *(a.removeprefix(f"{REPOSITORY}/") for a in command[1:])])
+        record = {"command": shown, "return_code": code, "seconds": round(time.monotonic() - began, 3)}
+        self.commands.append(record | {"log": str(path.relative_to(self.folder))})
+        return code
+
     def write(self, results: Any, summary: str) -> None:
         """Write `results.json` (strict) and `summary.md` into the run folder."""
         write_json(self.folder / "results.json", results)
@@ -145,7 +161,7 @@ class Run:
         commit, dirty, reason = git_state()
         outputs = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.parent.name != "logs"}
         if status == "complete":
-            drawn = (p for pattern in ("figures/*.png", "*.csv") for p in self.output_dir.glob(pattern))
+            drawn = (p for pattern in ("figures/*.png", "*.csv", "*_map.json") for p in self.output_dir.glob(pattern))
             outputs |= {p.relative_to(self.output_dir): p for p in drawn}
         manifest = Manifest(
             run_id=self.run_id,
@@ -163,6 +179,7 @@ class Run:
             device=self.device,
             threads=self.threads,
             inputs=self.inputs,
+            commands=self.commands,
             outputs={str(name): sha256_file(outputs[name]) for name in sorted(outputs) if outputs[name].is_file()},
         )
         write_json(self.folder / "manifest.json", manifest.model_dump())

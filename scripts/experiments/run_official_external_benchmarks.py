@@ -1,0 +1,185 @@
+"""The external benchmarks in their own code, and HUSAI's evals on top of them: what can run here, and run it.
+
+    python scripts/experiments/run_official_external_benchmarks.py
+    python scripts/experiments/run_official_external_benchmarks.py --execute
+    python scripts/experiments/run_official_external_benchmarks.py --execute --checkpoint CKPT --cebench-repo PATH
+
+Without `--execute` it says what is installed, which data and weights are at hand, what would run and for how long. With
+it, every command runs in a process of its own; a failed one does not stop the others, and the run then exits with 1.
+Commands, return codes and logs are in the manifest. Without `--checkpoint` the embedded default is trained: TopK and
+ReLU SAEs of husai-tiny, five seeds.
+"""
+
+import sys
+from pathlib import Path
+
+from husai.runs.cli import Parser, name_list, prepare, run_main
+
+SCRIPTS = Path(__file__).resolve().parent
+SECONDS = {"sae-probes": 0.4, "sae_probes_baseline": 0.5, "official": 15.0, "story": 0.02}
+"""On two CPU cores, for a guess at the time: of an SAE and data set, of the model's probe and data set, of an official
+eval's start, of a story pair and SAE. docs/benchmarks/eval_speed.md measures them."""
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/official_external_benchmarks")
+    p.add_benchmark(needs_checkpoint=False)
+    p.add_argument("--execute", action="store_true", help="run what can run; without it, only say so")
+    p.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench")
+    p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
+    p.add_argument("--dataset-names", type=name_list, default="probe", help="of sae-probes (default: %(default)s)")
+    return p.parse_benchmark()
+
+
+def main() -> None:
+    args = parse()
+    device = prepare(args.device, args.threads)
+    from husai.benchmarks import candidates, cebench_checkout, official, sae_probes
+    from husai.runs.errors import CheckFailed
+    from husai.runs.folder import Run
+    from husai.subjects import pretrained
+
+    # Everything that a user brings is looked at before anything runs.
+    data_sets = sae_probes.check_data_sets(args.dataset_names)
+    subject = pretrained.describe(pretrained.open_folder(args.subject))
+    if args.cebench_repo:
+        cebench_checkout.code_digest(args.cebench_repo)
+    brought = []
+    if args.checkpoint:
+        model = pretrained.load(args.subject, device=device)
+        store = candidates.heldout_store(model, args.hook_name, args.artifact_root, args.rows, args.threads)
+        brought = candidates.open_all(args.checkpoint, store, "checkpoint")
+    n_saes = len(brought) or 10
+    plan = [
+        {
+            "name": "saebench_custom",
+            "seconds": SECONDS["sae-probes"] * len(data_sets) * (2 * n_saes + 5) / args.threads,
+        },
+        {"name": "cebench_custom", "seconds": SECONDS["story"] * 200 * 2 * n_saes},
+        *({"name": name, "seconds": SECONDS["official"]} for name in official.EVALS),
+    ]
+    plan[2]["seconds"] += (SECONDS["sae-probes"] + SECONDS["sae_probes_baseline"]) * len(data_sets)
+
+    config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
+    config |= {"checkpoints": [c.sha256 for c in brought], "stories": args.stories}
+    with Run(args.output_dir, config, args.device, args.threads) as run:
+        run.add_input("subject", subject)
+        for c in brought:
+            run.add_input(f"checkpoint {c.label}", c.sha256)
+        results = {
+            "phase": "official_external_benchmarks",
+            "inputs": run.inputs,
+            "versions": sae_probes.versions(),
+            "preflight": [{**p, "runs": True, "reason": None} for p in plan]
+            + [{"name": n, "seconds": None, "runs": False, "reason": why} for n, why in official.NOT_HERE.items()],
+            "data": data_at_hand(args, data_sets),
+            "checkpoints": [c.label for c in brought] or "the embedded default, trained with --execute",
+            "executed": [],
+        }
+        if args.execute:
+            results["executed"] = execute(args, run, device, data_sets, brought)
+        run.write(results, summary(results))
+        print(summary(results))
+        failed = [e for e in results["executed"] if e["return_code"] != 0 or e["reason"]]
+        if failed:
+            why = ", ".join(f"{e['name']} (return code {e['return_code']}, {e['log']})" for e in failed)
+            raise CheckFailed(f"{len(failed)} of {len(results['executed'])} commands failed: {why}")
+
+
+def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
+    """What each benchmark would read, in words."""
+    stories = args.stories or "no --stories: contrastive pairs of labelled texts, which are not CE-Bench's"
+    checkout = str(args.cebench_repo.name) if args.cebench_repo else "no --cebench-repo: its own code does not run"
+    probing = f"{len(data_sets)} data sets, in the installed sae-probes package"
+    return {"sae-probes": probing, "CE-Bench stories": stories, "CE-Bench checkout": checkout}
+
+
+def execute(args, run, device, data_sets: list[str], brought: list) -> list[dict]:
+    """Run the plan, command after command; returns a record of each."""
+    from husai.benchmarks import candidates, deltas, official
+    from husai.subjects import pretrained
+
+    paths = args.checkpoint
+    if not paths:
+        given = (args.output_dir, args.artifact_root, args.subject, args.hook_name, device, args.threads, args.force)
+        paths = [candidates.train_default(*given)]
+    subject = pretrained.load(args.subject, device=device)
+    if not brought:
+        store = candidates.heldout_store(subject, args.hook_name, args.artifact_root, args.rows, args.threads)
+        brought = candidates.open_all(paths, store, "checkpoint")
+        for c in brought:
+            run.add_input(f"checkpoint {c.label}", c.sha256)
+    cache = args.artifact_root / "probe_activations" / subject.digest[:16]
+    common = ["--device", args.device]
+    shared = ["--checkpoint", *map(str, paths), "--model-name", args.subject, "--hook-name", args.hook_name, *common]
+    shared += ["--threads", str(args.threads), "--artifact-root", str(args.artifact_root), "--rows", str(args.rows)]
+    for flag in ("reference", "random_model_checkpoint"):
+        if getattr(args, flag):
+            shared += [f"--{flag.replace('_', '-')}", *map(str, getattr(args, flag))]
+    shared += ["--force"] if args.force else []
+
+    def custom(name: str, *more: str) -> tuple[str, list[str], Path]:
+        folder = args.output_dir / name
+        script = str(SCRIPTS / f"run_husai_{name}_eval.py")
+        return name, [sys.executable, script, *shared, "--output-dir", str(folder), *more], folder
+
+    stories = ["--stories", args.stories] if args.stories else []
+    checkout = ["--cebench-repo", str(args.cebench_repo)] if args.cebench_repo else []
+    commands = [
+        custom("saebench_custom", "--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)),
+        custom("cebench_custom", *stories, *checkout),
+    ]
+    for group in deltas.by_condition([c.to_json() for c in brought]).values():  # one SAE a condition
+        c = next(c for c in brought if c.sha256 == group[0]["checkpoint_sha256"])
+        layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
+        for name in official.EVALS:
+            folder = args.output_dir / "official" / f"{name}-{c.label}"
+            command = [sys.executable, "-m", "husai.benchmarks.official", name, "--checkpoint", str(layout)]
+            command += ["--subject", args.subject, "--output-dir", str(folder), *common]
+            if name == "sparse_probing_sae_probes":
+                command += ["--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)]
+            commands.append((f"{name}-{c.label}", command, folder))
+    return [record(run, *command) for command in commands]
+
+
+def record(run, name: str, command: list[str], folder: Path) -> dict:
+    """Run one command; its return code, log, and what it found."""
+    from husai.benchmarks import official
+    from husai.runs.errors import CheckFailed
+    from husai.runs.files import sha256_file
+
+    code = run.command(name, command)
+    about = {"name": name, "return_code": code, "log": run.commands[-1]["log"], "seconds": run.commands[-1]["seconds"]}
+    answer = about | {"result": None, "sha256": None, "metric": None, "figure": None, "reason": None}
+    if code != 0:
+        return answer | {"reason": f"return code {code}"}
+    file = folder / "results.json"
+    if "-m" in command:
+        try:
+            metric, figure = official.headline(command[3], folder)
+        except CheckFailed as error:
+            return answer | {"reason": str(error)}
+        answer |= {"metric": metric, "figure": figure}
+        (file,) = folder.glob(official.RESULT)
+    return answer | {"result": str(file.relative_to(run.output_dir)), "sha256": sha256_file(file)}
+
+
+def summary(results: dict) -> str:
+    lines = ["# External benchmarks", "", "| eval | runs here | about | why not |", "|---|---|---|---|"]
+    for p in results["preflight"]:
+        seconds = f"{p['seconds'] / 60:.1f} min" if p["seconds"] else ""
+        lines.append(f"| {p['name']} | {'yes' if p['runs'] else 'no'} | {seconds} | {p['reason'] or ''} |")
+    lines += ["", *(f"- {name}: {what}" for name, what in results["data"].items())]
+    lines += [f"- {name} {version}" for name, version in results["versions"].items()]
+    if not results["executed"]:
+        return "\n".join([*lines, "", "Nothing was run: --execute does it."]) + "\n"
+    lines += ["", "| command | return code | seconds | result | figure |", "|---|---|---|---|---|"]
+    for e in results["executed"]:
+        figure = e["reason"] or (f"{e['metric']} {e['figure']:.4f}" if e["metric"] else "see its summary")
+        lines.append(f"| {e['name']} | {e['return_code']} | {e['seconds']:.0f} | {e['result'] or ''} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)
