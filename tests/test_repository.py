@@ -9,7 +9,17 @@ import yaml
 
 from conftest import ROOT
 
-STEPS = ["subjects", "activations", "kernels", "dictionaries", "training", "stability", "release", "report"]
+STEPS = [
+    "subjects",
+    "activations",
+    "kernels",
+    "dictionaries",
+    "training",
+    "stability",
+    "benchmarks",
+    "release",
+    "report",
+]
 
 
 def requirements(name):

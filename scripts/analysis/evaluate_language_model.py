@@ -52,7 +52,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.subjects import pretrained, text
 
     digest = pretrained.describe(pretrained.open_folder(args.subject))
-    results = {"subject": args.subject, "subject_digest": digest, "inputs": {"subject": digest}}
+    results = {"phase": "language_model", "subject": args.subject, "subject_digest": digest}
+    results["inputs"] = {"subject": digest}
     results |= bits(args, cells, device)
     data_sets = text.expand(args.data_sets) if args.data_sets else text.probe_sets()
     results["probes"] = probes(args, cells, device, data_sets, None)

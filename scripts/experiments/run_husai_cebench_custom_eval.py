@@ -91,9 +91,8 @@ def check(results: dict) -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
-    import numpy as np
 
-    from husai.benchmarks import baselines, candidates, cebench_checkout
+    from husai.benchmarks import baselines, candidates, cebench_checkout, deltas
     from husai.subjects import pretrained
 
     summary_of_references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
@@ -109,7 +108,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     )
     refuse_unreachable(args, saes, summary_of_references)
     plain = {  # an untrained SAE of each one's width and L0
-        c.sha256: baselines.untrained(store, *baselines.untrained_like(c.facts)) for c in saes
+        c.sha256: baselines.untrained(store, *baselines.untrained_like(c.facts)) for c in [*saes, *references]
     }
 
     opened = [*saes, *references]
@@ -128,9 +127,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             given = (args.cebench_repo, args.subject, None, folder, pairs.rows, work, args.device)
             checkouts[c.sha256] = cebench_checkout.run(*given)
 
-    records = [c.to_json() | told(figures[c.sha256], c.sae.d_sae) for c in opened]
-    for r in records:
-        r["checkout"] = checkouts.get(r["checkpoint_sha256"])
+    def record(c, candidate: bool = True) -> dict:
+        of = c.to_json(candidate) | told(figures[c.sha256], c.sae.d_sae)
+        return of | {"checkout": checkouts.get(c.sha256)}
+
     results = {
         "phase": "cebench_custom",
         "inputs": {"subject": subject.digest, "held-out activations": store.digest, "pairs": pairs.digest}
@@ -144,17 +144,17 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "n_pairs": len(pairs.rows),
         "stories_cut": found[0]["stories_cut"],
         "subjects": pairs.subjects,
-        "saes": records,
-        "controls": [c.to_json() | told(figures[c.sha256], c.sae.d_sae) for c in controls],
-        "untrained": [told(figures[f"untrained of {c.sha256}"], c.sae.d_sae) for c in saes],
-        "conditions": compare(args, pairs, saes, records, controls, figures, summary_of_references),
-        "noise": noise(records[0], [args.random_seed, *args.noise_seeds], repeats),
+        "saes": [record(c, c.sha256 in known) for c in opened],
+        "controls": [record(c) for c in controls],
+        "untrained": [told(figures[f"untrained of {c.sha256}"], c.sae.d_sae) for c in opened],
+        **references_of(args, pairs, summary_of_references),
         "min_delta": args.min_delta,
     }
+    results["conditions"] = deltas.contrastive(results)
+    results["noise"] = noise(results["saes"][0], [args.random_seed, *args.noise_seeds], repeats)
     files = draw(results, args.output_dir / "figures")
     if args.as_baseline:
         files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))
-    assert all(np.isfinite(f["normalised"]).all() for f in figures.values())
     return results, files
 
 
@@ -212,42 +212,15 @@ def refuse_unreachable(args, saes, summary_of_references) -> None:
             contrastive.refuse_unreachable(args.min_delta, known)
 
 
-def compare(args, pairs, saes, records, controls, figures, summary_of_references) -> list[dict]:
-    """Each condition's normalised score and its paired differences, with intervals over seeds and subjects."""
-    from husai.benchmarks import deltas
-
-    values = {key: f["normalised"] for key, f in figures.items()}
-    rows = []
-    for name, group in deltas.by_condition(records[: len(saes)]).items():
-        of = [values[r["checkpoint_sha256"]] for r in group]
-        plain = [values[f"untrained of {r['checkpoint_sha256']}"] for r in group]
-        told_controls = [c.to_json() for c in controls]
-        delta = {
-            "untrained": deltas.paired(of, plain, pairs.subjects),
-            "random_model": deltas.against_controls(group, told_controls, values, pairs.subjects),
-            "reference": reference_delta(args, pairs, group, records, values, summary_of_references),
-        }
-        seeds = [r["facts"]["seed"] for r in group]
-        row = {"condition": name, "facts": group[0]["facts"], "seeds": seeds}
-        rows.append(row | {"normalised": deltas.mean(of, pairs.subjects), "delta": delta})
-    return rows
-
-
-def reference_delta(args, pairs, group, records, values, summary_of_references) -> dict:
-    """Against the matched reference of this run, or of the summary where one is given."""
-    import numpy as np
-
-    from husai.benchmarks import deltas
-
-    if getattr(args, "no_baseline", None):
-        return deltas.none(args.no_baseline)
-    if summary_of_references is None:
-        return deltas.against_reference(group, records, values, pairs.subjects)
-    if summary_of_references.get("pairs_digest") not in (pairs.digest, None):
-        return deltas.none(f"{args.matched_baseline_summary.name} was made on other story pairs")
-    saes = summary_of_references["saes"]
-    others = {r["checkpoint_sha256"]: np.array(r["normalised_of_pairs"]) for r in saes}
-    return deltas.against_reference(group, saes, values, pairs.subjects, others)
+def references_of(args, pairs, summary: dict | None) -> dict:
+    """The records of a summary that may serve as references, or why there are none."""
+    reason = getattr(args, "no_baseline", None)
+    if summary is None:
+        return {"references": None, "no_reference": reason}
+    if summary.get("pairs_digest") not in (pairs.digest, None):
+        return {"references": [], "no_reference": f"{args.matched_baseline_summary.name} was made on other story pairs"}
+    kept = ("condition", "facts", "checkpoint_sha256", "normalised_of_pairs")
+    return {"references": [{k: r[k] for k in kept} for r in summary["saes"]], "no_reference": None}
 
 
 def noise(first: dict, seeds: list[int], runs: list[dict]) -> dict:

@@ -58,7 +58,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then harvest, probe, measure, and compare."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, sae_probes
+    from husai.benchmarks import candidates, deltas, sae_probes
     from husai.subjects import pretrained
 
     sae_probes.versions()
@@ -75,7 +75,6 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     figures, repeats = probe(args, data_sets, subject, store, [*saes, *references], random_model, controls)
     core = core_metrics(args, cells, subject, [*saes, *references])
-    records = [c.to_json() | {"core": core[c.sha256]} for c in [*saes, *references]]
     results = {
         "phase": "saebench_custom",
         "inputs": inputs(args, subject, store, [*saes, *references, *controls]),
@@ -84,15 +83,18 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "hook_name": args.hook_name,
         "data_sets": data_sets,
         "families": sae_probes.families(data_sets),
-        "k": K,
         "random_seed": args.random_seed,
         "versions": sae_probes.versions(),
-        "saes": [r | probed(figures[r["checkpoint_sha256"]]) for r in records],
+        "saes": [
+            c.to_json(c.sha256 in known) | {"core": core[c.sha256]} | probed(figures[c.sha256])
+            for c in [*saes, *references]
+        ],
         "controls": [c.to_json() | probed(figures[c.sha256]) for c in controls],
         "baselines": {name: probed(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
-        "conditions": compare(args, records[: len(saes)], records, [c.to_json() for c in controls], figures, data_sets),
-        "noise": noise(args, records[0], [figures[saes[0].sha256], *repeats]),
     }
+    results["conditions"] = deltas.saebench(results)
+    results["noise"] = noise(args, results["saes"][0], [figures[saes[0].sha256], *repeats])
+    records = results["saes"]
     return results, [write_csv(args, data_sets, records, figures), *draw(results, args.output_dir / "figures")]
 
 
@@ -145,12 +147,13 @@ def probe(args, data_sets, subject, store, saes, random_model, controls) -> tupl
         folder = candidates.to_saelens(c.sae, subject, args.hook_name, work / c.label)
         tasks[c.sha256] = task(c.label, "sae", folder, c.sha256)
         d_sae, k, seed = baselines.untrained_like(c.facts)
-        name = untrained_name(c.facts)
+        name = baselines.untrained_name(c.facts)
         if name not in tasks:
             sae = baselines.untrained(store, d_sae, k, seed)
             folder = candidates.to_saelens(sae, subject, args.hook_name, work / name)
             tasks[name] = task(name, "sae", folder, checkpoint_digest(folder))
-        name, file = pca_name(c.facts), work / f"{pca_name(c.facts)}.safetensors"
+        name = baselines.pca_name(c.facts)
+        file = work / f"{name}.safetensors"
         if name not in tasks:
             write_bytes(file, save(baselines.principal_components(store, d_sae)))
             tasks[name] = task(name, "encoder", file, sha256_file(file))
@@ -162,16 +165,6 @@ def probe(args, data_sets, subject, store, saes, random_model, controls) -> tupl
     noise = [replace(tasks[saes[0].sha256], seed=seed) for seed in args.noise_seeds]
     found = sae_probes.run([*tasks.values(), *noise], args.threads, args.output_dir / "sae_probes_work", args.force)
     return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
-
-
-def untrained_name(facts: dict) -> str:
-    from husai.benchmarks import baselines
-
-    return "untrained_d{}_k{}_seed{}".format(*baselines.untrained_like(facts))
-
-
-def pca_name(facts: dict) -> str:
-    return f"pca_{min(facts['d_sae'], facts['d_in'])}"
 
 
 def core_metrics(args, cells, subject, saes) -> dict[str, dict]:
@@ -206,12 +199,11 @@ def core_metrics(args, cells, subject, saes) -> dict[str, dict]:
 
 
 def probed(figures: dict) -> dict:
-    """What is kept of an encoder's figures: means, and the AUC of each data set at the k that counts."""
+    """What is kept of an encoder's figures: means, and the AUC of each data set."""
     import numpy as np
 
     means = {k: {m: float(np.mean(v)) for m, v in by_metric.items()} for k, by_metric in figures.items()}
-    headline = figures.get(str(K), figures.get("llm"))["test_auc"]
-    found = {"means": means, "test_auc": headline}
+    found = {"means": means, "test_auc": {k: by_metric["test_auc"] for k, by_metric in figures.items()}}
     return found if "llm" in figures else found | {"auc_by_validation": by_validation(figures)}
 
 
@@ -222,39 +214,6 @@ def by_validation(figures: dict) -> float:
     ks = list(figures)
     best = np.argmax([figures[k]["val_auc"] for k in ks], axis=0)
     return float(np.mean([figures[ks[b]]["test_auc"][i] for i, b in enumerate(best)]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Differences
-
-
-def compare(
-    args, candidates: list[dict], references: list[dict], controls: list[dict], figures, data_sets
-) -> list[dict]:
-    """Each condition's AUC and its paired differences, with intervals over seeds and data sets."""
-    import numpy as np
-
-    from husai.benchmarks import deltas, sae_probes
-
-    families = sae_probes.families(data_sets)
-    rows = []
-    for name, group in deltas.by_condition(candidates).items():
-        row = {"condition": name, "facts": group[0]["facts"], "seeds": [r["facts"]["seed"] for r in group], "auc": {}}
-        for k in map(str, args.ks):
-            values = {key: np.array(f[k]["test_auc"]) for key, f in figures.items() if k in f}
-            of = [values[r["checkpoint_sha256"]] for r in group]
-            row["auc"][k] = deltas.mean(of, families)
-            if int(k) != K:
-                continue
-            row["delta"] = {
-                "llm": deltas.paired(of, [np.array(figures["llm"]["llm"]["test_auc"])], families),
-                "pca": deltas.paired(of, [values[pca_name(group[0]["facts"])]], families),
-                "untrained": deltas.paired(of, [values[untrained_name(r["facts"])] for r in group], families),
-                "random_model": deltas.against_controls(group, controls, values, families),
-                "reference": deltas.against_reference(group, references, values, families),
-            }
-        rows.append(row)
-    return rows
 
 
 def noise(args, first: dict, runs: list[dict]) -> dict:
@@ -320,9 +279,7 @@ def summary(results: dict) -> str:
     ]
     for c in results["conditions"]:
         cells = [interval(c["auc"][str(K)]), *(interval(c["delta"][arm], "+") for arm in ARMS)]
-        group = [r for r in results["saes"] if r["condition"] == c["condition"]]
-        l0 = sum(r["facts"]["l0"] for r in group) / len(group)
-        lines.append(f"| {c['condition']} | {len(group)} | {l0:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {c['condition']} | {len(c['seeds'])} | {c['l0']:.1f} | {' | '.join(cells)} |")
     lines += [
         "",
         "Intervals: over training seeds and, clustered by family, data sets (t; docs/methods.md). With fewer than five "

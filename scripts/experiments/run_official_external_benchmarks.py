@@ -16,7 +16,8 @@ from pathlib import Path
 from husai.runs.cli import Parser, name_list, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parent
-SECONDS = {"sae-probes": 0.4, "sae_probes_baseline": 0.5, "official": 15.0, "story": 0.02}
+EVALS = ("saebench_custom", "cebench_custom", "sparse_probing_sae_probes", "core", "meta_structure")
+SECONDS = {"sae-probes": 0.4, "llm": 0.5, "official": 15.0, "story": 0.02}
 """On two CPU cores, for a guess at the time: of an SAE and data set, of the model's probe and data set, of an official
 eval's start, of a story pair and SAE. docs/benchmarks/eval_speed.md measures them."""
 
@@ -29,7 +30,11 @@ def parse():
     p.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench")
     p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
     p.add_argument("--dataset-names", type=name_list, default="probe", help="of sae-probes (default: %(default)s)")
-    return p.parse_benchmark()
+    p.add_argument("--evals", type=name_list, help=f"some of {', '.join(EVALS)} (default: all)")
+    args = p.parse_benchmark()
+    if unknown := [name for name in args.evals or [] if name not in EVALS]:
+        p.error(f"--evals {unknown[0]}: one of {', '.join(EVALS)} expected")
+    return args
 
 
 def main() -> None:
@@ -50,16 +55,7 @@ def main() -> None:
         model = pretrained.load(args.subject, device=device)
         store = candidates.heldout_store(model, args.hook_name, args.artifact_root, args.rows, args.threads)
         brought = candidates.open_all(args.checkpoint, store, "checkpoint")
-    n_saes = len(brought) or 10
-    plan = [
-        {
-            "name": "saebench_custom",
-            "seconds": SECONDS["sae-probes"] * len(data_sets) * (2 * n_saes + 5) / args.threads,
-        },
-        {"name": "cebench_custom", "seconds": SECONDS["story"] * 200 * 2 * n_saes},
-        *({"name": name, "seconds": SECONDS["official"]} for name in official.EVALS),
-    ]
-    plan[2]["seconds"] += (SECONDS["sae-probes"] + SECONDS["sae_probes_baseline"]) * len(data_sets)
+    plan = [{"name": n, "seconds": guess(n, len(brought) or 10, len(data_sets))} for n in args.evals or EVALS]
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
     config |= {"checkpoints": [c.sha256 for c in brought], "stories": args.stories}
@@ -85,6 +81,16 @@ def main() -> None:
         if failed:
             why = ", ".join(f"{e['name']} (return code {e['return_code']}, {e['log']})" for e in failed)
             raise CheckFailed(f"{len(failed)} of {len(results['executed'])} commands failed: {why}")
+
+
+def guess(name: str, n_saes: int, n_data_sets: int) -> float:
+    """Seconds that an eval may take."""
+    if name == "cebench_custom":
+        return SECONDS["official"] + SECONDS["story"] * 200 * 2 * n_saes
+    if name == "saebench_custom":  # with an untrained SAE beside each, PCA, and the runs for the noise
+        return SECONDS["official"] + SECONDS["sae-probes"] * n_data_sets * (2 * n_saes + 5)
+    more = (SECONDS["sae-probes"] + SECONDS["llm"]) * n_data_sets if name.startswith("sparse_probing") else 0
+    return SECONDS["official"] + more
 
 
 def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
@@ -130,10 +136,11 @@ def execute(args, run, device, data_sets: list[str], brought: list) -> list[dict
         custom("saebench_custom", "--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)),
         custom("cebench_custom", *stories, *checkout),
     ]
+    commands = [c for c in commands if c[0] in (args.evals or EVALS)]
     for group in deltas.by_condition([c.to_json() for c in brought]).values():  # one SAE a condition
         c = next(c for c in brought if c.sha256 == group[0]["checkpoint_sha256"])
         layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
-        for name in official.EVALS:
+        for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
             command = [sys.executable, "-m", "husai.benchmarks.official", name, "--checkpoint", str(layout)]
             command += ["--subject", args.subject, "--output-dir", str(folder), *common]

@@ -38,6 +38,14 @@ def untrained_like(facts: dict) -> tuple[int, int, int]:
     return facts["d_sae"], facts["k"] or max(1, round(facts["l0"])), facts["seed"] or 0
 
 
+def untrained_name(facts: dict) -> str:
+    return "untrained_d{}_k{}_seed{}".format(*untrained_like(facts))
+
+
+def pca_name(facts: dict) -> str:
+    return f"pca_{min(facts['d_sae'], facts['d_in'])}"
+
+
 def principal_components(store: ActivationStore, d_sae: int) -> dict[str, Tensor]:
     """{"W": the min(d_sae, d_in) leading components `[d_in, n]`, "mean" `[d_in]`}; PCA of the size of an SAE."""
     mean, covariance = store.stats()

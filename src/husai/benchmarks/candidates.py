@@ -46,8 +46,10 @@ class Candidate:
         name = f"{f['family']} d{f['d_sae']} k{f['k']}" + ("" if f["control"] is None else f" on {f['control']}")
         return f"{name} ({digest({k: v for k, v in f.items() if k not in ('seed', 'l0')})[:6]})"
 
-    def to_json(self) -> dict:
+    def to_json(self, candidate: bool = True) -> dict:
+        """Its record in the results; `candidate` False: it serves as a reference alone."""
         return {
+            "candidate": candidate,
             "label": self.label,
             "condition": self.condition,
             "checkpoint_sha256": self.sha256,

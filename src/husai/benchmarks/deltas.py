@@ -1,4 +1,7 @@
-"""Differences between conditions on a benchmark: paired by data set (or story pair), over seeds, with an interval."""
+"""Differences between conditions on a benchmark: paired by data set (or story pair), over seeds, with an interval.
+
+Pure functions of a run's results, so that the audit makes every estimate again.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,76 @@ import numpy as np
 from husai.benchmarks import baselines
 from husai.stability.inference import mean_over_seeds_and_sets
 
+K = "5"
+"""Features of a probe at which differences are taken, fixed in advance."""
 Values = dict[str, np.ndarray]
 """sha256 of a checkpoint -> its figures, one a data set or story pair."""
+
+
+def saebench(results: dict) -> list[dict]:
+    """The conditions of a run of run_husai_saebench_custom_eval.py: mean AUC at each k; differences at K.
+
+    Args:
+        results: `saes` and `controls` (records with `test_auc`: k -> one a data set; `candidate`: whether it is a
+            condition's, not only a reference), `baselines` (name -> the same), `families` (one a data set).
+    """
+    families, baseline = results["families"], results["baselines"]
+    candidates = [r for r in results["saes"] if r["candidate"]]
+    values = {r["checkpoint_sha256"]: np.array(r["test_auc"][K]) for r in results["saes"] + results["controls"]}
+    llm = np.array(baseline["llm"]["test_auc"]["llm"])
+    rows = []
+    for name, group in by_condition(candidates).items():
+        of = [values[r["checkpoint_sha256"]] for r in group]
+        pca = np.array(baseline[baselines.pca_name(group[0]["facts"])]["test_auc"][K])
+        plain = [np.array(baseline[baselines.untrained_name(r["facts"])]["test_auc"][K]) for r in group]
+        auc = {k: mean([np.array(r["test_auc"][k]) for r in group], families) for k in group[0]["test_auc"]}
+        delta = {
+            "llm": paired(of, [llm], families),
+            "pca": paired(of, [pca], families),
+            "untrained": paired(of, plain, families),
+            "random_model": against_controls(group, results["controls"], values, families),
+            "reference": against_reference(group, results["saes"], values, families),
+        }
+        rows.append(_row(name, group) | {"auc": auc, "delta": delta})
+    return rows
+
+
+def contrastive(results: dict) -> list[dict]:
+    """The conditions of a run of run_husai_cebench_custom_eval.py: normalised scores and differences.
+
+    Args:
+        results: `saes`, `controls` (records with `normalised_of_pairs`), `untrained` (of each SAE, in its order),
+            `references` (records of a summary; None: the SAEs themselves), `no_reference` (why there are none),
+            `subjects` (one a pair).
+    """
+    subjects, saes = results["subjects"], results["saes"]
+    references = saes if results["references"] is None else results["references"]
+    values, others = (
+        {r["checkpoint_sha256"]: np.array(r["normalised_of_pairs"]) for r in records}
+        for records in (saes + results["controls"], references)
+    )
+    plain = {
+        r["checkpoint_sha256"]: np.array(u["normalised_of_pairs"])
+        for r, u in zip(saes, results["untrained"], strict=True)
+    }
+    rows = []
+    for name, group in by_condition([r for r in saes if r["candidate"]]).items():
+        of = [values[r["checkpoint_sha256"]] for r in group]
+        reference = none(results["no_reference"])
+        if results["no_reference"] is None:
+            reference = against_reference(group, references, values, subjects, others)
+        delta = {
+            "untrained": paired(of, [plain[r["checkpoint_sha256"]] for r in group], subjects),
+            "random_model": against_controls(group, results["controls"], values, subjects),
+            "reference": reference,
+        }
+        rows.append(_row(name, group) | {"normalised": mean(of, subjects), "delta": delta})
+    return rows
+
+
+def _row(name: str, group: list[dict]) -> dict:
+    seeds, l0 = [r["facts"]["seed"] for r in group], [r["facts"]["l0"] for r in group]
+    return {"condition": name, "facts": group[0]["facts"], "seeds": seeds, "l0": float(np.mean(l0))}
 
 
 def by_condition(records: list[dict]) -> dict[str, list[dict]]:

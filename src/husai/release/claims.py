@@ -22,7 +22,7 @@ LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
 """Where a bold number needs a claim; in LOG, also each number with a decimal point, or of per cent."""
 
-INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "husai_tiny")
+INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "language_model")
 """Claims on evidence of these phases, on docs/benchmarks and on assets may be internal; all others are external."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from husai.benchmarks import deltas
 from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
@@ -113,6 +114,10 @@ def study_problems(study: dict) -> list[str]:
 def decisions(results: dict) -> dict[str, Any]:
     """What a phase decided, made again from its sections: place in the results -> value."""
     phase, again = results.get("phase"), {}
+    if phase == "saebench_custom":
+        again["/conditions"] = deltas.saebench(results)
+    elif phase == "cebench_custom":
+        again["/conditions"] = deltas.contrastive(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
