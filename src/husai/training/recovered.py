@@ -45,11 +45,12 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], tex
             return model.run_with_hooks(tokens, fwd_hooks=hooks)[:, :-1][counted].float().log_softmax(-1)
 
         whole = predictions([])
+        probability = whole.exp()
         total -= whole.gather(1, targets).sum().item()
         for i, replace in enumerate(replacements):
             changed = predictions([(hook_name, spliced(replace))])
             losses[i] -= changed.gather(1, targets).sum().item()
-            divergences[i] += (whole.exp() * (whole - changed)).sum().item()
+            divergences[i] += torch.linalg.vecdot(probability, whole - changed).sum().item()
         count += len(targets)
     zeroed, *others = (losses / count).tolist()
     kl_zeroed, *kl_others = (divergences / count).tolist()
