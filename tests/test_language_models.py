@@ -20,6 +20,7 @@ from husai.training.recovered import cross_entropies, recovered
 EXTRACT = "scripts/analysis/extract_activations.py"
 EVALUATE = "scripts/analysis/evaluate_language_model.py"
 PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
+ABLATIONS = "scripts/experiments/run_core_ablations.py"
 TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
 CONFIG = TinyLMConfig(vocabulary=400, n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
@@ -481,6 +482,22 @@ def test_cross_entropy_recovered(subject, folder, documents):
         count += ids.shape[1] - 2
     assert losses["tokens"] == count
     assert losses["model"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_core_ablations_on_a_language_model(folder, subject, documents, run_script, tmp_path, monkeypatch):
+    """The way that a phase other than 4a takes from its command line to a language model's activations."""
+    monkeypatch.setattr(text, "corpus", lambda: text.Corpus(documents, heldout=[], heldout_families=[], dropped=0))
+    arguments = ["--subject", folder, "--hook-name", HOOKS[0], "--rows", 2000, "--seeds", "1,2,3", "--no-methods"]
+    arguments += ["--d-sae", 24, "--k", 3, "--ks", "3,6", "--d-saes", "12,24", "--tokens", 2000, "--batch-size", 100]
+    arguments += ["--null-draws", 5, "--threads", 1, "--artifact-root", tmp_path, "--output-dir", tmp_path / "out"]
+    code, _, err = run_script(ABLATIONS, *arguments)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["inputs"]["subject"] == subject.digest
+    assert (results["hook_name"], results["d_in"]) == (HOOKS[0], 16)
+    assert [(r["d_sae"], r["k"]) for r in results["rows"]] == [(24, 3), (24, 6), (12, 3)]
+    (store,) = (p for p in (tmp_path / "activations").iterdir() if not p.name.startswith("."))
+    assert ActivationStore.open(store).rows == 2000
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             "--hook-name",
             help=f"default: {hook}, blocks.1.hook_resid_pre of a language model, or that of --activation-cache-dir",
         )
-        self.add_argument("--rows", type=positive_int, help="of a language model's store (default: 1000000)")
+        self.add_argument("--rows", type=positive_int, help="to harvest of a language model (default: 1000000)")
         self.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
         self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
 
@@ -127,10 +127,17 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def parse_phase(self) -> argparse.Namespace:
-        """The arguments, with --layer turned into --hook-name and no stability asked of a single seed."""
+        """The arguments, --layer as --hook-name; exit 2 where flags contradict each other or one would go unheard."""
         args = self.parse_args()
+        from husai.runs.subjects import is_language_model
+
         if args.layer is not None:
-            args.hook_name = f"blocks.{args.layer}.hook_resid_post"
+            meant = f"blocks.{args.layer}.hook_resid_post"
+            if args.hook_name not in (None, meant):
+                self.error(f"--layer {args.layer} means {meant}, --hook-name is {args.hook_name}: one of them expected")
+            args.hook_name = meant
+        if args.rows is not None and (args.activation_cache_dir or not is_language_model(args.subject)):
+            self.error(f"--rows {args.rows}: goes with a language model as --subject, whose activations are harvested")
         for flag in ("seeds", "confirmation_seeds", "reference_seeds", "confirmation_reference_seeds"):
             seeds = getattr(args, flag, None)
             if seeds is not None and len(seeds) < 2 and getattr(args, "sae_root", None) is None:
