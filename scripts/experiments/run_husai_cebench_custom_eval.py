@@ -61,7 +61,7 @@ def main() -> None:
     if args.cebench_matched_baseline_map:
         from husai.benchmarks import baselines
 
-        args.matched_baseline_summary, args.no_baseline = baselines.lookup(
+        args.matched_baseline_summary, args.no_reference = baselines.lookup(
             args.cebench_matched_baseline_map, args.hook_name
         )
     if args.cebench_repo:
@@ -91,67 +91,17 @@ def check(results: dict) -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
+    from husai.benchmarks import baselines, candidates, cebench
 
-    from husai.benchmarks import baselines, candidates, cebench_checkout, deltas
-    from husai.subjects import pretrained
-
-    summary_of_references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
-    pairs = choose_pairs(args, args.random_seed)
-    subject = pretrained.load(args.subject, device=device)
-    place = (args.hook_name, args.artifact_root, args.rows)
-    store = candidates.heldout_store(subject, *place, args.threads)
-    saes = candidates.open_all(args.checkpoint, store, "checkpoint")
-    known = {c.sha256 for c in saes}
-    references = [c for c in candidates.open_all(args.reference, store, "reference") if c.sha256 not in known]
-    random_model, controls = candidates.open_controls(
-        args.random_model_checkpoint, args.subject, *place, device, args.threads
-    )
-    refuse_unreachable(args, saes, summary_of_references)
-    plain = {  # an untrained SAE of each one's width and L0
-        c.sha256: baselines.untrained(store, *baselines.untrained_like(c.facts)) for c in [*saes, *references]
-    }
-
-    opened = [*saes, *references]
-    found = scored(args, subject, [*(c.sae for c in opened), *plain.values()], pairs)
-    figures = dict(zip([*(c.sha256 for c in opened), *(f"untrained of {sha}" for sha in plain)], found, strict=True))
-    if controls:
-        on_random = scored(args, random_model, [c.sae for c in controls], pairs)
-        figures |= {c.sha256: f for c, f in zip(controls, on_random, strict=True)}
-    repeats = [figures[saes[0].sha256]]
-    repeats += [scored(args, subject, [saes[0].sae], choose_pairs(args, seed))[0] for seed in args.noise_seeds]
-    checkouts = {}
-    if args.cebench_repo:
-        for c in saes:
-            folder = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
-            work = args.output_dir / "cebench_checkout" / c.label
-            given = (args.cebench_repo, args.subject, None, folder, pairs.rows, work, args.device)
-            checkouts[c.sha256] = cebench_checkout.run(*given)
-
-    def record(c, candidate: bool = True) -> dict:
-        of = c.to_json(candidate) | told(figures[c.sha256], c.sae.d_sae)
-        return of | {"checkout": checkouts.get(c.sha256)}
-
-    results = {
-        "phase": "cebench_custom",
-        "inputs": {"subject": subject.digest, "held-out activations": store.digest, "pairs": pairs.digest}
-        | {f"checkpoint {c.label}": c.sha256 for c in [*opened, *controls]},
-        "subject": subject.name,
-        "subject_digest": subject.digest,
-        "hook_name": args.hook_name,
-        "benchmark": pairs.benchmark,
-        "source": pairs.source,
-        "pairs_digest": pairs.digest,
-        "n_pairs": len(pairs.rows),
-        "stories_cut": found[0]["stories_cut"],
-        "subjects": pairs.subjects,
-        "saes": [record(c, c.sha256 in known) for c in opened],
-        "controls": [record(c) for c in controls],
-        "untrained": [told(figures[f"untrained of {c.sha256}"], c.sae.d_sae) for c in opened],
-        **references_of(args, pairs, summary_of_references),
-        "min_delta": args.min_delta,
-    }
-    results["conditions"] = deltas.contrastive(results)
-    results["noise"] = noise(results["saes"][0], [args.random_seed, *args.noise_seeds], repeats)
+    references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
+    pairs, repeats = choose_pairs(args, args.random_seed), {s: choose_pairs(args, s) for s in args.noise_seeds}
+    lineup = candidates.lineup(args, device)
+    if args.min_delta is not None and references:
+        cebench.refuse_unreachable(lineup, args.min_delta, references)
+    places = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
+    no_reference = getattr(args, "no_reference", None)
+    given = (lineup, pairs, repeats, places, references, no_reference, args.cebench_repo, args.subject)
+    results = cebench.evaluate(*given) | {"random_seed": args.random_seed, "min_delta": args.min_delta}
     files = draw(results, args.output_dir / "figures")
     if args.as_baseline:
         files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))
@@ -164,75 +114,6 @@ def choose_pairs(args, seed: int):
     if args.stories:
         return contrastive.published_pairs(args.stories, args.max_rows, seed)
     return contrastive.local_pairs(sae_probes.check_data_sets(args.dataset_names), args.max_rows, seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-def scored(args, subject, saes, pairs) -> list[dict]:
-    """Of each SAE: its scores, one a pair, and `normalised`: the corrected interpretability over its bound."""
-    import tempfile
-
-    from husai.benchmarks import contrastive
-
-    stories = [r["story1"] for r in pairs.rows] + [r["story2"] for r in pairs.rows]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".means-") as folder:
-        means, tokens, cut = contrastive.story_means(subject, args.hook_name, saes, stories, Path(folder))
-        found = [contrastive.scores(mean, tokens) for mean in means]
-    for f, sae in zip(found, saes, strict=True):
-        f["normalised"] = f["corrected"]["interpretability"] / contrastive.bound(sae.d_sae)
-        f["stories_cut"] = cut
-    return found
-
-
-def told(figures: dict, d_sae: int) -> dict:
-    """What is kept of an SAE's scores: means, and the normalised score of each pair."""
-    from husai.benchmarks import contrastive
-
-    means = {v: {s: float(x.mean()) for s, x in figures[v].items()} for v in ("published", "corrected")}
-    return means | {
-        "bound": contrastive.bound(d_sae),
-        "normalised": float(figures["normalised"].mean()),
-        "normalised_of_pairs": figures["normalised"].tolist(),
-    }
-
-
-def refuse_unreachable(args, saes, summary_of_references) -> None:
-    """Before anything is computed: a minimum that no SAE can reach, as the references' figures stand."""
-    from husai.benchmarks import baselines, contrastive, deltas
-
-    if args.min_delta is None or summary_of_references is None:
-        return
-    for group in deltas.by_condition([c.to_json() for c in saes]).values():
-        match = baselines.matched(group, summary_of_references["saes"])
-        if match.records:
-            known = sum(r["normalised"] for r in match.records) / len(match.records)
-            contrastive.refuse_unreachable(args.min_delta, known)
-
-
-def references_of(args, pairs, summary: dict | None) -> dict:
-    """The records of a summary that may serve as references, or why there are none."""
-    reason = getattr(args, "no_baseline", None)
-    if summary is None:
-        return {"references": None, "no_reference": reason}
-    if summary.get("pairs_digest") not in (pairs.digest, None):
-        return {"references": [], "no_reference": f"{args.matched_baseline_summary.name} was made on other story pairs"}
-    kept = ("condition", "facts", "checkpoint_sha256", "normalised_of_pairs")
-    return {"references": [{k: r[k] for k in kept} for r in summary["saes"]], "no_reference": None}
-
-
-def noise(first: dict, seeds: list[int], runs: list[dict]) -> dict:
-    """How much one SAE's score moves with the draw of pairs."""
-    import numpy as np
-
-    from husai.stability.inference import minimum_detectable_difference
-
-    means = [float(f["normalised"].mean()) for f in runs]
-    mdd = minimum_detectable_difference(means)
-    answer = {"label": first["label"], "seeds": seeds, "means": means}
-    return answer | {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ random-weights model, and, where one at hand matches (docs/methods.md), a refere
 advance, is the one that counts.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from husai.runs.cli import Parser, int_list, name_list, prepare, run_main, seed_list
@@ -56,197 +55,31 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all that is brought, then harvest, probe, measure, and compare."""
+    """Check all that is brought, then harvest, probe, measure and compare."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, deltas, sae_probes
-    from husai.subjects import pretrained
+    from husai.benchmarks import candidates, sae_probes, saebench
+    from husai.report.text import write_csv
 
     sae_probes.versions()
-    data_sets = sae_probes.check_data_sets(args.dataset_names)
-    subject = pretrained.load(args.subject, device=device)
-    place = (args.hook_name, args.artifact_root, args.rows)
-    store = candidates.heldout_store(subject, *place, args.threads)
-    saes = candidates.open_all(args.checkpoint, store, "checkpoint")
-    known = {c.sha256 for c in saes}
-    references = [c for c in candidates.open_all(args.reference, store, "reference") if c.sha256 not in known]
-    random_model, controls = candidates.open_controls(
-        args.random_model_checkpoint, args.subject, *place, device, args.threads
-    )
-
-    figures, repeats = probe(args, data_sets, subject, store, [*saes, *references], random_model, controls)
-    core = core_metrics(args, cells, subject, [*saes, *references])
-    results = {
-        "phase": "saebench_custom",
-        "inputs": inputs(args, subject, store, [*saes, *references, *controls]),
-        "subject": subject.name,
-        "subject_digest": subject.digest,
-        "hook_name": args.hook_name,
-        "data_sets": data_sets,
-        "families": sae_probes.families(data_sets),
-        "random_seed": args.random_seed,
-        "versions": sae_probes.versions(),
-        "saes": [
-            c.to_json(c.sha256 in known) | {"core": core[c.sha256]} | probed(figures[c.sha256])
-            for c in [*saes, *references]
-        ],
-        "controls": [c.to_json() | probed(figures[c.sha256]) for c in controls],
-        "baselines": {name: probed(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
-    }
-    results["conditions"] = deltas.saebench(results)
-    results["noise"] = noise(args, results["saes"][0], [figures[saes[0].sha256], *repeats])
-    records = results["saes"]
-    return results, [write_csv(args, data_sets, records, figures), *draw(results, args.output_dir / "figures")]
-
-
-def inputs(args, subject, store, opened) -> dict[str, str]:
-    found = {"subject": subject.digest, "held-out activations": store.digest}
-    return found | {f"checkpoint {c.label}": c.sha256 for c in opened}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures: of each SAE and baseline, at each k, one a data set
-
-
-def probe(args, data_sets, subject, store, saes, random_model, controls) -> tuple[dict[str, dict], list[dict]]:
-    """({sha256 of an SAE, or name of a baseline: {k: {metric: figures}}}, the first SAE's at the noise seeds)."""
-    from safetensors.torch import save
-
-    from husai.activations.language_model import harvest_prompts
-    from husai.benchmarks import baselines, candidates, sae_probes
-    from husai.dictionaries.checkpoints import checkpoint_digest
-    from husai.runs.files import sha256_file, write_bytes
-
-    work = args.output_dir / "encoders"
-    root = args.model_cache_path or args.artifact_root / "probe_activations"
-
-    def cache(model) -> Path:
-        folder = root if args.model_cache_path else root / model.digest[:16]
-        harvest_prompts(model, [args.hook_name], data_sets, folder)
-        return folder
-
-    settings = sae_probes.Settings(
-        subject.digest,
-        subject.name,
-        args.hook_name,
-        tuple(data_sets),
-        tuple(args.ks),
+    probing = saebench.Probing(
+        sae_probes.check_data_sets(args.dataset_names),
+        args.ks,
+        args.random_seed,
+        tuple(args.noise_seeds),
         args.reg_type,
         args.binarize,
+        args.results_path,
     )
-    where = {
-        "cache": str(cache(subject)),
-        "root": str(args.results_path or args.output_dir / "sae_probes"),
-        "device": args.device,
-    }
-
-    def task(name: str, kind: str, path: Path | None, sha256: str, seed: int = args.random_seed):
-        return sae_probes.Task(name, kind, path and str(path), sha256, seed, settings, **where)
-
-    tasks = {"llm": task("llm", "llm", None, subject.digest)}
-    for c in saes:
-        folder = candidates.to_saelens(c.sae, subject, args.hook_name, work / c.label)
-        tasks[c.sha256] = task(c.label, "sae", folder, c.sha256)
-        d_sae, k, seed = baselines.untrained_like(c.facts)
-        name = baselines.untrained_name(c.facts)
-        if name not in tasks:
-            sae = baselines.untrained(store, d_sae, k, seed)
-            folder = candidates.to_saelens(sae, subject, args.hook_name, work / name)
-            tasks[name] = task(name, "sae", folder, checkpoint_digest(folder))
-        name = baselines.pca_name(c.facts)
-        file = work / f"{name}.safetensors"
-        if name not in tasks:
-            write_bytes(file, save(baselines.principal_components(store, d_sae)))
-            tasks[name] = task(name, "encoder", file, sha256_file(file))
-    for c in controls:
-        folder = candidates.to_saelens(c.sae, random_model, args.hook_name, work / c.label)
-        on_random = replace(settings, subject_digest=random_model.digest, model_name=random_model.name)
-        of_random = {"settings": on_random, "cache": str(cache(random_model))}
-        tasks[c.sha256] = replace(task(c.label, "sae", folder, c.sha256), **of_random)
-    noise = [replace(tasks[saes[0].sha256], seed=seed) for seed in args.noise_seeds]
-    found = sae_probes.run([*tasks.values(), *noise], args.threads, args.output_dir / "sae_probes_work", args.force)
-    return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
-
-
-def core_metrics(args, cells, subject, saes) -> dict[str, dict]:
-    """SAEBench's core metrics of each SAE (by sha256), all in the same forward passes, on held-out documents."""
-    from husai.runs.cells import code_version
-    from husai.subjects import text
-    from husai.training.recovered import cross_entropies, recovered
-
-    texts = text.corpus().heldout[:200]
-    key = {"subject": subject.digest, "hook_name": args.hook_name, "saes": [c.sha256 for c in saes]}
-    key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads}
-
-    def compute() -> tuple[dict, list[Path]]:
-        return cross_entropies(subject, args.hook_name, [c.sae for c in saes], texts), []
-
-    losses = cells.get("core", key | {"code": code_version("training", "activations", "subjects")}, compute)
-    kl = losses["kl_zeroed"]
-    rows = zip(saes, recovered(losses), losses["spliced"], losses["kl_spliced"], strict=True)
-    return {
-        c.sha256: {
-            "ce_loss_score": score,
-            "ce_loss_with_sae": loss,
-            "ce_loss_without_sae": losses["model"],
-            "ce_loss_with_ablation": losses["zeroed"],
-            "kl_div_score": (kl - divergence) / kl,
-            "kl_div_with_sae": divergence,
-            "kl_div_with_ablation": kl,
-            "tokens": losses["tokens"],
-        }
-        for c, score, loss, divergence in rows
-    }
-
-
-def probed(figures: dict) -> dict:
-    """What is kept of an encoder's figures: means, and the AUC of each data set."""
-    import numpy as np
-
-    means = {k: {m: float(np.mean(v)) for m, v in by_metric.items()} for k, by_metric in figures.items()}
-    found = {"means": means, "test_auc": {k: by_metric["test_auc"] for k, by_metric in figures.items()}}
-    return found if "llm" in figures else found | {"auc_by_validation": by_validation(figures)}
-
-
-def by_validation(figures: dict) -> float:
-    """Mean test AUC where each data set's k is the one with the highest validation AUC. Reported, never compared."""
-    import numpy as np
-
-    ks = list(figures)
-    best = np.argmax([figures[k]["val_auc"] for k in ks], axis=0)
-    return float(np.mean([figures[ks[b]]["test_auc"][i] for i, b in enumerate(best)]))
-
-
-def noise(args, first: dict, runs: list[dict]) -> dict:
-    """How much one SAE's mean AUC moves with the benchmark's own seed."""
-    import numpy as np
-
-    from husai.stability.inference import minimum_detectable_difference
-
-    answer = {"label": first["label"], "seeds": [args.random_seed, *args.noise_seeds], "auc": {}}
-    for k in map(str, args.ks):
-        means = [float(np.mean(f[k]["test_auc"])) for f in runs]
-        mdd = minimum_detectable_difference(means)
-        answer["auc"][k] = {"means": means, "sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
-    return answer
+    places = candidates.Places(
+        args.output_dir, args.artifact_root, args.device, args.threads, args.force, args.model_cache_path
+    )
+    results, rows = saebench.evaluate(candidates.lineup(args, device), probing, places, cells)
+    files = [write_csv(args.output_dir / "per_data_set.csv", rows), *draw(results, args.output_dir / "figures")]
+    return results, files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
-
-
-def write_csv(args, data_sets: list[str], records: list[dict], figures) -> Path:
-    """Every figure of every encoder, a row a data set and k."""
-    from husai.report.text import write_csv
-
-    labels = {r["checkpoint_sha256"]: r["label"] for r in records}
-    rows = [
-        {"encoder": labels.get(key, key), "seed": args.random_seed, "data_set": name, "k": k}
-        | {metric: values[i] for metric, values in by_metric.items()}
-        for key, of in figures.items()
-        for k, by_metric in of.items()
-        for i, name in enumerate(data_sets)
-    ]
-    return write_csv(args.output_dir / "per_data_set.csv", rows)
 
 
 ARMS = ("llm", "pca", "untrained", "random_model", "reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,69 @@ def open_controls(
     random_model = pretrained.load(subject, int(seeds.pop()[1]), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
     return random_model, open_all(paths, store, "random-model-checkpoint")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a benchmark works, and with what."""
+
+    output_dir: Path
+    artifact_root: Path
+    device: str
+    threads: int
+    force: bool = False
+    model_cache_path: Path | None = None
+    """Activations of prompts; by default below `artifact_root`."""
+
+    def probe_activations(self, model: LanguageModel) -> Path:
+        """The folder of a model's activations of prompts, which all SAEs share."""
+        return self.model_cache_path or self.artifact_root / "probe_activations" / model.digest[:16]
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What a benchmark is run on."""
+
+    subject: LanguageModel
+    hook_name: str
+    store: ActivationStore
+    """Held-out activations of the subject."""
+    saes: list[Candidate]
+    references: list[Candidate]
+    """Further SAEs, that a difference may be taken against."""
+    random_model: LanguageModel | None
+    controls: list[Candidate]
+    """SAEs trained on the random-weights model."""
+
+    @property
+    def opened(self) -> list[Candidate]:
+        """The SAEs of the subject itself."""
+        return [*self.saes, *self.references]
+
+    def inputs(self) -> dict[str, str]:
+        """What the results rest on: label -> sha256."""
+        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
+        return found | {f"checkpoint {c.label}": c.sha256 for c in [*self.opened, *self.controls]}
+
+    def records(self) -> list[dict]:
+        """Of `opened`."""
+        return [c.to_json() for c in self.saes] + [c.to_json(candidate=False) for c in self.references]
+
+
+def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
+    """What a benchmark's command line names (`runs.cli.Parser.add_benchmark`).
+
+    Raises:
+        BadInput: whatever does not fit the subject and the hook.
+    """
+    subject = pretrained.load(args.subject, device=device)
+    place = (args.hook_name, args.artifact_root, args.rows)
+    store = heldout_store(subject, *place, args.threads)
+    saes = open_all(args.checkpoint, store, "checkpoint")
+    known = {c.sha256 for c in saes}
+    references = [c for c in open_all(args.reference, store, "reference") if c.sha256 not in known]
+    controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads)
+    return Lineup(subject, args.hook_name, store, saes, references, *controls)
 
 
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:

@@ -1,0 +1,171 @@
+"""SAEBench on a lineup of SAEs: sparse probing beside baselines, and core metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save
+
+from husai.activations.language_model import harvest_prompts
+from husai.benchmarks import baselines, deltas, sae_probes
+from husai.benchmarks.candidates import Candidate, Lineup, Places, to_saelens
+from husai.benchmarks.sae_probes import Settings, Task
+from husai.dictionaries.checkpoints import checkpoint_digest
+from husai.runs.cells import Cells, code_version
+from husai.runs.files import sha256_file, write_bytes
+from husai.stability.inference import minimum_detectable_difference
+from husai.subjects import text
+from husai.training.recovered import cross_entropies, recovered
+
+CORE_TEXTS = 200
+Figures = dict[str, dict[str, list[float]]]
+"""k -> metric -> one a data set."""
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What is probed, and how."""
+
+    data_sets: list[str]
+    ks: list[int]
+    """deltas.K among them."""
+    seed: int = 42
+    noise_seeds: tuple[int, ...] = (43, 44, 45, 46)
+    """Further seeds of the benchmark, for the first SAE alone."""
+    reg_type: str = "l1"
+    binarize: bool = False
+    results_path: Path | None = None
+    """sae-probes' own files; by default in the output folder."""
+
+
+def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> tuple[dict, list[dict]]:
+    """(the results, every figure as rows of a table).
+
+    Raises:
+        CheckFailed: the official code failed.
+    """
+    figures, repeats = probe(lineup, probing, places)
+    core = core_metrics(lineup, cells, places.threads)
+    results = {
+        "phase": "saebench_custom",
+        "inputs": lineup.inputs(),
+        "subject": lineup.subject.name,
+        "subject_digest": lineup.subject.digest,
+        "hook_name": lineup.hook_name,
+        "data_sets": probing.data_sets,
+        "families": sae_probes.families(probing.data_sets),
+        "random_seed": probing.seed,
+        "versions": sae_probes.versions(),
+        "saes": [r | {"core": core[r["checkpoint_sha256"]]} for r in lineup.records()],
+        "controls": [c.to_json() for c in lineup.controls],
+        "baselines": {name: told(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
+    }
+    for name in ("saes", "controls"):
+        results[name] = [r | told(figures[r["checkpoint_sha256"]]) for r in results[name]]
+    results["conditions"] = deltas.saebench(results)
+    results["noise"] = noise(probing, results["saes"][0], [figures[lineup.saes[0].sha256], *repeats])
+    labels = {c.sha256: c.label for c in [*lineup.opened, *lineup.controls]}
+    rows = [
+        {"encoder": labels.get(key, key), "seed": probing.seed, "data_set": name, "k": k}
+        | {metric: values[i] for metric, values in by_metric.items()}
+        for key, of in figures.items()
+        for k, by_metric in of.items()
+        for i, name in enumerate(probing.data_sets)
+    ]
+    return results, rows
+
+
+def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, Figures], list[Figures]]:
+    """({sha256 of an SAE, or name of a baseline: its figures}, the first SAE's at the noise seeds)."""
+    work = places.output_dir / "encoders"
+
+    def cache(model) -> str:
+        folder = places.probe_activations(model)
+        harvest_prompts(model, [lineup.hook_name], probing.data_sets, folder)
+        return str(folder)
+
+    subject, store, hook_name = lineup.subject, lineup.store, lineup.hook_name
+    lists = tuple(probing.data_sets), tuple(probing.ks)
+    settings = Settings(subject.digest, subject.name, hook_name, *lists, probing.reg_type, probing.binarize)
+    root = str(probing.results_path or places.output_dir / "sae_probes")
+    where = {"cache": cache(subject), "root": root, "device": places.device}
+
+    def task(name: str, kind: str, path: Path | None, sha256: str) -> Task:
+        return Task(name, kind, path and str(path), sha256, probing.seed, settings, **where)
+
+    tasks = {"llm": task("llm", "llm", None, subject.digest)}
+    for c in lineup.opened:
+        tasks[c.sha256] = task(c.label, "sae", to_saelens(c.sae, subject, hook_name, work / c.label), c.sha256)
+        if (name := baselines.untrained_name(c.facts)) not in tasks:
+            sae = baselines.untrained(store, *baselines.untrained_like(c.facts))
+            folder = to_saelens(sae, subject, hook_name, work / name)
+            tasks[name] = task(name, "sae", folder, checkpoint_digest(folder))
+        if (name := baselines.pca_name(c.facts)) not in tasks:
+            file = work / f"{name}.safetensors"
+            write_bytes(file, save(baselines.principal_components(store, c.facts["d_sae"])))
+            tasks[name] = task(name, "encoder", file, sha256_file(file))
+    if lineup.random_model:
+        model = lineup.random_model
+        on_random = replace(settings, subject_digest=model.digest, model_name=model.name)
+        of_random = {"settings": on_random, "cache": cache(model)}
+        for c in lineup.controls:
+            own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.sha256)
+            tasks[c.sha256] = replace(own, **of_random)
+    again = [replace(tasks[lineup.saes[0].sha256], seed=seed) for seed in probing.noise_seeds]
+    found = sae_probes.run([*tasks.values(), *again], places.threads, places.output_dir / "workers", places.force)
+    return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
+
+
+def told(figures: Figures) -> dict:
+    """What is kept of an encoder's figures: means, and the AUC of each data set."""
+    means = {k: {m: float(np.mean(v)) for m, v in by_metric.items()} for k, by_metric in figures.items()}
+    found = {"means": means, "test_auc": {k: by_metric["test_auc"] for k, by_metric in figures.items()}}
+    return found if "llm" in figures else found | {"auc_by_validation": by_validation(figures)}
+
+
+def by_validation(figures: Figures) -> float:
+    """Mean test AUC where each data set's k is the one with the highest validation AUC. Reported, never compared."""
+    ks = list(figures)
+    best = np.argmax([figures[k]["val_auc"] for k in ks], axis=0)
+    return float(np.mean([figures[ks[b]]["test_auc"][i] for i, b in enumerate(best)]))
+
+
+def noise(probing: Probing, first: dict, runs: list[Figures]) -> dict:
+    """How much one SAE's mean AUC moves with the benchmark's own seed."""
+    answer = {"label": first["label"], "seeds": [probing.seed, *probing.noise_seeds], "auc": {}}
+    for k in map(str, probing.ks):
+        means = [float(np.mean(f[k]["test_auc"])) for f in runs]
+        mdd = minimum_detectable_difference(means)
+        answer["auc"][k] = {"means": means, "sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
+    return answer
+
+
+def core_metrics(lineup: Lineup, cells: Cells, threads: int) -> dict[str, dict]:
+    """SAEBench's core metrics of each SAE (by sha256), all in the same forward passes, on held-out documents."""
+    texts = text.corpus().heldout[:CORE_TEXTS]
+    saes: list[Candidate] = lineup.opened
+    key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.sha256 for c in saes]}
+    key |= {"texts": [*map(text.document_id, texts)], "threads": threads}
+    key["code"] = code_version("training", "activations", "subjects")
+
+    def compute() -> tuple[dict, list[Path]]:
+        return cross_entropies(lineup.subject, lineup.hook_name, [c.sae for c in saes], texts), []
+
+    losses = cells.get("core", key, compute)
+    kl = losses["kl_zeroed"]
+    rows = zip(saes, recovered(losses), losses["spliced"], losses["kl_spliced"], strict=True)
+    return {
+        c.sha256: {
+            "ce_loss_score": score,
+            "ce_loss_with_sae": loss,
+            "ce_loss_without_sae": losses["model"],
+            "ce_loss_with_ablation": losses["zeroed"],
+            "kl_div_score": (kl - divergence) / kl,
+            "kl_div_with_sae": divergence,
+            "kl_div_with_ablation": kl,
+            "tokens": losses["tokens"],
+        }
+        for c, score, loss, divergence in rows
+    }
