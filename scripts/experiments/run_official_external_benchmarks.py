@@ -50,11 +50,8 @@ def main() -> None:
     subject = pretrained.describe(pretrained.open_folder(args.subject))
     if args.cebench_repo:
         cebench_checkout.code_digest(args.cebench_repo)
-    brought = []
-    if args.checkpoint:
-        model = pretrained.load(args.subject, device=device)
-        store = candidates.heldout_store(model, args.hook_name, args.artifact_root, args.rows, args.threads)
-        brought = candidates.open_all(args.checkpoint, store, "checkpoint")
+    lineup = candidates.lineup(args, device) if args.checkpoint else None
+    brought = lineup.saes if lineup else []
     plan = [{"name": n, "seconds": guess(n, len(brought) or 10, len(data_sets))} for n in args.evals or EVALS]
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
@@ -74,7 +71,7 @@ def main() -> None:
             "executed": [],
         }
         if args.execute:
-            results["executed"] = execute(args, run, device, data_sets, brought)
+            results["executed"] = execute(args, run, device, data_sets, lineup)
         run.write(results, summary(results))
         print(summary(results))
         failed = [e for e in results["executed"] if e["return_code"] != 0 or e["reason"]]
@@ -101,24 +98,22 @@ def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
     return {"sae-probes": probing, "CE-Bench stories": stories, "CE-Bench checkout": checkout}
 
 
-def execute(args, run, device, data_sets: list[str], brought: list) -> list[dict]:
+def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
     """Run the plan, command after command; returns a record of each."""
     from husai.benchmarks import candidates, deltas, official
-    from husai.subjects import pretrained
 
-    paths = args.checkpoint
-    if not paths:
+    if lineup is None:
         given = (args.output_dir, args.artifact_root, args.subject, args.hook_name, device, args.threads, args.force)
-        paths = [candidates.train_default(*given)]
-    subject = pretrained.load(args.subject, device=device)
-    if not brought:
-        store = candidates.heldout_store(subject, args.hook_name, args.artifact_root, args.rows, args.threads)
-        brought = candidates.open_all(paths, store, "checkpoint")
-        for c in brought:
-            run.add_input(f"checkpoint {c.label}", c.sha256)
-    cache = args.artifact_root / "probe_activations" / subject.digest[:16]
+        args.checkpoint = [candidates.train_default(*given)]
+        lineup = candidates.lineup(args, device)
+    for label, sha256 in lineup.inputs().items():
+        run.add_input(label, sha256)
+    subject = lineup.subject
+    places = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads)
+    cache = places.probe_activations(subject)
     common = ["--device", args.device]
-    shared = ["--checkpoint", *map(str, paths), "--model-name", args.subject, "--hook-name", args.hook_name, *common]
+    shared = ["--checkpoint", *map(str, args.checkpoint), "--model-name", args.subject, *common]
+    shared += ["--hook-name", args.hook_name]
     shared += ["--threads", str(args.threads), "--artifact-root", str(args.artifact_root), "--rows", str(args.rows)]
     for flag in ("reference", "random_model_checkpoint"):
         if getattr(args, flag):
@@ -137,8 +132,8 @@ def execute(args, run, device, data_sets: list[str], brought: list) -> list[dict
         custom("cebench_custom", *stories, *checkout),
     ]
     commands = [c for c in commands if c[0] in (args.evals or EVALS)]
-    for group in deltas.by_condition([c.to_json() for c in brought]).values():  # one SAE a condition
-        c = next(c for c in brought if c.sha256 == group[0]["checkpoint_sha256"])
+    for group in deltas.by_condition([c.to_json() for c in lineup.saes]).values():  # one SAE a condition
+        c = next(c for c in lineup.saes if c.sha256 == group[0]["checkpoint_sha256"])
         layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
         for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
