@@ -14,12 +14,9 @@ unmodified, on the same pairs.
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
+from husai.runs.cli import PAIR_SETS, Parser, name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
 
 FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject", "matched_baseline_summary")
-LOCAL = (
-    "96_spam_is,95_toxic_is,105_click_bait,92_glue_sst2,110_aimade_humangpt3,157_amazon_5star,106_hate_hate,36_sciq_tf"
-)
 
 
 def parse():
@@ -28,7 +25,7 @@ def parse():
     p.add_benchmark()
     p.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
     p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
-    p.add_argument("--dataset-names", type=name_list, default=LOCAL, help="of local pairs (default: %(default)s)")
+    p.add_argument("--dataset-names", type=name_list, default=PAIR_SETS, help="of local pairs (default: %(default)s)")
     p.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
     p.add_argument("--random-seed", type=int, default=42, help="which pairs (default: %(default)s)")
     p.add_argument(

@@ -19,6 +19,15 @@ INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
 
 DEFAULT_SEEDS = "42,123,456,789,1011"
+DATA_SETS = (
+    "5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,41_truthqa_tf,44_phys_tf,50_deon_isvalid,52_virtue_is,54_cs_tf,"
+    "56_wikidatasex_or_gender,65_high-school,87_glue_cola,89_glue_mrpc,90_glue_qnli,91_glue_qqp,92_glue_sst2,"
+    "95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,113_movie_sent,114_nyc_borough_Manhattan,"
+    "127_art_type_song,157_amazon_5star"
+)
+"""24 of the probing data sets, of many families: what a study takes that has minutes, not hours."""
+PAIR_SETS = "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
+"""What contrastive pairs are built from where CE-Bench's stories are not at hand."""
 _FOLDER_ERRORS = {
     errno.ENOENT,
     errno.EEXIST,
@@ -114,6 +123,36 @@ class Parser(argparse.ArgumentParser):
             type=positive_int,
             default=100_000,
             help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
+        )
+
+    def add_study(self) -> None:
+        """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""
+        self.add_argument(
+            "--subject",
+            "--model-name",
+            default="husai-tiny",
+            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
+        )
+        self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
+        self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
+        self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
+        self.add_argument(
+            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+        )
+        self.add_argument(
+            "--heldout-rows", type=positive_int, default=50_000, help="for L0 and explained variance (%(default)s)"
+        )
+        self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
+        self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
+        self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
+        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
+        self.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
+        self.add_argument("--max-rows", type=positive_int, default=100, help="story pairs (default: %(default)s)")
+        self.add_argument(
+            "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
+        )
+        self.add_argument(
+            "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
         )
 
     def parse_benchmark(self) -> argparse.Namespace:

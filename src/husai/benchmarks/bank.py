@@ -1,0 +1,220 @@
+"""All that is asked of the SAEs on one activation bank: trained in stacked passes, compared over seeds with their
+nulls, and held against the external benchmarks. One bank is one task of an executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from husai.activations.source import open_store
+from husai.benchmarks import baselines, candidates, cebench, contrastive, deltas, sae_probes, saebench
+from husai.runs.cells import Cells, code_version
+from husai.runs.cli import prepare
+from husai.runs.errors import BadInput
+from husai.stability import study
+from husai.stability.inference import mean_over_seeds
+from husai.stability.scores import ALIVE
+from husai.subjects import pretrained
+from husai.training.grid import members, train_or_find
+from husai.training.trainer import TrainingConfig
+
+PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability", "subjects", "training")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A study's part on one bank. JSON: it travels to wherever the task runs."""
+
+    subject: str
+    hook_name: str
+    families: list[str]
+    seeds: list[int]
+    d_saes: list[int]
+    ks: list[int]
+    budgets: list[int]
+    """Rows (tokens) that each SAE sees; each budget has a learning-rate schedule of its own."""
+    rows: int
+    """Of the bank."""
+    batch_size: int
+    learning_rate: float
+    null_draws: int
+    heldout_rows: int
+    saebench: bool
+    data_sets: list[str]
+    probe_ks: list[int]
+    noise_seeds: list[int]
+    cebench: bool
+    stories: str | None
+    pair_sets: list[str]
+    """Data sets that pairs are built from where there are no stories."""
+    max_pairs: int
+    baseline_map: str | None
+    cebench_repo: str | None
+    output_dir: str
+    artifact_root: str
+    device: str
+    threads: int
+    force: bool = False
+
+    @property
+    def places(self) -> candidates.Places:
+        return candidates.Places(Path(self.output_dir), Path(self.artifact_root), self.device, self.threads, self.force)
+
+
+@dataclass
+class Trained:
+    """SAEs of a bank that differ in their seed alone."""
+
+    family: str
+    d_sae: int
+    k: int
+    budget: int
+    members: list[dict]
+    snapshot_steps: list[int]
+    reference: bool
+    """Trained only to be a reference."""
+    stability: dict = field(default_factory=dict)
+
+
+def check(bank: Bank) -> None:
+    """Raise BadInput, before anything is computed, for a grid that cannot be trained or evaluated."""
+    if not all((bank.families, bank.seeds, bank.d_saes, bank.ks, bank.budgets)):
+        raise BadInput("the product of families, seeds, widths, sparsities and budgets is empty")
+    for k, d_sae in product(bank.ks, bank.d_saes):
+        if k > d_sae:
+            raise BadInput(f"an L0 of {k} cannot be reached with {d_sae} features")
+    if bank.saebench:
+        sae_probes.versions()
+        sae_probes.check_data_sets(bank.data_sets)
+    if bank.cebench and bank.baseline_map:
+        baselines.lookup(Path(bank.baseline_map), bank.hook_name)
+
+
+def run(**bank) -> dict:
+    """The bank's results: {"hook_name", "store_digest", "rows", "conditions": `conditions`, "saebench", "cebench":
+    results of the benchmarks, or None, "sections": the stability studies}."""
+    bank = Bank(**bank)
+    check(bank)
+    device = prepare(bank.device, bank.threads)
+    cells = Cells(Path(bank.output_dir) / "cells", bank.force)
+    store = open_store(
+        Path(bank.artifact_root), device, bank.threads, subject=bank.subject, hook_name=bank.hook_name, rows=bank.rows
+    )
+    groups = train(bank, cells, store, device)
+    for g in groups:
+        if not g.reference:
+            arguments = cells, store, g.members, g.snapshot_steps, bank.null_draws, bank.threads
+            section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
+            g.stability = study.brief(section)
+
+    subject = pretrained.load(bank.subject, device=device)
+    heldout = candidates.heldout_store(
+        subject, bank.hook_name, Path(bank.artifact_root), bank.heldout_rows, bank.threads
+    )
+
+    def opened(reference: bool) -> list[candidates.Candidate]:
+        paths = [Path(bank.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
+        return candidates.open_all(paths, heldout, "checkpoint")
+
+    lineup = candidates.Lineup(subject, bank.hook_name, heldout, opened(False), opened(True), None, [])
+    found = {"saebench": None, "cebench": None}
+    if bank.saebench:
+        probing = saebench.Probing(bank.data_sets, bank.probe_ks, noise_seeds=tuple(bank.noise_seeds))
+        found["saebench"] = evaluate(
+            cells, "saebench", bank, lineup, lambda: saebench.evaluate(lineup, probing, bank.places, cells)[0]
+        )
+    if bank.cebench:
+        found["cebench"] = evaluate(cells, "cebench", bank, lineup, lambda: contrastive_scores(bank, lineup))
+    core = saebench.core_metrics(lineup, cells, bank.threads)
+    about = {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows, "inputs": lineup.inputs()}
+    sections = [{"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget, **g.stability} for g in groups]
+    sections = [s for s in sections if "stability" in s]
+    return about | {"conditions": conditions(groups, lineup, core, found), "sections": sections, **found}
+
+
+def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
+    """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
+    wanted = list(bank.families)
+    needed = {baselines.reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
+    missing = sorted(needed - set(wanted))
+    groups = []
+    for budget in bank.budgets:
+        grid = members(bank.seeds, bank.d_saes, bank.ks, [bank.learning_rate], (*wanted, *missing))
+        recipe = TrainingConfig(tokens=budget, batch_size=min(bank.batch_size, budget))
+        result = train_or_find(cells, store, grid, recipe, device, bank.threads)
+        for family, d_sae, k in product((*wanted, *missing), bank.d_saes, bank.ks):
+            of = [m for m in result["members"] if (m["family"], m["d_sae"], m["k"]) == (family, d_sae, k)]
+            groups.append(Trained(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
+    return groups
+
+
+def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], dict]) -> dict:
+    """A benchmark's results as a cell."""
+    named = ("data_sets", "probe_ks", "noise_seeds", "stories", "pair_sets", "max_pairs", "device", "threads")
+    key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
+    if bank.baseline_map:
+        path, reason = baselines.lookup(Path(bank.baseline_map), bank.hook_name)
+        key["baseline"] = reason if path is None else baselines.read_summary(path).get("pairs_digest")
+    return cells.get(name, key, lambda: (compute(), []))
+
+
+def contrastive_scores(bank: Bank, lineup) -> dict:
+    def pairs(seed: int) -> contrastive.Pairs:
+        if bank.stories:
+            return contrastive.published_pairs(bank.stories, bank.max_pairs, seed)
+        return contrastive.local_pairs(sae_probes.check_data_sets(bank.pair_sets), bank.max_pairs, seed)
+
+    summary = reason = None
+    if bank.baseline_map:
+        path, reason = baselines.lookup(Path(bank.baseline_map), bank.hook_name)
+        summary = path and baselines.read_summary(path)
+    checkout = bank.cebench_repo and Path(bank.cebench_repo)
+    repeats = {seed: pairs(seed) for seed in bank.noise_seeds}
+    return cebench.evaluate(lineup, pairs(42), repeats, bank.places, summary, reason, checkout, bank.subject)
+
+
+def conditions(groups: list[Trained], lineup, core: dict, found: dict) -> list[dict]:
+    """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals."""
+    by_sha = {c.sha256: c for c in lineup.opened}
+    external = {
+        name: {c["condition"]: c for c in results["conditions"]} if results else {} for name, results in found.items()
+    }
+    rows = []
+    for g in groups:
+        if g.reference:
+            continue
+        own = [by_sha[m["checkpoint_sha256"]] for m in g.members]
+        verdict = g.stability["stability"]["verdict"]
+        row = {
+            "condition": own[0].condition,
+            "facts": own[0].facts,
+            "family": g.family,
+            "d_sae": g.d_sae,
+            "k": g.k,
+            "budget": g.budget,
+            "seeds": [m["seed"] for m in g.members],
+            "checkpoints": {str(m["seed"]): m["checkpoint_sha256"] for m in g.members},
+            "l0": over_seeds([c.heldout["l0"] for c in own]),
+            "explained_variance": over_seeds([c.heldout["explained_variance"] for c in own]),
+            "dead_share": over_seeds([c.heldout["dead_share"] for c in own]),
+            "ce_loss_score": over_seeds([core[c.sha256]["ce_loss_score"] for c in own]),
+            "mcc_alive": g.stability["stability"]["scores"]["mcc_alive"]["observed"],
+            "excess": verdict["claimable_excess"],
+            "outcome": verdict["outcome"],
+            "converged": g.stability["convergence"]["converged"],
+        }
+        for name, key in (("saebench", "auc"), ("cebench", "normalised")):
+            of = external[name].get(own[0].condition)
+            row[name] = None if of is None else of[key] if key != "auc" else of["auc"][deltas.K]
+            row[f"{name}_delta"] = deltas.none("not run") if of is None else of["delta"]["reference"]
+        rows.append(row)
+    return rows
+
+
+def over_seeds(values: list[float]) -> dict:
+    """The estimate, and the values themselves, in order of seeds."""
+    return mean_over_seeds(values).to_json() | {"of_seeds": [float(v) for v in np.asarray(values)]}
