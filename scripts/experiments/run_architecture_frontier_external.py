@@ -12,7 +12,7 @@ used, and without `--stories` its pairs are not CE-Bench's.
 
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, PAIR_SETS, Parser, int_list, name_list, positive_int, run_main, seed_list
+from husai.runs.cli import DEFAULT_SEEDS, Parser, int_list, name_list, positive_int, run_main, seed_list
 
 FAMILIES = ("topk", "relu", "batchtopk", "jumprelu", "gated", "matryoshka")
 
@@ -51,37 +51,104 @@ def main() -> None:
     brought = ("subject", "cebench_matched_baseline_map")
     apart = ("cebench_repo", "executor", "ray_address")
     packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "architecture_frontier", __file__, compute, summary, brought, apart, check, packages)
-
-
-def check(results: dict) -> None:
-    """Raise CheckFailed where the bank failed: its reason is in the log."""
+    run_phase(args, "architecture_frontier", __file__, compute, summary, brought, apart, packages=packages)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """One bank, one task."""
+    """One bank, one task: everything is trained and evaluated there, cell by cell."""
     from husai.benchmarks import bank
     from husai.runs import executor
+    from husai.runs.errors import BadInput
 
-    settings = study(args)
-    bank.check(bank.Bank(**settings))
-    task = executor.Task(f"bank {args.hook_name}", "husai.benchmarks.bank:run", settings, gpus=gpus(args.device))
-    (outcome,) = executor.run([task], args.executor, args.ray_address, args.threads, what="banks")
-    found = bank.value(outcome, args.require_matched)
-    results = {"phase": "architecture_frontier", "inputs": found["inputs"], "subject": args.subject, **found}
-    results["pareto"] = bank.pareto(results["conditions"])
-    return results, draw(results, args.output_dir / "figures")
-
-
-def study(args) -> dict:
-    """The task's arguments: JSON."""
-    return {
-        "subject": str(args.subject),
+    settings = bank.shared(args) | {
         "hook_name": args.hook_name,
         "families": args.architectures,
         "seeds": args.seeds,
         "d_saes": [args.d_sae],
         "ks": args.ks,
         "budgets": [args.tokens],
-        **shared(args),
     }
+    bank.check(bank.Bank(**settings))
+    task = executor.Task(f"bank of {args.hook_name}", "husai.benchmarks.bank:run", settings, executor.gpus(args.device))
+    (outcome,) = executor.run([task], args.executor, args.ray_address, args.threads, what="banks")
+    if outcome.reason is not None:
+        raise BadInput(f"{outcome.name}: {outcome.reason}")
+    found = outcome.value
+    if args.require_matched and (why := bank.unmatched(found["conditions"])):
+        raise BadInput(f"--require-matched: {why}")
+    results = {"phase": "architecture_frontier", "subject": str(args.subject), **found}
+    results["pareto"] = bank.pareto(results["conditions"])
+    return results, draw(results, args.output_dir / "figures")
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Explained variance and stability against L0; the differences on both benchmarks against each other."""
+    from husai.report import figures
+
+    rows = results["conditions"]
+    points = [
+        figures.Points.of("Reconstruction", "L0", "held-out explained variance", rows, "l0", "explained_variance"),
+        figures.Points.of("Stability", "L0", "excess of mcc over the highest null", rows, "l0", "excess"),
+    ]
+    if any(r["saebench_delta"]["estimate"] is not None and r["cebench_delta"]["estimate"] is not None for r in rows):
+        labels = "sae-probes AUC − matched reference", "normalised contrastive score − matched reference"
+        both = figures.Points.of("Benchmarks", *labels, rows, "saebench_delta", "cebench_delta")
+        points.append(both)
+    return [figures.scatter(folder / "frontier.png", points, results["pareto"])]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import interval, table
+
+    local = results["cebench"] and results["cebench"]["benchmark"] != "cebench"
+    header = [
+        "condition",
+        "SAEs",
+        "L0",
+        "explained variance",
+        "CE loss score",
+        "`mcc_alive`",
+        "excess over the highest null",
+    ]
+    header += ["outcome", "sae-probes AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
+    rows = [
+        [
+            r["condition"],
+            len(r["seeds"]),
+            *(interval(r[n]) for n in ("l0", "explained_variance", "ce_loss_score", "mcc_alive")),
+            interval(r["excess"], "+"),
+            r["outcome"] + ("" if r["converged"] else ", still moving"),
+            *(f(r, n) for n in ("saebench", "cebench") for f in (figure, difference)),
+        ]
+        for r in results["conditions"]
+    ]
+    lines = [
+        "# Architecture frontier",
+        "",
+        f"{results['subject']}, {results['hook_name']}, {results['rows']} rows; intervals: 95 %, over training seeds, "
+        "of benchmarks over data sets too (docs/methods.md). With fewer than five seeds nothing is concluded.",
+        "",
+        *table(header, rows),
+        "",
+    ]
+    if local:
+        lines += ["The contrastive score is of pairs built from labelled texts: it is not CE-Bench's.", ""]
+    if results["pareto"]:
+        lines += [f"Not beaten on both benchmarks at once (estimates): {', '.join(results['pareto'])}.", ""]
+    return "\n".join(lines)
+
+
+def figure(row: dict, name: str) -> str:
+    from husai.report.text import interval
+
+    return "not run" if row[name] is None else interval(row[name])
+
+
+def difference(row: dict, name: str) -> str:
+    from husai.report.text import interval
+
+    return interval(row[f"{name}_delta"], "+")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -3,6 +3,7 @@ nulls, and held against the external benchmarks. One bank is one task of an exec
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -13,7 +14,7 @@ import numpy as np
 from husai.activations.source import open_store
 from husai.benchmarks import baselines, candidates, cebench, contrastive, deltas, sae_probes, saebench
 from husai.runs.cells import Cells, code_version
-from husai.runs.cli import prepare
+from husai.runs.cli import PAIR_SETS, prepare
 from husai.runs.errors import BadInput
 from husai.stability import study
 from husai.stability.inference import mean_over_seeds
@@ -63,6 +64,33 @@ class Bank:
     @property
     def places(self) -> candidates.Places:
         return candidates.Places(Path(self.output_dir), Path(self.artifact_root), self.device, self.threads, self.force)
+
+
+def shared(args: argparse.Namespace) -> dict:
+    """What `runs.cli.Parser.add_study` says of each bank: JSON."""
+    path = {name: None if (p := getattr(args, name)) is None else str(p) for name in ("cebench_repo",)}
+    return path | {
+        "subject": str(args.subject),
+        "rows": args.rows,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "null_draws": args.null_draws,
+        "heldout_rows": args.heldout_rows,
+        "saebench": args.run_saebench,
+        "data_sets": sae_probes.check_data_sets(args.dataset_names) if args.run_saebench else [],
+        "probe_ks": [1, 5, 16],
+        "noise_seeds": [43, 44],
+        "cebench": args.run_cebench,
+        "stories": args.stories,
+        "pair_sets": PAIR_SETS.split(","),
+        "max_pairs": args.max_rows,
+        "baseline_map": args.cebench_matched_baseline_map and str(args.cebench_matched_baseline_map),
+        "output_dir": str(args.output_dir),
+        "artifact_root": str(args.artifact_root),
+        "device": args.device,
+        "threads": args.threads,
+        "force": args.force,
+    }
 
 
 @dataclass
@@ -218,3 +246,23 @@ def conditions(groups: list[Trained], lineup, core: dict, found: dict) -> list[d
 def over_seeds(values: list[float]) -> dict:
     """The estimate, and the values themselves, in order of seeds."""
     return mean_over_seeds(values).to_json() | {"of_seeds": [float(v) for v in np.asarray(values)]}
+
+
+def unmatched(rows: list[dict]) -> str | None:
+    """Why some condition has no difference on a benchmark that was run; None where all have."""
+    for row in rows:
+        for name in ("saebench", "cebench"):
+            if row[name] is not None and (delta := row[f"{name}_delta"])["estimate"] is None:
+                return f"{row['condition']}: {name}: {delta['reason']}"
+    return None
+
+
+def pareto(rows: list[dict], names: tuple[str, ...] = ("saebench_delta", "cebench_delta")) -> list[str]:
+    """The conditions that no other one beats on all of these, by estimates; those without one do not take part."""
+    points = {r["condition"]: tuple(r[n]["estimate"] for n in names) for r in rows}
+    points = {name: p for name, p in points.items() if None not in p}
+
+    def beaten(p: tuple) -> bool:
+        return any(q != p and all(b >= a for a, b in zip(p, q, strict=True)) for q in points.values())
+
+    return sorted(name for name, p in points.items() if not beaten(p))

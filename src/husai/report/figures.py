@@ -149,6 +149,59 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
     return _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Points:
+    """Conditions as points with error bars both ways, a colour a family."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: list[tuple[str, str, dict, dict]]
+    """(condition, family, x, y): estimates."""
+
+    @classmethod
+    def of(cls, title: str, x_label: str, y_label: str, rows: list[dict], x: str, y: str) -> Points:
+        """Of rows that have `condition`, `family` and the estimates x and y; those without both are left out."""
+        found = [(r["condition"], r["family"], r[x], r[y]) for r in rows]
+        return cls(title, x_label, y_label, [p for p in found if None not in (p[2]["estimate"], p[3]["estimate"])])
+
+
+def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
+    """Panels of points side by side; on the last one, conditions of `front` are ringed."""
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.6 * len(drawn), 4.4), squeeze=False)
+    families = sorted({p[1] for panel in drawn for p in panel.points})
+    colour = {family: f"C{i}" for i, family in enumerate(families)}
+    for axis, panel in zip(axes[0], drawn, strict=True):
+        for family in families:
+            own = sorted((p for p in panel.points if p[1] == family), key=lambda p: p[2]["estimate"])
+            if not own:
+                continue
+            values = [[p[i]["estimate"] for p in own] for i in (2, 3)]
+            errors = [
+                [
+                    [0 if p[i][end] is None else abs(p[i][end] - p[i]["estimate"]) for p in own]
+                    for end in ("low", "high")
+                ]
+                for i in (2, 3)
+            ]
+            line = "-" if panel.x_label == "L0" and len(own) > 1 else "none"
+            style = {"xerr": errors[0], "yerr": errors[1], "fmt": "o", "ls": line, "capsize": 3, "lw": 1.3}
+            axis.errorbar(*values, **style, color=colour[family], label=family)
+        if panel.x_label != "L0":
+            axis.axhline(0, color="#5f5f5f", lw=1)
+            axis.axvline(0, color="#5f5f5f", lw=1)
+            ringed = [p for p in panel.points if p[0] in front]
+            xs, ys = ([p[i]["estimate"] for p in ringed] for i in (2, 3))
+            axis.plot(xs, ys, "o", ms=13, mfc="none", mec="#5f5f5f", label="not beaten on both")
+        elif panel.y_label.startswith("excess"):
+            axis.axhline(0, color="#5f5f5f", lw=1)
+        axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axis.set_title(panel.title, loc="left")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize="small")
+    return _save(figure, path)
+
+
 def _interval(e: dict) -> str:
     bounds = "no interval" if e["low"] is None else f"{e['low']:+.4f} to {e['high']:+.4f}"
     return f"excess {e['estimate']:+.4f} ({bounds})"

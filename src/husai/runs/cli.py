@@ -26,7 +26,9 @@ DATA_SETS = (
     "127_art_type_song,157_amazon_5star"
 )
 """24 of the probing data sets, of many families: what a study takes that has minutes, not hours."""
-PAIR_SETS = "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
+PAIR_SETS = (
+    "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
+)
 """What contrastive pairs are built from where CE-Bench's stories are not at hand."""
 _FOLDER_ERRORS = {
     errno.ENOENT,
@@ -146,7 +148,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
-        self.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
+        self.add_argument(
+            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
+        )
         self.add_argument("--max-rows", type=positive_int, default=100, help="story pairs (default: %(default)s)")
         self.add_argument(
             "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
