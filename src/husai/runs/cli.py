@@ -212,6 +212,20 @@ class Parser(argparse.ArgumentParser):
             "--force", "--force-rerun", action="store_true", help="compute again what is already finished"
         )
 
+    def add_executor(self) -> None:
+        """Where the tasks of a grid run: --executor, --ray-address."""
+        self.add_argument(
+            "--executor",
+            choices=("local", "ray"),
+            default="local",
+            help="local: in this process; ray: side by side on a Ray cluster (default: %(default)s)",
+        )
+        self.add_argument(
+            "--ray-address",
+            help="host:port of a Ray cluster that this machine belongs to, or auto to find it (default: one of this "
+            "machine alone, for this run)",
+        )
+
     def add_machine(self) -> None:
         """--device, --threads."""
         self.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")

@@ -10,19 +10,19 @@ from contextlib import contextmanager
 
 log = logging.getLogger("husai")
 SECONDS_BETWEEN_LINES = 30.0
+_shown = None  # the bars on the terminal: one that begins inside another is a line below it
 
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`. `done` of `total` was finished by an earlier run and does not count in the speed."""
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=total, completed=done)
-            yield lambda n=1: bar.advance(task, n)
+        with _bars() as bars:
+            task = bars.add_task(description, total=total, completed=done)
+            try:
+                yield lambda n=1: bars.advance(task, n)
+            finally:
+                bars.remove_task(task)
         return
     start = last = time.monotonic()
     finished = done
@@ -37,3 +37,20 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
             log.info("%s: %d/%d, about %.0f s left", description, finished, total, eta)
 
     yield advance
+
+
+@contextmanager
+def _bars():
+    global _shown
+    if _shown is not None:
+        yield _shown
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as _shown:
+        try:
+            yield _shown
+        finally:
+            _shown = None
