@@ -69,7 +69,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "budgets": [args.tokens],
     }
     bank.check(bank.Bank(**settings))
-    task = executor.Task(f"bank of {args.hook_name}", "husai.benchmarks.bank:run", settings, executor.gpus(args.device))
+    task = executor.Task(f"bank of {args.hook_name}", "husai.benchmarks.bank:run", settings, float(args.device != "cpu"))
     (outcome,) = executor.run([task], args.executor, args.ray_address, args.threads, what="banks")
     if outcome.reason is not None:
         raise BadInput(f"{outcome.name}: {outcome.reason}")
