@@ -57,8 +57,6 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """One bank, one task: everything is trained and evaluated there, cell by cell."""
     from husai.benchmarks import bank
-    from husai.runs import executor
-    from husai.runs.errors import BadInput
 
     settings = bank.shared(args) | {
         "hook_name": args.hook_name,
@@ -68,16 +66,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "ks": args.ks,
         "budgets": [args.tokens],
     }
-    bank.check(bank.Bank(**settings))
-    task = executor.Task(f"bank of {args.hook_name}", "husai.benchmarks.bank:run", settings, float(args.device != "cpu"))
-    (outcome,) = executor.run([task], args.executor, args.ray_address, args.threads, what="banks")
-    if outcome.reason is not None:
-        raise BadInput(f"{outcome.name}: {outcome.reason}")
-    found = outcome.value
-    if args.require_matched and (why := bank.unmatched(found["conditions"])):
-        raise BadInput(f"--require-matched: {why}")
-    results = {"phase": "architecture_frontier", "subject": str(args.subject), **found}
-    results["pareto"] = bank.pareto(results["conditions"])
+    banks = bank.run_all([settings], args)
+    results = {"phase": "architecture_frontier", "inputs": banks[0]["inputs"], "subject": str(args.subject)}
+    results |= {"banks": banks, "pareto": bank.pareto(banks[0]["conditions"])}
     return results, draw(results, args.output_dir / "figures")
 
 
@@ -85,7 +76,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     """Explained variance and stability against L0; the differences on both benchmarks against each other."""
     from husai.report import figures
 
-    rows = results["conditions"]
+    rows = results["banks"][0]["conditions"]
     points = [
         figures.Points.of("Reconstruction", "L0", "held-out explained variance", rows, "l0", "explained_variance"),
         figures.Points.of("Stability", "L0", "excess of mcc over the highest null", rows, "l0", "excess"),
@@ -100,7 +91,8 @@ def draw(results: dict, folder: Path) -> list[Path]:
 def summary(results: dict) -> str:
     from husai.report.text import interval, table
 
-    local = results["cebench"] and results["cebench"]["benchmark"] != "cebench"
+    (found,) = results["banks"]
+    local = found["cebench"] and found["cebench"]["benchmark"] != "cebench"
     header = [
         "condition",
         "SAEs",
@@ -120,12 +112,12 @@ def summary(results: dict) -> str:
             r["outcome"] + ("" if r["converged"] else ", still moving"),
             *(f(r, n) for n in ("saebench", "cebench") for f in (figure, difference)),
         ]
-        for r in results["conditions"]
+        for r in found["conditions"]
     ]
     lines = [
         "# Architecture frontier",
         "",
-        f"{results['subject']}, {results['hook_name']}, {results['rows']} rows; intervals: 95 %, over training seeds, "
+        f"{results['subject']}, {found['hook_name']}, {found['rows']} rows; intervals: 95 %, over training seeds, "
         "of benchmarks over data sets too (docs/methods.md). With fewer than five seeds nothing is concluded.",
         "",
         *table(header, rows),

@@ -13,9 +13,10 @@ import numpy as np
 
 from husai.activations.source import open_store
 from husai.benchmarks import baselines, candidates, cebench, contrastive, deltas, sae_probes, saebench
+from husai.runs import executor
 from husai.runs.cells import Cells, code_version
 from husai.runs.cli import PAIR_SETS, prepare
-from husai.runs.errors import BadInput
+from husai.runs.errors import BadInput, CheckFailed
 from husai.stability import study
 from husai.stability.inference import mean_over_seeds
 from husai.stability.scores import ALIVE
@@ -122,9 +123,30 @@ def check(bank: Bank) -> None:
         baselines.lookup(Path(bank.baseline_map), bank.hook_name)
 
 
+def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
+    """Run a task a bank, by the executor that the command line names, and return what `run` gives of each.
+
+    Raises:
+        BadInput: a bank that cannot be trained or evaluated, or, with --require-matched, one without a reference.
+        CheckFailed: some failed; those that did not are kept as cells, which the same command finds.
+    """
+    for each in settings:
+        check(Bank(**each))
+    gpus = float(args.device != "cpu")
+    tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]
+    outcomes = executor.run(tasks, args.executor, args.ray_address, args.threads, what="banks")
+    failed = [f"{o.name}: {o.reason}" for o in outcomes if o.reason is not None]
+    if failed:
+        raise CheckFailed("; ".join(failed))
+    found = [o.value for o in outcomes]
+    if args.require_matched and (why := unmatched([row for f in found for row in f["conditions"]])):
+        raise BadInput(f"--require-matched: {why}")
+    return found
+
+
 def run(**bank) -> dict:
     """The bank's results: {"hook_name", "store_digest", "rows", "conditions": `conditions`, "saebench", "cebench":
-    results of the benchmarks, or None, "sections": the stability studies}."""
+    results of the benchmarks, or None, "sections": the stability studies, in the order of the conditions}."""
     bank = Bank(**bank)
     check(bank)
     device = prepare(bank.device, bank.threads)
@@ -158,10 +180,11 @@ def run(**bank) -> dict:
     if bank.cebench:
         found["cebench"] = evaluate(cells, "cebench", bank, lineup, lambda: contrastive_scores(bank, lineup))
     core = saebench.core_metrics(lineup, cells, bank.threads)
+    train_rows = len(store.split(TrainingConfig.heldout_fraction)[0])
     about = {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows, "inputs": lineup.inputs()}
     sections = [{"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget, **g.stability} for g in groups]
     sections = [s for s in sections if "stability" in s]
-    return about | {"conditions": conditions(groups, lineup, core, found), "sections": sections, **found}
+    return about | {"conditions": conditions(groups, train_rows, lineup, core, found), "sections": sections, **found}
 
 
 def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
@@ -205,7 +228,7 @@ def contrastive_scores(bank: Bank, lineup) -> dict:
     return cebench.evaluate(lineup, pairs(42), repeats, bank.places, summary, reason, checkout, bank.subject)
 
 
-def conditions(groups: list[Trained], lineup, core: dict, found: dict) -> list[dict]:
+def conditions(groups: list[Trained], train_rows: int, lineup, core: dict, found: dict) -> list[dict]:
     """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals."""
     by_sha = {c.sha256: c for c in lineup.opened}
     external = {
@@ -224,6 +247,7 @@ def conditions(groups: list[Trained], lineup, core: dict, found: dict) -> list[d
             "d_sae": g.d_sae,
             "k": g.k,
             "budget": g.budget,
+            "epochs": g.budget / train_rows,
             "seeds": [m["seed"] for m in g.members],
             "checkpoints": {str(m["seed"]): m["checkpoint_sha256"] for m in g.members},
             "l0": over_seeds([c.heldout["l0"] for c in own]),
@@ -237,10 +261,19 @@ def conditions(groups: list[Trained], lineup, core: dict, found: dict) -> list[d
         }
         for name, key in (("saebench", "auc"), ("cebench", "normalised")):
             of = external[name].get(own[0].condition)
-            row[name] = None if of is None else of[key] if key != "auc" else of["auc"][deltas.K]
+            row[name] = None
+            if of is not None:
+                of_saes = {r["checkpoint_sha256"]: r for r in found[name]["saes"]}
+                figures = [mean_figure(name, of_saes[c.sha256]) for c in own]
+                row[name] = (of["auc"][deltas.K] if key == "auc" else of[key]) | {"of_seeds": figures}
             row[f"{name}_delta"] = deltas.none("not run") if of is None else of["delta"]["reference"]
         rows.append(row)
     return rows
+
+
+def mean_figure(name: str, record: dict) -> float:
+    """An SAE's own figure on a benchmark."""
+    return record["means"][deltas.K]["test_auc"] if name == "saebench" else record["normalised"]
 
 
 def over_seeds(values: list[float]) -> dict:

@@ -32,8 +32,8 @@ def evaluate(
 
     Args:
         pairs: the story pairs; repeats: seed -> other draws of them, for the first SAE alone, the noise.
-        summary: results of an earlier run, whose SAEs are the references (`baselines.read_summary`); None: the
-            lineup's own. no_reference: why there is none at all.
+        summary: results of an earlier run, whose SAEs serve as references beside the lineup's own
+            (`baselines.read_summary`). no_reference: why none shall serve.
         checkout: the user's own CE-Bench, which then runs on each SAE; subject_name: the subject as it was named.
     """
     hook_name, opened = lineup.hook_name, lineup.opened
@@ -47,11 +47,10 @@ def evaluate(
         of_controls = scored(lineup.random_model, hook_name, controls, pairs, places.output_dir)
     first = [opened[0].sae]
     again = [scored(lineup.subject, hook_name, first, other, places.output_dir)[0] for other in repeats.values()]
-    if summary is None:
-        references = None
-    elif summary.get("pairs_digest") != pairs.digest and summary["saes"]:
-        references, no_reference = [], "the baseline summary was made on other story pairs"
-    else:
+    references, refused = [], None
+    if summary is not None and summary["saes"] and summary.get("pairs_digest") != pairs.digest:
+        refused = "the baseline summary was made on other story pairs"
+    elif summary is not None:
         references = [{k: r[k] for k in REFERENCE} for r in summary["saes"]]
 
     results = {
@@ -70,6 +69,7 @@ def evaluate(
         "controls": [c.to_json() | told(f, c.sae.d_sae) for c, f in zip(lineup.controls, of_controls, strict=True)],
         "untrained": [told(f, sae.d_sae) for sae, f in zip(plain, of_plain, strict=True)],
         "references": references,
+        "summary_refused": refused,
         "no_reference": no_reference,
     }
     results["conditions"] = deltas.contrastive(results)

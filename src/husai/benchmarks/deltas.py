@@ -49,11 +49,11 @@ def contrastive(results: dict) -> list[dict]:
 
     Args:
         results: `saes`, `controls` (records with `normalised_of_pairs`), `untrained` (of each SAE, in its order),
-            `references` (records of a summary; None: the SAEs themselves), `no_reference` (why there are none),
-            `subjects` (one a pair).
+            `references` (further records, of a summary), `summary_refused` (why a summary's do not serve),
+            `no_reference` (why none shall serve), `subjects` (one a pair).
     """
     subjects, saes = results["subjects"], results["saes"]
-    references = saes if results["references"] is None else results["references"]
+    references = saes + results["references"]
     values, others = (
         {r["checkpoint_sha256"]: np.array(r["normalised_of_pairs"]) for r in records}
         for records in (saes + results["controls"], references)
@@ -68,6 +68,8 @@ def contrastive(results: dict) -> list[dict]:
         reference = none(results["no_reference"])
         if results["no_reference"] is None:
             reference = against_reference(group, references, values, subjects, others)
+            if reference["estimate"] is None and results["summary_refused"]:
+                reference = none(f"{reference['reason']}; {results['summary_refused']}")
         delta = {
             "untrained": paired(of, [plain[r["checkpoint_sha256"]] for r in group], subjects),
             "random_model": against_controls(group, results["controls"], values, subjects),

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.benchmarks import deltas
+from husai.benchmarks import deltas, scaling
 from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
@@ -118,6 +118,15 @@ def decisions(results: dict) -> dict[str, Any]:
         again["/conditions"] = deltas.saebench(results)
     elif phase == "cebench_custom":
         again["/conditions"] = deltas.contrastive(results)
+    elif phase in ("architecture_frontier", "external_metric_scaling"):
+        for at, bank in enumerate(results["banks"]):
+            for name, function in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
+                if bank[name] is not None:
+                    again[f"/banks/{at}/{name}/conditions"] = function(bank[name])
+    if phase == "external_metric_scaling":
+        rows, sections = ([x for bank in results["banks"] for x in bank[n]] for n in ("conditions", "sections"))
+        again["/contrasts"] = scaling.contrasts(rows, sections)
+        again["/power_laws"] = scaling.power_laws(rows)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])

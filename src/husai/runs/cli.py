@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
         )
-        self.add_argument("--max-rows", type=positive_int, default=100, help="story pairs (default: %(default)s)")
+        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
         self.add_argument(
             "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
         )

@@ -1,0 +1,191 @@
+"""What tokens, width and layer do to SAEs: reconstruction, stability and external benchmarks over a full product.
+
+    python scripts/experiments/run_external_metric_scaling_study.py --token-budgets 10000,30000 --hook-layers 0,1 \\
+      --d-sae-values 1024,2048 --seeds 42,123,456 --run-saebench --run-cebench --cebench-repo PATH \\
+      --cebench-matched-baseline-map docs/evidence/phase4e_cebench_matched200/cebench_baseline_map.json
+    python scripts/experiments/run_external_metric_scaling_study.py --executor ray --run-saebench
+
+A budget is the tokens that each SAE sees, met exactly, with a learning-rate schedule of its own. Each layer is one bank
+of activations and one task of the executor. What an axis does is estimated by contrasts that are paired by seed; a layer
+whose baseline is missing in the map gets no difference, and the study goes on.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import DEFAULT_SEEDS, Parser, int_list, name_list, positive_int, run_main, seed_list
+
+
+def layer_list(text: str) -> list[int]:
+    """`0,1` -> [0, 1]; distinct, not negative."""
+    return seed_list(text)
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/external_metric_scaling")
+    p.add_study()
+    p.add_executor()
+    p.add_argument("--token-budgets", type=int_list, default="100000,200000,400000,800000", help="(%(default)s)")
+    p.add_argument("--hook-layers", type=layer_list, default="1,2", help="blocks.LAYER.hook_resid_pre (%(default)s)")
+    p.add_argument("--d-sae-values", type=int_list, default="512,1024", help="features (default: %(default)s)")
+    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
+    p.add_argument("--architectures", type=name_list, default="topk", help="default: %(default)s")
+    p.add_argument("--k", type=positive_int, default=16, help="L0 (default: %(default)s)")
+    args = p.parse_args()
+    if len(args.seeds) < 2:
+        p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
+    if args.k > min(args.d_sae_values):
+        p.error(f"--k {args.k}: an L0 that {min(args.d_sae_values)} features cannot reach")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.phase import PACKAGES, run_phase
+
+    if args.cebench_repo:
+        from husai.benchmarks import cebench_checkout
+
+        args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
+    brought = ("subject", "cebench_matched_baseline_map")
+    apart = ("cebench_repo", "executor", "ray_address")
+    packages = (*PACKAGES, "benchmarks")
+    run_phase(args, "external_metric_scaling", __file__, compute, summary, brought, apart, packages=packages)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """A task a layer; then what each axis does."""
+    from husai.benchmarks import bank, scaling
+
+    settings = [
+        bank.shared(args)
+        | {
+            "hook_name": f"blocks.{layer}.hook_resid_pre",
+            "families": args.architectures,
+            "seeds": args.seeds,
+            "d_saes": args.d_sae_values,
+            "ks": [args.k],
+            "budgets": args.token_budgets,
+            "output_dir": str(args.output_dir / f"layer_{layer}"),
+        }
+        for layer in args.hook_layers
+    ]
+    banks = bank.run_all(settings, args)
+    for layer, found in zip(args.hook_layers, banks, strict=True):
+        for row in found["conditions"]:
+            row["layer"] = layer
+    rows, sections = ([x for found in banks for x in found[name]] for name in ("conditions", "sections"))
+    results = {
+        "phase": "external_metric_scaling",
+        "inputs": {f"{found['hook_name']}, {k}": v for found in banks for k, v in found["inputs"].items()},
+        "subject": str(args.subject),
+        "banks": banks,
+        "contrasts": scaling.contrasts(rows, sections),
+        "power_laws": scaling.power_laws(rows),
+    }
+    return results, draw(results, args.output_dir / "figures")
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Each figure against the budget, a line a layer and width."""
+    from husai.report import figures
+
+    rows = [row for found in results["banks"] for row in found["conditions"]]
+    budgets = sorted({r["budget"] for r in rows})
+    lines: dict[str, list[dict]] = {}
+    for r in sorted(rows, key=lambda r: r["budget"]):
+        lines.setdefault(f"{r['family']}, layer {r['layer']}, d_sae {r['d_sae']}", []).append(r)
+    panels = []
+    for name, label in (
+        ("explained_variance", "held-out explained variance"),
+        ("excess", "excess of mcc over the highest null"),
+        ("saebench", "sae-probes test AUC, k = 5"),
+        ("cebench", "contrastive score, normalised"),
+    ):
+        series = {line: [r[name] for r in of] for line, of in lines.items() if all(r[name] for r in of)}
+        if series:
+            panels.append(figures.Panel(label, "tokens seen", label, budgets, series))
+    return [figures.panels(folder / "scaling.png", panels)]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import interval, table
+
+    rows = [row for found in results["banks"] for row in found["conditions"]]
+    names = (
+        "l0",
+        "explained_variance",
+        "mcc_alive",
+        "excess",
+        "saebench",
+        "saebench_delta",
+        "cebench",
+        "cebench_delta",
+    )
+    header = [
+        "layer",
+        "family",
+        "d_sae",
+        "tokens",
+        "epochs",
+        "SAEs",
+        "L0",
+        "explained variance",
+        "`mcc_alive`",
+        "excess",
+    ]
+    header += ["sae-probes AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
+
+    def cell(row: dict, name: str) -> str:
+        sign = "+" if name == "excess" or name.endswith("delta") else ""
+        return "not run" if row[name] is None else interval(row[name], sign)
+
+    lines = [
+        "# Scaling: tokens, layer, width",
+        "",
+        f"{results['subject']}; 95 % intervals over training seeds (of benchmarks, over data sets too). With fewer than "
+        "five seeds nothing is concluded.",
+        "",
+        *table(
+            header,
+            [
+                [r["layer"], r["family"], r["d_sae"], f"{r['budget']:,}", f"{r['epochs']:.2f}", len(r["seeds"])]
+                + [cell(r, n) for n in names]
+                for r in rows
+            ],
+        ),
+        "",
+        "Change from one value of an axis to the next, the same seeds and other settings on both sides:",
+        "",
+        *table(
+            [
+                "axis",
+                "from",
+                "to",
+                "settings",
+                "explained variance",
+                "gain of `mcc_alive`",
+                "sae-probes AUC",
+                "contrastive",
+            ],
+            [
+                [c["axis"], c["from"], c["to"], c["settings"]]
+                + [interval(e, "+") for e in (c["explained_variance"], c["stability"]["observed"])]
+                + [interval(c[n], "+") for n in ("saebench", "cebench")]
+                for c in results["contrasts"]
+            ],
+        ),
+        "",
+    ]
+    for law in results["power_laws"]:
+        lines.append(
+            f"- 1 − explained variance falls with {law['axis']} to the power {interval(law['exponent'])} "
+            f"({len(law['values'])} values, {law['settings']} settings)."
+        )
+    if not results["power_laws"]:
+        lines.append("No axis has four values: no power law is fitted.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)
