@@ -5,9 +5,9 @@
       --cebench-matched-baseline-map docs/evidence/phase4e_cebench_matched200/cebench_baseline_map.json
     python scripts/experiments/run_external_metric_scaling_study.py --executor ray --run-saebench
 
-A budget is the tokens that each SAE sees, met exactly, with a learning-rate schedule of its own. Each layer is one bank
-of activations and one task of the executor. What an axis does is estimated by contrasts that are paired by seed; a layer
-whose baseline is missing in the map gets no difference, and the study goes on.
+A budget is the tokens that each SAE sees, met exactly, with a learning-rate schedule of its own. Each layer is one
+bank of activations and one task of the executor. What an axis does is estimated by contrasts that are paired by seed; a
+layer whose baseline is missing in the map gets no difference, and the study goes on.
 """
 
 from pathlib import Path
@@ -143,8 +143,8 @@ def summary(results: dict) -> str:
     lines = [
         "# Scaling: tokens, layer, width",
         "",
-        f"{results['subject']}; 95 % intervals over training seeds (of benchmarks, over data sets too). With fewer than "
-        "five seeds nothing is concluded.",
+        f"{results['subject']}; 95 % intervals over training seeds (of benchmarks, over data sets too). With fewer "
+        "than five seeds nothing is concluded.",
         "",
         *table(
             header,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.benchmarks import baselines, candidates, cebench, contrastive, deltas, sae_probes, saebench
 from husai.runs import executor
@@ -130,7 +131,9 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
         BadInput: a bank that cannot be trained or evaluated, or, with --require-matched, one without a reference.
         CheckFailed: some failed; those that did not are kept as cells, which the same command finds.
     """
+    subject = pretrained.load(str(args.subject))
     for each in settings:
+        check_hooks(subject, [each["hook_name"]])
         check(Bank(**each))
     gpus = float(args.device != "cpu")
     tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]
