@@ -1,0 +1,140 @@
+"""What a study of published scale costs: GPU-hours, storage, network and CPU-hours, from our own measured rates.
+
+    python scripts/analysis/plan_scale.py
+    python scripts/analysis/plan_scale.py --gpu H100 --utilisation 0.3 --output docs/scaling.md
+
+Reads docs/benchmarks/training_speed.json and eval_speed.json. What was measured on a CPU is carried to a GPU by counted
+floating-point operations: a step costs its dense product, divided by the share of that product's speed that the
+measured step reaches; the GPU gives `--utilisation` of its maker's figure, an assumption until it is measured there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from husai.report.text import table
+from husai.runs.cli import Parser, fraction, positive_float, run_main
+from husai.runs.files import read_json, write_text
+
+GPUS = {"H100": 989e12, "B200": 2250e12}
+"""Dense bfloat16 operations a second, as the makers state them."""
+BYTES = 2  # of a stored activation, bfloat16
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained and evaluated."""
+
+    name: str
+    d_in: int
+    d_sae: int
+    parameters: float
+    """Of the model up to the hook: what a harvested token costs, twice that many operations."""
+    tokens: float = 500e6
+    saes: int = 30
+    """5 seeds of 6 families."""
+    layers: int = 1
+    data_sets: int = 113
+
+
+STUDIES = (
+    Study("Pythia-160M, 16k wide, 1 layer", 768, 16_384, 42e6),
+    Study("Pythia-160M, 16k wide, 12 layers", 768, 16_384, 85e6, layers=12),
+    Study("Gemma-2-2B, 65k wide, 1 layer", 2304, 65_536, 1.0e9),
+)
+
+
+def costs(study: Study, speed: dict, evals: dict, peak: float, utilisation: float, gigabits: float) -> dict:
+    """Of one study; hours unless the name says otherwise."""
+    widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
+    rates = widest["medians"]
+    ours, product = rates["HUSAI, float32 product"], rates["the encoder's dense float32 product alone"]
+    rows = study.tokens * study.saes * study.layers
+    operations = 2 * study.d_in * study.d_sae * rows / (ours / product)
+    measured = ours * speed["d_in"] * width(widest) / (study.d_in * study.d_sae)  # rows × SAEs a second, this machine
+    harvest = 2 * study.parameters * study.tokens  # all layers in one pass
+    probing = next(r for r in evals["rows"] if r["unit"] == "SAEs × data sets")
+    core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]
+    stored = study.tokens * study.d_in * BYTES * study.layers
+    found = {
+        "training": operations / (peak * utilisation) / 3600,
+        "training on the measured machine": rows / measured / 3600,
+        "harvest": harvest / (peak * utilisation) / 3600,
+        "probing, core-hours": core_seconds * 2 * study.saes * study.layers * study.data_sets / 3600,
+        "storage, TB": stored / 1e12,
+        "sending the bank to a node": stored * 8 / (gigabits * 1e9) / 3600,
+    }
+    each = {name: found[name] for name in ("training", "harvest", "sending the bank to a node")}
+    each["probing on 16 cores"] = found["probing, core-hours"] / 16
+    return found | {"bottleneck": max(each, key=each.get)}
+
+
+def width(row: dict) -> int:
+    """`2 SAEs, d_sae 16,384` -> 16384."""
+    return int(row["label"].split("d_sae ")[1].split(", A")[0].replace(",", ""))
+
+
+def document(speed: dict, evals: dict, args) -> str:
+    widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
+    rates = widest["medians"]
+    share = rates["HUSAI, float32 product"] / rates["the encoder's dense float32 product alone"]
+    prompts = next(r for r in evals["rows"] if r["unit"] == "tokens")
+    probing = next(r for r in evals["rows"] if r["unit"] == "SAEs × data sets")
+    command = "python scripts/analysis/plan_scale.py"
+    ours = rates["HUSAI, float32 product"]
+    harvest = prompts["work"] / prompts["seconds"]["ours"]
+    core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]
+    header = ["study", "training, GPU-h", "on the measured machine, h", "harvest, GPU-h", "bank, TB", "to a node, h"]
+    header += ["probing, core-h", "bottleneck"]
+    lines = [
+        "# Past one machine",
+        "",
+        f"`{command}` computes this page from [training_speed](benchmarks/training_speed.md) and",
+        "[eval_speed](benchmarks/eval_speed.md). No GPU has been measured yet: GPU-hours rest on operations counted and on",
+        f"{args.utilisation:.0%} of the maker's figure for one {args.gpu} ({args.peak / 1e12:.0f} TFLOP/s, bfloat16, dense).",
+        "",
+        "Measured:",
+        "",
+        f"- training, {widest['label']}, d_in {speed['d_in']}: {ours:,.0f} rows × SAEs a second "
+        f"({share:.0%} of what the dense product alone allows), {speed['machine']['device']}",
+        f"- harvest of husai-tiny: {harvest:,.0f} tokens a second, {evals['cpu']}",
+        f"- probing: {core_seconds:.2f} core-seconds an SAE and data set, process starts included",
+        f"- a stored token: d_in × {BYTES} bytes in bfloat16",
+        "",
+    ]
+    rows = []
+    for study in STUDIES:
+        c = costs(study, speed, evals, args.peak, args.utilisation, args.gigabits)
+        hours = ("training", "training on the measured machine", "harvest", "storage, TB")
+        cells = [f"{c[n]:,.1f}" if c[n] < 1000 else f"{c[n]:,.0f}" for n in (*hours, "sending the bank to a node")]
+        rows.append([study.name, *cells, f"{c['probing, core-hours']:,.0f}", c["bottleneck"]])
+    first = STUDIES[0]
+    lines += [
+        *table(header, rows),
+        "",
+        f"Each study: {first.tokens / 1e6:.0f}M tokens, 5 seeds × 6 families = {first.saes} SAEs a layer, with an untrained one",
+        f"beside each; {first.data_sets} probing data sets at one seed; {args.gigabits:g} Gbit/s between nodes. All SAEs of a",
+        "layer are one stack on one bank: a token is harvested and read once for all of them. Layers are tasks of their own:",
+        "with as many GPUs as layers the time is that of one layer. What does not fit into a GPU's memory is divided into",
+        "passes (`src/husai/training/memory.py`), each of which reads the bank again.",
+        "",
+        "The bottleneck is the largest of training, harvest, sending the bank, and probing on 16 cores.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--gpu", choices=sorted(GPUS), default="H100", help="default: %(default)s")
+    p.add_argument("--utilisation", type=fraction, default=0.4, help="share of the peak (default: %(default)s)")
+    p.add_argument("--gigabits", type=positive_float, default=10.0, help="between nodes, a second (%(default)s)")
+    p.add_argument("--benchmarks", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
+    p.add_argument("--output", type=Path, default=Path("docs/scaling.md"), help="default: %(default)s")
+    args = p.parse_args()
+    args.peak = GPUS[args.gpu]
+    speed, evals = (read_json(args.benchmarks / f"{n}_speed.json", "benchmark") for n in ("training", "eval"))
+    write_text(args.output, text := document(speed, evals, args))
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
