@@ -8,6 +8,7 @@ floating-point operations: a step costs its dense product, divided by the share 
 measured step reaches; the GPU gives `--utilisation` of its maker's figure, an assumption until it is measured there.
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from husai.runs.files import read_json, write_text
 
 GPUS = {"H100": 989e12, "B200": 2250e12}
 """Dense bfloat16 operations a second, as the makers state them."""
+WIDTH = 120
 BYTES = 2  # of a stored activation, bfloat16
 
 
@@ -88,9 +90,13 @@ def document(speed: dict, evals: dict, args) -> str:
     lines = [
         "# Past one machine",
         "",
-        f"`{command}` computes this page from [training_speed](benchmarks/training_speed.md) and",
-        "[eval_speed](benchmarks/eval_speed.md). No GPU has been measured yet: GPU-hours rest on operations counted and on",
-        f"{args.utilisation:.0%} of the maker's figure for one {args.gpu} ({args.peak / 1e12:.0f} TFLOP/s, bfloat16, dense).",
+        textwrap.fill(
+            f"`{command}` computes this page from [training_speed](benchmarks/training_speed.md) and "
+            "[eval_speed](benchmarks/eval_speed.md). No GPU has been measured yet: GPU-hours rest on operations counted "
+            f"and on {args.utilisation:.0%} of the maker's figure for one {args.gpu} ({args.peak / 1e12:.0f} TFLOP/s, "
+            "bfloat16, dense).",
+            WIDTH,
+        ),
         "",
         "Measured:",
         "",
@@ -111,11 +117,15 @@ def document(speed: dict, evals: dict, args) -> str:
     lines += [
         *table(header, rows),
         "",
-        f"Each study: {first.tokens / 1e6:.0f}M tokens, 5 seeds × 6 families = {first.saes} SAEs a layer, with an untrained one",
-        f"beside each; {first.data_sets} probing data sets at one seed; {args.gigabits:g} Gbit/s between nodes. All SAEs of a",
-        "layer are one stack on one bank: a token is harvested and read once for all of them. Layers are tasks of their own:",
-        "with as many GPUs as layers the time is that of one layer. What does not fit into a GPU's memory is divided into",
-        "passes (`src/husai/training/memory.py`), each of which reads the bank again.",
+        textwrap.fill(
+            f"Each study: {first.tokens / 1e6:.0f}M tokens, 5 seeds × 6 families = {first.saes} SAEs a layer, with an "
+            f"untrained one beside each; {first.data_sets} probing data sets at one seed; {args.gigabits:g} Gbit/s "
+            "between nodes. All SAEs of a layer are one stack on one bank: a token is harvested and read once for all "
+            "of them. Layers are tasks of their own: with as many GPUs as layers the time is that of one layer. What "
+            "does not fit into a GPU's memory is divided into passes (`src/husai/training/memory.py`), each of which "
+            "reads the bank again.",
+            WIDTH,
+        ),
         "",
         "The bottleneck is the largest of training, harvest, sending the bank, and probing on 16 cores.",
     ]
