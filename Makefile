@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 REQUIREMENTS := requirements-dev.txt requirements-nodeps.txt constraints.txt pyproject.toml
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
-PEERS := .venv/.peers-$(shell cat requirements-bench.txt $(REQUIREMENTS) | sha256sum | cut -c1-16)
+PEERS := .venv/.peers-$(shell cat requirements-bench.txt requirements-cluster.txt $(REQUIREMENTS) | sha256sum | cut -c1-16)
 BIN := .venv/bin
 OUTPUT ?= results
 
@@ -26,9 +26,10 @@ $(STAMP): $(REQUIREMENTS)
 	@rm -f .venv/.installed-*
 	@touch $@
 
-$(PEERS): requirements-bench.txt $(STAMP)
-	@echo "installing the libraries that the tests and benchmarks compare with"
+$(PEERS): requirements-bench.txt requirements-cluster.txt $(STAMP)
+	@echo "installing the libraries that the tests and benchmarks compare with, and Ray"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
 	@rm -f .venv/.peers-*
 	@touch $@
 

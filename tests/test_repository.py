@@ -41,14 +41,14 @@ def test_requirements_are_pinned_and_within_the_constraints():
     pins = [r for r in requirements("requirements-dev.txt") if not r.startswith("-")]
     assert pins
     constraints = dict(r.split("==") for r in requirements("constraints.txt"))
-    for pin in pins + requirements("requirements-nodeps.txt"):
+    assert requirements("requirements-cluster.txt")[0] == "-c constraints.txt"
+    for pin in [*pins, *requirements("requirements-nodeps.txt"), *requirements("requirements-cluster.txt")[1:]]:
         name, version = pin.split("==")
         assert constraints.get(name, version) == version, name
     assert {"-c constraints.txt", "-e ."} <= set(requirements("requirements-dev.txt"))
     assert "torchvision" not in constraints
-    text = "".join(
-        (ROOT / n).read_text() for n in ("requirements-dev.txt", "constraints.txt", "requirements-nodeps.txt")
-    )
+    names = "requirements-dev.txt", "constraints.txt", "requirements-nodeps.txt", "requirements-cluster.txt"
+    text = "".join((ROOT / n).read_text() for n in names)
     assert "://" not in text, "no index or host is named"
 
 
