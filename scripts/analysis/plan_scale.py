@@ -92,9 +92,9 @@ def document(speed: dict, evals: dict, args) -> str:
         "",
         textwrap.fill(
             f"`{command}` computes this page from [training_speed](benchmarks/training_speed.md) and "
-            "[eval_speed](benchmarks/eval_speed.md). No GPU has been measured yet: GPU-hours rest on operations counted "
-            f"and on {args.utilisation:.0%} of the maker's figure for one {args.gpu} ({args.peak / 1e12:.0f} TFLOP/s, "
-            "bfloat16, dense).",
+            "[eval_speed](benchmarks/eval_speed.md). No GPU has been measured yet: GPU-hours rest on counted "
+            f"operations and on {args.utilisation:.0%} of the maker's figure for one {args.gpu} "
+            f"({args.peak / 1e12:.0f} TFLOP/s, bfloat16, dense).",
             WIDTH,
         ),
         "",
