@@ -146,7 +146,7 @@ def test_a_reference_matches_only_where_every_fact_does():
 
 def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
     def record(condition, **changed):
-        return {"condition": condition, "facts": facts(**changed), "checkpoint_sha256": condition}
+        return {"condition": condition, "facts": facts(**changed), "identity": condition}
 
     near, far = record("near", family="relu", l0=8.1), record("far", family="relu", l0=8.6)
     assert baselines.matched([record("c")], [far, near, record("t")]).records == [near]
@@ -159,11 +159,70 @@ def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
     assert delta == {"estimate": None, "low": None, "high": None, "reason": "d_sae differs: 64 and 128"}
 
 
+def test_a_single_reference_gives_no_interval_over_seeds():
+    """Five seeds against one SAE: what one reference is worth is not known, and its like is not made up."""
+
+    def record(name, family, seed):
+        return {"condition": family, "facts": facts(family=family, seed=seed), "identity": name}
+
+    group = [record(f"c{s}", "topk", s) for s in range(5)]
+    values = {r["identity"]: np.arange(4.0) + i for i, r in enumerate(group)} | {"r": np.zeros(4), "r2": np.ones(4)}
+    families = ["a", "a", "b", "c"]
+    one = deltas.against_reference(group, [record("r", "relu", 0)], values, families)
+    assert (one["n_seeds"], one["estimate"]) == (1, 1.5)
+    assert "not over seeds" in one["method"]
+    two = deltas.against_reference(group, [record("r", "relu", 0), record("r2", "relu", 1)], values, families)
+    assert two["n_seeds"] == 2, "the other three have no partner"
+
+
+def test_controls_must_be_alike():
+    def control(**changed):
+        return {"condition": str(changed), "facts": facts(seed=1, **changed), "identity": "k"}
+
+    group = [{"condition": "c", "facts": facts(), "identity": "c"}]
+    values = {"c": np.ones(3), "k": np.zeros(3)}
+    families = ["a", "b", "b"]
+    assert deltas.against_controls(group, [control()], values, families)["estimate"] == 1
+    for changed, why in (
+        ({"family": "relu"}, "none was trained alike: family differs"),
+        ({"tokens": 7}, "none was trained alike: tokens differs"),
+        ({"l0": 9.0}, "L0 differs by more than 10 %"),
+    ):
+        assert deltas.against_controls(group, [control(**changed)], values, families)["reason"] == why
+    assert deltas.against_controls(group, [], values, families)["reason"].startswith("no checkpoint was given")
+
+
+def test_untrained_saes_have_the_l0_that_was_reached():
+    assert baselines.untrained_like(facts(k=8, l0=8.6)) == (64, 8, 1)
+    assert baselines.untrained_like(facts(k=8, l0=5.2)) == (64, 5, 1)
+    assert baselines.untrained_like(facts(k=None, l0=0.2, seed=None)) == (64, 1, 0)
+
+
+def test_damaged_summaries(tmp_path):
+    record = {"facts": facts(), "condition": "c", "identity": "i", "normalised": 0.5, "normalised_of_pairs": [0.5]}
+    path = tmp_path / "summary.json"
+    for damaged in (
+        [],
+        {"saes": 3},
+        {"saes": [{}], "n_pairs": 1},
+        *({"saes": [{k: v for k, v in record.items() if k != name}], "n_pairs": 1} for name in record),
+        {"saes": [record], "n_pairs": 2},
+        {"saes": [record | {"facts": {}}], "n_pairs": 1},
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(BadInput, match="baseline summary"):
+            baselines.read_summary(path)
+    path.write_text(json.dumps({"saes": [record], "n_pairs": 1}))
+    assert baselines.read_summary(path)["saes"] == [record]
+
+
 def test_baseline_map(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     path = baselines.write_map(tmp_path / baselines.MAP, HOOK, "results.json")
     assert baselines.lookup(path, HOOK) == (tmp_path / "results.json", None)
     assert baselines.lookup(path, "blocks.1.hook_mlp_out") == (tmp_path / "results.json", None), "by its layer"
+    other = baselines.write_map(tmp_path / "other.json", "hook_embed", "results.json")
+    assert baselines.lookup(other, "hook_embed")[0] == tmp_path / "results.json"
     found, reason = baselines.lookup(path, "blocks.2.hook_resid_pre")
     assert (found, reason) == (None, f"{baselines.MAP} names no baseline for blocks.2.hook_resid_pre")
     path.write_text('{"default": "nowhere.json"}')
@@ -180,7 +239,7 @@ def test_the_published_map_and_summary_give_no_difference_but_a_reason():
     path = PUBLISHED / "cebench_baseline_map.json"
     assert baselines.lookup(path, HOOK) == (None, f"{path.name} names no baseline for {HOOK}")
     summary = baselines.read_summary(PUBLISHED / "cebench_matched200_summary.json")
-    group = [{"condition": "c", "facts": facts(), "checkpoint_sha256": "c"}]
+    group = [{"condition": "c", "facts": facts(), "identity": "c"}]
     assert deltas.against_reference(group, summary["saes"], {}, [])["reason"].startswith("no relu reference")
 
 
@@ -257,7 +316,7 @@ def test_stories_from_a_local_copy(tmp_path, suffix):
     write = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet, "folder": table.save_to_disk}
     write[suffix](str(path))
     pairs = contrastive.published_pairs(str(path), None, 0)
-    assert (pairs.benchmark, len(pairs.rows)) == ("cebench", 6)
+    assert (pairs.benchmark, len(pairs.rows)) == ("cebench_local_copy", 6)
     assert pairs.rows[0] == {"story1": "a 0", "story2": "b 0", "subject": "s"}
     assert len(contrastive.published_pairs(str(path), 4, 0).rows) == 4
 
@@ -346,6 +405,32 @@ def test_data_sets_that_are_trained_on_or_unknown_are_refused(few, monkeypatch):
         sae_probes.check_data_sets(SETS)
 
 
+def test_an_sae_is_told_by_how_it_encodes_too(make_store, subject, tmp_path):
+    """The same weights with another k are another SAE: both are kept, under other labels."""
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    store = make_store(x, subject_digest=subject.digest, hook_name=HOOK)
+    sae = baselines.untrained(store, 24, 4, seed=0)
+    for k in (2, 4):
+        checkpoints.save(SAE(sae.weights, "topk", k), tmp_path / "saes" / str(k))
+    found = candidates.open_all([tmp_path / "saes"], store, "checkpoint", subject)
+    assert len({c.identity for c in found}) == len({c.label for c in found}) == 2
+    assert len({c.sha256 for c in found}) == 1
+    other = {"model_name": "gpt2", "hook_name": HOOK}
+    checkpoints.save(SAE(sae.weights, "topk", 2, True, other), tmp_path / "other")
+    with pytest.raises(BadInput, match="was made for gpt2; the subject is miniature"):
+        candidates.open_all([tmp_path / "other"], store, "checkpoint", subject)
+
+
+def test_two_saes_of_one_condition_and_seed_are_refused(trained, make_store, subject):
+    store = make_store(torch.randn(500, 16), subject_digest=subject.digest, hook_name=HOOK)
+    found = candidates.open_all([trained["own"]], store, "checkpoint", subject)
+    candidates.refuse_twins(found)
+    from dataclasses import replace
+
+    with pytest.raises(BadInput, match="of one condition and seed"):
+        candidates.refuse_twins([*found, replace(found[0], identity="other")])
+
+
 @pytest.fixture(scope="module")
 def task(subject, few, tmp_path_factory):
     """A probing task of one SAE, its prompts harvested."""
@@ -368,7 +453,7 @@ def test_probing_is_the_librarys_own_and_never_stale(task, tmp_path):
     from sae_lens import SAE as TheirSAE
     from sae_probes import run_sae_evals
 
-    llm = replace(task, label="llm", kind="llm", path=None, sha256=task.settings.subject_digest)
+    llm = replace(task, label="llm", kind="llm", path=None, identity=task.settings.subject_digest)
     figures, of_model = sae_probes.run([task, llm], 2, tmp_path)
     s = task.settings
     run_sae_evals(
@@ -389,7 +474,7 @@ def test_probing_is_the_librarys_own_and_never_stale(task, tmp_path):
     )
 
     # Another SAE of the same name, another seed, other data sets: other folders.
-    others = [replace(task, sha256="0" * 64), replace(task, seed=43), replace(task, kind="llm")]
+    others = [replace(task, identity="0" * 64), replace(task, seed=43), replace(task, kind="llm")]
     others.append(replace(task, settings=replace(s, data_sets=tuple(SETS[:1]))))
     assert len({t.folder for t in (task, *others)}) == 5
     # A file that an interruption cut off is made again, whole ones are kept.
@@ -433,7 +518,7 @@ def test_saebench_from_the_shell(run_script, trained, common, tmp_path):
     assert topk["auc"]["5"]["estimate"] == pytest.approx(np.mean(of))
     assert topk["delta"]["llm"]["estimate"] == pytest.approx(np.mean(of) - np.mean(llm))
     untrained = [
-        np.mean(b["test_auc"]["5"]) for name, b in results["baselines"].items() if name.startswith("untrained")
+        np.mean(b["test_auc"]["5"]) for name, b in results["baselines"].items() if name.startswith("untrained_d24_k3_")
     ]
     assert topk["delta"]["untrained"]["estimate"] == pytest.approx(np.mean(of) - np.mean(untrained))
     random_model = [np.mean(r["test_auc"]["5"]) for r in results["controls"]]
@@ -461,8 +546,33 @@ def test_cebench_from_the_shell(run_script, trained, common, tmp_path):
     # The same SAEs against themselves as the baseline: ReLU takes TopK's figures from the map, at the same pairs.
     again = ["--cebench-matched-baseline-map", tmp_path / "out" / baselines.MAP, "--min-delta", 0.0]
     code, _, err = run_script(CEBENCH, *arguments, "--output-dir", tmp_path / "second", *again)
-    assert code == 1, "no reference is matched: a minimum cannot be met"
-    assert "L0 differs by more than 10 %" in err
+    assert code == 1
+    assert "inconclusive: contrastive_local is not CE-Bench" in err, "a minimum is met on CE-Bench's own stories alone"
+    second = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert len(second["references"]) == 6
+    assert second["conditions"] == results["conditions"], "the same SAEs as references once more"
+
+
+def test_stories_count_by_their_content(run_script, trained, common, tmp_path):
+    """A local copy that changes is another input; and where every draw is the same, noise is not known."""
+    one = next(p for p in sorted(trained["own"].iterdir()) if p.name.startswith("topk"))
+    stories = tmp_path / "stories.jsonl"
+    digests = []
+    for word in ("one", "two"):
+        rows = [{"story1": f"{word} {i} here", "story2": f"there {i}", "subject": str(i % 3)} for i in range(5)]
+        stories.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        code, out, err = run_script(CEBENCH, "--checkpoint", one, *common, "--stories", stories)
+        assert code == 0, err
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        digests.append(results["pairs_digest"])
+        assert results["benchmark"] == "cebench_local_copy"
+        assert results["noise"]["minimum_detectable_difference"] is None
+        assert "noise is not known" in out
+    assert digests[0] != digests[1]
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+    stories.write_text('{"story1": "", "story2": "b", "subject": "s"}\n')
+    config = next((tmp_path / "out").glob("run_*/config.json")).read_text()
+    assert str(stories) not in config
 
 
 def test_bad_input_from_the_shell(refused, trained, common, small_activations, tmp_path, make_store):
@@ -520,4 +630,39 @@ def test_a_failed_command_fails_the_run_after_the_others(run_script, trained, co
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [c["return_code"] for c in manifest["commands"]] == [1, 0]
     assert (manifest["status"], manifest["return_code"]) == ("complete", 1)
+    code, _, err = run_script(OFFICIAL, *common, "--evals", "magic")
+    assert (code, "--evals magic" in err) == (2, True)
     assert "broken checkout" in next((tmp_path / "out").glob("run_*/logs/cebench_custom.log")).read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_harness_leaves_no_worker_behind(trained, folder, tmp_path):
+    """SIGTERM in the middle of probing: exit 130, no process of ours goes on, and the command is in the manifest."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    import psutil
+
+    from conftest import ROOT
+
+    arguments = ["--checkpoint", trained["own"], "--model-name", folder, "--hook-layer", 1, "--rows", 500]
+    arguments += ["--execute", "--evals", "saebench_custom", "--dataset-names", SETS[0], "--threads", 1]
+    arguments += ["--artifact-root", tmp_path, "--output-dir", tmp_path / "out"]
+    command = [sys.executable, ROOT / OFFICIAL, *arguments]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as harness:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            below = psutil.Process(harness.pid).children(recursive=True)
+            if any("husai.benchmarks.sae_probes" in " ".join(p.cmdline()) for p in below if p.is_running()):
+                break
+            assert harness.poll() is None, "it ended before it probed"
+            time.sleep(0.2)
+        os.kill(harness.pid, signal.SIGTERM)
+        assert harness.wait(30) == 130
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+    (manifest,) = (json.loads(p.read_text()) for p in (tmp_path / "out").glob("run_*/manifest.json"))
+    assert (manifest["status"], len(manifest["commands"])) == ("interrupted", 1)

@@ -65,7 +65,11 @@ def main() -> None:
         from husai.benchmarks import cebench_checkout
 
         args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
-    apart = ("cebench_matched_baseline_map", "cebench_repo")
+    if args.stories:
+        from husai.benchmarks import contrastive
+
+        args.stories_counted_by = contrastive.source_key(args.stories)
+    apart = ("cebench_matched_baseline_map", "cebench_repo", "stories")
     packages = (*PACKAGES, "benchmarks")
     run_phase(args, "cebench_custom", __file__, compute, summary, FOLDERS, apart, check=check, packages=packages)
 
@@ -76,8 +80,12 @@ def check(results: dict) -> None:
 
     if results["min_delta"] is None:
         return
+    if results["benchmark"] != "cebench":
+        raise CheckFailed(f"--min-delta: inconclusive: {results['benchmark']} is not CE-Bench")
     for c in results["conditions"]:
         d = c["delta"]["reference"]
+        if d["estimate"] is not None and d["n_seeds"] < 5:
+            raise CheckFailed(f"{c['condition']}: inconclusive: {d['n_seeds']} seeds; 5 needed")
         if d["estimate"] is not None and d["reference_mean"] + results["min_delta"] > 1:
             raise CheckFailed(f"{c['condition']}: its reference's {d['reference_mean']:.4f} leaves no room for it")
         if d["low"] is None or d["low"] < results["min_delta"]:
@@ -132,7 +140,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 def summary(results: dict) -> str:
     from husai.report.text import interval
 
-    local = results["benchmark"] != "cebench"
+    local = results["benchmark"] == "contrastive_local"
     lines = [
         "# " + ("Contrastive score on local pairs (not CE-Bench)" if local else "CE-Bench on SAEs at hand"),
         "",
@@ -151,7 +159,9 @@ def summary(results: dict) -> str:
     lines += [
         "",
         "Intervals: over training seeds and, clustered by subject, pairs (t; docs/methods.md).",
-        f"The benchmark's own noise: {len(n['seeds'])} draws of pairs for one SAE have a standard deviation of "
+        f"The benchmark's own noise is not known: {n['reason']}."
+        if n["reason"]
+        else f"The benchmark's own noise: {len(n['seeds'])} draws of pairs for one SAE have a standard deviation of "
         f"{n['sd']:.4f}; the minimum detectable difference of two single runs is "
         f"{n['minimum_detectable_difference']:.4f}.",
         "",

@@ -10,6 +10,7 @@ Commands, return codes and logs are in the manifest. Without `--checkpoint` the 
 ReLU SAEs of husai-tiny, five seeds.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def parse():
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, cebench_checkout, official, sae_probes
+    from husai.benchmarks import candidates, cebench_checkout, contrastive, official, sae_probes
     from husai.runs.errors import CheckFailed
     from husai.runs.folder import Run
     from husai.subjects import pretrained
@@ -55,7 +56,8 @@ def main() -> None:
     plan = [{"name": n, "seconds": guess(n, len(brought) or 10, len(data_sets))} for n in args.evals or EVALS]
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
-    config |= {"checkpoints": [c.sha256 for c in brought], "stories": args.stories}
+    config |= {"checkpoints": [c.identity for c in brought]}
+    config["stories"] = contrastive.source_key(args.stories)
     with Run(args.output_dir, config, args.device, args.threads) as run:
         run.add_input("subject", subject)
         for c in brought:
@@ -92,7 +94,8 @@ def guess(name: str, n_saes: int, n_data_sets: int) -> float:
 
 def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
     """What each benchmark would read, in words."""
-    stories = args.stories or "no --stories: contrastive pairs of labelled texts, which are not CE-Bench's"
+    local = "no --stories: contrastive pairs of labelled texts, which are not CE-Bench's"
+    stories = Path(args.stories).name if args.stories else local
     checkout = str(args.cebench_repo.name) if args.cebench_repo else "no --cebench-repo: its own code does not run"
     probing = f"{len(data_sets)} data sets, in the installed sae-probes package"
     return {"sae-probes": probing, "CE-Bench stories": stories, "CE-Bench checkout": checkout}
@@ -133,12 +136,13 @@ def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
     ]
     commands = [c for c in commands if c[0] in (args.evals or EVALS)]
     for group in deltas.by_condition([c.to_json() for c in lineup.saes]).values():  # one SAE a condition
-        c = next(c for c in lineup.saes if c.sha256 == group[0]["checkpoint_sha256"])
+        c = next(c for c in lineup.saes if c.identity == group[0]["identity"])
         layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
         for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
             command = [sys.executable, "-m", "husai.benchmarks.official", name, "--checkpoint", str(layout)]
             command += ["--subject", args.subject, "--output-dir", str(folder), *common]
+            command += ["--threads", str(args.threads)]
             if name == "sparse_probing_sae_probes":
                 command += ["--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)]
             commands.append((f"{name}-{c.label}", command, folder))
@@ -151,6 +155,8 @@ def record(run, name: str, command: list[str], folder: Path) -> dict:
     from husai.runs.errors import CheckFailed
     from husai.runs.files import sha256_file
 
+    if "-m" in command:
+        shutil.rmtree(folder, ignore_errors=True)  # SAEBench takes up whatever lies there as its own
     code = run.command(name, command)
     about = {"name": name, "return_code": code, "log": run.commands[-1]["log"], "seconds": run.commands[-1]["seconds"]}
     answer = about | {"result": None, "sha256": None, "metric": None, "figure": None, "reason": None}

@@ -171,7 +171,7 @@ def run(**bank) -> dict:
 
     def opened(reference: bool) -> list[candidates.Candidate]:
         paths = [Path(bank.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
-        return candidates.open_all(paths, heldout, "checkpoint")
+        return candidates.open_all(paths, heldout, "checkpoint", subject)
 
     lineup = candidates.Lineup(subject, bank.hook_name, heldout, opened(False), opened(True), None, [])
     found = {"saebench": None, "cebench": None}
@@ -208,8 +208,9 @@ def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
 
 def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], dict]) -> dict:
     """A benchmark's results as a cell."""
-    named = ("data_sets", "probe_ks", "noise_seeds", "stories", "pair_sets", "max_pairs", "device", "threads")
+    named = ("data_sets", "probe_ks", "noise_seeds", "pair_sets", "max_pairs", "device", "threads")
     key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
+    key["stories"] = contrastive.source_key(bank.stories)
     if bank.baseline_map:
         path, reason = baselines.lookup(Path(bank.baseline_map), bank.hook_name)
         key["baseline"] = reason if path is None else baselines.read_summary(path).get("pairs_digest")
@@ -256,7 +257,7 @@ def conditions(groups: list[Trained], train_rows: int, lineup, core: dict, found
             "l0": over_seeds([c.heldout["l0"] for c in own]),
             "explained_variance": over_seeds([c.heldout["explained_variance"] for c in own]),
             "dead_share": over_seeds([c.heldout["dead_share"] for c in own]),
-            "ce_loss_score": over_seeds([core[c.sha256]["ce_loss_score"] for c in own]),
+            "ce_loss_score": over_seeds([core[c.identity]["ce_loss_score"] for c in own]),
             "mcc_alive": g.stability["stability"]["scores"]["mcc_alive"]["observed"],
             "excess": verdict["claimable_excess"],
             "outcome": verdict["outcome"],
@@ -266,8 +267,8 @@ def conditions(groups: list[Trained], train_rows: int, lineup, core: dict, found
             of = external[name].get(own[0].condition)
             row[name] = None
             if of is not None:
-                of_saes = {r["checkpoint_sha256"]: r for r in found[name]["saes"]}
-                figures = [mean_figure(name, of_saes[c.sha256]) for c in own]
+                of_saes = {r["identity"]: r for r in found[name]["saes"]}
+                figures = [mean_figure(name, of_saes[c.identity]) for c in own]
                 row[name] = (of["auc"][deltas.K] if key == "auc" else of[key]) | {"of_seeds": figures}
             row[f"{name}_delta"] = deltas.none("not run") if of is None else of["delta"]["reference"]
         rows.append(row)

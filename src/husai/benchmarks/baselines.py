@@ -33,9 +33,16 @@ def untrained(store: ActivationStore, d_sae: int, k: int, seed: int) -> SAE:
     return SAE(weights, "topk", min(k, d_sae))
 
 
+def same_l0(a: float, b: float) -> bool:
+    """Within 10 % of the smaller one."""
+    return max(a, b) <= (1 + L0_TOLERANCE) * min(a, b)
+
+
 def untrained_like(facts: dict) -> tuple[int, int, int]:
-    """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0."""
-    return facts["d_sae"], facts["k"] or max(1, round(facts["l0"])), facts["seed"] or 0
+    """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0 (its k, where it reached that
+    within 10 %)."""
+    reached = facts["k"] and same_l0(facts["k"], facts["l0"])
+    return facts["d_sae"], facts["k"] if reached else max(1, round(facts["l0"])), facts["seed"] or 0
 
 
 def untrained_name(facts: dict) -> str:
@@ -71,7 +78,7 @@ def unmatched(candidate: dict, reference: dict) -> str | None:
         if candidate[name] != reference[name]:
             return f"{name} differs: {_short(candidate[name])} and {_short(reference[name])}"
     a, b = candidate.get("l0"), reference.get("l0")
-    if not a or not b or max(a, b) > (1 + L0_TOLERANCE) * min(a, b):
+    if not a or not b or not same_l0(a, b):
         return (
             f"L0 differs by more than 10 %: {a} and {b}"
             if not a or not b
@@ -114,7 +121,9 @@ def matched(candidates: list[dict], references: list[dict]) -> Match:
         if reason is None:
             distance = abs(sum(c["facts"]["l0"] - r["facts"]["l0"] for c, r in pairs))
             fitting.append((distance / len(pairs), name, [r for _, r in pairs]))
-    return Match(min(fitting)[2]) if fitting else Match([], reasons[0])
+    if fitting:
+        return Match(min(fitting)[2])
+    return Match([], max(reasons, key=lambda why: why.startswith("L0")))  # what came nearest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,12 +162,18 @@ def read_summary(path: Path) -> dict:
     if not isinstance(summary, dict):
         raise BadInput(f"baseline summary: {path}: an object expected")
     saes = summary.get("saes", [])
-    if not isinstance(saes, list) or not all(isinstance(r, dict) and isinstance(r.get("facts"), dict) for r in saes):
-        raise BadInput(f"baseline summary: {path}: saes: a list of records with facts expected")
+    kinds = {"facts": dict, "condition": str, "identity": str, "normalised": float, "normalised_of_pairs": list}
+    if not isinstance(saes, list) or not all(
+        isinstance(r, dict) and all(isinstance(r.get(name), kind) for name, kind in kinds.items()) for r in saes
+    ):
+        raise BadInput(f"baseline summary: {path}: saes: records with {', '.join(kinds)} expected")
+    if any("seed" not in r["facts"] or len(r["normalised_of_pairs"]) != summary.get("n_pairs") for r in saes):
+        raise BadInput(f"baseline summary: {path}: saes: a seed, and a score for each of n_pairs pairs expected")
     return summary | {"saes": saes}
 
 
 def write_map(path: Path, hook_name: str, summary: str) -> Path:
     """Write a map that names a summary for one hook and nothing for any other."""
-    write_json(path, {"default": None, hook_name: summary, hook_name.split(".")[1]: summary})
+    layer = {hook_name.split(".")[1]: summary} if hook_name.startswith("blocks.") else {}
+    write_json(path, {"default": None, hook_name: summary, **layer})
     return path

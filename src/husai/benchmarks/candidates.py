@@ -28,6 +28,8 @@ class Candidate:
     folder: Path
     sha256: str
     """Of its weights file."""
+    identity: str
+    """Digest of the weights and of what else encode and decode depend on: figures are kept and compared under it."""
     sae: SAE
     facts: dict
     """How it was made (`facts_of`)."""
@@ -36,7 +38,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return f"{self.folder.name}-{self.sha256[:8]}"
+        return f"{self.folder.name}-{self.identity[:8]}"
 
     @property
     def condition(self) -> str:
@@ -54,6 +56,7 @@ class Candidate:
             "label": self.label,
             "condition": self.condition,
             "checkpoint_sha256": self.sha256,
+            "identity": self.identity,
             "facts": self.facts,
             "heldout": self.heldout,
         }
@@ -97,36 +100,44 @@ def heldout_store(
     return ActivationStore.open(folders[hook_name])
 
 
-def open_all(paths: list[Path], store: ActivationStore, flag: str) -> list[Candidate]:
+def identity(sae: SAE, sha256: str) -> str:
+    """What tells an SAE from others: its weights and how it encodes, which the configuration beside them says."""
+    return digest([sha256, sae.architecture, sae.k, sae.subtract_b_dec])
+
+
+def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel) -> list[Candidate]:
     """All checkpoints at or below these paths, of any kind that can be read, each once.
 
     Raises:
-        BadInput: a path without one, an SAE made for another width, hook or subject, or two of one condition and seed.
+        BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
     found: dict[str, Candidate] = {}
     for path in paths:
         if not path.exists():
             raise BadInput(f"--{flag}: {path} does not exist")
-        for folder in [path] if path.is_file() else foreign.find(path):
+        for folder in [path] if path.is_file() else foreign.find(path, f"--{flag}"):
             sha = sha256_file(foreign.weights_file(folder))
-            if sha not in found:
-                sae = open_fitting(folder, store)
+            sae = open_fitting(folder, store)
+            made_for, facts = sae.metadata.get("model_name"), facts_of(sae, 0.0)
+            if facts["subject_digest"] is None and made_for and Path(made_for).name != subject.name:
+                raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject.name}")
+            if (key := identity(sae, sha)) not in found:
                 figures, _ = evaluate(sae, store, range(store.rows))
-                found[sha] = Candidate(folder, sha, sae, facts_of(sae, figures["l0"]), figures)
+                found[key] = Candidate(folder, sha, key, sae, facts | {"l0": figures["l0"]}, figures)
+    return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.identity))
+
+
+def refuse_twins(candidates: list[Candidate]) -> None:
+    """Raise BadInput for two SAEs of one condition and seed: which of them is meant?"""
     seeds: dict[tuple, Candidate] = {}
-    for c in found.values():
-        if c.facts["source"] != "husai":
-            continue
-        if (other := seeds.setdefault((c.condition, c.facts["seed"]), c)) is not c:
-            raise BadInput(
-                f"--{flag}: {c.folder} and {other.folder} are of one condition and seed; one of them expected"
-            )
-    return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.sha256))
+    for c in candidates:
+        if c.facts["source"] == "husai" and (other := seeds.setdefault((c.condition, c.facts["seed"]), c)) is not c:
+            raise BadInput(f"checkpoint: {c.folder} and {other.folder} are of one condition and seed; one expected")
 
 
 def open_controls(
-    paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device, threads: int
-):
+    paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
+) -> tuple[LanguageModel | None, list[Candidate]]:
     """(the random-weights model, the SAEs trained on it); (None, []) where no path is given.
 
     Raises:
@@ -134,7 +145,8 @@ def open_controls(
     """
     if not paths:
         return None, []
-    folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path))]
+    flag = "--random-model-checkpoint"
+    folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))]
     said = {(foreign.open_checkpoint(f).metadata.get("husai") or {}).get("control") for f in folders}
     seeds = {re.fullmatch(r"random_weights\(seed=(\d+)\)", str(control)) for control in said}
     if len(said) != 1 or None in seeds:
@@ -144,7 +156,9 @@ def open_controls(
         )
     random_model = pretrained.load(subject, int(seeds.pop()[1]), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
-    return random_model, open_all(paths, store, "random-model-checkpoint")
+    controls = open_all(paths, store, "random-model-checkpoint", random_model)
+    refuse_twins(controls)
+    return random_model, controls
 
 
 @dataclass(frozen=True)
@@ -203,9 +217,10 @@ def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
     subject = pretrained.load(args.subject, device=device)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads)
-    saes = open_all(args.checkpoint, store, "checkpoint")
-    known = {c.sha256 for c in saes}
-    references = [c for c in open_all(args.reference, store, "reference") if c.sha256 not in known]
+    saes = open_all(args.checkpoint, store, "checkpoint", subject)
+    known = {c.identity for c in saes}
+    references = [c for c in open_all(args.reference, store, "reference", subject) if c.identity not in known]
+    refuse_twins([*saes, *references])
     controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads)
     return Lineup(subject, args.hook_name, store, saes, references, *controls)
 

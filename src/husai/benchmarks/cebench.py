@@ -14,7 +14,7 @@ from husai.dictionaries.sae import SAE
 from husai.stability.inference import minimum_detectable_difference
 from husai.subjects.pretrained import LanguageModel
 
-REFERENCE = ("condition", "facts", "checkpoint_sha256", "normalised_of_pairs")
+REFERENCE = ("condition", "facts", "identity", "normalised_of_pairs")
 """What is kept of a summary's records."""
 
 
@@ -64,7 +64,7 @@ def evaluate(
         "pairs_digest": pairs.digest,
         "n_pairs": len(pairs.rows),
         "stories_cut": found[0]["stories_cut"],
-        "subjects": pairs.subjects,
+        "clusters": pairs.clusters,
         "saes": [r | told(f, r["facts"]["d_sae"]) for r, f in zip(lineup.records(), of_saes, strict=True)],
         "controls": [c.to_json() | told(f, c.sae.d_sae) for c, f in zip(lineup.controls, of_controls, strict=True)],
         "untrained": [told(f, sae.d_sae) for sae, f in zip(plain, of_plain, strict=True)],
@@ -73,7 +73,9 @@ def evaluate(
         "no_reference": no_reference,
     }
     results["conditions"] = deltas.contrastive(results)
-    results["noise"] = noise(results["saes"][0], [None, *repeats], [of_saes[0], *again])
+    drawn = len({p.digest for p in (pairs, *repeats.values())}) == 1 + len(repeats)
+    why = None if drawn else "there are no more pairs than are taken: every draw is the same"
+    results["noise"] = noise(results["saes"][0], [None, *repeats], [of_saes[0], *again], why)
     for record, c in zip(results["saes"], opened, strict=True):
         record["checkout"] = None
         if checkout and record["candidate"]:
@@ -107,11 +109,13 @@ def told(figures: dict, d_sae: int) -> dict:
     }
 
 
-def noise(first: dict, seeds: list[int | None], runs: list[dict]) -> dict:
-    """How much one SAE's score moves with the draw of pairs (the first is the run's own)."""
+def noise(first: dict, seeds: list[int | None], runs: list[dict], reason: str | None) -> dict:
+    """How much one SAE's score moves with the draw of pairs (the first is the run's own); not known for a reason."""
     means = [float(f["normalised"].mean()) for f in runs]
+    answer = {"label": first["label"], "seeds": seeds, "means": means, "reason": reason}
+    if reason:
+        return answer | {"sd": None, "minimum_detectable_difference": None}
     mdd = minimum_detectable_difference(means)
-    answer = {"label": first["label"], "seeds": seeds, "means": means}
     return answer | {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
 
 

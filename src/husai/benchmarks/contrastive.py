@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from husai.activations.language_model import batches, run
+from husai.benchmarks import sae_probes
 from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
-from husai.runs.files import digest
+from husai.runs.files import digest, tree_digest
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.subjects import text
@@ -38,7 +39,8 @@ class Pairs:
     """Story pairs."""
 
     benchmark: str
-    """`cebench` where they are CE-Bench's own, else `contrastive_local`: another metric, which no gate counts as it."""
+    """`cebench` where they came from CE-Bench's own place on the hub; `cebench_local_copy` where they are said to come
+    from there, unverified; else `contrastive_local`, another metric. No gate counts the last two as CE-Bench."""
     source: str
     rows: list[dict[str, str]]
     """Of COLUMNS."""
@@ -48,8 +50,10 @@ class Pairs:
         return digest([self.benchmark, self.rows])
 
     @property
-    def subjects(self) -> list[str]:
-        return [row["subject"] for row in self.rows]
+    def clusters(self) -> list[str]:
+        """What pairs are clustered by: their subject; of local ones, the family of their data set."""
+        subjects = [row["subject"] for row in self.rows]
+        return sae_probes.families(subjects) if self.benchmark == "contrastive_local" else subjects
 
 
 def local_pairs(data_sets: list[str], rows: int, seed: int) -> Pairs:
@@ -115,7 +119,14 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     if rows is not None and rows < len(table):
         chosen = sorted(torch.randperm(len(table), generator=generator(seed, "stories"))[:rows].tolist())
     found = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]
-    return Pairs("cebench", name if name.startswith(PUBLISHED) else f"a local copy, {path.name}", found)
+    local = path.exists()
+    return Pairs("cebench_local_copy" if local else "cebench", f"a local copy, {path.name}" if local else name, found)
+
+
+def source_key(stories: str | None) -> str | None:
+    """What stories count by: a local copy by its content, a hub name by itself."""
+    local = stories is not None and Path(stories).exists()
+    return tree_digest(Path(stories), "--stories") if local else stories
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,6 +150,8 @@ def story_means(
     tokenizer = subject.tokenizer
     tokenizer.truncation_side = "right"
     whole = tokenizer(stories)["input_ids"]
+    if [] in whole:
+        raise BadInput(f"story {whole.index([]) % (len(stories) // 2 or 1)}: no token; a text expected")
     inputs = [np.array(ids[: subject.n_ctx]) for ids in whole]
     lengths = np.array([*map(len, inputs)])
     device = next(subject.model.parameters()).device

@@ -13,7 +13,7 @@ from husai.stability.inference import mean_over_seeds_and_sets
 K = "5"
 """Features of a probe at which differences are taken, fixed in advance."""
 Values = dict[str, np.ndarray]
-"""sha256 of a checkpoint -> its figures, one a data set or story pair."""
+"""identity of an SAE -> its figures, one a data set or story pair."""
 
 
 def saebench(results: dict) -> list[dict]:
@@ -25,17 +25,17 @@ def saebench(results: dict) -> list[dict]:
     """
     families, baseline = results["families"], results["baselines"]
     candidates = [r for r in results["saes"] if r["candidate"]]
-    values = {r["checkpoint_sha256"]: np.array(r["test_auc"][K]) for r in results["saes"] + results["controls"]}
+    values = {r["identity"]: np.array(r["test_auc"][K]) for r in results["saes"] + results["controls"]}
     llm = np.array(baseline["llm"]["test_auc"]["llm"])
     rows = []
     for name, group in by_condition(candidates).items():
-        of = [values[r["checkpoint_sha256"]] for r in group]
+        of = [values[r["identity"]] for r in group]
         pca = np.array(baseline[baselines.pca_name(group[0]["facts"])]["test_auc"][K])
         plain = [np.array(baseline[baselines.untrained_name(r["facts"])]["test_auc"][K]) for r in group]
         auc = {k: mean([np.array(r["test_auc"][k]) for r in group], families) for k in group[0]["test_auc"]}
         delta = {
-            "llm": paired(of, [llm], families),
-            "pca": paired(of, [pca], families),
+            "llm": paired(of, [llm] * len(of), families),
+            "pca": paired(of, [pca] * len(of), families),
             "untrained": paired(of, plain, families),
             "random_model": against_controls(group, results["controls"], values, families),
             "reference": against_reference(group, results["saes"], values, families),
@@ -50,32 +50,29 @@ def contrastive(results: dict) -> list[dict]:
     Args:
         results: `saes`, `controls` (records with `normalised_of_pairs`), `untrained` (of each SAE, in its order),
             `references` (further records, of a summary), `summary_refused` (why a summary's do not serve),
-            `no_reference` (why none shall serve), `subjects` (one a pair).
+            `no_reference` (why none shall serve), `clusters` (one a pair).
     """
-    subjects, saes = results["subjects"], results["saes"]
+    clusters, saes = results["clusters"], results["saes"]
     references = saes + results["references"]
     values, others = (
-        {r["checkpoint_sha256"]: np.array(r["normalised_of_pairs"]) for r in records}
+        {r["identity"]: np.array(r["normalised_of_pairs"]) for r in records}
         for records in (saes + results["controls"], references)
     )
-    plain = {
-        r["checkpoint_sha256"]: np.array(u["normalised_of_pairs"])
-        for r, u in zip(saes, results["untrained"], strict=True)
-    }
+    plain = {r["identity"]: np.array(u["normalised_of_pairs"]) for r, u in zip(saes, results["untrained"], strict=True)}
     rows = []
     for name, group in by_condition([r for r in saes if r["candidate"]]).items():
-        of = [values[r["checkpoint_sha256"]] for r in group]
+        of = [values[r["identity"]] for r in group]
         reference = none(results["no_reference"])
         if results["no_reference"] is None:
-            reference = against_reference(group, references, values, subjects, others)
+            reference = against_reference(group, references, values, clusters, others)
             if reference["estimate"] is None and results["summary_refused"]:
                 reference = none(f"{reference['reason']}; {results['summary_refused']}")
         delta = {
-            "untrained": paired(of, [plain[r["checkpoint_sha256"]] for r in group], subjects),
-            "random_model": against_controls(group, results["controls"], values, subjects),
+            "untrained": paired(of, [plain[r["identity"]] for r in group], clusters),
+            "random_model": against_controls(group, results["controls"], values, clusters),
             "reference": reference,
         }
-        rows.append(_row(name, group) | {"normalised": mean(of, subjects), "delta": delta})
+        rows.append(_row(name, group) | {"normalised": mean(of, clusters), "delta": delta})
     return rows
 
 
@@ -87,7 +84,7 @@ def _row(name: str, group: list[dict]) -> dict:
 def by_condition(records: list[dict]) -> dict[str, list[dict]]:
     """Records that differ in their seed alone, in order of seeds."""
     groups: dict[str, list[dict]] = {}
-    for r in sorted(records, key=lambda r: (r["facts"]["seed"] or 0, r["checkpoint_sha256"])):
+    for r in sorted(records, key=lambda r: (r["facts"]["seed"] or 0, r["identity"])):
         groups.setdefault(r["condition"], []).append(r)
     return dict(sorted(groups.items()))
 
@@ -98,10 +95,8 @@ def mean(figures: list[np.ndarray], clusters: list[str]) -> dict:
 
 
 def paired(of: list[np.ndarray], against: list[np.ndarray], clusters: list[str]) -> dict:
-    """The estimate of a mean difference. A single `against` serves all seeds; else the first is paired with the first,
-    as far as both go (seeds of two families are labels, so that any pairing is as good)."""
-    if len(against) == 1:
-        against = against * len(of)
+    """The estimate of a mean difference: the first less the first, as far as both go. Seeds of two families are labels,
+    so that any pairing is as good; what is only on one side says nothing of the difference."""
     return mean([a - b for a, b in zip(of, against, strict=False)], clusters)
 
 
@@ -123,24 +118,28 @@ def against_reference(
     if match.reason is not None:
         return none(match.reason)
     others = values if other_values is None else other_values
-    of = [values[r["checkpoint_sha256"]] for r in group]
-    against = [others[r["checkpoint_sha256"]] for r in match.records]
+    of = [values[r["identity"]] for r in group]
+    against = [others[r["identity"]] for r in match.records]
     about = {"reference": match.records[0]["condition"], "reference_mean": float(np.mean(against))}
     return paired(of, against, clusters) | about
 
 
 def against_controls(group: list[dict], controls: list[dict], values: Values, clusters: list[str]) -> dict:
-    """The difference to SAEs of the random-weights model of the same width, k, tokens and settings, of the same family
-    where there are such; none, with the reason, where there are none."""
-    first = group[0]["facts"]
-    alike = ("d_sae", "k", "tokens", "training")
-    fitting = [c for c in controls if all(c["facts"][name] == first[name] for name in alike)]
-    if not fitting:
-        why = "none has this one's width, k, tokens and training settings" if controls else "no checkpoint was given"
-        return none(f"{why} (--random-model-checkpoint)")
-    conditions = by_condition(fitting)
-    same = [name for name, of in conditions.items() if of[0]["facts"]["family"] == first["family"]]
-    chosen = conditions[(same or sorted(conditions))[0]]
-    of = [values[r["checkpoint_sha256"]] for r in group]
-    estimate = paired(of, [values[r["checkpoint_sha256"]] for r in chosen], clusters)
-    return estimate | {"reference": chosen[0]["condition"]}
+    """The difference to SAEs of the random-weights model of the same family, width, tokens and settings whose L0 lies
+    within 10 %; none, with the reason, where there are none."""
+    if not controls:
+        return none("no checkpoint was given (--random-model-checkpoint)")
+    first, reason = group[0]["facts"], None
+    for condition in by_condition(controls).values():
+        for name in ("family", "d_sae", "tokens", "training"):
+            if condition[0]["facts"][name] != first[name]:
+                reason = reason or f"none was trained alike: {name} differs"
+                break
+        else:
+            pairs = list(zip(group, condition, strict=False))
+            if all(baselines.same_l0(a["facts"]["l0"], b["facts"]["l0"]) for a, b in pairs):
+                of = [values[a["identity"]] for a, _ in pairs]
+                estimate = paired(of, [values[b["identity"]] for _, b in pairs], clusters)
+                return estimate | {"reference": condition[0]["condition"]}
+            reason = "L0 differs by more than 10 %"
+    return none(reason)

@@ -12,10 +12,11 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from unittest import mock
+
+import torch
 
 from husai.runs.errors import BadInput, CheckFailed
 
@@ -67,11 +68,18 @@ def main() -> None:
     parser.add_argument("--model-cache-path", type=Path, help="prompts' activations (sparse_probing_sae_probes)")
     parser.add_argument("--dataset-names", type=lambda t: t.split(","), help="of sparse_probing_sae_probes")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    shutil.rmtree(args.output_dir, ignore_errors=True)  # an eval takes up whatever lies there as its own
-    args.output_dir.mkdir(parents=True)
     try:
+        if not (args.checkpoint / "cfg.json").is_file():
+            raise BadInput(
+                f"--checkpoint: {args.checkpoint} holds no cfg.json; a folder in the SAELens layout expected"
+            )
+        if args.output_dir.exists() and any(args.output_dir.iterdir()):  # an eval takes whatever lies there as its own
+            raise BadInput(f"--output-dir: {args.output_dir} is not empty")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(args.threads)
         RUNNERS[args.eval](args)
         print("{} = {:.6f}".format(*headline(args.eval, args.output_dir)))
     except (BadInput, CheckFailed) as error:

@@ -8,11 +8,13 @@ were asked for. The work is shared among processes: `python -m husai.benchmarks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from husai.runs.cells import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import digest, read_json, write_json
 from husai.runs.progress import progress
@@ -63,7 +66,8 @@ class Task:
     kind: str
     """`sae` (a folder in the SAELens layout), `encoder` (a safetensors file of `W` and `mean`) or `llm`."""
     path: str | None
-    sha256: str
+    identity: str
+    """Digest of what is probed."""
     seed: int
     settings: Settings
     cache: str
@@ -74,7 +78,8 @@ class Task:
     @cached_property
     def key(self) -> dict:
         """All that the figures depend on."""
-        about = {"kind": self.kind, "sha256": self.sha256, "seed": self.seed, "device": self.device}
+        about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
+        about["code"] = code_version("activations", "subjects")  # how prompts were harvested
         return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions()}))
 
     @cached_property
@@ -146,7 +151,7 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
 
 
 def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
-    processes = []
+    processes, failed = [], []
     total = sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
     try:
@@ -163,18 +168,17 @@ def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
                 now = total - sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
                 advance(now - done)
                 done = now
-                if any(p.poll() for p in processes):
+                if failed := [i for i, p in enumerate(processes) if p.poll()]:
                     break
     finally:
         for p in processes:
             if p.poll() is None:
                 p.terminate()
                 p.wait()
-    for i, p in enumerate(processes):
-        if p.returncode:
-            log = work / f"sae_probes_{i}.log"
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise CheckFailed(f"sae-probes failed with return code {p.returncode}: {last} (see {log})")
+    for i in failed or [i for i, p in enumerate(processes) if p.returncode]:
+        log = work / f"sae_probes_{i}.log"
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise CheckFailed(f"sae-probes failed with return code {processes[i].returncode}: {last} (see {log})")
 
 
 def figures(task: Task) -> dict[str, dict[str, list[float]]]:
@@ -260,6 +264,13 @@ class Linear:
         return (x - self.mean) @ self.W
 
 
+def end_with_parent() -> None:
+    """Let this process be stopped when the one that started it is gone, however it went (Linux)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _tasks(path: Path) -> Iterator[Task]:
     for t in read_json(path, "tasks"):
         s = t.pop("settings")
@@ -271,5 +282,6 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
+    end_with_parent()
     for each in _tasks(Path(sys.argv[1])):
         _work(each)

@@ -58,15 +58,15 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
         "families": sae_probes.families(probing.data_sets),
         "random_seed": probing.seed,
         "versions": sae_probes.versions(),
-        "saes": [r | {"core": core[r["checkpoint_sha256"]]} for r in lineup.records()],
+        "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()],
         "controls": [c.to_json() for c in lineup.controls],
         "baselines": {name: told(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
     }
     for name in ("saes", "controls"):
-        results[name] = [r | told(figures[r["checkpoint_sha256"]]) for r in results[name]]
+        results[name] = [r | told(figures[r["identity"]]) for r in results[name]]
     results["conditions"] = deltas.saebench(results)
-    results["noise"] = noise(probing, results["saes"][0], [figures[lineup.saes[0].sha256], *repeats])
-    labels = {c.sha256: c.label for c in [*lineup.opened, *lineup.controls]}
+    results["noise"] = noise(probing, results["saes"][0], [figures[lineup.saes[0].identity], *repeats])
+    labels = {c.identity: c.label for c in [*lineup.opened, *lineup.controls]}
     rows = [
         {"encoder": labels.get(key, key), "seed": probing.seed, "data_set": name, "k": k}
         | {metric: values[i] for metric, values in by_metric.items()}
@@ -78,7 +78,7 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
 
 
 def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, Figures], list[Figures]]:
-    """({sha256 of an SAE, or name of a baseline: its figures}, the first SAE's at the noise seeds)."""
+    """({identity of an SAE, or name of a baseline: its figures}, the first SAE's at the noise seeds)."""
     work = places.output_dir / "encoders"
 
     def cache(model) -> str:
@@ -92,12 +92,12 @@ def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, F
     root = str(probing.results_path or places.output_dir / "sae_probes")
     where = {"cache": cache(subject), "root": root, "device": places.device}
 
-    def task(name: str, kind: str, path: Path | None, sha256: str) -> Task:
-        return Task(name, kind, path and str(path), sha256, probing.seed, settings, **where)
+    def task(name: str, kind: str, path: Path | None, identity: str) -> Task:
+        return Task(name, kind, path and str(path), identity, probing.seed, settings, **where)
 
     tasks = {"llm": task("llm", "llm", None, subject.digest)}
     for c in lineup.opened:
-        tasks[c.sha256] = task(c.label, "sae", to_saelens(c.sae, subject, hook_name, work / c.label), c.sha256)
+        tasks[c.identity] = task(c.label, "sae", to_saelens(c.sae, subject, hook_name, work / c.label), c.identity)
         if (name := baselines.untrained_name(c.facts)) not in tasks:
             sae = baselines.untrained(store, *baselines.untrained_like(c.facts))
             folder = to_saelens(sae, subject, hook_name, work / name)
@@ -111,9 +111,9 @@ def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, F
         on_random = replace(settings, subject_digest=model.digest, model_name=model.name)
         of_random = {"settings": on_random, "cache": cache(model)}
         for c in lineup.controls:
-            own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.sha256)
-            tasks[c.sha256] = replace(own, **of_random)
-    again = [replace(tasks[lineup.saes[0].sha256], seed=seed) for seed in probing.noise_seeds]
+            own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.identity)
+            tasks[c.identity] = replace(own, **of_random)
+    again = [replace(tasks[lineup.saes[0].identity], seed=seed) for seed in probing.noise_seeds]
     found = sae_probes.run([*tasks.values(), *again], places.threads, places.output_dir / "workers", places.force)
     return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
 
@@ -143,12 +143,13 @@ def noise(probing: Probing, first: dict, runs: list[Figures]) -> dict:
 
 
 def core_metrics(lineup: Lineup, cells: Cells, threads: int) -> dict[str, dict]:
-    """SAEBench's core metrics of each SAE (by sha256), all in the same forward passes, on held-out documents."""
+    """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
     texts = text.corpus().heldout[:CORE_TEXTS]
     saes: list[Candidate] = lineup.opened
-    key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.sha256 for c in saes]}
+    key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.identity for c in saes]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": threads}
-    key["code"] = code_version("training", "activations", "subjects")
+    key["code"] = code_version("training", "activations", "dictionaries", "subjects")
+    key["device"] = next(lineup.subject.model.parameters()).device.type
 
     def compute() -> tuple[dict, list[Path]]:
         return cross_entropies(lineup.subject, lineup.hook_name, [c.sae for c in saes], texts), []
@@ -157,7 +158,7 @@ def core_metrics(lineup: Lineup, cells: Cells, threads: int) -> dict[str, dict]:
     kl = losses["kl_zeroed"]
     rows = zip(saes, recovered(losses), losses["spliced"], losses["kl_spliced"], strict=True)
     return {
-        c.sha256: {
+        c.identity: {
             "ce_loss_score": score,
             "ce_loss_with_sae": loss,
             "ce_loss_without_sae": losses["model"],

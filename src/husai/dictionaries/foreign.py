@@ -3,6 +3,7 @@ of tensors, never shapes, say which side is which."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -61,17 +62,17 @@ def weights_file(path: Path) -> Path:
     return path if path.is_file() else next((path / n for n in FILES if (path / n).is_file()), path / FILES[-1])
 
 
-def find(root: Path) -> list[Path]:
+def find(root: Path, flag: str = "--sae-root") -> list[Path]:
     """The checkpoint folders of any kind below `root`, sorted.
 
     Raises:
         BadInput: `root` is no folder or holds no checkpoint.
     """
     if not root.is_dir():
-        raise BadInput(f"--sae-root: {root} is not a folder")
+        raise BadInput(f"{flag}: {root} is not a folder")
     folders = sorted({path.parent for name in FILES for path in root.rglob(name)})
     if not folders:
-        raise BadInput(f"--sae-root: no checkpoint ({', '.join(FILES)}) below {root}")
+        raise BadInput(f"{flag}: no checkpoint ({', '.join(FILES)}) below {root}")
     return folders
 
 
@@ -88,11 +89,21 @@ def _dictionary_learning(folder: Path) -> SAE:
     if "threshold" not in names:
         state.pop("threshold", None)  # AutoEncoderTopK keeps one that its encode does not use
     weights = _renamed(state, names, path)
-    metadata = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
+    metadata = {"model_name": trainer.get("lm_name"), "hook_name": _hook_name(trainer.get("submodule_name"))}
     sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path)
     _fits(trainer, "activation_dim", sae.d_in, path)
     _fits(trainer, "dict_size", sae.d_sae, path)
     return checkpoints.unit_decoder(sae, path) if name == "AutoEncoder" else sae  # as its own loader does
+
+
+def _hook_name(submodule: str | None) -> str | None:
+    """dictionary_learning's name of a place in the model (`resid_post_layer_3`) as TransformerLens has it; None where
+    it says nothing that is known."""
+    places = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}
+    match = re.fullmatch(r"(\w+)_layer_(\d+)", submodule or "")
+    if match and match[1] in places:
+        return f"blocks.{match[2]}.{places[match[1]]}"
+    return submodule if submodule and "hook_" in submodule else None
 
 
 def _sparsify(folder: Path) -> SAE:

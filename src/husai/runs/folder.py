@@ -125,12 +125,19 @@ class Run:
         """Start a command, its output in `logs/<name>.log`; returns its return code and records all in the manifest."""
         log.info("%s: %s", name, shlex.join(command))
         began, path = time.monotonic(), self.folder / "logs" / f"{name}.log"
-        with open(path, "wb") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-        shown = shlex.join([Path(command[0]).name, *(a.removeprefix(f"{REPOSITORY}/") for a in command[1:])])
-        record = {"command": shown, "return_code": code, "seconds": round(time.monotonic() - began, 3)}
-        self.commands.append(record | {"log": str(path.relative_to(self.folder))})
-        return code
+        with open(path, "wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+            try:
+                process.wait()
+            except BaseException:  # let it stop what it has started itself
+                process.terminate()
+                process.wait()
+                raise
+            finally:
+                shown = (Path(command[0]).name, *(a.removeprefix(f"{REPOSITORY}/") for a in command[1:]))
+                record = {"command": shlex.join(shown), "return_code": process.returncode}
+                seconds = round(time.monotonic() - began, 3)
+                self.commands.append(record | {"seconds": seconds, "log": str(path.relative_to(self.folder))})
+        return process.returncode
 
     def write(self, results: Any, summary: str) -> None:
         """Write `results.json` (strict) and `summary.md` into the run folder."""

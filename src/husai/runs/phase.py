@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from husai.runs.cells import Cells, code_version
-from husai.runs.files import sha256_file, tree_digest
+from husai.runs.files import digest, sha256_file, tree_digest
 from husai.runs.folder import Run
 from husai.runs.subjects import folder_of
 
@@ -64,6 +64,8 @@ def _contents(flag: str, given: Path | list[Path]) -> str | list[str]:
 
 def _content(flag: str, path: Path, what: str) -> str:
     """What a brought folder counts by: its content; a subject that is not on this machine counts by its name."""
+    if flag != "subject" and path.is_file():  # a checkpoint's configuration lies beside its weights
+        return digest([sha256_file(p) for p in (path, *sorted(path.parent.glob("*.json")))])
     if flag != "subject":
         return tree_digest(path, what)
     folder = folder_of(path)
