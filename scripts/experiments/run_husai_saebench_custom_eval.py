@@ -103,10 +103,10 @@ def summary(results: dict) -> str:
         "# SAEBench on SAEs at hand",
         "",
         f"{results['subject']}, {results['hook_name']}: sae-probes on {len(results['data_sets'])} data sets of "
-        f"{families} families, mean test AUC with {K} features (fixed in advance). The residual stream's own logistic "
-        f"probe has {results['baselines']['llm']['means']['llm']['test_auc']:.4f}.",
+        f"{families} families, mean test AUC with {K} features (fixed in advance). A logistic probe on the "
+        f"activations themselves has {results['baselines']['llm']['means']['llm']['test_auc']:.4f}.",
         "",
-        "| condition | SAEs | L0 | AUC, 95 % interval | − residual stream | − PCA | − untrained | − random model "
+        "| condition | SAEs | L0 | AUC, 95 % interval | − hook's own probe | − PCA | − untrained | − random model "
         "| − matched reference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -38,7 +38,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return f"{self.folder.name}-{self.identity[:8]}"
+        folder = self.folder.parent if self.folder.is_file() else self.folder
+        return f"{folder.name}-{self.identity[:8]}"
 
     @property
     def condition(self) -> str:

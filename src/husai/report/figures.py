@@ -28,7 +28,7 @@ NAMES = {
     "covariance_matched": "covariance-matched",
     "random_model": "random-weights model",
     "reference": "matched reference",
-    "llm": "residual stream",
+    "llm": "the activations' own probe",
     "pca": "PCA",
 }
 
