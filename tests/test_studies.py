@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from husai.benchmarks import bank, scaling
 from husai.runs.errors import BadInput
 from husai.subjects import text, tiny_lm
@@ -206,3 +207,9 @@ def test_an_empty_product_is_refused():
     settings = dict.fromkeys(bank.Bank.__dataclass_fields__)
     with pytest.raises(BadInput, match="the product of families, seeds, widths, sparsities and budgets is empty"):
         bank.check(bank.Bank(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]}))
+
+
+def test_the_scaling_page_is_what_the_benchmarks_say(run_script, tmp_path):
+    code, _, err = run_script("scripts/analysis/plan_scale.py", "--output", tmp_path / "scaling.md")
+    assert code == 0, err
+    assert (tmp_path / "scaling.md").read_text() == (ROOT / "docs" / "scaling.md").read_text()
