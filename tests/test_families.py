@@ -8,6 +8,7 @@ import torch
 from husai.dictionaries import jumprelu, matryoshka
 from husai.dictionaries.families import FAMILIES, SAE_FAMILIES
 from husai.dictionaries.family import Batch, Shape
+from husai.dictionaries.sae import SAE
 from husai.stability.scores import max_cosines
 from husai.training.stack import Member
 from husai.training.trainer import TrainingConfig, evaluate, train
@@ -188,6 +189,22 @@ def test_every_family_recovers_known_features_at_its_target_l0(make_store, synth
         assert (before > 0.9).float().mean() < 0.1
         assert figures["l0"] == pytest.approx(5, rel=0.1), family
         assert figures["explained_variance"] > EXPLAINED.get(family, 0.6), family
+
+
+def test_jumprelu_thresholds_are_calibrated():
+    """One factor for all thresholds, and exactly k features a row; nothing else changes."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(40, 16, generator=g), dim=1)
+    x, theta = torch.randn(500, 16, generator=g), torch.rand(40, generator=g) + 0.1
+    weights = {"W_enc": W.T.contiguous(), "b_enc": torch.zeros(40), "W_dec": W, "b_dec": torch.zeros(16)}
+    sae = SAE(weights | {"threshold": theta}, "jumprelu")
+    for k in (1, 4, 9):
+        found = jumprelu.calibrated(sae, x, k)
+        assert (found.encode(x) > 0).sum().item() == pytest.approx(k * 500, abs=1)
+        factor = found.weights["threshold"] / theta
+        torch.testing.assert_close(factor, factor[:1].expand(40))
+    assert jumprelu.calibrated(sae, x, 40).weights["threshold"].max() < 0.1, "more than are positive: nearly all"
+    assert jumprelu.calibrated(sae, torch.zeros(3, 16), 2) is sae
 
 
 def test_jumprelu_thresholds_learn(make_store, planted, tmp_path):

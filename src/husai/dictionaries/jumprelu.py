@@ -3,10 +3,13 @@ through straight-through estimators from an L0 penalty and from the reconstructi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from husai.dictionaries.family import Batch, Outcome, Params, Shape, dense_outcome, tied_init
+from husai.dictionaries.sae import SAE
 
 PENALISED, UNIT_DECODER = True, True
 ARCHITECTURE = "jumprelu"
@@ -48,6 +51,20 @@ def loss(params: Params, buffers: Params, batch: Batch) -> Outcome:
     rows = batch.x.shape[1]
     total = squares / (rows * batch.variance) + buffers["penalty"] * active.sum((1, 2)) / (rows * pre.shape[-1])
     return dense_outcome(total, squares, features, batch)
+
+
+def calibrated(sae: SAE, x: Tensor, k: int) -> SAE:
+    """The same SAE with all thresholds multiplied by one factor, so that `x [rows, d_in]` has k active features a row
+    on average. The penalty's controller comes near; thresholds hardly move once the learning rate falls."""
+    w = sae.weights
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    threshold = w["threshold"].clamp_min(torch.finfo(pre.dtype).tiny)
+    ratio = (pre / threshold)[pre > 0]
+    if len(ratio) == 0:
+        return sae
+    most = min(k * len(x), len(ratio) - 1)
+    factor = ratio.kthvalue(len(ratio) - most).values  # `most` ratios lie above it
+    return replace(sae, weights=w | {"threshold": threshold * factor})
 
 
 def weights(params: Params, buffers: Params) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from husai.activations.order import BatchReader
 from husai.activations.store import ActivationStore
+from husai.dictionaries import jumprelu
 from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE
@@ -32,6 +33,7 @@ from husai.training.consistency import References
 from husai.training.stack import Member, Stack, StepSettings
 
 log = logging.getLogger("husai")
+CALIBRATION_VALUES = 2**23  # pre-activations that thresholds are calibrated on
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,9 @@ def train(
         for position, i in enumerate(chosen):
             m, curve = members[i], curves[:, i].tolist()
             sae = folded(stack.trained(position), stack.family.ARCHITECTURE, m.k, x_scaling, y_scaling)
+            if m.family == "jumprelu":
+                sample = store.read(0, min(len(train_rows), CALIBRATION_VALUES // m.d_sae)).to(dtype)
+                sae = jumprelu.calibrated(sae, sample, m.k)
             if not all(map(math.isfinite, curve)) or not all(t.isfinite().all() for t in sae.weights.values()):
                 raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
             decoders = torch.stack([s[position] for s in stack.snapshots])
