@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from husai.benchmarks import bank, scaling
+from husai.benchmarks import bank, conditions
+from husai.release import recompute
 from husai.runs.errors import BadInput
 from husai.subjects import text, tiny_lm
 from husai.subjects.tiny_lm import TinyLMConfig
@@ -15,45 +16,45 @@ FRONTIER = "scripts/experiments/run_architecture_frontier_external.py"
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 
 
-def rows_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), seeds=(1, 2, 3)) -> list[dict]:
-    """Conditions whose figures of a seed are `function(budget, d_sae, seed)`."""
-    return [
-        {"budget": b, "layer": 1, "d_sae": d, "k": 4, "family": "topk", "seeds": list(seeds), "saebench": None}
-        | {
-            "explained_variance": {"of_seeds": [function(b, d, s) for s in seeds]},
-            "ce_loss_score": None,
-            "cebench": None,
-        }
-        for b in budgets
-        for d in widths
-    ]
+SEEDS = [1, 2, 3]
 
 
-def sections_of(rows: list[dict]) -> list[dict]:
-    """Stability studies whose scores are the budget's."""
+def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) -> list[dict]:
+    """A bank whose figures of a seed are `function(budget, d_sae, seed)`, of a data set that and its number."""
+    conditions_of, sections, saes = [], [], []
     labels = ["seed1", "seed2", "seed3"]
     nulls = {n: {"mcc_alive": 0.0} for n in ("isotropic", "untrained", "spectral")}
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    return [
-        {
-            "stability": {"labels": labels},
-            "pairs": [
-                {"a": labels[i], "b": labels[j], "observed": {"mcc_alive": r["budget"] / 10}} | nulls for i, j in pairs
-            ],
-        }
-        for r in rows
-    ]
+    for b in budgets:
+        for d in widths:
+            values = [float(function(b, d, s)) for s in SEEDS]
+            own = {str(s): f"{b}/{d}/{s}" for s in SEEDS}
+            saes += [
+                {"checkpoint_sha256": own[str(s)], "normalised_of_pairs": [v, v + 1, v + 2]}
+                for s, v in zip(SEEDS, values, strict=True)
+            ]
+            row = {"budget": b, "layer": 1, "d_sae": d, "k": 4, "family": "topk", "seeds": SEEDS, "checkpoints": own}
+            row |= {name: {"of_seeds": values} for name in ("explained_variance", "ce_loss_score")}
+            row |= {"l0": {"estimate": l0(d), "of_seeds": [l0(d)] * 3}, "epochs": b / 2}
+            conditions_of.append(row)
+            pairs = [
+                {"a": labels[i], "b": labels[j], "observed": {"mcc_alive": b / 10}} | nulls
+                for i, j in ((0, 1), (0, 2), (1, 2))
+            ]
+            sections.append({"stability": {"labels": labels}, "pairs": pairs})
+    contrastive = {"saes": saes, "clusters": ["a", "b", "b"]}
+    return [{"conditions": conditions_of, "sections": sections, "saebench": None, "cebench": contrastive}]
 
 
-def test_contrasts_are_paired_by_seed_and_setting():
-    """A seed's own level is large and cancels; what the axis does is left."""
-    rows = rows_of(lambda b, d, s: 100 * s + b + d / 32 + 0.01 * s * b)
-    found = scaling.contrasts(rows, sections_of(rows))
+def test_contrasts_are_paired_by_seed_setting_and_data_set():
+    """A seed's own level and a data set's are large and cancel; what the axis does is left."""
+    found = conditions.contrasts(banks_of(lambda b, d, s: 100 * s + b + d / 32 + 0.01 * s * b))
     budget = {(c["from"], c["to"]): c for c in found if c["axis"] == "budget"}
     assert list(budget) == [(1, 2), (2, 4), (4, 8)]
     assert budget[1, 2]["settings"] == 2
-    assert budget[4, 8]["explained_variance"]["estimate"] == pytest.approx(4 + 0.01 * 2 * 4)
-    assert budget[4, 8]["explained_variance"]["standard_error"] < 0.1
+    for name in ("explained_variance", "cebench"):
+        assert budget[4, 8][name]["estimate"] == pytest.approx(4 + 0.01 * 2 * 4)
+        assert budget[4, 8][name]["standard_error"] < 0.1
+    assert "3 data sets of 2 families" in budget[4, 8]["cebench"]["method"]
     assert budget[2, 4]["stability"]["observed"]["estimate"] == pytest.approx(0.2)
     assert budget[1, 2]["saebench"] == {"estimate": None, "low": None, "high": None, "reason": "not run"}
     (width,) = (c for c in found if c["axis"] == "d_sae")
@@ -62,37 +63,48 @@ def test_contrasts_are_paired_by_seed_and_setting():
     assert {c["axis"] for c in found} == {"budget", "d_sae"}
 
 
-def test_settings_with_other_seeds_are_not_compared():
-    rows = rows_of(lambda b, d, s: b, budgets=(1, 2), widths=(32,))
-    rows[1]["seeds"] = [7, 8, 9]
-    assert scaling.contrasts(rows, sections_of(rows)) == []
+def test_settings_that_do_not_match_are_not_compared():
+    (bank_,) = banks_of(lambda b, d, s: b, budgets=(1, 2), widths=(32,))
+    bank_["conditions"][1]["seeds"] = [7, 8, 9]
+    (entry,) = conditions.contrasts([bank_])
+    assert (entry["settings"], entry["reason"]) == (0, "no setting has both with the same seeds")
+    (entry,) = (c for c in conditions.contrasts(banks_of(lambda b, d, s: b, (1,), l0=lambda d: d / 8)))
+    assert (entry["axis"], entry["reason"]) == ("d_sae", "L0 differs by more than 10 %")
 
 
 def test_power_laws_are_recovered_and_need_four_values():
-    rows = rows_of(lambda b, d, s: 1 - 0.5 * s * b**-0.3 * d**-0.1)
-    (law,) = scaling.power_laws(rows)
-    assert (law["axis"], law["settings"], law["values"]) == ("budget", 2, [1, 2, 4, 8])
-    assert law["exponent"]["estimate"] == pytest.approx(-0.3)
-    assert law["exponent"]["high"] - law["exponent"]["low"] < 1e-6
-    assert scaling.power_laws(rows_of(lambda b, d, s: 1 - b**-0.3, budgets=(1, 2, 4))) == []
+    rows = banks_of(lambda b, d, s: 1 - 0.5 * s * b**-0.3 * d**-0.1)[0]["conditions"]
+    laws = conditions.power_laws(rows)
+    assert [(law["axis"], law["setting"]["d_sae"], law["values"]) for law in laws] == [
+        ("budget", d, [1, 2, 4, 8]) for d in (32, 64)
+    ]
+    for law in laws:
+        assert law["exponent"]["estimate"] == pytest.approx(-0.3)
+        assert law["largest_residual"] < 1e-9
+        assert law["epochs"] == 4
+    assert conditions.power_laws(banks_of(lambda b, d, s: 1 - b**-0.3, budgets=(1, 2, 4))[0]["conditions"]) == []
     rows.pop()  # one width lacks a budget: the other is still fitted
-    assert scaling.power_laws(rows)[0]["settings"] == 1
+    assert [law["setting"]["d_sae"] for law in conditions.power_laws(rows)] == [32]
+    bent = banks_of(lambda b, d, s: 1 - 0.5 * b ** (-0.1 * b))[0]["conditions"]
+    assert conditions.power_laws(bent)[0]["largest_residual"] > 0.1
 
 
 def test_the_pareto_front():
-    def row(name, x, y):
-        return {"condition": name, "saebench_delta": {"estimate": x}, "cebench_delta": {"estimate": y}}
+    def row(name, x, y, family="topk", k=8):
+        figures = {"saebench_delta": {"estimate": x}, "cebench_delta": {"estimate": y}}
+        return {"condition": name, "family": family, "k": k} | figures
 
     rows = [row("a", 1, 0), row("b", 0, 1), row("c", 0.5, 0.5), row("d", 0.4, 0.5), row("e", None, 9)]
-    assert bank.pareto(rows) == ["a", "b", "c"]
-    assert bank.pareto([]) == []
+    rows += [row("relu", 9, 9, "relu"), row("other k", 0.1, 0.1, k=16)]
+    assert conditions.pareto(rows) == ["a", "b", "c", "other k"], "a difference to TopK is not one to ReLU"
+    assert conditions.pareto([]) == []
 
 
 def test_a_missing_reference_is_named():
     row = {"condition": "c", "saebench": {"estimate": 1}, "saebench_delta": {"estimate": None, "reason": "why"}}
-    assert bank.unmatched([row | {"cebench": None, "cebench_delta": None}]) == "c: saebench: why"
+    assert conditions.unmatched([row | {"cebench": None, "cebench_delta": None}]) == "c: saebench: why"
     row["saebench_delta"]["estimate"] = 0.0
-    assert bank.unmatched([row | {"cebench": None, "cebench_delta": None}]) is None
+    assert conditions.unmatched([row | {"cebench": None, "cebench_delta": None}]) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,8 +154,7 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     assert {r["facts"]["family"] for r in references} == {"relu"}, "trained for the comparison, and not a candidate"
     row = found["conditions"][0]
     records = [r for r in found["cebench"]["saes"] if r["condition"] == row["condition"]]
-    assert row["cebench"]["of_seeds"] == [r["normalised"] for r in records]
-    assert row["cebench"]["estimate"] == pytest.approx(np.mean(row["cebench"]["of_seeds"]))
+    assert row["cebench"]["estimate"] == pytest.approx(np.mean([r["normalised"] for r in records]))
     assert row["explained_variance"]["estimate"] == pytest.approx(
         np.mean([r["heldout"]["explained_variance"] for r in records])
     )
@@ -153,6 +164,16 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(FRONTIER, *arguments)[0] == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+    # Another line-up of the same SAEs, and another baseline, are other results.
+    code, out, err = run_script(FRONTIER, *arguments, "--architectures", "topk,batchtopk,relu")
+    assert code == 0, err
+    (again,) = json.loads((tmp_path / "out" / "results.json").read_text())["banks"]
+    assert len(again["cebench"]["conditions"]) == 6
+    assert all(row["cebench"] is not None for row in again["conditions"])
+    (tmp_path / "map.json").write_text('{"default": null}')
+    code, out, err = run_script(FRONTIER, *arguments, "--cebench-matched-baseline-map", tmp_path / "map.json")
+    assert code == 0, err
+    assert "none: map.json names no baseline for blocks.1.hook_resid_pre" in out
     code, _, err = run_script(FRONTIER, *arguments, "--require-matched")
     assert code == 2
     assert "--require-matched: topk d24 k3" in err.splitlines()[-1]
@@ -181,8 +202,11 @@ def test_scaling_from_the_shell(run_script, common, tmp_path):
     assert {(c["axis"], c["from"]) for c in results["contrasts"]} == {("budget", b) for b in (1000, 1500, 2000)} | {
         ("layer", 1)
     }
-    assert [law["axis"] for law in results["power_laws"]] == ["budget"]
-    assert "falls with budget to the power" in out
+    assert [law["axis"] for law in results["power_laws"]] == ["budget"] * 2
+    assert "goes with budget to the power" in out
+    assert recompute.phase_problems(results) == []
+    results["banks"][0]["conditions"][0]["excess"]["estimate"] += 0.01
+    assert recompute.phase_problems(results) != []
     assert (tmp_path / "out" / "figures" / "scaling.png").exists()
 
 
@@ -198,6 +222,11 @@ def test_bad_input(refused, common, tmp_path):
         (FRONTIER, ["--run-cebench", "--cebench-matched-baseline-map", nowhere], "names nowhere.json"),
         (FRONTIER, ["--cebench-repo", tmp_path], "a checkout of Yusen-Peng/CE-Bench expected"),
         (SCALING, ["--k", 600], "an L0 that 512 features cannot reach"),
+        (SCALING, ["--architectures", "magic"], "family 'magic'"),
+        (SCALING, ["--device", "cuda:9"], "not available here"),
+        (SCALING, ["--device", "cuda:1", "--executor", "ray"], "a task on Ray sees the GPU it is given"),
+        (SCALING, ["--run-cebench", "--max-rows", 3], "at least expected"),
+        (SCALING, ["--run-cebench", "--stories", tmp_path / "nowhere"], "neither a path nor a data set"),
         (SCALING, ["--token-budgets", ""], "is not a whole number of at least 1"),
     ):
         refused(message, script, *common, *arguments)

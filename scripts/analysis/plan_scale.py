@@ -4,7 +4,7 @@
     python scripts/analysis/plan_scale.py --gpu H100 --utilisation 0.3 --output docs/scaling.md
 
 Reads docs/benchmarks/training_speed.json and eval_speed.json. What was measured on a CPU is carried to a GPU by counted
-floating-point operations: a step costs its dense product, divided by the share of that product's speed that the
+floating-point operations: a TopK step costs its dense product, divided by the share of that product's speed that the
 measured step reaches; the GPU gives `--utilisation` of its maker's figure, an assumption until it is measured there.
 """
 
@@ -123,7 +123,8 @@ def document(speed: dict, evals: dict, args) -> str:
             "between nodes. All SAEs of a layer are one stack on one bank: a token is harvested and read once for all "
             "of them. Layers are tasks of their own: with as many GPUs as layers the time is that of one layer. What "
             "does not fit into a GPU's memory is divided into passes (`src/husai/training/memory.py`), each of which "
-            "reads the bank again.",
+            "reads the bank again. Left out: that ReLU, JumpReLU and gated SAEs multiply densely three times a step where "
+            "TopK does once, AuxK, CE-Bench, and the checkpoints (an SAE and eight decoders over training each).",
             WIDTH,
         ),
         "",

@@ -42,21 +42,17 @@ def parse():
 
 def main() -> None:
     args = parse()
+    from husai.benchmarks.inputs import count_by_content
     from husai.runs.phase import PACKAGES, run_phase
 
-    if args.cebench_repo:
-        from husai.benchmarks import cebench_checkout
-
-        args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
-    brought = ("subject", "cebench_matched_baseline_map")
-    apart = ("cebench_repo", "executor", "ray_address")
+    apart = ("executor", "ray_address", *count_by_content(args))
     packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "architecture_frontier", __file__, compute, summary, brought, apart, packages=packages)
+    run_phase(args, "architecture_frontier", __file__, compute, summary, ("subject",), apart, packages=packages)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """One bank, one task: everything is trained and evaluated there, cell by cell."""
-    from husai.benchmarks import bank
+    from husai.benchmarks import bank, conditions
 
     settings = bank.shared(args) | {
         "hook_name": args.hook_name,
@@ -68,7 +64,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     }
     banks = bank.run_all([settings], args)
     results = {"phase": "architecture_frontier", "inputs": banks[0]["inputs"], "subject": str(args.subject)}
-    results |= {"banks": banks, "pareto": bank.pareto(banks[0]["conditions"])}
+    results |= {"banks": banks, "pareto": conditions.pareto(banks[0]["conditions"])}
     return results, draw(results, args.output_dir / "figures")
 
 
@@ -83,7 +79,8 @@ def draw(results: dict, folder: Path) -> list[Path]:
     ]
     if any(r["saebench_delta"]["estimate"] is not None and r["cebench_delta"]["estimate"] is not None for r in rows):
         labels = "sae-probes AUC − matched reference", "normalised contrastive score − matched reference"
-        both = figures.Points.of("Benchmarks", *labels, rows, "saebench_delta", "cebench_delta")
+        named = [r | ({"family": "relu, against topk"} if r["family"] == "relu" else {}) for r in rows]
+        both = figures.Points.of("Benchmarks", *labels, named, "saebench_delta", "cebench_delta")
         points.append(both)
     return [figures.scatter(folder / "frontier.png", points, results["pareto"])]
 
@@ -109,7 +106,7 @@ def summary(results: dict) -> str:
             len(r["seeds"]),
             *(interval(r[n]) for n in ("l0", "explained_variance", "ce_loss_score", "mcc_alive")),
             interval(r["excess"], "+"),
-            r["outcome"] + ("" if r["converged"] else ", still moving"),
+            r["outcome"] + (", still moving" if r["converged"] is False else ""),
             *(f(r, n) for n in ("saebench", "cebench") for f in (figure, difference)),
         ]
         for r in found["conditions"]
@@ -126,7 +123,8 @@ def summary(results: dict) -> str:
     if local:
         lines += ["The contrastive score is of pairs built from labelled texts: it is not CE-Bench's.", ""]
     if results["pareto"]:
-        lines += [f"Not beaten on both benchmarks at once (estimates): {', '.join(results['pareto'])}.", ""]
+        front = ", ".join(results["pareto"])
+        lines += [f"Differences to ReLU, at one L0, that no other beats on both benchmarks (estimates): {front}.", ""]
     return "\n".join(lines)
 
 

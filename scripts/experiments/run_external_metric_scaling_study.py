@@ -41,21 +41,17 @@ def parse():
 
 def main() -> None:
     args = parse()
+    from husai.benchmarks.inputs import count_by_content
     from husai.runs.phase import PACKAGES, run_phase
 
-    if args.cebench_repo:
-        from husai.benchmarks import cebench_checkout
-
-        args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
-    brought = ("subject", "cebench_matched_baseline_map")
-    apart = ("cebench_repo", "executor", "ray_address")
+    apart = ("executor", "ray_address", *count_by_content(args))
     packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "external_metric_scaling", __file__, compute, summary, brought, apart, packages=packages)
+    run_phase(args, "external_metric_scaling", __file__, compute, summary, ("subject",), apart, packages=packages)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """A task a layer; then what each axis does."""
-    from husai.benchmarks import bank, scaling
+    from husai.benchmarks import bank, conditions
 
     settings = [
         bank.shared(args)
@@ -71,17 +67,13 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         for layer in args.hook_layers
     ]
     banks = bank.run_all(settings, args)
-    for layer, found in zip(args.hook_layers, banks, strict=True):
-        for row in found["conditions"]:
-            row["layer"] = layer
-    rows, sections = ([x for found in banks for x in found[name]] for name in ("conditions", "sections"))
     results = {
         "phase": "external_metric_scaling",
         "inputs": {f"{found['hook_name']}, {k}": v for found in banks for k, v in found["inputs"].items()},
         "subject": str(args.subject),
         "banks": banks,
-        "contrasts": scaling.contrasts(rows, sections),
-        "power_laws": scaling.power_laws(rows),
+        "contrasts": conditions.contrasts(banks),
+        "power_laws": conditions.power_laws([row for found in banks for row in found["conditions"]]),
     }
     return results, draw(results, args.output_dir / "figures")
 
@@ -109,7 +101,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import GAIN_HEADER, gain_cells, interval, table
 
     rows = [row for found in results["banks"] for row in found["conditions"]]
     names = (
@@ -136,6 +128,10 @@ def summary(results: dict) -> str:
     ]
     header += ["sae-probes AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
 
+    changes = ["axis", "from", "to", "settings", "L0", "explained variance", *GAIN_HEADER]
+    changes += ["sae-probes AUC", "contrastive"]
+    empty = [""] * (len(changes) - 5)
+
     def cell(row: dict, name: str) -> str:
         sign = "+" if name == "excess" or name.endswith("delta") else ""
         return "not run" if row[name] is None else interval(row[name], sign)
@@ -158,30 +154,26 @@ def summary(results: dict) -> str:
         "Change from one value of an axis to the next, the same seeds and other settings on both sides:",
         "",
         *table(
-            [
-                "axis",
-                "from",
-                "to",
-                "settings",
-                "explained variance",
-                "gain of `mcc_alive`",
-                "sae-probes AUC",
-                "contrastive",
-            ],
+            changes,
             [
                 [c["axis"], c["from"], c["to"], c["settings"]]
-                + [interval(e, "+") for e in (c["explained_variance"], c["stability"]["observed"])]
-                + [interval(c[n], "+") for n in ("saebench", "cebench")]
+                + (
+                    [f"none: {c['reason']}", *empty]
+                    if c["reason"]
+                    else [interval(c[n], "+") for n in ("l0", "explained_variance")]
+                    + gain_cells(c["stability"])
+                    + [interval(c[n], "+") for n in ("saebench", "cebench")]
+                )
                 for c in results["contrasts"]
             ],
         ),
         "",
     ]
     for law in results["power_laws"]:
-        lines.append(
-            f"- 1 − explained variance falls with {law['axis']} to the power {interval(law['exponent'])} "
-            f"({len(law['values'])} values, {law['settings']} settings)."
-        )
+        setting = ", ".join(f"{a} {v}" for a, v in law["setting"].items() if a != "budget" or law["axis"] != "budget")
+        fit = f"{len(law['values'])} values; largest residual {law['largest_residual']:.3f}"
+        power = f"1 − explained variance goes with {law['axis']} to the power {interval(law['exponent'])}"
+        lines.append(f"- {power} ({setting}; {fit}; up to {law['epochs']:.1f} epochs).")
     if not results["power_laws"]:
         lines.append("No axis has four values: no power law is fitted.")
     return "\n".join(lines) + "\n"

@@ -49,6 +49,7 @@ def parse():
 
 def main() -> None:
     args = parse()
+    from husai.benchmarks.inputs import count_by_content
     from husai.runs.phase import PACKAGES, run_phase
 
     if args.min_delta is not None:
@@ -61,15 +62,7 @@ def main() -> None:
         args.matched_baseline_summary, args.no_reference = baselines.lookup(
             args.cebench_matched_baseline_map, args.hook_name
         )
-    if args.cebench_repo:
-        from husai.benchmarks import cebench_checkout
-
-        args.cebench_code = cebench_checkout.code_digest(args.cebench_repo)
-    if args.stories:
-        from husai.benchmarks import contrastive
-
-        args.stories_counted_by = contrastive.source_key(args.stories)
-    apart = ("cebench_matched_baseline_map", "cebench_repo", "stories")
+    apart = count_by_content(args)
     packages = (*PACKAGES, "benchmarks")
     run_phase(args, "cebench_custom", __file__, compute, summary, FOLDERS, apart, check=check, packages=packages)
 

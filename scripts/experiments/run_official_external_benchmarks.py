@@ -41,8 +41,9 @@ def parse():
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, cebench_checkout, contrastive, official, sae_probes
+    from husai.benchmarks import candidates, cebench_checkout, official, sae_probes
     from husai.runs.errors import CheckFailed
+    from husai.runs.files import content_or_name
     from husai.runs.folder import Run
     from husai.subjects import pretrained
 
@@ -57,7 +58,7 @@ def main() -> None:
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
     config |= {"checkpoints": [c.identity for c in brought]}
-    config["stories"] = contrastive.source_key(args.stories)
+    config["stories"] = content_or_name(args.stories)
     with Run(args.output_dir, config, args.device, args.threads) as run:
         run.add_input("subject", subject)
         for c in brought:

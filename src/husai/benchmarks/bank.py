@@ -9,22 +9,31 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
-from husai.benchmarks import baselines, candidates, cebench, contrastive, deltas, sae_probes, saebench
+from husai.benchmarks import (
+    baselines,
+    candidates,
+    cebench,
+    cebench_checkout,
+    conditions,
+    contrastive,
+    sae_probes,
+    saebench,
+)
+from husai.dictionaries.families import SAE_FAMILIES
 from husai.runs import executor
 from husai.runs.cells import Cells, code_version
 from husai.runs.cli import PAIR_SETS, prepare
 from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import content_or_name, sha256_file
 from husai.stability import study
-from husai.stability.inference import mean_over_seeds
 from husai.stability.scores import ALIVE
 from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
 
+SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
 PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability", "subjects", "training")
 
 
@@ -117,11 +126,18 @@ def check(bank: Bank) -> None:
     for k, d_sae in product(bank.ks, bank.d_saes):
         if k > d_sae:
             raise BadInput(f"an L0 of {k} cannot be reached with {d_sae} features")
+    if unknown := sorted(set(bank.families) - set(SAE_FAMILIES)):
+        raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
     if bank.saebench:
         sae_probes.versions()
         sae_probes.check_data_sets(bank.data_sets)
-    if bank.cebench and bank.baseline_map:
-        baselines.lookup(Path(bank.baseline_map), bank.hook_name)
+    if bank.cebench:
+        if not bank.stories and bank.max_pairs < len(bank.pair_sets):
+            raise BadInput(
+                f"--max-rows {bank.max_pairs}: one of each of {len(bank.pair_sets)} data sets at least expected"
+            )
+        pairs(bank, SEED)
+        references(bank)
 
 
 def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
@@ -131,6 +147,10 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
         BadInput: a bank that cannot be trained or evaluated, or, with --require-matched, one without a reference.
         CheckFailed: some failed; those that did not are kept as cells, which the same command finds.
     """
+    if args.executor == "ray" and args.device not in ("cpu", "cuda"):
+        raise BadInput(f"--device {args.device}: a task on Ray sees the GPU it is given, as cuda; cpu or cuda expected")
+    if args.executor == "local":
+        prepare(args.device, args.threads)
     subject = pretrained.load(str(args.subject))
     for each in settings:
         check_hooks(subject, [each["hook_name"]])
@@ -142,14 +162,15 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
     if failed:
         raise CheckFailed("; ".join(failed))
     found = [o.value for o in outcomes]
-    if args.require_matched and (why := unmatched([row for f in found for row in f["conditions"]])):
+    if args.require_matched and (why := conditions.unmatched([row for f in found for row in f["conditions"]])):
         raise BadInput(f"--require-matched: {why}")
     return found
 
 
 def run(**bank) -> dict:
-    """The bank's results: {"hook_name", "store_digest", "rows", "conditions": `conditions`, "saebench", "cebench":
-    results of the benchmarks, or None, "sections": the stability studies, in the order of the conditions}."""
+    """The bank's results: {"hook_name", "store_digest", "rows", "train_rows", "inputs", "saes": records with held-out
+    and core figures, "saebench", "cebench": results of the benchmarks, or None, "sections": the stability studies,
+    "conditions": rows in their order (`conditions.conditions`)}."""
     bank = Bank(**bank)
     check(bank)
     device = prepare(bank.device, bank.threads)
@@ -183,11 +204,15 @@ def run(**bank) -> dict:
     if bank.cebench:
         found["cebench"] = evaluate(cells, "cebench", bank, lineup, lambda: contrastive_scores(bank, lineup))
     core = saebench.core_metrics(lineup, cells, bank.threads)
-    train_rows = len(store.split(TrainingConfig.heldout_fraction)[0])
-    about = {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows, "inputs": lineup.inputs()}
-    sections = [{"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget, **g.stability} for g in groups]
-    sections = [s for s in sections if "stability" in s]
-    return about | {"conditions": conditions(groups, train_rows, lineup, core, found), "sections": sections, **found}
+    found |= {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows}
+    found["train_rows"] = len(store.split(TrainingConfig.heldout_fraction)[0])
+    found |= {"inputs": lineup.inputs(), "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()]}
+    found["sections"] = [
+        {"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget, **g.stability}
+        for g in groups
+        if not g.reference
+    ]
+    return found | {"conditions": conditions.conditions(found)}
 
 
 def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
@@ -210,96 +235,33 @@ def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], 
     """A benchmark's results as a cell."""
     named = ("data_sets", "probe_ks", "noise_seeds", "pair_sets", "max_pairs", "device", "threads")
     key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
-    key["stories"] = contrastive.source_key(bank.stories)
-    if bank.baseline_map:
-        path, reason = baselines.lookup(Path(bank.baseline_map), bank.hook_name)
-        key["baseline"] = reason if path is None else baselines.read_summary(path).get("pairs_digest")
+    key["candidates"] = [c.identity for c in lineup.saes]
+    if name == "cebench":
+        path, reason = baseline(bank)
+        key |= {"stories": content_or_name(bank.stories), "baseline": reason if path is None else sha256_file(path)}
+        key["checkout"] = bank.cebench_repo and cebench_checkout.code_digest(Path(bank.cebench_repo))
     return cells.get(name, key, lambda: (compute(), []))
 
 
+def pairs(bank: Bank, seed: int) -> contrastive.Pairs:
+    if bank.stories:
+        return contrastive.published_pairs(bank.stories, bank.max_pairs, seed)
+    return contrastive.local_pairs(sae_probes.check_data_sets(bank.pair_sets), bank.max_pairs, seed)
+
+
+def baseline(bank: Bank) -> tuple[Path | None, str | None]:
+    """(the summary that the map names for the hook, None), or (None, why it names none; None without a map)."""
+    return baselines.lookup(Path(bank.baseline_map), bank.hook_name) if bank.baseline_map else (None, None)
+
+
+def references(bank: Bank) -> tuple[dict | None, str | None]:
+    """(the summary's results, None), or (None, why there are none)."""
+    path, reason = baseline(bank)
+    return (path and baselines.read_summary(path)), reason
+
+
 def contrastive_scores(bank: Bank, lineup) -> dict:
-    def pairs(seed: int) -> contrastive.Pairs:
-        if bank.stories:
-            return contrastive.published_pairs(bank.stories, bank.max_pairs, seed)
-        return contrastive.local_pairs(sae_probes.check_data_sets(bank.pair_sets), bank.max_pairs, seed)
-
-    summary = reason = None
-    if bank.baseline_map:
-        path, reason = baselines.lookup(Path(bank.baseline_map), bank.hook_name)
-        summary = path and baselines.read_summary(path)
     checkout = bank.cebench_repo and Path(bank.cebench_repo)
-    repeats = {seed: pairs(seed) for seed in bank.noise_seeds}
-    return cebench.evaluate(lineup, pairs(42), repeats, bank.places, summary, reason, checkout, bank.subject)
-
-
-def conditions(groups: list[Trained], train_rows: int, lineup, core: dict, found: dict) -> list[dict]:
-    """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals."""
-    by_sha = {c.sha256: c for c in lineup.opened}
-    external = {
-        name: {c["condition"]: c for c in results["conditions"]} if results else {} for name, results in found.items()
-    }
-    rows = []
-    for g in groups:
-        if g.reference:
-            continue
-        own = [by_sha[m["checkpoint_sha256"]] for m in g.members]
-        verdict = g.stability["stability"]["verdict"]
-        row = {
-            "condition": own[0].condition,
-            "facts": own[0].facts,
-            "family": g.family,
-            "d_sae": g.d_sae,
-            "k": g.k,
-            "budget": g.budget,
-            "epochs": g.budget / train_rows,
-            "seeds": [m["seed"] for m in g.members],
-            "checkpoints": {str(m["seed"]): m["checkpoint_sha256"] for m in g.members},
-            "l0": over_seeds([c.heldout["l0"] for c in own]),
-            "explained_variance": over_seeds([c.heldout["explained_variance"] for c in own]),
-            "dead_share": over_seeds([c.heldout["dead_share"] for c in own]),
-            "ce_loss_score": over_seeds([core[c.identity]["ce_loss_score"] for c in own]),
-            "mcc_alive": g.stability["stability"]["scores"]["mcc_alive"]["observed"],
-            "excess": verdict["claimable_excess"],
-            "outcome": verdict["outcome"],
-            "converged": g.stability["convergence"]["converged"],
-        }
-        for name, key in (("saebench", "auc"), ("cebench", "normalised")):
-            of = external[name].get(own[0].condition)
-            row[name] = None
-            if of is not None:
-                of_saes = {r["identity"]: r for r in found[name]["saes"]}
-                figures = [mean_figure(name, of_saes[c.identity]) for c in own]
-                row[name] = (of["auc"][deltas.K] if key == "auc" else of[key]) | {"of_seeds": figures}
-            row[f"{name}_delta"] = deltas.none("not run") if of is None else of["delta"]["reference"]
-        rows.append(row)
-    return rows
-
-
-def mean_figure(name: str, record: dict) -> float:
-    """An SAE's own figure on a benchmark."""
-    return record["means"][deltas.K]["test_auc"] if name == "saebench" else record["normalised"]
-
-
-def over_seeds(values: list[float]) -> dict:
-    """The estimate, and the values themselves, in order of seeds."""
-    return mean_over_seeds(values).to_json() | {"of_seeds": [float(v) for v in np.asarray(values)]}
-
-
-def unmatched(rows: list[dict]) -> str | None:
-    """Why some condition has no difference on a benchmark that was run; None where all have."""
-    for row in rows:
-        for name in ("saebench", "cebench"):
-            if row[name] is not None and (delta := row[f"{name}_delta"])["estimate"] is None:
-                return f"{row['condition']}: {name}: {delta['reason']}"
-    return None
-
-
-def pareto(rows: list[dict], names: tuple[str, ...] = ("saebench_delta", "cebench_delta")) -> list[str]:
-    """The conditions that no other one beats on all of these, by estimates; those without one do not take part."""
-    points = {r["condition"]: tuple(r[n]["estimate"] for n in names) for r in rows}
-    points = {name: p for name, p in points.items() if None not in p}
-
-    def beaten(p: tuple) -> bool:
-        return any(q != p and all(b >= a for a, b in zip(p, q, strict=True)) for q in points.values())
-
-    return sorted(name for name, p in points.items() if not beaten(p))
+    repeats = {seed: pairs(bank, seed) for seed in bank.noise_seeds}
+    given = (bank.places, *references(bank), checkout, bank.subject)
+    return cebench.evaluate(lineup, pairs(bank, SEED), repeats, *given)

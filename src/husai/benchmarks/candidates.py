@@ -122,9 +122,10 @@ def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: Lang
             made_for, facts = sae.metadata.get("model_name"), facts_of(sae, 0.0)
             if facts["subject_digest"] is None and made_for and Path(made_for).name != subject.name:
                 raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject.name}")
-            if (key := identity(sae, sha)) not in found:
+            one = identity(sae, sha)
+            if (key := digest([one, facts])) not in found:  # two recipes may give one SAE, which then stands for both
                 figures, _ = evaluate(sae, store, range(store.rows))
-                found[key] = Candidate(folder, sha, key, sae, facts | {"l0": figures["l0"]}, figures)
+                found[key] = Candidate(folder, sha, one, sae, facts | {"l0": figures["l0"]}, figures)
     return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.identity))
 
 

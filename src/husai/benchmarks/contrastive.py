@@ -21,7 +21,7 @@ from husai.activations.language_model import batches, run
 from husai.benchmarks import sae_probes
 from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, tree_digest
+from husai.runs.files import digest
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.subjects import text
@@ -121,12 +121,6 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     found = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]
     local = path.exists()
     return Pairs("cebench_local_copy" if local else "cebench", f"a local copy, {path.name}" if local else name, found)
-
-
-def source_key(stories: str | None) -> str | None:
-    """What stories count by: a local copy by its content, a hub name by itself."""
-    local = stories is not None and Path(stories).exists()
-    return tree_digest(Path(stories), "--stories") if local else stories
 
 
 # ---------------------------------------------------------------------------------------------------------------------

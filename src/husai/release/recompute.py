@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.benchmarks import deltas, scaling
+from husai.benchmarks import conditions, deltas
 from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
@@ -123,10 +123,13 @@ def decisions(results: dict) -> dict[str, Any]:
             for name, function in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
                 if bank[name] is not None:
                     again[f"/banks/{at}/{name}/conditions"] = function(bank[name])
-    if phase == "external_metric_scaling":
-        rows, sections = ([x for bank in results["banks"] for x in bank[n]] for n in ("conditions", "sections"))
-        again["/contrasts"] = scaling.contrasts(rows, sections)
-        again["/power_laws"] = scaling.power_laws(rows)
+            again[f"/banks/{at}/conditions"] = conditions.conditions(bank)
+        rows = [row for bank in results["banks"] for row in bank["conditions"]]
+        if phase == "architecture_frontier":
+            again["/pareto"] = conditions.pareto(rows)
+        else:
+            again["/contrasts"] = conditions.contrasts(results["banks"])
+            again["/power_laws"] = conditions.power_laws(rows)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])

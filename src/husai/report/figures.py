@@ -179,7 +179,7 @@ def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
             values = [[p[i]["estimate"] for p in own] for i in (2, 3)]
             errors = [
                 [
-                    [0 if p[i][end] is None else abs(p[i][end] - p[i]["estimate"]) for p in own]
+                    [np.nan if p[i][end] is None else abs(p[i][end] - p[i]["estimate"]) for p in own]
                     for end in ("low", "high")
                 ]
                 for i in (2, 3)

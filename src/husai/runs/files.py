@@ -109,6 +109,11 @@ def publish_directory(final: Path, build: Callable[[Path], None], replace: bool 
             os.replace(partial, final)
 
 
+def content_or_name(name: str | None) -> str | None:
+    """What an argument counts by that may be a local file or folder, or a name: its content, or itself."""
+    return tree_digest(Path(name), name) if name is not None and Path(name).exists() else name
+
+
 def tree_digest(path: Path, what: str) -> str:
     """sha256 over the names and contents of all files below a folder (hidden ones aside), or of a file.
 

@@ -1,0 +1,187 @@
+"""The conditions of a study, and what its axes do to them. Pure functions of the banks' results: the audit makes all of
+it again."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from husai.benchmarks import baselines, deltas
+from husai.stability import contrast
+from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
+
+AXES = ("budget", "layer", "d_sae", "k", "family")
+FIGURES = ("l0", "explained_variance", "ce_loss_score")
+"""Of a condition, with a value a seed."""
+BENCHMARKS = {"saebench": "families", "cebench": "clusters"}
+"""Benchmark -> what its data sets (or pairs) are clustered by."""
+POINTS = 4
+"""That a power law is fitted to, at least."""
+
+
+def conditions(bank: dict) -> list[dict]:
+    """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals.
+
+    Args:
+        bank: `sections` (stability studies with family, d_sae, k, budget and members), `saes` (records with heldout and
+            core figures), `saebench` and `cebench` (their results, or None), `train_rows`, `hook_name`.
+
+    Raises:
+        ValueError: a benchmark was run and says nothing of a condition.
+    """
+    recipe = ("family", "d_sae", "k")
+    records = {(r["checkpoint_sha256"], *(r["facts"][name] for name in recipe)): r for r in bank["saes"]}
+    parts = bank["hook_name"].split(".")
+    rows = []
+    for s in bank["sections"]:
+        own = [records[m["checkpoint_sha256"], *(s[name] for name in recipe)] for m in s["members"]]
+        verdict = s["stability"]["verdict"]
+        row = {
+            "condition": own[0]["condition"],
+            "facts": own[0]["facts"],
+            "layer": int(parts[1]) if parts[0] == "blocks" else None,
+            **{name: s[name] for name in ("family", "d_sae", "k", "budget")},
+            "epochs": s["budget"] / bank["train_rows"],
+            "seeds": [m["seed"] for m in s["members"]],
+            "checkpoints": {str(m["seed"]): m["checkpoint_sha256"] for m in s["members"]},
+            **{n: over_seeds([r["heldout"][n] for r in own]) for n in ("l0", "explained_variance", "dead_share")},
+            "ce_loss_score": over_seeds([r["core"]["ce_loss_score"] for r in own]),
+            "mcc_alive": s["stability"]["scores"]["mcc_alive"]["observed"],
+            "excess": verdict["claimable_excess"],
+            "outcome": verdict["outcome"],
+            "converged": s["convergence"]["converged"],
+        }
+        for name in BENCHMARKS:
+            row[name], row[f"{name}_delta"] = None, deltas.none("not run")
+            if bank[name] is None:
+                continue
+            of = next((c for c in bank[name]["conditions"] if c["condition"] == row["condition"]), None)
+            if of is None:
+                raise ValueError(f"{name} says nothing of {row['condition']}")
+            row[name] = of["auc"][deltas.K] if name == "saebench" else of["normalised"]
+            row[f"{name}_delta"] = of["delta"]["reference"]
+        rows.append(row)
+    return rows
+
+
+def over_seeds(values: list[float]) -> dict:
+    """The estimate, and the values themselves, in order of seeds."""
+    return mean_over_seeds(values).to_json() | {"of_seeds": [float(v) for v in values]}
+
+
+def unmatched(rows: list[dict]) -> str | None:
+    """Why some condition has no difference on a benchmark that was run; None where all have."""
+    for row in rows:
+        for name in BENCHMARKS:
+            if row[name] is not None and (delta := row[f"{name}_delta"])["estimate"] is None:
+                return f"{row['condition']}: {name}: {delta['reason']}"
+    return None
+
+
+def pareto(rows: list[dict]) -> list[str]:
+    """The conditions that no other one of the same k beats on both benchmarks' differences, by estimates. Differences
+    are comparable where they are to one reference: those to ReLU take part, ReLU's own, to TopK, do not."""
+    points = {}
+    for r in rows:
+        x, y = r["saebench_delta"]["estimate"], r["cebench_delta"]["estimate"]
+        if None not in (x, y) and baselines.reference_family(r["family"]) == "relu":
+            points[r["condition"]] = (r["k"], x, y)
+
+    def beaten(p: tuple) -> bool:
+        return any(q[0] == p[0] and q != p and q[1] >= p[1] and q[2] >= p[2] for q in points.values())
+
+    return sorted(name for name, p in points.items() if not beaten(p))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Axes
+
+
+def contrasts(banks: list[dict]) -> list[dict]:
+    """Of each axis with several values, each step from one to the next (of families: each pair): the change of each
+    figure, the same seeds and other settings on both sides, averaged over these settings; then over seeds, and on
+    benchmarks over data sets too. Settings whose L0 differs by more than 10 % are left out, unless the axis is k.
+
+    Returns:
+        [{"axis", "from", "to", "settings": how many were averaged, figure: estimate, "stability": the gain of
+        `contrast.gain`}, or "reason" in place of figures]
+    """
+    rows = [row | {"bank": bank, "section": s} for bank in banks for row, s in zip(*_parts(bank), strict=True)]
+    found = []
+    for axis in AXES:
+        values = sorted({r[axis] for r in rows if r[axis] is not None})
+        for low, high in combinations(values, 2) if axis == "family" else pairwise(values):
+            pairs = _matched(rows, axis, low, high)
+            entry = {"axis": axis, "from": low, "to": high}
+            alike = [(a, b) for a, b in pairs if axis == "k" or _same_l0(a, b)]
+            if not alike:
+                why = "L0 differs by more than 10 %" if pairs else "no setting has both with the same seeds"
+                found.append(entry | {"settings": 0, "reason": why})
+                continue
+            entry |= {"settings": len(alike), "reason": None}
+            for name in FIGURES:
+                steps = [np.array(b[name]["of_seeds"]) - np.array(a[name]["of_seeds"]) for a, b in alike]
+                entry[name] = mean_over_seeds(np.mean(steps, axis=0)).to_json()
+            for name, clusters in BENCHMARKS.items():
+                entry[name] = deltas.none("not run")
+                if all(r["bank"][name] for pair in alike for r in pair):
+                    steps = [_figures(b, name) - _figures(a, name) for a, b in alike]
+                    of = alike[0][0]["bank"][name][clusters]
+                    entry[name] = mean_over_seeds_and_sets(np.mean(steps, axis=0), of).to_json()
+            entry["stability"] = contrast.gain([b["section"] for _, b in alike], [a["section"] for a, _ in alike])
+            found.append(entry)
+    return found
+
+
+def _parts(bank: dict) -> tuple[list[dict], list[dict]]:
+    return bank["conditions"], bank["sections"]
+
+
+def _same_l0(a: dict, b: dict) -> bool:
+    return baselines.same_l0(a["l0"]["estimate"], b["l0"]["estimate"])
+
+
+def _figures(row: dict, name: str) -> np.ndarray:
+    """`[seeds, data sets or pairs]` of a condition on a benchmark."""
+    records = {r["checkpoint_sha256"]: r for r in row["bank"][name]["saes"]}
+    own = [records[sha] for sha in row["checkpoints"].values()]
+    return np.array([r["test_auc"][deltas.K] if name == "saebench" else r["normalised_of_pairs"] for r in own])
+
+
+def _matched(rows: list[dict], axis: str, low, high) -> list[tuple[dict, dict]]:
+    """Conditions that differ in this axis alone, with the same seeds."""
+    at = {tuple(r[a] for a in AXES): r for r in rows}
+    pairs = []
+    for r in rows:
+        partner = at.get(tuple(high if a == axis else r[a] for a in AXES))
+        if r[axis] == low and partner is not None and partner["seeds"] == r["seeds"]:
+            pairs.append((r, partner))
+    return pairs
+
+
+def power_laws(rows: list[dict]) -> list[dict]:
+    """1 − explained variance against the budget and the width, where a setting has POINTS values or more: the exponent
+    of each seed's least-squares line in logarithms, then over seeds.
+
+    Returns:
+        [{"axis", "figure", "values", "setting", "exponent": estimate, "largest_residual": of the seeds' mean, in
+        natural logarithms; "epochs": the most}]
+    """
+    found = []
+    for axis in ("budget", "d_sae"):
+        settings: dict[tuple, list[dict]] = {}
+        for r in rows:
+            settings.setdefault(tuple((a, r[a]) for a in AXES if a != axis), []).append(r)
+        for setting, of in settings.items():
+            of = sorted(of, key=lambda r: r[axis])
+            if len(of) < POINTS or len({tuple(r["seeds"]) for r in of}) > 1:
+                continue
+            x = np.log([r[axis] for r in of])
+            y = np.log([1 - np.array(r["explained_variance"]["of_seeds"]) for r in of])  # [values, seeds]
+            slope, level = np.polyfit(x, y, 1)
+            residual = float(np.abs((y - np.outer(x, slope) - level).mean(1)).max())
+            about = {"axis": axis, "figure": "1 - explained_variance", "values": [r[axis] for r in of]}
+            about |= {"setting": dict(setting), "exponent": mean_over_seeds(slope).to_json()}
+            found.append(about | {"largest_residual": residual, "epochs": max(r["epochs"] for r in of)})
+    return found

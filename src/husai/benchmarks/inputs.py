@@ -1,0 +1,28 @@
+"""What a benchmark's command line brings counts by its content. Imports nothing heavy: a repeated run reads this."""
+
+from __future__ import annotations
+
+import argparse
+
+from husai.benchmarks.cebench_checkout import code_digest
+from husai.runs.files import content_or_name, digest, read_json, sha256_file
+from husai.runs.folder import REPOSITORY
+
+
+def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
+    """Give what --stories, --cebench-repo and --cebench-matched-baseline-map hold arguments of their own, so that a
+    change in them is another result; returns these flags, whose paths count for nothing.
+
+    Raises:
+        BadInput: there is no CE-Bench at --cebench-repo, or the map is damaged.
+    """
+    flags = ("stories", "cebench_repo", "cebench_matched_baseline_map")
+    args.stories_content = content_or_name(args.stories)
+    if args.cebench_repo:
+        args.cebench_code = code_digest(args.cebench_repo)
+    if path := args.cebench_matched_baseline_map:
+        table = read_json(path, "baseline map")
+        named = {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
+        files = [p for v in sorted(named) for p in (path.parent / v, REPOSITORY / v) if p.is_file()]
+        args.baseline_map_content = digest([sha256_file(path), *map(sha256_file, files)])
+    return flags
