@@ -123,7 +123,7 @@ def document(speed: dict, evals: dict, args) -> str:
             "between nodes. All SAEs of a layer are one stack on one bank: a token is harvested and read once for all "
             "of them. Layers are tasks of their own: with as many GPUs as layers the time is that of one layer. What "
             "does not fit into a GPU's memory is divided into passes (`src/husai/training/memory.py`), each of which "
-            "reads the bank again. Left out: that ReLU, JumpReLU and gated SAEs multiply densely three times a step where "
+            "reads the bank again. Left out: that ReLU, JumpReLU and gated SAEs multiply densely three times where "
             "TopK does once, AuxK, CE-Bench, and the checkpoints (an SAE and eight decoders over training each).",
             WIDTH,
         ),
