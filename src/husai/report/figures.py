@@ -134,6 +134,7 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
                 axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5, label=label)
         if named:
             axis.axvline(0, color="#5f5f5f", lw=1)
+            axis.xaxis.set_major_locator(plt.MaxNLocator(6))
             axis.set(yticks=places, yticklabels=panel.x, ylim=(-0.6, len(panel.x) - 0.4), xlabel=panel.x_label)
         else:
             log = places.min() > 0 and places.max() / places.min() > 3
@@ -145,7 +146,8 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
         axis.set_title(panel.title, loc="left")
         axis.grid(alpha=0.3)
         if len(axis.get_legend_handles_labels()[1]) > 1:
-            axis.legend(frameon=False, fontsize="small")
+            below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.14), "ncols": 2} if named else {}
+            axis.legend(frameon=False, fontsize="small", **below)
     return _save(figure, path)
 
 
