@@ -42,12 +42,9 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import count_by_content
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.benchmarks.inputs import run_study
 
-    apart = ("executor", "ray_address", *count_by_content(args))
-    packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "architecture_frontier", __file__, compute, summary, ("subject",), apart, packages=packages)
+    run_study(args, "architecture_frontier", __file__, compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
@@ -89,7 +86,7 @@ def summary(results: dict) -> str:
     from husai.report.text import interval, table
 
     (found,) = results["banks"]
-    local = found["cebench"] and found["cebench"]["benchmark"] != "cebench"
+    local = found["cebench"] and found["cebench"]["benchmark"] == "contrastive_local"
     header = [
         "condition",
         "SAEs",

@@ -41,12 +41,9 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import count_by_content
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.benchmarks.inputs import run_study
 
-    apart = ("executor", "ray_address", *count_by_content(args))
-    packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "external_metric_scaling", __file__, compute, summary, ("subject",), apart, packages=packages)
+    run_study(args, "external_metric_scaling", __file__, compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -5,8 +5,9 @@
     python scripts/experiments/run_husai_cebench_custom_eval.py --model-name husai-tiny --hook-layer 1 \\
       --checkpoint results/experiments/sae_training/checkpoints --random-model-checkpoint RANDOM_MODEL_SAES
 
-With `--stories GulkoA/contrastive-stories-v3` (or a local copy of it) the pairs are CE-Bench's own. Without it they are
-texts of the two classes of labelled sae-probes sets, and the metric is called `contrastive_local`: it is not CE-Bench.
+With `--stories GulkoA/contrastive-stories-v3` the pairs are CE-Bench's own; a local copy of them is marked as one that
+nobody has verified. Without it they are texts of the two classes of labelled sae-probes sets, and the metric is called
+`contrastive_local`: it is not CE-Bench.
 Scores grow with the width of an SAE (docs/methods.md), so that a difference is taken only against a reference of the
 same width and L0, of bound-normalised corrected scores. `--cebench-repo` also runs your checkout of CE-Bench,
 unmodified, on the same pairs.
@@ -89,10 +90,13 @@ def check(results: dict) -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import baselines, candidates, cebench
+    from husai.benchmarks import baselines, candidates, cebench, contrastive, sae_probes
 
     references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
-    pairs, repeats = choose_pairs(args, args.random_seed), {s: choose_pairs(args, s) for s in args.noise_seeds}
+    data_sets = [] if args.stories else sae_probes.check_data_sets(args.dataset_names)
+    seeds = (args.random_seed, *args.noise_seeds)
+    pairs, *others = (contrastive.drawn(args.stories, data_sets, args.max_rows, seed) for seed in seeds)
+    repeats = dict(zip(args.noise_seeds, others, strict=True))
     lineup = candidates.lineup(args, device)
     if args.min_delta is not None and references:
         cebench.refuse_unreachable(lineup, args.min_delta, references)
@@ -104,14 +108,6 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     if args.as_baseline:
         files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))
     return results, files
-
-
-def choose_pairs(args, seed: int):
-    from husai.benchmarks import contrastive, sae_probes
-
-    if args.stories:
-        return contrastive.published_pairs(args.stories, args.max_rows, seed)
-    return contrastive.local_pairs(sae_probes.check_data_sets(args.dataset_names), args.max_rows, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,8 +57,7 @@ def main() -> None:
     plan = [{"name": n, "seconds": guess(n, len(brought) or 10, len(data_sets))} for n in args.evals or EVALS]
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
-    config |= {"checkpoints": [c.identity for c in brought]}
-    config["stories"] = content_or_name(args.stories)
+    config |= {"checkpoints": [c.identity for c in brought], "stories": content_or_name(args.stories)}
     with Run(args.output_dir, config, args.device, args.threads) as run:
         run.add_input("subject", subject)
         for c in brought:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -79,8 +79,7 @@ class Bank:
 
 def shared(args: argparse.Namespace) -> dict:
     """What `runs.cli.Parser.add_study` says of each bank: JSON."""
-    path = {name: None if (p := getattr(args, name)) is None else str(p) for name in ("cebench_repo",)}
-    return path | {
+    return {
         "subject": str(args.subject),
         "rows": args.rows,
         "batch_size": args.batch_size,
@@ -95,6 +94,7 @@ def shared(args: argparse.Namespace) -> dict:
         "stories": args.stories,
         "pair_sets": PAIR_SETS.split(","),
         "max_pairs": args.max_rows,
+        "cebench_repo": args.cebench_repo and str(args.cebench_repo),
         "baseline_map": args.cebench_matched_baseline_map and str(args.cebench_matched_baseline_map),
         "output_dir": str(args.output_dir),
         "artifact_root": str(args.artifact_root),
@@ -104,7 +104,7 @@ def shared(args: argparse.Namespace) -> dict:
     }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
     """SAEs of a bank that differ in their seed alone."""
 
@@ -116,7 +116,6 @@ class Trained:
     snapshot_steps: list[int]
     reference: bool
     """Trained only to be a reference."""
-    stability: dict = field(default_factory=dict)
 
 
 def check(bank: Bank) -> None:
@@ -136,6 +135,7 @@ def check(bank: Bank) -> None:
             raise BadInput(
                 f"--max-rows {bank.max_pairs}: one of each of {len(bank.pair_sets)} data sets at least expected"
             )
+        sae_probes.check_data_sets(bank.pair_sets)
         pairs(bank, SEED)
         references(bank)
 
@@ -172,18 +172,17 @@ def run(**bank) -> dict:
     and core figures, "saebench", "cebench": results of the benchmarks, or None, "sections": the stability studies,
     "conditions": rows in their order (`conditions.conditions`)}."""
     bank = Bank(**bank)
-    check(bank)
     device = prepare(bank.device, bank.threads)
     cells = Cells(Path(bank.output_dir) / "cells", bank.force)
     store = open_store(
         Path(bank.artifact_root), device, bank.threads, subject=bank.subject, hook_name=bank.hook_name, rows=bank.rows
     )
-    groups = train(bank, cells, store, device)
-    for g in groups:
-        if not g.reference:
-            arguments = cells, store, g.members, g.snapshot_steps, bank.null_draws, bank.threads
-            section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
-            g.stability = study.brief(section)
+    groups, sections = train(bank, cells, store, device), []
+    for g in (g for g in groups if not g.reference):
+        arguments = cells, store, g.members, g.snapshot_steps, bank.null_draws, bank.threads
+        section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
+        about = {"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget}
+        sections.append(about | study.brief(section))
 
     subject = pretrained.load(bank.subject, device=device)
     heldout = candidates.heldout_store(
@@ -207,11 +206,7 @@ def run(**bank) -> dict:
     found |= {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows}
     found["train_rows"] = len(store.split(TrainingConfig.heldout_fraction)[0])
     found |= {"inputs": lineup.inputs(), "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()]}
-    found["sections"] = [
-        {"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget, **g.stability}
-        for g in groups
-        if not g.reference
-    ]
+    found["sections"] = sections
     return found | {"conditions": conditions.conditions(found)}
 
 
@@ -244,9 +239,7 @@ def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], 
 
 
 def pairs(bank: Bank, seed: int) -> contrastive.Pairs:
-    if bank.stories:
-        return contrastive.published_pairs(bank.stories, bank.max_pairs, seed)
-    return contrastive.local_pairs(sae_probes.check_data_sets(bank.pair_sets), bank.max_pairs, seed)
+    return contrastive.drawn(bank.stories, bank.pair_sets, bank.max_pairs, seed)
 
 
 def baseline(bank: Bank) -> tuple[Path | None, str | None]:

@@ -78,16 +78,14 @@ def unmatched(candidate: dict, reference: dict) -> str | None:
         if candidate[name] != reference[name]:
             return f"{name} differs: {_short(candidate[name])} and {_short(reference[name])}"
     a, b = candidate.get("l0"), reference.get("l0")
-    if not a or not b or not same_l0(a, b):
-        return (
-            f"L0 differs by more than 10 %: {a} and {b}"
-            if not a or not b
-            else (f"L0 differs by more than 10 %: {a:.1f} and {b:.1f}")
-        )
+    if not (a and b and same_l0(a, b)):
+        return f"L0 differs by more than 10 %: {_short(a)} and {_short(b)}"
     return None
 
 
 def _short(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 

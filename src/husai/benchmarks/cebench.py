@@ -11,7 +11,6 @@ from husai.benchmarks import baselines, cebench_checkout, contrastive, deltas
 from husai.benchmarks.candidates import Lineup, Places, to_saelens
 from husai.benchmarks.contrastive import Pairs
 from husai.dictionaries.sae import SAE
-from husai.stability.inference import minimum_detectable_difference
 from husai.subjects.pretrained import LanguageModel
 
 REFERENCE = ("condition", "facts", "identity", "normalised_of_pairs")
@@ -112,11 +111,9 @@ def told(figures: dict, d_sae: int) -> dict:
 def noise(first: dict, seeds: list[int | None], runs: list[dict], reason: str | None) -> dict:
     """How much one SAE's score moves with the draw of pairs (the first is the run's own); not known for a reason."""
     means = [float(f["normalised"].mean()) for f in runs]
-    answer = {"label": first["label"], "seeds": seeds, "means": means, "reason": reason}
-    if reason:
-        return answer | {"sd": None, "minimum_detectable_difference": None}
-    mdd = minimum_detectable_difference(means)
-    return answer | {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
+    unknown = {"means": means, "sd": None, "minimum_detectable_difference": None}
+    answer = {"label": first["label"], "seeds": seeds, "reason": reason}
+    return answer | (unknown if reason else deltas.noise(means))
 
 
 def refuse_unreachable(lineup: Lineup, minimum: float, summary: dict) -> None:

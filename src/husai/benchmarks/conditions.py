@@ -107,7 +107,11 @@ def contrasts(banks: list[dict]) -> list[dict]:
         [{"axis", "from", "to", "settings": how many were averaged, figure: estimate, "stability": the gain of
         `contrast.gain`}, or "reason" in place of figures]
     """
-    rows = [row | {"bank": bank, "section": s} for bank in banks for row, s in zip(*_parts(bank), strict=True)]
+    rows = [
+        row | {"bank": bank, "section": section}
+        for bank in banks
+        for row, section in zip(bank["conditions"], bank["sections"], strict=True)
+    ]
     found = []
     for axis in AXES:
         values = sorted({r[axis] for r in rows if r[axis] is not None})
@@ -132,10 +136,6 @@ def contrasts(banks: list[dict]) -> list[dict]:
             entry["stability"] = contrast.gain([b["section"] for _, b in alike], [a["section"] for a, _ in alike])
             found.append(entry)
     return found
-
-
-def _parts(bank: dict) -> tuple[list[dict], list[dict]]:
-    return bank["conditions"], bank["sections"]
 
 
 def _same_l0(a: dict, b: dict) -> bool:

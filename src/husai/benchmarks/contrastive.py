@@ -78,6 +78,11 @@ def local_pairs(data_sets: list[str], rows: int, seed: int) -> Pairs:
     return Pairs("contrastive_local", f"sae-probes, two classes of {len(data_sets)} data sets", found)
 
 
+def drawn(stories: str | None, data_sets: list[str], rows: int, seed: int) -> Pairs:
+    """Published stories where they are named, else local pairs of these data sets, which were checked before."""
+    return published_pairs(stories, rows, seed) if stories else local_pairs(data_sets, rows, seed)
+
+
 def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     """CE-Bench's stories: a hub name (downloaded, or found where it was before), or a local copy of the data set.
 

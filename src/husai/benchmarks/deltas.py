@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from husai.benchmarks import baselines
-from husai.stability.inference import mean_over_seeds_and_sets
+from husai.stability.inference import mean_over_seeds_and_sets, minimum_detectable_difference
 
 K = "5"
 """Features of a probe at which differences are taken, fixed in advance."""
@@ -98,6 +98,12 @@ def paired(of: list[np.ndarray], against: list[np.ndarray], clusters: list[str])
     """The estimate of a mean difference: the first less the first, as far as both go. Seeds of two families are labels,
     so that any pairing is as good; what is only on one side says nothing of the difference."""
     return mean([a - b for a, b in zip(of, against, strict=False)], clusters)
+
+
+def noise(means: list[float]) -> dict:
+    """How far an SAE's mean figure moves between runs of a benchmark that differ in its own seed."""
+    spread = {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": minimum_detectable_difference(means)}
+    return {"means": means} | spread
 
 
 def none(reason: str) -> dict:

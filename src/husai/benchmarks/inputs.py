@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 from husai.benchmarks.cebench_checkout import code_digest
+from husai.runs.cells import Cells
 from husai.runs.files import content_or_name, digest, read_json, sha256_file
 from husai.runs.folder import REPOSITORY
+from husai.runs.phase import PACKAGES, run_phase
 
 
 def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
@@ -26,3 +30,15 @@ def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
         files = [p for v in sorted(named) for p in (path.parent / v, REPOSITORY / v) if p.is_file()]
         args.baseline_map_content = digest([sha256_file(path), *map(sha256_file, files)])
     return flags
+
+
+def run_study(
+    args: argparse.Namespace,
+    name: str,
+    script: str,
+    compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
+    summary: Callable[[dict], str],
+) -> None:
+    """A phase (`runs.phase.run_phase`) of whole banks; where its tasks run changes no result."""
+    apart = ("executor", "ray_address", *count_by_content(args))
+    run_phase(args, name, script, compute, summary, ("subject",), apart, packages=(*PACKAGES, "benchmarks"))

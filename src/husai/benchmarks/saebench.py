@@ -15,7 +15,6 @@ from husai.benchmarks.sae_probes import Settings, Task
 from husai.dictionaries.checkpoints import checkpoint_digest
 from husai.runs.cells import Cells, code_version
 from husai.runs.files import sha256_file, write_bytes
-from husai.stability.inference import minimum_detectable_difference
 from husai.subjects import text
 from husai.training.recovered import cross_entropies, recovered
 
@@ -136,9 +135,7 @@ def noise(probing: Probing, first: dict, runs: list[Figures]) -> dict:
     """How much one SAE's mean AUC moves with the benchmark's own seed."""
     answer = {"label": first["label"], "seeds": [probing.seed, *probing.noise_seeds], "auc": {}}
     for k in map(str, probing.ks):
-        means = [float(np.mean(f[k]["test_auc"])) for f in runs]
-        mdd = minimum_detectable_difference(means)
-        answer["auc"][k] = {"means": means, "sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": mdd}
+        answer["auc"][k] = deltas.noise([float(np.mean(f[k]["test_auc"])) for f in runs])
     return answer
 
 
