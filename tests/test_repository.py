@@ -17,6 +17,7 @@ STEPS = [
     "training",
     "stability",
     "benchmarks",
+    "stress",
     "release",
     "report",
 ]
