@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from husai.benchmarks import conditions, deltas
@@ -17,6 +18,7 @@ from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 from husai.stability import contrast
 from husai.stability.compare import summarise
+from husai.stability.inference import mean_over_seeds_and_sets
 from husai.stability.scores import GAP
 
 NOT_KEPT = {"draws", "q95_of_mean"}
@@ -157,6 +159,13 @@ def decisions(results: dict) -> dict[str, Any]:
         else:
             again["/contrasts"] = conditions.contrasts(results["banks"])
             again["/power_laws"] = conditions.power_laws(rows)
+    elif phase == "transcoder_stress":
+        again["/gain"] = contrast.gain([results["transcoder"]], [results["sae"]])
+        again["/explained_variance"] = {
+            arm: contrast.heldout(results[arm]).to_json() for arm in ("transcoder", "sae")
+        }
+    elif phase == "ood_stress":
+        again["/shifted/drop"] = shift_lost(results["shifted"])
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
@@ -197,6 +206,14 @@ def decisions(results: dict) -> dict[str, Any]:
         seeds = len(confirmation[1]["members"]) if confirmation else 0
         again["/acceptance"] = contrast.acceptance(chosen, found, lost, seeds, results["max_ev_drop"])
     return again
+
+
+def shift_lost(shifted: dict) -> dict:
+    """AUC at `k` that SAEs lose under shift, less what the model itself loses: over seeds and families of data sets."""
+    llm = np.array(shifted["llm"]["id"]) - np.array(shifted["llm"]["ood"])
+    own = [s["test_auc"][shifted["k"]] for s in shifted["saes"]]
+    lost = np.array([s["id"] for s in own]) - np.array([s["ood"] for s in own])
+    return mean_over_seeds_and_sets(lost - llm, shifted["families"]).to_json()
 
 
 def phase_problems(results: Any) -> list[str]:

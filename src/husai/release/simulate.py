@@ -1,0 +1,400 @@
+"""Evidence as it would be if the truth were known: what the gate's error rates and its fuzzer are measured on.
+
+A bundle's raw figures are drawn with stated true effects and noise; all that rests on them is made by the functions
+that make it in a run, so that `recompute.results_problems` finds nothing. Nothing here is about any real SAE.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from husai.benchmarks import baselines, conditions, deltas
+from husai.release import recompute, selection
+from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
+from husai.runs.files import digest, read_json
+from husai.stability import contrast
+from husai.stability.compare import GATED_NULLS, PRIMARY_SCORE, summarise
+from husai.stability.inference import Estimate
+from husai.stability.scores import ALIVE, GAP
+from husai.stress.candidate import block
+
+OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
+"""Gates on pairs of seeds; the others are on seeds and data sets."""
+STUDY_SEEDS, FRESH_SEEDS = (42, 123, 456, 789, 1011), (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
+SETS = {f"set{i:02}": f"family{i * 2 // 3:02}" for i in range(36)}
+CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)]
+D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
+LLM = 0.8
+"""AUC of the model's own probe."""
+VERSIONS = {"sae-bench": "0.6.0", "sae-probes": "0.4.2"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviations of a gated figure's parts, each drawn on its own."""
+
+    seed: float
+    """Of a seed's effect: on each of its pairs, or on each data set."""
+    cell: float
+    """Of what a pair of seeds, or a seed on a data set, has of its own."""
+    family: float = 0.0
+    """Of what the data sets of a family share."""
+    data_set: float = 0.0
+    other: float = 0.0
+    """The other arm (null, control arm, reference, the model itself) varies by itself, this many times as much."""
+
+    def scaled(self, **factors: float) -> Spread:
+        return replace(self, **{name: factor * getattr(self, name) for name, factor in factors.items()})
+
+
+Noise = dict[str, Spread]
+"""Gate -> its noise."""
+
+
+def neutral() -> dict[str, float]:
+    """Gate -> the true value of its figure at which it must not pass: its threshold."""
+    t = Thresholds()
+    at = {"transcoder": t.min_transcoder_delta, "ood": t.max_ood_drop}
+    return dict.fromkeys(GATES, 0.0) | at | {"saebench": t.min_saebench_delta, "cebench": t.min_cebench_delta}
+
+
+def shifted(gate: str, by: float) -> float:
+    """The true value that lies this far on the passing side of the threshold."""
+    return neutral()[gate] + (-by if gate == "ood" else by)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise as it was measured
+
+
+def measured(evidence: Path) -> Noise:
+    """Noise of each gate's figure, from the evidence folders: moments of every section, or matched pair of conditions,
+    with five seeds or more; means of their variances.
+
+    There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifts the probing
+    differences' (both are differences of AUCs that share their data sets).
+    """
+    tiny, control = "phase4a_husai_tiny", "phase4a"
+    found = {
+        "positive_control": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / control)),
+        "stability": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / tiny)),
+        "random_model": _pooled(_of_pairs(s, "random_model") for s in _sections(evidence / tiny)),
+        "saebench": _pooled(_differences(evidence / "saebench_husai_tiny", "families")),
+        "cebench": _pooled(_differences(evidence / "phase4e_cebench_matched200", "clusters")),
+    }
+    found |= {"transcoder": replace(found["stability"], other=1.0), "ood": found["saebench"]}
+    return {gate: found[gate] for gate in GATES}
+
+
+def _sections(folder: Path) -> list[dict]:
+    results = read_json(folder / "results.json", "evidence")
+    return [s for at, s in recompute.studies(results) if len(s["members"]) >= 5 and at == "/husai"]
+
+
+def _of_pairs(section: dict, null: str) -> dict[str, float]:
+    """Variances of seeds and of pairs: a half-diallel table's general and specific effects (Griffing 1956, method 4)."""
+    x = contrast.score_matrix(section, null)
+    s, sums = len(x), x.sum(1)
+    of_seed = sums / (s - 2)  # up to a constant
+    squares = (x**2).sum() / 2 - (sums**2).sum() / (s - 2) + 2 * (x.sum() / 2) ** 2 / ((s - 1) * (s - 2))
+    cell = max(0.0, float(squares) / (s * (s - 3) / 2))
+    return {"seed": max(0.0, float(of_seed.var(ddof=1)) - cell / (s - 2)), "cell": cell}
+
+
+def _differences(folder: Path, axis: str):
+    """Variances of each condition's difference to its reference, by moments of seeds, families, sets, and what is left."""
+    results = read_json(folder / "results.json", "evidence")
+    clusters = np.array(results[axis])
+    figure = (lambda r: r["test_auc"][deltas.K]) if axis == "families" else (lambda r: r["normalised_of_pairs"])
+    for group in deltas.by_condition(results["saes"]).values():
+        match = baselines.matched(group, results["saes"])
+        if len(match.records) == len(group) >= 5:
+            x = np.array([figure(r) for r in group]) - np.array([figure(r) for r in match.records])
+            (s, d), names = x.shape, dict.fromkeys(clusters)
+            left = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+            cell = float((left**2).sum()) / ((s - 1) * (d - 1))
+            of_set = x.mean(0)
+            groups = [of_set[clusters == name] for name in names]
+            within = sum(((g - g.mean()) ** 2).sum() for g in groups) / max(1, d - len(groups))
+            between = float(np.var([g.mean() for g in groups], ddof=1))
+            yield {
+                "seed": max(0.0, float(x.mean(1).var(ddof=1)) - cell / d),
+                "cell": cell,
+                "family": max(0.0, between - float(within) * float(np.mean([1 / len(g) for g in groups]))),
+                "data_set": max(0.0, float(within) - cell / s),
+            }
+
+
+def _pooled(variances) -> Spread:
+    rows = list(variances)
+    return Spread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draws
+
+
+def of_pairs(rng: np.random.Generator, seeds: int, spread: Spread) -> np.ndarray:
+    """Noise `[S, S]` of pairs of seeds: additive effects of both, and the pair's own; symmetric."""
+    a, e = rng.normal(0, 1, seeds) * spread.seed, np.triu(rng.normal(0, 1, (seeds, seeds)), 1) * spread.cell
+    return a[:, None] + a[None, :] + e + e.T
+
+
+def of_sets(rng: np.random.Generator, seeds: int, families: list[str], spread: Spread) -> np.ndarray:
+    """Noise `[S, D]` of seeds on data sets; one family's sets share a part."""
+    names = list(dict.fromkeys(families))
+    shared = (rng.normal(0, 1, len(names)) * spread.family)[[names.index(f) for f in families]]
+    own = rng.normal(0, 1, len(families)) * spread.data_set
+    cells = rng.normal(0, 1, (seeds, len(families))) * spread.cell
+    return rng.normal(0, 1, (seeds, 1)) * spread.seed + shared + own + cells
+
+
+def bundle(
+    effects: dict[str, float], noise: Noise, rng: np.random.Generator, seeds: int = 5, derived: bool = True
+) -> Bundle:
+    """All that the gate reads of a candidate with `seeds` fresh seeds.
+
+    Args:
+        effects: gate -> the true value of its figure. derived: False leaves what rests on the drawn figures as it was
+            before the draw: the gate, which reads raw figures alone, decides alike, and sooner.
+    """
+    files = json.loads(_frame(seeds))
+    bank, shift = files["confirmation"]["bank"], files["ood"]["shifted"]
+
+    def pairs(gate: str, section: dict, below: dict, names: tuple[str, ...]) -> None:
+        spread = noise[gate]
+        arms = 0.4 + effects[gate] + of_pairs(rng, seeds, spread), 0.4 + of_pairs(rng, seeds, spread) * spread.other
+        for (i, j), p, q in zip(combinations(range(seeds), 2), section["pairs"], below["pairs"], strict=True):
+            p["observed"] = _scores(arms[0][i, j])
+            q |= {name: _scores(arms[1][i, j]) for name in names}
+
+    def sets(gate: str, families: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The candidate's figures and the other arm's, `[S, D]` each, without their common level."""
+        spread = noise[gate]
+        own, other = (of_sets(rng, seeds, families, spread) for _ in range(2))
+        return effects[gate] + own, other * spread.other
+
+    for gate, section in (
+        ("positive_control", files["phase4a"]["husai"]),
+        ("stability", bank["sections"][0]),
+    ):
+        pairs(gate, section, section, GATED_NULLS)
+    pairs("random_model", files["random_model"]["section"], files["random_model"]["section"], ("random_model",))
+    pairs("transcoder", files["transcoder"]["transcoder"], files["transcoder"]["sae"], ("observed",))
+    drawn = np.concatenate(sets("saebench", bank["saebench"]["families"]))
+    for record, values in zip(bank["saebench"]["saes"], _shares(0.5 + drawn), strict=True):
+        record["test_auc"][deltas.K] = values
+    drawn = np.concatenate(sets("cebench", bank["cebench"]["clusters"]))
+    for record, values in zip(bank["cebench"]["saes"], _shares(0.5 + drawn), strict=True):
+        record["normalised_of_pairs"] = values
+    lost, itself = sets("ood", shift["families"])
+    shift["llm"]["ood"] = _shares(LLM - 0.05 - itself[0])
+    for sae, values in zip(shift["saes"], _shares(LLM - 0.05 - lost), strict=True):
+        sae["test_auc"][deltas.K]["ood"] = values
+    if derived:
+        _derive(files)
+    sha256 = {label: digest(files[label] if derived else label) for label in MAKES}
+    sha256["selection"] = files["confirmation"]["selection"]["sha256"]
+    on_disk = dict(files["confirmation"]["candidate"]["identities"])
+    return Bundle({label: File(f"{label}.json", sha256[label], files[label]) for label in MAKES}, on_disk)
+
+
+def _scores(value: float) -> dict[str, float]:
+    return dict.fromkeys(ALIVE, float(value)) | {GAP: 0.0}
+
+
+def _shares(values: np.ndarray) -> list:
+    return np.clip(values, 0.0, 1.0).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands around the figures
+
+
+def _sha(*of) -> str:
+    return digest(["simulated", *of])
+
+
+def _facts(family: str) -> dict:
+    facts = {"source": "husai", "subject_digest": _sha("subject"), "hook_name": HOOK, "family": family, "d_in": D_IN}
+    facts |= {"d_sae": D_SAE, "k": K, "learning_rate": 0.003, "tokens": TOKENS, "store_digest": _sha("store")}
+    return facts | {"training": _sha("training"), "control": None}
+
+
+def _record(family: str, seed: int, candidate: bool) -> dict:
+    facts, label = _facts(family), f"{family}_seed{seed}"
+    heldout = {"explained_variance": 0.75 + seed % 7 / 1000, "mse": 0.65, "l0": 16.0, "dead_share": 0.0}
+    core = {"ce_loss_score": 0.95, "ce_loss_with_sae": 3.75, "ce_loss_without_sae": 3.5, "ce_loss_with_ablation": 8.5}
+    core |= {"kl_div_score": 0.95, "kl_div_with_sae": 0.25, "kl_div_with_ablation": 5.0, "tokens": 30_000}
+    about = {"candidate": candidate, "label": label, "condition": f"{family} d{D_SAE} k{K} ({digest(facts)[:6]})"}
+    about |= {"checkpoint_sha256": _sha(label), "identity": _sha("identity", label)}
+    return about | {"facts": facts | {"l0": 16.0, "seed": seed}, "heldout": heldout, "core": core}
+
+
+def _inputs(records: list[dict]) -> dict[str, str]:
+    found = {"subject": _sha("subject"), "held-out activations": _sha("held-out")}
+    return found | {f"checkpoint {r['label']}": r["checkpoint_sha256"] for r in records}
+
+
+def _member(sha256: str, seed: int, heldout: dict, family: str = "topk") -> dict:
+    made = {"seed": seed, "d_sae": D_SAE, "k": K, "learning_rate": 0.003, "order_seed": seed, "family": family}
+    made |= {"assignment_weight": 0.0, "reference": None, "checkpoint": f"checkpoints/{family}_seed{seed}"}
+    return made | {"checkpoint_sha256": sha256, "heldout": heldout, "l0_miss": 0.0, "label": f"seed{seed}"}
+
+
+def _section(members: list[dict], subject: str, hook_name: str, store: str, nulls: tuple[str, ...] = ()) -> dict:
+    present = (*GATED_NULLS, "covariance_matched", *nulls)
+    about = {"subject_digest": subject, "hook_name": hook_name, "store_digest": store, "rows": ROWS, "d_in": D_IN}
+    about |= {"members": members, "effective_rank": 40.0, "over_training": []}
+    moved = Estimate(0.0, -0.001, 0.001, 0.0004, len(members), "simulated").to_json()
+    about["convergence"] = {"from_step": 400, "to_step": 1200, "moved": moved, "converged": True}
+    below = {name: _scores(0.2) for name in present}
+    labels = [m["label"] for m in members]
+    return about | {"pairs": [{"a": a, "b": b, "observed": _scores(0.4)} | below for a, b in combinations(labels, 2)]}
+
+
+def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
+    own, others = ([_record(f, s, f == "topk") for s in seeds] for f in ("topk", "relu"))
+    saes, n, draws = own + others, len(sets), 0.5 + np.random.default_rng(0).normal(0, 0.01, (2, 2 * len(seeds), 1))
+
+    def probed(value: float, ks=("1", deltas.K, "16")) -> dict:
+        means = {k: {m: value for m in ("test_auc", "test_acc", "test_f1", "val_auc")} for k in ks}
+        return {"means": means, "test_auc": {k: [value] * n for k in ks}}
+
+    about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
+    names = ["llm", baselines.pca_name(own[0]["facts"]), *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes)]
+    probing = {"phase": "saebench_custom", **about, "data_sets": list(sets), "families": list(sets.values())}
+    probing |= {"random_seed": 42, "versions": VERSIONS, "controls": []}
+    probing["saes"] = [r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)]
+    probing["baselines"] = {name: probed(0.4, ("llm",)) if name == "llm" else probed(0.4) for name in names}
+    repeats = {k: deltas.noise([0.5, 0.51, 0.49]) for k in ("1", deltas.K, "16")}
+    probing["noise"] = {"label": own[0]["label"], "seeds": [42, 43, 44], "auc": repeats}
+
+    def told(value: float) -> dict:
+        bound = (D_SAE - 1) / D_SAE**0.5
+        means = {s: value * bound for s in ("contrastive", "independence", "interpretability")}
+        given = {"published": means, "corrected": means, "bound": bound, "normalised": value}
+        return given | {"normalised_of_pairs": [value] * len(clusters)}
+
+    stories = {"phase": "cebench_custom", **about, "benchmark": "cebench", "source": "simulated stories"}
+    stories |= {"inputs": about["inputs"] | {"pairs": _sha("pairs")}, "pairs_digest": _sha("pairs")}
+    stories |= {"n_pairs": len(clusters), "stories_cut": 0, "clusters": clusters, "controls": [], "references": []}
+    core = [{k: v for k, v in r.items() if k != "core"} for r in saes]
+    stories["saes"] = [r | told(float(v)) | {"checkout": None} for r, v in zip(core, draws[1, :, 0], strict=True)]
+    stories |= {"untrained": [told(0.3)] * len(saes), "summary_refused": None, "no_reference": None}
+    repeats = deltas.noise([0.5, 0.51, 0.49])
+    stories["noise"] = {"label": own[0]["label"], "seeds": [None, 43, 44], "reason": None} | repeats
+    section = _section([_member(r["checkpoint_sha256"], r["facts"]["seed"], r["heldout"]) for r in own],
+                       _sha("subject"), HOOK, _sha("store"))
+    section = {"family": "topk", "d_sae": D_SAE, "k": K, "budget": TOKENS} | section
+    recipe = {"rows": ROWS, "batch_size": 512, "learning_rate": 0.003, "null_draws": 100, "heldout_rows": 50_000}
+    recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200}
+    found = {"hook_name": HOOK, "store_digest": _sha("store"), "rows": ROWS, "train_rows": ROWS * 4 // 5}
+    found |= {"saebench": probing, "cebench": stories, "inputs": about["inputs"], "saes": saes, "sections": [section]}
+    return json.loads(json.dumps(found | {"recipe": recipe}))  # no list stands twice
+
+
+@cache
+def _frame(seeds: int) -> str:
+    """JSON of every file with constant figures; the selection is made of a study, by the real rules."""
+    study = {"phase": selection.STUDIES[0], "subject": "simulated", "banks": [_bank(STUDY_SEEDS, SETS, CLUSTERS)]}
+    _derive_bank(study["banks"][0])
+    weights = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
+    rules = selection.Rules(weights, require_both_external=True)
+    chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], rules)
+    left = set(chosen["split"]["gate_families"])
+    fresh = list(FRESH_SEEDS[:seeds])
+    sets = {name: family for name, family in SETS.items() if family in left}
+    bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
+    picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
+    own = [r for r in bank["saes"] if r["candidate"]]
+    named, subject = block(own), "simulated"
+    confirmation = {"phase": "candidate_confirmation", "subject": subject, "candidate": named, "bank": bank}
+    confirmation |= {"inputs": bank["inputs"] | {"selection": digest(picked)}}
+    confirmation |= {"paths": {str(s): f"checkpoints/topk_seed{s}" for s in fresh}}
+    confirmation |= {"selection": {"sha256": digest(picked), "id": chosen["selected"]["id"]}}
+
+    extra = {"curve": [0.5, 0.1], "aux_steps": 0}
+    control = [_member(_sha("control", s), s, own[0]["heldout"]) | extra for s in (*STUDY_SEEDS, *fresh)[:seeds]]
+    section = _section(control, _sha("modular addition"), "blocks.0.hook_resid_post", _sha("control store"))
+    section |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
+    section |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}, "control": []}
+    inputs = {"subject": section["subject_digest"], "activation store": section["store_digest"]}
+    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in control}
+    phase4a = {"phase": "4a", "inputs": inputs, "husai": section, "published_figures": {}}
+
+    tested, about = _inputs(own), {"subject": subject, "candidate": named}
+    kept = ("label", "seed", "checkpoint_sha256", "heldout")
+    section = _section([{n: m[n] for n in kept} for m in bank["sections"][0]["members"]], _sha("subject"), HOOK,
+                       _sha("store"), ("random_model",))
+    section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
+    alike = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
+    alike["members"] = [{"seed": s, "checkpoint_sha256": _sha("random", s)} for s in fresh]
+    random_model = {"phase": "random_model_stress", "inputs": tested, **about, "random_model": alike}
+    random_model |= {"shuffled": None, "section": section}
+
+    setting = {"preregistered": True, "hook_in": "blocks.1.hook_mlp_in", "hook_out": "blocks.1.hook_mlp_out"}
+    setting |= {"d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512, "seeds": fresh, "layer": 1}
+    transcoder = {"phase": "transcoder_stress", "inputs": tested, **about}
+    transcoder["setting"] = setting | {"subject_digest": _sha("subject")}
+    for arm, family in (("transcoder", "transcoder"), ("sae", "batchtopk")):
+        members = [_member(_sha(arm, s), s, own[0]["heldout"], family) for s in fresh]
+        transcoder[arm] = _section(members, _sha("subject"), setting["hook_out"], _sha("output store"))
+
+    names, n = [f"shifted {name}" for name in sets], len(sets)
+    shift = {"data_sets": names, "families": list(sets.values()), "k": deltas.K, "random_seed": 42}
+    shift["llm"] = {"id": [LLM] * n, "ood": [LLM] * n}
+    shift["saes"] = [
+        {"identity": r["identity"], "seed": r["facts"]["seed"], "test_auc": {deltas.K: {"id": [LLM] * n, "ood": [LLM] * n}}}
+        for r in own
+    ]
+    ood = {"phase": "ood_stress", "inputs": tested, **about, "rule": {"max_drop": Thresholds().max_ood_drop}}
+    ood |= {"shifted": shift, "families": None, "activations": {}, "versions": VERSIONS, "skipped": {}}
+    files = {"phase4a": phase4a, "selection": picked, "confirmation": confirmation, "random_model": random_model}
+    files |= {"transcoder": transcoder, "ood": ood}
+    _derive(files)
+    return json.dumps(files)
+
+
+def _derive(files: dict) -> None:
+    """Make all again that rests on raw figures."""
+    _derive_bank(files["confirmation"]["bank"])
+    _summarise(files["phase4a"]["husai"])
+    _summarise(files["random_model"]["section"])
+    stress = files["transcoder"]
+    for arm in ("transcoder", "sae"):
+        _summarise(stress[arm])
+    stress["gain"] = contrast.gain([stress["transcoder"]], [stress["sae"]])
+    stress["explained_variance"] = {arm: contrast.heldout(stress[arm]).to_json() for arm in ("transcoder", "sae")}
+    files["ood"]["shifted"]["drop"] = recompute.shift_lost(files["ood"]["shifted"])
+
+
+def _derive_bank(bank: dict) -> None:
+    for section in bank["sections"]:
+        _summarise(section)
+    for record in [*bank["saebench"]["saes"], *bank["saebench"]["baselines"].values()]:
+        for k, values in record["test_auc"].items():
+            record["means"][k]["test_auc"] = float(np.mean(values))
+    for record in bank["cebench"]["saes"]:
+        record["normalised"] = float(np.mean(record["normalised_of_pairs"]))
+        record["corrected"]["interpretability"] = record["normalised"] * record["bound"]
+    bank["saebench"]["conditions"] = deltas.saebench(bank["saebench"])
+    bank["cebench"]["conditions"] = deltas.contrastive(bank["cebench"])
+    bank["conditions"] = conditions.conditions(bank)
+
+
+def _summarise(section: dict) -> None:
+    labels = [m["label"] for m in section["members"]]
+    scored = {
+        (labels.index(p["a"]), labels.index(p["b"])): {
+            name: {"mean": value, "draws": None} for name, value in p.items() if name not in ("a", "b")
+        }
+        for p in section["pairs"]
+    }
+    section["stability"] = summarise(labels, scored, {"shuffled": "not part of this study"})
