@@ -3,6 +3,7 @@ number, NaN or null where a figure belongs is refused, with the place."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,11 @@ Names = Annotated[list[str], Field(min_length=1)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def same(a: float, b: float) -> bool:
+    """Up to rounding."""
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def refusal(error: ValidationError) -> str:
@@ -78,6 +84,15 @@ class Core(Strict):
     kl_div_with_ablation: Number
     tokens: int
 
+    @model_validator(mode="after")
+    def _scores_of_losses(self) -> Core:
+        worst, loss, best = self.ce_loss_with_ablation, self.ce_loss_with_sae, self.ce_loss_without_sae
+        if not same(self.ce_loss_score * (worst - best), worst - loss):
+            raise ValueError("ce_loss_score: the share of the loss between ablation and the model's own expected")
+        if not same(self.kl_div_score * self.kl_div_with_ablation, self.kl_div_with_ablation - self.kl_div_with_sae):
+            raise ValueError("kl_div_score: the share of the divergence under ablation expected")
+        return self
+
 
 class ScoredRecord(Record):
     core: Core
@@ -88,6 +103,15 @@ class Figures(Strict):
     test_auc: dict[str, list[Share]]
     """k -> one a data set."""
     auc_by_validation: Share | None = None
+
+    @model_validator(mode="after")
+    def _own_means(self) -> Figures:
+        for k, values in self.test_auc.items():
+            if not values or not same(self.means.get(k, {}).get("test_auc", math.inf), sum(values) / len(values)):
+                raise ValueError(f"means.{k}.test_auc: the mean of test_auc expected")
+        if self.means.keys() != self.test_auc.keys():
+            raise ValueError("means: of the k of test_auc expected")
+        return self
 
 
 class ProbedRecord(ScoredRecord, Figures):
@@ -101,11 +125,75 @@ class PairScores(Strict):
     normalised: Number
     normalised_of_pairs: list[Number]
 
+    @model_validator(mode="after")
+    def _own_means(self) -> PairScores:
+        values, means = self.normalised_of_pairs, self.corrected.get("interpretability", math.inf)
+        if not values or not same(self.normalised, sum(values) / len(values)):
+            raise ValueError("normalised: the mean of normalised_of_pairs expected")
+        if not same(self.normalised * self.bound, means):
+            raise ValueError("normalised: corrected.interpretability as a share of the bound expected")
+        return self
+
 
 class PairRecord(Record, PairScores):
     """An SAE's contrastive scores."""
 
-    checkout: Any
+    checkout: dict[str, Any] | None
+
+    @model_validator(mode="after")
+    def _own_bound(self) -> PairRecord:
+        n = self.facts.d_sae
+        if not same(self.bound, (n - 1) / n**0.5):
+            raise ValueError(f"bound: the largest z of {n} numbers expected")
+        return self
+
+
+class Repeats(Strict):
+    """An SAE's mean figure at further seeds of the benchmark (`deltas.noise`)."""
+
+    means: Annotated[list[Number], Field(min_length=1)]
+    sd: Number | None
+    minimum_detectable_difference: Number | None
+
+    @model_validator(mode="after")
+    def _own_spread(self) -> Repeats:
+        if self.sd is not None:
+            made = deltas.noise(self.means)
+            there = (self.sd, self.minimum_detectable_difference)
+            if None in there or not all(map(same, there, (made["sd"], made["minimum_detectable_difference"]))):
+                raise ValueError("sd and minimum_detectable_difference: those of the means expected")
+        elif self.minimum_detectable_difference is not None:
+            raise ValueError("minimum_detectable_difference: none without sd expected")
+        return self
+
+
+class ProbingNoise(Strict):
+    label: str
+    seeds: list[int]
+    auc: dict[str, Repeats]
+
+
+class PairNoise(Repeats):
+    label: str
+    seeds: list[int | None]
+    reason: str | None
+
+
+class ProbedControl(Record, Figures):
+    """An SAE of the random-weights model."""
+
+
+class PairControl(Record, PairScores):
+    """An SAE of the random-weights model."""
+
+
+class Reference(Strict):
+    """What is kept of a baseline summary's record."""
+
+    condition: str
+    facts: SeedFacts
+    identity: Sha256
+    normalised_of_pairs: list[Number]
 
 
 class Probing(Strict):
@@ -121,20 +209,22 @@ class Probing(Strict):
     random_seed: int
     versions: dict[str, str]
     saes: list[ProbedRecord]
-    controls: list[Any]
+    controls: list[ProbedControl]
     baselines: dict[str, Figures]
     conditions: list[Any]
     """Made again by the audit."""
-    noise: dict[str, Any]
+    noise: ProbingNoise
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Probing:
         n = len(self.data_sets)
         if len(self.families) != n or len(set(self.data_sets)) != n:
             raise ValueError("data_sets: distinct names, and a family of each, expected")
-        for record in self.saes:
+        for record in [*self.saes, *self.controls]:
             if deltas.K not in record.test_auc or any(len(v) != n for v in record.test_auc.values()):
                 raise ValueError(f"{record.label}: an AUC at k = {deltas.K} of each of {n} data sets expected")
+        if any(len(v) != n for b in self.baselines.values() for v in b.test_auc.values()):
+            raise ValueError(f"baselines: an AUC of each of {n} data sets expected")
         return self
 
 
@@ -153,19 +243,19 @@ class Contrastive(Strict):
     stories_cut: int
     clusters: Names
     saes: list[PairRecord]
-    controls: list[Any]
+    controls: list[PairControl]
     untrained: list[PairScores]
-    references: list[dict[str, Any]]
+    references: list[Reference]
     summary_refused: str | None
     no_reference: str | None
     conditions: list[Any]
-    noise: dict[str, Any]
+    noise: PairNoise
 
     @model_validator(mode="after")
     def _one_a_pair(self) -> Contrastive:
         if len(self.clusters) != self.n_pairs or len(self.untrained) != len(self.saes):
             raise ValueError("a cluster of each pair, and an untrained SAE beside each SAE, expected")
-        for r in [*self.saes, *self.untrained]:
+        for r in [*self.saes, *self.untrained, *self.controls, *self.references]:
             if len(r.normalised_of_pairs) != self.n_pairs:
                 raise ValueError(f"a score of each of {self.n_pairs} pairs expected")
         return self
@@ -190,6 +280,31 @@ class Member(Strict):
     l0_miss: Number
 
 
+class Interval(Strict):
+    """An `inference.Estimate`."""
+
+    estimate: Number
+    low: Number | None
+    high: Number | None
+    standard_error: Number | None
+    n_seeds: int
+    method: str
+    reason: str | None
+
+
+class Snapshot(Strict):
+    step: int
+    mcc: Interval
+    pwmcc: Interval
+
+
+class Convergence(Strict):
+    from_step: int
+    to_step: int
+    moved: Interval
+    converged: bool | None
+
+
 Pairs = Annotated[list[dict[str, str | dict[str, Number]]], Field(min_length=1)]
 """{"a", "b": labels, "observed" and each null: score -> value} of each pair."""
 
@@ -206,8 +321,8 @@ class Section(Strict):
     effective_rank: Number
     stability: dict[str, Any]
     pairs: Pairs
-    over_training: list[Any]
-    convergence: dict[str, Any]
+    over_training: list[Snapshot]
+    convergence: Convergence
 
     @model_validator(mode="after")
     def _own_labels(self) -> Section:
@@ -217,6 +332,35 @@ class Section(Strict):
         if labels != [f"seed{m.seed}" for m in self.members]:
             raise ValueError("members: a label seed<seed> of each expected")
         return self
+
+
+class ControlMember(Member):
+    curve: list[Number]
+    aux_steps: int
+
+
+class ControlSection(Section):
+    """The study of phase 4a, trained there."""
+
+    members: Annotated[list[ControlMember], Field(min_length=1)]
+    curve_steps: list[int]
+    snapshot_steps: list[int]
+    spectral_groups: list[int]
+    histogram_bins: list[Number]
+    histograms: dict[str, list[int]]
+    control: list[dict[str, Any]] | None = None
+    """SAEs of shuffled activations."""
+
+
+class PositiveControl(Strict):
+    """Results of `run_phase4a_reproduction.py` on modular addition."""
+
+    phase: Literal["4a"]
+    inputs: dict[str, Sha256]
+    husai: ControlSection
+    published: dict[str, Any] | None = None
+    """The earlier study's setting."""
+    published_figures: dict[str, Any]
 
 
 class ConditionSection(Section):

@@ -16,11 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from husai.benchmarks import baselines, deltas
 from husai.release.evidence import (
+    Bank,
     Confirmation,
     OODStress,
     OwnSection,
     Pairs,
+    PositiveControl,
     RandomModelStress,
+    Record,
     Section,
     Selection,
     Strict,
@@ -55,6 +58,7 @@ MAKES = {
 """Evidence -> the script that makes it."""
 MINIMUM_FAMILIES = 3
 """Of data sets, for a figure that speaks of others."""
+PAIRS = TypeAdapter(Pairs)
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,14 @@ class _Candidate:
         _require(len(sections) == 1, "one condition, confirmed, expected")
         _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
         _about(sections[0], facts)
+        _own_training(sections[0])
+        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}
+        _require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
+        _one_account(found.bank)
+        _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
+        recipe, subjects = found.bank.recipe.model_dump(), {found.subject, chosen.selected.get("subject")}
+        _require(recipe == chosen.selected.get("recipe"), "it was trained by another recipe than the selected one")
+        _require(len(subjects) == 1, "its subject has another name than at selection")
         _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
         _require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
         _require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
@@ -313,6 +325,35 @@ class _Candidate:
         _require(binding == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
 
 
+def _own_training(section: Section) -> None:
+    alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
+    _require(alone, "SAEs that were pulled to a common reference are not independent")
+
+
+def _one_account(bank: Bank) -> None:
+    """Each SAE of a bank has one record, which its benchmarks repeat, and the inputs are the SAEs'."""
+    saes = {r.identity: _kept(r) for r in bank.saes}
+    _require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
+    inputs = {n: bank.inputs.get(n) for n in ("subject", "held-out activations")}
+    inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in bank.saes}
+    _require(bank.inputs == inputs, "its bank's inputs are not its subject, activations and checkpoints")
+    for name, part in (("SAEBench", bank.saebench), ("CE-Bench", bank.cebench)):
+        if part is not None:
+            controls = {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls}
+            more = {"pairs": part.pairs_digest} if name == "CE-Bench" else {}
+            _require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
+            _require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
+            _require(part.inputs == inputs | controls | more, f"{name} has other inputs than its bank")
+    if bank.saebench is not None:
+        cores = {r.identity: r.core for r in bank.saes}
+        _require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
+    _require(all(s.rows == bank.rows for s in bank.sections), "its stability is of other rows than its bank")
+
+
+def _kept(record: Record) -> dict:
+    return {name: getattr(record, name) for name in Record.model_fields}
+
+
 def _members(section: Section | OwnSection) -> dict[str, str]:
     return {str(m.seed): m.checkpoint_sha256 for m in section.members}
 
@@ -326,7 +367,7 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
     """The excess of mcc_alive over each null, from the pairs; every pair of seeds once."""
     labels = section["stability"]["labels"]
     _require(len(labels) >= MINIMUM_SEEDS, f"{len(labels)} seeds; at least {MINIMUM_SEEDS} expected")
-    pairs = TypeAdapter(Pairs).validate_python(section["pairs"], strict=True)
+    pairs = PAIRS.validate_python(section["pairs"], strict=True)
     named = [frozenset((p["a"], p["b"])) for p in pairs]
     _require(
         sorted(map(sorted, named)) == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected"
@@ -340,14 +381,17 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
 
 
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
-    results = _whole(bundle, "phase4a").results
-    _require(results.get("phase") == "4a", "these are no results of phase 4a")
-    section = results["husai"]
-    _require("random_model" not in section, "phase 4a of a language model is no positive control")
+    found = _read(bundle, "phase4a", PositiveControl)
+    section, members = found.husai, _members(found.husai)
     subject = candidate.own.facts.subject_digest if candidate.block() else None
-    _require(section["subject_digest"] != subject, "phase 4a is of the candidate's own subject: no positive control")
-    estimates = _excess(section, level, GATED_NULLS)
-    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(section["members"]))
+    _require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
+    inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
+    inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
+    _require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
+    _require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
+    _own_training(section)
+    estimates = _excess(section.model_dump(), level, GATED_NULLS)
+    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(members))
 
 
 def _stability(candidate: _Candidate, level: float) -> _Shown:
@@ -432,6 +476,10 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
     _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
     _versions(c, probing.versions)
+    _require(c.cohort["probing_seed"] in (None, probing.random_seed), "SAEBench was run with another seed than at selection")
+    of = dict(zip(probing.data_sets, probing.families, strict=True))
+    strange = [n for n in c.split.gate_data_sets if of[n] not in c.split.gate_families]
+    _require(not strange, f"SAEBench: {', '.join(strange[:3])}: of a family that selection did not leave")
     keep = [i for i, f in enumerate(probing.families) if f not in c.split.selection_families]
     families = [probing.families[i] for i in keep]
     _families(families)
@@ -451,12 +499,11 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
         "CE-Bench was run on another subject or hook",
     )
     _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
-    _require(pairs.pairs_digest == pairs.inputs.get("pairs"), "CE-Bench: its pairs are not those of its inputs")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.split.selection_families]
     clusters = [pairs.clusters[i] for i in keep]
     _families(clusters)
     own = [r.model_dump() for r in pairs.saes]
-    records = own + pairs.references
+    records = own + [r.model_dump() for r in pairs.references]
     values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in records}
     estimate, reference = _against_reference(c, records, values, clusters, level)
     _require(
@@ -495,5 +542,5 @@ def _families(families: list[str]) -> None:
 
 
 def _versions(c: _Candidate, versions: dict[str, str]) -> None:
-    expected = c.cohort.get("versions")
+    expected = c.cohort["versions"]
     _require(expected is None or versions == expected, "other versions of the benchmark's packages than at selection")
