@@ -27,8 +27,14 @@ OF_FILE = {
     "ood": ("ood",),
 }
 """File -> the gates that rest on it."""
-INFORMATIONAL: dict[str, str] = {}
+INFORMATIONAL = {
+    r"(random_model|transcoder|ood)/inputs/held-out activations": "of no figure; a stress test takes rows of its own",
+    r"ood/rule/.*": "the rule that counts is the gate's own",
+    r"ood/shifted/(data_sets|families)/\d+": "names; renamed alike they change no figure, and merged ones do",
+}
 """Places (patterns) whose values nobody decides by -> why. What stands there may be edited, and nothing more."""
+OPEN = {r"ood/(rule|activations|skipped|families)(/.*)?": "notes of the run, whatever they hold"}
+"""Places whose very shape is free -> why."""
 FEW = 3
 """Items of a list that are tried."""
 
@@ -137,6 +143,8 @@ def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
     for label, file in bundle.files.items():
         for at in places(file.results):
             place = "/".join((label, *map(str, at)))
+            if _any(OPEN, place):
+                continue
             value = _at(file.results, at)
             named = isinstance(at[-1], str)
 
@@ -147,7 +155,7 @@ def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
 
             for kind, damage in VALUES.items():
                 new = damage(value, rng)
-                if new is not NOTHING and not (kind == "edited" and informational(place)):
+                if new is not NOTHING and not (kind == "edited" and _any(INFORMATIONAL, place)):
                     yield case(kind, lambda parent, key, new=new: parent.__setitem__(key, new))
             if named:
                 yield case("key removed", lambda parent, key: parent.pop(key))
@@ -160,5 +168,109 @@ def _at(value: Any, at: tuple) -> Any:
     return value
 
 
-def informational(place: str) -> bool:
-    return any(re.fullmatch(pattern, place) for pattern in INFORMATIONAL)
+def _any(patterns: dict[str, str], place: str) -> bool:
+    return any(re.fullmatch(pattern, place) for pattern in patterns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds together by itself, and belongs to another candidate, or to none
+
+
+def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
+    """Damage that no single value shows.
+
+    Args:
+        others: bundles that pass by themselves, of other seeds: their files are put in the place of this one's.
+    """
+
+    def case(kind: str, label: str, gates: tuple[str, ...], **changes) -> Case:
+        files = bundle.files | ({label: changes["file"]} if "file" in changes else {})
+        there = Bundle(files, changes.get("on_disk", bundle.on_disk))
+        given = {n: changes[n] for n in ("thresholds", "waived") if n in changes}
+        return Case(kind, label, there, gates, **given)
+
+    for label, gates in OF_FILE.items():
+        file = bundle.files[label]
+        yield case("file not given", label, gates, file=None)
+        yield case("file unreadable", label, gates, file=replace(file, results=None, problems=["unreadable"]))
+        yield case("no digest", label, gates, file=replace(file, sha256=None))
+        for other in others:
+            if label != "phase4a":
+                yield case("another candidate's file", label, gates, file=other.files[label])
+        for what, old, new in _replacements(bundle, label):
+            results = json.loads(json.dumps(file.results).replace(old, new))
+            if results != file.results:
+                yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label, new])))
+        for what, results in _swaps(file.results, label):
+            yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
+    stale = replace(bundle.files["selection"], sha256=digest("another selection"))
+    yield case("stale selection", "selection", OF_FILE["selection"], file=stale)
+    for seed in bundle.on_disk:
+        for what, there in (("absent", None), ("another", digest("another checkpoint"))):
+            disk = bundle.on_disk | {seed: there}
+            yield case(f"checkpoint {what} on disk", "confirmation", OF_FILE["confirmation"], on_disk=disk)
+    for gate in GATES:
+        yield case("waived", "", (), waived=(gate,))
+    registered = Thresholds()
+    for name, value in vars(registered).items():
+        loose = value - 0.01 if name.startswith("min") else value + 0.01
+        yield case("looser threshold", "", (), thresholds=replace(registered, **{name: loose}))
+
+
+def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
+    """(kind, text, other text) of what one file says throughout."""
+    facts = bundle.files["confirmation"].results["candidate"]["facts"]
+    other = digest("another")
+    if label == "phase4a":
+        own = bundle.files["phase4a"].results["husai"]["subject_digest"]
+        yield "the candidate's own subject", own, facts["subject_digest"]
+        return
+    yield "another subject", facts["subject_digest"], other
+    if label != "ood":
+        yield "another hook", f'"{facts["hook_name"]}"', '"blocks.3.hook_resid_pre"'
+        yield "another width", f'"d_sae": {facts["d_sae"]}', '"d_sae": 1024'
+    if label != "transcoder":
+        yield "another store", facts["store_digest"], other
+        yield "another recipe", facts["training"], other
+    for sha in bundle.files["confirmation"].results["candidate"]["checkpoints"].values():
+        yield "another checkpoint", sha, other
+    if label in ("confirmation", "ood"):
+        yield "another version", '"sae-probes": "0.4.2"', '"sae-probes": "0.4.1"'
+    if label == "confirmation":
+        sets = bundle.files["confirmation"].results["bank"]["saebench"]
+        yield "another data set", f'"{sets["data_sets"][0]}"', '"set99"'
+        yield "a family that selection read", f'"{sets["families"][0]}"', f'"{_read_family(bundle)}"'
+        yield "local pairs", '"benchmark": "cebench"', '"benchmark": "contrastive_local"'
+
+
+def _read_family(bundle: Bundle) -> str:
+    return bundle.files["selection"].results["split"]["selection_families"][0]
+
+
+def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
+    """(kind, results) with two SAEs in each other's places, or a pair of seeds counted twice."""
+    if label == "confirmation":
+        for owner in ((), ("saebench",), ("cebench",)):
+            for kind, i, j in (("seeds swapped", 0, 1), ("swapped with the reference", 0, -1)):
+                for name in ("identity", "checkpoint_sha256", "facts", "heldout"):
+                    new = copy.deepcopy(results)
+                    saes = _at(new["bank"], owner)["saes"]
+                    if saes[i][name] != saes[j][name]:
+                        saes[i][name], saes[j][name] = saes[j][name], saes[i][name]
+                        yield kind, new
+    for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
+        new = changed(results, at, lambda parent, key: parent.__setitem__(key, [*parent[key][:-1], parent[key][0]]))
+        yield "duplicate pair", new
+        first = {"a": results_label(results, at, "b"), "b": results_label(results, at, "b")}
+        yield (
+            "a seed paired with itself",
+            changed(
+                results,
+                at,
+                lambda parent, key, first=first: parent.__setitem__(key, [parent[key][0] | first, *parent[key][1:]]),
+            ),
+        )
+
+
+def results_label(results: dict, at: tuple, name: str) -> str:
+    return _at(results, at)[0][name]

@@ -306,7 +306,8 @@ class _Candidate:
             _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
             _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
         self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
-        self.split, self.cohort, self.records = chosen.split, chosen.cohort, records
+        self.split, self.cohort, self.subject = chosen.split, chosen.cohort, found.subject
+        self.labels = {str(r["facts"]["seed"]): f"checkpoint {r['label']}" for r in records}
 
     def known(self) -> _Candidate:
         """The candidate, or what is wrong with it.
@@ -321,8 +322,15 @@ class _Candidate:
     def block(self) -> dict | None:
         return None if self._reason is not None else self.own.model_dump()
 
-    def is_that_of(self, binding, script: str) -> None:
-        _require(binding == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+    def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
+        _require(found.candidate == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+        named = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
+        named |= {"subject": self.facts["subject_digest"]}
+        _require(found.subject == self.subject, f"{script}: its subject has another name")
+        _require(
+            named.items() <= found.inputs.items(), f"{script}: its inputs are not the candidate's SAEs and subject"
+        )
+        _require("held-out activations" in found.inputs, f"{script}: its inputs name no activations")
 
 
 def _own_training(section: Section) -> None:
@@ -403,7 +411,7 @@ def _stability(candidate: _Candidate, level: float) -> _Shown:
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
     c, found = candidate.known(), _read(bundle, "random_model", RandomModelStress)
     script = MAKES["random_model"]
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     _require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c.facts)
     _require(
@@ -423,7 +431,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     c, found = candidate.known(), _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
     _require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     _require(setting.preregistered, f"{script}: another setting than the candidate's own was tried")
     expected = {n: c.facts[n] for n in ("d_sae", "k", "tokens", "subject_digest")}
     _require(
@@ -451,12 +459,13 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
 def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> _Shown:
     c, found = candidate.known(), _read(bundle, "ood", OODStress)
     script, shifted = MAKES["ood"], found.shifted
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     identities = {str(s.seed): s.identity for s in shifted.saes}
     _require(
         identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs"
     )
     _require(shifted.k == deltas.K, f"{script}: k = {deltas.K} expected")
+    _seed(c, shifted.random_seed)
     _families(shifted.families)
     _versions(c, found.versions)
     llm = np.array(shifted.llm.id) - np.array(shifted.llm.ood)
@@ -476,7 +485,7 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
     _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
     _versions(c, probing.versions)
-    _require(c.cohort["probing_seed"] in (None, probing.random_seed), "SAEBench was run with another seed than at selection")
+    _seed(c, probing.random_seed)
     of = dict(zip(probing.data_sets, probing.families, strict=True))
     strange = [n for n in c.split.gate_data_sets if of[n] not in c.split.gate_families]
     _require(not strange, f"SAEBench: {', '.join(strange[:3])}: of a family that selection did not leave")
@@ -539,6 +548,10 @@ def _against_reference(
 def _families(families: list[str]) -> None:
     n = len(set(families))
     _require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
+
+
+def _seed(c: _Candidate, seed: int) -> None:
+    _require(c.cohort["probing_seed"] in (None, seed), "another seed of the probing than at selection")
 
 
 def _versions(c: _Candidate, versions: dict[str, str]) -> None:

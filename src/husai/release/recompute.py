@@ -161,9 +161,7 @@ def decisions(results: dict) -> dict[str, Any]:
             again["/power_laws"] = conditions.power_laws(rows)
     elif phase == "transcoder_stress":
         again["/gain"] = contrast.gain([results["transcoder"]], [results["sae"]])
-        again["/explained_variance"] = {
-            arm: contrast.heldout(results[arm]).to_json() for arm in ("transcoder", "sae")
-        }
+        again["/explained_variance"] = {arm: contrast.heldout(results[arm]).to_json() for arm in ("transcoder", "sae")}
     elif phase == "ood_stress":
         again["/shifted/drop"] = shift_lost(results["shifted"])
     for at, study in studies(results):

@@ -136,6 +136,22 @@ def _pooled(variances) -> Spread:
     return Spread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
 
 
+def standard_error(gate: str, spread: Spread, seeds: int = 5) -> float:
+    """Of a gate's figure in a bundle with this noise: the unit in which effects are stated."""
+    arms = 1 + spread.other**2
+    if gate in OF_PAIRS:
+        return float(np.sqrt(arms * (4 * spread.seed**2 / seeds + spread.cell**2 / (seeds * (seeds - 1) / 2))))
+    bank = json.loads(_frame(seeds))["confirmation"]["bank"]
+    families = bank["cebench"]["clusters"] if gate == "cebench" else bank["saebench"]["families"]
+    counts, d = np.array([families.count(f) for f in dict.fromkeys(families)]), len(families)
+    of_sets = spread.family**2 * (counts**2).sum() / d**2 + spread.data_set**2 / d
+    of_seeds = spread.seed**2 / seeds + spread.cell**2 / (seeds * d)
+    if gate == "ood":  # the model itself has no seeds
+        itself = spread.other**2 * (of_sets + spread.seed**2 + spread.cell**2 / d)
+        return float(np.sqrt(of_sets + of_seeds + itself))
+    return float(np.sqrt(arms * (of_sets + of_seeds)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Draws
 
@@ -268,10 +284,16 @@ def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
         return {"means": means, "test_auc": {k: [value] * n for k in ks}}
 
     about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
-    names = ["llm", baselines.pca_name(own[0]["facts"]), *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes)]
+    names = [
+        "llm",
+        baselines.pca_name(own[0]["facts"]),
+        *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes),
+    ]
     probing = {"phase": "saebench_custom", **about, "data_sets": list(sets), "families": list(sets.values())}
     probing |= {"random_seed": 42, "versions": VERSIONS, "controls": []}
-    probing["saes"] = [r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)]
+    probing["saes"] = [
+        r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)
+    ]
     probing["baselines"] = {name: probed(0.4, ("llm",)) if name == "llm" else probed(0.4) for name in names}
     repeats = {k: deltas.noise([0.5, 0.51, 0.49]) for k in ("1", deltas.K, "16")}
     probing["noise"] = {"label": own[0]["label"], "seeds": [42, 43, 44], "auc": repeats}
@@ -290,8 +312,12 @@ def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
     stories |= {"untrained": [told(0.3)] * len(saes), "summary_refused": None, "no_reference": None}
     repeats = deltas.noise([0.5, 0.51, 0.49])
     stories["noise"] = {"label": own[0]["label"], "seeds": [None, 43, 44], "reason": None} | repeats
-    section = _section([_member(r["checkpoint_sha256"], r["facts"]["seed"], r["heldout"]) for r in own],
-                       _sha("subject"), HOOK, _sha("store"))
+    section = _section(
+        [_member(r["checkpoint_sha256"], r["facts"]["seed"], r["heldout"]) for r in own],
+        _sha("subject"),
+        HOOK,
+        _sha("store"),
+    )
     section = {"family": "topk", "d_sae": D_SAE, "k": K, "budget": TOKENS} | section
     recipe = {"rows": ROWS, "batch_size": 512, "learning_rate": 0.003, "null_draws": 100, "heldout_rows": 50_000}
     recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200}
@@ -331,8 +357,13 @@ def _frame(seeds: int) -> str:
 
     tested, about = _inputs(own), {"subject": subject, "candidate": named}
     kept = ("label", "seed", "checkpoint_sha256", "heldout")
-    section = _section([{n: m[n] for n in kept} for m in bank["sections"][0]["members"]], _sha("subject"), HOOK,
-                       _sha("store"), ("random_model",))
+    section = _section(
+        [{n: m[n] for n in kept} for m in bank["sections"][0]["members"]],
+        _sha("subject"),
+        HOOK,
+        _sha("store"),
+        ("random_model",),
+    )
     section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
     alike = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
     alike["members"] = [{"seed": s, "checkpoint_sha256": _sha("random", s)} for s in fresh]
@@ -351,7 +382,11 @@ def _frame(seeds: int) -> str:
     shift = {"data_sets": names, "families": list(sets.values()), "k": deltas.K, "random_seed": 42}
     shift["llm"] = {"id": [LLM] * n, "ood": [LLM] * n}
     shift["saes"] = [
-        {"identity": r["identity"], "seed": r["facts"]["seed"], "test_auc": {deltas.K: {"id": [LLM] * n, "ood": [LLM] * n}}}
+        {
+            "identity": r["identity"],
+            "seed": r["facts"]["seed"],
+            "test_auc": {deltas.K: {"id": [LLM] * n, "ood": [LLM] * n}},
+        }
         for r in own
     ]
     ood = {"phase": "ood_stress", "inputs": tested, **about, "rule": {"max_drop": Thresholds().max_ood_drop}}
