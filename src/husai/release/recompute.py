@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from husai.benchmarks import conditions, deltas
-from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
@@ -211,6 +211,19 @@ def phase_problems(results: Any) -> list[str]:
         ]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
+
+
+def resolve(value: Any, pointer: str) -> Any:
+    """The value at an RFC 6901 pointer (LookupError where there is none)."""
+    for token in pointer.split("/")[1:]:
+        token = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", token) and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
+    return value
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:
