@@ -142,9 +142,12 @@ def training_store(
         rows: of the store; None: as many as the store has that lies there.
 
     Raises:
-        BadInput: it is not there and `rows` is not given, or what is there or harvested has another digest.
+        BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
+            trained on a control, not on what the subject computes.
     """
-    wanted = tested.saes[0].facts["store_digest"]
+    wanted, control = (tested.saes[0].facts[name] for name in ("store_digest", "control"))
+    if control is not None:
+        raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:

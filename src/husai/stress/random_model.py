@@ -1,5 +1,5 @@
-"""What a meaningless subject scores: SAEs trained like the candidate's on the random-weights control of its subject, and
-on its activations with their coordinates shuffled across rows."""
+"""What a meaningless subject scores: SAEs trained like the candidate's on the random-weights control of its subject,
+and on its activations with their coordinates shuffled across rows."""
 
 from __future__ import annotations
 
@@ -70,6 +70,38 @@ def own_dictionaries(tested: Tested) -> tuple[list[Dictionary], dict[str, str]]:
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders], {}
     return _brought(tested.saes, tested.store), {"untrained": "the SAEs' untrained states are not beside them"}
+
+
+def section_of(
+    cells: Cells,
+    tested: Tested,
+    store: ActivationStore,
+    random_model: Arm,
+    shuffled: Arm | None,
+    draws: int,
+    threads: int,
+) -> dict:
+    """The stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed: {"members":
+    [{label, seed, checkpoint_sha256, heldout}], **`study.compare_all`}.
+
+    Args:
+        store: whose principal components the spectral null is drawn in.
+    """
+    dictionaries, missing = own_dictionaries(tested)
+    if shuffled is None:
+        missing["shuffled"] = "the SAEs were not trained here"
+    members = [
+        {
+            "label": c.label if c.facts["seed"] is None else f"seed{c.facts['seed']}",
+            "seed": c.facts["seed"],
+            "checkpoint_sha256": c.sha256,
+            "heldout": c.heldout,
+        }
+        for c in tested.saes
+    ]
+    controls = (shuffled and shuffled.dictionaries, draws, threads, missing, random_model.dictionaries)
+    found = study.compare_all(cells, store, [m["label"] for m in members], dictionaries, *controls)
+    return {"members": members, **found}
 
 
 def _brought(saes: list[candidates.Candidate], store: ActivationStore) -> list[Dictionary]:
