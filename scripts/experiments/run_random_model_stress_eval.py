@@ -134,12 +134,15 @@ def summary(results: dict) -> str:
 def heldout(results: dict) -> list[list[str]]:
     """A row an arm: held-out figures, means over seeds with intervals."""
     from husai.report.text import interval
-    from husai.stability import contrast
+    from husai.stability.inference import mean_over_seeds
 
     arms = {"the candidate": results["section"], "the random-weights model": results["random_model"]}
     arms |= {"shuffled coordinates": results["shuffled"]} if results["shuffled"] else {}
-    figures = ("explained_variance", "l0", "dead_share")
-    return [[name, *(interval(contrast.heldout(arm, f).to_json()) for f in figures)] for name, arm in arms.items()]
+
+    def over_seeds(arm: dict, figure: str) -> str:
+        return interval(mean_over_seeds([m["heldout"][figure] for m in arm["members"]]).to_json())
+
+    return [[name, *(over_seeds(a, f) for f in ("explained_variance", "l0", "dead_share"))] for name, a in arms.items()]
 
 
 if __name__ == "__main__":

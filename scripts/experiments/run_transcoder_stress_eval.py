@@ -115,7 +115,7 @@ def draw(results: dict, arms: dict, output_dir: Path) -> list[Path]:
 
 def summary(results: dict) -> str:
     from husai.report.text import at_rest, gain_sentence, interval, table
-    from husai.stability import contrast
+    from husai.stability.inference import mean_over_seeds
 
     s, verdict = results["setting"], results["verdict"]
     names = {"transcoder": "transcoders", "sae": "SAEs of the output"}
@@ -131,7 +131,10 @@ def summary(results: dict) -> str:
                 section["stability"]["verdict"]["outcome"],
                 at_rest(section["convergence"]),
                 interval(results["explained_variance"][arm]),
-                *(interval(contrast.heldout(section, f).to_json()) for f in ("l0", "dead_share")),
+                *(
+                    interval(mean_over_seeds([m["heldout"][f] for m in section["members"]]).to_json())
+                    for f in ("l0", "dead_share")
+                ),
             ]
         )
     header = ["", "`mcc_alive`", "excess over isotropic", "over untrained", "over spectral", "outcome", "at rest"]

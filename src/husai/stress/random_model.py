@@ -49,6 +49,14 @@ def verdict(section: dict) -> dict:
     return {"outcome": "does not hold", "reason": reason}
 
 
+def decisions(results: dict) -> dict:
+    """The verdict, and of which SAEs it speaks, from the section: place in the results -> value."""
+    members = results["section"]["members"]
+    seeds = [str(i if m["seed"] is None else m["seed"]) for i, m in enumerate(members)]
+    own = dict(zip(seeds, (m["checkpoint_sha256"] for m in members), strict=True))
+    return {"/verdict": verdict(results["section"]), "/candidate/checkpoints": own}
+
+
 def grid_of(tested: Tested) -> list[Member]:
     """What it takes to train the candidate's SAEs again, one member each, in order of seeds.
 
