@@ -130,9 +130,11 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert str(tmp_path) not in json.dumps(results)
     assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
 
+    assert results["gain"] == contrast.gain([section], [random])
     assert problems(results) == []
     for change, reason in (
         (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome is"),
+        (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low is"),
         (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 is"),
         (lambda r: r["section"]["pairs"][0]["random_model"].update(mcc_alive=0.0), "excess/random_model"),
     ):
@@ -146,7 +148,7 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
         return {p.name: p.stat().st_mtime_ns for p in found if not p.name.startswith("random_model_stress")}
 
     before = parts()
-    assert len(before) == 2 + 10
+    assert len(before) == 2 + 20
     next((tmp_path / "out" / "cells").glob("random_model_stress-*.json")).unlink()
     assert stress(RANDOM_MODEL, structured, saes) == results
     assert parts() == before
@@ -185,6 +187,7 @@ def test_saes_trained_elsewhere_need_brought_controls(stress, refused, train, st
     results = stress(RANDOM_MODEL, structured, foreign, "--random-model-checkpoint", alike)
     assert results["verdict"]["outcome"] == "holds"
     assert set(results["section"]["stability"]["missing_nulls"]) == {"untrained", "shuffled"}
+    assert results["gain"] is None
     assert problems(results) == []
 
 
@@ -228,7 +231,14 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
         change(changed)
         assert any(reason in p for p in problems(changed)), problems(changed)
 
-    other = stress(TRANSCODER, structured, saes, "--k", 3)
+    # As a confirmed candidate, with a sparsity of one's own.
+    paths = {
+        m: str(folder) for m, folder in zip(results["candidate"]["checkpoints"], sorted(saes.iterdir()), strict=True)
+    }
+    confirmed = {"candidate": results["candidate"], "subject": str(structured), "paths": paths}
+    (tmp_path / "confirmed.json").write_text(json.dumps(confirmed))
+    other = stress(TRANSCODER, None, None, "--candidate", tmp_path / "confirmed.json", "--k", 3)
+    assert other["candidate"] == results["candidate"]
     assert other["setting"]["k"] == 3
     assert not other["setting"]["preregistered"]
     assert other["verdict"] == {

@@ -67,8 +67,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     else:
         store, control, shuffled = random_model.trained_arms(cells, tested, *here)
     section = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
+    labels = section["stability"]["labels"]
 
-    arms = {"random_model": control.results, "shuffled": shuffled and shuffled.results}
+    arms = {"random_model": random_model.control_of(cells, control, labels, args.null_draws, args.threads)}
+    arms["shuffled"] = shuffled and shuffled.results
     inputs = tested.inputs() | {"activation store": store.digest}
     for name, arm in arms.items():
         if arm:
@@ -76,7 +78,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             inputs |= {f"{name}: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(arm["members"], 1)}
     results = {"phase": "random_model_stress", "inputs": inputs, "subject": tested.subject.name}
     results |= {"candidate": tested.block, **arms, "section": study.brief(section)}
-    results["verdict"] = random_model.verdict(section)
+    results |= {"gain": random_model.gain(section, arms["random_model"]), "verdict": random_model.verdict(section)}
     made = [m for arm in arms.values() if arm for m in arm["members"] if m["checkpoint"]]
     return results, [*draw(section, args.output_dir), *study.checkpoint_files(cells, made)]
 
@@ -100,7 +102,7 @@ def draw(section: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import gain_sentence, interval, table
 
     section, verdict = results["section"], results["verdict"]
     scores = section["stability"]["scores"]
@@ -122,6 +124,12 @@ def summary(results: dict) -> str:
             rows.append([f"`{name}`", interval(score["observed"]), null, f"{value['mean']:.4f}", over])
     lines += table(["score", "candidate", "against", "its mean", "excess"], rows)
     lines += ["", *table(["SAEs of", "held-out explained variance", "L0", "dead features"], heldout(results)), ""]
+    if results["gain"]:
+        lines += [
+            f"Beyond the nulls of each subject's own activations (reported; the rule does not read it): "
+            f"{gain_sentence(results['gain'])}.",
+            "",
+        ]
     lines += [f"Not computed: {null} ({why})." for null, why in section["stability"]["missing_nulls"].items()]
     lines += [
         "The random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. "

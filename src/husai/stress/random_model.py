@@ -15,8 +15,9 @@ from husai.benchmarks import candidates
 from husai.benchmarks.baselines import same_l0
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import study
-from husai.stability.compare import MINIMUM_SEEDS, PRIMARY_SCORE, Dictionary
+from husai.stability import contrast, study
+from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS, PRIMARY_SCORE, Dictionary
+from husai.stability.scores import ALIVE
 from husai.stress.candidate import Tested, training_store
 from husai.training.grid import SNAPSHOTS, train_or_find
 from husai.training.stack import Member
@@ -29,6 +30,8 @@ ALIKE = ("family", "d_sae", "k", "learning_rate", "tokens", "training")
 class Arm:
     """SAEs of a meaningless subject, one for each of the candidate's, in its order."""
 
+    store: ActivationStore
+    """Whose principal components its own spectral null is drawn in."""
     dictionaries: list[Dictionary]
     results: dict
     """{"subject_digest", "store_digest", "members": [{seed, checkpoint: its folder below the output folder, None where
@@ -54,7 +57,17 @@ def decisions(results: dict) -> dict:
     members = results["section"]["members"]
     seeds = [str(i if m["seed"] is None else m["seed"]) for i, m in enumerate(members)]
     own = dict(zip(seeds, (m["checkpoint_sha256"] for m in members), strict=True))
-    return {"/verdict": verdict(results["section"]), "/candidate/checkpoints": own}
+    again = {"/verdict": verdict(results["section"]), "/candidate/checkpoints": own}
+    return again | {"/gain": gain(results["section"], results["random_model"])}
+
+
+def gain(section: dict, control: dict) -> dict | None:
+    """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs
+    (`stability.contrast.gain`); None where a required null is missing. Reported, for activations of a lower rank give
+    a higher `mcc_alive` whatever they mean."""
+    if any(null in s["stability"]["missing_nulls"] for s in (section, control) for null in GATED_NULLS):
+        return None
+    return contrast.gain([section], [control])
 
 
 def grid_of(tested: Tested) -> list[Member]:
@@ -112,6 +125,20 @@ def section_of(
     return {"members": members, **found}
 
 
+def control_of(cells: Cells, random_model: Arm, labels: list[str], draws: int, threads: int) -> dict:
+    """The results of the random-weights subject's SAEs, with a study of their own: `stability` and `pairs`.
+
+    Args:
+        labels: the candidate's.
+    """
+    missing = {"shuffled": "not part of this control"}
+    if any(d.untrained is None for d in random_model.dictionaries):
+        missing["untrained"] = "the SAEs' untrained states are not beside them"
+    arguments = random_model.store, labels, random_model.dictionaries, None, draws, threads, missing
+    found = study.compare_all(cells, *arguments, scores=ALIVE)
+    return random_model.results | {name: found[name] for name in ("stability", "pairs")}
+
+
 def _brought(saes: list[candidates.Candidate], store: ActivationStore) -> list[Dictionary]:
     return [study.brought_dictionary(c.folder, store, range(store.rows), None)[0] for c in saes]
 
@@ -140,7 +167,7 @@ def trained_arms(
         kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
         about = {"subject_digest": control.manifest.subject_digest, "store_digest": control.digest}
         about["members"] = [{name: r[name] for name in kept} for r in records]
-        arms.append(Arm([study.own_dictionary(root / r["checkpoint"]) for r in records], about))
+        arms.append(Arm(control, [study.own_dictionary(root / r["checkpoint"]) for r in records], about))
     return store, *arms
 
 
@@ -180,7 +207,7 @@ def brought_arm(
         for c in controls
     ]
     about = {"subject_digest": model.digest, "store_digest": controls[0].facts["store_digest"], "members": members}
-    return Arm(_brought(controls, store), about)
+    return Arm(store, _brought(controls, store), about)
 
 
 def unlike(ours: candidates.Candidate, theirs: candidates.Candidate, recipe_known: bool) -> str | None:
