@@ -224,7 +224,8 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
     for change, reason in (
         (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low is"),
         (lambda r: r["explained_variance"]["sae"].update(estimate=1.0), "/explained_variance/sae/estimate is"),
-        (lambda r: r["setting"].update(k=3), "/setting/preregistered is True"),
+        (lambda r: r["setting"].update(k=3), "/setting/k is 3, computed again 1"),
+        (lambda r: r["setting"].update(tokens=9), "/setting/preregistered is True"),
         (lambda r: r["verdict"].update(outcome="?"), "/verdict/outcome is"),
     ):
         changed = copy.deepcopy(results)
@@ -265,14 +266,19 @@ def test_transcoders_of_modular_addition_and_a_repeat_without_torch(stress, smal
 
 
 def test_only_the_setting_fixed_in_advance_is_judged():
-    setting = transcoder.MODULAR_ADDITION | {"own_subject": False}
+    hooks = dict(zip(("hook_in", "hook_out"), transcoder.MODULAR_ADDITION_HOOKS, strict=True))
+    setting = transcoder.MODULAR_ADDITION | hooks | {"own_subject": False}
     assert transcoder.preregistered(setting, None)
     for change in ({"own_subject": True}, {"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"seeds": [1, 2, 3, 4, 5]}):
         assert not transcoder.preregistered(setting | change, None), change
-    candidate = {"facts": {"d_sae": 256, "k": 8, "tokens": 9}, "checkpoints": dict.fromkeys("12345", "sha")}
-    own = {"d_sae": 256, "k": 8, "tokens": 9, "seeds": [1, 2, 3, 4, 5], "own_subject": True}
+    facts = {"subject_digest": "a", "d_sae": 256, "k": 8, "learning_rate": 3e-3, "tokens": 9}
+    candidate = {"facts": facts | {"hook_name": HOOK}, "checkpoints": dict.fromkeys("12345", "sha")}
+    own = facts | dict(zip(hooks, transcoder.mlp_hooks(1), strict=True)) | {"seeds": SEEDS, "own_subject": True}
     assert transcoder.preregistered(own, candidate)
-    for change in ({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"seeds": [1, 2, 3, 4, 6]}, {"seeds": [1, 2, 3, 4]}):
+    for change in (
+        *({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"learning_rate": 1e-3}, {"subject_digest": "b"}),
+        *({"seeds": [1, 2, 3, 4, 6]}, {"seeds": [1, 2, 3, 4]}, {"hook_in": "blocks.0.mlp.hook_in"}),
+    ):
         assert not transcoder.preregistered(own | change, candidate), change
 
 

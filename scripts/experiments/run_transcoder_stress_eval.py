@@ -12,6 +12,7 @@ rows. That one setting is judged (docs/methods.md, Rules); another, by `--d-sae`
 reported and decides nothing.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from husai.runs.cli import Parser, positive_int, prepare, run_main, seed_list
@@ -60,10 +61,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     inputs |= {"MLP input": task.read.digest, "MLP output": task.written.digest}
     inputs |= {f"{arm} {m['label']}": m["checkpoint_sha256"] for arm in arms for m in arms[arm]["members"]}
     results = {"phase": "transcoder_stress", "inputs": inputs, "subject": task.read.manifest.subject}
-    results |= {"candidate": block, "setting": task.setting.to_json(block)}
+    results |= {"candidate": block, "setting": asdict(task.setting)}
     results |= {arm: study.brief(section) for arm, section in arms.items()}
     found = transcoder.decisions(results)
-    results |= {name: found[f"/{name}"] for name in ("gain", "explained_variance", "verdict")}
+    results |= {name: found[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")}
     made = [path for section in arms.values() for path in study.checkpoint_files(cells, section["members"])]
     return results, [*draw(results, arms, args.output_dir), *made]
 

@@ -4,7 +4,7 @@ the same space, where both are held against the same nulls."""
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,19 +49,33 @@ class Setting:
     own_subject: bool
     """Whether a subject was named in place of the default one."""
 
-    def to_json(self, candidate: dict | None) -> dict:
-        """With `preregistered`."""
-        own = asdict(self)
-        return {"preregistered": preregistered(own, candidate)} | own
-
 
 def preregistered(setting: dict, candidate: dict | None) -> bool:
     """Whether a setting is the one that was fixed in advance: the candidate's (its block, `stress.candidate.block`)
-    width, k, tokens and seeds; MODULAR_ADDITION on the default subject where there is none."""
+    subject, block, width, k, tokens and seeds; MODULAR_ADDITION on the default subject where there is none."""
+    hooks = setting["hook_in"], setting["hook_out"]
     if candidate is None:
-        return not setting["own_subject"] and all(setting[n] == v for n, v in MODULAR_ADDITION.items())
+        alike = all(setting[name] == value for name, value in MODULAR_ADDITION.items())
+        return alike and hooks == MODULAR_ADDITION_HOOKS and not setting["own_subject"]
     facts, seeds = candidate["facts"], sorted(map(int, candidate["checkpoints"]))
-    return sorted(setting["seeds"]) == seeds and all(setting[n] == facts[n] for n in ("d_sae", "k", "tokens"))
+    alike = all(setting[name] == facts[name] for name in ("subject_digest", "d_sae", "k", "learning_rate", "tokens"))
+    return alike and hooks == mlp_hooks(layer_of(facts["hook_name"])) and sorted(setting["seeds"]) == seeds
+
+
+def layer_of(hook_name: str) -> int:
+    """The block that a hook is of.
+
+    Raises:
+        BadInput: of none.
+    """
+    if (block := re.match(r"blocks\.(\d+)\.", hook_name)) is None:
+        raise BadInput(f"--hook-name {hook_name}: of no block, whose MLP is meant? blocks.LAYER.… expected")
+    return int(block[1])
+
+
+def mlp_hooks(layer: int) -> tuple[str, str]:
+    """(what the MLP of a language model's block reads, what it writes)."""
+    return f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
 
 
 def verdict(results: dict, minimum: float = 0.0) -> dict:
@@ -85,16 +99,23 @@ def verdict(results: dict, minimum: float = 0.0) -> dict:
 
 
 def decisions(results: dict) -> dict:
-    """Gain, explained variance, whether the setting is the one fixed in advance, and the verdict, from the sections of
-    both arms: place in the results -> value."""
+    """What follows from the sections of both arms: place in the results -> value. Of the setting, what the SAEs say
+    themselves; gain, explained variance, whether the setting is the one fixed in advance, and the verdict."""
     arms = {arm: results[arm] for arm in FAMILIES}
-    found = {
-        "/gain": contrast.gain([arms["transcoder"]], [arms["sae"]]),
+    said = [{"subject_digest": s["subject_digest"], "hook_out": s["hook_name"]} for s in arms.values()]
+    for section, about in zip(arms.values(), said, strict=True):
+        about["seeds"] = [m["seed"] for m in section["members"]]
+        for name in ("d_sae", "k", "learning_rate"):
+            (about[name],) = {m[name] for m in section["members"]}
+    setting = results["setting"] | said[0]
+    setting["preregistered"] = preregistered(setting, results["candidate"]) and said[0] == said[1]
+    gain = contrast.gain([arms["transcoder"]], [arms["sae"]])
+    return {
+        "/setting": setting,
+        "/gain": gain,
         "/explained_variance": {arm: contrast.heldout(section).to_json() for arm, section in arms.items()},
-        "/setting/preregistered": preregistered(results["setting"], results["candidate"]),
+        "/verdict": verdict(results | {"setting": setting, "gain": gain}),
     }
-    setting = results["setting"] | {"preregistered": found["/setting/preregistered"]}
-    return found | {"/verdict": verdict(results | {"setting": setting, "gain": found["/gain"]})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,11 +147,8 @@ def of_candidate(
         BadInput: the hook is of no block, or the candidate's training is not known.
     """
     config, made = tested.recipe, tested.made
-    block = re.match(r"blocks\.(\d+)\.", tested.hook_name)
-    if block is None:
-        raise BadInput(f"--hook-name {tested.hook_name}: of no block, whose MLP is meant? blocks.LAYER.… expected")
-    layer = int(block[1])
-    hooks = f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
+    layer = layer_of(tested.hook_name)
+    hooks = mlp_hooks(layer)
     rows = training_store(tested, artifact_root, rows, device, threads).rows
     where = artifact_root / "activations", rows
     folders = harvest_tokens(tested.subject, [*hooks], text.corpus().train, *where, threads=threads)
