@@ -11,6 +11,7 @@ from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.release import recompute
+from husai.release.evidence import RandomModelStress, TranscoderStress
 from husai.runs.cells import Cells
 from husai.stability import contrast
 from husai.stress import random_model, transcoder
@@ -131,6 +132,7 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
 
     assert results["gain"] == contrast.gain([section], [random])
+    RandomModelStress.model_validate(results)  # what the gate reads
     assert problems(results) == []
     for change, reason in (
         (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome is"),
@@ -216,6 +218,7 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
         assert results[arm]["rows"] == ROWS
     assert results["gain"] == contrast.gain([results["transcoder"]], [results["sae"]])
     assert results["verdict"]["outcome"] in ("holds", "does not hold")
+    TranscoderStress.model_validate(results)  # what the gate reads
     ev = results["explained_variance"]
     assert ev["sae"]["estimate"] == pytest.approx(
         sum(m["heldout"]["explained_variance"] for m in results["sae"]["members"]) / 5
