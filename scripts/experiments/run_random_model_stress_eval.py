@@ -49,23 +49,11 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The candidate -> SAEs of both meaningless subjects -> all of them scored, pair by pair."""
     device = prepare(args.device, args.threads)
-    from husai.runs.errors import BadInput
     from husai.stability import study
     from husai.stress import candidate, random_model
 
     tested = candidate.find(args, device)
-    here = args.artifact_root, args.train_rows, device, args.threads
-    if args.random_model_checkpoint:
-        store, shuffled = tested.store, None
-        brought = tested, args.random_model_checkpoint, args.artifact_root, args.rows, device, args.threads
-        control = random_model.brought_arm(*brought)
-    elif tested.made is None:
-        raise BadInput(
-            f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "
-            "SAEs trained alike on the random-weights model"
-        )
-    else:
-        store, control, shuffled = random_model.trained_arms(cells, tested, *here)
+    store, control, shuffled = controls(args, cells, device, tested)
     section = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
     labels = section["stability"]["labels"]
 
@@ -81,6 +69,23 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     results |= {"gain": random_model.gain(section, arms["random_model"]), "verdict": random_model.verdict(section)}
     made = [m for arm in arms.values() if arm for m in arm["members"] if m["checkpoint"]]
     return results, [*draw(section, args.output_dir), *study.checkpoint_files(cells, made)]
+
+
+def controls(args, cells, device, tested) -> tuple:
+    """(whose principal components the spectral null is drawn in; SAEs of the random-weights model; SAEs of shuffled
+    coordinates, None where the first were brought)."""
+    from husai.runs.errors import BadInput
+    from husai.stress import random_model
+
+    machine = device, args.threads
+    if paths := args.random_model_checkpoint:
+        return tested.store, random_model.brought_arm(tested, paths, args.artifact_root, args.rows, *machine), None
+    if tested.made is None:
+        raise BadInput(
+            f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "
+            "SAEs trained alike on the random-weights model"
+        )
+    return random_model.trained_arms(cells, tested, args.artifact_root, args.train_rows, *machine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
