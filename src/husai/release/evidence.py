@@ -302,6 +302,13 @@ class Alike(Strict):
     members: list[dict[str, Any]]
 
 
+class Control(Alike):
+    """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
+
+    stability: dict[str, Any]
+    pairs: Pairs
+
+
 class OwnMember(Strict):
     """An SAE under test."""
 
@@ -332,9 +339,11 @@ class RandomModelStress(Strict):
     inputs: dict[str, Sha256]
     subject: str
     candidate: Binding
-    random_model: Alike
+    random_model: Control
     shuffled: Alike | None
     section: OwnSection
+    gain: dict[str, Any] | None
+    verdict: dict[str, str]
 
 
 class Setting(Strict):
@@ -347,8 +356,11 @@ class Setting(Strict):
     k: int
     tokens: int
     batch_size: int
+    learning_rate: Number
     seeds: list[int]
     subject_digest: Sha256
+    own_subject: bool
+    """Whether a subject was named in place of the default one."""
     layer: int
 
 
@@ -364,6 +376,7 @@ class TranscoderStress(Strict):
     sae: Section
     gain: dict[str, Any]
     explained_variance: dict[str, Any]
+    verdict: dict[str, str]
 
 
 class SideBySide(Strict):
