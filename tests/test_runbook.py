@@ -15,6 +15,7 @@ from conftest import ROOT
 from husai.runs.cli import Parser
 
 DOCUMENTS = "RUNBOOK.md", "README.md", "START_HERE.md"
+LOG_AND_MAP = "EXPERIMENT_LOG.md", "REPO_NAVIGATION.md"
 
 CANNOT_RUN = {
     # What makes or enters an environment: with a network, and outside of this one.
@@ -85,7 +86,14 @@ def without_settings(words: list[str]) -> list[str]:
     return words[1:] if re.fullmatch(r"[A-Z]+=\w+", words[0]) else words
 
 
+def inline(name: str) -> list[list[str]]:
+    """The words of each `python …` in a document's text."""
+    spans = re.findall(r"`(python (?:scripts|benchmarks)/[^`…]+)`", (ROOT / name).read_text())
+    return [shlex.split(span) for span in spans]
+
+
 EVERY = {" ".join(words): words for name in DOCUMENTS for words in commands(name)}
+INLINE = {" ".join(words): words for name in (*DOCUMENTS, *LOG_AND_MAP) for words in inline(name)}
 
 
 class Parsed(Exception):
@@ -115,13 +123,14 @@ def parsed(monkeypatch):
 
 def test_every_document_was_read():
     assert len(EVERY) > 40
+    assert len(INLINE) > 5
     assert {"python", "make", "bash"} <= {words[0].split("=")[0] for words in map(without_settings, EVERY.values())}
 
 
-@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("command", EVERY | INLINE)
 def test_what_a_command_names_exists(command, parsed, capsys):
     """Targets of make and the queue are looked up, not run: they take minutes."""
-    words = without_settings(EVERY[command])
+    words = without_settings((EVERY | INLINE)[command])
     known = [start for start in CANNOT_RUN if command.startswith(start)]
     if known and "python" in words:
         words = words[words.index("python") :]
