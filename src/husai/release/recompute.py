@@ -18,6 +18,7 @@ from husai.runs.folder import Manifest
 from husai.stability import contrast
 from husai.stability.compare import summarise
 from husai.stability.scores import GAP
+from husai.stress import drop
 
 NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
@@ -157,6 +158,12 @@ def decisions(results: dict) -> dict[str, Any]:
         else:
             again["/contrasts"] = conditions.contrasts(results["banks"])
             again["/power_laws"] = conditions.power_laws(rows)
+    elif phase == "ood_stress":
+        again["/shifted/drop"] = drop.drop(results["shifted"])
+        again["/activations/change"] = drop.change(results["activations"]["saes"])
+        if results["families"] is not None:
+            again["/families/gap"] = drop.gap(results["families"])
+        again["/verdict"] = drop.verdict(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])

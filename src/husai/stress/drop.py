@@ -1,0 +1,82 @@
+"""What an SAE loses under a shift beyond what the model itself loses. Pure functions of a run's figures, so that the
+audit makes every estimate and the verdict again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from husai.stability.compare import MINIMUM_SEEDS
+from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
+from husai.subjects import text
+
+MAX_DROP = 0.1
+ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
+
+
+def lost(auc: dict) -> np.ndarray:
+    """AUC on a data set's own test rows − AUC on its shifted version, `[data sets]`."""
+    return np.array(auc["id"]) - np.array(auc["ood"])
+
+
+def drops(shifted: dict, k: str) -> np.ndarray:
+    """What each SAE loses less what the model loses, `[SAEs, data sets]`; positive: the SAE loses more.
+
+    Args:
+        shifted: `llm` ({"id", "ood"}: an AUC a data set) and `saes` (records with `test_auc`: k -> the same).
+    """
+    return np.array([lost(sae["test_auc"][k]) for sae in shifted["saes"]]) - lost(shifted["llm"])
+
+
+def drop(shifted: dict) -> dict[str, dict]:
+    """k -> the estimate of the mean drop over training seeds and data sets, clustered by `families`."""
+    ks = shifted["saes"][0]["test_auc"]
+    return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted["families"]).to_json() for k in ks}
+
+
+def verdict(results: dict) -> dict:
+    """The rule (docs/methods.md, Rules): {"passed", "outcome": passed, not passed, inconclusive; "reason"}.
+
+    Args:
+        results: `shifted` with its `drop` and `k`; `skipped`: shifted versions that cannot be used; `rule`.
+    """
+    shifted, most = results["shifted"], results["rule"]["max_drop"]
+    found, seeds = shifted["drop"][shifted["k"]], len(shifted["saes"])
+    used = {f"{name}_OOD" for name in shifted["data_sets"]} | set(results["skipped"])
+    unused = [name for name in text.FAMILIES["ood"]["shifted"] if name not in used]
+    if seeds < MINIMUM_SEEDS:
+        outcome, reason = "inconclusive", f"{seeds} SAEs; a verdict needs {MINIMUM_SEEDS} training seeds"
+    elif unused:
+        outcome, reason = "inconclusive", f"a verdict takes all shifted versions; {unused[0]} was left out"
+    elif found["high"] is None:
+        outcome, reason = "inconclusive", found["reason"]
+    elif found["high"] <= most:
+        outcome, reason = "passed", f"the upper end of the drop's interval, {found['high']:.4f}, is at most {most}"
+    else:
+        outcome, reason = "not passed", f"the upper end of the drop's interval, {found['high']:.4f}, is above {most}"
+    return {"passed": outcome == "passed", "outcome": outcome, "reason": reason}
+
+
+def gap(families: dict) -> dict[str, dict]:
+    """Mean (SAE − LLM): `id` on the probe sets, over seeds and data sets; `ood` on the held-out family, over seeds,
+    for one family says nothing of others; `difference` ood − id, seed by seed, of other data sets: informational.
+
+    Args:
+        families: `id`, `ood` ({"data_sets", "families"}); `llm` and `test_auc` of `saes`: {"id", "ood"}.
+    """
+    of = {
+        side: np.array([sae["test_auc"][side] for sae in families["saes"]]) - np.array(families["llm"][side])
+        for side in ("id", "ood")
+    }
+    return {
+        "id": mean_over_seeds_and_sets(of["id"], families["id"]["families"]).to_json(),
+        "ood": mean_over_seeds(of["ood"].mean(1)).to_json(),
+        "difference": mean_over_seeds(of["ood"].mean(1) - of["id"].mean(1)).to_json(),
+    }
+
+
+def change(saes: list[dict]) -> dict[str, dict]:
+    """Of each figure of activations: shifted text − held-out text, paired by SAE."""
+    return {
+        name: mean_over_seeds([sae["ood"][name] - sae["id"][name] for sae in saes]).to_json()
+        for name in ACTIVATION_FIGURES
+    }
