@@ -88,25 +88,6 @@ def prompts(subject, artifacts):
 # Probes
 
 
-@pytest.mark.slow
-def test_figures_of_own_test_rows_are_the_official_ones(subject, prompts, trained, tmp_path):
-    from sae_lens import SAE as TheirSAE
-
-    folder = sorted(trained["own"].iterdir())[0]
-    path = candidates.to_saelens(checkpoints.load(folder), subject, HOOK, tmp_path / "sae")
-    settings = sae_probes.Settings(subject.digest, subject.name, HOOK, tuple(SETS), ood.KS)
-    where = {"cache": prompts.cache, "root": str(tmp_path / "results"), "device": "cpu"}
-    sae = sae_probes.Task("sae", "sae", str(path), "0" * 64, 42, settings, **where)
-    llm = sae_probes.Task("llm", "llm", None, subject.digest, 42, settings, **where)
-    figures, of_model = sae_probes.run([sae, llm], 2, tmp_path)
-    encoder = TheirSAE.load_from_disk(str(path), device="cpu")
-    for i, name in enumerate(SETS):
-        ours = ood.of_sae(encoder, name, prompts)
-        for k in map(str, ood.KS):
-            assert ours[k]["id"] == pytest.approx(figures[k]["test_auc"][i], abs=1e-9)
-        assert ood.of_llm(name, prompts)["id"] == pytest.approx(of_model["llm"]["test_auc"][i], abs=1e-6)
-
-
 class Planted:
     """The activations themselves, or, broken, what only the original's prompts have."""
 
@@ -163,7 +144,8 @@ def test_what_is_chosen(monkeypatch):
             ood.choose(shifted, probe, 42)
     seen = text.Corpus(train=text.documents(SETS[1])[:7], heldout=[], heldout_families=[], dropped=0)
     monkeypatch.setattr(text, "corpus", lambda: seen)
-    assert ood.unusable(SHIFTED) == {SHIFTED[1]: "66_living-room shares 7 documents with the training text"}
+    why = "66_living-room shares 12 documents with the training text"
+    assert ood.unusable(SHIFTED) == {SHIFTED[1]: why}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +156,7 @@ def a_shifted_section(seeds=5, loss=0.0):
     rng = np.random.default_rng(0)
     names = [name.removesuffix("_OOD") for name in text.FAMILIES["ood"]["shifted"]][:7]
     sides = {"id": rng.uniform(0.7, 0.9, 7), "ood": rng.uniform(0.5, 0.7, 7)}
-    llm = {side: x.tolist() for side, x in sides.items()}
+    llm = {side: x.tolist() for side, x in sides.items()} | {"ood_low": [0.6] * 3 + [0.4] * 3 + [0.51]}
     saes = []
     for seed in range(seeds):
         noise = rng.normal(0, 0.005, (2, 7))
@@ -199,14 +181,18 @@ def test_the_drop_against_its_formula():
     assert found["estimate"] == pytest.approx(values.mean())
     assert found["estimate"] == pytest.approx(0.07, abs=0.01)
     assert found["high"] == pytest.approx(values.mean() + 4.302653 * error, rel=1e-5)  # t(2)
+    kept = drop.drop_where_kept(section)["5"]
+    assert kept["estimate"] == pytest.approx(values[:, [0, 1, 2, 6]].mean())
+    section["llm"]["ood_low"] = [0.5] * 7
+    assert drop.drop_where_kept(section)["5"]["reason"].startswith("the model's own probe is above chance under no")
 
 
 def test_the_rule():
     def outcome(skipped=("90_glue_qnli_OOD",), **changed):
         section = a_shifted_section(**changed)
         section["drop"] = drop.drop(section)
-        skipped = {name: "why" for name in skipped}
-        return drop.verdict({"shifted": section, "rule": {"max_drop": drop.MAX_DROP}, "skipped": skipped})
+        rule = {"max_drop": drop.MAX_DROP}
+        return drop.verdict({"shifted": section, "rule": rule, "skipped": dict.fromkeys(skipped, "why")})
 
     assert outcome(loss=0.05)["outcome"] == "passed"
     assert outcome(loss=0.05)["passed"] is True
@@ -277,8 +263,10 @@ def common(folder, artifacts, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_shell(run_script, trained, common, tmp_path):
-    arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", "96_spam_is"]
+def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
+    """The probe sets are the ones that have the shifted versions, so that the official figures stand beside ours."""
+    monkeypatch.setitem(text.FAMILIES["ood"], "code_and_ag_news", ["161_agnews_0"])
+    arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", ",".join(SETS)]
     code, out, err = run_script(SCRIPT, *arguments)
     assert code == 0, err
     path = tmp_path / "out" / "results.json"
@@ -289,11 +277,16 @@ def test_from_the_shell(run_script, trained, common, tmp_path):
     assert list(results["candidate"]["checkpoints"]) == ["1", "2", "3"]
     assert results["verdict"]["reason"] == "3 SAEs; a verdict needs 5 training seeds"
     assert "**inconclusive**" in out
-    assert len(results["families"]["ood"]["data_sets"]) == 9
+    official = results["families"]
+    assert official["ood"]["data_sets"] == ["161_agnews_0"]
+    np.testing.assert_allclose(shifted["llm"]["id"], official["llm"]["id"], atol=1e-9)
+    for ours, theirs in zip(shifted["saes"], official["saes"], strict=True):
+        np.testing.assert_allclose(ours["test_auc"]["5"]["id"], theirs["test_auc"]["id"], atol=1e-9)
     for sae in results["activations"]["saes"]:
         assert 1 <= sae["rank"] <= 16
         assert 0 <= sae["id"]["outside"] <= 1
-    assert decisions(results).keys() == {"/shifted/drop", "/activations/change", "/families/gap", "/verdict"}
+    places = "shifted/drop", "shifted/drop_where_kept", "activations/change", "families/gap", "verdict"
+    assert decisions(results).keys() == {f"/{place}" for place in places}
     assert phase_problems(results) == []
     before = path.read_bytes()
     assert run_script(SCRIPT, *arguments)[0] == 0

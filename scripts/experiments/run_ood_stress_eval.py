@@ -1,14 +1,14 @@
 """Does what an SAE's features say about a probing task survive a shift of the data, beside the model's own activations?
 
     python scripts/experiments/run_ood_stress_eval.py
-    python scripts/experiments/run_ood_stress_eval.py --candidate results/experiments/candidate_confirmation/results.json
+    python scripts/experiments/run_ood_stress_eval.py --candidate CONFIRMATION/results.json
     python scripts/experiments/run_ood_stress_eval.py --checkpoint CKPTS --subject husai-tiny --hook-layer 1
-    python scripts/experiments/run_ood_stress_eval.py --skip-families --output-dir results/experiments/ood_stress_quick
+    python scripts/experiments/run_ood_stress_eval.py --skip-families
 
-Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling or
-register), by sae-probes' own functions: the drop is what the SAE loses less what the model loses. Beside it, SAE less model
-on a held-out family of data sets, and how well the SAE fits the activations of shifted text. Without --candidate and
---checkpoint: the confirmed candidate below --artifact-root, where there is one, else the embedded default.
+Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling
+or register), by sae-probes' own functions: the drop is what the SAE loses less what the model loses. Beside it, the SAE
+less the model on a held-out family of data sets, and how well the SAE fits the activations of shifted text. Without
+--candidate and --checkpoint: the confirmed candidate below --artifact-root, if there is one, else the embedded default.
 """
 
 from pathlib import Path
@@ -77,7 +77,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
         of_saes = [sae["test_auc"][k][side] for sae in shifted["saes"]]
         series[f"SAE, {label}"] = over_saes(zip(*of_saes, strict=True))
     each = over_saes(drops(shifted, k).T)
-    auc = figures.Panel("Probes under shift", f"test AUC (SAE: {k} features)", "", names, series, line=0.5)
+    auc = figures.Panel("Probes under shift", f"test AUC (SAE: {k} features; line: chance)", "", names, series, line=0.5)
     loss = {"drop": [*each, shifted["drop"][k]]}
     most = results["rule"]["max_drop"]
     label = f"drop of AUC, SAE − activations (at most {most} allowed)"
@@ -100,7 +100,7 @@ def summary(results: dict) -> str:
         "",
         f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
-        f"{results['subject']}, {results['hook_name']}, {found['condition']}, {len(shifted['saes'])} SAEs. A probe on "
+        f"{results['subject']}, {results['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A probe on "
         f"{k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the probe on the "
         "model's own activations loses on the same data sets (positive: the SAE loses more).",
         f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
@@ -112,6 +112,15 @@ def summary(results: dict) -> str:
             ["data set", "SAE", "SAE, shifted", "activations", "activations, shifted", "drop", "shifted prompts"],
             per_data_set(shifted),
         ),
+        "",
+    ]
+    kept = [name for name, low in zip(shifted["data_sets"], shifted["llm"]["ood_low"], strict=True) if low > 0.5]
+    lines += [
+        f"The activations' own probe is above chance under shift (DeLong, 95 %) on {len(kept)} of "
+        f"{len(shifted['data_sets'])} data sets ({', '.join(kept) or 'none'}). On the others the model itself keeps "
+        "nothing, and what is called the drop is little more than how far the SAE is behind on the data set itself. On "
+        f"those {len(kept)} alone the drop is {interval(shifted['drop_where_kept'][k], '+')}; informational, for they "
+        "were chosen by the same figures.",
         "",
     ]
     lines += [f"Not used: {name} ({why})." for name, why in results["skipped"].items()]
@@ -142,9 +151,9 @@ def of_families(families: dict) -> list[str]:
         ["difference", interval(gap["difference"], "+")],
     ]
     return [
-        "A family of another kind of text, which nothing was trained on, by the official benchmark. Its data sets are one "
-        "family: their interval and that of the difference are over SAEs alone and say nothing of other texts. Nothing "
-        "is decided by them.",
+        "A family of another kind of text, which nothing was trained on, by the official benchmark. Its data sets are "
+        "one family: their interval and that of the difference are over SAEs alone and say nothing of other texts. "
+        "Nothing is decided by them.",
         "",
         *table([f"AUC of {families['k']} features − AUC of the activations", "95 % interval"], rows),
     ]
@@ -171,8 +180,9 @@ def of_activations(section: dict) -> list[str]:
         for name, label in names.items()
     ]
     return [
-        f"The activations themselves, {section['compared_rows']} of held-out and as many of shifted text; the subspace "
-        f"({min(ranks)} to {max(ranks)} directions) holds 99 % of the variance of the reconstructions of held-out text.",
+        f"The activations themselves, {section['compared_rows']} of held-out and as many of shifted text; an SAE's "
+        f"subspace ({min(ranks)} to {max(ranks)} directions) holds 99 % of the variance of its reconstructions of "
+        "held-out text.",
         "",
         *table(["figure", "held-out text", "shifted text", "change, 95 % interval over SAEs"], rows),
     ]

@@ -160,6 +160,7 @@ def decisions(results: dict) -> dict[str, Any]:
             again["/power_laws"] = conditions.power_laws(rows)
     elif phase == "ood_stress":
         again["/shifted/drop"] = drop.drop(results["shifted"])
+        again["/shifted/drop_where_kept"] = drop.drop_where_kept(results["shifted"])
         again["/activations/change"] = drop.change(results["activations"]["saes"])
         if results["families"] is not None:
             again["/families/gap"] = drop.gap(results["families"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from husai.benchmarks import deltas
 from husai.stability.compare import MINIMUM_SEEDS
 from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
 from husai.subjects import text
 
 MAX_DROP = 0.1
+CHANCE = 0.5
 ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
 
 
@@ -31,6 +33,16 @@ def drop(shifted: dict) -> dict[str, dict]:
     """k -> the estimate of the mean drop over training seeds and data sets, clustered by `families`."""
     ks = shifted["saes"][0]["test_auc"]
     return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted["families"]).to_json() for k in ks}
+
+
+def drop_where_kept(shifted: dict) -> dict[str, dict]:
+    """The same on the data sets whose shifted version the model's own probe tells apart (`ood_low` of `llm` above 0.5):
+    where the model keeps nothing, the SAE has nothing to lose beyond it. Informational."""
+    kept = [i for i, low in enumerate(shifted["llm"]["ood_low"]) if low > CHANCE]
+    ks, families = shifted["saes"][0]["test_auc"], [shifted["families"][i] for i in kept]
+    if not kept:
+        return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
+    return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, kept], families).to_json() for k in ks}
 
 
 def verdict(results: dict) -> dict:

@@ -17,6 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from husai.activations.language_model import harvest_prompts
+from husai.activations.probes import auc_interval, delong
 from husai.benchmarks import deltas, sae_probes
 from husai.benchmarks.candidates import Places, to_saelens
 from husai.runs.cells import Cells, code_version
@@ -169,7 +170,7 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...] = KS) -
 
 
 def of_llm(data_set: str, prompts: Prompts) -> dict[str, float]:
-    """{"id", "ood"} of the activations' own logistic probe, as `sae_probes.run_baseline_evals` fits it."""
+    """{"id", "ood", "ood_low"} of the activations' own logistic probe, as `sae_probes.run_baseline_evals` fits it."""
     with quiet():
         from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
 
@@ -179,20 +180,24 @@ def of_llm(data_set: str, prompts: Prompts) -> dict[str, float]:
 
 
 def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **how) -> dict[str, float]:
-    """sae-probes' own logistic fit, in one thread as in its worker, scored on both sides."""
+    """sae-probes' own logistic fit, in one thread as in its worker.
+
+    Returns:
+        {"id", "ood": test AUC, "ood_low": the lower end of the latter's 95 % interval (DeLong)}
+    """
     from sae_probes.utils_training import find_best_reg
-    from sklearn.metrics import roc_auc_score
 
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
         found = find_best_reg(x_train, y_train, x_test, y_test, **how)
         scores = found.classifier.predict_proba(x_shifted)[:, 1]
-    return {"id": found.metrics.test_auc, "ood": float(roc_auc_score(y_shifted, scores))}
+    auc, error = delong(scores[y_shifted == 1], scores[y_shifted == 0])
+    return {"id": found.metrics.test_auc, "ood": auc, "ood_low": auc_interval(auc, error)[0]}
 
 
-def by_side(figures: list[dict[str, float]]) -> dict[str, list[float]]:
-    """{"id", "ood"}: one a data set."""
-    return {side: [f[side] for f in figures] for side in ("id", "ood")}
+def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id", "ood")) -> dict[str, list[float]]:
+    """Each of the named figures, one a data set."""
+    return {name: [f[name] for f in figures] for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
         "hook_name": hook_name,
         "candidate": tested.block,
         "rule": {"max_drop": drop.MAX_DROP},
-        "shifted": shifted | {"drop": drop.drop(shifted)},
+        "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
         "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
         "activations": shift.activations(tested, store, cells, places.threads),
         "versions": sae_probes.versions(),
@@ -251,7 +256,11 @@ def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[
                 advance(1)
             return found
 
-        llm = cells.get("shifted-llm", about, lambda: (by_side(of_each(lambda name: of_llm(name, prompts))), []))
+        def compute_llm() -> tuple[dict, list[Path]]:
+            figures = of_each(lambda name: of_llm(name, prompts))
+            return by_data_set(figures, ("id", "ood", "ood_low")), []
+
+        llm = cells.get("shifted-llm", about, compute_llm)
         records = []
         for c, folder in zip(tested.saes, encoders, strict=True):
 
@@ -261,7 +270,7 @@ def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[
 
                 encoder = SAE.load_from_disk(folder, device=prompts.device)
                 figures = of_each(lambda name: of_sae(encoder, name, prompts))
-                return {str(k): by_side([f[str(k)] for f in figures]) for k in KS}, []
+                return {str(k): by_data_set([f[str(k)] for f in figures]) for k in KS}, []
 
             auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(KS)}, compute)
             records.append({"identity": c.identity, "seed": c.facts["seed"], "test_auc": auc})
@@ -292,7 +301,9 @@ def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list
     def sides(auc: list[float]) -> dict[str, list[float]]:
         return {"id": auc[:split], "ood": auc[split:]}
 
-    found = {side: {"data_sets": n, "families": sae_probes.families(n)} for side, n in zip(("id", "ood"), names)}
+    found: dict = {
+        side: {"data_sets": n, "families": sae_probes.families(n)} for side, n in zip(("id", "ood"), names, strict=True)
+    }
     found |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
     found["saes"] = [
         {"identity": c.identity, "seed": c.facts["seed"], "test_auc": sides(figures[deltas.K]["test_auc"])}
