@@ -77,7 +77,8 @@ def draw(results: dict, folder: Path) -> list[Path]:
         of_saes = [sae["test_auc"][k][side] for sae in shifted["saes"]]
         series[f"SAE, {label}"] = over_saes(zip(*of_saes, strict=True))
     each = over_saes(drops(shifted, k).T)
-    auc = figures.Panel("Probes under shift", f"test AUC (SAE: {k} features; line: chance)", "", names, series, line=0.5)
+    label = f"test AUC (SAE: {k} features; line: chance)"
+    auc = figures.Panel("Probes under shift", label, "", names, series, line=0.5)
     loss = {"drop": [*each, shifted["drop"][k]]}
     most = results["rule"]["max_drop"]
     label = f"drop of AUC, SAE − activations (at most {most} allowed)"

@@ -208,9 +208,10 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
     """The results of the phase.
 
     Raises:
+        BadInput: SAEs of several conditions.
         CheckFailed: sae-probes' own code failed.
     """
-    subject, hook_name = tested.subject, tested.hook_name
+    subject, hook_name, block = tested.subject, tested.hook_name, tested.block
     versions = [f"{name}_OOD" for name in chosen.shifted]
     cache = places.probe_activations(subject)
     harvest_prompts(subject, [hook_name], [*chosen.shifted, *versions, *chosen.probe, *chosen.heldout], cache)
@@ -230,7 +231,7 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
         "subject": tested.name,
         "subject_digest": subject.digest,
         "hook_name": hook_name,
-        "candidate": tested.block,
+        "candidate": block,
         "rule": {"max_drop": drop.MAX_DROP},
         "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
         "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
