@@ -312,7 +312,7 @@ def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
     checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "transcoder")
     for arguments, message in (
         (["--checkpoint", tmp_path / "transcoder", *common], "is a transcoder"),
-        (["--checkpoint", trained["own"], trained["other"], *common], "differ in d_sae: SAEs that differ in their seed"),
+        (["--checkpoint", trained["own"], trained["other"], *common], "differ in d_sae: SAEs that differ in"),
         (["--checkpoint", tmp_path / "none", *common], "is not a folder"),
         (["--checkpoint", trained["own"], *common, "--model-name", "husai-tiny", "--rows", 500], "has d_in 16"),
         (["--candidate", tmp_path / "none.json", *common], "does not exist"),
