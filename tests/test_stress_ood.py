@@ -11,6 +11,7 @@ from husai.activations.store import ActivationStore
 from husai.benchmarks import candidates, sae_probes
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.release.evidence import OODStress
 from husai.release.recompute import decisions, phase_problems
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
@@ -199,7 +200,7 @@ def test_the_rule():
     assert outcome(loss=0.12)["outcome"] == "not passed"
     few, partial = outcome(seeds=4), outcome(skipped=())
     assert (few["outcome"], few["passed"]) == ("inconclusive", False)
-    assert few["reason"] == "4 SAEs; a verdict needs 5 training seeds"
+    assert few["reason"] == "SAEs: 4; a verdict needs 5 training seeds"
     assert partial["reason"] == "a verdict takes all shifted versions; 90_glue_qnli_OOD was left out"
 
 
@@ -275,8 +276,8 @@ def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     assert (shifted["data_sets"], shifted["families"]) == (SETS, ["historical_figures", "phrases"])
     assert [sae["seed"] for sae in shifted["saes"]] == [1, 2, 3]
     assert list(results["candidate"]["checkpoints"]) == ["1", "2", "3"]
-    assert results["verdict"]["reason"] == "3 SAEs; a verdict needs 5 training seeds"
-    assert "**inconclusive**" in out
+    assert "**inconclusive**: SAEs: 3; a verdict needs 5 training seeds." in out
+    assert OODStress.model_validate(results).shifted.prompts == [299, 300], "as the gate reads it"
     official = results["families"]
     assert official["ood"]["data_sets"] == ["161_agnews_0"]
     np.testing.assert_allclose(shifted["llm"]["id"], official["llm"]["id"], atol=1e-9)
@@ -285,7 +286,7 @@ def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     for sae in results["activations"]["saes"]:
         assert 1 <= sae["rank"] <= 16
         assert 0 <= sae["id"]["outside"] <= 1
-    places = "shifted/drop", "shifted/drop_where_kept", "activations/change", "families/gap", "verdict"
+    places = "shifted/drop", "shifted/drop_where_kept", "activations/change", "families/gap"
     assert decisions(results).keys() == {f"/{place}" for place in places}
     assert phase_problems(results) == []
     before = path.read_bytes()
@@ -301,8 +302,8 @@ def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path)
     code, out, err = run_script(SCRIPT, "--checkpoint", one, *common, "--skip-families", "--shifted", SHIFTED[0])
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["verdict"]["outcome"], results["families"]) == ("inconclusive", None)
-    assert "**inconclusive**: 1 SAEs" in out
+    assert results["families"] is None
+    assert "**inconclusive**: SAEs: 1;" in out
     assert phase_problems(results) == []
 
 

@@ -63,7 +63,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     """Of each data set: AUC of SAE and model on its own test rows and on its shifted version; the drop."""
     from husai.report import figures
     from husai.stability.inference import mean_over_seeds
-    from husai.stress.drop import drops
+    from husai.stress.drop import CHANCE, drops
 
     shifted = results["shifted"]
     k, names = shifted["k"], shifted["data_sets"]
@@ -78,7 +78,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
         series[f"SAE, {label}"] = over_saes(zip(*of_saes, strict=True))
     each = over_saes(drops(shifted, k).T)
     label = f"test AUC (SAE: {k} features; line: chance)"
-    auc = figures.Panel("Probes under shift", label, "", names, series, line=0.5)
+    auc = figures.Panel("Probes under shift", label, "", names, series, line=CHANCE)
     loss = {"drop": [*each, shifted["drop"][k]]}
     most = results["rule"]["max_drop"]
     label = f"drop of AUC, SAE − activations (at most {most} allowed)"
@@ -92,17 +92,18 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 def summary(results: dict) -> str:
     from husai.report.text import interval, table
+    from husai.stress.drop import CHANCE, verdict
 
-    shifted, found, verdict = results["shifted"], results["candidate"], results["verdict"]
+    shifted, found, decided = results["shifted"], results["candidate"], verdict(results)
     k, families = shifted["k"], dict.fromkeys(shifted["families"])
     freedom = min(len(shifted["saes"]), len(families)) - 1
     lines = [
         "# Out-of-distribution stress",
         "",
-        f"**{verdict['outcome']}**: {verdict['reason']}.",
+        f"**{decided['outcome']}**: {decided['reason']}.",
         "",
-        f"{results['subject']}, {results['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A probe on "
-        f"{k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the probe on the "
+        f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
+        f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the probe on the "
         "model's own activations loses on the same data sets (positive: the SAE loses more).",
         f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
         f"the interval rests on {max(freedom, 0)} degree{'s' * (freedom != 1)} of freedom and is wide.",
@@ -115,7 +116,7 @@ def summary(results: dict) -> str:
         ),
         "",
     ]
-    kept = [name for name, low in zip(shifted["data_sets"], shifted["llm"]["ood_low"], strict=True) if low > 0.5]
+    kept = [name for name, low in zip(shifted["data_sets"], shifted["llm"]["ood_low"], strict=True) if low > CHANCE]
     lines += [
         f"The activations' own probe is above chance under shift (DeLong, 95 %) on {len(kept)} of "
         f"{len(shifted['data_sets'])} data sets ({', '.join(kept) or 'none'}). On the others the model itself keeps "

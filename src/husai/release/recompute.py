@@ -159,12 +159,7 @@ def decisions(results: dict) -> dict[str, Any]:
             again["/contrasts"] = conditions.contrasts(results["banks"])
             again["/power_laws"] = conditions.power_laws(rows)
     elif phase == "ood_stress":
-        again["/shifted/drop"] = drop.drop(results["shifted"])
-        again["/shifted/drop_where_kept"] = drop.drop_where_kept(results["shifted"])
-        again["/activations/change"] = drop.change(results["activations"]["saes"])
-        if results["families"] is not None:
-            again["/families/gap"] = drop.gap(results["families"])
-        again["/verdict"] = drop.verdict(results)
+        again |= drop.decisions(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])

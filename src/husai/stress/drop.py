@@ -49,16 +49,14 @@ def verdict(results: dict) -> dict:
     """The rule (docs/methods.md, Rules): {"passed", "outcome": passed, not passed, inconclusive; "reason"}.
 
     Args:
-        results: `shifted` with its `drop` and `k`; `skipped`: shifted versions that cannot be used; `rule`.
+        results: of the phase: `shifted` with its `drop` and `k`; `skipped`: versions that cannot be used; `rule`.
     """
     shifted, most = results["shifted"], results["rule"]["max_drop"]
-    found, seeds = shifted["drop"][shifted["k"]], len(shifted["saes"])
-    used = {f"{name}_OOD" for name in shifted["data_sets"]} | set(results["skipped"])
-    unused = [name for name in text.FAMILIES["ood"]["shifted"] if name not in used]
+    found, seeds, left_out = shifted["drop"][shifted["k"]], len(shifted["saes"]), unused(results)
     if seeds < MINIMUM_SEEDS:
-        outcome, reason = "inconclusive", f"{seeds} SAEs; a verdict needs {MINIMUM_SEEDS} training seeds"
-    elif unused:
-        outcome, reason = "inconclusive", f"a verdict takes all shifted versions; {unused[0]} was left out"
+        outcome, reason = "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
+    elif left_out:
+        outcome, reason = "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
     elif found["high"] is None:
         outcome, reason = "inconclusive", found["reason"]
     elif found["high"] <= most:
@@ -66,6 +64,12 @@ def verdict(results: dict) -> dict:
     else:
         outcome, reason = "not passed", f"the upper end of the drop's interval, {found['high']:.4f}, is above {most}"
     return {"passed": outcome == "passed", "outcome": outcome, "reason": reason}
+
+
+def unused(results: dict) -> list[str]:
+    """Shifted versions that could be used and were not: a choice among them is no fair test."""
+    used = {f"{name}_OOD" for name in results["shifted"]["data_sets"]} | set(results["skipped"])
+    return [name for name in text.FAMILIES["ood"]["shifted"] if name not in used]
 
 
 def gap(families: dict) -> dict[str, dict]:
@@ -92,3 +96,13 @@ def change(saes: list[dict]) -> dict[str, dict]:
         name: mean_over_seeds([sae["ood"][name] - sae["id"][name] for sae in saes]).to_json()
         for name in ACTIVATION_FIGURES
     }
+
+
+def decisions(results: dict) -> dict[str, dict]:
+    """Every estimate of a run, made again from its figures: place in the results -> value."""
+    again = {
+        "/shifted/drop": drop(results["shifted"]),
+        "/shifted/drop_where_kept": drop_where_kept(results["shifted"]),
+        "/activations/change": change(results["activations"]["saes"]),
+    }
+    return again if results["families"] is None else again | {"/families/gap": gap(results["families"])}

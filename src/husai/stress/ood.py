@@ -225,12 +225,10 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
     inputs["probed texts"] = digest(
         {n: sha256_file(text.path_of(n)) for n in (*chosen.shifted, *versions, *chosen.probe, *chosen.heldout)}
     )
-    results = {
+    return {
         "phase": "ood_stress",
         "inputs": tested.inputs() | inputs,
         "subject": tested.name,
-        "subject_digest": subject.digest,
-        "hook_name": hook_name,
         "candidate": block,
         "rule": {"max_drop": drop.MAX_DROP},
         "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
@@ -239,7 +237,6 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
         "versions": sae_probes.versions(),
         "skipped": chosen.skipped,
     }
-    return results | {"verdict": drop.verdict(results)}
 
 
 def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], cells: Cells) -> dict:
