@@ -103,8 +103,8 @@ def summary(results: dict) -> str:
         f"**{decided['outcome']}**: {decided['reason']}.",
         "",
         f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
-        f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the probe "
-        "on the model's own activations loses on the same data sets (positive: the SAE loses more).",
+        f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the "
+        "probe on the model's own activations loses on the same data sets (positive: the SAE loses more).",
         f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
         f"the interval rests on {max(freedom, 0)} degree{'s' * (freedom != 1)} of freedom and is wide.",
         "",
