@@ -94,13 +94,13 @@ def summary(results: dict) -> str:
     from husai.report.text import interval, table
     from husai.stress.drop import CHANCE, verdict
 
-    shifted, found, decided = results["shifted"], results["candidate"], verdict(results)
+    shifted, found, (outcome, why) = results["shifted"], results["candidate"], verdict(results)
     k, families = shifted["k"], dict.fromkeys(shifted["families"])
     freedom = min(len(shifted["saes"]), len(families)) - 1
     lines = [
         "# Out-of-distribution stress",
         "",
-        f"**{decided['outcome']}**: {decided['reason']}.",
+        f"**{outcome}**: {why}.",
         "",
         f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
         f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the "
@@ -125,7 +125,7 @@ def summary(results: dict) -> str:
         "were chosen by the same figures.",
         "",
     ]
-    lines += [f"Not used: {name} ({why})." for name, why in results["skipped"].items()]
+    lines += [f"Not used: {name} ({reason})." for name, reason in results["skipped"].items()]
     if results["families"]:
         lines += ["", *of_families(results["families"])]
     return "\n".join([*lines, "", *of_activations(results["activations"])]) + "\n"

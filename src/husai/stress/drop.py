@@ -1,5 +1,5 @@
 """What an SAE loses under a shift beyond what the model itself loses. Pure functions of a run's figures, so that the
-audit makes every estimate and the verdict again."""
+audit makes every estimate again."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def drop_where_kept(shifted: dict) -> dict[str, dict]:
     return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, kept], families).to_json() for k in ks}
 
 
-def verdict(results: dict) -> dict:
-    """The rule (docs/methods.md, Rules): {"passed", "outcome": passed, not passed, inconclusive; "reason"}.
+def verdict(results: dict) -> tuple[str, str]:
+    """(passed, not passed or inconclusive; why) by the rule (docs/methods.md, Rules).
 
     Args:
         results: of the phase: `shifted` with its `drop` and `k`; `skipped`: versions that cannot be used; `rule`.
@@ -54,16 +54,13 @@ def verdict(results: dict) -> dict:
     shifted, most = results["shifted"], results["rule"]["max_drop"]
     found, seeds, left_out = shifted["drop"][shifted["k"]], len(shifted["saes"]), unused(results)
     if seeds < MINIMUM_SEEDS:
-        outcome, reason = "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
-    elif left_out:
-        outcome, reason = "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
-    elif found["high"] is None:
-        outcome, reason = "inconclusive", found["reason"]
-    elif found["high"] <= most:
-        outcome, reason = "passed", f"the upper end of the drop's interval, {found['high']:.4f}, is at most {most}"
-    else:
-        outcome, reason = "not passed", f"the upper end of the drop's interval, {found['high']:.4f}, is above {most}"
-    return {"passed": outcome == "passed", "outcome": outcome, "reason": reason}
+        return "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
+    if left_out:
+        return "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
+    if found["high"] is None:
+        return "inconclusive", found["reason"]
+    end = f"the upper end of the drop's interval, {found['high']:.4f}, is"
+    return ("passed", f"{end} at most {most}") if found["high"] <= most else ("not passed", f"{end} above {most}")
 
 
 def unused(results: dict) -> list[str]:

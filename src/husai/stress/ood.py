@@ -61,10 +61,9 @@ def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
     for name in shifted or []:
         if name not in known:
             raise BadInput(f"--shifted {name}: of {', '.join(known)} expected")
-    skipped = unusable(shifted or known)
-    if shifted and skipped:
-        name, why = next(iter(skipped.items()))
-        raise BadInput(f"--shifted {name}: {why}")
+    skipped = unusable(known)
+    if bad := [name for name in shifted or [] if name in skipped]:
+        raise BadInput(f"--shifted {bad[0]}: {skipped[bad[0]]}")
     used = [original(name) for name in shifted or known if name not in skipped]
     if not used:
         raise BadInput(f"no shifted version can be used: {'; '.join(f'{n}: {why}' for n, why in skipped.items())}")
