@@ -386,6 +386,13 @@ class SideBySide(Strict):
     ood: list[Share]
 
 
+class Model(SideBySide):
+    """The model's own activations."""
+
+    ood_low: list[Share] | None = None
+    """Lower ends of the intervals of `ood`."""
+
+
 class ShiftedSAE(Strict):
     identity: Sha256
     seed: int
@@ -396,10 +403,13 @@ class Shifted(Strict):
     data_sets: Names
     families: Names
     k: str
+    prompts: list[int] | None = None
+    """Of each shifted version."""
     random_seed: int
-    llm: SideBySide
+    llm: Model
     saes: Annotated[list[ShiftedSAE], Field(min_length=1)]
     drop: dict[str, Any]
+    drop_where_kept: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Shifted:

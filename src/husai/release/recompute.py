@@ -18,7 +18,7 @@ from husai.runs.folder import Manifest
 from husai.stability import contrast
 from husai.stability.compare import summarise
 from husai.stability.scores import GAP
-from husai.stress import random_model, transcoder
+from husai.stress import drop, random_model, transcoder
 
 NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
@@ -162,6 +162,8 @@ def decisions(results: dict) -> dict[str, Any]:
         again |= random_model.decisions(results)
     elif phase == "transcoder_stress":
         again |= transcoder.decisions(results)
+    elif phase == "ood_stress":
+        again |= drop.decisions(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
