@@ -85,9 +85,9 @@ class Parser(argparse.ArgumentParser):
             "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
         )
 
-    def add_benchmark(self, needs_checkpoint: bool = True) -> None:
-        """What an external benchmark is run on: --checkpoint, --reference, --random-model-checkpoint, --model-name,
-        --hook-name, --hook-layer, --rows."""
+    def add_benchmark(self, needs_checkpoint: bool = True, compares: bool = True) -> None:
+        """What an external benchmark is run on: --checkpoint, --model-name, --hook-name, --hook-layer, --rows; where it
+        compares SAEs with others also --reference, --random-model-checkpoint."""
         self.add_argument(
             "--checkpoint",
             type=Path,
@@ -97,20 +97,22 @@ class Parser(argparse.ArgumentParser):
             help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
             "condition",
         )
-        self.add_argument(
-            "--reference",
-            type=Path,
-            nargs="+",
-            default=[],
-            help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
-        )
-        self.add_argument(
-            "--random-model-checkpoint",
-            type=Path,
-            nargs="+",
-            default=[],
-            help="SAEs trained alike on the random-weights model",
-        )
+        if compares:
+            self.add_argument(
+                "--reference",
+                type=Path,
+                nargs="+",
+                default=[],
+                help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as "
+                "well)",
+            )
+            self.add_argument(
+                "--random-model-checkpoint",
+                type=Path,
+                nargs="+",
+                default=[],
+                help="SAEs trained alike on the random-weights model",
+            )
         self.add_argument(
             "--model-name",
             "--subject",
