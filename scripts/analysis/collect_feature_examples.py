@@ -65,10 +65,10 @@ def summary(results: dict) -> str:
         "# Features to read",
         "",
         f"{results['condition']} on {results['subject']}, {results['hook_name']}: {len(features)} of the "
-        f"{alive} features that fire on {results['heldout_tokens']} held-out tokens. {results['alive_stable']} of these "
-        f"{alive} are stable: each of the {others} other seeds has a partner with |cos| ≥ {results['stable_from']}, one "
-        "to one. The sample draws as many stable features as others, where there are enough, and so says nothing about "
-        "their share.",
+        f"{alive} features that fire on {results['heldout_tokens']} held-out tokens. Of these {alive}, "
+        f"{results['alive_stable']} are stable: each of the {others} other seeds has a partner with |cos| ≥ "
+        f"{results['stable_from']}, one to one. The sample draws as many stable features as others, where there are "
+        "enough, and so says nothing about their share.",
         "",
         *table(["feature", "fires on", "least abs. cosine with a partner", "stable"], rows),
     ]
