@@ -142,14 +142,15 @@ class Section:
         self.anchor = f"run-{quote(run.name, safe='')}"
         self.title, self.asks = PHASES.get(run.phase, (run.name, None))
         self.heading = markup.title(run.summary) if run.summary else None
-        self.outcome = markup.outcome(run.summary) if run.summary else None
+        self.outcome = markup.outcome(run.summary) if run.summary and run.results else None
         self.text = markup.html(run.summary) if run.summary else None
-        self.figures: list[tuple[str, Picture]] = []
-        for path in run.figures:
+        self.figures: list[tuple[str, str, Picture]] = []
+        """(name, what it shows, image) each; the first is the phase's own figure."""
+        for path in sorted(run.figures, key=lambda p: ([*ALT].index(p.stem) if p.stem in ALT else len(ALT), p.name)):
             if (picture := markup.picture(path)) is None:
                 run.problems.append(f"{path.name} is no image; it is not shown")
             else:
-                self.figures.append((self.alt(path), picture))
+                self.figures.append((path.stem.replace("_", " "), self.alt(path), picture))
         self.forest = Forest.of(run.results)
         folder = quote(os.path.relpath(run.folder, output.parent))
         files = [run.folder / n for n in ("results.json", "summary.md", "manifest.json")] + run.others
@@ -159,7 +160,7 @@ class Section:
         stem = path.stem.removesuffix("_published")
         suffix = ", in the earlier study's setting" if stem != path.stem else ""
         said = ALT.get(stem) or f"{self.title}: {stem.replace('_', ' ')}"
-        return f"{said}{suffix}. The figures are in the table below."
+        return f"{said}{suffix}. The table beside it has the numbers."
 
     @property
     def state(self) -> str:
@@ -202,10 +203,10 @@ class Forest:
 
     @classmethod
     def of(cls, results: dict) -> Forest | None:
-        """One stability section: its excess over each null. Several: the excess of each over its highest null."""
+        """One set of SAEs (of phase 4a, the first): its excess over each null. Several: each one's over its highest."""
         try:
             found = [*stability_sections(results)]
-            if len(found) == 1:
+            if found and (len(found) == 1 or results.get("phase") == "4a"):
                 stability = found[0][1]
                 score = stability["verdict"]["score"]
                 excess = stability["scores"][score]["excess"]
@@ -288,12 +289,12 @@ class Context(BaseModel):
         shown = [t.replace("\r", "").replace("\n", "↵ ") for t in self.text]
         return [*zip(shown, self.values, shades, strict=True)]
 
-    def preview(self, room: int = 28) -> list[tuple[str, float, int]]:
-        """The strongest piece and a little of what stands around it."""
+    def preview(self, before: int = 18, after: int = 44) -> list[tuple[str, float, int]]:
+        """The strongest piece between `before` and `after` characters; padded, so that peaks stand below each other."""
         pieces = self.pieces()
         i = max(range(len(pieces)), key=lambda j: pieces[j][1])
-        before, after = ("".join(p[0] for p in part) for part in (pieces[:i], pieces[i + 1 :]))
-        return [(before[-room:], 0.0, 0), pieces[i], (after[:room], 0.0, 0)]
+        left, right = ("".join(p[0] for p in part) for part in (pieces[:i], pieces[i + 1 :]))
+        return [(left[-before:].rjust(before), 0.0, 0), pieces[i], (right[:after], 0.0, 0)]
 
 
 class Feature(BaseModel):

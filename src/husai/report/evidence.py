@@ -93,6 +93,7 @@ def read_phase(folder: Path) -> Phase:
                 phase.problems.append(f"{name} is not the file that the manifest names; it is not shown")
                 continue
             (phase.figures if parts.suffix == ".png" else phase.others).append(path)
+    _notes(phase)
     return phase
 
 
@@ -124,7 +125,7 @@ def _whole(phase: Phase, name: str, named: dict[str, str]) -> Path | None:
 
 
 def _later_run(phase: Phase) -> None:
-    """Name the last run, where it is another than the one shown, and what a reader of a whole one should know."""
+    """Name the last run, where it is another than the one shown."""
     manifest = phase.manifest
     runs = sorted(p for p in phase.folder.glob("run_*") if p.is_dir())
     if runs and (manifest is None or runs[-1].name > manifest.run_id):
@@ -134,9 +135,13 @@ def _later_run(phase: Phase) -> None:
         phase.problems.append(
             f"the last run, {runs[-1].name}: {how}" + (f"; shown: {manifest.run_id}" if manifest else "")
         )
+
+
+def _notes(phase: Phase) -> None:
+    manifest = phase.manifest
     if manifest is None:
         return
-    if manifest.return_code != 0 and manifest.status == "complete":
+    if manifest.return_code != 0 and manifest.status == "complete" and phase.phase != "release_gate":
         phase.notes.append(f"a check of this phase did not hold (return code {manifest.return_code})")
     if manifest.git_dirty:
         phase.notes.append("the code had changes that were not committed")

@@ -73,12 +73,12 @@ def number(x: float, sign: bool = False) -> str:
     return f"{x:{'+' if sign else ''}.4f}".replace("-", "−")
 
 
-def interval(estimate: float | None, low: float | None, high: float | None) -> str:
+def interval(estimate: float | None, low: float | None, high: float | None, sign: bool = True) -> str:
     """`+0.2191 [+0.2124, +0.2259]`."""
     if estimate is None:
         return "no figure"
-    ends = "" if low is None or high is None else f" [{number(low, True)}, {number(high, True)}]"
-    return number(estimate, True) + ends
+    ends = "" if low is None or high is None else f" [{number(low, sign)}, {number(high, sign)}]"
+    return number(estimate, sign) + ends
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Gate(BaseModel):
 
     @property
     def shown(self) -> str:
-        return interval(self.estimate, self.low, self.high)
+        return interval(self.estimate, self.low, self.high, sign=self.threshold == 0)
 
     @property
     def by_how_much(self) -> str | None:
@@ -86,7 +86,7 @@ class Gate(BaseModel):
         relation = {">": "above", ">=": "at least", "<=": "at most"}[self.relation]
         end = "lower end" if self.bound == "low" else "upper end"
         how = "clears it by" if self.margin >= 0 else "falls short by"
-        return f"{end} must be {relation} {number(self.threshold)}: {how} {number(abs(self.margin))}"
+        return f"{end} must be {relation} {self.threshold:g}: {how} {number(abs(self.margin))}"
 
     @property
     def scale(self) -> Scale | None:
@@ -139,7 +139,7 @@ class Verdict:
 def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     """The verdict of a gate run on the phases that lie beside it."""
     if run is None:
-        return Verdict("No gate decision", f"No gate decision: {NOTHING[0].lower()}{NOTHING[1:]}", "none")
+        return Verdict("No verdict", f"No gate decision: {NOTHING[0].lower()}{NOTHING[1:]}", "none")
     try:
         decision = Decision.model_validate(run.results)
     except ValidationError as error:
@@ -160,7 +160,10 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     elif doubts:
         verdict.headline, verdict.state = "Not established", "none"
         verdict.sentence = f"The gate says that it passed, and its decision does not hold up. {NOTHING}"
-    elif waived or decision.provisional or decision.policy != "strict":
+    elif decision.provisional or decision.policy != "strict":
+        verdict.headline, verdict.state = "Passed, provisionally", "waived"
+        verdict.sentence = f"{counts}; only a strict decision without provisional evidence releases a claim. {NOTHING}"
+    elif waived:
         verdict.headline, verdict.state = "Passed, with reservations", "waived"
         verdict.sentence = f"{counts}; what was let through is said below, and belongs to every claim made on this."
     else:
