@@ -11,8 +11,9 @@ import pytest
 
 from conftest import ROOT, run_without_torch
 from husai.report import card, markup, verdict
-from husai.report.card import Browser, Context, Forest
+from husai.report.browser import Browser, Context
 from husai.report.evidence import read_phase
+from husai.report.forest import Forest
 from husai.report.markup import Scale
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file, write_json
@@ -179,8 +180,10 @@ def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
     for row in forest.rows:
         assert 0 < row.strip.low < row.strip.estimate < row.strip.high < 100
         assert row.strip.estimate == forest.scale.at(row.estimate)
+    assert forest.claim == "mcc_alive +0.2191 [+0.2124, +0.2259] over spectral"
     ablations = Forest.of(json.loads((root / "core_ablations/results.json").read_text()))
-    assert len(ablations.rows) == 13
+    assert (len(ablations.rows), ablations.claim) == (13, None)
+    assert ablations.outcomes == "10 of 13 above chance, 3 of 13 not above chance"
     for broken in ({"husai": {"stability": {"verdict": {}}}}, {"a": {"stability": {"verdict": 3}}}, {}):
         assert Forest.of(broken) is None
 
@@ -316,6 +319,18 @@ def test_features_in_another_shape_are_named(root):
     broken["contexts"][0]["values"] = [1.0]
     add_run(root, "feature_examples", examples(broken))
     assert render(root).says("results.json holds no features in the shape that is expected")
+
+
+def test_a_repeat_does_not_hide_what_the_results_took(root):
+    phase = root / "phase4a"
+    manifest = json.loads((phase / "manifest.json").read_text())
+    for name, seconds, sha in (("a", 7000.0, manifest["outputs"]["results.json"]), ("b", 9000.0, "0" * 64)):
+        run = phase / f"run_20200101T000000Z_{name}"
+        run.mkdir()
+        outputs = manifest["outputs"] | {"results.json": sha}
+        write_json(run / "manifest.json", manifest | {"wall_seconds": seconds, "outputs": outputs})
+    assert read_phase(phase).seconds == 7000.0
+    assert render(root).says("1.9 h")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

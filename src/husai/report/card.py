@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from husai.report import markup, verdict
+from husai.report.browser import Browser
 from husai.report.evidence import Phase, phases, read_phase
-from husai.report.figures import NAMES
-from husai.report.markup import Picture, Scale, Strip
+from husai.report.forest import Forest
+from husai.report.markup import Picture
 from husai.runs.errors import BadInput
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -152,6 +150,8 @@ class Section:
             else:
                 self.figures.append((path.stem.replace("_", " "), self.alt(path), picture))
         self.forest = Forest.of(run.results)
+        if self.outcome is None and self.forest is not None:
+            self.outcome = self.forest.outcomes
         folder = quote(os.path.relpath(run.folder, output.parent))
         files = [run.folder / n for n in ("results.json", "summary.md", "manifest.json")] + run.others
         self.links = [(p.name, f"{folder}/{quote(str(p.relative_to(run.folder)))}") for p in files if p.is_file()]
@@ -168,7 +168,7 @@ class Section:
 
     @property
     def took(self) -> str:
-        seconds = self.run.manifest.wall_seconds
+        seconds = self.run.seconds
         return (
             f"{seconds:.0f} s"
             if seconds < 90
@@ -176,165 +176,3 @@ class Section:
             if seconds < 5400
             else f"{seconds / 3600:.1f} h"
         )
-
-
-@dataclass
-class Row:
-    name: str
-    estimate: float
-    low: float | None
-    high: float | None
-    strip: Strip
-    firm: bool
-    """Whether a verdict hangs on it: a required null."""
-
-    @property
-    def value(self) -> str:
-        return markup.interval(self.estimate, self.low, self.high)
-
-
-@dataclass
-class Forest:
-    """Intervals of the excess of stability over the nulls, on one scale."""
-
-    caption: str
-    scale: Scale
-    rows: list[Row]
-
-    @classmethod
-    def of(cls, results: dict) -> Forest | None:
-        """One set of SAEs (of phase 4a, the first): its excess over each null. Several: each one's over its highest."""
-        try:
-            found = [*stability_sections(results)]
-            if found and (len(found) == 1 or results.get("phase") == "4a"):
-                stability = found[0][1]
-                score = stability["verdict"]["score"]
-                excess = stability["scores"][score]["excess"]
-                rows = [(NAMES.get(null, null), e, null in REQUIRED) for null, e in excess.items()]
-                caption = f"Excess of {score} over each null, 95 % interval; filled: required"
-            else:
-                rows = [(name, s["verdict"]["claimable_excess"], True) for name, s in found]
-                caption = "Excess of stability over the highest required null, 95 % interval"
-            if not rows:
-                return None
-            values = [x for _, e, _ in rows for x in (e["estimate"], e["low"], e["high"]) if x is not None]
-            scale = Scale.over([*values, 0.0])
-            ends = [(name, (e["estimate"], e["low"], e["high"]), firm) for name, e, firm in rows]
-            return cls(
-                caption, scale, [Row(n, *e, Strip.of(scale, *e), firm) for n, e, firm in ends if e[0] is not None]
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return None  # an older or later shape: the summary's table has the figures
-
-
-REQUIRED = ("isotropic", "untrained", "spectral")
-
-
-def stability_sections(value, name: str = "") -> Iterator[tuple[str, dict]]:
-    """(name, stability) of every set of SAEs that was compared, in the order of the results."""
-    if isinstance(value, list):
-        for item in value:
-            yield from stability_sections(item, name)
-    elif isinstance(value, dict):
-        if isinstance(value.get("stability"), dict) and "verdict" in value["stability"]:
-            yield " · ".join(filter(None, (name, _label(value)))), value["stability"]
-            return
-        for key, item in value.items():
-            yield from stability_sections(item, GROUPS.get(key, name))
-
-
-GROUPS = {
-    "husai": "HUSAI",
-    "published": "the earlier study's setting",
-    "methods": "method",
-    "selection": "selection",
-    "confirmation": "fresh seeds",
-    "control": "no pull",
-    "own": "own reference",
-}
-"""Keys of results -> how a row says where it belongs."""
-
-
-def _label(section: dict) -> str | None:
-    if isinstance(section.get("name") or section.get("condition"), str):
-        return section.get("name") or section.get("condition")
-    if "lambda" in section:
-        return f"λ {section['lambda']:g}"
-    family = f"{section['family']} d{section['d_sae']} " if "family" in section else ""
-    return f"{family}k {section['k']}" if "k" in section else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features to read
-
-
-class Partner(BaseModel):
-    seed: int | str
-    feature: int
-    cosine: FiniteFloat
-
-
-class Context(BaseModel):
-    text: list[str]
-    values: list[FiniteFloat]
-
-    @property
-    def peak(self) -> float:
-        return max(self.values, default=0.0)
-
-    def pieces(self) -> list[tuple[str, float, int]]:
-        """(text, activation, shade 0 to 4) of each piece; line ends are made visible."""
-        top = self.peak or 1.0
-        shades = [0 if v <= 0 else 1 + min(3, int(4 * v / top)) for v in self.values]
-        shown = [t.replace("\r", "").replace("\n", "↵ ") for t in self.text]
-        return [*zip(shown, self.values, shades, strict=True)]
-
-    def preview(self, before: int = 18, after: int = 44) -> list[tuple[str, float, int]]:
-        """The strongest piece between `before` and `after` characters; padded, so that peaks stand below each other."""
-        pieces = self.pieces()
-        i = max(range(len(pieces)), key=lambda j: pieces[j][1])
-        left, right = ("".join(p[0] for p in part) for part in (pieces[:i], pieces[i + 1 :]))
-        return [(left[-before:].rjust(before), 0.0, 0), pieces[i], (right[:after], 0.0, 0)]
-
-
-class Feature(BaseModel):
-    feature: int
-    firing_rate: FiniteFloat
-    stable: bool
-    partners: list[Partner]
-    contexts: list[Context]
-
-    @property
-    def least(self) -> float | None:
-        """|cos| with the partner in the seed that has found it least."""
-        return min((p.cosine for p in self.partners), default=None)
-
-
-class Browser(BaseModel):
-    """What `feature_examples` wrote; further keys are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    condition: str
-    subject: str
-    hook_name: str
-    seeds: list[int | str]
-    alive: int
-    alive_stable: int
-    heldout_tokens: int
-    stable_from: FiniteFloat
-    features: list[Feature]
-
-    @classmethod
-    def of(cls, run: Phase) -> Browser | None:
-        """None, and a problem of the run, where it holds no features."""
-        try:
-            browser = cls.model_validate(run.results)
-            if any(len(c.text) != len(c.values) or not c.text for f in browser.features for c in f.contexts):
-                raise ValueError("pieces without values")
-            browser.features.sort(key=lambda f: (not f.stable, -(f.least or 0)))
-            return browser
-        except (ValidationError, ValueError):
-            if run.results:
-                run.problems.append("results.json holds no features in the shape that is expected")
-            return None

@@ -25,6 +25,8 @@ class Phase:
     sha256: str | None = None
     """Of results.json as it lies there."""
     manifest: Manifest | None = None
+    seconds: float | None = None
+    """What the results took: the longest run that gave them; a repeat only reads finished cells."""
     summary: str | None = None
     """Markdown; None where it is missing or not what the manifest names."""
     figures: list[Path] = field(default_factory=list)
@@ -93,7 +95,7 @@ def read_phase(folder: Path) -> Phase:
                 phase.problems.append(f"{name} is not the file that the manifest names; it is not shown")
                 continue
             (phase.figures if parts.suffix == ".png" else phase.others).append(path)
-    _notes(phase)
+    _about(phase)
     return phase
 
 
@@ -137,10 +139,22 @@ def _later_run(phase: Phase) -> None:
         )
 
 
-def _notes(phase: Phase) -> None:
+def _seconds(phase: Phase) -> float:
+    """Over all run folders of the same results."""
+    sha, found = phase.manifest.outputs.get("results.json"), [phase.manifest.wall_seconds]
+    for path in phase.folder.glob("run_*/manifest.json"):
+        run = _manifest(path, [])
+        if run is not None and run.outputs.get("results.json") == sha:
+            found.append(run.wall_seconds)
+    return max(found)
+
+
+def _about(phase: Phase) -> None:
+    """What a whole manifest says."""
     manifest = phase.manifest
     if manifest is None:
         return
+    phase.seconds = _seconds(phase)
     if manifest.return_code != 0 and manifest.status == "complete" and phase.phase != "release_gate":
         phase.notes.append(f"a check of this phase did not hold (return code {manifest.return_code})")
     if manifest.git_dirty:
