@@ -1,6 +1,7 @@
 """External benchmarks: SAEBench's probing, CE-Bench's score, matched baselines, inference over seeds and data sets."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.benchmarks import baselines, candidates, contrastive, deltas, sae_probes
+from husai.benchmarks import baselines, candidates, contrastive, deltas, feature_examples, sae_probes
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.runs.cells import Cells
@@ -26,6 +27,7 @@ from husai.training.trainer import TrainingConfig
 
 SAEBENCH = "scripts/experiments/run_husai_saebench_custom_eval.py"
 CEBENCH = "scripts/experiments/run_husai_cebench_custom_eval.py"
+EXAMPLES = "scripts/analysis/collect_feature_examples.py"
 OFFICIAL = "scripts/experiments/run_official_external_benchmarks.py"
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "published_cycle3"
 HOOK = "blocks.1.hook_resid_pre"
@@ -530,6 +532,69 @@ def test_saebench_from_the_shell(run_script, trained, common, tmp_path):
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(SAEBENCH, *arguments)[0] == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_the_sample_takes_as_many_stable_features_as_others():
+    stable, alive = np.arange(40) < 10, np.arange(40) % 2 == 0
+    chosen = feature_examples.sample(stable, alive, 8, 0)
+    assert chosen == feature_examples.sample(stable, alive, 8, 0) == sorted(set(chosen))
+    assert chosen != feature_examples.sample(stable, alive, 8, 1)
+    assert (stable[chosen].sum(), alive[chosen].sum()) == (4, 8)
+    assert stable[feature_examples.sample(stable, alive, 12, 0)].sum() == 5, "all that there are"
+    assert len(feature_examples.sample(stable, alive, 100, 0)) == 20
+    assert stable[feature_examples.sample(stable, stable, 4, 0)].all()
+
+
+def test_partners_are_one_to_one_whatever_their_order_and_sign():
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(12, 16, generator=g)
+    order = torch.randperm(12, generator=g)
+    signs = torch.where(torch.arange(12) < 6, -1.0, 2.0)[:, None]
+
+    def with_decoder(W_dec) -> candidates.Candidate:
+        sae = SAE({"W_enc": W_dec.T, "b_enc": torch.zeros(12), "W_dec": W_dec, "b_dec": torch.zeros(16)}, "topk", 2)
+        return candidates.Candidate(Path("a"), "", "", sae, {"source": "SAELens", "seed": None}, {})
+
+    moved = (W * signs)[order]
+    moved[0] = torch.randn(16, generator=g)  # the partner of one is lost
+    found = feature_examples.partners([*map(with_decoder, (W, moved, W))])
+    assert found.features.shape == found.cosines.shape == (2, 12)
+    lost = order[0].item()
+    kept = [i for i in range(12) if i != lost]
+    assert [order[found.features[0, i]].item() for i in kept] == kept
+    assert found.stable.tolist() == [i != lost for i in range(12)]
+
+
+def test_feature_examples_from_the_shell(run_script, refused, trained, common, folder, few, tmp_path):
+    topk = sorted(trained["own"].glob("topk*"))
+    code, _, err = run_script(EXAMPLES, "--checkpoint", *topk, "--features", 10, *common)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["phase"], results["seeds"], len(results["features"])) == ("feature_examples", [1, 2, 3], 10)
+    subject, sae = pretrained.load(str(folder)), checkpoints.load(topk[0])
+    for f in results["features"]:
+        assert f["stable"] == all(p["cosine"] >= 0.7 for p in f["partners"])
+        assert [p["seed"] for p in f["partners"]] == [2, 3]
+        peaks = [max(c["values"]) for c in f["contexts"]]
+        assert peaks == sorted(peaks, reverse=True)
+        assert 1 <= len(peaks) <= feature_examples.CONTEXTS
+        for c in f["contexts"]:
+            assert any("".join(c["text"]) in document for document in few.heldout)
+            assert not any(a == b == 0 for a, b in pairwise(c["values"])), "silent neighbours are one piece"
+    f = results["features"][0]
+    ids = subject.tokenizer(few.heldout, add_special_tokens=False)["input_ids"]
+    peaks = [
+        sae.encode(lm.run(subject, [np.array(i[start : start + subject.n_ctx])], [HOOK])[HOOK][0, 1:])[:, f["feature"]]
+        for i in ids
+        for start in range(0, len(i), subject.n_ctx)
+        if len(i) - start > 1
+    ]
+    assert max(f["contexts"][0]["values"]) <= max(p.max().item() for p in peaks) * 1.01
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert run_script(EXAMPLES, "--checkpoint", *topk, "--features", 10, *common, "--force")[0] == 0
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    refused("SAEs of one condition expected", EXAMPLES, "--checkpoint", trained["own"], *common)
+    refused("at least 2 expected", EXAMPLES, "--checkpoint", topk[0], *common)
 
 
 def test_cebench_from_the_shell(run_script, trained, common, tmp_path):

@@ -446,6 +446,13 @@ class Alike(Strict):
     members: list[dict[str, Any]]
 
 
+class Control(Alike):
+    """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
+
+    stability: dict[str, Any]
+    pairs: Pairs
+
+
 class OwnMember(Strict):
     """An SAE under test."""
 
@@ -476,9 +483,11 @@ class RandomModelStress(Strict):
     inputs: dict[str, Sha256]
     subject: str
     candidate: Binding
-    random_model: Alike
+    random_model: Control
     shuffled: Alike | None
     section: OwnSection
+    gain: dict[str, Any] | None
+    verdict: dict[str, str]
 
 
 class Setting(Strict):
@@ -491,8 +500,11 @@ class Setting(Strict):
     k: int
     tokens: int
     batch_size: int
+    learning_rate: Number
     seeds: list[int]
     subject_digest: Sha256
+    own_subject: bool
+    """Whether a subject was named in place of the default one."""
     layer: int
 
 
@@ -508,6 +520,7 @@ class TranscoderStress(Strict):
     sae: Section
     gain: dict[str, Any]
     explained_variance: dict[str, Any]
+    verdict: dict[str, str]
 
 
 class SideBySide(Strict):
@@ -515,6 +528,13 @@ class SideBySide(Strict):
 
     id: list[Share]
     ood: list[Share]
+
+
+class Model(SideBySide):
+    """The model's own activations."""
+
+    ood_low: list[Share] | None = None
+    """Lower ends of the intervals of `ood`."""
 
 
 class ShiftedSAE(Strict):
@@ -527,10 +547,13 @@ class Shifted(Strict):
     data_sets: Names
     families: Names
     k: str
+    prompts: list[int] | None = None
+    """Of each shifted version."""
     random_seed: int
-    llm: SideBySide
+    llm: Model
     saes: Annotated[list[ShiftedSAE], Field(min_length=1)]
     drop: dict[str, Any]
+    drop_where_kept: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Shifted:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from husai.benchmarks import conditions, deltas
-from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 from husai.stability import contrast
 from husai.stability.compare import summarise
-from husai.stability.inference import mean_over_seeds_and_sets
 from husai.stability.scores import GAP
+from husai.stress import drop, random_model, transcoder
 
 NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
@@ -159,11 +158,12 @@ def decisions(results: dict) -> dict[str, Any]:
         else:
             again["/contrasts"] = conditions.contrasts(results["banks"])
             again["/power_laws"] = conditions.power_laws(rows)
+    elif phase == "random_model_stress":
+        again |= random_model.decisions(results)
     elif phase == "transcoder_stress":
-        again["/gain"] = contrast.gain([results["transcoder"]], [results["sae"]])
-        again["/explained_variance"] = {arm: contrast.heldout(results[arm]).to_json() for arm in ("transcoder", "sae")}
+        again |= transcoder.decisions(results)
     elif phase == "ood_stress":
-        again["/shifted/drop"] = shift_lost(results["shifted"])
+        again |= drop.decisions(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
@@ -206,14 +206,6 @@ def decisions(results: dict) -> dict[str, Any]:
     return again
 
 
-def shift_lost(shifted: dict) -> dict:
-    """AUC at `k` that SAEs lose under shift, less what the model itself loses: over seeds and families of data sets."""
-    llm = np.array(shifted["llm"]["id"]) - np.array(shifted["llm"]["ood"])
-    own = [s["test_auc"][shifted["k"]] for s in shifted["saes"]]
-    lost = np.array([s["id"] for s in own]) - np.array([s["ood"] for s in own])
-    return mean_over_seeds_and_sets(lost - llm, shifted["families"]).to_json()
-
-
 def phase_problems(results: Any) -> list[str]:
     """Where a phase's figures and decisions do not follow from its pairs and members."""
     try:
@@ -226,6 +218,19 @@ def phase_problems(results: Any) -> list[str]:
         ]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
+
+
+def resolve(value: Any, pointer: str) -> Any:
+    """The value at an RFC 6901 pointer (LookupError where there is none)."""
+    for token in pointer.split("/")[1:]:
+        token = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", token) and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
+    return value
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from husai.activations import source
 from husai.activations.store import ActivationStore
 from husai.benchmarks import candidates
 from husai.benchmarks.candidates import heldout_store, open_all, refuse_twins
@@ -128,3 +130,40 @@ def find(args: argparse.Namespace, device: torch.device) -> Tested:
     if expected is not None and tested.block != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
+
+
+def training_store(
+    tested: Tested, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+) -> ActivationStore:
+    """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
+    harvested again.
+
+    Args:
+        rows: of the store; None: as many as the store has that lies there.
+
+    Raises:
+        BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
+            trained on a control, not on what the subject computes.
+    """
+    wanted, control = (tested.saes[0].facts[name] for name in ("store_digest", "control"))
+    if control is not None:
+        raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
+    if rows is None:
+        for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
+            try:
+                if digest(read_json(path)) == wanted:
+                    return ActivationStore.open(path.parent)
+            except BadInput:  # another store's damage is not ours; ours would not have the digest
+                continue
+        raise BadInput(
+            f"candidate: the activations that it was trained on (digest {wanted[:12]}) are not below "
+            f"{artifact_root / 'activations'}; --train-rows says how many to harvest"
+        )
+    where = {"subject": tested.name, "hook_name": tested.hook_name, "rows": rows}
+    store = source.open_store(artifact_root, device, threads, **where)
+    if store.digest != wanted:
+        raise BadInput(
+            f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; the candidate was trained on "
+            f"{wanted[:12]}"
+        )
+    return store

@@ -36,8 +36,13 @@ def run_stress(
     script: str,
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
+    brought: tuple[str, ...] = (),
 ) -> None:
-    """A phase (`runs.phase.run_phase`) about a candidate (`runs.cli.Parser.add_candidate`)."""
+    """A phase (`runs.phase.run_phase`) about a candidate (`runs.cli.Parser.add_candidate`).
+
+    Args:
+        brought: further arguments that name what the user brings.
+    """
     look_up(args)
-    packages = (*PACKAGES, "benchmarks", "stress")
-    run_phase(args, name, script, compute, summary, ("subject", "checkpoint"), ("candidate",), packages=packages)
+    packages, brought = (*PACKAGES, "benchmarks", "stress"), ("subject", "checkpoint", *brought)
+    run_phase(args, name, script, compute, summary, brought, ("candidate",), packages=packages)

@@ -1,0 +1,178 @@
+"""The report card: one HTML page, without any request, from what runs have left below a folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from husai.report import markup, verdict
+from husai.report.browser import Browser
+from husai.report.evidence import Phase, phases, read_phase
+from husai.report.forest import Forest
+from husai.report.markup import Picture
+from husai.runs.errors import BadInput
+
+TEMPLATES = Path(__file__).parent / "templates"
+PHASES = {
+    "4a": ("Phase 4a", "Are the features of SAEs trained with different seeds more alike than chance?"),
+    "language_model": ("The language model", "Does the model know enough for its features to be worth explaining?"),
+    "core_ablations": ("Core ablations", "How does stability depend on sparsity, width and the way of training?"),
+    "adaptive_l0_calibration": ("Adaptive L0", "Which sparsity gives the most reproducible features, on fresh seeds?"),
+    "assignment_consistency_v2": (
+        "Assignment consistency",
+        "Does a pull towards a reference make independently trained SAEs more alike?",
+    ),
+    "architecture_frontier": ("Architecture frontier", "At one L0, which family is stable and useful at once?"),
+    "external_metric_scaling": ("Scaling", "How do stability and benchmarks change with tokens, layer and width?"),
+    "saebench_custom": ("SAEBench", "Are probes on few features as good as on a matched reference's?"),
+    "cebench_custom": ("CE-Bench", "How sharply do single features tell two contrasting texts apart?"),
+    "official_external_benchmarks": ("The libraries' own benchmarks", "What do the benchmarks' own programs say?"),
+    "candidate_selection": ("Selection", "Which condition goes to the gate?"),
+    "candidate_confirmation": ("Confirmation", "Does the selected recipe hold on fresh seeds?"),
+    "random_model_stress": ("Random-model stress", "Would a model of random weights have given the same?"),
+    "transcoder_stress": ("Transcoder stress", "Are transcoders' features as stable?"),
+    "ood_stress": ("Out-of-distribution stress", "What is left on text unlike that of training?"),
+    "release_gate": ("Release gate", "May anything be claimed externally?"),
+    "feature_examples": ("Features to read", "What do single features respond to, and were they found again?"),
+}
+"""Known phases in the order of the page: title, and what each asks."""
+ALT = {
+    "matches": "Histogram of the absolute cosine of matched features: trained SAEs beside each null",
+    "over_training": "Stability against training steps with its interval, and the levels of the nulls",
+    "loss_curves": "Loss on training batches against steps, a line for each seed",
+    "cross_entropy": "Cross-entropy with each seed's SAE spliced in, beside the model's own and that with zeros",
+    "core_ablations": "Stability against sparsity and width, and the gain of each method, with intervals",
+    "adaptive_l0": "Excess of stability over the highest null, and explained variance, against k",
+    "assignment_v2": "Gain of stability against the strength of the pull, with intervals",
+    "frontier": "Families against each other: stability, reconstruction and benchmarks, with intervals",
+    "saebench_deltas": "Probing AUC of each condition less its baselines, with intervals",
+    "cebench_deltas": "Contrastive score of each condition less its baselines, with intervals",
+    "bits_per_byte": "Bits per byte of the model beside n-grams, by family of documents",
+    "loss": "Loss of the language model in training and on held-out text",
+    "probes": "Probe AUC on each data set with its interval, beside the random-weights model",
+}
+"""What a figure shows, for those who do not see it."""
+
+
+def render(root: Path, gate: Path | None, output: Path) -> str:
+    """The page.
+
+    Args:
+        root: holds a folder a phase.
+        gate: a gate's results.json, in place of the one below `root`.
+        output: where the page will lie: links to the evidence are relative to it.
+
+    Raises:
+        BadInput: `root` or `gate` does not exist, or `root` holds no run.
+    """
+    found = phases(root)
+    if gate is not None and not gate.is_file():
+        raise BadInput(f"--gate: {gate} does not exist; the results.json of a release gate expected")
+    if gate is not None and gate.name != "results.json":
+        raise BadInput(f"--gate: {gate}: the results.json of a release gate expected, beside its manifest.json")
+    decided = read_phase(gate.parent) if gate else _last(found, "release_gate")
+    decision = verdict.judge(decided, found)
+    examples = _last(found, "feature_examples")
+    order = [*PHASES]
+    shown = sorted(
+        (p for p in found if p is not decided and p is not examples),  # these have parts of the page of their own
+        key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
+    )
+    sections = [Section(p, output) for p in shown]
+    script = (TEMPLATES / "card.js").read_text()
+    page = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("card.html")
+    return page.render(
+        verdict=decision,
+        gate=Section(decided, output) if decided else None,
+        read=_where_read(decision.decision, sections),
+        sections=sections,
+        examples=Section(examples, output) if examples else None,
+        browser=Browser.of(examples) if examples else None,
+        absent=[
+            (PHASES[p][0], PHASES[p][1]) for p in PHASES if all(q.phase != p for q in found) and not _is(p, decided)
+        ],
+        root=root.name,
+        last=max((p.manifest.started_utc for p in found if p.manifest), default=None),
+        script=Markup(script),
+        script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _last(found: list[Phase], kind: str) -> Phase | None:
+    """The latest whole run of a kind, else a damaged one."""
+    of_kind = [p for p in found if kind in (p.phase, p.name)]
+    return max(of_kind, key=lambda p: (not p.problems, p.manifest.started_utc if p.manifest else ""), default=None)
+
+
+def _is(kind: str, run: Phase | None) -> bool:
+    return run is not None and run.phase == kind
+
+
+def _where_read(decision: verdict.Decision | None, sections: list[Section]) -> list[tuple[str, str, str, str | None]]:
+    """(label, path, sha256, anchor of the section that shows it) of what the gate read."""
+    if decision is None:
+        return []
+    anchors = {s.run.sha256: s.anchor for s in sections}
+    return [(label, r.path, r.sha256, anchors.get(r.sha256)) for label, r in decision.read.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A phase
+
+
+class Section:
+    """A run as the page shows it."""
+
+    def __init__(self, run: Phase, output: Path):
+        self.run = run
+        self.anchor = f"run-{quote(run.name, safe='')}"
+        self.title, self.asks = PHASES.get(run.phase, (run.name, None))
+        self.heading = markup.title(run.summary) if run.summary else None
+        self.outcome = markup.outcome(run.summary) if run.summary and run.results else None
+        self.text = markup.html(run.summary) if run.summary else None
+        self.figures: list[tuple[str, str, Picture]] = []
+        """(name, what it shows, image) each; the first is the phase's own figure."""
+        for path in sorted(run.figures, key=lambda p: ([*ALT].index(p.stem) if p.stem in ALT else len(ALT), p.name)):
+            if (picture := markup.picture(path)) is None:
+                run.problems.append(f"{path.name} is no image; it is not shown")
+            else:
+                self.figures.append((path.stem.replace("_", " "), self.alt(path), picture))
+        self.forest = Forest.of(run.results)
+        if self.outcome is None and self.forest is not None:
+            self.outcome = self.forest.outcomes
+        folder = quote(os.path.relpath(run.folder, output.parent))
+        files = [run.folder / n for n in ("results.json", "summary.md", "manifest.json")] + run.others
+        self.links = [(p.name, f"{folder}/{quote(str(p.relative_to(run.folder)))}") for p in files if p.is_file()]
+
+    def alt(self, path: Path) -> str:
+        stem = path.stem.removesuffix("_published")
+        suffix = ", in the earlier study's setting" if stem != path.stem else ""
+        said = ALT.get(stem) or f"{self.title}: {stem.replace('_', ' ')}"
+        return f"{said}{suffix}. The table beside it has the numbers."
+
+    @property
+    def state(self) -> str:
+        return "fail" if self.run.problems else "waived" if self.run.notes else "pass"
+
+    @property
+    def took(self) -> str:
+        seconds = self.run.seconds
+        return (
+            f"{seconds:.0f} s"
+            if seconds < 90
+            else f"{seconds / 60:.0f} min"
+            if seconds < 5400
+            else f"{seconds / 3600:.1f} h"
+        )

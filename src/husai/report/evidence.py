@@ -1,0 +1,163 @@
+"""What runs have left below a folder, each checked against its own manifest: what the report card is made from.
+
+Nothing here raises for a damaged run: what is wrong is said in its section, and the others are shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from husai.runs.errors import BadInput
+from husai.runs.files import read_json, sha256_file
+from husai.runs.folder import Manifest
+
+
+@dataclass
+class Phase:
+    """One folder below the root."""
+
+    folder: Path
+    results: dict = field(default_factory=dict)
+    """Empty where they are missing, damaged, or not what the manifest names."""
+    sha256: str | None = None
+    """Of results.json as it lies there."""
+    manifest: Manifest | None = None
+    seconds: float | None = None
+    """What the results took: the longest run that gave them; a repeat only reads finished cells."""
+    summary: str | None = None
+    """Markdown; None where it is missing or not what the manifest names."""
+    figures: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    """Further files that the manifest names: tables, maps."""
+    problems: list[str] = field(default_factory=list)
+    """Why the run is not what it should be."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know of a run that is whole."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def phase(self) -> str:
+        """The kind of run; the folder's name where the results do not say."""
+        phase = self.results.get("phase")
+        return phase if isinstance(phase, str) else self.name
+
+
+def phases(root: Path) -> list[Phase]:
+    """Every run folder directly below `root`, by name.
+
+    Raises:
+        BadInput: there is no such folder, or no run in it.
+    """
+    if not root.is_dir():
+        raise BadInput(f"--results-root: {root} is not a folder")
+    found = [read_phase(folder) for folder in sorted(root.iterdir()) if folder.is_dir() and is_phase(folder)]
+    if not found:
+        raise BadInput(f"--results-root: {root} holds no run; {root}/PHASE/results.json expected")
+    return found
+
+
+def is_phase(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("results.json", "manifest.json")) or any(folder.glob("run_*/"))
+
+
+def read_phase(folder: Path) -> Phase:
+    """Read a run's results, summary and figures, as far as they are what its manifest names."""
+    phase = Phase(folder)
+    phase.manifest = _manifest(folder / "manifest.json", phase.problems)
+    _later_run(phase)
+    named = phase.manifest.outputs if phase.manifest else {}
+    if path := _whole(phase, "results.json", named):
+        try:
+            results = read_json(path, "results")
+            phase.results = results if isinstance(results, dict) else {}
+            if not phase.results:
+                phase.problems.append("results.json holds no object")
+        except (BadInput, RecursionError):
+            phase.problems.append("results.json is not readable as strict JSON")
+    if (folder / "results.json").is_file():
+        phase.sha256 = sha256_file(folder / "results.json")
+    if path := _whole(phase, "summary.md", named):
+        phase.summary = path.read_text(errors="replace")
+    for name in sorted(named):
+        parts = PurePosixPath(name)
+        if parts.suffix in (".png", ".csv") or name.endswith("_map.json"):
+            places = [folder / name, folder / parts.name]  # evidence that was copied lies flat
+            path = next((p for p in places if p.is_file() and ".." not in parts.parts), None)
+            if path is None:
+                continue
+            if sha256_file(path) != named[name]:
+                phase.problems.append(f"{name} is not the file that the manifest names; it is not shown")
+                continue
+            (phase.figures if parts.suffix == ".png" else phase.others).append(path)
+    _about(phase)
+    return phase
+
+
+def _manifest(path: Path, problems: list[str]) -> Manifest | None:
+    if not path.is_file():
+        problems.append("no manifest.json: no run was completed here, and nothing vouches for what lies here")
+        return None
+    try:
+        manifest = Manifest.model_validate(read_json(path, "manifest"))
+    except (BadInput, RecursionError, ValidationError):
+        problems.append("manifest.json is not a manifest: nothing vouches for what lies here")
+        return None
+    if manifest.status != "complete":
+        problems.append(f"the run is not complete: {manifest.status}, return code {manifest.return_code}")
+    return manifest
+
+
+def _whole(phase: Phase, name: str, named: dict[str, str]) -> Path | None:
+    """A file, if it is there and the one that the manifest names; without a manifest nothing is."""
+    path = phase.folder / name
+    if not path.is_file():
+        if phase.manifest is not None:
+            phase.problems.append(f"{name} is missing")
+    elif phase.manifest is not None and named.get(name) != sha256_file(path):
+        phase.problems.append(f"{name} is not the file that the manifest names (sha256 differs)")
+    elif phase.manifest is not None:
+        return path
+    return None
+
+
+def _later_run(phase: Phase) -> None:
+    """Name the last run, where it is another than the one shown."""
+    manifest = phase.manifest
+    runs = sorted(p for p in phase.folder.glob("run_*") if p.is_dir())
+    if runs and (manifest is None or runs[-1].name > manifest.run_id):
+        found: list[str] = []
+        last = _manifest(runs[-1] / "manifest.json", found)
+        how = f"{last.status}, return code {last.return_code}" if last else "no manifest: running, or killed"
+        phase.problems.append(
+            f"the last run, {runs[-1].name}: {how}" + (f"; shown: {manifest.run_id}" if manifest else "")
+        )
+
+
+def _seconds(phase: Phase) -> float:
+    """Over all run folders of the same results."""
+    sha, found = phase.manifest.outputs.get("results.json"), [phase.manifest.wall_seconds]
+    for path in phase.folder.glob("run_*/manifest.json"):
+        run = _manifest(path, [])
+        if run is not None and run.outputs.get("results.json") == sha:
+            found.append(run.wall_seconds)
+    return max(found)
+
+
+def _about(phase: Phase) -> None:
+    """What a whole manifest says."""
+    manifest = phase.manifest
+    if manifest is None:
+        return
+    phase.seconds = _seconds(phase)
+    if manifest.return_code != 0 and manifest.status == "complete" and phase.phase != "release_gate":
+        phase.notes.append(f"a check of this phase did not hold (return code {manifest.return_code})")
+    if manifest.git_dirty:
+        phase.notes.append("the code had changes that were not committed")
+    if manifest.git_commit is None:
+        phase.notes.append(f"the commit is not known: {manifest.git_reason}")

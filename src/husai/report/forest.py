@@ -1,0 +1,104 @@
+"""Intervals of stability over its nulls, as lines on one scale: what the page draws of a phase's results itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from husai.report import markup
+from husai.report.figures import NAMES
+from husai.report.markup import Scale, Strip
+
+
+@dataclass
+class Row:
+    name: str
+    estimate: float
+    low: float | None
+    high: float | None
+    strip: Strip
+    firm: bool
+    """Whether a verdict hangs on it: a required null."""
+
+    @property
+    def value(self) -> str:
+        return markup.interval(self.estimate, self.low, self.high)
+
+
+@dataclass
+class Forest:
+    """Intervals of the excess of stability over the nulls, on one scale."""
+
+    caption: str
+    outcomes: str
+    """`8 of 13 above chance, …`."""
+    claim: str | None
+    """Of one set of SAEs: its excess over the highest required null."""
+    scale: Scale
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, results: dict) -> Forest | None:
+        """One set of SAEs (of phase 4a, the first): its excess over each null. Several: each one's over its highest."""
+        try:
+            found = [*stability_sections(results)]
+            if found and (len(found) == 1 or results.get("phase") == "4a"):
+                stability, said = found[0][1], found[0][1]["verdict"]
+                score, most = said["score"], said["claimable_excess"]
+                excess = stability["scores"][score]["excess"]
+                rows = [(NAMES.get(null, null), e, null in REQUIRED) for null, e in excess.items()]
+                ends = markup.interval(most["estimate"], most["low"], most["high"])
+                claim = f"{score} {ends} over {said['highest_null']}"
+                caption = f"Excess of {score} over each null, 95 % interval; filled: required"
+            else:
+                rows, claim = [(name, s["verdict"]["claimable_excess"], True) for name, s in found], None
+                caption = "Excess of stability over the highest required null, 95 % interval"
+            if not rows:
+                return None
+            values = [x for _, e, _ in rows for x in (e["estimate"], e["low"], e["high"]) if x is not None]
+            scale = Scale.over([*values, 0.0])
+            ends = [(name, (e["estimate"], e["low"], e["high"]), firm) for name, e, firm in rows]
+            counts = Counter(s["verdict"]["outcome"] for _, s in found)
+            outcomes = ", ".join(f"{n} of {len(found)} {outcome}" for outcome, n in counts.items())
+            drawn = [Row(n, *e, Strip.of(scale, *e), firm) for n, e, firm in ends if e[0] is not None]
+            return cls(caption, outcomes, claim, scale, drawn)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None  # an older or later shape: the summary's table has the figures
+
+
+REQUIRED = ("isotropic", "untrained", "spectral")
+
+
+def stability_sections(value, name: str = "") -> Iterator[tuple[str, dict]]:
+    """(name, stability) of every set of SAEs that was compared, in the order of the results."""
+    if isinstance(value, list):
+        for item in value:
+            yield from stability_sections(item, name)
+    elif isinstance(value, dict):
+        if isinstance(value.get("stability"), dict) and "verdict" in value["stability"]:
+            yield " · ".join(filter(None, (name, _label(value)))), value["stability"]
+            return
+        for key, item in value.items():
+            yield from stability_sections(item, GROUPS.get(key, name))
+
+
+GROUPS = {
+    "husai": "HUSAI",
+    "published": "the earlier study's setting",
+    "methods": "method",
+    "selection": "selection",
+    "confirmation": "fresh seeds",
+    "control": "no pull",
+    "own": "own reference",
+}
+"""Keys of results -> how a row says where it belongs."""
+
+
+def _label(section: dict) -> str | None:
+    if isinstance(section.get("name") or section.get("condition"), str):
+        return section.get("name") or section.get("condition")
+    if "lambda" in section:
+        return f"λ {section['lambda']:g}"
+    family = f"{section['family']} d{section['d_sae']} " if "family" in section else ""
+    return f"{family}k {section['k']}" if "k" in section else None

@@ -1,0 +1,120 @@
+"""Parts of an HTML page: a summary's markdown, a figure as a data URI, an interval as a line."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import dataclass
+from math import floor, log10
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+HEADINGS = 2
+"""Levels by which a summary's headings go down on the page; its first, the title, is left out."""
+COLOURS = 96
+"""Of an embedded figure: lines and text need no more, and a page of many figures stays small."""
+
+
+def html(markdown: str) -> Markup:
+    """A summary as HTML. Raw HTML in it is escaped; links and images, which could lead out of the page, stay text."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+    tokens = parser.parse(markdown)
+    if tokens and tokens[0].tag == "h1":
+        del tokens[:3]  # open, text, close
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + HEADINGS)}"
+    text = parser.renderer.render(tokens, parser.options, {})
+    scroll = '<div class="scroll" tabindex="0" role="region" aria-label="table">'
+    text = text.replace("<table>", f"{scroll}<table>").replace("</table>", "</table></div>")
+    return Markup(re.sub(r"(?<=\d) (\[[^\[\]<>]*\d\])", r' <span class="interval">\1</span>', text))
+
+
+def title(markdown: str) -> str | None:
+    """The first heading of a summary."""
+    found = re.search(r"^# (.+)$", markdown, re.M)
+    return found[1] if found else None
+
+
+def outcome(markdown: str) -> str | None:
+    """The words in bold before the first table: what a summary says first."""
+    found = re.search(r"\*\*(.+?)\*\*", markdown.partition("\n|")[0], re.S)
+    return " ".join(found[1].split()) if found else None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, ready for `<img>`."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def picture(path: Path) -> Picture | None:
+    """A PNG as a data URI with few colours; None where it is no image."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return Picture(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", *small.size)
+
+
+def number(x: float, sign: bool = False) -> str:
+    """Four digits after the point, with a true minus."""
+    return f"{x:{'+' if sign else ''}.4f}".replace("-", "−")
+
+
+def interval(estimate: float | None, low: float | None, high: float | None, sign: bool = True) -> str:
+    """`+0.2191 [+0.2124, +0.2259]`."""
+    if estimate is None:
+        return "no figure"
+    ends = "" if low is None or high is None else f" [{number(low, sign)}, {number(high, sign)}]"
+    return number(estimate, sign) + ends
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps numbers to per cent of a strip's width."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: list[float]) -> Scale:
+        """A little wider than the values."""
+        low, high = min(values), max(values)
+        room = 0.08 * (high - low) or 1.0
+        return cls(low - room, high + room)
+
+    def at(self, x: float) -> float:
+        return round(100 * (x - self.low) / (self.high - self.low), 2)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Two to five round numbers, (place, label) each."""
+        span = self.high - self.low
+        power = 10.0 ** floor(log10(span))
+        step = next(s * power for s in (0.1, 0.2, 0.25, 0.5, 1, 2) if span / (s * power) < 5)
+        first, last = floor(self.low / step) + 1, floor(self.high / step)
+        return [(self.at(i * step), f"{i * step:.10g}".replace("-", "−")) for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """An estimate and its interval on a scale, in per cent of the width."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, scale: Scale, estimate: float, low: float | None, high: float | None) -> Strip:
+        return cls(scale.at(estimate), *(None if x is None else scale.at(x) for x in (low, high)))

@@ -1,0 +1,202 @@
+"""The gate's decision as the page shows it: read, and doubted where it does not follow from what it says itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, ValidationError
+
+from husai.report.evidence import Phase
+from husai.report.markup import Scale, Strip, interval, number
+
+GATES = {
+    "positive_control": "Does the method find stable features where there are known ones?",
+    "stability": "Are the candidate's features more alike across seeds than every required null?",
+    "random_model": "Are they more alike than those of the same model with random weights?",
+    "transcoder": "Does the finding hold for transcoders as well?",
+    "ood": "Does it hold on text that is unlike what the SAEs were trained on?",
+    "saebench": "Are probes on its features at least as good as on a matched reference's, by SAEBench?",
+    "cebench": "Do its features tell contrasts apart at least as well as a matched reference's, by CE-Bench?",
+}
+"""In the order of the page; asked so where the decision brings no question of its own."""
+NOTHING = "Nothing may be claimed externally."
+
+
+class Gate(BaseModel):
+    """One gate of a decision; further keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    gate: str
+    status: Literal["PASS", "FAIL", "MISSING"]
+    question: str | None = None
+    figure: str | None = None
+    estimate: FiniteFloat | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    bound: Literal["low", "high"] | None = None
+    """Which end of the interval is compared with the threshold."""
+    relation: Literal[">", ">=", "<="] | None = None
+    threshold: FiniteFloat | None = None
+    n: int | None = None
+    reason: str | None = None
+    to_pass: str | None = None
+    waived: str | None = None
+
+    @property
+    def margin(self) -> float | None:
+        """By how much the compared end clears the threshold; negative: by how much it falls short."""
+        end = {"low": self.low, "high": self.high, None: None}[self.bound]
+        if end is None or self.threshold is None or self.relation is None:
+            return None
+        return self.threshold - end if self.relation == "<=" else end - self.threshold
+
+    @property
+    def contradicts_itself(self) -> bool:
+        """Passed, by figures that do not pass."""
+        margin = self.margin
+        return self.status == "PASS" and margin is not None and (margin < 0 or (margin == 0 and self.relation == ">"))
+
+    # What the page shows
+
+    @property
+    def title(self) -> str:
+        known = {"ood": "Out of distribution", "saebench": "SAEBench", "cebench": "CE-Bench"}
+        return known.get(self.gate, self.gate.replace("_", " ").capitalize())
+
+    @property
+    def asks(self) -> str:
+        return self.question or GATES.get(self.gate, "")
+
+    @property
+    def state(self) -> str:
+        """pass, fail, missing, or waived: what did not pass and was let through."""
+        return "waived" if self.waived and self.status != "PASS" else self.status.lower()
+
+    @property
+    def shown(self) -> str:
+        return interval(self.estimate, self.low, self.high, sign=self.threshold == 0)
+
+    @property
+    def by_how_much(self) -> str | None:
+        if self.margin is None:
+            return None
+        relation = {">": "above", ">=": "at least", "<=": "at most"}[self.relation]
+        end = "lower end" if self.bound == "low" else "upper end"
+        how = "clears it by" if self.margin >= 0 else "falls short by"
+        return f"{end} must be {relation} {self.threshold:g}: {how} {number(abs(self.margin))}"
+
+    @property
+    def scale(self) -> Scale | None:
+        found = [x for x in (self.estimate, self.low, self.high, self.threshold) if x is not None]
+        return Scale.over([*found, 0.0]) if self.estimate is not None and self.threshold is not None else None
+
+    @property
+    def strip(self) -> Strip:
+        return Strip.of(self.scale, self.estimate, self.low, self.high)
+
+
+class Read(BaseModel):
+    path: str
+    sha256: str
+
+
+class Decision(BaseModel):
+    """What the release gate wrote; further keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    phase: Literal["release_gate"]
+    pass_all: StrictBool
+    gates: list[Gate]
+    policy: str = "strict"
+    provisional: StrictBool = False
+    candidate: dict | None = None
+    read: dict[str, Read] = Field(default_factory=dict)
+
+
+@dataclass
+class Verdict:
+    """The top of the page."""
+
+    headline: str
+    sentence: str
+    state: str
+    """pass, fail, or none: no decision, or one that does not hold up."""
+    decision: Decision | None = None
+    gates: list[Gate] = field(default_factory=list)
+    """All known ones in their order, then others; one that the decision does not name is MISSING."""
+    doubts: list[str] = field(default_factory=list)
+    """Why the decision does not hold up, whatever it says."""
+    run: Phase | None = None
+
+    def count(self, state: str) -> int:
+        return sum(g.state == state for g in self.gates)
+
+
+def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
+    """The verdict of a gate run on the phases that lie beside it."""
+    if run is None:
+        return Verdict("No verdict", f"No gate decision: {NOTHING[0].lower()}{NOTHING[1:]}", "none")
+    try:
+        decision = Decision.model_validate(run.results)
+    except ValidationError as error:
+        first = error.errors()[0]
+        doubts = [*run.problems]
+        if run.results:
+            doubts.append(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return Verdict(
+            "No valid gate decision", f"The gate's result cannot be used. {NOTHING}", "none", None, [], doubts, run
+        )
+    gates = in_order(decision.gates)
+    doubts = [*run.problems, *contradictions(decision, gates), *stale(decision, phases)]
+    verdict = Verdict("", "", "fail", decision, gates, doubts, run)
+    passed, waived = verdict.count("pass"), verdict.count("waived")
+    counts = f"{passed} of {len(gates)} gates passed"
+    if not decision.pass_all:
+        verdict.headline, verdict.sentence = "Not passed", f"{counts}. {NOTHING}"
+    elif doubts:
+        verdict.headline, verdict.state = "Not established", "none"
+        verdict.sentence = f"The gate says that it passed, and its decision does not hold up. {NOTHING}"
+    elif decision.provisional or decision.policy != "strict":
+        verdict.headline, verdict.state = "Passed, provisionally", "waived"
+        verdict.sentence = f"{counts}; only a strict decision without provisional evidence releases a claim. {NOTHING}"
+    elif waived:
+        verdict.headline, verdict.state = "Passed, with reservations", "waived"
+        verdict.sentence = f"{counts}; what was let through is said below, and belongs to every claim made on this."
+    else:
+        verdict.headline, verdict.state = "Passed", "pass"
+        verdict.sentence = f"{counts}. What may be claimed externally is what these gates tested, and no more."
+    return verdict
+
+
+def in_order(gates: list[Gate]) -> list[Gate]:
+    named = {g.gate: g for g in gates}
+    absent = Gate(gate="", status="MISSING", reason="the decision does not name this gate")
+    known = [named.get(name) or absent.model_copy(update={"gate": name}) for name in GATES]
+    return known + [g for g in gates if g.gate not in GATES]
+
+
+def contradictions(decision: Decision, gates: list[Gate]) -> list[str]:
+    """What in the decision speaks against itself."""
+    names = [g.gate for g in decision.gates]
+    found = [f"the gate {name} stands twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    found += [f"{g.title}: said to have passed, and its own figures do not pass" for g in gates if g.contradicts_itself]
+    open_gates = [g.title for g in gates if g.state in ("fail", "missing")]
+    if decision.pass_all and open_gates:
+        found.append(f"it says that all passed, and these did not: {', '.join(open_gates)}")
+    return found
+
+
+def stale(decision: Decision, phases: list[Phase]) -> list[str]:
+    """What the gate read, and lies here with another content."""
+    digests = {p.sha256 for p in phases}
+    found = []
+    for label, read in decision.read.items():
+        folder = PurePosixPath(read.path).parent.name
+        here = [p for p in phases if p.name == folder and p.sha256 is not None]
+        if read.sha256 not in digests and here and PurePosixPath(read.path).name == "results.json":
+            found.append(f"{label}: {folder}/results.json has changed since the gate read it")
+    return found

@@ -1,0 +1,482 @@
+"""The report card: what it says, what it must never say, and that it is a page for everyone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from conftest import ROOT, run_without_torch
+from husai.report import card, markup, verdict
+from husai.report.browser import Browser, Context
+from husai.report.evidence import read_phase
+from husai.report.forest import Forest
+from husai.report.markup import Scale
+from husai.runs.errors import BadInput
+from husai.runs.files import sha256_file, write_json
+
+REPORT = "scripts/analysis/build_report.py"
+TEMPLATES = ROOT / "src" / "husai" / "report" / "templates"
+VOID = {"meta", "link", "img", "input", "br", "hr", "line", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Start tags in order, the visible text, and whether every element is closed."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"{tag} closed out of turn"
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.text += data
+
+    def all(self, tag) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def says(self, words: str) -> bool:
+        return words in " ".join(self.text.split())
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The evidence of the documents, as it lies there."""
+    shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def add_run(root, name: str, results: dict, summary: str = "# A run\n", **changed):
+    """A whole run of these results."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "results.json", results)
+    (folder / "summary.md").write_text(summary)
+    manifest = json.loads((ROOT / "docs/evidence/phase4a/manifest.json").read_text())
+    manifest["outputs"] = {n: sha256_file(folder / n) for n in ("results.json", "summary.md")}
+    write_json(folder / "manifest.json", manifest | {"run_id": "run_20261125T000000Z_00000000"} | changed)
+    return folder
+
+
+def decision(**changed) -> dict:
+    """A gate's decision: all passed, every lower end 0.01 above 0."""
+    gates = [
+        {
+            "gate": name,
+            "question": "",
+            "status": "PASS",
+            "figure": "excess",
+            "estimate": 0.02,
+            "low": 0.01,
+            "high": 0.03,
+        }
+        | {"bound": "low", "relation": ">", "threshold": 0.0, "n": 5, "reason": "", "to_pass": "", "waived": None}
+        for name in verdict.GATES
+    ]
+    whole = {"phase": "release_gate", "inputs": {}, "policy": "strict", "pass_all": True, "provisional": False}
+    candidate = {
+        "condition": "topk d512 k16",
+        "subject": "husai-tiny",
+        "hook_name": "blocks.1",
+        "seeds": [1, 2],
+        "x": 0,
+    }
+    return whole | {"candidate": candidate, "gates": gates, "read": {}, "more": 1} | changed
+
+
+def change(found: dict, gate: str, **changed) -> dict:
+    next(g for g in found["gates"] if g["gate"] == gate).update(changed)
+    return found
+
+
+FAILS = {"low": -0.01, "status": "FAIL", "reason": "not shown to be above", "to_pass": "more seeds"}
+
+
+def feature(number: int, stable: bool, text: str = " word") -> dict:
+    contexts = [{"text": ["before ", text, "\nafter"], "values": [0, 3.5, 0]}]
+    partners = [{"seed": s, "feature": 7, "cosine": 0.9 if stable else 0.4} for s in (123, 456)]
+    about = {"feature": number, "firing_rate": 0.02, "stable": stable}
+    return about | {"partners": partners, "contexts": contexts}
+
+
+def examples(*features: dict) -> dict:
+    about = {"phase": "feature_examples", "inputs": {}, "subject": "husai-tiny", "condition": "topk", "hook_name": "h"}
+    about |= {"seeds": [42, 123, 456], "alive": 500, "alive_stable": 40, "heldout_tokens": 1000, "stable_from": 0.7}
+    return about | {"features": list(features)}
+
+
+def render(root, gate=None) -> Page:
+    return Page(card.render(root, gate, root.parent / "report.html"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evidence of the documents
+
+
+def test_a_page_of_the_evidence(root):
+    write_json(root.parent / "other.json", {})  # not a folder: no phase
+    html = card.render(root, None, root.parent / "report.html")
+    page = Page(html)
+    assert len(page.all("h1")) == 1
+    assert page.says("No gate decision: nothing may be claimed externally.")
+    assert len(html.encode()) < 3e6
+    for tag, attrs in page.tags:  # no request leaves the page
+        assert not attrs.get("src", "data:").startswith(("http", "//", "/")), (tag, attrs)
+        assert not {a for a in attrs if a.startswith("on")}, "no inline handler"
+        if tag == "link":
+            assert attrs["href"] == "data:,"
+    assert not re.search(r"url\(|@import", html)
+    images = page.all("img")
+    assert len(images) >= 14
+    assert all(i["alt"] and i["src"].startswith("data:image/png;base64,") for i in images)
+    for attrs in page.all("a"):
+        if not attrs["href"].startswith("#"):
+            assert (root.parent / attrs["href"]).is_file(), "links to the evidence are relative, and lead there"
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert all(a["href"][1:] in ids for a in page.all("a") if a["href"].startswith("#"))
+    for folder in root.iterdir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert page.says(manifest["command"])
+        assert page.says(manifest["git_commit"][:12])
+    assert page.says("+0.2191 [+0.2124, +0.2259]"), "in a line of intervals"
+    assert page.says("0.2191 [0.2124, 0.2259]"), "in a table"
+    assert page.says("What was not run")
+    assert page.says("Transcoder stress")
+    assert not page.says("Damaged or incomplete")
+
+
+def test_the_same_folder_gives_the_same_page(root):
+    assert card.render(root, None, root / "a.html") == card.render(root, None, root / "a.html")
+
+
+def test_headings_never_skip_a_level(root):
+    add_run(root, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
+    add_run(root, "feature_examples", examples(feature(1, True)))
+    levels = [int(tag[1]) for tag, _ in render(root).tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
+    forest = Forest.of(json.loads((root / "phase4a_husai_tiny/results.json").read_text()))
+    assert [r.name for r in forest.rows if r.firm] == ["isotropic", "untrained", "spectral"]
+    assert {r.name for r in forest.rows} > {"covariance-matched", "random-weights model"}
+    for row in forest.rows:
+        assert 0 < row.strip.low < row.strip.estimate < row.strip.high < 100
+        assert row.strip.estimate == forest.scale.at(row.estimate)
+    assert forest.claim == "mcc_alive +0.2191 [+0.2124, +0.2259] over spectral"
+    ablations = Forest.of(json.loads((root / "core_ablations/results.json").read_text()))
+    assert (len(ablations.rows), ablations.claim) == (13, None)
+    assert ablations.outcomes == "10 of 13 above chance, 3 of 13 not above chance"
+    for broken in ({"husai": {"stability": {"verdict": {}}}}, {"a": {"stability": {"verdict": 3}}}, {}):
+        assert Forest.of(broken) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def test_a_pass_is_a_pass(root):
+    add_run(root, "release_gate", decision())
+    page = render(root)
+    assert page.says("Passed 7 of 7 gates passed. What may be claimed externally is what these gates tested")
+    assert not page.says("Nothing may be claimed externally")
+    assert page.says("lower end must be above 0: clears it by 0.0100")
+    assert page.says("topk d512 k16")
+
+
+def test_what_failed_by_how_much_and_what_it_would_take(root):
+    found = change(decision(pass_all=False), "saebench", **FAILS)
+    change(found, "cebench", status="MISSING", estimate=None, low=None, high=None, to_pass="its own stories")
+    add_run(root, "release_gate", found, return_code=1)
+    page = render(root)
+    assert page.says("Not passed 5 of 7 gates passed. Nothing may be claimed externally.")
+    assert page.says("falls short by 0.0100")
+    assert page.says("To pass: more seeds")
+    assert page.says("Gates without evidence CE-Bench To pass: its own stories")
+    assert not page.says("a check of this phase did not hold")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"gates": decision()["gates"][:6]}, "it says that all passed, and these did not: CE-Bench"),
+        ({"gates": decision()["gates"] * 2}, "the gate ood stands twice"),
+        (change(decision(), "ood", **FAILS), "these did not: Out of distribution"),
+        (change(decision(), "ood", low=-0.01), "its own figures do not pass"),
+        (change(decision(), "ood", low=0.0), "its own figures do not pass"),
+        (change(decision(), "ood", bound="high", relation="<=", threshold=0.02), "its own figures do not pass"),
+        ({"read": {"stability": {"path": "x/phase4a/results.json", "sha256": "0" * 64}}}, "has changed since the gate"),
+    ],
+)
+def test_a_pass_that_does_not_follow_from_its_own_figures_is_none(root, changed, words):
+    add_run(root, "release_gate", decision() | changed)
+    page = render(root)
+    assert page.says("Not established")
+    assert page.says("Nothing may be claimed externally")
+    assert page.says(words)
+
+
+@pytest.mark.parametrize("damage", ["results", "manifest", "unfinished", "json", "pass_all", "gates"])
+def test_a_damaged_decision_is_no_pass(root, damage):
+    changed = {"pass_all": {"pass_all": 1}, "gates": {"gates": [{"gate": "ood", "status": "YES"}]}}.get(damage, {})
+    state = {"status": "failed", "return_code": 2} if damage == "unfinished" else {}
+    folder = add_run(root, "release_gate", decision() | changed, **state)
+    if damage == "results":
+        write_json(folder / "results.json", decision(inputs={"more": "0"}))
+    elif damage == "json":
+        (folder / "results.json").write_text('{"pass_all": true, "x": NaN}')
+    elif damage == "manifest":
+        (folder / "manifest.json").unlink()
+    for page in (render(root), render(root, folder / "results.json")):
+        assert page.says("Nothing may be claimed externally")
+        assert page.says("does not hold up")
+        assert page.says("Phase 4a")
+
+
+def test_waivers_and_provisional_marks_are_loud(root):
+    waived = "transcoders are not part of the claim"
+    add_run(root, "release_gate", change(decision(), "transcoder", **FAILS, waived=waived))
+    page = render(root)
+    assert page.says("Passed, with reservations 6 of 7 gates passed")
+    assert page.says(f"1 gate waived. A waiver is no pass: Transcoder: {waived}")
+    for changed in ({"provisional": True}, {"policy": "lenient"}):
+        add_run(root, "release_gate", decision(**changed))
+        assert render(root).says("Passed, provisionally")
+        assert render(root).says("Nothing may be claimed externally")
+
+
+def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, tmp_path):
+    add_run(root, "release_gate", decision())
+    other = add_run(tmp_path, "other", change(decision(pass_all=False), "ood", **FAILS))
+    assert render(root, other / "results.json").says("Not passed")
+    for bad in (tmp_path / "none.json", other / "summary.md"):
+        with pytest.raises(BadInput, match="--gate"):
+            render(root, bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged runs
+
+
+def test_damage_is_named_and_the_rest_is_shown(root):
+    (root / "phase4a" / "results.json").write_text("{")
+    with open(root / "phase4a_mlp" / "results.json", "a") as f:
+        f.write("\n")
+    (root / "core_ablations" / "manifest.json").write_text("[]")
+    (root / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
+    (root / "language_model" / "summary.md").write_text("# other\n")
+    failed = root / "ood_stress" / "run_20261125T000000Z_00000000"
+    failed.mkdir(parents=True)
+    manifest = json.loads((root / "phase4a_husai_tiny" / "manifest.json").read_text())
+    write_json(failed / "manifest.json", manifest | {"status": "failed", "return_code": 2})
+    (root / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
+    later = root / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
+    later.mkdir()
+    page = render(root)
+    for words in (
+        "What lies in phase4a is not",
+        "results.json is not the file that the manifest names (sha256 differs)",
+        "manifest.json is not a manifest",
+        "adaptive_l0.png is not the file that the manifest names; it is not shown",
+        "summary.md is not the file that the manifest names",
+        "run_20261125T000000Z_00000000: failed, return code 2",
+        "run_20261125T000001Z_00000000: no manifest: running, or killed",
+        "run_20991125T000000Z_00000000: no manifest: running, or killed; shown: run_",
+    ):
+        assert page.says(words), words
+    assert page.says("0.2191 [0.2124, 0.2259]"), "the whole runs are shown"
+    assert read_phase(root / "phase4a").results == {}
+
+
+def test_a_file_that_is_no_image_is_not_embedded(root):
+    path = root / "adaptive_l0" / "adaptive_l0.png"
+    path.write_bytes(b"no image")
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["outputs"]["figures/adaptive_l0.png"] = sha256_file(path)
+    write_json(path.parent / "manifest.json", manifest)
+    assert render(root).says("adaptive_l0.png is no image; it is not shown")
+
+
+def test_features_in_another_shape_are_named(root):
+    broken = feature(1, True)
+    broken["contexts"][0]["values"] = [1.0]
+    add_run(root, "feature_examples", examples(broken))
+    assert render(root).says("results.json holds no features in the shape that is expected")
+
+
+def test_a_repeat_does_not_hide_what_the_results_took(root):
+    phase = root / "phase4a"
+    manifest = json.loads((phase / "manifest.json").read_text())
+    for name, seconds, sha in (("a", 7000.0, manifest["outputs"]["results.json"]), ("b", 9000.0, "0" * 64)):
+        run = phase / f"run_20200101T000000Z_{name}"
+        run.mkdir()
+        outputs = manifest["outputs"] | {"results.json": sha}
+        write_json(run / "manifest.json", manifest | {"wall_seconds": seconds, "outputs": outputs})
+    assert read_phase(phase).seconds == 7000.0
+    assert render(root).says("1.9 h")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+def test_text_from_runs_stays_text(root):
+    add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    found = change(decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE}))
+    add_run(root, "release_gate", found | {"policy": HOSTILE, "candidate": {"condition": HOSTILE}})
+    hostile = f"# {HOSTILE}\n\n**{HOSTILE}** ![x](http://example.com/x.png) [y](javascript:alert(1))\n\n{HOSTILE}\n"
+    add_run(root, 'a"b<i>', {"phase": HOSTILE}, hostile, command=HOSTILE)
+    html = card.render(root, None, root.parent / "report.html")
+    page = Page(html)
+    assert len(page.all("script")) == 1
+    assert all(i["src"].startswith("data:") for i in page.all("img"))
+    assert not any(a["href"].startswith(("javascript", "http")) for a in page.all("a"))
+    assert page.text.count(HOSTILE) >= 6
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_markdown():
+    text = markup.html("# Title\n\n## Part\n\n| a | b |\n|---|---|\n| 0.5 [0.4, 0.6] | **no** |\n\n<b>x</b>\n")
+    assert "Title" not in text
+    assert "<h4>Part</h4>" in text
+    assert '0.5 <span class="interval">[0.4, 0.6]</span>' in text
+    assert "&lt;b&gt;" in text
+    assert markup.title("# Title\n") == "Title"
+    assert markup.outcome("# T\n\n**yes**: so\n\n| **no** |") == "yes"
+    assert markup.outcome("# T\n\n| a |\n|---|\n| **no** |") is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.0065, 0.0159), (0, 0), (2, 2), (-3e-9, 1e4), (0.2, 0.21)])
+def test_scales(low, high):
+    scale = Scale.over([low, high])
+    assert 0 < scale.at(low) <= scale.at(high) < 100
+    ticks = scale.ticks()
+    assert 1 <= len(ticks) <= 6
+    assert all(0 <= place <= 100 for place, _ in ticks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+def test_features_are_a_list_that_needs_no_script(root):
+    add_run(root, "feature_examples", examples(feature(5, False), feature(3, True), feature(4, True)))
+    page = render(root)
+    lines = [a["data-stable"] for a in page.all("li") if "data-stable" in a]
+    assert lines == ["yes", "yes", "no"], "stable ones first"
+    assert page.says("Fires on 2.00 % of 1,000 held-out tokens")
+    (controls,) = [a for a in page.all("form") if a.get("id") == "controls"]
+    assert "hidden" in controls, "what needs the script is hidden without it"
+    assert {a["title"] for a in page.all("mark") if "title" in a} == {"3.5"}
+    assert all("alt" not in a for a in page.all("svg"))
+    assert all(a.get("aria-hidden") == "true" for a in page.all("svg")), "each figure's numbers stand beside it"
+
+
+def test_a_context_keeps_its_text_and_marks_its_peak():
+    context = Context(text=["a", " b", "c\n"], values=[0, 2.0, 0.5])
+    assert context.pieces() == [("a", 0, 0), (" b", 2.0, 4), ("c↵ ", 0.5, 2)]
+    before, peak, after = context.preview()
+    assert (before[0], peak[0], after[0]) == (" " * 17 + "a", " b", "c↵ ")
+    assert Browser.model_validate(examples(feature(1, True))).features[0].least == 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the shell, and in a browser
+
+
+def test_from_the_shell(root, tmp_path, run_script, refused):
+    code, out, _ = run_script(REPORT, "--results-root", root, "--output", tmp_path / "sub" / "r.html")
+    assert code == 0
+    assert "MB" in out
+    page = Page((tmp_path / "sub" / "r.html").read_text())
+    assert any(a["href"] == "../results/phase4a/results.json" for a in page.all("a"))
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    refused("is not a folder", REPORT, "--results-root", tmp_path / "none")
+    refused("holds no run", REPORT, "--results-root", tmp_path / "empty")
+    run_without_torch(REPORT, "--results-root", root, "--output", tmp_path / "r.html")
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(
+        w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4)
+        for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_text_can_be_read(theme):
+    """WCAG 2, level AA: a contrast of at least 4.5 for all text."""
+    block = re.findall(r":root \{(.*?)\}", (TEMPLATES / "card.css").read_text(), re.S)[theme]
+    colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    pairs = [(ink, ground) for ink in ("ink", "muted", "link") for ground in ("paper", "card", "sunk")]
+    pairs += [("ink", f"shade{i}") for i in range(1, 5)]
+    for tone in ("pass", "fail", "warn", "missing"):
+        pairs += [(tone, f"{tone}-soft"), (tone, "paper"), (tone, "card"), ("ink", f"{tone}-soft")]
+    for ink, ground in [*pairs, ("paper", "ink")]:
+        high, low = sorted((luminance(colour[ink]), luminance(colour[ground])), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
+
+
+CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(root, tmp_path, width):
+    """No message on the console, which a blocked request or an error would give; the filter runs; nothing overflows."""
+    add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    add_run(root, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
+    html = card.render(root, None, tmp_path / "r.html")
+
+    def browse(html: str) -> tuple[str, list[str]]:
+        (tmp_path / "r.html").write_text(html)
+        flags = (
+            "headless",
+            "no-sandbox",
+            "disable-gpu",
+            "enable-logging=stderr",
+            "virtual-time-budget=5000",
+            "dump-dom",
+        )
+        flags += (f"user-data-dir={tmp_path / 'profile'}", f"window-size={width},900")
+        command = [CHROMIUM, *(f"--{f}" for f in flags), (tmp_path / "r.html").as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    dom, console = browse(html)
+    assert console == []
+    assert '<output id="count" aria-live="polite">2 of 2</output>' in dom
+    assert "alert(1)</script>" not in dom
+    _, console = browse(html.replace("</main>", '<img alt="" src="http://127.0.0.1:9/x.png"></main>'))
+    assert console, "a request would be blocked, and seen here"
+    measure = "document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`"
+    type_in = 'search.value = "2"; search.dispatchEvent(new Event("input", {bubbles: true}))'
+    free = re.sub(r"<meta http-equiv[^>]*>", "", html).replace(
+        "</body>", f"<script>{measure};{type_in}</script></body>"
+    )
+    dom, _ = browse(free)
+    wide, of = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
+    assert wide <= of
+    assert ">1 of 2</output>" in dom
