@@ -7,9 +7,10 @@ found again and its digests are taken for signed again, so that only schema, bin
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,47 @@ OF_FILE = {
     "ood": ("ood",),
 }
 """File -> the gates that rest on it."""
-INFORMATIONAL = {
-    r"(random_model|transcoder|ood)/inputs/held-out activations": "of no figure; a stress test takes rows of its own",
-    r"ood/rule/.*": "the rule that counts is the gate's own",
-    r"ood/shifted/(data_sets|families)/\d+": "names; renamed alike they change no figure, and merged ones do",
+OF_BENCHMARK = {
+    r"confirmation/bank/saebench/(families|data_sets|versions|random_seed)(/.*)?": ("saebench",),
+    r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
 }
-"""Places (patterns) whose values nobody decides by -> why. What stands there may be edited, and nothing more."""
-OPEN = {r"ood/(rule|activations|skipped|families)(/.*)?": "notes of the run, whatever they hold"}
+"""Places on which one benchmark's gate rests."""
+A_SECTION = (
+    r"(phase4a/husai|confirmation/bank/sections/\d+|transcoder/(transcoder|sae)|random_model/(section|random_model))"
+)
+INFORMATIONAL = {
+    A_SECTION + r"/(members/\d+/(heldout/.*|checkpoint|l0_miss|order_seed)|effective_rank)": "held-out figures of the "
+    "study's SAEs, where they lie, their order of rows, the rank of the activations: reported",
+    A_SECTION
+    + r"/(convergence/(from_step|to_step|moved/.*)|over_training/.*)": "whether training is at rest: reported",
+    A_SECTION + r"/stability/(missing_nulls/.*|scores/.*/(draws|q95_of_mean))": "why a null that no gate reads is not "
+    "there; how a null's draws spread, which the evidence does not keep",
+    A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
+    r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
+    r"(random_model/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store, whose digest counts",
+    r"random_model/random_model/members/\d+/(checkpoint|heldout/.*)": "of the control's SAEs: reported",
+    r"confirmation/bank/(saebench|cebench)/(subject|source|stories_cut)": "names; digests count",
+    r"confirmation/bank/saebench/.*/(test_acc|test_f1|val_auc|auc_by_validation)": "further figures, never compared",
+    r"confirmation/bank/cebench/.*/(published|corrected)/(contrastive|independence|interpretability)": "CE-Bench's "
+    "other scores; corrected.interpretability is bound to the one that counts",
+    r"confirmation/bank/(saebench|cebench)/noise/seeds/\d+": "of the benchmark's repeats, which no gate reads",
+    r"confirmation/paths/\d+": "what lies there is compared with the evidence, in `on_disk`",
+    r"(random_model|transcoder|ood)/subject": "a name; the digest counts",
+    r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
+    "figure that the gate can make again",
+    r"transcoder/setting/(batch_size|own_subject)": "reported",
+    r"ood/shifted/(prompts/\d+|llm/ood_low/\d+)": "how many prompts, and how sure the model's own figure is: reported",
+    r"(selection|confirmation)/subject": "a name",
+}
+"""Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
+OPEN = {
+    r"ood/(rule|activations|skipped|families|shifted/drop_where_kept)(/.*)?": "reported, whatever they hold; the rule "
+    "that counts is the gate's own",
+    r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
+    r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
+    r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
+    r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
+}
 """Places whose very shape is free -> why."""
 FEW = 3
 """Items of a list that are tried."""
@@ -49,7 +84,7 @@ class Case:
     bundle: Bundle
     gates: tuple[str, ...]
     """Must not hold any more."""
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds = field(default_factory=Thresholds)
     waived: tuple[str, ...] = ()
 
     def caught(self) -> bool:
@@ -151,7 +186,7 @@ def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
             def case(kind: str, change: Callable, label=label, file=file, at=at, place=place) -> Case:
                 results = changed(file.results, at, change)
                 files = bundle.files | {label: replace(file, results=results, sha256=digest([place, kind]))}
-                return Case(kind, place, Bundle(files, bundle.on_disk), OF_FILE[label])
+                return Case(kind, place, Bundle(files, bundle.on_disk), _gates(place))
 
             for kind, damage in VALUES.items():
                 new = damage(value, rng)
@@ -166,6 +201,11 @@ def _at(value: Any, at: tuple) -> Any:
     for key in at:
         value = value[key]
     return value
+
+
+def _gates(place: str) -> tuple[str, ...]:
+    found = (gates for pattern, gates in OF_BENCHMARK.items() if re.fullmatch(pattern, place))
+    return next(found, OF_FILE[place.split("/")[0]])
 
 
 def _any(patterns: dict[str, str], place: str) -> bool:

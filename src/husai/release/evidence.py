@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from husai.benchmarks import deltas
+from husai.stability.scores import ALIVE, GAP, SCORES
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -98,8 +99,17 @@ class ScoredRecord(Record):
     core: Core
 
 
+class Means(Strict):
+    """Over data sets."""
+
+    test_auc: Number
+    test_acc: Number
+    test_f1: Number
+    val_auc: Number
+
+
 class Figures(Strict):
-    means: dict[str, dict[str, Number]]
+    means: dict[str, Means]
     test_auc: dict[str, list[Share]]
     """k -> one a data set."""
     auc_by_validation: Share | None = None
@@ -107,10 +117,12 @@ class Figures(Strict):
     @model_validator(mode="after")
     def _own_means(self) -> Figures:
         for k, values in self.test_auc.items():
-            if not values or not same(self.means.get(k, {}).get("test_auc", math.inf), sum(values) / len(values)):
+            if not values or k not in self.means or not same(self.means[k].test_auc, sum(values) / len(values)):
                 raise ValueError(f"means.{k}.test_auc: the mean of test_auc expected")
-        if self.means.keys() != self.test_auc.keys():
+        if self.means.keys() != self.test_auc.keys() or not self.test_auc:
             raise ValueError("means: of the k of test_auc expected")
+        if (self.auc_by_validation is None) != ("llm" in self.test_auc):
+            raise ValueError("auc_by_validation: one of each but the model's own probe expected")
         return self
 
 
@@ -118,16 +130,24 @@ class ProbedRecord(ScoredRecord, Figures):
     """An SAE's probing figures."""
 
 
+class Scores(Strict):
+    """CE-Bench's three."""
+
+    contrastive: Number
+    independence: Number
+    interpretability: Number
+
+
 class PairScores(Strict):
-    published: dict[str, Number]
-    corrected: dict[str, Number]
+    published: Scores
+    corrected: Scores
     bound: Number
     normalised: Number
     normalised_of_pairs: list[Number]
 
     @model_validator(mode="after")
     def _own_means(self) -> PairScores:
-        values, means = self.normalised_of_pairs, self.corrected.get("interpretability", math.inf)
+        values, means = self.normalised_of_pairs, self.corrected.interpretability
         if not values or not same(self.normalised, sum(values) / len(values)):
             raise ValueError("normalised: the mean of normalised_of_pairs expected")
         if not same(self.normalised * self.bound, means):
@@ -225,6 +245,14 @@ class Probing(Strict):
                 raise ValueError(f"{record.label}: an AUC at k = {deltas.K} of each of {n} data sets expected")
         if any(len(v) != n for b in self.baselines.values() for v in b.test_auc.values()):
             raise ValueError(f"baselines: an AUC of each of {n} data sets expected")
+        first = next((r for r in self.saes if r.label == self.noise.label), None)
+        if first is None:  # the gate requires it; selection may have left that SAE out
+            return self
+        if self.noise.auc.keys() != first.test_auc.keys() or self.noise.seeds[:1] != [self.random_seed]:
+            raise ValueError("noise: of the k of the SAE, from the run's own seed on, expected")
+        for k, repeats in self.noise.auc.items():
+            if len(repeats.means) != len(self.noise.seeds) or not same(repeats.means[0], first.means[k].test_auc):
+                raise ValueError(f"noise.{k}: a mean of each seed, the run's own first, expected")
         return self
 
 
@@ -258,6 +286,11 @@ class Contrastive(Strict):
         for r in [*self.saes, *self.untrained, *self.controls, *self.references]:
             if len(r.normalised_of_pairs) != self.n_pairs:
                 raise ValueError(f"a score of each of {self.n_pairs} pairs expected")
+        first = next((r for r in self.saes if r.label == self.noise.label), None)
+        if len(self.noise.seeds) != len(self.noise.means) or self.noise.seeds[0] is not None:
+            raise ValueError("noise: a mean of each draw, the run's own first, expected")
+        if first is not None and not same(self.noise.means[0], first.normalised):
+            raise ValueError("noise: the run's own mean first expected")
         return self
 
 
@@ -291,6 +324,13 @@ class Interval(Strict):
     method: str
     reason: str | None
 
+    @model_validator(mode="after")
+    def _whole(self) -> Interval:
+        ends, none = (self.low, self.high, self.standard_error), (None, None, None)
+        if ends != none and (None in ends or not self.low <= self.estimate <= self.high):
+            raise ValueError("an interval around the estimate, or none, expected")
+        return self
+
 
 class Snapshot(Strict):
     step: int
@@ -309,6 +349,41 @@ Pairs = Annotated[list[dict[str, str | dict[str, Number]]], Field(min_length=1)]
 """{"a", "b": labels, "observed" and each null: score -> value} of each pair."""
 
 
+class Spread(Strict):
+    """Of a null, over its draws, which the evidence does not keep."""
+
+    mean: Number
+    draws: Annotated[int, Field(ge=0)]
+    q95_of_mean: Number | None
+
+
+class ScoreSummary(Strict):
+    observed: Interval
+    nulls: dict[str, Spread]
+    excess: dict[str, Interval]
+
+
+class Stability(Strict):
+    """What `compare.summarise` says; the audit makes it again."""
+
+    labels: Names
+    scores: dict[str, ScoreSummary]
+    mcc_gap_bound: Number
+    missing_nulls: dict[str, str]
+    verdict: dict[str, Any]
+
+
+def whole(pairs: list[dict], gap: float) -> None:
+    """Raise ValueError unless every pair has the same nulls, each with the same scores, and no wider gap than is said."""
+    named = [frozenset(p) for p in pairs]
+    scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
+    keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
+    if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
+        raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
+    if any(not 0 <= value[GAP] <= gap for value in scored):
+        raise ValueError(f"pairs: a {GAP} beyond the one that is said")
+
+
 class Section(Strict):
     """A stability study (`stability.study.score_trained`, brief); the audit makes `stability` again from `pairs`."""
 
@@ -319,7 +394,7 @@ class Section(Strict):
     rows: int
     d_in: int
     effective_rank: Number
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
     over_training: list[Snapshot]
     convergence: Convergence
@@ -327,7 +402,12 @@ class Section(Strict):
     @model_validator(mode="after")
     def _own_labels(self) -> Section:
         labels = [m.label for m in self.members]
-        if labels != self.stability.get("labels") or len(set(labels)) != len(labels):
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        if self.convergence.moved.n_seeds != len(labels) or any(
+            each.n_seeds != len(labels) for s in self.over_training for each in (s.mcc, s.pwmcc)
+        ):
+            raise ValueError(f"over_training, convergence: of {len(labels)} seeds expected")
+        if labels != self.stability.labels or len(set(labels)) != len(labels):
             raise ValueError("members: the labels of the stability study, each once, expected")
         if labels != [f"seed{m.seed}" for m in self.members]:
             raise ValueError("members: a label seed<seed> of each expected")
@@ -438,19 +518,31 @@ class Confirmation(Strict):
     bank: Bank
 
 
+class AlikeMember(Strict):
+    seed: int | None
+    checkpoint: str | None
+    checkpoint_sha256: Sha256
+    heldout: Heldout
+
+
 class Alike(Strict):
     """SAEs trained alike on a control."""
 
     subject_digest: Sha256
     store_digest: Sha256
-    members: list[dict[str, Any]]
+    members: list[AlikeMember]
 
 
 class Control(Alike):
     """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
 
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
+
+    @model_validator(mode="after")
+    def _whole(self) -> Control:
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        return self
 
 
 class OwnMember(Strict):
@@ -472,8 +564,16 @@ class OwnSection(Strict):
     rows: int
     d_in: int
     effective_rank: Number
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
+
+    @model_validator(mode="after")
+    def _own_labels(self) -> OwnSection:
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        labels = [m.label for m in self.members]
+        if labels != self.stability.labels or labels != [f"seed{m.seed}" for m in self.members]:
+            raise ValueError("members: the labels of the stability study, seed<seed> of each, expected")
+        return self
 
 
 class RandomModelStress(Strict):

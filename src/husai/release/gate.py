@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from husai.benchmarks import baselines, deltas
+from husai.benchmarks import baselines, deltas, sae_probes
 from husai.release.evidence import (
     Bank,
     Confirmation,
@@ -35,6 +35,7 @@ from husai.runs.files import digest
 from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS
 from husai.stability.contrast import score_matrix
 from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.stress import drop
 from husai.stress.candidate import block
 
 GATES = {
@@ -306,7 +307,7 @@ class _Candidate:
             _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
             _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
         self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
-        self.split, self.cohort, self.subject = chosen.split, chosen.cohort, found.subject
+        self.split, self.cohort = chosen.split, chosen.cohort
         self.labels = {str(r["facts"]["seed"]): f"checkpoint {r['label']}" for r in records}
 
     def known(self) -> _Candidate:
@@ -324,18 +325,34 @@ class _Candidate:
 
     def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
         _require(found.candidate == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
-        named = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
-        named |= {"subject": self.facts["subject_digest"]}
-        _require(found.subject == self.subject, f"{script}: its subject has another name")
-        _require(
-            named.items() <= found.inputs.items(), f"{script}: its inputs are not the candidate's SAEs and subject"
-        )
+        inputs = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
+        inputs |= {"subject": self.facts["subject_digest"]} | _beside(found)
+        _require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
         _require("held-out activations" in found.inputs, f"{script}: its inputs name no activations")
+
+
+def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
+    """What a stress test's inputs say beside the candidate."""
+    named: dict[str, str] = {}
+    if isinstance(found, RandomModelStress):
+        named["activation store"] = found.section.store_digest
+        for name, arm in (("random_model", found.random_model), ("shuffled", found.shuffled)):
+            if arm is not None:
+                named |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
+                named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
+    elif isinstance(found, TranscoderStress):
+        for name, section in (("transcoder", found.transcoder), ("sae", found.sae)):
+            _require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
+            named |= {"MLP output": section.store_digest}
+            named |= {f"{name} {m.label}": m.checkpoint_sha256 for m in section.members}
+    return named
 
 
 def _own_training(section: Section) -> None:
     alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
     _require(alone, "SAEs that were pulled to a common reference are not independent")
+    recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
+    _require(len(recipes) == 1, "SAEs of several recipes are no condition")
 
 
 def _one_account(bank: Bank) -> None:
@@ -351,6 +368,9 @@ def _one_account(bank: Bank) -> None:
             more = {"pairs": part.pairs_digest} if name == "CE-Bench" else {}
             _require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
             _require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
+            _require(part.noise.label in {r.label for r in part.saes}, f"{name}: noise of another SAE")
+            about = (part.subject_digest, part.hook_name)
+            _require(about == (inputs["subject"], bank.hook_name), f"{name} was run on another subject or hook")
             _require(part.inputs == inputs | controls | more, f"{name} has other inputs than its bank")
     if bank.saebench is not None:
         cores = {r.identity: r.core for r in bank.saes}
@@ -417,9 +437,9 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown
     _require(
         found.random_model.subject_digest != c.facts["subject_digest"], f"{script}: its control is the subject itself"
     )
-    seeds = [m.get("seed") for m in found.random_model.members]
+    seeds = [m.seed for m in found.random_model.members]
     _require(seeds == [m.seed for m in found.section.members], f"{script}: its controls have other seeds")
-    shas = {m.get("checkpoint_sha256") for m in found.random_model.members}
+    shas = {m.checkpoint_sha256 for m in found.random_model.members}
     _require(
         len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
     )
@@ -443,6 +463,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     for arm in arms:
         _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
         same = all(m.d_sae == setting.d_sae and m.k == setting.k for m in arm.members)
+        _own_training(arm)
         _require(same and arm.hook_name == setting.hook_out, f"{script}: an arm of another width, k or space")
         _require(arm.subject_digest == setting.subject_digest, f"{script}: an arm of another subject")
     shas = [set(_members(arm).values()) for arm in arms]
@@ -467,6 +488,10 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     _require(shifted.k == deltas.K, f"{script}: k = {deltas.K} expected")
     _seed(c, shifted.random_seed)
     _families(shifted.families)
+    same = shifted.families == sae_probes.families(shifted.data_sets)
+    _require(same, f"{script}: families of other data sets")
+    left_out = drop.unused(found.model_dump())
+    _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
     _versions(c, found.versions)
     llm = np.array(shifted.llm.id) - np.array(shifted.llm.ood)
     own = [np.array(s.test_auc[shifted.k].id) - np.array(s.test_auc[shifted.k].ood) for s in shifted.saes]
@@ -478,17 +503,11 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     c = candidate.known()
     probing = c.bank.saebench
     _require(probing is not None, "SAEBench was not run")
-    _require(
-        (probing.subject_digest, probing.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
-        "SAEBench was run on another subject or hook",
-    )
     absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
     _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
     _versions(c, probing.versions)
     _seed(c, probing.random_seed)
-    of = dict(zip(probing.data_sets, probing.families, strict=True))
-    strange = [n for n in c.split.gate_data_sets if of[n] not in c.split.gate_families]
-    _require(not strange, f"SAEBench: {', '.join(strange[:3])}: of a family that selection did not leave")
+    _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
     keep = [i for i, f in enumerate(probing.families) if f not in c.split.selection_families]
     families = [probing.families[i] for i in keep]
     _families(families)
@@ -503,10 +522,6 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     pairs = c.bank.cebench
     _require(pairs is not None, "CE-Bench was not run")
     _require(pairs.benchmark == "cebench", f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional")
-    _require(
-        (pairs.subject_digest, pairs.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
-        "CE-Bench was run on another subject or hook",
-    )
     _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.split.selection_families]
     clusters = [pairs.clusters[i] for i in keep]

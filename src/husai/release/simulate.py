@@ -14,20 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from husai.benchmarks import baselines, conditions, deltas
+from husai.benchmarks import baselines, conditions, deltas, sae_probes
 from husai.release import recompute, selection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
+from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
 from husai.stability import contrast
 from husai.stability.compare import GATED_NULLS, PRIMARY_SCORE, summarise
 from husai.stability.inference import Estimate
 from husai.stability.scores import ALIVE, GAP
+from husai.stress import drop, random_model, transcoder
 from husai.stress.candidate import block
+from husai.subjects import text
 
 OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
 """Gates on pairs of seeds; the others are on seeds and data sets."""
 STUDY_SEEDS, FRESH_SEEDS = (42, 123, 456, 789, 1011), (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
-SETS = {f"set{i:02}": f"family{i * 2 // 3:02}" for i in range(36)}
+SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in text.FAMILIES["ood"]["shifted"]]
 CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)]
 D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
 LLM = 0.8
@@ -275,7 +278,7 @@ def _section(members: list[dict], subject: str, hook_name: str, store: str, null
     return about | {"pairs": [{"a": a, "b": b, "observed": _scores(0.4)} | below for a, b in combinations(labels, 2)]}
 
 
-def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
+def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     own, others = ([_record(f, s, f == "topk") for s in seeds] for f in ("topk", "relu"))
     saes, n, draws = own + others, len(sets), 0.5 + np.random.default_rng(0).normal(0, 0.01, (2, 2 * len(seeds), 1))
 
@@ -289,13 +292,15 @@ def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
         baselines.pca_name(own[0]["facts"]),
         *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes),
     ]
-    probing = {"phase": "saebench_custom", **about, "data_sets": list(sets), "families": list(sets.values())}
+    probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": sae_probes.families(sets)}
     probing |= {"random_seed": 42, "versions": VERSIONS, "controls": []}
     probing["saes"] = [
         r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)
     ]
-    probing["baselines"] = {name: probed(0.4, ("llm",)) if name == "llm" else probed(0.4) for name in names}
-    repeats = {k: deltas.noise([0.5, 0.51, 0.49]) for k in ("1", deltas.K, "16")}
+    probing["baselines"] = {n: probed(0.4) | {"auc_by_validation": 0.4} for n in names[1:]} | {
+        "llm": probed(0.4, ("llm",))
+    }
+    repeats = {k: _repeats(0.5) for k in ("1", deltas.K, "16")}
     probing["noise"] = {"label": own[0]["label"], "seeds": [42, 43, 44], "auc": repeats}
 
     def told(value: float) -> dict:
@@ -310,8 +315,7 @@ def _bank(seeds: list[int], sets: dict[str, str], clusters: list[str]) -> dict:
     core = [{k: v for k, v in r.items() if k != "core"} for r in saes]
     stories["saes"] = [r | told(float(v)) | {"checkout": None} for r, v in zip(core, draws[1, :, 0], strict=True)]
     stories |= {"untrained": [told(0.3)] * len(saes), "summary_refused": None, "no_reference": None}
-    repeats = deltas.noise([0.5, 0.51, 0.49])
-    stories["noise"] = {"label": own[0]["label"], "seeds": [None, 43, 44], "reason": None} | repeats
+    stories["noise"] = {"label": own[0]["label"], "seeds": [None, 43, 44], "reason": None} | _repeats(0.5)
     section = _section(
         [_member(r["checkpoint_sha256"], r["facts"]["seed"], r["heldout"]) for r in own],
         _sha("subject"),
@@ -336,7 +340,7 @@ def _frame(seeds: int) -> str:
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], rules)
     left = set(chosen["split"]["gate_families"])
     fresh = list(FRESH_SEEDS[:seeds])
-    sets = {name: family for name, family in SETS.items() if family in left}
+    sets = [n for n, family in zip(SETS, sae_probes.families(SETS), strict=True) if family in left]
     bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
     picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
     own = [r for r in bank["saes"] if r["candidate"]]
@@ -355,59 +359,77 @@ def _frame(seeds: int) -> str:
     inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in control}
     phase4a = {"phase": "4a", "inputs": inputs, "husai": section, "published_figures": {}}
 
-    tested, about = _inputs(own), {"subject": subject, "candidate": named}
-    kept = ("label", "seed", "checkpoint_sha256", "heldout")
-    section = _section(
-        [{n: m[n] for n in kept} for m in bank["sections"][0]["members"]],
-        _sha("subject"),
-        HOOK,
-        _sha("store"),
-        ("random_model",),
-    )
-    section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
-    alike = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
-    alike["members"] = [{"seed": s, "checkpoint_sha256": _sha("random", s)} for s in fresh]
-    random_model = {"phase": "random_model_stress", "inputs": tested, **about, "random_model": alike}
-    random_model |= {"shuffled": None, "section": section}
-
-    setting = {"preregistered": True, "hook_in": "blocks.1.hook_mlp_in", "hook_out": "blocks.1.hook_mlp_out"}
-    setting |= {"d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512, "seeds": fresh, "layer": 1}
-    transcoder = {"phase": "transcoder_stress", "inputs": tested, **about}
-    transcoder["setting"] = setting | {"subject_digest": _sha("subject")}
-    for arm, family in (("transcoder", "transcoder"), ("sae", "batchtopk")):
-        members = [_member(_sha(arm, s), s, own[0]["heldout"], family) for s in fresh]
-        transcoder[arm] = _section(members, _sha("subject"), setting["hook_out"], _sha("output store"))
-
-    names, n = [f"shifted {name}" for name in sets], len(sets)
-    shift = {"data_sets": names, "families": list(sets.values()), "k": deltas.K, "random_seed": 42}
-    shift["llm"] = {"id": [LLM] * n, "ood": [LLM] * n}
-    shift["saes"] = [
-        {
-            "identity": r["identity"],
-            "seed": r["facts"]["seed"],
-            "test_auc": {deltas.K: {"id": [LLM] * n, "ood": [LLM] * n}},
-        }
-        for r in own
-    ]
-    ood = {"phase": "ood_stress", "inputs": tested, **about, "rule": {"max_drop": Thresholds().max_ood_drop}}
-    ood |= {"shifted": shift, "families": None, "activations": {}, "versions": VERSIONS, "skipped": {}}
-    files = {"phase4a": phase4a, "selection": picked, "confirmation": confirmation, "random_model": random_model}
-    files |= {"transcoder": transcoder, "ood": ood}
+    files = {"phase4a": phase4a, "selection": picked, "confirmation": confirmation}
+    files |= _stress(own, named, bank["sections"][0]["members"])
     _derive(files)
     return json.dumps(files)
+
+
+def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict]:
+    """Results of the three stress tests of these SAEs."""
+    seeds = [m["seed"] for m in members]
+    tested, about = _inputs(own), {"subject": "simulated", "candidate": named}
+    heldout, of_subject = own[0]["heldout"], (_sha("subject"), HOOK, _sha("store"))
+
+    kept = [{n: m[n] for n in ("label", "seed", "checkpoint_sha256", "heldout")} for m in members]
+    section = _section(kept, *of_subject, ("random_model",))
+    section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
+    made = [{"seed": s, "checkpoint": f"random{s}", "checkpoint_sha256": _sha("random", s)} for s in seeds]
+    control = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
+    control |= {"members": [m | {"heldout": heldout} for m in made], "pairs": _section(kept, *of_subject)["pairs"]}
+    inputs = {"activation store": of_subject[2], "random_model: subject": control["subject_digest"]}
+    inputs |= {"random_model: activations": control["store_digest"]}
+    inputs |= {f"random_model: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(made, 1)}
+    meaningless = {"phase": "random_model_stress", "inputs": tested | inputs, **about, "random_model": control}
+    meaningless |= {"shuffled": None, "section": section}
+
+    setting = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(1), strict=True)) | {"layer": 1, "seeds": seeds}
+    setting |= {"preregistered": True, "d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512}
+    setting |= {"learning_rate": 0.003, "subject_digest": of_subject[0], "own_subject": True}
+    other = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
+    other["inputs"] |= {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
+    for arm, family in transcoder.FAMILIES.items():
+        trained = [_member(_sha(arm, s), s, heldout, family) for s in seeds]
+        other[arm] = _section(trained, of_subject[0], setting["hook_out"], _sha("MLP output"))
+        other["inputs"] = other["inputs"] | {f"{arm} {m['label']}": m["checkpoint_sha256"] for m in trained}
+
+    skipped = {"90_glue_qnli_OOD": "its labels are others"}
+    names = [n for n in SHIFTED if f"{n}_OOD" not in skipped]
+    level = [LLM] * len(names)
+    shift = {"data_sets": names, "families": sae_probes.families(names), "k": deltas.K, "random_seed": 42}
+    shift |= {"prompts": [200] * len(names), "llm": {"id": level, "ood": level, "ood_low": [0.7] * len(names)}}
+    auc = {k: {"id": level, "ood": level} for k in ("1", deltas.K)}
+    each = [{"identity": r["identity"], "seed": r["facts"]["seed"]} for r in own]
+    shift["saes"] = [sae | {"test_auc": auc} for sae in each]
+    sides = {side: dict.fromkeys(drop.ACTIVATION_FIGURES, 0.5) for side in ("id", "ood")}
+    rows = {
+        "rows": 50_000,
+        "shifted_rows": 20_000,
+        "compared_rows": 20_000,
+        "saes": [s | {"rank": 50} | sides for s in each],
+    }
+    ood = {
+        "phase": "ood_stress",
+        "inputs": tested | {"shifted activations": _sha("shift"), "probed texts": _sha("texts")},
+    }
+    ood |= about | {"rule": {"max_drop": drop.MAX_DROP}, "shifted": shift, "families": None, "activations": rows}
+    ood |= {"versions": VERSIONS, "skipped": skipped}
+    return {"random_model": meaningless, "transcoder": other, "ood": ood}
 
 
 def _derive(files: dict) -> None:
     """Make all again that rests on raw figures."""
     _derive_bank(files["confirmation"]["bank"])
-    _summarise(files["phase4a"]["husai"])
-    _summarise(files["random_model"]["section"])
-    stress = files["transcoder"]
-    for arm in ("transcoder", "sae"):
-        _summarise(stress[arm])
-    stress["gain"] = contrast.gain([stress["transcoder"]], [stress["sae"]])
-    stress["explained_variance"] = {arm: contrast.heldout(stress[arm]).to_json() for arm in ("transcoder", "sae")}
-    files["ood"]["shifted"]["drop"] = recompute.shift_lost(files["ood"]["shifted"])
+    meaningless, other, ood = (files[label] for label in ("random_model", "transcoder", "ood"))
+    sections = (meaningless["section"], meaningless["random_model"], other["transcoder"], other["sae"])
+    for section in (files["phase4a"]["husai"], *sections):
+        _summarise(section)
+    meaningless |= {"gain": random_model.gain(sections[0], sections[1]), "verdict": random_model.verdict(sections[0])}
+    other |= {
+        name: transcoder.decisions(other)[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")
+    }
+    ood["shifted"] |= {"drop": drop.drop(ood["shifted"]), "drop_where_kept": drop.drop_where_kept(ood["shifted"])}
+    ood["activations"]["change"] = drop.change(ood["activations"]["saes"])
 
 
 def _derive_bank(bank: dict) -> None:
@@ -419,13 +441,21 @@ def _derive_bank(bank: dict) -> None:
     for record in bank["cebench"]["saes"]:
         record["normalised"] = float(np.mean(record["normalised_of_pairs"]))
         record["corrected"]["interpretability"] = record["normalised"] * record["bound"]
+    probing, stories = bank["saebench"], bank["cebench"]
+    for k, repeats in probing["noise"]["auc"].items():
+        repeats |= _repeats(probing["saes"][0]["means"][k]["test_auc"])
+    stories["noise"] |= _repeats(stories["saes"][0]["normalised"])
     bank["saebench"]["conditions"] = deltas.saebench(bank["saebench"])
     bank["cebench"]["conditions"] = deltas.contrastive(bank["cebench"])
     bank["conditions"] = conditions.conditions(bank)
 
 
+def _repeats(own: float) -> dict:
+    return deltas.noise([own, own + 0.01, own - 0.01])
+
+
 def _summarise(section: dict) -> None:
-    labels = [m["label"] for m in section["members"]]
+    labels = [m.get("label", f"seed{m['seed']}") for m in section["members"]]
     scored = {
         (labels.index(p["a"]), labels.index(p["b"])): {
             name: {"mean": value, "draws": None} for name, value in p.items() if name not in ("a", "b")
