@@ -36,7 +36,7 @@ from husai.stability.inference import pair_values
 FALSE_PASSES, POWER = 0.05, 0.8
 LARGE = 20.0
 """Standard errors: an effect that is seen always."""
-SIZES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+SIZES = (0, 2, 4, 6, 8, 10, 12, 15)
 REGIMES = {
     "as measured": "the sizes below",
     "unequal arms": "as measured, and the other arm (null, control, reference, model) varies twice as much",
@@ -120,8 +120,7 @@ def passing(seeds: int, seed: int) -> Bundle:
 
 
 def damaged(n: int, seed: int, part: int) -> tuple[Counter, list[str]]:
-    """(how many cases of each kind this part tried, which got through). All of the cases of whole bundles are tried, and
-    a random n of those at single places."""
+    """(cases of each kind that this part tried, which got through): all of whole bundles, and a random n at places."""
     rng, good = np.random.default_rng([seed, 1]), passing(5, seed)
     if not decide(good, Thresholds(), {})["pass_all"]:
         raise CheckFailed("the bundle to damage does not pass by itself")
@@ -252,16 +251,18 @@ def report(args, results: dict) -> str:
         "",
         "## Passed without an effect",
         "",
-        "One gate's true figure lies on its threshold, all others have large effects. Share of studies with `pass_all`; "
-        f"at most {FALSE_PASSES:.0%} required. " + "; ".join(f"*{n}*: {what}" for n, what in REGIMES.items()) + ".",
+        "One gate's true figure lies on its threshold, all others have large effects. Share of studies with "
+        f"`pass_all`: at most {FALSE_PASSES:.0%} required. "
+        + "; ".join(f"*{n}*: {what}" for n, what in REGIMES.items())
+        + ".",
         "",
         *table(
             ["gate", *REGIMES],
             [[g, *(shown(results["null"][r][g]["gate"]) for r in REGIMES)] for g in GATES],
         ),
         "",
-        "In the same studies, of rules that must not be used: estimates against thresholds (the earlier study's policy), "
-        "and the interval that takes pairs of seeds, or seeds and data sets, for independent.",
+        "In the same studies, of rules that must not be used: estimates against thresholds (the earlier study's "
+        "policy), and the interval that takes pairs of seeds, or seeds and data sets, for independent.",
         "",
         *table(
             ["gate", *(f"{r}: {n}" for r in REGIMES for n in ("points", "independent"))],
@@ -293,19 +294,23 @@ def report(args, results: dict) -> str:
             ],
         ),
         "",
-        "Measured noise (standard deviations), the standard error of each gate's figure, and what is enough in raw units:",
+        "Measured noise (standard deviations), each figure's standard error, and what is enough in raw units:",
         "",
         *table(
             ["gate", "seed", "pair or cell", "family", "data set", "standard error", "enough"],
             [
-                [g, *(f"{results['noise'][g][n]:.4f}" for n in ("seed", "cell", "family", "data_set"))]
-                + [f"{results['standard_errors'][g]:.4f}", "–" if enough["raw"] is None else f"{enough['raw'][g]:.3f}"]
+                [
+                    g,
+                    *(f"{results['noise'][g][n]:.4f}" for n in ("seed", "cell", "family", "data_set")),
+                    f"{results['standard_errors'][g]:.4f}",
+                    "–" if enough["raw"] is None else f"{enough['raw'][g]:.3f}",
+                ]
                 for g in GATES
             ],
         ),
         "",
-        "There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifted data the "
-        "probing differences'.",
+        "There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifted data "
+        "the probing differences'.",
         "",
         "## Damaged evidence",
         "",

@@ -33,6 +33,14 @@ OF_BENCHMARK = {
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
 }
 """Places on which one benchmark's gate rests."""
+ALONE = {
+    "another version": ("saebench",),
+    "another data set": ("saebench",),
+    "a family that selection read": ("saebench",),
+    "local pairs": ("cebench",),
+    "another checkpoint": ("random_model", "transcoder", "ood"),
+}
+"""Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
 A_SECTION = (
     r"(phase4a/husai|confirmation/bank/sections/\d+|transcoder/(transcoder|sae)|random_model/(section|random_model))"
 )
@@ -46,7 +54,7 @@ INFORMATIONAL = {
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
     r"(random_model/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store, whose digest counts",
-    r"random_model/random_model/members/\d+/(checkpoint|heldout/.*)": "of the control's SAEs: reported",
+    r"random_model/random_model/members/\d+/heldout/.*": "of the control's SAEs: reported",
     r"confirmation/bank/(saebench|cebench)/(subject|source|stories_cut)": "names; digests count",
     r"confirmation/bank/saebench/.*/(test_acc|test_f1|val_auc|auc_by_validation)": "further figures, never compared",
     r"confirmation/bank/cebench/.*/(published|corrected)/(contrastive|independence|interpretability)": "CE-Bench's "
@@ -57,15 +65,16 @@ INFORMATIONAL = {
     r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
     "figure that the gate can make again",
     r"transcoder/setting/(batch_size|own_subject)": "reported",
-    r"ood/shifted/(prompts/\d+|llm/ood_low/\d+)": "how many prompts, and how sure the model's own figure is: reported",
+    r"ood/shifted/llm/ood_low/\d+": "how sure the model's own figure is: reported",
     r"(selection|confirmation)/subject": "a name",
 }
 """Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
 OPEN = {
-    r"ood/(rule|activations|skipped|families|shifted/drop_where_kept)(/.*)?": "reported, whatever they hold; the rule "
+    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, whatever they hold; the rule "
     "that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
+    r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where it was brought",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
 }
@@ -186,7 +195,7 @@ def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
             def case(kind: str, change: Callable, label=label, file=file, at=at, place=place) -> Case:
                 results = changed(file.results, at, change)
                 files = bundle.files | {label: replace(file, results=results, sha256=digest([place, kind]))}
-                return Case(kind, place, Bundle(files, bundle.on_disk), _gates(place))
+                return Case(kind, place, Bundle(files, bundle.on_disk), gates_of(place))
 
             for kind, damage in VALUES.items():
                 new = damage(value, rng)
@@ -203,9 +212,14 @@ def _at(value: Any, at: tuple) -> Any:
     return value
 
 
-def _gates(place: str) -> tuple[str, ...]:
+def gates_of(place: str) -> tuple[str, ...]:
     found = (gates for pattern, gates in OF_BENCHMARK.items() if re.fullmatch(pattern, place))
     return next(found, OF_FILE[place.split("/")[0]])
+
+
+def free(place: str) -> bool:
+    """Whether nobody decides by what stands there, or below."""
+    return _any(OPEN, place) or _any(INFORMATIONAL, place)
 
 
 def _any(patterns: dict[str, str], place: str) -> bool:
@@ -235,12 +249,13 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
         yield case("file unreadable", label, gates, file=replace(file, results=None, problems=["unreadable"]))
         yield case("no digest", label, gates, file=replace(file, sha256=None))
         for other in others:
-            if label != "phase4a":
+            if label not in ("phase4a", "selection"):
                 yield case("another candidate's file", label, gates, file=other.files[label])
         for what, old, new in _replacements(bundle, label):
             results = json.loads(json.dumps(file.results).replace(old, new))
             if results != file.results:
-                yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label, new])))
+                rest = ALONE.get(what, gates) if label == "confirmation" else gates
+                yield case(what, label, rest, file=replace(file, results=results, sha256=digest([what, label, new])))
         for what, results in _swaps(file.results, label):
             yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
     stale = replace(bundle.files["selection"], sha256=digest("another selection"))
@@ -278,7 +293,7 @@ def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
         yield "another version", '"sae-probes": "0.4.2"', '"sae-probes": "0.4.1"'
     if label == "confirmation":
         sets = bundle.files["confirmation"].results["bank"]["saebench"]
-        yield "another data set", f'"{sets["data_sets"][0]}"', '"set99"'
+        yield "another data set", f'"{sets["data_sets"][0]}"', '"2_hist_fig_birthyear"'
         yield "a family that selection read", f'"{sets["families"][0]}"', f'"{_read_family(bundle)}"'
         yield "local pairs", '"benchmark": "cebench"', '"benchmark": "contrastive_local"'
 

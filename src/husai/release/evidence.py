@@ -287,7 +287,8 @@ class Contrastive(Strict):
             if len(r.normalised_of_pairs) != self.n_pairs:
                 raise ValueError(f"a score of each of {self.n_pairs} pairs expected")
         first = next((r for r in self.saes if r.label == self.noise.label), None)
-        if len(self.noise.seeds) != len(self.noise.means) or self.noise.seeds[0] is not None:
+        first_alone = [s is None for s in self.noise.seeds] == [True] + [False] * (len(self.noise.means) - 1)
+        if not first_alone:
             raise ValueError("noise: a mean of each draw, the run's own first, expected")
         if first is not None and not same(self.noise.means[0], first.normalised):
             raise ValueError("noise: the run's own mean first expected")
@@ -374,7 +375,7 @@ class Stability(Strict):
 
 
 def whole(pairs: list[dict], gap: float) -> None:
-    """Raise ValueError unless every pair has the same nulls, each with the same scores, and no wider gap than is said."""
+    """Raise ValueError unless every pair has the same nulls and scores, and no wider gap than is said."""
     named = [frozenset(p) for p in pairs]
     scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
     keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}

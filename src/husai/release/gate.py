@@ -328,7 +328,10 @@ class _Candidate:
         inputs = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
         inputs |= {"subject": self.facts["subject_digest"]} | _beside(found)
         _require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
-        _require("held-out activations" in found.inputs, f"{script}: its inputs name no activations")
+        needed = {"held-out activations"}
+        needed |= {"MLP input"} if isinstance(found, TranscoderStress) else set()
+        needed |= {"shifted activations", "probed texts"} if isinstance(found, OODStress) else set()
+        _require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
 
 
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:

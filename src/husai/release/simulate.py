@@ -20,7 +20,7 @@ from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
 from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
 from husai.stability import contrast
-from husai.stability.compare import GATED_NULLS, PRIMARY_SCORE, summarise
+from husai.stability.compare import GATED_NULLS, summarise
 from husai.stability.inference import Estimate
 from husai.stability.scores import ALIVE, GAP
 from husai.stress import drop, random_model, transcoder
@@ -101,7 +101,7 @@ def _sections(folder: Path) -> list[dict]:
 
 
 def _of_pairs(section: dict, null: str) -> dict[str, float]:
-    """Variances of seeds and of pairs: a half-diallel table's general and specific effects (Griffing 1956, method 4)."""
+    """Variances of seeds and of pairs, from the effects of a half-diallel table (Griffing 1956, method 4)."""
     x = contrast.score_matrix(section, null)
     s, sums = len(x), x.sum(1)
     of_seed = sums / (s - 2)  # up to a constant
@@ -144,8 +144,10 @@ def standard_error(gate: str, spread: Spread, seeds: int = 5) -> float:
     arms = 1 + spread.other**2
     if gate in OF_PAIRS:
         return float(np.sqrt(arms * (4 * spread.seed**2 / seeds + spread.cell**2 / (seeds * (seeds - 1) / 2))))
-    bank = json.loads(_frame(seeds))["confirmation"]["bank"]
-    families = bank["cebench"]["clusters"] if gate == "cebench" else bank["saebench"]["families"]
+    files = json.loads(_frame(seeds))
+    bank, shift = files["confirmation"]["bank"], files["ood"]["shifted"]
+    of = {"saebench": bank["saebench"]["families"], "cebench": bank["cebench"]["clusters"], "ood": shift["families"]}
+    families = of[gate]
     counts, d = np.array([families.count(f) for f in dict.fromkeys(families)]), len(families)
     of_sets = spread.family**2 * (counts**2).sum() / d**2 + spread.data_set**2 / d
     of_seeds = spread.seed**2 / seeds + spread.cell**2 / (seeds * d)
@@ -180,8 +182,8 @@ def bundle(
     """All that the gate reads of a candidate with `seeds` fresh seeds.
 
     Args:
-        effects: gate -> the true value of its figure. derived: False leaves what rests on the drawn figures as it was
-            before the draw: the gate, which reads raw figures alone, decides alike, and sooner.
+        effects: gate -> the true value of its figure. derived: False leaves estimates as they were before the
+            draw: the gate, which reads raw figures alone, decides alike, and sooner.
     """
     files = json.loads(_frame(seeds))
     bank, shift = files["confirmation"]["bank"], files["ood"]["shifted"]
@@ -216,6 +218,7 @@ def bundle(
     shift["llm"]["ood"] = _shares(LLM - 0.05 - itself[0])
     for sae, values in zip(shift["saes"], _shares(LLM - 0.05 - lost), strict=True):
         sae["test_auc"][deltas.K]["ood"] = values
+    _means(bank)
     if derived:
         _derive(files)
     sha256 = {label: digest(files[label] if derived else label) for label in MAKES}
@@ -387,7 +390,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     setting |= {"preregistered": True, "d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512}
     setting |= {"learning_rate": 0.003, "subject_digest": of_subject[0], "own_subject": True}
     other = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
-    other["inputs"] |= {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
+    other["inputs"] = tested | {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
     for arm, family in transcoder.FAMILIES.items():
         trained = [_member(_sha(arm, s), s, heldout, family) for s in seeds]
         other[arm] = _section(trained, of_subject[0], setting["hook_out"], _sha("MLP output"))
@@ -435,6 +438,14 @@ def _derive(files: dict) -> None:
 def _derive_bank(bank: dict) -> None:
     for section in bank["sections"]:
         _summarise(section)
+    _means(bank)
+    bank["saebench"]["conditions"] = deltas.saebench(bank["saebench"])
+    bank["cebench"]["conditions"] = deltas.contrastive(bank["cebench"])
+    bank["conditions"] = conditions.conditions(bank)
+
+
+def _means(bank: dict) -> None:
+    """What a record says of its own figures."""
     for record in [*bank["saebench"]["saes"], *bank["saebench"]["baselines"].values()]:
         for k, values in record["test_auc"].items():
             record["means"][k]["test_auc"] = float(np.mean(values))
@@ -445,9 +456,6 @@ def _derive_bank(bank: dict) -> None:
     for k, repeats in probing["noise"]["auc"].items():
         repeats |= _repeats(probing["saes"][0]["means"][k]["test_auc"])
     stories["noise"] |= _repeats(stories["saes"][0]["normalised"])
-    bank["saebench"]["conditions"] = deltas.saebench(bank["saebench"])
-    bank["cebench"]["conditions"] = deltas.contrastive(bank["cebench"])
-    bank["conditions"] = conditions.conditions(bank)
 
 
 def _repeats(own: float) -> dict:
