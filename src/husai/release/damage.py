@@ -70,8 +70,8 @@ INFORMATIONAL = {
 }
 """Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
 OPEN = {
-    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, whatever they hold; the rule "
-    "that counts is the gate's own",
+    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, "
+    "whatever they hold; the rule that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
     r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where it was brought",

@@ -111,7 +111,7 @@ def _of_pairs(section: dict, null: str) -> dict[str, float]:
 
 
 def _differences(folder: Path, axis: str):
-    """Variances of each condition's difference to its reference, by moments of seeds, families, sets, and what is left."""
+    """Variances of each condition's difference to its reference, by moments: seeds, families, data sets, the rest."""
     results = read_json(folder / "results.json", "evidence")
     clusters = np.array(results[axis])
     figure = (lambda r: r["test_auc"][deltas.K]) if axis == "families" else (lambda r: r["normalised_of_pairs"])
@@ -286,7 +286,7 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     saes, n, draws = own + others, len(sets), 0.5 + np.random.default_rng(0).normal(0, 0.01, (2, 2 * len(seeds), 1))
 
     def probed(value: float, ks=("1", deltas.K, "16")) -> dict:
-        means = {k: {m: value for m in ("test_auc", "test_acc", "test_f1", "val_auc")} for k in ks}
+        means = {k: dict.fromkeys(("test_auc", "test_acc", "test_f1", "val_auc"), value) for k in ks}
         return {"means": means, "test_auc": {k: [value] * n for k in ks}}
 
     about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
@@ -308,7 +308,7 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
 
     def told(value: float) -> dict:
         bound = (D_SAE - 1) / D_SAE**0.5
-        means = {s: value * bound for s in ("contrastive", "independence", "interpretability")}
+        means = dict.fromkeys(("contrastive", "independence", "interpretability"), value * bound)
         given = {"published": means, "corrected": means, "bound": bound, "normalised": value}
         return given | {"normalised_of_pairs": [value] * len(clusters)}
 
