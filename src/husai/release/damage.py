@@ -314,18 +314,7 @@ def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
                         saes[i][name], saes[j][name] = saes[j][name], saes[i][name]
                         yield kind, new
     for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
-        new = changed(results, at, lambda parent, key: parent.__setitem__(key, [*parent[key][:-1], parent[key][0]]))
-        yield "duplicate pair", new
-        first = {"a": results_label(results, at, "b"), "b": results_label(results, at, "b")}
-        yield (
-            "a seed paired with itself",
-            changed(
-                results,
-                at,
-                lambda parent, key, first=first: parent.__setitem__(key, [parent[key][0] | first, *parent[key][1:]]),
-            ),
-        )
-
-
-def results_label(results: dict, at: tuple, name: str) -> str:
-    return _at(results, at)[0][name]
+        first, *rest = _at(results, at)
+        for kind, pairs in (("duplicate pair", [first, *rest[:-1], first]), ("a seed paired with itself", None)):
+            new = [first | {"a": first["b"]}, *rest] if pairs is None else pairs
+            yield kind, changed(results, at, lambda parent, key, new=new: parent.__setitem__(key, new))
