@@ -55,10 +55,15 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def root(tmp_path):
+def everything(tmp_path):
     """The evidence of the documents, as it lies there."""
-    shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results")
-    return tmp_path / "results"
+    return shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The same without figures, which take the longest."""
+    return shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
 
 
 def add_run(root, name: str, results: dict, summary: str = "# A run\n", **changed):
@@ -128,9 +133,9 @@ def render(root, gate=None) -> Page:
 # The evidence of the documents
 
 
-def test_a_page_of_the_evidence(root):
-    write_json(root.parent / "other.json", {})  # not a folder: no phase
-    html = card.render(root, None, root.parent / "report.html")
+def test_a_page_of_the_evidence(everything):
+    write_json(everything.parent / "other.json", {})  # not a folder: no phase
+    html = card.render(everything, None, everything.parent / "report.html")
     page = Page(html)
     assert len(page.all("h1")) == 1
     assert page.says("No gate decision: nothing may be claimed externally.")
@@ -146,11 +151,11 @@ def test_a_page_of_the_evidence(root):
     assert all(i["alt"] and i["src"].startswith("data:image/png;base64,") for i in images)
     for attrs in page.all("a"):
         if not attrs["href"].startswith("#"):
-            assert (root.parent / attrs["href"]).is_file(), "links to the evidence are relative, and lead there"
+            assert (everything.parent / attrs["href"]).is_file(), "links to the evidence are relative, and lead there"
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(a["href"][1:] in ids for a in page.all("a") if a["href"].startswith("#"))
-    for folder in root.iterdir():
+    for folder in everything.iterdir():
         manifest = json.loads((folder / "manifest.json").read_text())
         assert page.says(manifest["command"])
         assert page.says(manifest["git_commit"][:12])
@@ -275,21 +280,21 @@ def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, 
 # Damaged runs
 
 
-def test_damage_is_named_and_the_rest_is_shown(root):
-    (root / "phase4a" / "results.json").write_text("{")
-    with open(root / "phase4a_mlp" / "results.json", "a") as f:
+def test_damage_is_named_and_the_rest_is_shown(everything):
+    (everything / "phase4a" / "results.json").write_text("{")
+    with open(everything / "phase4a_mlp" / "results.json", "a") as f:
         f.write("\n")
-    (root / "core_ablations" / "manifest.json").write_text("[]")
-    (root / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
-    (root / "language_model" / "summary.md").write_text("# other\n")
-    failed = root / "ood_stress" / "run_20261125T000000Z_00000000"
+    (everything / "core_ablations" / "manifest.json").write_text("[]")
+    (everything / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
+    (everything / "language_model" / "summary.md").write_text("# other\n")
+    failed = everything / "ood_stress" / "run_20261125T000000Z_00000000"
     failed.mkdir(parents=True)
-    manifest = json.loads((root / "phase4a_husai_tiny" / "manifest.json").read_text())
+    manifest = json.loads((everything / "phase4a_husai_tiny" / "manifest.json").read_text())
     write_json(failed / "manifest.json", manifest | {"status": "failed", "return_code": 2})
-    (root / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
-    later = root / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
+    (everything / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
+    later = everything / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
     later.mkdir()
-    page = render(root)
+    page = render(everything)
     for words in (
         "What lies in phase4a is not",
         "results.json is not the file that the manifest names (sha256 differs)",
@@ -302,16 +307,16 @@ def test_damage_is_named_and_the_rest_is_shown(root):
     ):
         assert page.says(words), words
     assert page.says("0.2191 [0.2124, 0.2259]"), "the whole runs are shown"
-    assert read_phase(root / "phase4a").results == {}
+    assert read_phase(everything / "phase4a").results == {}
 
 
-def test_a_file_that_is_no_image_is_not_embedded(root):
-    path = root / "adaptive_l0" / "adaptive_l0.png"
+def test_a_file_that_is_no_image_is_not_embedded(everything):
+    path = everything / "adaptive_l0" / "adaptive_l0.png"
     path.write_bytes(b"no image")
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["outputs"]["figures/adaptive_l0.png"] = sha256_file(path)
     write_json(path.parent / "manifest.json", manifest)
-    assert render(root).says("adaptive_l0.png is no image; it is not shown")
+    assert render(everything).says("adaptive_l0.png is no image; it is not shown")
 
 
 def test_features_in_another_shape_are_named(root):
@@ -444,11 +449,11 @@ CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(root, tmp_path, width):
+def test_in_a_browser(everything, tmp_path, width):
     """No message on the console, which a blocked request or an error would give; the filter runs; nothing overflows."""
-    add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
-    add_run(root, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
-    html = card.render(root, None, tmp_path / "r.html")
+    add_run(everything, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    add_run(everything, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
+    html = card.render(everything, None, tmp_path / "r.html")
 
     def browse(html: str) -> tuple[str, list[str]]:
         (tmp_path / "r.html").write_text(html)
