@@ -60,7 +60,7 @@ def test_a_training_document_of_another_side_is_dropped(monkeypatch, tmp_path):
     texts = {"t": ["one", "two", "three", "two"], "p": ["two"], "o": ["three", "four"]}
     monkeypatch.setattr(text, "FAMILIES", sides)
     monkeypatch.setattr(text, "documents", texts.__getitem__)
-    small = text.corpus()
+    small = text.corpus.__wrapped__()
     assert small.train + small.heldout == ["one"]
     assert small.dropped == 2
 

@@ -1,13 +1,14 @@
 """Features to read: what each of a sample responds to, and whether the other seeds have found it too.
 
+    python scripts/analysis/collect_feature_examples.py
     python scripts/analysis/collect_feature_examples.py --checkpoint SEED42 SEED123 SEED456 SEED789 SEED1011
     python scripts/analysis/collect_feature_examples.py --checkpoint CHECKPOINTS --features 100 \\
       --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
 
-The checkpoints are SAEs of one recipe that differ in their seed. Of the first seed a fixed sample is drawn, half of it
-stable: found again by every other seed, with |cos| >= 0.7 to the one-to-one partner. Contexts are of documents that
-neither the model nor an SAE was trained on, the strongest of each document. A sample illustrates and proves nothing:
-the figures on stability are phase 4a's.
+The SAEs are the confirmed candidate's, or those of --checkpoint: of one recipe, differing in their seed. Of the first
+seed a fixed sample is drawn, half of it stable: found again by every other seed, with |cos| >= 0.7 to the one-to-one
+partner. Contexts are of documents that neither the model nor an SAE was trained on, the strongest of each document. A
+sample illustrates and proves nothing: the figures on stability are phase 4a's.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from husai.runs.cli import Parser, positive_int, prepare, run_main
 def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/feature_examples")
-    p.add_benchmark(compares=False)
+    p.add_candidate()
     p.add_argument("--features", type=positive_int, default=60, help="to sample (default: %(default)s)")
     p.add_argument("--sample-seed", type=int, default=0, help="of the sample (default: %(default)s)")
     return p.parse_benchmark()
@@ -26,26 +27,22 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.stress.inputs import run_stress
 
-    packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "feature_examples", __file__, compute, summary, ("checkpoint", "subject"), packages=packages)
+    run_stress(args, "feature_examples", __file__, compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Open the seeds, match them, sample, read the documents."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, feature_examples
-    from husai.subjects import pretrained, text
+    from husai.benchmarks import feature_examples
+    from husai.stress import candidate
+    from husai.subjects import text
 
-    subject = pretrained.load(args.subject, device=device)
-    store = candidates.heldout_store(subject, args.hook_name, args.artifact_root, args.rows, args.threads)
-    seeds = candidates.open_all(args.checkpoint, store, "checkpoint", subject)
-    candidates.refuse_twins(seeds)
-    inputs = {"subject": subject.digest, "held-out activations": store.digest}
-    inputs |= {f"checkpoint {c.label}": c.sha256 for c in seeds}
-    found = feature_examples.collect(subject, store, seeds, text.corpus().heldout, args.features, args.sample_seed)
-    return {"phase": "feature_examples", "inputs": inputs, "subject": subject.name} | found, []
+    tested = candidate.find(args, device)
+    given = (tested.subject, tested.store, tested.saes, text.corpus().heldout, args.features, args.sample_seed)
+    found = feature_examples.collect(*given)
+    return {"phase": "feature_examples", "inputs": tested.inputs(), "subject": tested.subject.name} | found, []
 
 
 def summary(results: dict) -> str:

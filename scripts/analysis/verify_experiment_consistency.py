@@ -5,8 +5,9 @@
 
 Reads docs/claims.yaml and checks each claim: its words stand in the document, its artefact is unchanged, its figures
 are what the artefact holds. It is on a benchmark or an internal phase of ours, or else it is external and has a passed
-gate that names the artefact. Figures that need a claim and have none are found in the documents; every folder below
-docs/evidence holds the files that its manifest names and no others, and what rests on pairs of seeds is computed again.
+gate that read the artefact. Figures that need a claim and have none are found in the documents; every folder below
+docs/evidence holds the files that its manifest names and no others, and what rests on pairs of seeds is computed again,
+decisions of the gate included.
 --write-digests first records the artefacts as they are now: for when they were meant to change.
 """
 
@@ -24,7 +25,7 @@ def main() -> None:
     p.add_argument("--claims", type=Path, help="default: docs/claims.yaml below the root")
     p.add_argument("--write-digests", action="store_true", help="bring the sha256 of the artefacts up to date first")
     args = p.parse_args()
-    from husai.release import claims, recompute
+    from husai.release import claims, decisions, recompute
 
     path = args.claims or args.root / "docs" / "claims.yaml"
     if args.write_digests:
@@ -35,6 +36,7 @@ def main() -> None:
         "claims": claims.audit_claims(listed, args.root),
         "documents": claims.audit_documents(listed, args.root),
         "evidence folders": recompute.audit_evidence(args.root),
+        "gate decisions": decisions.audit(args.root),
     }
     for findings in parts.values():
         for name, problems in findings.items():

@@ -1,40 +1,192 @@
 #!/usr/bin/env bash
-# The whole program, stage after stage. Each stage resumes by its cells: run the same command again after an interruption.
+# The whole program, stage after stage, from the environment to the report card. Run the same command again after an
+# interruption: what is finished is read. A stage that fails does not stop the others, and is named at the end; the exit
+# code is the gate's (0 passed, 1 not), or 1 where a stage failed.
 #
 #   PROFILE=embedded bash scripts/experiments/run_b200_high_impact_queue.sh     2 CPU cores; what `make demo` runs
 #   PROFILE=b200     bash scripts/experiments/run_b200_high_impact_queue.sh     one GPU
+#   … --dry-run        print every command, run none
+#   … --from STAGE     begin there;   … --only STAGE   run that alone
 #
-# Variables: PROFILE (embedded), SEEDS (42,123,456,789,1011), OUTPUT (results), SUBJECT (husai-tiny): the language model,
-# one that ships, a Hugging Face folder or a hub name.
+# Variables, with their defaults:
+PROFILE=${PROFILE:-embedded}                         # embedded or b200: sizes and device
+OUTPUT=${OUTPUT:-results}                            # all that is made lies below it
+SUBJECT=${SUBJECT:-husai-tiny}                       # the language model: one that ships, a folder, or a hub name
+HOOK=${HOOK:-blocks.1.hook_resid_pre}                # where its activations are read
+SEEDS=${SEEDS:-42,123,456,789,1011}                  # of the studies; the confirmation takes seeds of its own
+EXECUTOR=${EXECUTOR:-local}                          # or ray: the scaling study's layers side by side
+MIN_SAEBENCH_DELTA=${MIN_SAEBENCH_DELTA:-0.0}        # what the gate asks beyond the matched reference
+MIN_CEBENCH_DELTA=${MIN_CEBENCH_DELTA:-0.0}
+CEBENCH_BASELINE_MAP=${CEBENCH_BASELINE_MAP:-}       # hook -> summary of matched references (runbook, benchmarks)
+CEBENCH_REPO=${CEBENCH_REPO:-}                       # your checkout of CE-Bench, whose own code then runs as well
+CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # its stories; without them its gate stays without evidence
+SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-PROFILE=${PROFILE:-embedded}
-SEEDS=${SEEDS:-42,123,456,789,1011}
-OUTPUT=${OUTPUT:-results}
-SUBJECT=${SUBJECT:-husai-tiny}
-
+# shellcheck disable=SC2054  # the commas belong to the values
 case "$PROFILE" in
   embedded)
-    DEVICE=cpu
-    LANGUAGE_MODEL=(--rows 100000 --d-sae 512 --k 16 --tokens 150000)
+    DEVICE=cpu NEED_GB=3
+    DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,87_glue_cola,92_glue_sst2,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,114_nyc_borough_Manhattan,157_amazon_5star
+    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 40)
+    ABLATIONS=(--tokens 100000 --ks 8,16 --d-saes 128,256 --null-draws 20)
+    ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 20)
+    ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 20)
+    STUDY=(--rows 60000 --null-draws 40 --heldout-rows 20000 --max-rows 96 --seeds "$(cut -d, -f1-3 <<< "$SEEDS")")
+    FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
+    SCALING=(--token-budgets 50000,150000 --hook-layers 1 --d-sae-values 256 --k 16)
+    STRESS=(--rows 20000)
+    BENCHMARKS=()
     ;;
   b200)
-    DEVICE=cuda
-    LANGUAGE_MODEL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
+    DEVICE=cuda NEED_GB=60
+    DATASETS=probe
+    CONTROL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
+    ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
+    STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
+    FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
+    SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
+    STRESS=(--rows 500000)
+    BENCHMARKS=(--execute)
     ;;
   *) echo "error: PROFILE=$PROFILE: embedded or b200 expected" >&2; exit 2 ;;
 esac
+DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
+MAP=() REPO=() STORIES=()
+[[ -n $CEBENCH_BASELINE_MAP ]] && MAP=(--cebench-matched-baseline-map "$CEBENCH_BASELINE_MAP")
+[[ -n $CEBENCH_REPO ]] && REPO=(--cebench-repo "$CEBENCH_REPO")
+[[ -n $CEBENCH_STORIES ]] && STORIES=(--stories "$CEBENCH_STORIES")
+
+STAGES="environment subject harvest phase4a phase4a_lm ablations adaptive_l0 assignment benchmarks frontier scaling \
+selection confirmation random_model transcoder ood gate features audit report"
+DRY='' FROM='' ONLY=''
+while (($#)); do
+  case "$1" in
+    --dry-run) DRY=yes ;;
+    --from | --only)
+      [[ " $STAGES " == *" ${2:-} "* && -n ${2:-} ]] || { echo "error: $1 ${2:-}: one of $STAGES expected" >&2; exit 2; }
+      if [[ $1 == --from ]]; then FROM=$2; else ONLY=$2; fi
+      shift
+      ;;
+    *) echo "error: $1: --dry-run, --from STAGE or --only STAGE expected" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
+FAILED=() GATE=''
+if [[ -z $DRY ]]; then
+  mkdir -p "$QUEUE" "$E"
+  exec 9> "$QUEUE/.lock"
+  flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
+  free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1048576))
+  ((free >= NEED_GB)) || { echo "error: OUTPUT=$OUTPUT: $free GB free, $NEED_GB expected" >&2; exit 2; }
+fi
+
+# stage NAME FOLDER COMMAND…: FOLDER is where its results lie (- for none). Where it fails they are set aside, so that no
+# later stage takes those of an earlier run for its own.
+stage() {
+  local name=$1 folder=$2 code=0 began=$SECONDS
+  shift 2
+  [[ -n $ONLY && $ONLY != "$name" ]] && return
+  if [[ -n $FROM ]]; then
+    [[ $FROM == "$name" ]] || return 0
+    FROM=''
+  fi
+  printf '\n== %s\n%s\n' "$name" "${*@Q}"
+  [[ -n $DRY ]] && return
+  "$@" || code=$?
+  python scripts/experiments/record_stage.py "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) "$folder" -- "$@"
+  if ((code >= 128)); then
+    echo "interrupted in $name: the same command resumes" >&2
+    exit 130
+  fi
+  if [[ $name == gate ]]; then
+    GATE=$code
+    ((code <= 1)) && return
+  fi
+  if ((code)); then
+    FAILED+=("$name (exit $code)")
+    if ((code != 1)) && [[ $folder != - && -f $folder/results.json ]]; then
+      mv "$folder/results.json" "$folder/results.json.stale"
+    fi
+  fi
+}
+
+run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
+  local name=$1 folder=$2 script=$3
+  shift 3
+  stage "$name" "$E/$folder" python "scripts/$script" "$@" --device "$DEVICE" --artifact-root "$OUTPUT" \
+    --output-dir "$E/$folder"
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Phase 4a on modular addition, the positive control: subject -> activations -> SAEs -> stability against nulls
+# Environment, the subject of the positive control, activations of the language model
 
-python scripts/experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --device "$DEVICE" \
-  --artifact-root "$OUTPUT" --output-dir "$OUTPUT/experiments/phase4a_trained_vs_random"
+stage environment - python scripts/ci/check_environment.py --device "$DEVICE"
+stage subject - python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
+stage harvest - python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
+  --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Phase 4a on a language model, its random-weights control beside the nulls
+# Internal phases: the positive control on modular addition, the language model, what can be changed
 
-python scripts/experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --device "$DEVICE" \
-  --subject "$SUBJECT" --hook-name blocks.1.hook_resid_pre "${LANGUAGE_MODEL[@]}" \
-  --artifact-root "$OUTPUT" --output-dir "$OUTPUT/experiments/phase4a_language_model"
+run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS"
+run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --subject "$SUBJECT" \
+  --hook-name "$HOOK" "${CONTROL[@]}"
+run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
+run adaptive_l0 adaptive_l0_calibration experiments/run_adaptive_l0_calibration.py --seeds "$SEEDS" "${ADAPTIVE[@]}"
+run assignment assignment_consistency_v2 experiments/run_assignment_consistency_v2.py --seeds "$SEEDS" "${ASSIGNMENT[@]}"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# External benchmarks, and the studies that are held against them
+
+run benchmarks official_external_benchmarks experiments/run_official_external_benchmarks.py --model-name "$SUBJECT" \
+  --hook-name "$HOOK" --dataset-names "$DATASETS" "${REPO[@]}" "${STORIES[@]}" "${BENCHMARKS[@]}"
+run frontier architecture_frontier experiments/run_architecture_frontier_external.py --subject "$SUBJECT" --hook-name "$HOOK" \
+  --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${FRONTIER[@]}" "${MAP[@]}" "${REPO[@]}" \
+  "${STORIES[@]}"
+run scaling external_metric_scaling experiments/run_external_metric_scaling_study.py --subject "$SUBJECT" --executor "$EXECUTOR" \
+  --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${SCALING[@]}" "${MAP[@]}" "${REPO[@]}" \
+  "${STORIES[@]}"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A candidate: chosen, trained again on fresh seeds, put under stress
+
+run selection candidate_selection experiments/select_release_candidate.py --require-both-external \
+  --frontier-results "$E/architecture_frontier/results.json" --scaling-results "$E/external_metric_scaling/results.json"
+run confirmation candidate_confirmation experiments/run_candidate_confirmation.py \
+  --candidate "$E/candidate_selection/results.json" "${MAP[@]}" "${REPO[@]}" "${STORIES[@]}"
+CANDIDATE=(--candidate "$E/candidate_confirmation/results.json" "${STRESS[@]}")
+run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}"
+run transcoder transcoder_stress experiments/run_transcoder_stress_eval.py "${CANDIDATE[@]}"
+run ood ood_stress experiments/run_ood_stress_eval.py "${CANDIDATE[@]}" --skip-families
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict, and what a reader sees
+
+stage gate "$E/release_gate" python scripts/experiments/run_stress_gated_release_policy.py \
+  --phase4a-results "$E/phase4a_trained_vs_random/results.json" \
+  --random-model-results "$E/random_model_stress/results.json" --transcoder-results "$E/transcoder_stress/results.json" \
+  --ood-results "$E/ood_stress/results.json" --external-candidate-json "$E/candidate_selection/results.json" \
+  --confirmation-results "$E/candidate_confirmation/results.json" --external-mode joint \
+  --min-saebench-delta "$MIN_SAEBENCH_DELTA" --min-cebench-delta "$MIN_CEBENCH_DELTA" \
+  --require-random-model --require-transcoder --require-ood --require-external --fail-on-gate-fail \
+  --output-dir "$E/release_gate"
+run features feature_examples analysis/collect_feature_examples.py "${CANDIDATE[@]}"
+stage audit - python scripts/analysis/verify_experiment_consistency.py
+stage report - python scripts/analysis/build_report.py --results-root "$E" --output "$OUTPUT/report.html"
+
+[[ -n $DRY ]] && exit 0
+echo
+((${#FAILED[@]})) && printf 'failed: %s\n' "${FAILED[@]}"
+case "$GATE" in
+  0) echo "the gate is passed" ;;
+  1) echo "the gate is not passed: $E/release_gate/release_policy.md says why" ;;
+  '') echo "the gate did not run" ;;
+  *) echo "the gate could not decide" ;;
+esac
+[[ -f $OUTPUT/report.html ]] && echo "report   $OUTPUT/report.html"
+((${#FAILED[@]} == 0)) || exit "$((GATE > 0 ? GATE : 1))"
+exit "${GATE:-0}"

@@ -36,6 +36,8 @@ from husai.training.trainer import TrainingConfig
 SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
 PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability", "subjects", "training")
 
+RECIPE = ("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows", "probe_ks", "noise_seeds", "max_pairs")
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -170,7 +172,7 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
 def run(**bank) -> dict:
     """The bank's results: {"hook_name", "store_digest", "rows", "train_rows", "inputs", "saes": records with held-out
     and core figures, "saebench", "cebench": results of the benchmarks, or None, "sections": the stability studies,
-    "conditions": rows in their order (`conditions.conditions`)}."""
+    "conditions": rows in their order (`conditions.conditions`), "recipe": what of `Bank` it takes to do it again}."""
     bank = Bank(**bank)
     device = prepare(bank.device, bank.threads)
     cells = Cells(Path(bank.output_dir) / "cells", bank.force)
@@ -206,7 +208,7 @@ def run(**bank) -> dict:
     found |= {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows}
     found["train_rows"] = len(store.split(TrainingConfig.heldout_fraction)[0])
     found |= {"inputs": lineup.inputs(), "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()]}
-    found["sections"] = sections
+    found |= {"sections": sections, "recipe": {name: getattr(bank, name) for name in RECIPE}}
     return found | {"conditions": conditions.conditions(found)}
 
 

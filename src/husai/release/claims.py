@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from husai.release import decisions
+from husai.release.recompute import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 
@@ -170,19 +172,6 @@ def plain(printed: str) -> str:
     return printed.replace("−", "-").lower().replace(",", "" if grouped else ".")
 
 
-def resolve(value: Any, pointer: str) -> Any:
-    """The value at an RFC 6901 pointer (LookupError where there is none)."""
-    for token in pointer.split("/")[1:]:
-        token = token.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, dict) and token in value:
-            value = value[token]
-        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", token) and int(token) < len(value):
-            value = value[int(token)]
-        else:
-            raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
-    return value
-
-
 def unit(printed: str) -> float:
     """One unit of the last digit."""
     mantissa, _, exponent = plain(printed).partition("e")
@@ -297,7 +286,7 @@ def may_be_internal(artefact: str, root: Path) -> bool:
     return isinstance(results, dict) and results.get("phase") in INTERNAL_PHASES
 
 
-def gate_problem(claim: Claim, gate: Any, sha256: str | None) -> str | None:
+def gate_problem(claim: Claim, gate: Any, sha256: str | None, root: Path) -> str | None:
     """Why an external claim does not pass its gate, or None.
 
     Args:
@@ -308,19 +297,11 @@ def gate_problem(claim: Claim, gate: Any, sha256: str | None) -> str | None:
         return "external, and names no gate"
     if passed is not True:
         return f"external, and pass_all in {claim.gate} is {passed!r}, not true"
-    if sha256 not in strings(gate):
+    if sha256 not in decisions.read_digests(gate):
         return f"external, and {claim.gate} does not name the sha256 of {claim.artefact}"
+    if why := decisions.problem(root / claim.gate, gate, root):
+        return f"external, and {claim.gate}: {why}"
     return None
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every string value, at any depth."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
@@ -361,7 +342,7 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
         problems += claim_problems(claim, document, opened[claim.artefact][0])
         if claim.tier == "external":
             gate = opened[claim.gate][0] if claim.gate else None
-            problem = gate_problem(claim, gate, claims.artefacts.get(claim.artefact))
+            problem = gate_problem(claim, gate, claims.artefacts.get(claim.artefact), root)
             problems += [problem] if problem else []
         elif not may_be_internal(claim.artefact, root):
             problems.append(f"internal, and {claim.artefact} is neither a benchmark nor evidence of an internal phase")

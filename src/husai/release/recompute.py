@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from husai.benchmarks import conditions, deltas
-from husai.release.claims import resolve
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 from husai.stability import contrast
 from husai.stability.compare import summarise
 from husai.stability.scores import GAP
+from husai.stress import drop, random_model, transcoder
 
 NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
@@ -44,13 +45,34 @@ def folder_problems(folder: Path) -> list[str]:
     digests = {p.name: sha256_file(p) if p.is_file() else None for p in sorted(folder.iterdir())}
     problems = manifest_problems(manifest, results, digests)
     try:
-        return (
-            problems
-            + [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
-            + phase_problems(results)
-        )
+        return problems + results_problems(results)
     except (RecursionError, OverflowError) as error:
         return [*problems, f"results.json cannot be computed again ({type(error).__name__}: {error})"]
+
+
+def run_problems(path: Path) -> tuple[Any, list[str]]:
+    """(the results of a run, what is wrong with them): the manifest beside them must speak of a finished run and of
+    these very bytes, and what rests on pairs, members and data sets is computed again.
+
+    Raises:
+        BadInput: the file is missing or is not strict JSON.
+    """
+    results = read_json(path, "evidence")
+    try:
+        manifest = Manifest.model_validate(read_json(path.with_name("manifest.json"), "evidence"), strict=True)
+    except BadInput as error:
+        return results, [str(error)]
+    except ValidationError as error:
+        return results, [f"manifest.json: {error.errors()[0]['msg']}"]
+    digests = {"results.json": sha256_file(path), "summary.md": manifest.outputs.get("summary.md")}
+    problems = manifest_problems(manifest, results, digests)
+    return results, problems or results_problems(results)
+
+
+def results_problems(results: Any) -> list[str]:
+    """Where results do not follow from their own pairs, members and data sets."""
+    found = [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
+    return found + phase_problems(results)
 
 
 def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str | None]) -> list[str]:
@@ -114,22 +136,34 @@ def study_problems(study: dict) -> list[str]:
 def decisions(results: dict) -> dict[str, Any]:
     """What a phase decided, made again from its sections: place in the results -> value."""
     phase, again = results.get("phase"), {}
+
+    def of_bank(at: str, bank: dict) -> None:
+        for name, function in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
+            if bank[name] is not None:
+                again[f"{at}/{name}/conditions"] = function(bank[name])
+        again[f"{at}/conditions"] = conditions.conditions(bank)
+
     if phase == "saebench_custom":
         again["/conditions"] = deltas.saebench(results)
     elif phase == "cebench_custom":
         again["/conditions"] = deltas.contrastive(results)
+    elif phase == "candidate_confirmation":
+        of_bank("/bank", results["bank"])
     elif phase in ("architecture_frontier", "external_metric_scaling"):
         for at, bank in enumerate(results["banks"]):
-            for name, function in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
-                if bank[name] is not None:
-                    again[f"/banks/{at}/{name}/conditions"] = function(bank[name])
-            again[f"/banks/{at}/conditions"] = conditions.conditions(bank)
+            of_bank(f"/banks/{at}", bank)
         rows = [row for bank in results["banks"] for row in bank["conditions"]]
         if phase == "architecture_frontier":
             again["/pareto"] = conditions.pareto(rows)
         else:
             again["/contrasts"] = conditions.contrasts(results["banks"])
             again["/power_laws"] = conditions.power_laws(rows)
+    elif phase == "random_model_stress":
+        again |= random_model.decisions(results)
+    elif phase == "transcoder_stress":
+        again |= transcoder.decisions(results)
+    elif phase == "ood_stress":
+        again |= drop.decisions(results)
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
@@ -184,6 +218,19 @@ def phase_problems(results: Any) -> list[str]:
         ]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
+
+
+def resolve(value: Any, pointer: str) -> Any:
+    """The value at an RFC 6901 pointer (LookupError where there is none)."""
+    for token in pointer.split("/")[1:]:
+        token = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and token in value:
+            value = value[token]
+        elif isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,8}", token) and int(token) < len(value):
+            value = value[int(token)]
+        else:
+            raise LookupError(f"the artefact has no {pointer} (it ends before {token!r})")
+    return value
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:

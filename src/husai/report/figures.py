@@ -91,7 +91,7 @@ def loss_curves(section: dict, path: Path) -> Path:
 @dataclass(frozen=True)
 class Panel:
     """Estimates with their intervals: against numbers on a logarithmic axis, or, where `x` holds names, one a line
-    beside a zero line."""
+    beside a line."""
 
     title: str
     x_label: str
@@ -101,6 +101,8 @@ class Panel:
     """name -> one estimate for each x; `low` and `high` None: no interval; all None: not drawn."""
     unfinished: dict[str, list[bool]] | None = None
     """Of each series, which of `x` are drawn hollow: training had not come to rest."""
+    line: float = 0
+    """Where the line beside names stands: no difference, or chance."""
 
 
 def panels(path: Path, drawn: list[Panel]) -> Path:
@@ -133,7 +135,7 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
                 label = "still moving at the end of training" if hollow.any() else None
                 axis.plot(places[hollow], value[hollow], "o", mfc="white", mec=colour, ls="none", zorder=5, label=label)
         if named:
-            axis.axvline(0, color="#5f5f5f", lw=1)
+            axis.axvline(panel.line, color="#5f5f5f", lw=1)
             axis.xaxis.set_major_locator(plt.MaxNLocator(6))
             axis.set(yticks=places, yticklabels=panel.x, ylim=(-0.6, len(panel.x) - 0.4), xlabel=panel.x_label)
         else:

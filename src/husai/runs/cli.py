@@ -85,34 +85,17 @@ class Parser(argparse.ArgumentParser):
             "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
         )
 
-    def add_benchmark(self, needs_checkpoint: bool = True, compares: bool = True) -> None:
-        """What an external benchmark is run on: --checkpoint, --model-name, --hook-name, --hook-layer, --rows; where it
-        compares SAEs with others also --reference, --random-model-checkpoint."""
+    def add_checkpoints(self, required: bool) -> None:
+        """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows."""
         self.add_argument(
             "--checkpoint",
             type=Path,
             nargs="+",
-            required=needs_checkpoint,
+            required=required,
             default=[],
             help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
             "condition",
         )
-        if compares:
-            self.add_argument(
-                "--reference",
-                type=Path,
-                nargs="+",
-                default=[],
-                help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as "
-                "well)",
-            )
-            self.add_argument(
-                "--random-model-checkpoint",
-                type=Path,
-                nargs="+",
-                default=[],
-                help="SAEs trained alike on the random-weights model",
-            )
         self.add_argument(
             "--model-name",
             "--subject",
@@ -128,6 +111,35 @@ class Parser(argparse.ArgumentParser):
             default=100_000,
             help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
         )
+
+    def add_benchmark(self, needs_checkpoint: bool = True) -> None:
+        """What an external benchmark is run on: the flags of `add_checkpoints`, --reference,
+        --random-model-checkpoint."""
+        self.add_checkpoints(needs_checkpoint)
+        self.add_argument(
+            "--reference",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
+        )
+        self.add_argument(
+            "--random-model-checkpoint",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="SAEs trained alike on the random-weights model",
+        )
+
+    def add_candidate(self) -> None:
+        """What a stress test is about: --candidate, or the flags of `add_checkpoints`."""
+        self.add_argument(
+            "--candidate",
+            type=Path,
+            help="results of run_candidate_confirmation.py (default: those below --artifact-root, where there are any; "
+            "else the embedded default is trained)",
+        )
+        self.add_checkpoints(required=False)
 
     def add_study(self) -> None:
         """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""

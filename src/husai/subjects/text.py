@@ -310,8 +310,12 @@ class Corpus:
         return digest({"train": [*map(document_id, self.train)], "heldout": [*map(document_id, self.heldout)]})
 
 
+@cache
 def corpus() -> Corpus:
-    """The training side without whatever occurs on another side; one opening in 50 is held out."""
+    """The training side without whatever occurs on another side; one opening in 50 is held out.
+
+    Kept, because it takes seconds to read and hash, and a study asks for it many times.
+    """
     elsewhere = {document_id(text) for side in ("probe", "ood") for name in names(side) for text in documents(name)}
     found = {}
     for family, members in FAMILIES["train"].items():

@@ -1,0 +1,194 @@
+"""Does what an SAE's features say about a probing task survive a shift of the data, beside the model's own activations?
+
+    python scripts/experiments/run_ood_stress_eval.py
+    python scripts/experiments/run_ood_stress_eval.py --candidate CONFIRMATION/results.json
+    python scripts/experiments/run_ood_stress_eval.py --checkpoint CKPTS --subject husai-tiny --hook-layer 1
+    python scripts/experiments/run_ood_stress_eval.py --skip-families
+
+Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling
+or register), by sae-probes' own functions: the drop is what the SAE loses less what the model loses. Beside it, the SAE
+less the model on a held-out family of data sets, and how well the SAE fits the activations of shifted text. Without
+--candidate and --checkpoint: the confirmed candidate below --artifact-root, if there is one, else the embedded default.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import DATA_SETS, Parser, name_list, prepare, run_main
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/ood_stress")
+    p.add_candidate()
+    p.add_argument(
+        "--shifted", type=name_list, help="shifted versions, by name; fewer than all give no verdict (default: all)"
+    )
+    p.add_argument(
+        "--dataset-names",
+        type=name_list,
+        default=DATA_SETS,
+        help="data sets that the held-out family stands beside: names or sides (default: %(default)s)",
+    )
+    p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
+    p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
+    return p.parse_benchmark()
+
+
+def main() -> None:
+    args = parse()
+    from husai.stress.inputs import run_stress
+
+    run_stress(args, "ood_stress", __file__, compute, summary)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """Check all that is brought, then probe, measure and draw."""
+    device = prepare(args.device, args.threads)
+    from husai.benchmarks import sae_probes
+    from husai.benchmarks.candidates import Places
+    from husai.stress import candidate, ood
+
+    sae_probes.versions()
+    chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)
+    places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
+    results = ood.evaluate(candidate.find(args, device), chosen, places, cells)
+    return results, draw(results, args.output_dir / "figures")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Of each data set: AUC of SAE and model on its own test rows and on its shifted version; the drop."""
+    from husai.report import figures
+    from husai.stability.inference import mean_over_seeds
+    from husai.stress.drop import CHANCE, drops
+
+    shifted = results["shifted"]
+    k, names = shifted["k"], shifted["data_sets"]
+
+    def over_saes(columns) -> list[dict]:
+        return [mean_over_seeds(column).to_json() for column in columns]
+
+    series = {}
+    for side, label in (("id", "own test rows"), ("ood", "shifted")):
+        series[f"activations, {label}"] = [{"estimate": v, "low": None, "high": None} for v in shifted["llm"][side]]
+        of_saes = [sae["test_auc"][k][side] for sae in shifted["saes"]]
+        series[f"SAE, {label}"] = over_saes(zip(*of_saes, strict=True))
+    each = over_saes(drops(shifted, k).T)
+    label = f"test AUC (SAE: {k} features; line: chance)"
+    auc = figures.Panel("Probes under shift", label, "", names, series, line=CHANCE)
+    loss = {"drop": [*each, shifted["drop"][k]]}
+    most = results["rule"]["max_drop"]
+    label = f"drop of AUC, SAE − activations (at most {most} allowed)"
+    return [
+        figures.panels(
+            folder / "ood_drop.png",
+            [auc, figures.Panel("What the SAE loses beyond the model", label, "", [*names, "mean"], loss)],
+        )
+    ]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import interval, table
+    from husai.stress.drop import CHANCE, verdict
+
+    shifted, found, (outcome, why) = results["shifted"], results["candidate"], verdict(results)
+    k, families = shifted["k"], dict.fromkeys(shifted["families"])
+    freedom = min(len(shifted["saes"]), len(families)) - 1
+    lines = [
+        "# Out-of-distribution stress",
+        "",
+        f"**{outcome}**: {why}.",
+        "",
+        f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
+        f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the "
+        "probe on the model's own activations loses on the same data sets (positive: the SAE loses more).",
+        f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
+        f"the interval rests on {max(freedom, 0)} degree{'s' * (freedom != 1)} of freedom and is wide.",
+        "",
+        *table(["features", "drop, 95 % interval"], [[n, interval(e, "+")] for n, e in shifted["drop"].items()]),
+        "",
+        *table(
+            ["data set", "SAE", "SAE, shifted", "activations", "activations, shifted", "drop", "shifted prompts"],
+            per_data_set(shifted),
+        ),
+        "",
+    ]
+    kept = [name for name, low in zip(shifted["data_sets"], shifted["llm"]["ood_low"], strict=True) if low > CHANCE]
+    lines += [
+        f"The activations' own probe is above chance under shift (DeLong, 95 %) on {len(kept)} of "
+        f"{len(shifted['data_sets'])} data sets ({', '.join(kept) or 'none'}). On the others the model itself keeps "
+        "nothing, and what is called the drop is little more than how far the SAE is behind on the data set itself. On "
+        f"those {len(kept)} alone the drop is {interval(shifted['drop_where_kept'][k], '+')}; informational, for they "
+        "were chosen by the same figures.",
+        "",
+    ]
+    lines += [f"Not used: {name} ({reason})." for name, reason in results["skipped"].items()]
+    if results["families"]:
+        lines += ["", *of_families(results["families"])]
+    return "\n".join([*lines, "", *of_activations(results["activations"])]) + "\n"
+
+
+def per_data_set(shifted: dict) -> list[list]:
+    import numpy as np
+
+    from husai.stress.drop import drops
+
+    k, llm = shifted["k"], shifted["llm"]
+    saes = {side: np.mean([sae["test_auc"][k][side] for sae in shifted["saes"]], 0) for side in ("id", "ood")}
+    columns = saes["id"], saes["ood"], llm["id"], llm["ood"]
+    rows = zip(shifted["data_sets"], *columns, drops(shifted, k).mean(0), shifted["prompts"], strict=True)
+    return [[name, *(f"{v:.4f}" for v in auc), f"{drop:+.4f}", n] for name, *auc, drop, n in rows]
+
+
+def of_families(families: dict) -> list[str]:
+    from husai.report.text import interval, table
+
+    gap, sets = families["gap"], [len(families[side]["data_sets"]) for side in ("id", "ood")]
+    rows = [
+        [f"{sets[0]} probe sets", interval(gap["id"], "+")],
+        [f"{sets[1]} sets of {families['ood']['families'][0]}", interval(gap["ood"], "+")],
+        ["difference", interval(gap["difference"], "+")],
+    ]
+    return [
+        "A family of another kind of text, which nothing was trained on, by the official benchmark. Its data sets are "
+        "one family: their interval and that of the difference are over SAEs alone and say nothing of other texts. "
+        "Nothing is decided by them.",
+        "",
+        *table([f"AUC of {families['k']} features − AUC of the activations", "95 % interval"], rows),
+    ]
+
+
+def of_activations(section: dict) -> list[str]:
+    import numpy as np
+
+    from husai.report.text import interval, table
+
+    names = {
+        "explained_variance": "explained variance",
+        "l0": "L0",
+        "dead_share": "share of features that never fire",
+        "outside": "share of the variance outside the SAE's subspace",
+    }
+    ranks = [sae["rank"] for sae in section["saes"]]
+    rows = [
+        [
+            label,
+            *(f"{np.mean([sae[side][name] for sae in section['saes']]):.4f}" for side in ("id", "ood")),
+            interval(section["change"][name], "+"),
+        ]
+        for name, label in names.items()
+    ]
+    return [
+        f"The activations themselves, {section['compared_rows']} of held-out and as many of shifted text; an SAE's "
+        f"subspace ({min(ranks)} to {max(ranks)} directions) holds 99 % of the variance of its reconstructions of "
+        "held-out text.",
+        "",
+        *table(["figure", "held-out text", "shifted text", "change, 95 % interval over SAEs"], rows),
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,162 @@
+"""Stress: what does a meaningless subject score? The candidate beside SAEs trained alike on its random-weights control.
+
+    python scripts/experiments/run_random_model_stress_eval.py
+    python scripts/experiments/run_random_model_stress_eval.py --candidate CONFIRMED/results.json --output-dir DIR
+    python scripts/experiments/run_random_model_stress_eval.py --checkpoint SAES --model-name husai-tiny \\
+      --hook-name blocks.1.hook_resid_pre --random-model-checkpoint RANDOM_SAES
+
+The candidate's recipe is trained again, with its seeds, on as many activations of the same model with all weights
+redrawn, and on its own activations with their coordinates shuffled across rows. Features that agree from seed to seed
+no more than those of a model that has learned nothing say nothing about the model. The rule is in docs/methods.md. SAEs
+that were trained elsewhere have no recipe here: `--random-model-checkpoint` gives those of the random-weights model.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import Parser, positive_int, prepare, run_main
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/random_model_stress")
+    p.add_candidate()
+    p.add_argument(
+        "--train-rows",
+        type=positive_int,
+        help="of the activations that the candidate was trained on (default: those below --artifact-root)",
+    )
+    p.add_argument(
+        "--random-model-checkpoint",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="SAEs trained alike on the random-weights model, in place of training them",
+    )
+    p.add_argument(
+        "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+    )
+    return p.parse_benchmark()
+
+
+def main() -> None:
+    args = parse()
+    from husai.stress.inputs import run_stress
+
+    brought = ("random_model_checkpoint",)
+    run_stress(args, "random_model_stress", __file__, compute, summary, brought)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """The candidate -> SAEs of both meaningless subjects -> all of them scored, pair by pair."""
+    device = prepare(args.device, args.threads)
+    from husai.stability import study
+    from husai.stress import candidate, random_model
+
+    tested = candidate.find(args, device)
+    store, control, shuffled = controls(args, cells, device, tested)
+    section = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
+    labels = section["stability"]["labels"]
+
+    arms = {"random_model": random_model.control_of(cells, control, labels, args.null_draws, args.threads)}
+    arms["shuffled"] = shuffled and shuffled.results
+    inputs = tested.inputs() | {"activation store": store.digest}
+    for name, arm in arms.items():
+        if arm:
+            inputs |= {f"{name}: subject": arm["subject_digest"], f"{name}: activations": arm["store_digest"]}
+            inputs |= {f"{name}: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(arm["members"], 1)}
+    results = {"phase": "random_model_stress", "inputs": inputs, "subject": tested.subject.name}
+    results |= {"candidate": tested.block, **arms, "section": study.brief(section)}
+    results |= {"gain": random_model.gain(section, arms["random_model"]), "verdict": random_model.verdict(section)}
+    made = [m for arm in arms.values() if arm for m in arm["members"] if m["checkpoint"]]
+    return results, [*draw(section, args.output_dir), *study.checkpoint_files(cells, made)]
+
+
+def controls(args, cells, device, tested) -> tuple:
+    """(whose principal components the spectral null is drawn in; SAEs of the random-weights model; SAEs of shuffled
+    coordinates, None where the first were brought)."""
+    from husai.runs.errors import BadInput
+    from husai.stress import random_model
+
+    machine = device, args.threads
+    if paths := args.random_model_checkpoint:
+        return tested.store, random_model.brought_arm(tested, paths, args.artifact_root, args.rows, *machine), None
+    if tested.made is None:
+        raise BadInput(
+            f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "
+            "SAEs trained alike on the random-weights model"
+        )
+    return random_model.trained_arms(cells, tested, args.artifact_root, args.train_rows, *machine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(section: dict, output_dir: Path) -> list[Path]:
+    from husai.report import figures
+    from husai.report.text import pair_rows, write_csv
+
+    excess = section["stability"]["scores"]["mcc_alive"]["excess"]
+    names = [figures.NAMES.get(null, null) for null in excess]
+    panel = figures.Panel("The candidate's excess", "excess of mcc_alive", "", names, {"over": [*excess.values()]})
+    return [
+        figures.matches(section, output_dir / "figures" / "matches.png"),
+        figures.panels(output_dir / "figures" / "excess.png", [panel]),
+        write_csv(output_dir / "pairs.csv", pair_rows(section)),
+    ]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import gain_sentence, interval, table
+
+    section, verdict = results["section"], results["verdict"]
+    scores = section["stability"]["scores"]
+    excess = scores["mcc_alive"]["excess"]["random_model"]
+    lines = [
+        "# Stress: a meaningless subject",
+        "",
+        f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `mcc_alive`: {interval(excess, '+')}.",
+        "",
+        f"{results['candidate']['condition']}, {len(section['members'])} SAEs of {results['subject']} at "
+        f"{section['hook_name']}; intervals: 95 %, delete-one-seed jackknife over seeds.",
+        "",
+    ]
+    rows = []
+    for name in ("mcc_alive", "share70_alive"):
+        score = scores[name]
+        for null, value in score["nulls"].items():
+            over = interval(score["excess"][null], "+")
+            rows.append([f"`{name}`", interval(score["observed"]), null, f"{value['mean']:.4f}", over])
+    lines += table(["score", "candidate", "against", "its mean", "excess"], rows)
+    lines += ["", *table(["SAEs of", "held-out explained variance", "L0", "dead features"], heldout(results)), ""]
+    if results["gain"]:
+        lines += [
+            f"Beyond the nulls of each subject's own activations (reported; the rule does not read it): "
+            f"{gain_sentence(results['gain'])}.",
+            "",
+        ]
+    lines += [f"Not computed: {null} ({why})." for null, why in section["stability"]["missing_nulls"].items()]
+    lines += [
+        "The random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. "
+        "Shuffled coordinates keep each coordinate's distribution and lose their relations; they decide nothing here.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def heldout(results: dict) -> list[list[str]]:
+    """A row an arm: held-out figures, means over seeds with intervals."""
+    from husai.report.text import interval
+    from husai.stability.inference import mean_over_seeds
+
+    arms = {"the candidate": results["section"], "the random-weights model": results["random_model"]}
+    arms |= {"shuffled coordinates": results["shuffled"]} if results["shuffled"] else {}
+
+    def over_seeds(arm: dict, figure: str) -> str:
+        return interval(mean_over_seeds([m["heldout"][figure] for m in arm["members"]]).to_json())
+
+    return [[name, *(over_seeds(a, f) for f in ("explained_variance", "l0", "dead_share"))] for name, a in arms.items()]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,207 @@
+"""May the claim be made? The strict release gate over everything that the earlier phases left.
+
+    python scripts/experiments/run_stress_gated_release_policy.py \\
+      --phase4a-results results/experiments/phase4a_trained_vs_random/results.json \\
+      --random-model-results RANDOM.json --transcoder-results TRANSCODER.json --ood-results OOD.json \\
+      --external-candidate-json SELECTED.json --confirmation-results CONFIRMATION.json --external-mode joint \\
+      --min-saebench-delta 0.0 --min-cebench-delta 0.0 \\
+      --require-transcoder --require-ood --require-external --fail-on-gate-fail
+    python scripts/experiments/run_stress_gated_release_policy.py --waive transcoder --reason "no MLP at this hook" …
+    python scripts/experiments/run_stress_gated_release_policy.py --policy published --phase4a-results … …
+
+Fail-closed: each gate is PASS, FAIL or MISSING, and `pass_all` is true only where every one is PASS on its bound
+(docs/methods.md, Rules). All is required, whatever the --require flags say; a waiver, a mode other than joint, or a
+threshold looser than the registered one is written down and makes the decision provisional, which is no pass. Evidence
+about other SAEs than the confirmed candidate's, or that does not follow from its own figures, counts as missing.
+`--policy published` gives the earlier study's verdicts on its files, and says where the strict rules differ. Writes
+`release_policy.json` and `.md`. Exit 0 passed (or no --fail-on-gate-fail), 1 not passed, 2 bad usage.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import Parser, fraction, nonnegative_float, run_main
+
+EXPERIMENTS = Path("results/experiments")
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    import argparse
+    import math
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_argument("--output-dir", type=Path, default=EXPERIMENTS / "release_gate", help="default: %(default)s")
+    for name, folder in (
+        ("phase4a", "phase4a_trained_vs_random"),
+        ("random-model", "random_model_stress"),
+        ("transcoder", "transcoder_stress"),
+        ("ood", "ood_stress"),
+        ("confirmation", "candidate_confirmation"),
+    ):
+        default = EXPERIMENTS / folder / "results.json"
+        p.add_argument(f"--{name}-results", type=Path, default=default, help="default: %(default)s")
+    p.add_argument(
+        "--external-candidate-json",
+        type=Path,
+        default=EXPERIMENTS / "candidate_selection" / "results.json",
+        help="results of select_release_candidate.py (default: %(default)s)",
+    )
+    p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
+    p.add_argument("--min-saebench-delta", type=number, default=0.0, help="AUC (default: %(default)s)")
+    p.add_argument("--min-cebench-delta", type=number, default=0.0, help="share of the bound (default: %(default)s)")
+    p.add_argument("--min-transcoder-delta", type=number, default=0.0, help="of mcc_alive (default: %(default)s)")
+    p.add_argument("--max-ood-drop", type=nonnegative_float, default=0.1, help="AUC (default: %(default)s)")
+    p.add_argument(
+        "--alpha", type=fraction, default=0.05, help="intervals are of level 1 - alpha (default: %(default)s)"
+    )
+    for name in ("random-model", "transcoder", "ood", "external"):
+        p.add_argument(f"--require-{name}", action="store_true", help="said for the record: all is required")
+    p.add_argument("--waive", action="append", default=[], metavar="GATE", help="do without a gate; no pass then")
+    p.add_argument("--reason", action="append", default=[], metavar="TEXT", help="why: one for each --waive")
+    p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
+    p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
+    args = p.parse_args()
+    if len(args.waive) != len(args.reason) or not all(text.strip() for text in args.reason):
+        p.error(f"--waive {' '.join(args.waive)}: a --reason for each expected")
+    if repeated := sorted({g for g in args.waive if args.waive.count(g) > 1}):
+        p.error(f"--waive {repeated[0]} is given twice")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.release import bundle
+    from husai.release.gate import GATES, Thresholds
+    from husai.runs.errors import BadInput, CheckFailed
+    from husai.runs.files import write_json, write_text
+    from husai.runs.folder import Run
+
+    if unknown := [g for g in args.waive if g not in GATES]:
+        raise BadInput(f"--waive {unknown[0]}: one of {', '.join(GATES)} expected")
+    paths = {
+        "phase4a": args.phase4a_results,
+        "selection": args.external_candidate_json,
+        "confirmation": args.confirmation_results,
+        "random_model": args.random_model_results,
+        "transcoder": args.transcoder_results,
+        "ood": args.ood_results,
+    }
+    thresholds = Thresholds(
+        args.min_transcoder_delta, args.max_ood_drop, args.min_saebench_delta, args.min_cebench_delta, args.alpha
+    )
+    waived = dict(zip(args.waive, args.reason, strict=True))
+    if args.external_mode != "joint":
+        other = "cebench" if args.external_mode == "saebench" else "saebench"
+        waived.setdefault(other, f"--external-mode {args.external_mode}")
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
+    with Run(args.output_dir, config, "cpu", 1) as run:
+        results = (
+            bundle.published(paths, thresholds)
+            if args.policy == "published"
+            else bundle.strict(paths, thresholds, waived)
+        )
+        run.inputs |= results["inputs"]
+        text = published_summary(results) if args.policy == "published" else summary(results)
+        run.write(results, text)
+        write_json(run.folder / "release_policy.json", results)
+        write_text(run.folder / "release_policy.md", text)
+        for name in ("release_policy.json", "release_policy.md"):
+            write_text(args.output_dir / name, (run.folder / name).read_text())
+        print(text)
+        print(f"decision  {args.output_dir / 'release_policy.json'}")
+        if args.fail_on_gate_fail and not results["pass_all"]:
+            open_gates = [g["gate"] for g in results["gates"] if g["status"] != "PASS"]
+            raise CheckFailed(f"the gate is not passed: {', '.join(open_gates) or results['outcome']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def summary(results: dict) -> str:
+    """One page: the verdict, each gate, what would have to change."""
+    from husai.report.text import table
+
+    gates, candidate = results["gates"], results["candidate"]
+    counts = {status: sum(g["status"] == status for g in gates) for status in ("PASS", "FAIL", "MISSING")}
+    about = "No candidate is confirmed."
+    if candidate is not None:
+        seeds = ", ".join(candidate["checkpoints"])
+        about = f"Candidate: {candidate['condition']}, {candidate['facts']['hook_name']}, seeds {seeds}."
+    verdict = {
+        "passed": "**PASSED.** Every gate holds on its bound: the claim may be made, of this subject, hook and recipe.",
+        "not passed": "**NOT PASSED.** No external claim may be made.",
+        "provisional": "**NOT PASSED, provisional.** What was not waived holds; no external claim may be made.",
+    }[results["outcome"]]
+    lines = [
+        "# Release gate",
+        "",
+        f"{verdict} Of {len(gates)} gates {counts['PASS']} pass, {counts['FAIL']} fail, and {counts['MISSING']} lack "
+        "evidence.",
+        "",
+        about,
+        "",
+    ]
+    for g in gates:
+        if g["waived"]:
+            lines += [f"**Waived: {g['gate']}** ({g['waived']}). A decision with a waiver is never a pass.", ""]
+    if results["looser_than_registered"]:
+        lines += [f"**Looser than registered: {', '.join(results['looser_than_registered'])}.** Never a pass.", ""]
+    rows = [
+        [
+            g["gate"],
+            f"**{g['status']}**",
+            "" if g["estimate"] is None else f"{g['estimate']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]",
+            ""
+            if g["estimate"] is None
+            else f"{'lower' if g['bound'] == 'low' else 'upper'} end {g['relation']} {g['threshold']:g}",
+            g["n"] or "",
+        ]
+        for g in gates
+    ]
+    level = 1 - results["thresholds"]["alpha"]
+    lines += [*table(["gate", "status", f"figure [{level:.0%} interval]", "required", "seeds"], rows), ""]
+    wrong = [g for g in gates if g["status"] != "PASS"]
+    if wrong:
+        lines += ["What is open, and what it would take:", ""]
+        lines += [f"- **{g['gate']}**: {g['question']} {g['reason']}. To pass: {g['to_pass']}." for g in wrong]
+        lines.append("")
+    lines += ["What was measured:", ""]
+    lines += [f"- {g['gate']}: {g['figure']}." for g in gates if g["figure"]]
+    lines += ["", "Evidence read:", ""]
+    lines += [
+        f"- {label}: `{f['path']}` ({f['sha256'][:12] if f['sha256'] else 'not there'})"
+        for label, f in results["read"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def published_summary(results: dict) -> str:
+    from husai.report.text import table
+
+    rows = [[g["gate"], g["published"], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]]
+    return "\n".join(
+        [
+            "# The earlier study's policy on its own files",
+            "",
+            f"Its verdict: {'passed' if results['published']['gates']['pass_all'] else 'not passed'}, by points. The "
+            "strict gate passes none of it:",
+            "",
+            *table(["gate", "published verdict", "published point", "strict", "why"], rows),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,165 @@
+"""Stress: another objective. Are transcoders of an MLP as reproducible as SAEs of its output?
+
+    python scripts/experiments/run_transcoder_stress_eval.py
+    python scripts/experiments/run_transcoder_stress_eval.py --candidate CONFIRMED/results.json --output-dir DIR
+    python scripts/experiments/run_transcoder_stress_eval.py --checkpoint SAES --model-name husai-tiny \\
+      --hook-name blocks.1.hook_resid_pre
+
+Transcoders (what the MLP reads -> what it writes) and BatchTopK SAEs of what it writes, at one width, sparsity, budget
+and the same seeds; decoder rows of both lie in the MLP's output and are held against nulls there. With a candidate: the
+MLP of its block, at its settings; else that of the modular-addition transformer, at 256 features, k 8 and 1,000,000
+rows. That one setting is judged (docs/methods.md, Rules); another, by `--d-sae`, `--k`, `--tokens` or `--seeds`, is
+reported and decides nothing.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from husai.runs.cli import Parser, positive_int, prepare, run_main, seed_list
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/transcoder_stress")
+    p.add_candidate()
+    p.set_defaults(subject=None)
+    p.add_argument("--d-sae", type=positive_int, help="features (default: as judged)")
+    p.add_argument("--k", type=positive_int, help="active features a row (default: as judged)")
+    p.add_argument("--tokens", type=positive_int, help="rows each sees (default: as judged)")
+    p.add_argument("--seeds", type=seed_list, help="default: as judged")
+    p.add_argument(
+        "--train-rows",
+        type=positive_int,
+        help="of the activations that the candidate was trained on (default: those below --artifact-root)",
+    )
+    p.add_argument(
+        "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+    )
+    args = p.parse_benchmark()
+    if args.seeds and len(args.seeds) < 2:
+        p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.stress.inputs import run_stress
+
+    run_stress(args, "transcoder_stress", __file__, compute, summary)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
+    device = prepare(args.device, args.threads)
+    from husai.stability import study
+    from husai.stress import transcoder
+
+    tested, task = task_of(args, device)
+    arms = transcoder.sections(cells, task, args.null_draws, device, args.threads)
+    block = tested and tested.block
+    inputs = tested.inputs() if tested else {"subject": task.setting.subject_digest}
+    inputs |= {"MLP input": task.read.digest, "MLP output": task.written.digest}
+    inputs |= {f"{arm} {m['label']}": m["checkpoint_sha256"] for arm in arms for m in arms[arm]["members"]}
+    results = {"phase": "transcoder_stress", "inputs": inputs, "subject": task.read.manifest.subject}
+    results |= {"candidate": block, "setting": asdict(task.setting)}
+    results |= {arm: study.brief(section) for arm, section in arms.items()}
+    found = transcoder.decisions(results)
+    results |= {name: found[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")}
+    made = [path for section in arms.values() for path in study.checkpoint_files(cells, section["members"])]
+    return results, [*draw(results, arms, args.output_dir), *made]
+
+
+def task_of(args, device) -> tuple:
+    """(the candidate or None, what is trained): of the candidate, or of modular addition where none is named."""
+    from husai.runs.errors import BadInput
+    from husai.runs.subjects import is_language_model
+    from husai.stress import candidate, transcoder
+
+    overrides = {name: getattr(args, name) for name in ("d_sae", "k", "tokens", "seeds")}
+    if not args.candidate and not args.checkpoint:
+        if is_language_model(args.subject):
+            raise BadInput(
+                f"--model-name {args.subject}: a language model goes with --candidate or --checkpoint, whose settings "
+                "are taken"
+            )
+        place = args.artifact_root, device, args.threads
+        return None, transcoder.of_modular_addition(args.subject, overrides, *place)
+    args.subject = args.subject or "husai-tiny"
+    tested = candidate.find(args, device)
+    place = args.artifact_root, args.train_rows, device, args.threads
+    return tested, transcoder.of_candidate(tested, overrides, *place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(results: dict, arms: dict, output_dir: Path) -> list[Path]:
+    from husai.report import figures
+    from husai.report.text import GAINS, pair_rows, write_csv
+
+    folder, names = output_dir / "figures", {"transcoder": "transcoders", "sae": "SAEs of the output"}
+    scores = {arm: arms[arm]["stability"]["scores"]["mcc_alive"]["excess"] for arm in names}
+    excess = {name: [scores[arm][null] for null in GAINS[1:]] for arm, name in names.items()}
+    over = [f"over {null}" for null in GAINS[1:]]
+    gain = {"gain": [results["gain"][name] for name in GAINS]}
+    variance = {names[arm]: [e] for arm, e in results["explained_variance"].items()}
+    panels = [
+        figures.Panel("Stability", "excess of mcc_alive", "", over, excess),
+        figures.Panel("Gain of transcoders over SAEs", "gain of mcc_alive", "", ["itself", *over], gain),
+        figures.Panel("Reconstruction", "held-out explained variance", "", ["MLP output"], variance),
+    ]
+    rows = [row for arm in names for row in pair_rows(arms[arm], arm=arm)]
+    drawn = [figures.matches(arms[arm], folder / f"matches_{arm}.png") for arm in names]
+    return [*drawn, figures.panels(folder / "gain.png", panels), write_csv(output_dir / "pairs.csv", rows)]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import at_rest, gain_sentence, interval, table
+    from husai.stability.inference import mean_over_seeds
+
+    s, verdict = results["setting"], results["verdict"]
+    names = {"transcoder": "transcoders", "sae": "SAEs of the output"}
+    rows = []
+    for arm, name in names.items():
+        section = results[arm]
+        score = section["stability"]["scores"]["mcc_alive"]
+        rows.append(
+            [
+                name,
+                interval(score["observed"]),
+                *(interval(score["excess"][null], "+") for null in ("isotropic", "untrained", "spectral")),
+                section["stability"]["verdict"]["outcome"],
+                at_rest(section["convergence"]),
+                interval(results["explained_variance"][arm]),
+                *(
+                    interval(mean_over_seeds([m["heldout"][f] for m in section["members"]]).to_json())
+                    for f in ("l0", "dead_share")
+                ),
+            ]
+        )
+    header = ["", "`mcc_alive`", "excess over isotropic", "over untrained", "over spectral", "outcome", "at rest"]
+    header += ["explained variance of the MLP's output", "L0", "dead features"]
+    about = "the setting fixed in advance" if s["preregistered"] else "a setting of your own, which decides nothing"
+    of = results["candidate"]["condition"] if results["candidate"] else "no candidate; modular addition"
+    return "\n".join(
+        [
+            "# Stress: another objective",
+            "",
+            f"**{verdict['outcome']}**: {verdict['reason']}. Transcoders less SAEs: {gain_sentence(results['gain'])}.",
+            "",
+            f"{of}: {s['hook_in']} → {s['hook_out']} of {results['subject']}, d_sae {s['d_sae']}, k {s['k']}, "
+            f"{s['tokens']} rows each, {len(s['seeds'])} seeds: {about}. Intervals: 95 %; delete-one-seed jackknife, "
+            "of held-out figures t over seeds.",
+            "",
+            *table(header, rows),
+            "",
+            "SAEs read what they reconstruct, transcoders have to compute it: what each explains is no contest. Both "
+            "are scored by decoder rows in the MLP's output, against nulls drawn there.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,181 @@
+"""Which condition of the studies shall be put through the gate.
+
+    python scripts/experiments/select_release_candidate.py --frontier-results FRONTIER.json \\
+      --scaling-results SCALING.json --require-both-external
+    python scripts/experiments/select_release_candidate.py --policy published --frontier-results … --scaling-results …
+
+Candidates are conditions: SAEs that differ in their seed alone. They are scored on the lower ends of their intervals,
+on one half of the data-set families and on fixed scales (docs/methods.md); whatever cannot be compared is left out,
+with the reason. The gate reads the other half, of SAEs that `run_candidate_confirmation.py` trains on fresh seeds.
+`--policy published` is the earlier study's rule on its own files. Exit 1: there is no candidate.
+"""
+
+from pathlib import Path
+
+from husai.runs.cli import Parser, nonnegative_float, positive_int, run_main
+
+WEIGHTS = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/candidate_selection")
+    for name in ("frontier", "scaling"):
+        p.add_argument(f"--{name}-results", type=Path, action="append", default=[], help="results.json; repeatable")
+    for name, weight in WEIGHTS.items():
+        flag = f"--weight-{name.replace('_', '-')}"
+        p.add_argument(flag, type=nonnegative_float, help=f"default: {weight}; published: stability has none")
+    p.add_argument("--min-seeds-per-group", type=positive_int, default=3, help="of a condition (default: %(default)s)")
+    p.add_argument("--uncertainty", choices=("lcb", "point"), default="lcb", help="default: %(default)s")
+    p.add_argument(
+        "--require-both-external", action="store_true", help="leave out what has not both benchmarks' figures"
+    )
+    p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
+    args = p.parse_args()
+    if not args.frontier_results and not args.scaling_results:
+        p.error("--frontier-results or --scaling-results: a study to select from expected")
+    if args.policy == "published" and args.weight_stability:
+        p.error("--weight-stability: the published rule knows no stability")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from husai.runs.errors import BadInput
+    from husai.runs.files import sha256_file
+    from husai.runs.phase import PACKAGES, run_phase
+
+    studies = [*args.frontier_results, *args.scaling_results]
+    for path in studies:
+        if not path.is_file():
+            raise BadInput(f"--frontier-results, --scaling-results: {path} does not exist")
+    args.content = [sha256_file(path) for path in studies]
+    packages = (*PACKAGES, "benchmarks", "stress", "release")
+    apart = ("frontier_results", "scaling_results")
+    run_phase(args, "candidate_selection", __file__, compute, summary, (), apart, check=check, packages=packages)
+
+
+def compute(args, cells) -> tuple[dict, list[Path]]:
+    """Read the studies; rank what can be compared."""
+    named = {f"frontier {i}": path for i, path in enumerate(args.frontier_results, 1)}
+    named |= {f"scaling {i}": path for i, path in enumerate(args.scaling_results, 1)}
+    inputs = dict(zip(named, args.content, strict=True))
+    weights = {n: w for n in WEIGHTS if (w := getattr(args, f"weight_{n}")) is not None}
+    results = {"phase": "candidate_selection", "inputs": inputs, "policy": args.policy}
+    if args.policy == "published":
+        from husai.release import published
+        from husai.runs.files import read_json
+
+        rows = [row for path in named.values() for row in published.seeds(read_json(path, "study"), str(path))]
+        return results | published.select(rows, published.WEIGHTS | weights), []
+    from husai.release import selection
+    from husai.release.recompute import run_problems
+    from husai.runs.errors import BadInput
+
+    studies = []
+    for label, path in named.items():
+        found, problems = run_problems(path)
+        if problems:
+            raise BadInput(f"{label}: {path}: {problems[0]}")
+        studies.append(selection.Study(label, inputs[label], found))
+    rules = selection.Rules(WEIGHTS | weights, args.min_seeds_per_group, args.uncertainty, args.require_both_external)
+    results |= selection.select(studies, rules)
+    return results, draw(results, args.output_dir / "figures")
+
+
+def check(results: dict) -> None:
+    from husai.runs.errors import CheckFailed
+
+    if results["selected"] is None:
+        raise CheckFailed(f"no candidate: all of {len(results['excluded'])} conditions are left out (see the summary)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """The candidates' differences on both benchmarks, and stability against explained variance."""
+    from husai.report import figures
+
+    rows = [c | c["figures"] for c in results["candidates"]]
+    if not rows:
+        return []
+    points = [
+        figures.Points.of(
+            "Internal", "held-out explained variance", "excess of mcc over the nulls", rows, "train_ev", "stability"
+        )
+    ]
+    if all("saebench" in r and "cebench" in r for r in rows):
+        labels = "sae-probes AUC − matched reference", "contrastive score − matched reference"
+        points.append(figures.Points.of("Benchmarks, selection's half", *labels, rows, "saebench", "cebench"))
+    return [figures.scatter(folder / "selection.png", points, results["front"])]
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import interval, table
+
+    if results["policy"] == "published":
+        header = ["seed", "score", "on the front", *results["weights"]]
+        front = [r["condition"] for r in results["front"]]
+        ranked = sorted(results["candidates"], key=lambda r: -r["score"])
+        rows = [
+            [
+                r["condition"],
+                f"{r['score']:.4f}",
+                "yes" if r["condition"] in front else "",
+                *(f"{v:.4f}" for v in r["figures"].values()),
+            ]
+            for r in ranked
+        ]
+        lines = ["# Selection by the earlier study's rule", "", f"**{results['selected']['condition']}**, one seed of "]
+        lines[-1] += f"{results['n']}: min–max over the cohort, points alone. Nothing is released by this rule."
+        return "\n".join([*lines, "", *table(header, rows), ""])
+    chosen, rules, split = results["selected"], results["rules"], results["split"]
+    lines = ["# Release candidate", ""]
+    if chosen is None:
+        lines += ["**None**: every condition is left out, for the reasons below.", ""]
+    else:
+        lines += [
+            f"**{chosen['condition']}** of {chosen['subject']}, {chosen['facts']['hook_name']} "
+            f"({len(chosen['seeds'])} seeds, {chosen['study']}). A choice, not a finding: what it claims is tried on "
+            "fresh seeds and on the other half of the families.",
+            "",
+        ]
+    of = "the lower end of its interval" if rules["uncertainty"] == "lcb" else "its estimate"
+    weighted = ", ".join(f"{rules['weights'].get(n, 0):g} × {n} / {rules['scales'][n]:g}" for n in rules["figures"])
+    lines += [
+        f"Score: {weighted}, of each {of}. Families read: {', '.join(split['selection_families']) or 'none'}.",
+        "",
+    ]
+    names = [n for n in results["rules"]["scales"] if any(n in c["figures"] for c in results["candidates"])]
+    rows = [
+        [
+            c["condition"],
+            c["study"],
+            len(c["seeds"]),
+            f"{c['l0']:.1f}",
+            f"{c['score']:+.3f}",
+            "yes" if c["pareto"] else "",
+        ]
+        + [interval(c["figures"][n], "+") for n in names]
+        for c in results["candidates"]
+    ]
+    lines += [*table(["condition", "study", "seeds", "L0", "score", "on the front", *names], rows), ""]
+    if results["cohort"] and results["cohort"]["benchmark"] not in (None, "cebench"):
+        lines += [
+            "The contrastive score is of pairs built from labelled texts: it is not CE-Bench's, and no gate counts it.",
+            "",
+        ]
+    if results["excluded"]:
+        lines += [
+            "Left out:",
+            "",
+            *table(["study", "condition", "why"], [list(e.values()) for e in results["excluded"]]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""Reads the evidence that the gate decides on, and says what was read. The decision itself is `release.gate`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from husai.release import gate
+from husai.release import published as earlier
+from husai.release.gate import Bundle, File, Thresholds
+from husai.release.recompute import run_problems
+from husai.runs.errors import BadInput
+from husai.runs.files import read_json, sha256_file
+
+
+def read(path: Path) -> File | None:
+    """Results of a run with what is wrong with them; None where there is no file."""
+    if not path.is_file():
+        return None
+    sha256 = sha256_file(path)
+    try:
+        results, problems = run_problems(path)
+        return File(str(path), sha256, results, problems)
+    except (BadInput, RecursionError, OverflowError) as error:
+        return File(str(path), sha256, None, [f"it cannot be read ({error})"])
+
+
+def on_disk(path: Path, results: Any) -> dict[str, str | None]:
+    """seed -> identity of the checkpoints that a confirmation names, as they lie beside it; None where one does not."""
+    from husai.benchmarks.candidates import identity
+    from husai.dictionaries import foreign
+
+    def one(place: Any) -> str | None:
+        try:
+            folder = path.parent / place
+            return identity(foreign.open_checkpoint(folder), sha256_file(foreign.weights_file(folder)))
+        except (BadInput, OSError, TypeError, ValueError):
+            return None
+
+    paths = results.get("paths") if isinstance(results, dict) else None
+    return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
+
+
+def strict(paths: dict[str, Path], thresholds: Thresholds, waived: dict[str, str]) -> dict:
+    """The strict decision as results: what `gate.decide` says, with the digests of all that was read.
+
+    Args:
+        paths: of `gate.MAKES`.
+    """
+    files = {label: read(path) for label, path in paths.items()}
+    confirmation = files["confirmation"]
+    disk = on_disk(paths["confirmation"], confirmation.results) if confirmation else {}
+    decision = gate.decide(Bundle(files, disk), thresholds, waived)
+    return {
+        "phase": "release_gate",
+        "inputs": {label: f.sha256 for label, f in files.items() if f},
+        "policy": "strict",
+        **decision,
+        "on_disk": disk,
+        "read": {label: {"path": str(paths[label]), "sha256": f.sha256 if f else None} for label, f in files.items()},
+    }
+
+
+def published(paths: dict[str, Path], thresholds: Thresholds) -> dict:
+    """The earlier study's verdicts on its files, each beside what the strict gate says of it.
+
+    Raises:
+        BadInput: a file is missing or is not one of that study's.
+    """
+    found = {n: read_json(paths[n], n) for n in ("phase4a", "transcoder", "ood", "selection")}
+    selected = found["selection"].get("selected") if isinstance(found["selection"], dict) else None
+    if not isinstance(selected, dict) or found["selection"].get("policy") != "published":
+        raise BadInput(f"selection: {paths['selection']} was not made with --policy published")
+    minima = {"saebench": thresholds.min_saebench_delta, "cebench": thresholds.min_cebench_delta}
+    verdict = earlier.gate(
+        found["phase4a"], found["transcoder"], found["ood"], selected, minima, thresholds.max_ood_drop
+    )
+    gates = earlier.beside_strict(found["transcoder"], found["ood"], selected, verdict)
+    return {
+        "phase": "release_gate",
+        "inputs": {n: sha256_file(paths[n]) for n in found},
+        "policy": "published",
+        "pass_all": False,
+        "provisional": False,
+        "outcome": "not passed",
+        "candidate": None,
+        "published": verdict,
+        "gates": gates,
+        "read": {n: {"path": str(paths[n]), "sha256": sha256_file(paths[n])} for n in found},
+    }

@@ -1,0 +1,499 @@
+"""The strict release gate: a pure function of evidence. Fail-closed: what is not shown has not passed.
+
+Every gate is PASS, FAIL or MISSING. Its bound is computed here, from the figure of each seed (and data set); what the
+evidence itself says of intervals and verdicts counts for nothing. The rules are docs/methods.md's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from husai.benchmarks import baselines, deltas
+from husai.release.evidence import (
+    Confirmation,
+    OODStress,
+    OwnSection,
+    Pairs,
+    RandomModelStress,
+    Section,
+    Selection,
+    Strict,
+    TranscoderStress,
+    refusal,
+)
+from husai.runs.errors import BadInput
+from husai.runs.files import digest
+from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS
+from husai.stability.contrast import score_matrix
+from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.stress.candidate import block
+
+GATES = {
+    "positive_control": "Does the method find features alike where they are known to be (modular addition)?",
+    "stability": "Are the candidate's features more alike over seeds than every required null?",
+    "random_model": "More alike than those of SAEs trained alike on a model with random weights?",
+    "transcoder": "Are transcoders of the layer at least as reproducible as SAEs of its output?",
+    "ood": "Under shifted data, does the candidate lose no more than the model itself?",
+    "saebench": "On SAEBench's probing, is it at least as good as its matched reference?",
+    "cebench": "On CE-Bench, is it at least as good as its matched reference?",
+}
+"""Gate -> what it asks, in the order in which they are reported."""
+MAKES = {
+    "phase4a": "run_phase4a_reproduction.py",
+    "selection": "select_release_candidate.py",
+    "confirmation": "run_candidate_confirmation.py",
+    "random_model": "run_random_model_stress_eval.py",
+    "transcoder": "run_transcoder_stress_eval.py",
+    "ood": "run_ood_stress_eval.py",
+}
+"""Evidence -> the script that makes it."""
+MINIMUM_FAMILIES = 3
+"""Of data sets, for a figure that speaks of others."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where the bounds must lie. The defaults are those of docs/methods.md; looser ones never make a pass."""
+
+    min_transcoder_delta: float = 0.0
+    max_ood_drop: float = 0.1
+    min_saebench_delta: float = 0.0
+    min_cebench_delta: float = 0.0
+    alpha: float = 0.05
+    """Two-sided; intervals are of level 1 − alpha."""
+
+    def looser(self) -> list[str]:
+        """What asks for less than docs/methods.md does."""
+        registered = Thresholds()
+        loose = [n for n in vars(self) if n.startswith("min") and getattr(self, n) < getattr(registered, n)]
+        return loose + [n for n in ("max_ood_drop", "alpha") if getattr(self, n) > getattr(registered, n)]
+
+
+@dataclass(frozen=True)
+class File:
+    """Results of a run, as found."""
+
+    path: str
+    sha256: str | None
+    results: Any
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with the file or with its manifest, or does not follow from its own figures."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that the gate reads."""
+
+    files: dict[str, File | None]
+    """Of MAKES; None: not given."""
+    on_disk: dict[str, str | None]
+    """seed -> identity of the candidate's checkpoint as it lies on the disk; None: it is not there, or unreadable."""
+
+
+class Missing(Exception):
+    """Evidence that is absent, or that does not count."""
+
+
+def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> dict:
+    """The decision.
+
+    Args:
+        waived: gate -> why it need not hold; no decision with a waiver passes.
+
+    Returns:
+        {"pass_all", "provisional", "outcome", "candidate", "thresholds", "looser_than_registered", "gates": [{"gate",
+        "question", "status", "figure", "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason",
+        "to_pass", "waived"}]}
+    """
+    candidate = _Candidate(bundle)
+    level = 1 - thresholds.alpha
+    judges: dict[str, Callable[[], _Shown]] = {
+        "positive_control": lambda: _positive_control(bundle, candidate, level),
+        "stability": lambda: _stability(candidate, level),
+        "random_model": lambda: _random_model(bundle, candidate, level),
+        "transcoder": lambda: _transcoder(bundle, candidate, level, thresholds.min_transcoder_delta),
+        "ood": lambda: _ood(bundle, candidate, level, thresholds.max_ood_drop),
+        "saebench": lambda: _saebench(candidate, level, thresholds.min_saebench_delta),
+        "cebench": lambda: _cebench(candidate, level, thresholds.min_cebench_delta),
+    }
+    gates = [_judge(name, judges[name]) | {"waived": waived.get(name)} for name in GATES]
+    looser = thresholds.looser()
+    held = all(g["status"] == "PASS" for g in gates)
+    pass_all = held and not waived and not looser
+    provisional = bool(waived) or bool(looser)
+    rest = all(g["status"] == "PASS" or g["waived"] for g in gates)
+    return {
+        "pass_all": pass_all,
+        "provisional": provisional,
+        "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
+        "candidate": candidate.block(),
+        "thresholds": vars(thresholds),
+        "looser_than_registered": looser,
+        "gates": gates,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One gate
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What is compared with a threshold: each of these estimates must hold."""
+
+    figure: str
+    estimates: dict[str, Estimate]
+    bound: str
+    """`low` or `high`: the end of the interval that counts."""
+    relation: str
+    threshold: float
+    n: int
+
+    def holds(self, e: Estimate) -> bool:
+        end = getattr(e, self.bound)
+        if end is None or not np.isfinite(end):
+            return False
+        return {">": end > self.threshold, ">=": end >= self.threshold, "<=": end <= self.threshold}[self.relation]
+
+    def worst(self) -> tuple[str, Estimate]:
+        sign = -1 if self.bound == "high" else 1
+        return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.bound))
+
+
+def _judge(name: str, judge: Callable[[], _Shown]) -> dict:
+    empty = dict.fromkeys(("estimate", "low", "high", "bound", "relation", "threshold", "n"))
+    about = {"gate": name, "question": GATES[name]}
+    try:
+        shown = judge()
+        if not shown.estimates or any(e.low is None or e.high is None for e in shown.estimates.values()):
+            raise Missing("there is no interval")
+        if not all(np.isfinite([e.estimate, e.low, e.high]).all() for e in shown.estimates.values()):
+            raise Missing("a figure is not finite")
+    except Missing as missing:
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": _to_find(name)}
+    except ValidationError as error:
+        why = f"the evidence is not what it should be: {refusal(error)}"
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": _to_find(name)}
+    except (BadInput, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = f"the evidence cannot be read ({type(error).__name__}: {error})"
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": _to_find(name)}
+    passed = all(shown.holds(e) for e in shown.estimates.values())
+    which, worst = shown.worst()
+    against = f" ({which})" if len(shown.estimates) > 1 else ""
+    end = "lower" if shown.bound == "low" else "upper"
+    reached = getattr(worst, shown.bound)
+    return about | {
+        "status": "PASS" if passed else "FAIL",
+        "figure": shown.figure + against,
+        "estimate": worst.estimate,
+        "low": worst.low,
+        "high": worst.high,
+        "bound": shown.bound,
+        "relation": shown.relation,
+        "threshold": shown.threshold,
+        "n": shown.n,
+        "reason": f"the {end} end is {reached:+.4f}; {shown.relation} {shown.threshold:g} is required",
+        "to_pass": None if passed else _to_pass(shown, worst),
+    }
+
+
+def _to_pass(shown: _Shown, worst: Estimate) -> str:
+    margin = (worst.estimate - shown.threshold) * (-1 if shown.bound == "high" else 1)
+    if margin <= 0:
+        return f"the figure itself must change: the estimate, {worst.estimate:+.4f}, is on the wrong side"
+    half = abs(getattr(worst, shown.bound) - worst.estimate)
+    seeds = int(np.ceil(shown.n * (half / margin) ** 2))
+    return (
+        f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true and all the spread that of seeds, "
+        f"about {max(seeds, shown.n + 1)} seeds would show it"
+    )
+
+
+def _to_find(gate: str) -> str:
+    makers = {"positive_control": "phase4a", "random_model": "random_model", "transcoder": "transcoder", "ood": "ood"}
+    return f"evidence that counts, of {MAKES[makers.get(gate, 'confirmation')]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be true of the evidence before its figures count
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def _read(bundle: Bundle, label: str, model: type[T]) -> T:
+    return model.model_validate(_whole(bundle, label).results)
+
+
+def _whole(bundle: Bundle, label: str) -> File:
+    """A file without problems.
+
+    Raises:
+        Missing.
+    """
+    file = bundle.files.get(label)
+    if file is None:
+        raise Missing(f"no results of {MAKES[label]} were given")
+    if file.problems:
+        raise Missing(f"{MAKES[label]}: {file.problems[0]}")
+    if file.sha256 is None:
+        raise Missing(f"{MAKES[label]}: {file.path} has no digest")
+    return file
+
+
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise Missing(reason)
+
+
+class _Candidate:
+    """The confirmed candidate, checked once: each gate about it raises what is wrong with it."""
+
+    def __init__(self, bundle: Bundle):
+        self._reason: Exception | None = None
+        try:
+            self._check(bundle)
+        except (Missing, ValidationError, BadInput, LookupError, TypeError, ValueError, AttributeError) as error:
+            self._reason = error
+
+    def _check(self, bundle: Bundle) -> None:
+        chosen = _read(bundle, "selection", Selection)
+        found = _read(bundle, "confirmation", Confirmation)
+        own = found.candidate
+        sections, records = found.bank.sections, [r.model_dump() for r in found.bank.saes if r.candidate]
+        seeds = [int(seed) for seed in own.checkpoints]
+        facts = own.facts.model_dump()
+        sha256 = bundle.files["selection"].sha256
+        _require(found.selection.sha256 == sha256 == found.inputs.get("selection"), "confirmed is another selection")
+        _require(facts == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
+        _require(found.selection.id == chosen.selected.get("id") == digest(facts), "its configuration's digest differs")
+        _require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
+        _require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
+        _require(len(seeds) >= MINIMUM_SEEDS, f"{len(seeds)} seeds; at least {MINIMUM_SEEDS} expected")
+        _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
+        _require(len(sections) == 1, "one condition, confirmed, expected")
+        _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
+        _about(sections[0], facts)
+        _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
+        _require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
+        _require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
+        _require(
+            {"d_sae": sections[0].d_sae, "k": sections[0].k, "budget": sections[0].budget, "family": sections[0].family}
+            == {"d_sae": facts["d_sae"], "k": facts["k"], "budget": facts["tokens"], "family": facts["family"]},
+            "its stability is that of another configuration",
+        )
+        _require(found.paths.keys() == own.identities.keys(), "a path of each checkpoint expected")
+        for seed, identity in own.identities.items():
+            there = bundle.on_disk.get(seed)
+            _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
+            _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
+        self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
+        self.split, self.cohort, self.records = chosen.split, chosen.cohort, records
+
+    def known(self) -> _Candidate:
+        """The candidate, or what is wrong with it.
+
+        Raises:
+            Missing, ValidationError, …: as `_check` did.
+        """
+        if self._reason is not None:
+            raise self._reason
+        return self
+
+    def block(self) -> dict | None:
+        return None if self._reason is not None else self.own.model_dump()
+
+    def is_that_of(self, binding, script: str) -> None:
+        _require(binding == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+
+
+def _members(section: Section | OwnSection) -> dict[str, str]:
+    return {str(m.seed): m.checkpoint_sha256 for m in section.members}
+
+
+def _about(section: Section | OwnSection, facts: dict) -> None:
+    for name in ("subject_digest", "hook_name", "store_digest", "d_in"):
+        _require(getattr(section, name) == facts[name], f"a stability study of another {name}")
+
+
+def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Estimate]:
+    """The excess of mcc_alive over each null, from the pairs; every pair of seeds once."""
+    labels = section["stability"]["labels"]
+    _require(len(labels) >= MINIMUM_SEEDS, f"{len(labels)} seeds; at least {MINIMUM_SEEDS} expected")
+    pairs = TypeAdapter(Pairs).validate_python(section["pairs"], strict=True)
+    named = [frozenset((p["a"], p["b"])) for p in pairs]
+    _require(
+        sorted(map(sorted, named)) == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected"
+    )
+    _require(all(null in p for p in pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
+    return {null: jackknife(score_matrix(section, null), level) for null in nulls}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gates
+
+
+def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
+    results = _whole(bundle, "phase4a").results
+    _require(results.get("phase") == "4a", "these are no results of phase 4a")
+    section = results["husai"]
+    _require("random_model" not in section, "phase 4a of a language model is no positive control")
+    subject = candidate.own.facts.subject_digest if candidate.block() else None
+    _require(section["subject_digest"] != subject, "phase 4a is of the candidate's own subject: no positive control")
+    estimates = _excess(section, level, GATED_NULLS)
+    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(section["members"]))
+
+
+def _stability(candidate: _Candidate, level: float) -> _Shown:
+    c = candidate.known()
+    estimates = _excess(c.section.model_dump(), level, GATED_NULLS)
+    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(c.seeds))
+
+
+def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
+    c, found = candidate.known(), _read(bundle, "random_model", RandomModelStress)
+    script = MAKES["random_model"]
+    c.is_that_of(found.candidate, script)
+    _require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
+    _about(found.section, c.facts)
+    _require(
+        found.random_model.subject_digest != c.facts["subject_digest"], f"{script}: its control is the subject itself"
+    )
+    seeds = [m.get("seed") for m in found.random_model.members]
+    _require(seeds == [m.seed for m in found.section.members], f"{script}: its controls have other seeds")
+    shas = {m.get("checkpoint_sha256") for m in found.random_model.members}
+    _require(
+        len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
+    )
+    estimates = _excess(found.section.model_dump(), level, ("random_model",))
+    return _Shown("mcc_alive less that of SAEs of the random-weights model", estimates, "low", ">", 0.0, len(c.seeds))
+
+
+def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: float) -> _Shown:
+    c, found = candidate.known(), _read(bundle, "transcoder", TranscoderStress)
+    script, setting = MAKES["transcoder"], found.setting
+    _require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
+    c.is_that_of(found.candidate, script)
+    _require(setting.preregistered, f"{script}: another setting than the candidate's own was tried")
+    expected = {n: c.facts[n] for n in ("d_sae", "k", "tokens", "subject_digest")}
+    _require(
+        expected == {n: getattr(setting, n) for n in expected} and setting.seeds == c.seeds,
+        f"{script}: another width, k, budget, subject or other seeds than the candidate's",
+    )
+    _require(f"blocks.{setting.layer}." in c.facts["hook_name"], f"{script}: another layer than the candidate's")
+    arms = [found.transcoder, found.sae]
+    for arm in arms:
+        _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
+        same = all(m.d_sae == setting.d_sae and m.k == setting.k for m in arm.members)
+        _require(same and arm.hook_name == setting.hook_out, f"{script}: an arm of another width, k or space")
+        _require(arm.subject_digest == setting.subject_digest, f"{script}: an arm of another subject")
+    shas = [set(_members(arm).values()) for arm in arms]
+    _require(not shas[0] & shas[1] and all(len(s) == len(c.seeds) for s in shas), f"{script}: an SAE stands twice")
+    dumped = [arm.model_dump() for arm in arms]
+    for arm in dumped:
+        _excess(arm, level, GATED_NULLS)
+    estimates = {
+        null: jackknife(score_matrix(dumped[0], null) - score_matrix(dumped[1], null), level) for null in GATED_NULLS
+    }
+    return _Shown("gain of the excess over each required null", estimates, "low", ">=", minimum, len(setting.seeds))
+
+
+def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> _Shown:
+    c, found = candidate.known(), _read(bundle, "ood", OODStress)
+    script, shifted = MAKES["ood"], found.shifted
+    c.is_that_of(found.candidate, script)
+    identities = {str(s.seed): s.identity for s in shifted.saes}
+    _require(
+        identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs"
+    )
+    _require(shifted.k == deltas.K, f"{script}: k = {deltas.K} expected")
+    _families(shifted.families)
+    _versions(c, found.versions)
+    llm = np.array(shifted.llm.id) - np.array(shifted.llm.ood)
+    own = [np.array(s.test_auc[shifted.k].id) - np.array(s.test_auc[shifted.k].ood) for s in shifted.saes]
+    estimate = mean_over_seeds_and_sets(np.array(own) - llm, shifted.families, level)
+    return _Shown("AUC lost under shift, less the model's own loss", {"": estimate}, "high", "<=", maximum, len(own))
+
+
+def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
+    c = candidate.known()
+    probing = c.bank.saebench
+    _require(probing is not None, "SAEBench was not run")
+    _require(
+        (probing.subject_digest, probing.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
+        "SAEBench was run on another subject or hook",
+    )
+    absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
+    _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
+    _versions(c, probing.versions)
+    keep = [i for i, f in enumerate(probing.families) if f not in c.split.selection_families]
+    families = [probing.families[i] for i in keep]
+    _families(families)
+    records = [r.model_dump() for r in probing.saes]
+    values = {r["identity"]: np.array(r["test_auc"][deltas.K])[keep] for r in records}
+    estimate, _ = _against_reference(c, records, values, families, level)
+    return _Shown("AUC at k = 5 less the matched reference's", {"": estimate}, "low", ">=", minimum, estimate.n_seeds)
+
+
+def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
+    c = candidate.known()
+    pairs = c.bank.cebench
+    _require(pairs is not None, "CE-Bench was not run")
+    _require(pairs.benchmark == "cebench", f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional")
+    _require(
+        (pairs.subject_digest, pairs.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
+        "CE-Bench was run on another subject or hook",
+    )
+    _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
+    _require(pairs.pairs_digest == pairs.inputs.get("pairs"), "CE-Bench: its pairs are not those of its inputs")
+    keep = [i for i, f in enumerate(pairs.clusters) if f not in c.split.selection_families]
+    clusters = [pairs.clusters[i] for i in keep]
+    _families(clusters)
+    own = [r.model_dump() for r in pairs.saes]
+    records = own + pairs.references
+    values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in records}
+    estimate, reference = _against_reference(c, records, values, clusters, level)
+    _require(
+        reference + minimum <= 1, f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
+    )
+    return _Shown(
+        "normalised score less the matched reference's", {"": estimate}, "low", ">=", minimum, estimate.n_seeds
+    )
+
+
+def _against_reference(
+    c: _Candidate, records: list[dict], values: dict, families: list[str], level: float
+) -> tuple[Estimate, float]:
+    """(the difference to the matched reference, that reference's mean)."""
+    group = [r for r in records if r.get("candidate") and r["identity"] in set(c.own.identities.values())]
+    group.sort(key=lambda r: c.seeds.index(r["facts"]["seed"]))
+    _require(
+        [r["identity"] for r in group] == list(c.own.identities.values()), "figures of other SAEs than the candidate's"
+    )
+    _require(
+        all({k: v for k, v in r["facts"].items() if k not in ("seed", "l0")} == c.facts for r in group),
+        "facts of other SAEs than the candidate's",
+    )
+    match = baselines.matched(group, records)
+    _require(match.reason is None, f"no matched reference: {match.reason}")
+    _require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
+    against = [values[r["identity"]] for r in match.records]
+    _require(len({r["identity"] for r in match.records}) == len(group), "a reference stands for several seeds")
+    difference = np.array([values[r["identity"]] for r in group]) - np.array(against)
+    return mean_over_seeds_and_sets(difference, families, level), float(np.mean(against))
+
+
+def _families(families: list[str]) -> None:
+    n = len(set(families))
+    _require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
+
+
+def _versions(c: _Candidate, versions: dict[str, str]) -> None:
+    expected = c.cohort.get("versions")
+    _require(expected is None or versions == expected, "other versions of the benchmark's packages than at selection")

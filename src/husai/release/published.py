@@ -1,0 +1,146 @@
+"""The earlier study's own rules, as they were: points without intervals, seeds ranked as if they were candidates. Kept
+to show what they say of its files, and where the strict rules differ; nothing is released by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from husai.runs.errors import BadInput
+
+WEIGHTS = {"saebench": 0.5, "cebench": 0.5, "train_ev": 0.1}
+GATES = ("random_model", "transcoder", "ood", "external")
+
+
+def seeds(results: Any, where: str) -> list[dict]:
+    """One row a trained SAE of a published frontier or scaling file: condition and its three figures.
+
+    Raises:
+        BadInput: it is no such file, or a figure is no finite number.
+    """
+    try:
+        rows = []
+        for r in results["records"]:
+            training = r["train_metrics"] if "architecture" in r else r["train_summary"]["final_metrics"]
+            name = f"{r['architecture']}_seed{r['seed']}" if "architecture" in r else r["condition_id"]
+            figures = {
+                "saebench": r["saebench"]["summary"]["best_minus_llm_auc"],
+                "cebench": r["cebench"]["delta_vs_matched_baseline"]["interpretability_score_mean_max"],
+                "train_ev": training["explained_variance"],
+            }
+            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in figures.values()):
+                raise TypeError(f"{name}: a figure is no number")
+            about = {
+                "d_sae": r["saebench"]["sae_meta"]["d_sae"],
+                "cebench_baseline": r["cebench"]["matched_baseline_metrics"]["interpretability_score_mean_max"],
+                "n_data_sets": r["saebench"]["config"]["dataset_count"],
+                "ks": r["saebench"]["config"]["ks"],
+            }
+            rows.append({"condition": name, "checkpoint": r["checkpoint"], "figures": figures, **about})
+        return rows
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{where}: no published frontier or scaling results ({type(error).__name__}: {error})") from None
+
+
+def select(rows: list[dict], weights: dict[str, float] = WEIGHTS) -> dict:
+    """Min-max over the cohort, weighted and added up; the best of those that no other beats on both benchmarks.
+
+    Raises:
+        BadInput: no row.
+    """
+    if not rows:
+        raise BadInput("no candidate in the published results")
+    low, high = ({n: f(r["figures"][n] for r in rows) for n in weights} for f in (min, max))
+    scored = []
+    for r in rows:
+        norm = {n: (r["figures"][n] - low[n]) / ((high[n] - low[n]) or 1.0) for n in weights}
+        scored.append(r | {"norm": norm, "score": sum(w * norm[n] for n, w in weights.items())})
+
+    def beaten(a: dict) -> bool:
+        pairs = [(b["figures"][n], a["figures"][n]) for b in rows for n in ("saebench", "cebench")]
+        each = zip(pairs[::2], pairs[1::2], strict=True)
+        return any(x >= p and y >= q and (x > p or y > q) for (x, p), (y, q) in each)
+
+    front = sorted((r for r in scored if not beaten(r)), key=lambda r: (-r["score"], r["condition"]))
+    return {"weights": weights, "n": len(rows), "front": front, "selected": front[0], "candidates": scored}
+
+
+def gate(
+    phase4a: dict, transcoder: dict, ood: dict, selected: dict, minima: dict[str, float], max_ood_drop: float
+) -> dict:
+    """The earlier study's verdicts: {"metrics", "gates"}, by points against thresholds.
+
+    Args:
+        phase4a: `comparison_difference` and `trained_ci_low_minus_random_ci_high`, all that was published of it.
+        minima: of `saebench` and `cebench`.
+
+    Raises:
+        BadInput: a figure is missing.
+    """
+    try:
+        metrics = {
+            "trained_random_delta": phase4a["comparison_difference"],
+            "trained_random_delta_lcb": phase4a["trained_ci_low_minus_random_ci_high"],
+            "transcoder_delta": transcoder["transcoder_delta"],
+            "ood_drop": ood["ood_drop"],
+            "saebench_delta": selected["figures"]["saebench"],
+            "cebench_interp_delta_vs_baseline": selected["figures"]["cebench"],
+        }
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"published evidence: {error} is missing") from None
+    gates = {
+        "random_model": metrics["trained_random_delta"] >= 0 and metrics["trained_random_delta_lcb"] >= 0,
+        "transcoder": metrics["transcoder_delta"] >= 0,
+        "ood": metrics["ood_drop"] <= max_ood_drop,
+        "external_saebench": metrics["saebench_delta"] >= minima["saebench"],
+        "external_cebench": metrics["cebench_interp_delta_vs_baseline"] >= minima["cebench"],
+    }
+    gates["external"] = gates["external_saebench"] and gates["external_cebench"]
+    return {"metrics": metrics, "gates": gates | {"pass_all": all(gates[name] for name in GATES)}}
+
+
+def beside_strict(transcoder: dict, ood: dict, selected: dict, verdict: dict) -> list[dict]:
+    """Each of the earlier study's gates beside what the strict gate says of the same evidence, and why.
+
+    Returns:
+        [{"gate", "published": bool, "figure": its point, "status": of the strict gate, "reason"}]
+    """
+    metrics, gates = verdict["metrics"], verdict["gates"]
+    try:
+        seeds = len(transcoder["per_seed"])
+        pairs = len(transcoder["transcoder"]["pairwise_pwmcc_values"])
+        inside, outside = (int(ood["config"][f"{side}_dataset_count"]) for side in ("id", "ood"))
+        checkpoint = ood["config"]["checkpoint"]
+        width, baseline, probed, ks = (selected[n] for n in ("d_sae", "cebench_baseline", "n_data_sets", "ks"))
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"published evidence: {error} is missing") from None
+    largest = (width - 1) / width**0.5
+    why = {
+        "random_model": (
+            "trained_random_delta",
+            "two headline figures without the pairs behind them: no interval over seeds can be made again; they are "
+            "about modular addition, not about the candidate",
+        ),
+        "transcoder": (
+            "transcoder_delta",
+            f"{seeds} seeds, whose {pairs} pairs were taken for independent; five are needed; not about the candidate",
+        ),
+        "ood": (
+            "ood_drop",
+            f"one SAE ({checkpoint.split('/')[-2]}), not the candidate; the model's own probe was pooled over other "
+            f"data sets ({inside} in distribution, {outside} out of it)",
+        ),
+        "external_saebench": (
+            "saebench_delta",
+            f"one seed, the best of k = {', '.join(map(str, ks))} on test data of {probed} data sets, against the "
+            "model's own probe and not a matched reference",
+        ),
+        "external_cebench": (
+            "cebench_interp_delta_vs_baseline",
+            f"the baseline of {baseline:.2f} is of another width: {width} features cannot score above {largest:.2f}, "
+            "so that the threshold could not be reached",
+        ),
+    }
+    return [
+        {"gate": name, "published": gates[name], "figure": metrics[metric], "status": "MISSING", "reason": reason}
+        for name, (metric, reason) in why.items()
+    ]

@@ -1,0 +1,358 @@
+"""Which condition of the studies is the release candidate. A pure function of their results.
+
+A candidate is a condition: SAEs that differ in their seed alone. It is scored on what its seeds surely reach (lower
+ends of 95 % intervals), on one half of the data-set families; the gate reads the other half, and fresh seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from husai.benchmarks import baselines, conditions, deltas
+from husai.release.evidence import (
+    Bank,
+    ConditionSection,
+    PairRecord,
+    ProbedRecord,
+    ScoredRecord,
+    refusal,
+)
+from husai.runs.errors import BadInput
+from husai.runs.files import digest
+from husai.stability import contrast
+from husai.stability.compare import GATED_NULLS, PRIMARY_SCORE
+from husai.stress.candidate import block
+
+STUDIES = ("architecture_frontier", "external_metric_scaling")
+SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
+"""What counts as one unit of each figure: fixed, so that who else is a candidate changes no score."""
+EXTERNAL = ("saebench", "cebench")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How candidates are ranked."""
+
+    weights: dict[str, float]
+    """Of the figures in SCALES."""
+    min_seeds: int = 3
+    uncertainty: str = "lcb"
+    """`lcb`: lower ends of intervals; `point`: estimates."""
+    require_both_external: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """Results of a frontier or scaling study."""
+
+    label: str
+    sha256: str
+    results: Any
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What rows must share to be compared: that of the first bank that holds together."""
+
+    subject_digest: str
+    data_sets: list[str] | None
+    probing_seed: int | None
+    versions: dict[str, str] | None
+    benchmark: str | None
+    pairs_digest: str | None
+
+    @classmethod
+    def of(cls, bank: dict) -> Cohort:
+        probing, pairs = bank["saebench"] or {}, bank["cebench"] or {}
+        return cls(
+            bank["inputs"]["subject"],
+            *(probing.get(name) for name in ("data_sets", "random_seed", "versions")),
+            *(pairs.get(name) for name in ("benchmark", "pairs_digest")),
+        )
+
+    def differs(self, other: Cohort) -> str | None:
+        """Why rows of another bank are not comparable; None if they are."""
+        for name, what in (
+            ("subject_digest", "another subject"),
+            ("data_sets", "other probing data sets"),
+            ("probing_seed", "another probing seed"),
+            ("versions", "other versions of the benchmark's packages"),
+            ("benchmark", "another contrastive benchmark"),
+            ("pairs_digest", "other story pairs"),
+        ):
+            if getattr(self, name) != getattr(other, name):
+                return f"{what} than the first bank"
+        return None
+
+
+def half(names: Iterable[str]) -> list[str]:
+    """The families that selection reads: every second one in the order of their hashes."""
+    return sorted(sorted(set(names), key=digest)[::2])
+
+
+def restricted(bank: dict, families: Iterable[str], inside: bool = True) -> dict:
+    """A bank whose benchmarks have only the data sets (and pairs) of these families, or only the others."""
+    bank, families = copy.deepcopy(bank), set(families)
+    if bank["saebench"]:
+        probing = bank["saebench"]
+        keep = [i for i, f in enumerate(probing["families"]) if (f in families) == inside]
+        for name in ("data_sets", "families"):
+            probing[name] = [probing[name][i] for i in keep]
+        for record in [*probing["saes"], *probing["controls"], *probing["baselines"].values()]:
+            record["test_auc"] = {k: [v[i] for i in keep] for k, v in record["test_auc"].items()}
+    if bank["cebench"]:
+        pairs = bank["cebench"]
+        keep = [i for i, f in enumerate(pairs["clusters"]) if (f in families) == inside]
+        pairs["clusters"] = [pairs["clusters"][i] for i in keep]
+        for record in [*pairs["saes"], *pairs["controls"], *pairs["untrained"], *pairs["references"]]:
+            record["normalised_of_pairs"] = [record["normalised_of_pairs"][i] for i in keep]
+    return bank
+
+
+def differences(bank: dict, families: Iterable[str], inside: bool = True) -> dict[str, dict[str, dict]]:
+    """{benchmark: {condition: the difference to its matched reference}} on these families, or on the others."""
+    part = restricted(bank, families, inside)
+    found: dict[str, dict[str, dict]] = {}
+    for name, function, axis in (
+        ("saebench", deltas.saebench, "families"),
+        ("cebench", deltas.contrastive, "clusters"),
+    ):
+        if part[name] and part[name][axis]:
+            found[name] = {row["condition"]: row["delta"]["reference"] for row in function(part[name])}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What of a study can be read
+
+
+def cleaned(bank: Any) -> tuple[dict | None, dict[str, str]]:
+    """(the bank without records that are not what they should be, {condition: why it lost one}); (None, {"": why})
+    where the rest does not hold together."""
+    bank, damaged = copy.deepcopy(bank), {}
+    try:
+        parts = [(bank, ScoredRecord), (bank["saebench"], ProbedRecord), (bank["cebench"], PairRecord)]
+        for owner, model in ((o, m) for o, m in parts if o is not None):
+            for i in reversed(range(len(owner["saes"]))):
+                try:
+                    model.model_validate(owner["saes"][i])
+                except ValidationError as error:
+                    record = owner["saes"].pop(i)
+                    damaged.setdefault(str(record["condition"]), f"{record['label']}: {refusal(error)}")
+                    if "untrained" in owner:
+                        del owner["untrained"][i]
+        for section in list(bank["sections"]):
+            try:
+                ConditionSection.model_validate(section)
+            except ValidationError as error:
+                bank["sections"].remove(section)
+                damaged.setdefault(f"{section['family']} d{section['d_sae']} k{section['k']}", refusal(error))
+        Bank.model_validate(bank)
+        return bank, damaged
+    except ValidationError as error:
+        return None, {"": refusal(error)}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        return None, {"": f"it is no bank of a study ({type(error).__name__}: {error})"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def select(studies: list[Study], rules: Rules) -> dict:
+    """The results of a selection.
+
+    Returns:
+        {"rules", "cohort", "split": families that were read, and those that are left for the gate,
+        "candidates": rows with figures and score, best first; "excluded": [{"study", "condition", "reason"}]; "front":
+        conditions that no other surpasses in all figures; "seeds_used"; "selected": a candidate, or None}
+    """
+    banks, excluded = [], []
+    for study in studies:
+        found = study.results.get("banks") if isinstance(study.results, dict) else None
+        if not isinstance(found, list) or study.results.get("phase") not in STUDIES:
+            excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
+            continue
+        for i, raw in enumerate(found):
+            bank, damaged = cleaned(raw)
+            excluded += [_out(study, name or f"bank {i}", why) for name, why in damaged.items()]
+            if bank is not None:
+                banks.append((study, bank, set(damaged)))
+    cohort = Cohort.of(banks[0][1]) if banks else None
+    comparable = []
+    for study, bank, damaged in banks:
+        if why := cohort.differs(Cohort.of(bank)):
+            excluded += [_out(study, row["condition"], why) for row in bank["conditions"]]
+        else:
+            comparable.append((study, bank, damaged))
+
+    split = _split([bank for _, bank, _ in comparable])
+    candidates: list[dict] = []
+    for study, bank, damaged in comparable:
+        found, lost = _rows(study, bank, damaged, split["selection_families"], rules)
+        candidates, excluded = candidates + found, excluded + lost
+    candidates, lost = _distinct(candidates)
+    excluded += lost
+    used = [
+        name for name, weight in rules.weights.items() if weight > 0 and any(name in c["value"] for c in candidates)
+    ]
+    if rules.require_both_external:
+        used = list(dict.fromkeys([*used, *EXTERNAL]))
+    kept = []
+    for c in candidates:
+        missing = next((name for name in used if name not in c["value"]), None)
+        if missing:
+            excluded.append({"study": c["study"], "condition": c["condition"], "reason": c["missing"][missing]})
+        else:
+            kept.append(c)
+    kept, lost = _one_reference(kept)
+    excluded += lost
+    for c in kept:
+        c["score"] = sum(rules.weights.get(name, 0) * c["value"][name] / SCALES[name] for name in used)
+        c["pareto"] = not any(_surpasses(o["value"], c["value"], used) for o in kept)
+        del c["missing"]
+    kept.sort(key=lambda c: (-c["score"], -c["value"].get("stability", 0.0), c["l0"], c["id"]))
+    return {
+        "rules": {
+            "weights": rules.weights,
+            "scales": SCALES,
+            "min_seeds": rules.min_seeds,
+            "uncertainty": rules.uncertainty,
+            "require_both_external": rules.require_both_external,
+            "figures": used,
+        },
+        "cohort": cohort and vars(cohort),
+        "split": split,
+        "candidates": kept,
+        "excluded": excluded,
+        "front": [c["condition"] for c in kept if c["pareto"]],
+        "seeds_used": sorted({s for _, bank, _ in banks for sec in bank["sections"] for s in _seeds(sec)}),
+        "selected": kept[0] if kept else None,
+    }
+
+
+def _out(study: Study, condition: str | None, reason: str) -> dict:
+    return {"study": study.label, "condition": condition, "reason": reason}
+
+
+def _seeds(section: dict) -> list[int]:
+    return [m["seed"] for m in section["members"]]
+
+
+def _split(banks: list[dict]) -> dict:
+    """Families of data sets and of pairs, halved alike, so that what one benchmark is read on no other is gated on."""
+    families, sets = set(), {}
+    for bank in banks:
+        if probing := bank["saebench"]:
+            sets |= dict(zip(probing["data_sets"], probing["families"], strict=True))
+        families |= set(bank["cebench"]["clusters"]) if bank["cebench"] else set()
+    read = half(families | set(sets.values()))
+    return {
+        "selection_families": read,
+        "gate_families": sorted((families | set(sets.values())) - set(read)),
+        "gate_data_sets": [name for name, family in sets.items() if family not in read],
+    }
+
+
+def _rows(study: Study, bank: dict, damaged: set[str], families: list[str], rules: Rules) -> tuple[list, list]:
+    """(candidates of a bank, what is excluded of it)."""
+    try:
+        external = differences(bank, families)
+    except (LookupError, TypeError, ValueError) as error:
+        why = f"the benchmarks' differences cannot be computed ({type(error).__name__}: {error})"
+        return [], [_out(study, row.get("condition"), why) for row in bank["conditions"]]
+    found, lost = [], []
+    records = {r["checkpoint_sha256"]: r for r in bank["saes"]}
+    for section in bank["sections"]:
+        own = [records.get(m["checkpoint_sha256"]) for m in section["members"]]
+        name = next((r["condition"] for r in own if r), f"{section['family']} d{section['d_sae']} k{section['k']}")
+        if name in damaged:
+            continue  # said already
+        if None in own:
+            lost.append(_out(study, name, "an SAE of it has no record"))
+            continue
+        try:
+            bound = block(own)
+            row = _figures(bank, section, own, name, external, rules)
+        except (BadInput, LookupError, TypeError, ValueError) as error:
+            lost.append(_out(study, name, f"it does not hold together ({error})"))
+            continue
+        if len(set(_seeds(section))) < rules.min_seeds:
+            lost.append(_out(study, name, f"{len(set(_seeds(section)))} seeds; at least {rules.min_seeds} expected"))
+            continue
+        facts = bound["facts"]
+        about = {"study": study.label, "study_sha256": study.sha256, "subject": study.results.get("subject")}
+        about |= {"id": digest(facts), **bound}
+        found.append(about | {"seeds": _seeds(section), "recipe": bank["recipe"], **row})
+    return found, lost
+
+
+def _figures(bank: dict, section: dict, own: list[dict], name: str, external: dict, rules: Rules) -> dict:
+    """Estimates, and the values that are ranked; why one is missing."""
+    excess = section["stability"]["scores"][PRIMARY_SCORE]["excess"]
+    least = min(
+        GATED_NULLS, key=lambda null: excess[null]["estimate"] if excess[null]["low"] is None else excess[null]["low"]
+    )
+    figures = {
+        "stability": excess[least],
+        "train_ev": conditions.over_seeds([r["heldout"]["explained_variance"] for r in own]),
+    }
+    missing = {}
+    for benchmark in EXTERNAL:
+        if benchmark in external:
+            figures[benchmark] = external[benchmark].get(name) or deltas.none(f"{benchmark} says nothing of it")
+        else:
+            missing[benchmark] = f"{benchmark} was not run"
+    value = {}
+    for figure, e in figures.items():
+        found = e["low"] if rules.uncertainty == "lcb" else e["estimate"]
+        if found is None:
+            missing[figure] = f"{figure}: {e['reason']}"
+        else:
+            value[figure] = found
+    published = next((r for r in bank["conditions"] if r.get("condition") == name), None)
+    if published is None or published["checkpoints"] != {str(r["facts"]["seed"]): r["checkpoint_sha256"] for r in own}:
+        raise ValueError("the study's table names other checkpoints")
+    if contrast.lower_bound(section) != excess[least]["low"]:
+        raise ValueError("the required nulls are not all there")
+    l0 = sum(r["heldout"]["l0"] for r in own) / len(own)
+    return {"family": section["family"], "l0": l0, "figures": figures, "value": value, "missing": missing}
+
+
+def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
+    """One candidate a configuration (the one with more seeds, then the first), and no SAE in two."""
+    kept: list[dict] = []
+    lost = []
+    for c in sorted(candidates, key=lambda c: -len(set(c["seeds"]))):
+        same = next((k for k in kept if k["id"] == c["id"]), None)
+        shared = next((k for k in kept if set(k["identities"].values()) & set(c["identities"].values())), None)
+        if same or shared:
+            what = "the same configuration" if same else "an SAE of it"
+            why = f"a duplicate: {what} stands in {(same or shared)['study']}"
+            lost.append({"study": c["study"], "condition": c["condition"], "reason": why})
+        else:
+            kept.append(c)
+    return [c for c in candidates if c in kept], lost
+
+
+def _one_reference(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Differences to one family of reference alone are comparable: to that of most candidates."""
+    families = [baselines.reference_family(c["family"]) for c in candidates]
+    usual = max(sorted(set(families)), key=families.count) if families else None
+    kept, lost = [], []
+    for c, family in zip(candidates, families, strict=True):
+        if family == usual or not any(name in c["value"] for name in EXTERNAL):
+            kept.append(c)
+        else:
+            why = f"its difference is to {family}, the others' to {usual}: not comparable"
+            lost.append({"study": c["study"], "condition": c["condition"], "reason": why})
+    return kept, lost
+
+
+def _surpasses(a: dict, b: dict, names: list[str]) -> bool:
+    return all(a[n] >= b[n] for n in names) and any(a[n] > b[n] for n in names)

@@ -1,0 +1,1 @@
+"""What a release candidate must withstand: a meaningless subject, another objective, shifted data."""

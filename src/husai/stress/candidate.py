@@ -1,0 +1,169 @@
+"""Which SAEs a stress test is about: the confirmed candidate, SAEs that the command line names, or the embedded
+default, and what binds the test's evidence to them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from husai.activations import source
+from husai.activations.store import ActivationStore
+from husai.benchmarks import candidates
+from husai.benchmarks.candidates import heldout_store, open_all, refuse_twins
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, read_json
+from husai.subjects import pretrained
+from husai.subjects.pretrained import LanguageModel
+from husai.training.trainer import TrainingConfig
+
+log = logging.getLogger("husai")
+OF_ONE_SEED = ("seed", "l0")
+"""Facts in which the SAEs of one candidate differ."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The SAEs under test, and the model that they are of."""
+
+    name: str
+    """The subject as it was named."""
+    subject: LanguageModel
+    store: ActivationStore
+    """Held-out activations at the hook."""
+    saes: list[candidates.Candidate]
+    """In order of seeds."""
+
+    @property
+    def hook_name(self) -> str:
+        return self.store.manifest.hook_name
+
+    @property
+    def block(self) -> dict:
+        return block([sae.to_json() for sae in self.saes])
+
+    @property
+    def made(self) -> dict | None:
+        """How the SAEs were trained (`training.grid`); None where it is not known."""
+        return self.saes[0].sae.metadata.get("husai") if self.saes[0].facts["source"] == "husai" else None
+
+    @property
+    def recipe(self) -> TrainingConfig:
+        """Their training.
+
+        Raises:
+            BadInput: it is not known, for they were trained elsewhere.
+        """
+        if self.made is None:
+            raise BadInput(f"checkpoint: {self.saes[0].folder} does not say how it was trained, as HUSAI's own do")
+        return TrainingConfig(**self.made["training"] | {"betas": tuple(self.made["training"]["betas"])})
+
+    def inputs(self) -> dict[str, str]:
+        """What the results rest on: label -> sha256."""
+        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
+        return found | {f"checkpoint {c.label}": c.sha256 for c in self.saes}
+
+
+def block(records: list[dict]) -> dict:
+    """What evidence about a candidate names, and the gate compares: {"condition", "facts": what its SAEs share,
+    "checkpoints": seed -> sha256 of the weights, "identities": seed -> identity}.
+
+    Args:
+        records: of `Candidate.to_json`, of one condition. Where seeds are not known, their place stands for them.
+
+    Raises:
+        BadInput: SAEs of several conditions, or two of one seed.
+    """
+    shared = [{k: v for k, v in r["facts"].items() if k not in OF_ONE_SEED} for r in records]
+    if other := next((i for i, facts in enumerate(shared) if facts != shared[0]), None):
+        names = [k for k, v in shared[other].items() if shared[0].get(k) != v]
+        raise BadInput(
+            f"checkpoint: {records[0]['label']} and {records[other]['label']} differ in {', '.join(names)}: SAEs that "
+            "differ in their seed alone expected"
+        )
+    seeds = [str(i if r["facts"]["seed"] is None else r["facts"]["seed"]) for i, r in enumerate(records)]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"checkpoint: two SAEs of one seed among {', '.join(seeds)}")
+    name = records[0]["condition"] if records[0]["facts"]["source"] == "husai" else f"SAEs ({digest(shared[0])[:6]})"
+    return {
+        "condition": name,
+        "facts": shared[0],
+        "checkpoints": dict(zip(seeds, (r["checkpoint_sha256"] for r in records), strict=True)),
+        "identities": dict(zip(seeds, (r["identity"] for r in records), strict=True)),
+    }
+
+
+def find(args: argparse.Namespace, device: torch.device) -> Tested:
+    """The SAEs that the command line means, after `stress.inputs.look_up`, opened and checked.
+
+    Raises:
+        BadInput: files that are missing or are others than the candidate's evidence names, or SAEs of several kinds.
+    """
+    name, hook_name, paths, expected = args.subject, args.hook_name, args.checkpoint, None
+    if args.candidate:
+        results = read_json(args.candidate, "candidate")
+        try:
+            expected, name = results["candidate"], results["subject"]
+            hook_name = expected["facts"]["hook_name"]
+            paths = [args.candidate.parent / path for path in results["paths"].values()]
+        except (KeyError, TypeError, AttributeError):
+            raise BadInput(
+                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py (candidate, paths, subject "
+                "expected)"
+            ) from None
+        log.info("candidate: %s of %s", expected["condition"], args.candidate)
+    elif paths:
+        log.info("candidate: the SAEs of --checkpoint")
+    else:
+        log.info("candidate: none was confirmed or named; the embedded default (TopK on husai-tiny) stands in")
+        place = args.output_dir / "default", args.artifact_root, name, hook_name, device, args.threads, args.force
+        root = candidates.train_default(*place)
+        paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
+    subject = pretrained.load(str(name), device=device)
+    store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads)
+    saes = sorted(open_all(paths, store, "checkpoint", subject), key=lambda c: (c.facts["seed"] or 0, c.identity))
+    refuse_twins(saes)
+    tested = Tested(str(name), subject, store, saes)
+    if expected is not None and tested.block != expected:
+        raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
+    return tested
+
+
+def training_store(
+    tested: Tested, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+) -> ActivationStore:
+    """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
+    harvested again.
+
+    Args:
+        rows: of the store; None: as many as the store has that lies there.
+
+    Raises:
+        BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
+            trained on a control, not on what the subject computes.
+    """
+    wanted, control = (tested.saes[0].facts[name] for name in ("store_digest", "control"))
+    if control is not None:
+        raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
+    if rows is None:
+        for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
+            try:
+                if digest(read_json(path)) == wanted:
+                    return ActivationStore.open(path.parent)
+            except BadInput:  # another store's damage is not ours; ours would not have the digest
+                continue
+        raise BadInput(
+            f"candidate: the activations that it was trained on (digest {wanted[:12]}) are not below "
+            f"{artifact_root / 'activations'}; --train-rows says how many to harvest"
+        )
+    where = {"subject": tested.name, "hook_name": tested.hook_name, "rows": rows}
+    store = source.open_store(artifact_root, device, threads, **where)
+    if store.digest != wanted:
+        raise BadInput(
+            f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; the candidate was trained on "
+            f"{wanted[:12]}"
+        )
+    return store

@@ -1,0 +1,105 @@
+"""What an SAE loses under a shift beyond what the model itself loses. Pure functions of a run's figures, so that the
+audit makes every estimate again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from husai.benchmarks import deltas
+from husai.stability.compare import MINIMUM_SEEDS
+from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
+from husai.subjects import text
+
+MAX_DROP = 0.1
+CHANCE = 0.5
+ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
+
+
+def lost(auc: dict) -> np.ndarray:
+    """AUC on a data set's own test rows − AUC on its shifted version, `[data sets]`."""
+    return np.array(auc["id"]) - np.array(auc["ood"])
+
+
+def drops(shifted: dict, k: str) -> np.ndarray:
+    """What each SAE loses less what the model loses, `[SAEs, data sets]`; positive: the SAE loses more.
+
+    Args:
+        shifted: `llm` ({"id", "ood"}: an AUC a data set) and `saes` (records with `test_auc`: k -> the same).
+    """
+    return np.array([lost(sae["test_auc"][k]) for sae in shifted["saes"]]) - lost(shifted["llm"])
+
+
+def drop(shifted: dict) -> dict[str, dict]:
+    """k -> the estimate of the mean drop over training seeds and data sets, clustered by `families`."""
+    ks = shifted["saes"][0]["test_auc"]
+    return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted["families"]).to_json() for k in ks}
+
+
+def drop_where_kept(shifted: dict) -> dict[str, dict]:
+    """The same on the data sets whose shifted version the model's own probe tells apart (`ood_low` of `llm` above 0.5):
+    where the model keeps nothing, the SAE has nothing to lose beyond it. Informational."""
+    kept = [i for i, low in enumerate(shifted["llm"]["ood_low"]) if low > CHANCE]
+    ks, families = shifted["saes"][0]["test_auc"], [shifted["families"][i] for i in kept]
+    if not kept:
+        return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
+    return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, kept], families).to_json() for k in ks}
+
+
+def verdict(results: dict) -> tuple[str, str]:
+    """(passed, not passed or inconclusive; why) by the rule (docs/methods.md, Rules).
+
+    Args:
+        results: of the phase: `shifted` with its `drop` and `k`; `skipped`: versions that cannot be used; `rule`.
+    """
+    shifted, most = results["shifted"], results["rule"]["max_drop"]
+    found, seeds, left_out = shifted["drop"][shifted["k"]], len(shifted["saes"]), unused(results)
+    if seeds < MINIMUM_SEEDS:
+        return "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
+    if left_out:
+        return "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
+    if found["high"] is None:
+        return "inconclusive", found["reason"]
+    end = f"the upper end of the drop's interval, {found['high']:.4f}, is"
+    return ("passed", f"{end} at most {most}") if found["high"] <= most else ("not passed", f"{end} above {most}")
+
+
+def unused(results: dict) -> list[str]:
+    """Shifted versions that could be used and were not: a choice among them is no fair test."""
+    used = {f"{name}_OOD" for name in results["shifted"]["data_sets"]} | set(results["skipped"])
+    return [name for name in text.FAMILIES["ood"]["shifted"] if name not in used]
+
+
+def gap(families: dict) -> dict[str, dict]:
+    """Mean (SAE − LLM): `id` on the probe sets, over seeds and data sets; `ood` on the held-out family, over seeds,
+    for one family says nothing of others; `difference` ood − id, seed by seed, of other data sets: informational.
+
+    Args:
+        families: `id`, `ood` ({"data_sets", "families"}); `llm` and `test_auc` of `saes`: {"id", "ood"}.
+    """
+    of = {
+        side: np.array([sae["test_auc"][side] for sae in families["saes"]]) - np.array(families["llm"][side])
+        for side in ("id", "ood")
+    }
+    return {
+        "id": mean_over_seeds_and_sets(of["id"], families["id"]["families"]).to_json(),
+        "ood": mean_over_seeds(of["ood"].mean(1)).to_json(),
+        "difference": mean_over_seeds(of["ood"].mean(1) - of["id"].mean(1)).to_json(),
+    }
+
+
+def change(saes: list[dict]) -> dict[str, dict]:
+    """Of each figure of activations: shifted text − held-out text, paired by SAE."""
+    return {
+        name: mean_over_seeds([sae["ood"][name] - sae["id"][name] for sae in saes]).to_json()
+        for name in ACTIVATION_FIGURES
+    }
+
+
+def decisions(results: dict) -> dict[str, dict]:
+    """Every estimate of a run, made again from its figures: place in the results -> value."""
+    again = {
+        "/shifted/drop": drop(results["shifted"]),
+        "/shifted/drop_where_kept": drop_where_kept(results["shifted"]),
+        "/activations/change": change(results["activations"]["saes"]),
+    }
+    return again if results["families"] is None else again | {"/families/gap": gap(results["families"])}

@@ -1,0 +1,309 @@
+"""Does what an SAE's features say about a probing task survive a shift of the data, beside the model's own activations
+on the same data sets?
+
+A probe is trained on a data set's training rows as sae-probes does it, by its own functions, and scored on that data
+set's test rows, where its figure is the official one, and on the data set's shifted version. sae-probes' own reader of
+shifted versions looks for files that the package does not hold, and numbers each file's classes by themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from husai.activations.language_model import harvest_prompts
+from husai.activations.probes import auc_interval, delong
+from husai.benchmarks import deltas, sae_probes
+from husai.benchmarks.candidates import Places, to_saelens
+from husai.runs.cells import Cells, code_version
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, sha256_file
+from husai.runs.progress import progress
+from husai.stress import drop, shift
+from husai.stress.candidate import Tested
+from husai.subjects import text
+from husai.subjects.pretrained import quiet
+
+KS = (1, 5, 16)
+"""Features of a probe; `deltas.K`, fixed in advance, is the one that the rule reads."""
+CODE = ("activations", "benchmarks", "dictionaries", "stress", "subjects")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is probed."""
+
+    shifted: list[str]
+    """Data sets whose shifted versions are used."""
+    skipped: dict[str, str]
+    """Shifted version -> why it is not."""
+    probe: list[str]
+    """Data sets beside the held-out family's; none: the held-out family is left out."""
+    heldout: list[str]
+    seed: int = 42
+
+
+def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
+    """Check what the command line names.
+
+    Args:
+        shifted: shifted versions; None for all that can be used. probe: [] leaves the held-out family out.
+
+    Raises:
+        BadInput: an unknown name, one that cannot be used, or text that is trained on.
+    """
+    known = text.FAMILIES["ood"]["shifted"]
+    for name in shifted or []:
+        if name not in known:
+            raise BadInput(f"--shifted {name}: of {', '.join(known)} expected")
+    skipped = unusable(known)
+    if bad := [name for name in shifted or [] if name in skipped]:
+        raise BadInput(f"--shifted {bad[0]}: {skipped[bad[0]]}")
+    used = [original(name) for name in shifted or known if name not in skipped]
+    if not used:
+        raise BadInput(f"no shifted version can be used: {'; '.join(f'{n}: {why}' for n, why in skipped.items())}")
+    binary = set(text.binary_sets())
+    heldout = [n for n in text.FAMILIES["ood"]["code_and_ag_news"] if n in binary] if probe else []
+    probe = sae_probes.check_data_sets([*probe, *heldout])[: -len(heldout)] if probe else []
+    return Chosen(used, skipped, probe, heldout, seed)
+
+
+def original(shifted: str) -> str:
+    """The data set that a shifted version is of."""
+    return shifted.removesuffix("_OOD")
+
+
+def unusable(shifted: list[str]) -> dict[str, str]:
+    """Shifted versions of whose original texts are trained on, or whose labels are others: name -> why."""
+    found = {}
+    try:
+        sae_probes.check_data_sets([original(name) for name in shifted])
+        doubtful = []
+    except BadInput:
+        doubtful = shifted  # each by itself
+    for name in shifted:
+        try:
+            if name in doubtful:
+                sae_probes.check_data_sets([original(name)])
+            classes(name)
+        except BadInput as error:
+            found[name] = str(error).split(": ", 1)[1]
+    return found
+
+
+def classes(shifted: str) -> np.ndarray:
+    """The class of each prompt of a shifted version, 0 or 1, as sae-probes numbers those of the original.
+
+    Raises:
+        BadInput: its labels are not the original's, so that nobody knows which class is which.
+    """
+    theirs, ours = (text.table(name)["target"] for name in (shifted, original(shifted)))
+    number = {str(label): i for i, label in enumerate(np.unique(ours))}
+    if set(map(str, theirs)) != set(number):
+        labels = " and ".join(sorted(map(str, set(theirs))))
+        raise BadInput(
+            f"{shifted}: its labels are {labels}; {' and '.join(number)} expected, as in {original(shifted)}"
+        )
+    return np.array([number[str(label)] for label in theirs])
+
+
+def unseen(shifted: str) -> np.ndarray:
+    """Which prompts of a shifted version the original does not hold, `[prompts]` bool: no probe was trained on them."""
+    known = set(text.documents(original(shifted)))
+    return np.array([prompt not in known for prompt in text.documents(shifted)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes of one data set
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where activations of prompts lie, and how they are split."""
+
+    model_name: str
+    hook_name: str
+    cache: str
+    device: str = "cpu"
+    seed: int = 42
+
+    def shifted(self, data_set: str) -> tuple[torch.Tensor, np.ndarray]:
+        """(activations `[prompts, d_in]`, classes `[prompts]`) of the shifted version's unseen prompts."""
+        name = f"{data_set}_OOD"
+        folder = Path(self.cache) / f"model_activations_{self.model_name}_OOD"
+        x, kept = torch.load(folder / f"{name}_{self.hook_name}.pt", weights_only=True), unseen(name)
+        return x[torch.from_numpy(kept)], classes(name)[kept]
+
+
+def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...] = KS) -> dict[str, dict[str, float]]:
+    """k -> {"id", "ood"}: test AUC of the probe on k features, on its own test rows and on the shifted version.
+
+    Features are ranked and the probe is fitted on the training rows of the data set, as `sae_probes.run_sae_evals` does
+    for `normal`, `l1`.
+
+    Args:
+        encoder: with `encode`: `[rows, d_in]` -> `[rows, features]`.
+    """
+    with quiet():
+        from sae_probes.generate_sae_activations import generate_sae_activations
+        from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
+
+    where = {"dataset": data_set, "hook_name": prompts.hook_name, "model_name": prompts.model_name}
+    where |= {"device": prompts.device, "model_cache_path": prompts.cache, "seed": prompts.seed}
+    x = generate_sae_activations(sae=encoder, setting="normal", num_train=None, frac=None, **where)
+    raw, y = prompts.shifted(data_set)
+    with torch.inference_mode():
+        shifted = encoder.encode(raw.to(prompts.device)).cpu().float()
+    order = get_sorted_indices(x.X_train, x.y_train, mean_act_normalization)
+    found = {}
+    for k in ks:
+        top = order[:k]
+        own = x.X_train[:, top], x.y_train, x.X_test[:, top], x.y_test
+        found[str(k)] = fit(*own, shifted[:, top], y, penalty="l1", seed=prompts.seed)
+    return found
+
+
+def of_llm(data_set: str, prompts: Prompts) -> dict[str, float]:
+    """{"id", "ood", "ood_low"} of the activations' own logistic probe, as `sae_probes.run_baseline_evals` fits it."""
+    with quiet():
+        from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
+
+    rows = min(get_dataset_sizes()[data_set] - 100, 1024)
+    own = get_xy_traintest(rows, data_set, prompts.hook_name, prompts.model_name, prompts.cache, seed=prompts.seed)
+    return fit(*own, *prompts.shifted(data_set), seed=prompts.seed)
+
+
+def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **how) -> dict[str, float]:
+    """sae-probes' own logistic fit, in one thread as in its worker.
+
+    Returns:
+        {"id", "ood": test AUC, "ood_low": the lower end of the latter's 95 % interval (DeLong)}
+    """
+    from sae_probes.utils_training import find_best_reg
+
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        found = find_best_reg(x_train, y_train, x_test, y_test, **how)
+        scores = found.classifier.predict_proba(x_shifted)[:, 1]
+    auc, error = delong(scores[y_shifted == 1], scores[y_shifted == 0])
+    return {"id": found.metrics.test_auc, "ood": auc, "ood_low": auc_interval(auc, error)[0]}
+
+
+def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id", "ood")) -> dict[str, list[float]]:
+    """Each of the named figures, one a data set."""
+    return {name: [f[name] for f in figures] for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stress test
+
+
+def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> dict:
+    """The results of the phase.
+
+    Raises:
+        BadInput: SAEs of several conditions.
+        CheckFailed: sae-probes' own code failed.
+    """
+    subject, hook_name, block = tested.subject, tested.hook_name, tested.block
+    versions = [f"{name}_OOD" for name in chosen.shifted]
+    cache = places.probe_activations(subject)
+    harvest_prompts(subject, [hook_name], [*chosen.shifted, *versions, *chosen.probe, *chosen.heldout], cache)
+    encoders = [
+        str(to_saelens(c.sae, subject, hook_name, places.output_dir / "encoders" / c.label)) for c in tested.saes
+    ]
+    prompts = Prompts(subject.name, hook_name, str(cache), places.device, chosen.seed)
+    shifted = on_shifted(tested, chosen, prompts, encoders, cells)
+    store = shift.shifted_store(subject, hook_name, versions, places.artifact_root, places.threads)
+    inputs = {"shifted activations": store.digest}
+    inputs["probed texts"] = digest(
+        {n: sha256_file(text.path_of(n)) for n in (*chosen.shifted, *versions, *chosen.probe, *chosen.heldout)}
+    )
+    return {
+        "phase": "ood_stress",
+        "inputs": tested.inputs() | inputs,
+        "subject": tested.name,
+        "candidate": block,
+        "rule": {"max_drop": drop.MAX_DROP},
+        "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
+        "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
+        "activations": shift.activations(tested, store, cells, places.threads),
+        "versions": sae_probes.versions(),
+        "skipped": chosen.skipped,
+    }
+
+
+def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], cells: Cells) -> dict:
+    """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
+    names = chosen.shifted
+    about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
+    about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions()}
+    about["code"] = code_version(*CODE)
+    with progress("probes under shift (data sets)", (1 + len(encoders)) * len(names)) as advance:
+
+        def of_each(probe) -> list:
+            found = []
+            for name in names:
+                found.append(probe(name))
+                advance(1)
+            return found
+
+        def compute_llm() -> tuple[dict, list[Path]]:
+            figures = of_each(lambda name: of_llm(name, prompts))
+            return by_data_set(figures, ("id", "ood", "ood_low")), []
+
+        llm = cells.get("shifted-llm", about, compute_llm)
+        records = []
+        for c, folder in zip(tested.saes, encoders, strict=True):
+
+            def compute(folder=folder) -> tuple[dict, list[Path]]:
+                with quiet():
+                    from sae_lens import SAE
+
+                encoder = SAE.load_from_disk(folder, device=prompts.device)
+                figures = of_each(lambda name: of_sae(encoder, name, prompts))
+                return {str(k): by_data_set([f[str(k)] for f in figures]) for k in KS}, []
+
+            auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(KS)}, compute)
+            records.append({"identity": c.identity, "seed": c.facts["seed"], "test_auc": auc})
+    return {
+        "data_sets": names,
+        "families": sae_probes.families(names),
+        "prompts": [int(unseen(f"{name}_OOD").sum()) for name in names],
+        "k": deltas.K,
+        "random_seed": prompts.seed,
+        "llm": llm,
+        "saes": records,
+    }
+
+
+def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], places: Places) -> dict:
+    """Official probing on probe sets and on the held-out family: SAEs and the model, by sae-probes' workers."""
+    names = chosen.probe, chosen.heldout
+    settings = sae_probes.Settings(
+        tested.subject.digest, prompts.model_name, prompts.hook_name, (*names[0], *names[1]), (int(deltas.K),)
+    )
+    where = {"cache": prompts.cache, "root": str(places.output_dir / "sae_probes"), "device": places.device}
+    tasks = [sae_probes.Task("llm", "llm", None, tested.subject.digest, prompts.seed, settings, **where)]
+    for c, path in zip(tested.saes, encoders, strict=True):
+        tasks.append(sae_probes.Task(c.label, "sae", path, c.identity, prompts.seed, settings, **where))
+    llm, *saes = sae_probes.run(tasks, places.threads, places.output_dir / "workers", places.force)
+    split = len(chosen.probe)
+
+    def sides(auc: list[float]) -> dict[str, list[float]]:
+        return {"id": auc[:split], "ood": auc[split:]}
+
+    found: dict = {
+        side: {"data_sets": n, "families": sae_probes.families(n)} for side, n in zip(("id", "ood"), names, strict=True)
+    }
+    found |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
+    found["saes"] = [
+        {"identity": c.identity, "seed": c.facts["seed"], "test_auc": sides(figures[deltas.K]["test_auc"])}
+        for c, figures in zip(tested.saes, saes, strict=True)
+    ]
+    return found | {"gap": drop.gap(found)}

@@ -1,0 +1,313 @@
+"""Stress tests as a user runs them, on miniatures whose answer is known."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from conftest import run_without_torch
+from husai.activations import source
+from husai.dictionaries import checkpoints
+from husai.dictionaries.sae import SAE
+from husai.release import recompute
+from husai.release.evidence import RandomModelStress, TranscoderStress
+from husai.runs.cells import Cells
+from husai.stability import contrast
+from husai.stress import random_model, transcoder
+from husai.subjects import text, tiny_lm
+from husai.subjects.tiny_lm import TinyLMConfig
+from husai.training.grid import members, train_or_find
+from husai.training.trainer import TrainingConfig
+
+RANDOM_MODEL = "scripts/experiments/run_random_model_stress_eval.py"
+TRANSCODER = "scripts/experiments/run_transcoder_stress_eval.py"
+HOOK, ROWS, SEEDS, CPU = "blocks.1.hook_resid_pre", 3000, [1, 2, 3, 4, 5], torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """A corpus of short messages in the real one's place, so that nothing here takes long."""
+    short = text.documents("86_social_iqa")  # of the training side
+    corpus = text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "corpus", lambda: corpus)
+        yield corpus
+
+
+def save_model(few, path, tokens=None):
+    """A miniature's Hugging Face folder; `tokens [vocabulary, 16]`: its embedding, which its blocks hardly change."""
+    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+    torch.manual_seed(0)
+    model = tiny_lm.build_model(config)
+    if tokens is not None:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("embed_in.weight"):
+                    p.copy_(tokens[: len(p)])
+    path.mkdir()
+    tiny_lm.save_folder(model, tiny_lm.train_tokenizer(few.train, 400), config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("stress")
+
+
+@pytest.fixture(scope="module")
+def structured(few, root):
+    """A subject with something to find: each token stands for one of 24 directions."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
+    return save_model(few, root / "structured", features[torch.randint(24, (400,), generator=g)])
+
+
+@pytest.fixture(scope="module")
+def meaningless(few, root):
+    """A subject that has learned nothing."""
+    return save_model(few, root / "meaningless")
+
+
+@pytest.fixture(scope="module")
+def train(root):
+    """`train(subject, name, seeds, random_seed)` -> folder of five TopK SAEs, trained by HUSAI."""
+
+    def run(subject, name, seeds=SEEDS, random_seed=None, tokens=20_000):
+        where = {"subject": subject, "hook_name": HOOK, "rows": ROWS}
+        store = source.open_store(root, CPU, 1, **where, random_seed=random_seed)
+        recipe = TrainingConfig(tokens=tokens, batch_size=128)
+        grid = members(seeds, [24], [1], [3e-3])
+        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1)["members"]
+        return (root / name / records[0]["checkpoint"]).parent
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saes(train, structured):
+    return train(structured, "saes")
+
+
+@pytest.fixture
+def stress(run_script, root, tmp_path):
+    """`stress(script, subject, saes, *arguments)` -> its results; the output folder is `tmp_path / "out"`."""
+
+    def run(script, subject, saes, *arguments):
+        code, _, err = run_script(script, *common(subject, saes, root, tmp_path), *arguments)
+        assert code == 0, err
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    return run
+
+
+def common(subject, saes, root, tmp_path):
+    arguments = ["--checkpoint", saes] if saes else []
+    arguments += ["--model-name", subject] if subject else []
+    where = ["--artifact-root", root, "--output-dir", tmp_path / "out", "--threads", 1]
+    return [*arguments, "--rows", 1000, "--null-draws", 3, *where]
+
+
+def problems(results):
+    studies = [p for _, s in recompute.studies(results) for p in recompute.study_problems(s)]
+    return studies + recompute.phase_problems(results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A meaningless subject
+
+
+def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, structured, saes, tmp_path):
+    results = stress(RANDOM_MODEL, structured, saes)
+    assert results["verdict"]["outcome"] == "holds", results["section"]["stability"]["scores"]["mcc_alive"]["excess"]
+    assert results["candidate"]["facts"]["store_digest"] == results["section"]["store_digest"]
+    section, random, shuffled = (results[name] for name in ("section", "random_model", "shuffled"))
+    assert [m["seed"] for m in random["members"]] == [m["seed"] for m in section["members"]] == SEEDS
+    assert [m["checkpoint_sha256"] for m in section["members"]] == list(results["candidate"]["checkpoints"].values())
+    assert random["subject_digest"] != section["subject_digest"] == shuffled["subject_digest"]
+    shas = {m["checkpoint_sha256"] for arm in (section, random, shuffled) for m in arm["members"]}
+    assert len(shas) == 15
+    assert shas <= set(results["inputs"].values())
+    assert str(tmp_path) not in json.dumps(results)
+    assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
+
+    assert results["gain"] == contrast.gain([section], [random])
+    RandomModelStress.model_validate(results)  # what the gate reads
+    assert problems(results) == []
+    for change, reason in (
+        (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome is"),
+        (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low is"),
+        (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 is"),
+        (lambda r: r["section"]["pairs"][0]["random_model"].update(mcc_alive=0.0), "excess/random_model"),
+    ):
+        changed = copy.deepcopy(results)
+        change(changed)
+        assert any(reason in p for p in problems(changed)), problems(changed)
+
+    # What is finished is found: without the phase's own cell, nothing is trained or scored again.
+    def parts():
+        found = (tmp_path / "out" / "cells").glob("*.json")
+        return {p.name: p.stat().st_mtime_ns for p in found if not p.name.startswith("random_model_stress")}
+
+    before = parts()
+    assert len(before) == 2 + 20
+    next((tmp_path / "out" / "cells").glob("random_model_stress-*.json")).unlink()
+    assert stress(RANDOM_MODEL, structured, saes) == results
+    assert parts() == before
+
+
+def test_a_subject_that_has_learned_nothing_does_not_exceed_it(stress, train, meaningless):
+    results = stress(RANDOM_MODEL, meaningless, train(meaningless, "of_nothing"))
+    excess = results["section"]["stability"]["scores"]["mcc_alive"]["excess"]["random_model"]
+    assert results["verdict"]["outcome"] == "does not hold", excess
+    assert abs(excess["estimate"]) < 0.05
+
+
+def test_brought_controls_must_have_been_trained_alike(stress, refused, train, structured, saes, root, tmp_path):
+    here = [RANDOM_MODEL, *common(structured, saes, root, tmp_path), "--random-model-checkpoint"]
+    refused("tokens differs", *here, train(structured, "shorter", random_seed=0, tokens=2000))
+    refused("seed differs", *here, train(structured, "others", [1, 2, 3, 4, 6], 0))
+    refused("3 SAEs for the 5 of the candidate", *here, train(structured, "fewer", SEEDS[:3], 0))
+    refused("SAEs of one random-weights model expected", *here, saes)
+    alike = train(structured, "alike", random_seed=0)
+    results = stress(RANDOM_MODEL, structured, saes, "--random-model-checkpoint", alike)
+    assert results["verdict"]["outcome"] == "holds"
+    assert results["shuffled"] is None
+    assert "shuffled" in results["section"]["stability"]["missing_nulls"]
+
+
+def test_saes_trained_elsewhere_need_brought_controls(stress, refused, train, structured, saes, root, tmp_path):
+    foreign = tmp_path / "foreign"
+    for i, folder in enumerate(sorted(saes.iterdir())):
+        sae = checkpoints.load(folder)
+        metadata = {"model_name": "structured", "hook_name": HOOK}
+        checkpoints.save(SAE(sae.weights, sae.architecture, sae.k, sae.subtract_b_dec, metadata), foreign / str(i))
+    here = common(structured, foreign, root, tmp_path)
+    refused("--random-model-checkpoint expected", RANDOM_MODEL, *here)
+    refused("does not say how it was trained", TRANSCODER, *here)
+    alike = train(structured, "alike", random_seed=0)
+    results = stress(RANDOM_MODEL, structured, foreign, "--random-model-checkpoint", alike)
+    assert results["verdict"]["outcome"] == "holds"
+    assert set(results["section"]["stability"]["missing_nulls"]) == {"untrained", "shuffled"}
+    assert results["gain"] is None
+    assert problems(results) == []
+
+
+def test_the_activations_must_be_those_that_the_candidate_saw(refused, structured, saes, root, tmp_path):
+    store = source.open_store(root, CPU, 1, subject=structured, hook_name=HOOK, rows=ROWS).digest
+    other = source.open_store(root, CPU, 1, subject=structured, hook_name=HOOK, rows=2000).digest
+    message = f"gives activations of digest {other[:12]}; the candidate was trained on {store[:12]}"
+    refused(message, RANDOM_MODEL, *common(structured, saes, root, tmp_path), "--train-rows", 2000)
+    elsewhere = common(structured, saes, tmp_path / "elsewhere", tmp_path)
+    refused("--train-rows says how many", RANDOM_MODEL, *elsewhere)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another objective
+
+
+def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, tmp_path):
+    results = stress(TRANSCODER, structured, saes)
+    s = results["setting"]
+    assert s["preregistered"]
+    assert (s["hook_in"], s["hook_out"], s["layer"]) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 1)
+    assert (s["d_sae"], s["k"], s["tokens"], s["batch_size"], s["seeds"]) == (24, 1, 20_000, 128, SEEDS)
+    for arm, family in transcoder.FAMILIES.items():
+        assert {m["family"] for m in results[arm]["members"]} == {family}
+        assert results[arm]["hook_name"] == s["hook_out"]
+        assert results[arm]["rows"] == ROWS
+    assert results["gain"] == contrast.gain([results["transcoder"]], [results["sae"]])
+    assert results["verdict"]["outcome"] in ("holds", "does not hold")
+    TranscoderStress.model_validate(results)  # what the gate reads
+    ev = results["explained_variance"]
+    assert ev["sae"]["estimate"] == pytest.approx(
+        sum(m["heldout"]["explained_variance"] for m in results["sae"]["members"]) / 5
+    )
+    assert problems(results) == []
+    for change, reason in (
+        (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low is"),
+        (lambda r: r["explained_variance"]["sae"].update(estimate=1.0), "/explained_variance/sae/estimate is"),
+        (lambda r: r["setting"].update(k=3), "/setting/k is 3, computed again 1"),
+        (lambda r: r["setting"].update(tokens=9), "/setting/preregistered is True"),
+        (lambda r: r["verdict"].update(outcome="?"), "/verdict/outcome is"),
+    ):
+        changed = copy.deepcopy(results)
+        change(changed)
+        assert any(reason in p for p in problems(changed)), problems(changed)
+
+    # As a confirmed candidate, with a sparsity of one's own.
+    paths = {
+        m: str(folder) for m, folder in zip(results["candidate"]["checkpoints"], sorted(saes.iterdir()), strict=True)
+    }
+    confirmed = {"candidate": results["candidate"], "subject": str(structured), "paths": paths}
+    (tmp_path / "confirmed.json").write_text(json.dumps(confirmed))
+    other = stress(TRANSCODER, None, None, "--candidate", tmp_path / "confirmed.json", "--k", 3)
+    assert other["candidate"] == results["candidate"]
+    assert other["setting"]["k"] == 3
+    assert not other["setting"]["preregistered"]
+    assert other["verdict"] == {
+        "outcome": "inconclusive",
+        "reason": "the setting is not the one that was fixed in advance",
+    }
+    assert problems(other) == []
+    cells = [p.name.split("-")[0] for p in (tmp_path / "out" / "cells").glob("*.json")]
+    assert cells.count("training") == 4
+
+
+def test_transcoders_of_modular_addition_and_a_repeat_without_torch(stress, small_subject, tmp_path):
+    root, subject = small_subject
+    sizes = ["--d-sae", 24, "--k", 3, "--tokens", 4000, "--seeds", "1,2,3", "--artifact-root", root]
+    results = stress(TRANSCODER, subject, None, *sizes)
+    assert results["candidate"] is None
+    assert not results["setting"]["preregistered"]
+    assert results["setting"]["hook_in"] == "blocks.0.hook_resid_mid"
+    assert results["setting"]["subject_digest"] == results["sae"]["subject_digest"]
+    assert results["transcoder"]["stability"]["labels"] == ["seed1", "seed2", "seed3"]
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    run_without_torch(TRANSCODER, *common(subject, None, root, tmp_path), *sizes)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_only_the_setting_fixed_in_advance_is_judged():
+    hooks = dict(zip(("hook_in", "hook_out"), transcoder.MODULAR_ADDITION_HOOKS, strict=True))
+    setting = transcoder.MODULAR_ADDITION | hooks | {"own_subject": False}
+    assert transcoder.preregistered(setting, None)
+    for change in ({"own_subject": True}, {"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"seeds": [1, 2, 3, 4, 5]}):
+        assert not transcoder.preregistered(setting | change, None), change
+    facts = {"subject_digest": "a", "d_sae": 256, "k": 8, "learning_rate": 3e-3, "tokens": 9}
+    candidate = {"facts": facts | {"hook_name": HOOK}, "checkpoints": dict.fromkeys("12345", "sha")}
+    own = facts | dict(zip(hooks, transcoder.mlp_hooks(1), strict=True)) | {"seeds": SEEDS, "own_subject": True}
+    assert transcoder.preregistered(own, candidate)
+    for change in (
+        *({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"learning_rate": 1e-3}, {"subject_digest": "b"}),
+        *({"seeds": [1, 2, 3, 4, 6]}, {"seeds": [1, 2, 3, 4]}, {"hook_in": "blocks.0.mlp.hook_in"}),
+    ):
+        assert not transcoder.preregistered(own | change, candidate), change
+
+
+def test_the_rules_are_those_of_the_methods():
+    def section(low, seeds=5):
+        excess = {"random_model": {"low": low}}
+        return {"stability": {"labels": [*range(seeds)], "scores": {"mcc_alive": {"excess": excess}}}}
+
+    outcomes = [random_model.verdict(section(*case))["outcome"] for case in ((0.01,), (0.0,), (-0.1,), (0.01, 4))]
+    assert outcomes == ["holds", "does not hold", "does not hold", "inconclusive"]
+
+    def results(lows, preregistered=True, seeds=5):
+        gain = dict(zip(("isotropic", "untrained", "spectral"), ({"low": low} for low in lows), strict=True))
+        return {"setting": {"preregistered": preregistered}, "transcoder": section(0, seeds), "gain": gain}
+
+    def outcome(*arguments, minimum=0.0):
+        return transcoder.verdict(results(*arguments), minimum)["outcome"]
+
+    assert outcome((0.1, 0.0, 0.2)) == "holds"
+    assert outcome((0.1, -0.01, 0.2)) == "does not hold"
+    assert outcome((0.1, 0.0, 0.2), minimum=0.05) == "does not hold"
+    assert outcome((0.1, 0.1, 0.2), False) == outcome((0.1, 0.1, 0.2), True, 4) == "inconclusive"
+
+
+def test_bad_input(refused, structured, root, tmp_path):
+    here = ["--artifact-root", root, "--output-dir", tmp_path / "out"]
+    refused("goes with --candidate or --checkpoint", TRANSCODER, "--model-name", structured, *here)
+    refused("one seed says nothing", TRANSCODER, "--seeds", "1", *here)
+    refused("is not a folder", RANDOM_MODEL, "--checkpoint", tmp_path / "none", "--model-name", structured, *here)

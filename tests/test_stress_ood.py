@@ -1,0 +1,326 @@
+"""Out-of-distribution stress: figures of own test rows are the official ones, and the drop is what it is said to be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from husai.activations import language_model as lm
+from husai.activations.store import ActivationStore
+from husai.benchmarks import candidates, sae_probes
+from husai.dictionaries import checkpoints
+from husai.dictionaries.sae import SAE
+from husai.release.evidence import OODStress
+from husai.release.recompute import decisions, phase_problems
+from husai.runs.cells import Cells
+from husai.runs.errors import BadInput
+from husai.stress import drop, ood, shift
+from husai.subjects import pretrained, text, tiny_lm
+from husai.subjects.tiny_lm import TinyLMConfig
+from husai.training.grid import members, train_or_find
+from husai.training.trainer import TrainingConfig
+
+SCRIPT = "scripts/experiments/run_ood_stress_eval.py"
+HOOK = "blocks.1.hook_resid_pre"
+SETS = ["5_hist_fig_ismale", "66_living-room"]
+SHIFTED = [f"{name}_OOD" for name in SETS]
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A corpus of short messages in the real one's place, so that nothing here takes long."""
+    short = text.documents("86_social_iqa")
+    return text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+
+
+@pytest.fixture(autouse=True)
+def _few_documents(monkeypatch, few):
+    monkeypatch.setattr(text, "corpus", lambda: few)
+
+
+@pytest.fixture(scope="module")
+def folder(few, tmp_path_factory):
+    """A Hugging Face folder of an untrained miniature."""
+    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+    path = tmp_path_factory.mktemp("subjects") / "miniature"
+    path.mkdir()
+    tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    return pretrained.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(subject, few, tmp_path_factory):
+    """A folder of TopK checkpoints with two seeds, and one of another recipe."""
+    root = tmp_path_factory.mktemp("saes")
+    store = ActivationStore.open(lm.harvest_tokens(subject, [HOOK], few.train, root / "activations", 4000)[HOOK])
+    found = {}
+    for name, d_sae, seeds in (("own", 24, [1, 2]), ("other", 32, [3])):
+        recipe = TrainingConfig(tokens=4000, batch_size=128)
+        grid = members(seeds, [d_sae], [3], [3e-3])
+        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, torch.device("cpu"), 1)["members"]
+        found[name] = (root / name / records[0]["checkpoint"]).parent
+    return found
+
+
+@pytest.fixture(scope="module")
+def artifacts(subject, tmp_path_factory):
+    """An artifact root that holds the activations of prompts."""
+    root = tmp_path_factory.mktemp("artifacts")
+    lm.harvest_prompts(subject, [HOOK], [*SETS, *SHIFTED], places(root).probe_activations(subject))
+    return root
+
+
+def places(root):
+    return candidates.Places(root, root, "cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def prompts(subject, artifacts):
+    return ood.Prompts(subject.name, HOOK, str(places(artifacts).probe_activations(subject)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes
+
+
+class Planted:
+    """The activations themselves, or, broken, what only the original's prompts have."""
+
+    def __init__(self, known: torch.Tensor | None = None):
+        self.known = known
+
+    def encode(self, x):
+        if self.known is None:
+            return x
+        return x * torch.stack([(self.known == row).all(1).any() for row in x]).float()[:, None]
+
+
+def test_the_identity_loses_what_the_model_loses_and_a_broken_encoder_more(prompts):
+    """All 16 coordinates as features are the model's activations; the broken one says nothing of shifted prompts."""
+    name = SETS[0]
+    own = torch.load(f"{prompts.cache}/model_activations_{prompts.model_name}/{name}_{HOOK}.pt", weights_only=True)
+    llm = ood.of_llm(name, prompts)
+    drops = []
+    for encoder in (Planted(), Planted(own)):
+        found = ood.of_sae(encoder, name, prompts, ks=(16,))["16"]
+        assert found["id"] == pytest.approx(llm["id"], abs=0.03)
+        drops.append(found["id"] - llm["id"] - (found["ood"] - llm["ood"]))
+    assert found["ood"] == 0.5
+    assert abs(drops[0]) < 0.03
+    assert drops[1] == pytest.approx(llm["ood"] - 0.5 + found["id"] - llm["id"])
+
+
+def test_classes_are_those_of_the_original(monkeypatch):
+    for name in text.FAMILIES["ood"]["shifted"][:7]:
+        shifted, plain = text.table(name), text.table(ood.original(name))
+        label = np.unique(plain["target"])
+        assert (label[ood.classes(name)].astype(str) == shifted["target"].astype(str)).all()
+    with pytest.raises(BadInput, match=r"90_glue_qnli_OOD: its labels are 1 and not_entailment; 0 and 1 expected"):
+        ood.classes("90_glue_qnli_OOD")
+    assert ood.unseen("67_social-security_OOD").sum() == 299, "one prompt of the original is among them"
+
+
+def test_what_is_chosen(monkeypatch):
+    chosen = ood.choose(None, [], 42)
+    assert len(chosen.shifted) == 7
+    assert chosen.skipped == {
+        "90_glue_qnli_OOD": "its labels are 1 and not_entailment; 0 and 1 expected, as in 90_glue_qnli"
+    }
+    assert (chosen.probe, chosen.heldout) == ([], [])
+    both = ood.choose(SHIFTED, ["95_toxic_is"], 42)
+    assert (both.shifted, both.probe, len(both.heldout)) == (SETS, ["95_toxic_is"], 9)
+    for shifted, probe, message in (
+        (["66_living-room_translations"], [], "--shifted 66_living-room_translations: of 5_hist_fig_ismale_OOD"),
+        (["90_glue_qnli_OOD"], [], "--shifted 90_glue_qnli_OOD: its labels are 1 and not_entailment"),
+        (None, ["100_news_fake"], "is text that language model and SAEs are trained on"),
+        (None, ["161_agnews_0"], "161_agnews_0 is named twice"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            ood.choose(shifted, probe, 42)
+    seen = text.Corpus(train=text.documents(SETS[1])[:7], heldout=[], heldout_families=[], dropped=0)
+    monkeypatch.setattr(text, "corpus", lambda: seen)
+    why = "66_living-room shares 12 documents with the training text"
+    assert ood.unusable(SHIFTED) == {SHIFTED[1]: why}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimates and the rule
+
+
+def a_shifted_section(seeds=5, loss=0.0):
+    rng = np.random.default_rng(0)
+    names = [name.removesuffix("_OOD") for name in text.FAMILIES["ood"]["shifted"]][:7]
+    sides = {"id": rng.uniform(0.7, 0.9, 7), "ood": rng.uniform(0.5, 0.7, 7)}
+    llm = {side: x.tolist() for side, x in sides.items()} | {"ood_low": [0.6] * 3 + [0.4] * 3 + [0.51]}
+    saes = []
+    for seed in range(seeds):
+        noise = rng.normal(0, 0.005, (2, 7))
+        own = {"id": sides["id"] - 0.1 + noise[0], "ood": sides["ood"] - 0.1 - loss + noise[1]}
+        saes.append({"identity": str(seed), "seed": seed, "test_auc": {"5": {s: x.tolist() for s, x in own.items()}}})
+    return {"data_sets": names, "families": sae_probes.families(names), "k": "5", "llm": llm, "saes": saes}
+
+
+def test_the_drop_against_its_formula():
+    section = a_shifted_section(loss=0.07)
+    values = np.array(
+        [
+            [(i - a) - (o - b) for i, a, o, b in zip(own["id"], llm["id"], own["ood"], llm["ood"], strict=True)]
+            for llm in [section["llm"]]
+            for own in (sae["test_auc"]["5"] for sae in section["saes"])
+        ]
+    )
+    residual = values.mean(0) - values.mean()
+    sums = [residual[:3].sum(), residual[3:6].sum(), residual[6]]  # historical figures, phrases, CoLA
+    error = np.sqrt(values.mean(1).var(ddof=1) / 5 + 3 / 2 * np.square(sums).sum() / 49)
+    found = drop.drop(section)["5"]
+    assert found["estimate"] == pytest.approx(values.mean())
+    assert found["estimate"] == pytest.approx(0.07, abs=0.01)
+    assert found["high"] == pytest.approx(values.mean() + 4.302653 * error, rel=1e-5)  # t(2)
+    kept = drop.drop_where_kept(section)["5"]
+    assert kept["estimate"] == pytest.approx(values[:, [0, 1, 2, 6]].mean())
+    section["llm"]["ood_low"] = [0.5] * 7
+    assert drop.drop_where_kept(section)["5"]["reason"].startswith("the model's own probe is above chance under no")
+
+
+def test_the_rule():
+    def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), **changed):
+        section = a_shifted_section(**changed)
+        section |= {name: [section[name][i] for i in only] for name in ("data_sets", "families")}
+        for auc in (section["llm"], *(sae["test_auc"]["5"] for sae in section["saes"])):
+            auc |= {side: [auc[side][i] for i in only] for side in ("id", "ood")}
+        section["drop"] = drop.drop(section)
+        rule = {"max_drop": drop.MAX_DROP}
+        return drop.verdict({"shifted": section, "rule": rule, "skipped": dict.fromkeys(skipped, "why")})
+
+    assert outcome(loss=0.05)[0] == "passed"
+    assert outcome(loss=0.12)[0] == "not passed"
+    assert outcome(seeds=4) == ("inconclusive", "SAEs: 4; a verdict needs 5 training seeds")
+    partial = outcome(skipped=())
+    assert partial == ("inconclusive", "a verdict takes all shifted versions; 90_glue_qnli_OOD was left out")
+    assert outcome(only=[0, 1, 2])[1] == "a verdict takes all shifted versions; 66_living-room_OOD was left out"
+
+
+def test_the_gap_of_a_held_out_family_is_over_seeds():
+    families = {
+        "id": {"data_sets": ["a", "b"], "families": ["x", "y"]},
+        "ood": {"data_sets": ["c"], "families": ["z"]},
+        "llm": {"id": [0.9, 0.8], "ood": [0.7]},
+        "saes": [{"test_auc": {"id": [0.8 + d, 0.7], "ood": [0.7 - d]}} for d in (0, 0.01, 0.02)],
+    }
+    found = drop.gap(families)
+    assert found["id"]["estimate"] == pytest.approx(-0.095)
+    assert found["ood"]["estimate"] == pytest.approx(-0.01)
+    assert found["difference"]["estimate"] == pytest.approx(0.085)
+    assert found["ood"]["method"].startswith("mean over seeds, t(S-1)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def test_the_share_outside_the_subspace(make_store):
+    """An SAE whose features lie in the first two of four coordinates, the second hardly used, and of one that it never
+    fires: what varies in the others is outside."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 4, generator=g) * torch.tensor([3.0, 1.0, 1.0, 0.5]) + 2
+    W = torch.eye(4)
+    bias = torch.tensor([10.0, 10.0, -100.0, -100.0])
+    sae = SAE({"W_enc": W, "b_enc": bias, "W_dec": W, "b_dec": torch.full((4,), 2.0)}, "standard")
+    store = make_store(x)
+    directions = shift.subspace(sae, store)
+    assert directions.shape == (4, 2)
+    torch.testing.assert_close(directions[2:], torch.zeros(2, 2, dtype=torch.float64), atol=1e-6, rtol=0)
+    variance = x.var(0)
+    expected = (variance[2:].sum() / variance.sum()).item()
+    assert shift.outside(directions, store) == pytest.approx(expected, rel=1e-3)
+    other = make_store(x * torch.tensor([1.0, 1.0, 4.0, 1.0]), "other")
+    assert shift.outside(directions, other) > 2 * expected
+    bias[1] = -100
+    assert shift.subspace(sae, store).shape == (4, 1)
+    bias[0] = -100
+    with pytest.raises(BadInput, match="are all equal"):
+        shift.subspace(sae, store)
+
+
+def test_all_tokens_give_rows(subject):
+    store_rows = shift.token_rows(subject, texts := text.distinct(SHIFTED[1:]))
+    assert lm.Inputs.of(subject, texts, store_rows, 0).rows.sum() == store_rows
+    with pytest.raises(BadInput, match=f"give {store_rows} rows"):
+        lm.Inputs.of(subject, texts, store_rows + 1, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the shell
+
+
+@pytest.fixture
+def common(folder, artifacts, tmp_path):
+    where = ["--artifact-root", artifacts, "--output-dir", tmp_path / "out", "--threads", 1]
+    return ["--model-name", folder, "--hook-layer", 1, "--rows", 1000, *where, "--shifted", ",".join(SHIFTED)]
+
+
+@pytest.mark.slow
+def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
+    """The probe sets are the ones that have the shifted versions, so that the official figures stand beside ours."""
+    monkeypatch.setitem(text.FAMILIES["ood"], "code_and_ag_news", ["161_agnews_0"])
+    arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", ",".join(SETS)]
+    code, out, err = run_script(SCRIPT, *arguments)
+    assert code == 0, err
+    path = tmp_path / "out" / "results.json"
+    results = json.loads(path.read_text())
+    shifted = results["shifted"]
+    assert (shifted["data_sets"], shifted["families"]) == (SETS, ["historical_figures", "phrases"])
+    assert [sae["seed"] for sae in shifted["saes"]] == [1, 2]
+    assert list(results["candidate"]["checkpoints"]) == ["1", "2"]
+    assert "**inconclusive**: SAEs: 2; a verdict needs 5 training seeds." in out
+    assert OODStress.model_validate(results).shifted.prompts == [299, 300], "as the gate reads it"
+    official = results["families"]
+    assert official["ood"]["data_sets"] == ["161_agnews_0"]
+    np.testing.assert_allclose(shifted["llm"]["id"], official["llm"]["id"], atol=1e-9)
+    for ours, theirs in zip(shifted["saes"], official["saes"], strict=True):
+        np.testing.assert_allclose(ours["test_auc"]["5"]["id"], theirs["test_auc"]["id"], atol=1e-9)
+    for sae in results["activations"]["saes"]:
+        assert 1 <= sae["rank"] <= 16
+        assert 0 <= sae["id"]["outside"] <= 1
+    places = "shifted/drop", "shifted/drop_where_kept", "activations/change", "families/gap"
+    assert decisions(results).keys() == {f"/{place}" for place in places}
+    assert phase_problems(results) == []
+    before = path.read_bytes()
+    assert run_script(SCRIPT, *arguments)[0] == 0
+    assert path.read_bytes() == before
+    shifted["saes"][0]["test_auc"]["5"]["ood"][0] += 0.01
+    assert any("/shifted/drop/5/estimate" in problem for problem in phase_problems(results))
+
+
+@pytest.mark.slow
+def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path):
+    one = sorted(trained["own"].iterdir())[0]
+    code, out, err = run_script(SCRIPT, "--checkpoint", one, *common, "--skip-families", "--shifted", SHIFTED[0])
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["families"] is None
+    assert "**inconclusive**: SAEs: 1;" in out
+    assert phase_problems(results) == []
+
+
+def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
+    own = ["--checkpoint", trained["own"], *common]
+    transcoder = {"W_enc": torch.eye(16), "b_enc": torch.zeros(16), "W_dec": torch.eye(16), "b_dec": torch.zeros(16)}
+    checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "transcoder")
+    for arguments, message in (
+        (["--checkpoint", tmp_path / "transcoder", *common], "is a transcoder"),
+        (["--checkpoint", trained["own"], trained["other"], *common], "differ in d_sae: SAEs that differ in"),
+        (["--checkpoint", tmp_path / "none", *common], "is not a folder"),
+        (["--checkpoint", trained["own"], *common, "--model-name", "husai-tiny", "--rows", 500], "has d_in 16"),
+        (["--candidate", tmp_path / "none.json", *common], "does not exist"),
+        ([*own, "--candidate", tmp_path / "none.json"], "one of them expected"),
+        ([*own, "--shifted", "90_glue_qnli_OOD"], "its labels are 1 and not_entailment"),
+    ):
+        refused(message, SCRIPT, *arguments)
+        assert not (tmp_path / "out" / "results.json").exists()
