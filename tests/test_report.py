@@ -267,6 +267,45 @@ def test_waivers_and_provisional_marks_are_loud(root):
         assert render(root).says("Nothing may be claimed externally")
 
 
+def test_what_the_gate_itself_writes_can_be_read(root, run_script):
+    """The strict gate on the evidence at hand: phase 4a alone."""
+    files = ("external-candidate-json", "confirmation-results", "random-model-results", "transcoder-results")
+    arguments = ["--phase4a-results", root / "phase4a" / "results.json"]
+    for name in (*files, "ood-results"):
+        arguments += [f"--{name}", root / "none" / "results.json"]
+    gate = "scripts/experiments/run_stress_gated_release_policy.py"
+    assert run_script(gate, *arguments, "--output-dir", root / "release_gate")[0] == 0
+    page = render(root)
+    assert page.says("Not passed 1 of 7 gates passed. Nothing may be claimed externally. No candidate is confirmed.")
+    assert page.says("lower end must be above 0: clears it by 0.0121")
+    assert page.says("not there")
+    waive = [a for g in verdict.GATES if g != "positive_control" for a in ("--waive", g, "--reason", "not claimed")]
+    assert run_script(gate, *arguments, *waive, "--output-dir", root / "release_gate")[0] == 0
+    page = render(root)
+    assert page.says("No pass: provisional 1 of 7 gates passed")
+    assert page.says("6 gates waived. A waiver is no pass:")
+    assert page.says("Nothing may be claimed externally")
+
+
+def test_a_candidate_is_named_as_the_gate_names_it(root):
+    facts = {"hook_name": "blocks.1.hook_resid_pre", "subject_digest": "d" * 64}
+    named = {"condition": "topk d512", "facts": facts, "checkpoints": {"7": "a", "8": "b"}}
+    add_run(root, "release_gate", decision(candidate=named))
+    page = render(root)
+    for words in ("topk d512", "blocks.1.hook_resid_pre", "7, 8", "d" * 64):
+        assert page.says(words)
+
+
+def test_the_earlier_studys_policy_decides_nothing(root):
+    gates = [{"gate": "ood", "published": True, "figure": 0.1, "status": "MISSING", "reason": "a point"}]
+    published = decision(policy="published", pass_all=False, candidate=None, gates=gates)
+    folder = add_run(root, "earlier", published)
+    assert render(root).says("No gate decision: nothing may be claimed externally.")
+    assert render(root, folder / "results.json").says("Not passed 0 of 7 gates passed")
+    add_run(root, "release_gate", decision())
+    assert render(root).says("7 of 7 gates passed")
+
+
 def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, tmp_path):
     add_run(root, "release_gate", decision())
     other = add_run(tmp_path, "other", change(decision(pass_all=False), "ood", **FAILS))
@@ -347,7 +386,9 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 
 def test_text_from_runs_stays_text(root):
     add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
-    found = change(decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE}))
+    found = change(
+        decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE, "figure": HOSTILE, "to_pass": HOSTILE})
+    )
     add_run(root, "release_gate", found | {"policy": HOSTILE, "candidate": {"condition": HOSTILE}})
     hostile = f"# {HOSTILE}\n\n**{HOSTILE}** ![x](http://example.com/x.png) [y](javascript:alert(1))\n\n{HOSTILE}\n"
     add_run(root, 'a"b<i>', {"phase": HOSTILE}, hostile, command=HOSTILE)
