@@ -57,6 +57,7 @@ RUN_ELSEWHERE = {
     "scripts/experiments/run_external_metric_scaling_study.py": "test_kill_studies.py",
     "scripts/experiments/run_random_model_stress_eval.py": "test_stress.py",
     "scripts/experiments/run_transcoder_stress_eval.py": "test_stress.py",
+    "scripts/experiments/run_ood_stress_eval.py": "test_stress_ood.py",
     "scripts/analysis/plan_scale.py": "test_studies.py",
     "scripts/analysis/verify_experiment_consistency.py": "test_claims.py",
 }
