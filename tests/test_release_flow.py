@@ -70,7 +70,7 @@ def flow(run, work, subject):
         assert code == 0, said
         code, _, said = run(SELECT, "selected", "--frontier-results", paths["study"])
         assert code == 0, said
-        sets = ["--dataset-names", SETS, "--threads", 2]
+        sets = ["--dataset-names", SETS, "--threads", 1]
         code, _, said = run(CONFIRM, "confirmed", "--candidate", paths["selected"], *sets)
         assert code == 0, said
     return paths
