@@ -3,11 +3,13 @@ number, NaN or null where a figure belongs is refused, with the place."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from husai.benchmarks import deltas
+from husai.stability.scores import ALIVE, GAP, SCORES
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -17,6 +19,11 @@ Names = Annotated[list[str], Field(min_length=1)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def same(a: float, b: float) -> bool:
+    """Up to rounding."""
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def refusal(error: ValidationError) -> str:
@@ -78,34 +85,135 @@ class Core(Strict):
     kl_div_with_ablation: Number
     tokens: int
 
+    @model_validator(mode="after")
+    def _scores_of_losses(self) -> Core:
+        worst, loss, best = self.ce_loss_with_ablation, self.ce_loss_with_sae, self.ce_loss_without_sae
+        if not same(self.ce_loss_score * (worst - best), worst - loss):
+            raise ValueError("ce_loss_score: the share of the loss between ablation and the model's own expected")
+        if not same(self.kl_div_score * self.kl_div_with_ablation, self.kl_div_with_ablation - self.kl_div_with_sae):
+            raise ValueError("kl_div_score: the share of the divergence under ablation expected")
+        return self
+
 
 class ScoredRecord(Record):
     core: Core
 
 
+class Means(Strict):
+    """Over data sets."""
+
+    test_auc: Number
+    test_acc: Number
+    test_f1: Number
+    val_auc: Number
+
+
 class Figures(Strict):
-    means: dict[str, dict[str, Number]]
+    means: dict[str, Means]
     test_auc: dict[str, list[Share]]
     """k -> one a data set."""
     auc_by_validation: Share | None = None
+
+    @model_validator(mode="after")
+    def _own_means(self) -> Figures:
+        for k, values in self.test_auc.items():
+            if not values or k not in self.means or not same(self.means[k].test_auc, sum(values) / len(values)):
+                raise ValueError(f"means.{k}.test_auc: the mean of test_auc expected")
+        if self.means.keys() != self.test_auc.keys() or not self.test_auc:
+            raise ValueError("means: of the k of test_auc expected")
+        if (self.auc_by_validation is None) != ("llm" in self.test_auc):
+            raise ValueError("auc_by_validation: one of each but the model's own probe expected")
+        return self
 
 
 class ProbedRecord(ScoredRecord, Figures):
     """An SAE's probing figures."""
 
 
+class Scores(Strict):
+    """CE-Bench's three."""
+
+    contrastive: Number
+    independence: Number
+    interpretability: Number
+
+
 class PairScores(Strict):
-    published: dict[str, Number]
-    corrected: dict[str, Number]
+    published: Scores
+    corrected: Scores
     bound: Number
     normalised: Number
     normalised_of_pairs: list[Number]
+
+    @model_validator(mode="after")
+    def _own_means(self) -> PairScores:
+        values, means = self.normalised_of_pairs, self.corrected.interpretability
+        if not values or not same(self.normalised, sum(values) / len(values)):
+            raise ValueError("normalised: the mean of normalised_of_pairs expected")
+        if not same(self.normalised * self.bound, means):
+            raise ValueError("normalised: corrected.interpretability as a share of the bound expected")
+        return self
 
 
 class PairRecord(Record, PairScores):
     """An SAE's contrastive scores."""
 
-    checkout: Any
+    checkout: dict[str, Any] | None
+
+    @model_validator(mode="after")
+    def _own_bound(self) -> PairRecord:
+        n = self.facts.d_sae
+        if not same(self.bound, (n - 1) / n**0.5):
+            raise ValueError(f"bound: the largest z of {n} numbers expected")
+        return self
+
+
+class Repeats(Strict):
+    """An SAE's mean figure at further seeds of the benchmark (`deltas.noise`)."""
+
+    means: Annotated[list[Number], Field(min_length=1)]
+    sd: Number | None
+    minimum_detectable_difference: Number | None
+
+    @model_validator(mode="after")
+    def _own_spread(self) -> Repeats:
+        if self.sd is not None:
+            made = deltas.noise(self.means)
+            there = (self.sd, self.minimum_detectable_difference)
+            if None in there or not all(map(same, there, (made["sd"], made["minimum_detectable_difference"]))):
+                raise ValueError("sd and minimum_detectable_difference: those of the means expected")
+        elif self.minimum_detectable_difference is not None:
+            raise ValueError("minimum_detectable_difference: none without sd expected")
+        return self
+
+
+class ProbingNoise(Strict):
+    label: str
+    seeds: list[int]
+    auc: dict[str, Repeats]
+
+
+class PairNoise(Repeats):
+    label: str
+    seeds: list[int | None]
+    reason: str | None
+
+
+class ProbedControl(Record, Figures):
+    """An SAE of the random-weights model."""
+
+
+class PairControl(Record, PairScores):
+    """An SAE of the random-weights model."""
+
+
+class Reference(Strict):
+    """What is kept of a baseline summary's record."""
+
+    condition: str
+    facts: SeedFacts
+    identity: Sha256
+    normalised_of_pairs: list[Number]
 
 
 class Probing(Strict):
@@ -121,20 +229,30 @@ class Probing(Strict):
     random_seed: int
     versions: dict[str, str]
     saes: list[ProbedRecord]
-    controls: list[Any]
+    controls: list[ProbedControl]
     baselines: dict[str, Figures]
     conditions: list[Any]
     """Made again by the audit."""
-    noise: dict[str, Any]
+    noise: ProbingNoise
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Probing:
         n = len(self.data_sets)
         if len(self.families) != n or len(set(self.data_sets)) != n:
             raise ValueError("data_sets: distinct names, and a family of each, expected")
-        for record in self.saes:
+        for record in [*self.saes, *self.controls]:
             if deltas.K not in record.test_auc or any(len(v) != n for v in record.test_auc.values()):
                 raise ValueError(f"{record.label}: an AUC at k = {deltas.K} of each of {n} data sets expected")
+        if any(len(v) != n for b in self.baselines.values() for v in b.test_auc.values()):
+            raise ValueError(f"baselines: an AUC of each of {n} data sets expected")
+        first = next((r for r in self.saes if r.label == self.noise.label), None)
+        if first is None:  # the gate requires it; selection may have left that SAE out
+            return self
+        if self.noise.auc.keys() != first.test_auc.keys() or self.noise.seeds[:1] != [self.random_seed]:
+            raise ValueError("noise: of the k of the SAE, from the run's own seed on, expected")
+        for k, repeats in self.noise.auc.items():
+            if len(repeats.means) != len(self.noise.seeds) or not same(repeats.means[0], first.means[k].test_auc):
+                raise ValueError(f"noise.{k}: a mean of each seed, the run's own first, expected")
         return self
 
 
@@ -153,21 +271,27 @@ class Contrastive(Strict):
     stories_cut: int
     clusters: Names
     saes: list[PairRecord]
-    controls: list[Any]
+    controls: list[PairControl]
     untrained: list[PairScores]
-    references: list[dict[str, Any]]
+    references: list[Reference]
     summary_refused: str | None
     no_reference: str | None
     conditions: list[Any]
-    noise: dict[str, Any]
+    noise: PairNoise
 
     @model_validator(mode="after")
     def _one_a_pair(self) -> Contrastive:
         if len(self.clusters) != self.n_pairs or len(self.untrained) != len(self.saes):
             raise ValueError("a cluster of each pair, and an untrained SAE beside each SAE, expected")
-        for r in [*self.saes, *self.untrained]:
+        for r in [*self.saes, *self.untrained, *self.controls, *self.references]:
             if len(r.normalised_of_pairs) != self.n_pairs:
                 raise ValueError(f"a score of each of {self.n_pairs} pairs expected")
+        first = next((r for r in self.saes if r.label == self.noise.label), None)
+        first_alone = [s is None for s in self.noise.seeds] == [True] + [False] * (len(self.noise.means) - 1)
+        if not first_alone:
+            raise ValueError("noise: a mean of each draw, the run's own first, expected")
+        if first is not None and not same(self.noise.means[0], first.normalised):
+            raise ValueError("noise: the run's own mean first expected")
         return self
 
 
@@ -190,8 +314,75 @@ class Member(Strict):
     l0_miss: Number
 
 
+class Interval(Strict):
+    """An `inference.Estimate`."""
+
+    estimate: Number
+    low: Number | None
+    high: Number | None
+    standard_error: Number | None
+    n_seeds: int
+    method: str
+    reason: str | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Interval:
+        ends, none = (self.low, self.high, self.standard_error), (None, None, None)
+        if ends != none and (None in ends or not self.low <= self.estimate <= self.high):
+            raise ValueError("an interval around the estimate, or none, expected")
+        return self
+
+
+class Snapshot(Strict):
+    step: int
+    mcc: Interval
+    pwmcc: Interval
+
+
+class Convergence(Strict):
+    from_step: int
+    to_step: int
+    moved: Interval
+    converged: bool | None
+
+
 Pairs = Annotated[list[dict[str, str | dict[str, Number]]], Field(min_length=1)]
 """{"a", "b": labels, "observed" and each null: score -> value} of each pair."""
+
+
+class Spread(Strict):
+    """Of a null, over its draws, which the evidence does not keep."""
+
+    mean: Number
+    draws: Annotated[int, Field(ge=0)]
+    q95_of_mean: Number | None
+
+
+class ScoreSummary(Strict):
+    observed: Interval
+    nulls: dict[str, Spread]
+    excess: dict[str, Interval]
+
+
+class Stability(Strict):
+    """What `compare.summarise` says; the audit makes it again."""
+
+    labels: Names
+    scores: dict[str, ScoreSummary]
+    mcc_gap_bound: Number
+    missing_nulls: dict[str, str]
+    verdict: dict[str, Any]
+
+
+def whole(pairs: list[dict], gap: float) -> None:
+    """Raise ValueError unless every pair has the same nulls and scores, and no wider gap than is said."""
+    named = [frozenset(p) for p in pairs]
+    scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
+    keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
+    if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
+        raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
+    if any(not 0 <= value[GAP] <= gap for value in scored):
+        raise ValueError(f"pairs: a {GAP} beyond the one that is said")
 
 
 class Section(Strict):
@@ -204,19 +395,53 @@ class Section(Strict):
     rows: int
     d_in: int
     effective_rank: Number
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
-    over_training: list[Any]
-    convergence: dict[str, Any]
+    over_training: list[Snapshot]
+    convergence: Convergence
 
     @model_validator(mode="after")
     def _own_labels(self) -> Section:
         labels = [m.label for m in self.members]
-        if labels != self.stability.get("labels") or len(set(labels)) != len(labels):
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        if self.convergence.moved.n_seeds != len(labels) or any(
+            each.n_seeds != len(labels) for s in self.over_training for each in (s.mcc, s.pwmcc)
+        ):
+            raise ValueError(f"over_training, convergence: of {len(labels)} seeds expected")
+        if labels != self.stability.labels or len(set(labels)) != len(labels):
             raise ValueError("members: the labels of the stability study, each once, expected")
         if labels != [f"seed{m.seed}" for m in self.members]:
             raise ValueError("members: a label seed<seed> of each expected")
         return self
+
+
+class ControlMember(Member):
+    curve: list[Number]
+    aux_steps: int
+
+
+class ControlSection(Section):
+    """The study of phase 4a, trained there."""
+
+    members: Annotated[list[ControlMember], Field(min_length=1)]
+    curve_steps: list[int]
+    snapshot_steps: list[int]
+    spectral_groups: list[int]
+    histogram_bins: list[Number]
+    histograms: dict[str, list[int]]
+    control: list[dict[str, Any]] | None = None
+    """SAEs of shuffled activations."""
+
+
+class PositiveControl(Strict):
+    """Results of `run_phase4a_reproduction.py` on modular addition."""
+
+    phase: Literal["4a"]
+    inputs: dict[str, Sha256]
+    husai: ControlSection
+    published: dict[str, Any] | None = None
+    """The earlier study's setting."""
+    published_figures: dict[str, Any]
 
 
 class ConditionSection(Section):
@@ -294,19 +519,31 @@ class Confirmation(Strict):
     bank: Bank
 
 
+class AlikeMember(Strict):
+    seed: int | None
+    checkpoint: str | None
+    checkpoint_sha256: Sha256
+    heldout: Heldout
+
+
 class Alike(Strict):
     """SAEs trained alike on a control."""
 
     subject_digest: Sha256
     store_digest: Sha256
-    members: list[dict[str, Any]]
+    members: list[AlikeMember]
 
 
 class Control(Alike):
     """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
 
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
+
+    @model_validator(mode="after")
+    def _whole(self) -> Control:
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        return self
 
 
 class OwnMember(Strict):
@@ -328,8 +565,16 @@ class OwnSection(Strict):
     rows: int
     d_in: int
     effective_rank: Number
-    stability: dict[str, Any]
+    stability: Stability
     pairs: Pairs
+
+    @model_validator(mode="after")
+    def _own_labels(self) -> OwnSection:
+        whole(self.pairs, self.stability.mcc_gap_bound)
+        labels = [m.label for m in self.members]
+        if labels != self.stability.labels or labels != [f"seed{m.seed}" for m in self.members]:
+            raise ValueError("members: the labels of the stability study, seed<seed> of each, expected")
+        return self
 
 
 class RandomModelStress(Strict):

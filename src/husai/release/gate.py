@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from husai.benchmarks import baselines, deltas
+from husai.benchmarks import baselines, deltas, sae_probes
 from husai.release.evidence import (
+    Bank,
     Confirmation,
     OODStress,
     OwnSection,
     Pairs,
+    PositiveControl,
     RandomModelStress,
+    Record,
     Section,
     Selection,
     Strict,
@@ -32,6 +35,7 @@ from husai.runs.files import digest
 from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS
 from husai.stability.contrast import score_matrix
 from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.stress import drop
 from husai.stress.candidate import block
 
 GATES = {
@@ -55,6 +59,7 @@ MAKES = {
 """Evidence -> the script that makes it."""
 MINIMUM_FAMILIES = 3
 """Of data sets, for a figure that speaks of others."""
+PAIRS = TypeAdapter(Pairs)
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,14 @@ class _Candidate:
         _require(len(sections) == 1, "one condition, confirmed, expected")
         _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
         _about(sections[0], facts)
+        _own_training(sections[0])
+        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}
+        _require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
+        _one_account(found.bank)
+        _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
+        recipe, subjects = found.bank.recipe.model_dump(), {found.subject, chosen.selected.get("subject")}
+        _require(recipe == chosen.selected.get("recipe"), "it was trained by another recipe than the selected one")
+        _require(len(subjects) == 1, "its subject has another name than at selection")
         _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
         _require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
         _require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
@@ -294,7 +307,8 @@ class _Candidate:
             _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
             _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
         self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
-        self.split, self.cohort, self.records = chosen.split, chosen.cohort, records
+        self.split, self.cohort = chosen.split, chosen.cohort
+        self.labels = {str(r["facts"]["seed"]): f"checkpoint {r['label']}" for r in records}
 
     def known(self) -> _Candidate:
         """The candidate, or what is wrong with it.
@@ -309,8 +323,66 @@ class _Candidate:
     def block(self) -> dict | None:
         return None if self._reason is not None else self.own.model_dump()
 
-    def is_that_of(self, binding, script: str) -> None:
-        _require(binding == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+    def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
+        _require(found.candidate == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+        inputs = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
+        inputs |= {"subject": self.facts["subject_digest"]} | _beside(found)
+        _require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
+        needed = {"held-out activations"}
+        needed |= {"MLP input"} if isinstance(found, TranscoderStress) else set()
+        needed |= {"shifted activations", "probed texts"} if isinstance(found, OODStress) else set()
+        _require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
+
+
+def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
+    """What a stress test's inputs say beside the candidate."""
+    named: dict[str, str] = {}
+    if isinstance(found, RandomModelStress):
+        named["activation store"] = found.section.store_digest
+        for name, arm in (("random_model", found.random_model), ("shuffled", found.shuffled)):
+            if arm is not None:
+                named |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
+                named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
+    elif isinstance(found, TranscoderStress):
+        for name, section in (("transcoder", found.transcoder), ("sae", found.sae)):
+            _require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
+            named |= {"MLP output": section.store_digest}
+            named |= {f"{name} {m.label}": m.checkpoint_sha256 for m in section.members}
+    return named
+
+
+def _own_training(section: Section) -> None:
+    alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
+    _require(alone, "SAEs that were pulled to a common reference are not independent")
+    recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
+    _require(len(recipes) == 1, "SAEs of several recipes are no condition")
+
+
+def _one_account(bank: Bank) -> None:
+    """Each SAE of a bank has one record, which its benchmarks repeat, and the inputs are the SAEs'."""
+    saes = {r.identity: _kept(r) for r in bank.saes}
+    _require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
+    inputs = {n: bank.inputs.get(n) for n in ("subject", "held-out activations")}
+    inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in bank.saes}
+    _require(bank.inputs == inputs, "its bank's inputs are not its subject, activations and checkpoints")
+    for name, part in (("SAEBench", bank.saebench), ("CE-Bench", bank.cebench)):
+        if part is not None:
+            controls = {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls}
+            more = {"pairs": part.pairs_digest} if name == "CE-Bench" else {}
+            _require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
+            _require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
+            _require(part.noise.label in {r.label for r in part.saes}, f"{name}: noise of another SAE")
+            about = (part.subject_digest, part.hook_name)
+            _require(about == (inputs["subject"], bank.hook_name), f"{name} was run on another subject or hook")
+            _require(part.inputs == inputs | controls | more, f"{name} has other inputs than its bank")
+    if bank.saebench is not None:
+        cores = {r.identity: r.core for r in bank.saes}
+        _require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
+    _require(all(s.rows == bank.rows for s in bank.sections), "its stability is of other rows than its bank")
+
+
+def _kept(record: Record) -> dict:
+    return {name: getattr(record, name) for name in Record.model_fields}
 
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
@@ -326,7 +398,7 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
     """The excess of mcc_alive over each null, from the pairs; every pair of seeds once."""
     labels = section["stability"]["labels"]
     _require(len(labels) >= MINIMUM_SEEDS, f"{len(labels)} seeds; at least {MINIMUM_SEEDS} expected")
-    pairs = TypeAdapter(Pairs).validate_python(section["pairs"], strict=True)
+    pairs = PAIRS.validate_python(section["pairs"], strict=True)
     named = [frozenset((p["a"], p["b"])) for p in pairs]
     _require(
         sorted(map(sorted, named)) == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected"
@@ -340,14 +412,17 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
 
 
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
-    results = _whole(bundle, "phase4a").results
-    _require(results.get("phase") == "4a", "these are no results of phase 4a")
-    section = results["husai"]
-    _require("random_model" not in section, "phase 4a of a language model is no positive control")
+    found = _read(bundle, "phase4a", PositiveControl)
+    section, members = found.husai, _members(found.husai)
     subject = candidate.own.facts.subject_digest if candidate.block() else None
-    _require(section["subject_digest"] != subject, "phase 4a is of the candidate's own subject: no positive control")
-    estimates = _excess(section, level, GATED_NULLS)
-    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(section["members"]))
+    _require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
+    inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
+    inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
+    _require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
+    _require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
+    _own_training(section)
+    estimates = _excess(section.model_dump(), level, GATED_NULLS)
+    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(members))
 
 
 def _stability(candidate: _Candidate, level: float) -> _Shown:
@@ -359,15 +434,15 @@ def _stability(candidate: _Candidate, level: float) -> _Shown:
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
     c, found = candidate.known(), _read(bundle, "random_model", RandomModelStress)
     script = MAKES["random_model"]
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     _require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c.facts)
     _require(
         found.random_model.subject_digest != c.facts["subject_digest"], f"{script}: its control is the subject itself"
     )
-    seeds = [m.get("seed") for m in found.random_model.members]
+    seeds = [m.seed for m in found.random_model.members]
     _require(seeds == [m.seed for m in found.section.members], f"{script}: its controls have other seeds")
-    shas = {m.get("checkpoint_sha256") for m in found.random_model.members}
+    shas = {m.checkpoint_sha256 for m in found.random_model.members}
     _require(
         len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
     )
@@ -379,7 +454,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     c, found = candidate.known(), _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
     _require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     _require(setting.preregistered, f"{script}: another setting than the candidate's own was tried")
     expected = {n: c.facts[n] for n in ("d_sae", "k", "tokens", "subject_digest")}
     _require(
@@ -391,6 +466,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     for arm in arms:
         _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
         same = all(m.d_sae == setting.d_sae and m.k == setting.k for m in arm.members)
+        _own_training(arm)
         _require(same and arm.hook_name == setting.hook_out, f"{script}: an arm of another width, k or space")
         _require(arm.subject_digest == setting.subject_digest, f"{script}: an arm of another subject")
     shas = [set(_members(arm).values()) for arm in arms]
@@ -407,13 +483,18 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
 def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> _Shown:
     c, found = candidate.known(), _read(bundle, "ood", OODStress)
     script, shifted = MAKES["ood"], found.shifted
-    c.is_that_of(found.candidate, script)
+    c.is_that_of(found, script)
     identities = {str(s.seed): s.identity for s in shifted.saes}
     _require(
         identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs"
     )
     _require(shifted.k == deltas.K, f"{script}: k = {deltas.K} expected")
+    _seed(c, shifted.random_seed)
     _families(shifted.families)
+    same = shifted.families == sae_probes.families(shifted.data_sets)
+    _require(same, f"{script}: families of other data sets")
+    left_out = drop.unused(found.model_dump())
+    _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
     _versions(c, found.versions)
     llm = np.array(shifted.llm.id) - np.array(shifted.llm.ood)
     own = [np.array(s.test_auc[shifted.k].id) - np.array(s.test_auc[shifted.k].ood) for s in shifted.saes]
@@ -425,13 +506,11 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     c = candidate.known()
     probing = c.bank.saebench
     _require(probing is not None, "SAEBench was not run")
-    _require(
-        (probing.subject_digest, probing.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
-        "SAEBench was run on another subject or hook",
-    )
     absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
     _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
     _versions(c, probing.versions)
+    _seed(c, probing.random_seed)
+    _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
     keep = [i for i, f in enumerate(probing.families) if f not in c.split.selection_families]
     families = [probing.families[i] for i in keep]
     _families(families)
@@ -446,17 +525,12 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     pairs = c.bank.cebench
     _require(pairs is not None, "CE-Bench was not run")
     _require(pairs.benchmark == "cebench", f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional")
-    _require(
-        (pairs.subject_digest, pairs.hook_name) == (c.facts["subject_digest"], c.facts["hook_name"]),
-        "CE-Bench was run on another subject or hook",
-    )
     _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
-    _require(pairs.pairs_digest == pairs.inputs.get("pairs"), "CE-Bench: its pairs are not those of its inputs")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.split.selection_families]
     clusters = [pairs.clusters[i] for i in keep]
     _families(clusters)
     own = [r.model_dump() for r in pairs.saes]
-    records = own + pairs.references
+    records = own + [r.model_dump() for r in pairs.references]
     values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in records}
     estimate, reference = _against_reference(c, records, values, clusters, level)
     _require(
@@ -494,6 +568,10 @@ def _families(families: list[str]) -> None:
     _require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
 
 
+def _seed(c: _Candidate, seed: int) -> None:
+    _require(c.cohort["probing_seed"] in (None, seed), "another seed of the probing than at selection")
+
+
 def _versions(c: _Candidate, versions: dict[str, str]) -> None:
-    expected = c.cohort.get("versions")
+    expected = c.cohort["versions"]
     _require(expected is None or versions == expected, "other versions of the benchmark's packages than at selection")

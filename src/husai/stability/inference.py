@@ -32,7 +32,18 @@ class Estimate:
 
 def pair_values(matrix: np.ndarray) -> np.ndarray:
     """The upper triangle of a symmetric `[S, S]` matrix, `[S(S−1)/2]`, row by row."""
-    return matrix[np.triu_indices(len(matrix), 1)]
+    return matrix[_upper(len(matrix))]
+
+
+@cache
+def _upper(s: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(s, 1)
+
+
+@cache
+def _quantile(level: float, freedom: int) -> float:
+    """Of Student's t, two-sided."""
+    return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
 def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
@@ -60,7 +71,7 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
         return Estimate(mean, None, None, None, s, method, "at least 3 seeds are needed for an interval")
     deleted = np.array([pair_values(np.delete(np.delete(matrix, i, 0), i, 1)).mean() for i in range(s)])
     error = float(np.sqrt((s - 1) / s * ((deleted - deleted.mean()) ** 2).sum()))
-    half = float(stats.t.ppf(0.5 + level / 2, s - 1)) * error
+    half = _quantile(level, s - 1) * error
     return Estimate(mean, mean - half, mean + half, error, s, method)
 
 
@@ -77,7 +88,7 @@ def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
     if len(x) < 3:
         return Estimate(mean, None, None, None, len(x), method, "at least 3 seeds are needed for an interval")
     error = float(x.std(ddof=1) / np.sqrt(len(x)))
-    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1)) * error
+    half = _quantile(level, len(x) - 1) * error
     return Estimate(mean, mean - half, mean + half, error, len(x), method)
 
 
@@ -113,7 +124,7 @@ def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: flo
         variance, freedom = variance + float(x.mean(1).var(ddof=1)) / s, min(f, s) - 1
         method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {level:.0%}"
     error = float(np.sqrt(variance))
-    half = float(stats.t.ppf(0.5 + level / 2, freedom)) * error
+    half = _quantile(level, freedom) * error
     return Estimate(mean, mean - half, mean + half, error, s, method)
 
 

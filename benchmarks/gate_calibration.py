@@ -1,0 +1,331 @@
+"""How often does the strict gate pass what it must not, and miss what it should see? And does damage get through?
+
+    python benchmarks/gate_calibration.py
+    python benchmarks/gate_calibration.py --studies 100 --damaged 1000 --output-dir /tmp/calibration
+
+Evidence is simulated (husai.release.simulate), with noise of the size that docs/evidence shows. Of each gate, studies
+in which it has no true effect (its true value is its threshold) while all others have large ones: the share that passes
+all must be at most 5 %. Then a true effect in all gates, in units of each figure's standard error: the smallest round
+one with which four in five pass. Beside it, what rules would have done that compare estimates with thresholds, or take
+pairs of seeds and cells of seeds and data sets for independent. Last, damaged bundles, none of which may pass. Exit 1:
+a rate is not kept, or damage got through.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from husai.release import damage, simulate
+from husai.release.gate import GATES, Bundle, Thresholds, decide
+from husai.runs.cli import Parser, positive_int, run_main
+from husai.runs.errors import CheckFailed
+from husai.runs.files import write_json, write_text
+from husai.runs.folder import REPOSITORY
+from husai.runs.progress import progress
+from husai.stability.compare import GATED_NULLS
+from husai.stability.contrast import score_matrix
+from husai.stability.inference import pair_values
+
+FALSE_PASSES, POWER = 0.05, 0.8
+LARGE = 20.0
+"""Standard errors: an effect that is seen always."""
+SIZES = (0, 2, 4, 6, 8, 10, 12, 15)
+REGIMES = {
+    "as measured": "the sizes below",
+    "unequal arms": "as measured, and the other arm (null, control, reference, model) varies twice as much",
+    "seeds alone": "only whole seeds vary",
+    "pairs or families alone": "only pairs of seeds, or families of data sets, vary",
+}
+CHUNK = 125
+"""Studies a task."""
+PARTS = 8
+"""The damaged bundles are tried in as many tasks."""
+
+
+def noise_in(regime: str) -> simulate.Noise:
+    found = simulate.measured(REPOSITORY / "docs" / "evidence")
+    for gate, spread in found.items():
+        if regime == "unequal arms":
+            found[gate] = simulate.Spread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)
+        elif regime == "seeds alone":
+            found[gate] = simulate.Spread(max(spread.seed, 0.005), 0.0, other=spread.other)
+        elif regime == "pairs or families alone":
+            cell = spread.cell if gate in simulate.OF_PAIRS else 0.0
+            found[gate] = simulate.Spread(0.0, cell, spread.family, other=spread.other)
+    return found
+
+
+def cells(bundle: Bundle, gate: str) -> np.ndarray:
+    """The figures whose mean a gate reads, on the side of its threshold where it passes: one a pair of seeds, or one a
+    seed and data set."""
+    files = {label: file.results for label, file in bundle.files.items()}
+    bank, stress, shift = files["confirmation"]["bank"], files["transcoder"], files["ood"]["shifted"]
+    null = GATED_NULLS[0]  # the drawn ones are alike
+    sign, at = (-1, Thresholds().max_ood_drop) if gate == "ood" else (1, 0.0)
+    if gate == "transcoder":
+        x = pair_values(score_matrix(stress["transcoder"], null) - score_matrix(stress["sae"], null))
+    elif gate in simulate.OF_PAIRS:
+        place = {"positive_control": files["phase4a"]["husai"], "stability": bank["sections"][0]}
+        section = place.get(gate, files["random_model"]["section"])
+        x = pair_values(score_matrix(section, "random_model" if gate == "random_model" else null))
+    elif gate == "ood":
+        sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
+        itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]
+        x = (np.array(own) - itself).ravel()
+    else:
+        records = bank[gate]["saes"]
+        figure = (lambda r: r["test_auc"]["5"]) if gate == "saebench" else (lambda r: r["normalised_of_pairs"])
+        own, reference = ([figure(r) for r in records if r["candidate"] == side] for side in (True, False))
+        x = (np.array(own) - np.array(reference)).ravel()
+    return sign * (x - at)
+
+
+def naive(x: np.ndarray) -> bool:
+    """The lower end above 0, cells taken for independent: what must not be done."""
+    return bool(x.mean() - stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) > 0)
+
+
+def studies(regime: str, sizes: dict[str, float], n: int, seed: list[int], watched: str | None) -> Counter:
+    """Counts over n studies: how many pass all, each gate, and what other rules say of the watched one.
+
+    Args:
+        sizes: gate -> its true effect beyond the threshold, in standard errors.
+    """
+    noise, rng, found = noise_in(regime), np.random.default_rng(seed), Counter(studies=n)
+    effects = {gate: simulate.shifted(gate, sizes[gate] * simulate.standard_error(gate, noise[gate])) for gate in GATES}
+    for _ in range(n):
+        bundle = simulate.bundle(effects, noise, rng, derived=False)
+        decision = decide(bundle, Thresholds(), {})
+        found["pass_all"] += decision["pass_all"]
+        for g in decision["gates"]:
+            found[g["gate"]] += g["status"] == "PASS"
+        if watched is not None:
+            x = cells(bundle, watched)
+            found["point"] += bool(x.mean() > 0)
+            found["naive"] += naive(x)
+    return found
+
+
+def passing(seeds: int, seed: int) -> Bundle:
+    noise = noise_in("as measured")
+    effects = {gate: simulate.shifted(gate, 10 * simulate.standard_error(gate, noise[gate])) for gate in GATES}
+    return simulate.bundle(effects, noise, np.random.default_rng(seed), seeds)
+
+
+def damaged(n: int, seed: int, part: int) -> tuple[Counter, list[str]]:
+    """(cases of each kind that this part tried, which got through): all of whole bundles, and a random n at places."""
+    rng, good = np.random.default_rng([seed, 1]), passing(5, seed)
+    if not decide(good, Thresholds(), {})["pass_all"]:
+        raise CheckFailed("the bundle to damage does not pass by itself")
+    total = sum(1 for _ in damage.of_values(good, np.random.default_rng(0)))
+    kept = np.zeros(total, dtype=bool)
+    kept[rng.permutation(total)[:n]] = True
+    chosen = (case for case, keep in zip(damage.of_values(good, rng), kept, strict=True) if keep)
+    cases = [damage.of_bundles(good, [passing(4, seed), passing(6, seed)]), chosen]
+    tried, through = Counter(), []
+    for case in islice((c for of in cases for c in of), part, None, PARTS):
+        tried[case.kind] += 1
+        if not case.caught():
+            through.append(f"{case.kind} at {case.place}")
+    return tried, through
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def rate(k: int, n: int) -> dict:
+    low, high = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return {"passes": k, "studies": n, "rate": k / n, "low": low, "high": high}
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--studies", type=positive_int, default=2000, help="a gate and regime (default: %(default)s)")
+    p.add_argument("--damaged", type=positive_int, default=10_000, help="places to damage (default: %(default)s)")
+    p.add_argument("--processes", type=positive_int, default=2, help="default: %(default)s")
+    p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = p.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # of the processes
+
+    tasks = {}
+    with ProcessPoolExecutor(args.processes) as pool:
+
+        def enter(key: tuple, regime: str, sizes: dict, n: int, watched: str | None) -> None:
+            for i in range(0, n, CHUNK):
+                seed = [args.seed, len(tasks)]
+                tasks[(*key, i)] = pool.submit(studies, regime, sizes, min(CHUNK, n - i), seed, watched)
+
+        for regime in REGIMES:
+            for gate in GATES:
+                sizes = dict.fromkeys(GATES, LARGE) | {gate: 0.0}
+                enter(("null", regime, gate), regime, sizes, args.studies, gate)
+        for size in SIZES:
+            enter(("power", size), "as measured", dict.fromkeys(GATES, float(size)), -(-args.studies // 2), None)
+        parts = [pool.submit(damaged, args.damaged, args.seed, part) for part in range(PARTS)]
+        with progress("simulated studies and damaged bundles (tasks)", len(tasks) + PARTS) as advance:
+            found: dict[tuple, Counter] = {}
+            for key, task in tasks.items():
+                found[key[:-1]] = found.get(key[:-1], Counter()) + task.result()
+                advance(1)
+            tried, through = Counter(), []
+            for part in parts:
+                kinds, missed = part.result()
+                tried, through = tried + kinds, through + missed
+                advance(1)
+
+    noise = noise_in("as measured")
+    errors = {gate: simulate.standard_error(gate, noise[gate]) for gate in GATES}
+    nulls = {
+        regime: {
+            gate: {
+                rule: rate(c[name], c["studies"])
+                for rule, name in (("gate", "pass_all"), ("point estimates", "point"), ("independent cells", "naive"))
+            }
+            for gate in GATES
+            for c in [found["null", regime, gate]]
+        }
+        for regime in REGIMES
+    }
+    power = {}
+    for size in SIZES:
+        c = found["power", size]
+        power[str(size)] = {name: rate(c[name], c["studies"]) for name in ("pass_all", *GATES)}
+    enough = next((s for s in SIZES if power[str(s)]["pass_all"]["rate"] >= POWER), None)
+    worst = max(r["gate"]["rate"] for of in nulls.values() for r in of.values())
+    results = {
+        "studies": args.studies,
+        "seed": args.seed,
+        "noise": {gate: vars(s) for gate, s in noise.items()},
+        "standard_errors": errors,
+        "null": nulls,
+        "worst": {
+            rule: max(r[rule]["rate"] for of in nulls.values() for r in of.values())
+            for rule in ("gate", "point estimates", "independent cells")
+        },
+        "power": power,
+        "enough": {
+            "size": enough,
+            "pass_all": None if enough is None else power[str(enough)]["pass_all"],
+            "raw": None if enough is None else {gate: enough * e for gate, e in errors.items()},
+        },
+        "damaged": {"cases": tried.total(), "kinds": dict(sorted(tried.items())), "through": sorted(through)},
+    }
+    write_json(args.output_dir / "gate_calibration.json", results)
+    text = report(args, results)
+    write_text(args.output_dir / "gate_calibration.md", text)
+    print(text)
+    failures = []
+    if worst > FALSE_PASSES:
+        failures.append(f"{worst:.1%} of studies without an effect pass; {FALSE_PASSES:.0%} at most expected")
+    if enough is None:
+        failures.append(f"no effect of up to {SIZES[-1]} standard errors passes in {POWER:.0%} of studies")
+    if through:
+        failures.append(f"{len(through)} damaged bundles got through, first: {through[0]}")
+    if failures:
+        raise CheckFailed("the gate: " + "; ".join(failures))
+
+
+def report(args, results: dict) -> str:
+    def shown(r: dict) -> str:
+        return f"{r['rate']:.1%} [{r['low']:.1%}, {r['high']:.1%}]"
+
+    from husai.report.text import table
+
+    enough, kinds = results["enough"], results["damaged"]["kinds"]
+    command = (
+        f"`python benchmarks/gate_calibration.py --studies {args.studies} --damaged {args.damaged} --seed {args.seed}`"
+    )
+    lines = [
+        "# Calibration of the release gate",
+        "",
+        f"{command}; simulated evidence of five fresh seeds. Intervals of rates are Wilson's, of 95 %.",
+        "",
+        "## Passed without an effect",
+        "",
+        "One gate's true figure lies on its threshold, all others have large effects. Share of studies with "
+        f"`pass_all`: at most {FALSE_PASSES:.0%} required. "
+        + "; ".join(f"*{n}*: {what}" for n, what in REGIMES.items())
+        + ".",
+        "",
+        *table(
+            ["gate", *REGIMES],
+            [[g, *(shown(results["null"][r][g]["gate"]) for r in REGIMES)] for g in GATES],
+        ),
+        "",
+        "In the same studies, of rules that must not be used: estimates against thresholds (the earlier study's "
+        "policy), and the interval that takes pairs of seeds, or seeds and data sets, for independent.",
+        "",
+        *table(
+            ["gate", *(f"{r}: {n}" for r in REGIMES for n in ("points", "independent"))],
+            [
+                [g]
+                + [
+                    f"{results['null'][r][g][n]['rate']:.1%}"
+                    for r in REGIMES
+                    for n in ("point estimates", "independent cells")
+                ]
+                for g in GATES
+            ],
+        ),
+        "",
+        "## Passed with an effect",
+        "",
+        "The same true effect in all gates, in standard errors of each figure at five seeds. "
+        + (
+            "None of them is enough."
+            if enough["size"] is None
+            else f"**{enough['size']}** are enough: {shown(enough['pass_all'])} pass all seven."
+        ),
+        "",
+        *table(
+            ["effect", "all", *GATES],
+            [
+                [size, shown(of["pass_all"]), *(f"{of[g]['rate']:.1%}" for g in GATES)]
+                for size, of in results["power"].items()
+            ],
+        ),
+        "",
+        "Measured noise (standard deviations), each figure's standard error, and what is enough in raw units:",
+        "",
+        *table(
+            ["gate", "seed", "pair or cell", "family", "data set", "standard error", "enough"],
+            [
+                [
+                    g,
+                    *(f"{results['noise'][g][n]:.4f}" for n in ("seed", "cell", "family", "data_set")),
+                    f"{results['standard_errors'][g]:.4f}",
+                    "–" if enough["raw"] is None else f"{enough['raw'][g]:.3f}",
+                ]
+                for g in GATES
+            ],
+        ),
+        "",
+        "There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifted data "
+        "the probing differences'.",
+        "",
+        "## Damaged evidence",
+        "",
+        f"{results['damaged']['cases']} bundles that pass, each with one thing changed in one file, the file's digest "
+        f"renewed: {len(results['damaged']['through']) or 'none'} got through.",
+        "",
+        *table(["damage", "cases"], [[k, n] for k, n in kinds.items()]),
+        "",
+        "Not tried, for nobody decides by what stands there:",
+        "",
+        *[f"- `{place}`: {why}" for place, why in {**damage.INFORMATIONAL, **damage.OPEN}.items()],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

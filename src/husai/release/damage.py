@@ -1,0 +1,331 @@
+"""Damaged evidence, to try the gate on: every kind of damage at every place of every file.
+
+A case is a bundle that passed, with one thing changed, and the gates that must no longer hold. Its files' problems are
+found again and its digests are taken for signed again, so that only schema, binding and recomputation can tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from husai.release.gate import GATES, Bundle, Thresholds, decide
+from husai.release.recompute import results_problems
+from husai.runs.files import digest
+
+OF_FILE = {
+    "phase4a": ("positive_control",),
+    "selection": tuple(g for g in GATES if g != "positive_control"),
+    "confirmation": tuple(g for g in GATES if g != "positive_control"),
+    "random_model": ("random_model",),
+    "transcoder": ("transcoder",),
+    "ood": ("ood",),
+}
+"""File -> the gates that rest on it."""
+OF_BENCHMARK = {
+    r"confirmation/bank/saebench/(families|data_sets|versions|random_seed)(/.*)?": ("saebench",),
+    r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
+}
+"""Places on which one benchmark's gate rests."""
+ALONE = {
+    "another version": ("saebench",),
+    "another data set": ("saebench",),
+    "a family that selection read": ("saebench",),
+    "local pairs": ("cebench",),
+    "another checkpoint": ("random_model", "transcoder", "ood"),
+}
+"""Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
+A_SECTION = (
+    r"(phase4a/husai|confirmation/bank/sections/\d+|transcoder/(transcoder|sae)|random_model/(section|random_model))"
+)
+INFORMATIONAL = {
+    A_SECTION + r"/(members/\d+/(heldout/.*|checkpoint|l0_miss|order_seed)|effective_rank)": "held-out figures of the "
+    "study's SAEs, where they lie, their order of rows, the rank of the activations: reported",
+    A_SECTION
+    + r"/(convergence/(from_step|to_step|moved/.*)|over_training/.*)": "whether training is at rest: reported",
+    A_SECTION + r"/stability/(missing_nulls/.*|scores/.*/(draws|q95_of_mean))": "why a null that no gate reads is not "
+    "there; how a null's draws spread, which the evidence does not keep",
+    A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
+    r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
+    r"(random_model/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store, whose digest counts",
+    r"random_model/random_model/members/\d+/heldout/.*": "of the control's SAEs: reported",
+    r"confirmation/bank/(saebench|cebench)/(subject|source|stories_cut)": "names; digests count",
+    r"confirmation/bank/saebench/.*/(test_acc|test_f1|val_auc|auc_by_validation)": "further figures, never compared",
+    r"confirmation/bank/cebench/.*/(published|corrected)/(contrastive|independence|interpretability)": "CE-Bench's "
+    "other scores; corrected.interpretability is bound to the one that counts",
+    r"confirmation/bank/(saebench|cebench)/noise/seeds/\d+": "of the benchmark's repeats, which no gate reads",
+    r"confirmation/paths/\d+": "what lies there is compared with the evidence, in `on_disk`",
+    r"(random_model|transcoder|ood)/subject": "a name; the digest counts",
+    r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
+    "figure that the gate can make again",
+    r"transcoder/setting/(batch_size|own_subject)": "reported",
+    r"ood/shifted/llm/ood_low/\d+": "how sure the model's own figure is: reported",
+    r"(selection|confirmation)/subject": "a name",
+}
+"""Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
+OPEN = {
+    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, "
+    "whatever they hold; the rule that counts is the gate's own",
+    r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
+    r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
+    r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where it was brought",
+    r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
+    r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
+}
+"""Places whose very shape is free -> why."""
+FEW = 3
+"""Items of a list that are tried."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A damaged bundle."""
+
+    kind: str
+    place: str
+    """file/key/…"""
+    bundle: Bundle
+    gates: tuple[str, ...]
+    """Must not hold any more."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    waived: tuple[str, ...] = ()
+
+    def caught(self) -> bool:
+        """Whether the gate does not pass, and none of these gates; first without computing the evidence again."""
+        if self._refused(self.bundle):
+            return True
+        files = dict(self.bundle.files)
+        label = self.place.split("/")[0]
+        if (file := files.get(label)) is None:
+            return False
+        try:
+            problems = results_problems(file.results)
+        except (RecursionError, OverflowError) as error:
+            problems = [str(error)]
+        files[label] = replace(file, problems=problems)
+        return self._refused(Bundle(files, self.bundle.on_disk))
+
+    def _refused(self, bundle: Bundle) -> bool:
+        decision = decide(bundle, self.thresholds, dict.fromkeys(self.waived, "said"))
+        status = {g["gate"]: g["status"] for g in decision["gates"]}
+        return not decision["pass_all"] and not any(status[g] == "PASS" for g in self.gates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One value
+
+
+NOTHING = object()
+"""The damage does not apply here, or changes nothing."""
+
+
+def _edited(value: Any, rng: np.random.Generator) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + int(rng.integers(1, 9))
+    if isinstance(value, float):
+        return value + float(rng.choice([-1, 1]) * rng.uniform(0.001, 0.1))
+    if isinstance(value, str):
+        return re.sub(r"[0-9a-f]$", lambda m: "0" if m[0] != "0" else "1", value) if len(value) == 64 else value + "2"
+    return NOTHING
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+VALUES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
+    "null": lambda v, rng: None if v is not None else NOTHING,
+    "number as text": lambda v, rng: str(v) if _number(v) else NOTHING,
+    "number as boolean": lambda v, rng: bool(v) if _number(v) else NOTHING,
+    "text as number": lambda v, rng: 1 if isinstance(v, str) else NOTHING,
+    "NaN": lambda v, rng: float("nan") if _number(v) else NOTHING,
+    "infinity": lambda v, rng: float("inf") if _number(v) else NOTHING,
+    "list as object": lambda v, rng: {str(i): x for i, x in enumerate(v)} if isinstance(v, list) else NOTHING,
+    "object as list": lambda v, rng: list(v.values()) if isinstance(v, dict) else NOTHING,
+    "emptied": lambda v, rng: type(v)() if isinstance(v, dict | list) and v else NOTHING,
+    "shorter": lambda v, rng: v[:-1] if isinstance(v, list) and v else NOTHING,
+    "longer": lambda v, rng: [*v, v[-1]] if isinstance(v, list) and v else NOTHING,
+    "unknown key": lambda v, rng: v | {"unknown": 0.5} if isinstance(v, dict) else NOTHING,
+    "edited": _edited,
+}
+"""Damage to a value; keys are removed and renamed beside."""
+
+
+def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
+    """Every place below a JSON value; of a list the first, the last, and one in the middle."""
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value)) if len(value) <= FEW else [0, len(value) // 2, len(value) - 1]
+    else:
+        return
+    for key in keys:
+        yield (*at, key)
+        yield from places(value[key], (*at, key))
+
+
+def changed(results: dict, at: tuple, change: Callable[[Any, Any], None]) -> dict:
+    """Results with `change(parent, key)` done at a place; only what lies on the way there is copied."""
+    results = top = copy.copy(results)
+    for key in at[:-1]:
+        results[key] = copy.copy(results[key])
+        results = results[key]
+    change(results, at[-1])
+    return top
+
+
+def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
+    """Each kind of damage at each place of each file."""
+    for label, file in bundle.files.items():
+        for at in places(file.results):
+            place = "/".join((label, *map(str, at)))
+            if _any(OPEN, place):
+                continue
+            value = _at(file.results, at)
+            named = isinstance(at[-1], str)
+
+            def case(kind: str, change: Callable, label=label, file=file, at=at, place=place) -> Case:
+                results = changed(file.results, at, change)
+                files = bundle.files | {label: replace(file, results=results, sha256=digest([place, kind]))}
+                return Case(kind, place, Bundle(files, bundle.on_disk), gates_of(place))
+
+            for kind, damage in VALUES.items():
+                new = damage(value, rng)
+                if new is not NOTHING and not (kind == "edited" and _any(INFORMATIONAL, place)):
+                    yield case(kind, lambda parent, key, new=new: parent.__setitem__(key, new))
+            if named:
+                yield case("key removed", lambda parent, key: parent.pop(key))
+                yield case("key renamed", lambda parent, key: parent.__setitem__(f"{key}_", parent.pop(key)))
+
+
+def _at(value: Any, at: tuple) -> Any:
+    for key in at:
+        value = value[key]
+    return value
+
+
+def gates_of(place: str) -> tuple[str, ...]:
+    found = (gates for pattern, gates in OF_BENCHMARK.items() if re.fullmatch(pattern, place))
+    return next(found, OF_FILE[place.split("/")[0]])
+
+
+def free(place: str) -> bool:
+    """Whether nobody decides by what stands there, or below."""
+    return _any(OPEN, place) or _any(INFORMATIONAL, place)
+
+
+def _any(patterns: dict[str, str], place: str) -> bool:
+    return any(re.fullmatch(pattern, place) for pattern in patterns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds together by itself, and belongs to another candidate, or to none
+
+
+def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
+    """Damage that no single value shows.
+
+    Args:
+        others: bundles that pass by themselves, of other seeds: their files are put in the place of this one's.
+    """
+
+    def case(kind: str, label: str, gates: tuple[str, ...], **changes) -> Case:
+        files = bundle.files | ({label: changes["file"]} if "file" in changes else {})
+        there = Bundle(files, changes.get("on_disk", bundle.on_disk))
+        given = {n: changes[n] for n in ("thresholds", "waived") if n in changes}
+        return Case(kind, label, there, gates, **given)
+
+    for label, gates in OF_FILE.items():
+        file = bundle.files[label]
+        yield case("file not given", label, gates, file=None)
+        yield case("file unreadable", label, gates, file=replace(file, results=None, problems=["unreadable"]))
+        yield case("no digest", label, gates, file=replace(file, sha256=None))
+        for other in others:
+            if label not in ("phase4a", "selection"):
+                yield case("another candidate's file", label, gates, file=other.files[label])
+        for what, old, new in _replacements(bundle, label):
+            results = json.loads(json.dumps(file.results).replace(old, new))
+            if results != file.results:
+                rest = ALONE.get(what, gates) if label == "confirmation" else gates
+                yield case(what, label, rest, file=replace(file, results=results, sha256=digest([what, label, new])))
+        for what, results in _swaps(file.results, label):
+            yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
+    stale = replace(bundle.files["selection"], sha256=digest("another selection"))
+    yield case("stale selection", "selection", OF_FILE["selection"], file=stale)
+    for seed in bundle.on_disk:
+        for what, there in (("absent", None), ("another", digest("another checkpoint"))):
+            disk = bundle.on_disk | {seed: there}
+            yield case(f"checkpoint {what} on disk", "confirmation", OF_FILE["confirmation"], on_disk=disk)
+    for gate in GATES:
+        yield case("waived", "", (), waived=(gate,))
+    registered = Thresholds()
+    for name, value in vars(registered).items():
+        loose = value - 0.01 if name.startswith("min") else value + 0.01
+        yield case("looser threshold", "", (), thresholds=replace(registered, **{name: loose}))
+
+
+def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
+    """(kind, text, other text) of what one file says throughout."""
+    facts = bundle.files["confirmation"].results["candidate"]["facts"]
+    other = digest("another")
+    if label == "phase4a":
+        own = bundle.files["phase4a"].results["husai"]["subject_digest"]
+        yield "the candidate's own subject", own, facts["subject_digest"]
+        return
+    yield "another subject", facts["subject_digest"], other
+    if label != "ood":
+        yield "another hook", f'"{facts["hook_name"]}"', '"blocks.3.hook_resid_pre"'
+        yield "another width", f'"d_sae": {facts["d_sae"]}', '"d_sae": 1024'
+    if label != "transcoder":
+        yield "another store", facts["store_digest"], other
+        yield "another recipe", facts["training"], other
+    for sha in bundle.files["confirmation"].results["candidate"]["checkpoints"].values():
+        yield "another checkpoint", sha, other
+    if label in ("confirmation", "ood"):
+        yield "another version", '"sae-probes": "0.4.2"', '"sae-probes": "0.4.1"'
+    if label == "confirmation":
+        sets = bundle.files["confirmation"].results["bank"]["saebench"]
+        yield "another data set", f'"{sets["data_sets"][0]}"', '"2_hist_fig_birthyear"'
+        yield "a family that selection read", f'"{sets["families"][0]}"', f'"{_read_family(bundle)}"'
+        yield "local pairs", '"benchmark": "cebench"', '"benchmark": "contrastive_local"'
+
+
+def _read_family(bundle: Bundle) -> str:
+    return bundle.files["selection"].results["split"]["selection_families"][0]
+
+
+def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
+    """(kind, results) with two SAEs in each other's places, or a pair of seeds counted twice."""
+    if label == "confirmation":
+        for owner in ((), ("saebench",), ("cebench",)):
+            for kind, i, j in (("seeds swapped", 0, 1), ("swapped with the reference", 0, -1)):
+                for name in ("identity", "checkpoint_sha256", "facts", "heldout"):
+                    new = copy.deepcopy(results)
+                    saes = _at(new["bank"], owner)["saes"]
+                    if saes[i][name] != saes[j][name]:
+                        saes[i][name], saes[j][name] = saes[j][name], saes[i][name]
+                        yield kind, new
+    for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
+        new = changed(results, at, lambda parent, key: parent.__setitem__(key, [*parent[key][:-1], parent[key][0]]))
+        yield "duplicate pair", new
+        first = {"a": results_label(results, at, "b"), "b": results_label(results, at, "b")}
+        yield (
+            "a seed paired with itself",
+            changed(
+                results,
+                at,
+                lambda parent, key, first=first: parent.__setitem__(key, [parent[key][0] | first, *parent[key][1:]]),
+            ),
+        )
+
+
+def results_label(results: dict, at: tuple, name: str) -> str:
+    return _at(results, at)[0][name]
