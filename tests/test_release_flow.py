@@ -18,7 +18,7 @@ SELECT = "scripts/experiments/select_release_candidate.py"
 CONFIRM = "scripts/experiments/run_candidate_confirmation.py"
 GATE = "scripts/experiments/run_stress_gated_release_policy.py"
 SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
-SIZES = ["--d-sae", 24, "--ks", 12, "--tokens", 4000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
+SIZES = ["--d-sae", 24, "--ks", 8, "--tokens", 30000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
 SIZES += ["--null-draws", 3, "--max-rows", 24, "--threads", 1]
 pytestmark = pytest.mark.slow
 
