@@ -54,8 +54,9 @@ lint: setup ## what pre-commit and CI check
 format: setup ## rewrite the code to the project's format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, a quarter of an hour
+benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, half an hour
 	@$(BIN)/python benchmarks/inference_calibration.py
+	@$(BIN)/python benchmarks/gate_calibration.py
 	@$(BIN)/python benchmarks/matching_speed.py
 	@$(BIN)/python benchmarks/training_speed.py
 

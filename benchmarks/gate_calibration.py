@@ -158,6 +158,7 @@ def main() -> None:
 
     tasks = {}
     with ProcessPoolExecutor(args.processes) as pool:
+        parts = [pool.submit(damaged, args.damaged, args.seed, part) for part in range(PARTS)]
 
         def enter(key: tuple, regime: str, sizes: dict, n: int, watched: str | None) -> None:
             for i in range(0, n, CHUNK):
@@ -170,16 +171,15 @@ def main() -> None:
                 enter(("null", regime, gate), regime, sizes, args.studies, gate)
         for size in SIZES:
             enter(("power", size), "as measured", dict.fromkeys(GATES, float(size)), -(-args.studies // 2), None)
-        parts = [pool.submit(damaged, args.damaged, args.seed, part) for part in range(PARTS)]
         with progress("simulated studies and damaged bundles (tasks)", len(tasks) + PARTS) as advance:
-            found: dict[tuple, Counter] = {}
-            for key, task in tasks.items():
-                found[key[:-1]] = found.get(key[:-1], Counter()) + task.result()
-                advance(1)
             tried, through = Counter(), []
             for part in parts:
                 kinds, missed = part.result()
                 tried, through = tried + kinds, through + missed
+                advance(1)
+            found: dict[tuple, Counter] = {}
+            for key, task in tasks.items():
+                found[key[:-1]] = found.get(key[:-1], Counter()) + task.result()
                 advance(1)
 
     noise = noise_in("as measured")

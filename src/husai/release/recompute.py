@@ -240,6 +240,9 @@ def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:
             yield f"{at}/{key} is {'not recomputed' if key in published else 'missing'}"
         for key in [k for k in published if k in recomputed and k not in NOT_KEPT]:
             yield from differences(published[key], recomputed[key], f"{at}/{key}")
+    elif isinstance(published, list) and isinstance(recomputed, list) and len(published) == len(recomputed):
+        for i, values in enumerate(zip(published, recomputed, strict=True)):
+            yield from differences(*values, f"{at}/{i}")
     elif type(published) is float and isinstance(recomputed, float):
         if not math.isclose(published, recomputed, rel_tol=1e-9, abs_tol=1e-12):
             yield f"{at} is {published}, computed again {recomputed}"
