@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from husai.runs.files import sha256_file
+from husai.stability.compare import GATED_NULLS
 from husai.subjects import text, tiny_lm
 from husai.subjects.text import Corpus
 from husai.subjects.tiny_lm import TinyLMConfig
@@ -18,7 +19,7 @@ SELECT = "scripts/experiments/select_release_candidate.py"
 CONFIRM = "scripts/experiments/run_candidate_confirmation.py"
 GATE = "scripts/experiments/run_stress_gated_release_policy.py"
 SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
-SIZES = ["--d-sae", 24, "--ks", 8, "--tokens", 30000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
+SIZES = ["--d-sae", 24, "--ks", 11, "--tokens", 20000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
 SIZES += ["--null-draws", 3, "--max-rows", 24, "--threads", 1]
 pytestmark = pytest.mark.slow
 
@@ -65,7 +66,7 @@ def flow(run, work, subject):
     """Paths of the study, the selection and the confirmation, made once."""
     paths = {name: work / name / "results.json" for name in ("study", "selected", "confirmed")}
     if not paths["confirmed"].exists():
-        given = ["--subject", subject, "--seeds", "1,2,3", "--architectures", "topk,relu", *SIZES]
+        given = ["--subject", subject, "--seeds", "1,2,3", "--architectures", "topk", *SIZES]
         code, _, said = run(FRONTIER, "study", *given, "--run-cebench")
         assert code == 0, said
         code, _, said = run(SELECT, "selected", "--frontier-results", paths["study"])
@@ -90,7 +91,6 @@ def test_the_candidate_is_trained_again_and_judged_on_what_was_not_read(flow):
     chosen = selected["selected"]
     assert chosen["facts"] == confirmed["candidate"]["facts"]
     assert chosen["facts"]["family"] == "topk"
-    assert "not comparable" in selected["excluded"][0]["reason"]
     assert not set(map(int, confirmed["candidate"]["checkpoints"])) & set(selected["seeds_used"])
     read = set(selected["split"]["selection_families"])
     probing, pairs = confirmed["bank"]["saebench"], confirmed["bank"]["cebench"]
@@ -109,10 +109,15 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
     assert "the gate is not passed: positive_control" in said
     assert decision["pass_all"] is False
     assert decision["candidate"]["checkpoints"]
-    assert {gates[n]["status"] for n in ("stability", "saebench")} <= {"PASS", "FAIL"}
-    (row,) = json.loads(flow["confirmed"].read_text())["bank"]["conditions"]
-    assert gates["saebench"]["estimate"] == pytest.approx(row["saebench_delta"]["estimate"], abs=1e-12)
-    assert gates["saebench"]["low"] == pytest.approx(row["saebench_delta"]["low"], abs=1e-12)
+    bank = json.loads(flow["confirmed"].read_text())["bank"]
+    excess = bank["sections"][0]["stability"]["scores"]["mcc_alive"]["excess"]
+    least = min((excess[null] for null in GATED_NULLS), key=lambda e: e["low"])
+    assert gates["stability"]["status"] in ("PASS", "FAIL")
+    assert [gates["stability"][n] for n in ("estimate", "low", "high")] == [
+        least[n] for n in ("estimate", "low", "high")
+    ]
+    assert gates["saebench"]["status"] == "MISSING", "ReLU does not come down to so low an L0 in so few steps"
+    assert bank["conditions"][0]["saebench_delta"]["reason"] in gates["saebench"]["reason"]
     assert (gates["cebench"]["status"], gates["ood"]["status"]) == ("MISSING", "MISSING")
     assert "contrastive_local" in gates["cebench"]["reason"]
     assert "run_ood_stress_eval.py" in gates["ood"]["reason"]
@@ -146,7 +151,6 @@ def test_a_waiver_and_a_loose_threshold_are_no_pass(run, flow):
     assert code == 0, "without --fail-on-gate-fail"
     assert (decision["pass_all"], decision["provisional"]) == (False, True)
     assert decision["looser_than_registered"] == ["min_saebench_delta"]
-    assert by_name(decision)["saebench"]["status"] == "PASS"
     assert "Waived: random_model** (no random_model here)" in said
 
 
