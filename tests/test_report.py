@@ -55,10 +55,15 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def root(tmp_path):
+def everything(tmp_path):
     """The evidence of the documents, as it lies there."""
-    shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results")
-    return tmp_path / "results"
+    return shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The same without figures, which take the longest."""
+    return shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
 
 
 def add_run(root, name: str, results: dict, summary: str = "# A run\n", **changed):
@@ -128,9 +133,9 @@ def render(root, gate=None) -> Page:
 # The evidence of the documents
 
 
-def test_a_page_of_the_evidence(root):
-    write_json(root.parent / "other.json", {})  # not a folder: no phase
-    html = card.render(root, None, root.parent / "report.html")
+def test_a_page_of_the_evidence(everything):
+    write_json(everything.parent / "other.json", {})  # not a folder: no phase
+    html = card.render(everything, None, everything.parent / "report.html")
     page = Page(html)
     assert len(page.all("h1")) == 1
     assert page.says("No gate decision: nothing may be claimed externally.")
@@ -146,11 +151,11 @@ def test_a_page_of_the_evidence(root):
     assert all(i["alt"] and i["src"].startswith("data:image/png;base64,") for i in images)
     for attrs in page.all("a"):
         if not attrs["href"].startswith("#"):
-            assert (root.parent / attrs["href"]).is_file(), "links to the evidence are relative, and lead there"
+            assert (everything.parent / attrs["href"]).is_file(), "links to the evidence are relative, and lead there"
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(a["href"][1:] in ids for a in page.all("a") if a["href"].startswith("#"))
-    for folder in root.iterdir():
+    for folder in everything.iterdir():
         manifest = json.loads((folder / "manifest.json").read_text())
         assert page.says(manifest["command"])
         assert page.says(manifest["git_commit"][:12])
@@ -262,6 +267,45 @@ def test_waivers_and_provisional_marks_are_loud(root):
         assert render(root).says("Nothing may be claimed externally")
 
 
+def test_what_the_gate_itself_writes_can_be_read(root, run_script):
+    """The strict gate on the evidence at hand: phase 4a alone."""
+    files = ("external-candidate-json", "confirmation-results", "random-model-results", "transcoder-results")
+    arguments = ["--phase4a-results", root / "phase4a" / "results.json"]
+    for name in (*files, "ood-results"):
+        arguments += [f"--{name}", root / "none" / "results.json"]
+    gate = "scripts/experiments/run_stress_gated_release_policy.py"
+    assert run_script(gate, *arguments, "--output-dir", root / "release_gate")[0] == 0
+    page = render(root)
+    assert page.says("Not passed 1 of 7 gates passed. Nothing may be claimed externally. No candidate is confirmed.")
+    assert page.says("lower end must be above 0: clears it by 0.0121")
+    assert page.says("not there")
+    waive = [a for g in verdict.GATES if g != "positive_control" for a in ("--waive", g, "--reason", "not claimed")]
+    assert run_script(gate, *arguments, *waive, "--output-dir", root / "release_gate")[0] == 0
+    page = render(root)
+    assert page.says("No pass: provisional 1 of 7 gates passed")
+    assert page.says("6 gates waived. A waiver is no pass:")
+    assert page.says("Nothing may be claimed externally")
+
+
+def test_a_candidate_is_named_as_the_gate_names_it(root):
+    facts = {"hook_name": "blocks.1.hook_resid_pre", "subject_digest": "d" * 64}
+    named = {"condition": "topk d512", "facts": facts, "checkpoints": {"7": "a", "8": "b"}}
+    add_run(root, "release_gate", decision(candidate=named))
+    page = render(root)
+    for words in ("topk d512", "blocks.1.hook_resid_pre", "7, 8", "d" * 64):
+        assert page.says(words)
+
+
+def test_the_earlier_studys_policy_decides_nothing(root):
+    gates = [{"gate": "ood", "published": True, "figure": 0.1, "status": "MISSING", "reason": "a point"}]
+    published = decision(policy="published", pass_all=False, candidate=None, gates=gates)
+    folder = add_run(root, "earlier", published)
+    assert render(root).says("No gate decision: nothing may be claimed externally.")
+    assert render(root, folder / "results.json").says("Not passed 0 of 7 gates passed")
+    add_run(root, "release_gate", decision())
+    assert render(root).says("7 of 7 gates passed")
+
+
 def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, tmp_path):
     add_run(root, "release_gate", decision())
     other = add_run(tmp_path, "other", change(decision(pass_all=False), "ood", **FAILS))
@@ -275,21 +319,21 @@ def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, 
 # Damaged runs
 
 
-def test_damage_is_named_and_the_rest_is_shown(root):
-    (root / "phase4a" / "results.json").write_text("{")
-    with open(root / "phase4a_mlp" / "results.json", "a") as f:
+def test_damage_is_named_and_the_rest_is_shown(everything):
+    (everything / "phase4a" / "results.json").write_text("{")
+    with open(everything / "phase4a_mlp" / "results.json", "a") as f:
         f.write("\n")
-    (root / "core_ablations" / "manifest.json").write_text("[]")
-    (root / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
-    (root / "language_model" / "summary.md").write_text("# other\n")
-    failed = root / "ood_stress" / "run_20261125T000000Z_00000000"
+    (everything / "core_ablations" / "manifest.json").write_text("[]")
+    (everything / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
+    (everything / "language_model" / "summary.md").write_text("# other\n")
+    failed = everything / "ood_stress" / "run_20261125T000000Z_00000000"
     failed.mkdir(parents=True)
-    manifest = json.loads((root / "phase4a_husai_tiny" / "manifest.json").read_text())
+    manifest = json.loads((everything / "phase4a_husai_tiny" / "manifest.json").read_text())
     write_json(failed / "manifest.json", manifest | {"status": "failed", "return_code": 2})
-    (root / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
-    later = root / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
+    (everything / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
+    later = everything / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
     later.mkdir()
-    page = render(root)
+    page = render(everything)
     for words in (
         "What lies in phase4a is not",
         "results.json is not the file that the manifest names (sha256 differs)",
@@ -302,16 +346,16 @@ def test_damage_is_named_and_the_rest_is_shown(root):
     ):
         assert page.says(words), words
     assert page.says("0.2191 [0.2124, 0.2259]"), "the whole runs are shown"
-    assert read_phase(root / "phase4a").results == {}
+    assert read_phase(everything / "phase4a").results == {}
 
 
-def test_a_file_that_is_no_image_is_not_embedded(root):
-    path = root / "adaptive_l0" / "adaptive_l0.png"
+def test_a_file_that_is_no_image_is_not_embedded(everything):
+    path = everything / "adaptive_l0" / "adaptive_l0.png"
     path.write_bytes(b"no image")
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["outputs"]["figures/adaptive_l0.png"] = sha256_file(path)
     write_json(path.parent / "manifest.json", manifest)
-    assert render(root).says("adaptive_l0.png is no image; it is not shown")
+    assert render(everything).says("adaptive_l0.png is no image; it is not shown")
 
 
 def test_features_in_another_shape_are_named(root):
@@ -342,7 +386,9 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 
 def test_text_from_runs_stays_text(root):
     add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
-    found = change(decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE}))
+    found = change(
+        decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE, "figure": HOSTILE, "to_pass": HOSTILE})
+    )
     add_run(root, "release_gate", found | {"policy": HOSTILE, "candidate": {"condition": HOSTILE}})
     hostile = f"# {HOSTILE}\n\n**{HOSTILE}** ![x](http://example.com/x.png) [y](javascript:alert(1))\n\n{HOSTILE}\n"
     add_run(root, 'a"b<i>', {"phase": HOSTILE}, hostile, command=HOSTILE)
@@ -444,11 +490,11 @@ CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(root, tmp_path, width):
+def test_in_a_browser(everything, tmp_path, width):
     """No message on the console, which a blocked request or an error would give; the filter runs; nothing overflows."""
-    add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
-    add_run(root, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
-    html = card.render(root, None, tmp_path / "r.html")
+    add_run(everything, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    add_run(everything, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
+    html = card.render(everything, None, tmp_path / "r.html")
 
     def browse(html: str) -> tuple[str, list[str]]:
         (tmp_path / "r.html").write_text(html)

@@ -189,17 +189,20 @@ def test_the_drop_against_its_formula():
 
 
 def test_the_rule():
-    def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), **changed):
+    def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), alive=(0.9,) * 7, **changed):
         section = a_shifted_section(**changed)
         section |= {name: [section[name][i] for i in only] for name in ("data_sets", "families")}
         for auc in (section["llm"], *(sae["test_auc"]["5"] for sae in section["saes"])):
             auc |= {side: [auc[side][i] for i in only] for side in ("id", "ood")}
-        section["drop"] = drop.drop(section)
+        section["llm"]["ood_low"] = list(alive) if len(alive) == len(only) else [0.9] * len(only)
+        section |= {"drop": drop.drop(section), "drop_where_kept": drop.drop_where_kept(section)}
         rule = {"max_drop": drop.MAX_DROP}
         return drop.verdict({"shifted": section, "rule": rule, "skipped": dict.fromkeys(skipped, "why")})
 
     assert outcome(loss=0.05)[0] == "passed"
     assert outcome(loss=0.12)[0] == "not passed"
+    nowhere = outcome(loss=0.05, alive=(0.5,) * 7)
+    assert nowhere == ("inconclusive", "the model's own probe is above chance under no shift")
     assert outcome(seeds=4) == ("inconclusive", "SAEs: 4; a verdict needs 5 training seeds")
     partial = outcome(skipped=())
     assert partial == ("inconclusive", "a verdict takes all shifted versions; 90_glue_qnli_OOD was left out")

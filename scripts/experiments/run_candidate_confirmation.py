@@ -106,7 +106,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     found = bank.run(**settings)
     candidate = block([r for r in found["saes"] if r["candidate"]])
     if other := [n for n, v in candidate["facts"].items() if v != facts[n]]:
-        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise")
+        why = "(--threads, device and packages as in the study expected)"
+        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
     members = found["sections"][0]["members"]
     results = {
         "phase": "candidate_confirmation",

@@ -121,8 +121,7 @@ def summary(results: dict) -> str:
         f"The activations' own probe is above chance under shift (DeLong, 95 %) on {len(kept)} of "
         f"{len(shifted['data_sets'])} data sets ({', '.join(kept) or 'none'}). On the others the model itself keeps "
         "nothing, and what is called the drop is little more than how far the SAE is behind on the data set itself. On "
-        f"those {len(kept)} alone the drop is {interval(shifted['drop_where_kept'][k], '+')}; informational, for they "
-        "were chosen by the same figures.",
+        f"those {len(kept)} alone the drop is {interval(shifted['drop_where_kept'][k], '+')}: the rule asks both.",
         "",
     ]
     lines += [f"Not used: {name} ({reason})." for name, reason in results["skipped"].items()]

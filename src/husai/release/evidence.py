@@ -634,7 +634,7 @@ class SideBySide(Strict):
 class Model(SideBySide):
     """The model's own activations."""
 
-    ood_low: list[Share] | None = None
+    ood_low: list[Share]
     """Lower ends of the intervals of `ood`."""
 
 
@@ -648,13 +648,13 @@ class Shifted(Strict):
     data_sets: Names
     families: Names
     k: str
-    prompts: list[int] | None = None
+    prompts: list[int]
     """Of each shifted version."""
     random_seed: int
     llm: Model
     saes: Annotated[list[ShiftedSAE], Field(min_length=1)]
     drop: dict[str, Any]
-    drop_where_kept: dict[str, Any] | None = None
+    drop_where_kept: dict[str, Any]
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Shifted:

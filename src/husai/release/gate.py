@@ -496,10 +496,16 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     left_out = drop.unused(found.model_dump())
     _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
     _versions(c, found.versions)
-    llm = np.array(shifted.llm.id) - np.array(shifted.llm.ood)
-    own = [np.array(s.test_auc[shifted.k].id) - np.array(s.test_auc[shifted.k].ood) for s in shifted.saes]
-    estimate = mean_over_seeds_and_sets(np.array(own) - llm, shifted.families, level)
-    return _Shown("AUC lost under shift, less the model's own loss", {"": estimate}, "high", "<=", maximum, len(own))
+    raw = shifted.model_dump()
+    lost, families = drop.drops(raw, shifted.k), np.array(shifted.families)
+    kept = drop.kept(raw)
+    n = len(set(families[kept]))
+    _require(n >= 2, f"{script}: the model's own probe survives the shift in {n} families; at least 2 expected")
+    estimates = {
+        "all shifted sets": mean_over_seeds_and_sets(lost, list(families), level),
+        "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(families[kept]), level),
+    }
+    return _Shown("AUC lost under shift, less the model's own loss", estimates, "high", "<=", maximum, len(lost))
 
 
 def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:

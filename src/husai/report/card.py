@@ -51,6 +51,12 @@ ALT = {
     "adaptive_l0": "Excess of stability over the highest null, and explained variance, against k",
     "assignment_v2": "Gain of stability against the strength of the pull, with intervals",
     "frontier": "Families against each other: stability, reconstruction and benchmarks, with intervals",
+    "excess": "Excess of the candidate's stability over each null, with intervals",
+    "gain": "Stability and reconstruction of transcoders and SAEs, and the gain of the former, with intervals",
+    "ood_drop": "Probes under shift, and what the SAE loses beyond the model itself, with intervals",
+    "selection": "Candidates against each other: stability and benchmarks, with intervals",
+    "confirmation": "The candidate on fresh seeds: stability over each null, benchmarks against the reference",
+    "scaling": "Stability and benchmarks against tokens, layer and width, with intervals",
     "saebench_deltas": "Probing AUC of each condition less its baselines, with intervals",
     "cebench_deltas": "Contrastive score of each condition less its baselines, with intervals",
     "bits_per_byte": "Bits per byte of the model beside n-grams, by family of documents",
@@ -76,7 +82,9 @@ def render(root: Path, gate: Path | None, output: Path) -> str:
         raise BadInput(f"--gate: {gate} does not exist; the results.json of a release gate expected")
     if gate is not None and gate.name != "results.json":
         raise BadInput(f"--gate: {gate}: the results.json of a release gate expected, beside its manifest.json")
-    decided = read_phase(gate.parent) if gate else _last(found, "release_gate")
+    # A run of the earlier study's policy decides nothing, and is a run like others.
+    strict = [p for p in found if p.results.get("policy") != "published"]
+    decided = read_phase(gate.parent) if gate else _last(strict, "release_gate")
     decision = verdict.judge(decided, found)
     examples = _last(found, "feature_examples")
     order = [*PHASES]
@@ -120,11 +128,13 @@ def _is(kind: str, run: Phase | None) -> bool:
     return run is not None and run.phase == kind
 
 
-def _where_read(decision: verdict.Decision | None, sections: list[Section]) -> list[tuple[str, str, str, str | None]]:
+def _where_read(
+    decision: verdict.Decision | None, sections: list[Section]
+) -> list[tuple[str, str, str | None, str | None]]:
     """(label, path, sha256, anchor of the section that shows it) of what the gate read."""
     if decision is None:
         return []
-    anchors = {s.run.sha256: s.anchor for s in sections}
+    anchors = {s.run.sha256: s.anchor for s in sections if s.run.sha256}
     return [(label, r.path, r.sha256, anchors.get(r.sha256)) for label, r in decision.read.items()]
 
 
@@ -169,10 +179,6 @@ class Section:
     @property
     def took(self) -> str:
         seconds = self.run.seconds
-        return (
-            f"{seconds:.0f} s"
-            if seconds < 90
-            else f"{seconds / 60:.0f} min"
-            if seconds < 5400
-            else f"{seconds / 3600:.1f} h"
-        )
+        if seconds < 90:
+            return f"{seconds:.0f} s"
+        return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -40,16 +40,17 @@ class Forest:
 
     @classmethod
     def of(cls, results: dict) -> Forest | None:
-        """One set of SAEs (of phase 4a, the first): its excess over each null. Several: each one's over its highest."""
+        """One set of SAEs, or the one of LEAD: its excess over each null. Several: each one's over its highest."""
         try:
             found = [*stability_sections(results)]
-            if found and (len(found) == 1 or results.get("phase") == "4a"):
-                stability, said = found[0][1], found[0][1]["verdict"]
-                score, most = said["score"], said["claimable_excess"]
-                excess = stability["scores"][score]["excess"]
-                rows = [(NAMES.get(null, null), e, null in REQUIRED) for null, e in excess.items()]
-                ends = markup.interval(most["estimate"], most["low"], most["high"])
-                claim = f"{score} {ends} over {said['highest_null']}"
+            lead, null = LEAD.get(results.get("phase"), (None, None))
+            if lead or len(found) == 1:
+                stability = results[lead]["stability"] if lead else found[0][1]
+                score, null = stability["verdict"]["score"], null or stability["verdict"]["highest_null"]
+                excess, required = stability["scores"][score]["excess"], {*REQUIRED, null}
+                rows = [(NAMES.get(n, n), e, n in required) for n, e in excess.items()]
+                ends = markup.interval(*(excess[null][end] for end in ("estimate", "low", "high")))
+                claim = f"{score} {ends} over {NAMES.get(null, null)}"
                 caption = f"Excess of {score} over each null, 95 % interval; filled: required"
             else:
                 rows, claim = [(name, s["verdict"]["claimable_excess"], True) for name, s in found], None
@@ -68,6 +69,8 @@ class Forest:
 
 
 REQUIRED = ("isotropic", "untrained", "spectral")
+LEAD = {"4a": ("husai", None), "random_model_stress": ("section", "random_model")}
+"""Phase -> (key of the set of SAEs that it is about, null that its rule reads; None: the highest required one)."""
 
 
 def stability_sections(value, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -91,6 +94,8 @@ GROUPS = {
     "confirmation": "fresh seeds",
     "control": "no pull",
     "own": "own reference",
+    "transcoder": "transcoders",
+    "sae": "SAEs of the output",
 }
 """Keys of results -> how a row says where it belongs."""
 

@@ -32,7 +32,7 @@ class Gate(BaseModel):
     gate: str
     status: Literal["PASS", "FAIL", "MISSING"]
     question: str | None = None
-    figure: str | None = None
+    figure: str | float | None = None
     estimate: FiniteFloat | None = None
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
@@ -89,6 +89,13 @@ class Gate(BaseModel):
         return f"{end} must be {relation} {self.threshold:g}: {how} {number(abs(self.margin))}"
 
     @property
+    def why(self) -> str | None:
+        """The reason, where the figure and what it lacks do not say it."""
+        margin = self.margin
+        says_it = margin is not None and (margin >= 0) == (self.status == "PASS")
+        return None if says_it else self.reason
+
+    @property
     def scale(self) -> Scale | None:
         found = [x for x in (self.estimate, self.low, self.high, self.threshold) if x is not None]
         return Scale.over([*found, 0.0]) if self.estimate is not None and self.threshold is not None else None
@@ -100,7 +107,8 @@ class Gate(BaseModel):
 
 class Read(BaseModel):
     path: str
-    sha256: str
+    sha256: str | None
+    """None: there was no such file."""
 
 
 class Decision(BaseModel):
@@ -113,8 +121,24 @@ class Decision(BaseModel):
     gates: list[Gate]
     policy: str = "strict"
     provisional: StrictBool = False
+    looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
+
+    @property
+    def about(self) -> list[tuple[str, str]]:
+        """(what, which) of the candidate, as far as the decision says."""
+        c = self.candidate or {}
+        facts = c["facts"] if isinstance(c.get("facts"), dict) else {}
+        checkpoints = c["checkpoints"] if isinstance(c.get("checkpoints"), dict) else {}
+        seeds = c["seeds"] if isinstance(c.get("seeds"), list) else [*checkpoints]
+        found = {
+            "Candidate": c.get("condition"),
+            "Subject": c.get("subject") or facts.get("subject_digest"),
+            "Hook": c.get("hook_name") or facts.get("hook_name"),
+            "Seeds": ", ".join(map(str, seeds)),
+        }
+        return [(what, str(which)[:80]) for what, which in found.items() if which]
 
 
 @dataclass
@@ -155,12 +179,16 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     verdict = Verdict("", "", "fail", decision, gates, doubts, run)
     passed, waived = verdict.count("pass"), verdict.count("waived")
     counts = f"{passed} of {len(gates)} gates passed"
-    if not decision.pass_all:
+    reservations = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
+    if not decision.pass_all and decision.provisional and waived + passed == len(gates):
+        verdict.headline, verdict.state = "No pass: provisional", "waived"
+        verdict.sentence = f"{counts}; what was waived or asked for less than is registered makes no pass. {NOTHING}"
+    elif not decision.pass_all:
         verdict.headline, verdict.sentence = "Not passed", f"{counts}. {NOTHING}"
     elif doubts:
         verdict.headline, verdict.state = "Not established", "none"
         verdict.sentence = f"The gate says that it passed, and its decision does not hold up. {NOTHING}"
-    elif decision.provisional or decision.policy != "strict":
+    elif reservations:
         verdict.headline, verdict.state = "Passed, provisionally", "waived"
         verdict.sentence = f"{counts}; only a strict decision without provisional evidence releases a claim. {NOTHING}"
     elif waived:
@@ -197,6 +225,11 @@ def stale(decision: Decision, phases: list[Phase]) -> list[str]:
     for label, read in decision.read.items():
         folder = PurePosixPath(read.path).parent.name
         here = [p for p in phases if p.name == folder and p.sha256 is not None]
-        if read.sha256 not in digests and here and PurePosixPath(read.path).name == "results.json":
+        if (
+            read.sha256 is not None
+            and read.sha256 not in digests
+            and here
+            and PurePosixPath(read.path).name == "results.json"
+        ):
             found.append(f"{label}: {folder}/results.json has changed since the gate read it")
     return found

@@ -35,14 +35,19 @@ def drop(shifted: dict) -> dict[str, dict]:
     return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted["families"]).to_json() for k in ks}
 
 
+def kept(shifted: dict) -> list[int]:
+    """Places of the data sets whose shifted version the model's own probe tells apart (`ood_low` of `llm` above 0.5):
+    where the model keeps nothing, an SAE has nothing to lose beyond it, and one that is behind seems to lose less."""
+    return [i for i, low in enumerate(shifted["llm"]["ood_low"]) if low > CHANCE]
+
+
 def drop_where_kept(shifted: dict) -> dict[str, dict]:
-    """The same on the data sets whose shifted version the model's own probe tells apart (`ood_low` of `llm` above 0.5):
-    where the model keeps nothing, the SAE has nothing to lose beyond it. Informational."""
-    kept = [i for i, low in enumerate(shifted["llm"]["ood_low"]) if low > CHANCE]
-    ks, families = shifted["saes"][0]["test_auc"], [shifted["families"][i] for i in kept]
-    if not kept:
+    """The drop on these data sets alone."""
+    places = kept(shifted)
+    ks, families = shifted["saes"][0]["test_auc"], [shifted["families"][i] for i in places]
+    if not places:
         return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
-    return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, kept], families).to_json() for k in ks}
+    return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, places], families).to_json() for k in ks}
 
 
 def verdict(results: dict) -> tuple[str, str]:
@@ -52,15 +57,18 @@ def verdict(results: dict) -> tuple[str, str]:
         results: of the phase: `shifted` with its `drop` and `k`; `skipped`: versions that cannot be used; `rule`.
     """
     shifted, most = results["shifted"], results["rule"]["max_drop"]
-    found, seeds, left_out = shifted["drop"][shifted["k"]], len(shifted["saes"]), unused(results)
+    found = [shifted[name][shifted["k"]] for name in ("drop", "drop_where_kept")]
+    seeds, left_out = len(shifted["saes"]), unused(results)
     if seeds < MINIMUM_SEEDS:
         return "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
     if left_out:
         return "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
-    if found["high"] is None:
-        return "inconclusive", found["reason"]
-    end = f"the upper end of the drop's interval, {found['high']:.4f}, is"
-    return ("passed", f"{end} at most {most}") if found["high"] <= most else ("not passed", f"{end} above {most}")
+    if without := next((e for e in found if e["high"] is None), None):
+        return "inconclusive", without["reason"]
+    ends = " and ".join(f"{e['high']:.4f}" for e in found)
+    end = f"the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}"
+    holds = all(e["high"] <= most for e in found)
+    return ("passed", f"{end}: at most {most}") if holds else ("not passed", f"{end}: at most {most} expected")
 
 
 def unused(results: dict) -> list[str]:

@@ -1,0 +1,201 @@
+"""From a study to a verdict, through the scripts: selection, confirmation on fresh seeds, the gate; what they refuse.
+
+The subject is a miniature that has learned nothing: what is tested is that each step takes what the one before it left.
+The study has no probing, which takes most of the time."""
+
+import json
+import shutil
+
+import pytest
+
+from husai.runs.files import sha256_file
+from husai.stability.compare import GATED_NULLS
+from husai.subjects import text, tiny_lm
+from husai.subjects.text import Corpus
+from husai.subjects.tiny_lm import TinyLMConfig
+
+FRONTIER = "scripts/experiments/run_architecture_frontier_external.py"
+SELECT = "scripts/experiments/select_release_candidate.py"
+CONFIRM = "scripts/experiments/run_candidate_confirmation.py"
+GATE = "scripts/experiments/run_stress_gated_release_policy.py"
+SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
+SIZES = ["--d-sae", 24, "--ks", 11, "--tokens", 20000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
+SIZES += ["--null-draws", 3, "--max-rows", 24, "--threads", 1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("release")
+
+
+@pytest.fixture(scope="module")
+def few():
+    documents = text.documents("86_social_iqa")[:700]
+    return Corpus(documents[:550], documents[550:], ["social_iqa"] * 150, 0)
+
+
+@pytest.fixture
+def run(run_script, monkeypatch, few, work):
+    """`run(script, name, *arguments)` -> (exit code, results, stderr), in `work/name`."""
+    monkeypatch.setattr(text, "corpus", lambda: few)
+
+    def call(script, name, *arguments):
+        places = ["--output-dir", work / name]
+        if script != GATE:
+            places += ["--artifact-root", work / "artifacts"]
+        code, out, err = run_script(script, *arguments, *places)
+        results = work / name / "results.json"
+        return code, json.loads(results.read_text()) if results.exists() else None, out + err
+
+    return call
+
+
+@pytest.fixture
+def subject(work, few):
+    folder = work / "miniature"
+    if not folder.exists():
+        folder.mkdir()
+        config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+        tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, folder)
+    return folder
+
+
+@pytest.fixture
+def flow(run, work, subject):
+    """Paths of the study, the selection and the confirmation, made once."""
+    paths = {name: work / name / "results.json" for name in ("study", "selected", "confirmed")}
+    if not paths["confirmed"].exists():
+        given = ["--subject", subject, "--seeds", "1,2,3", "--architectures", "topk", *SIZES]
+        code, _, said = run(FRONTIER, "study", *given, "--run-cebench")
+        assert code == 0, said
+        code, _, said = run(SELECT, "selected", "--frontier-results", paths["study"])
+        assert code == 0, said
+        sets = ["--dataset-names", SETS, "--threads", 1]
+        code, _, said = run(CONFIRM, "confirmed", "--candidate", paths["selected"], *sets)
+        assert code == 0, said
+    return paths
+
+
+def gate(run, name, flow, *arguments):
+    named = ["--external-candidate-json", flow["selected"], "--confirmation-results", flow["confirmed"]]
+    return run(GATE, name, *named, *arguments)
+
+
+def by_name(decision):
+    return {g["gate"]: g for g in decision["gates"]}
+
+
+def test_the_candidate_is_trained_again_and_judged_on_what_was_not_read(flow):
+    selected, confirmed = (json.loads(flow[name].read_text()) for name in ("selected", "confirmed"))
+    chosen = selected["selected"]
+    assert chosen["facts"] == confirmed["candidate"]["facts"]
+    assert chosen["facts"]["family"] == "topk"
+    assert not set(map(int, confirmed["candidate"]["checkpoints"])) & set(selected["seeds_used"])
+    read = set(selected["split"]["selection_families"])
+    probing, pairs = confirmed["bank"]["saebench"], confirmed["bank"]["cebench"]
+    assert probing["data_sets"] == SETS.split(",")
+    assert read
+    assert not read & {*probing["families"], *pairs["clusters"]}
+    for seed, path in confirmed["paths"].items():
+        weights = flow["confirmed"].parent / path / "sae_weights.safetensors"
+        assert sha256_file(weights) == confirmed["candidate"]["checkpoints"][seed]
+
+
+def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
+    code, decision, said = gate(run, "gate", flow, "--fail-on-gate-fail")
+    gates = by_name(decision)
+    assert code == 1
+    assert "the gate is not passed: positive_control" in said
+    assert decision["pass_all"] is False
+    assert decision["candidate"]["checkpoints"]
+    bank = json.loads(flow["confirmed"].read_text())["bank"]
+    excess = bank["sections"][0]["stability"]["scores"]["mcc_alive"]["excess"]
+    least = min((excess[null] for null in GATED_NULLS), key=lambda e: e["low"])
+    assert gates["stability"]["status"] in ("PASS", "FAIL")
+    assert [gates["stability"][n] for n in ("estimate", "low", "high")] == [
+        least[n] for n in ("estimate", "low", "high")
+    ]
+    assert gates["saebench"]["status"] == "MISSING", "ReLU does not come down to so low an L0 in so few steps"
+    assert bank["conditions"][0]["saebench_delta"]["reason"] in gates["saebench"]["reason"]
+    assert (gates["cebench"]["status"], gates["ood"]["status"]) == ("MISSING", "MISSING")
+    assert "contrastive_local" in gates["cebench"]["reason"]
+    assert "run_ood_stress_eval.py" in gates["ood"]["reason"]
+    assert decision["read"]["confirmation"]["sha256"] == sha256_file(flow["confirmed"])
+
+
+def test_another_checkpoint_on_the_disk(run, flow, work, tmp_path):
+    """The folder as it is, but for one weights file: nothing about the candidate counts any more."""
+    copy = tmp_path / "confirmed"
+    shutil.copytree(flow["confirmed"].parent, copy)
+    first, second, *_ = json.loads((copy / "results.json").read_text())["paths"].values()
+    shutil.copy(copy / second / "sae_weights.safetensors", copy / first / "sae_weights.safetensors")
+    _, decision, _ = gate(run, "gate_other", flow | {"confirmed": copy / "results.json"})
+    assert decision["candidate"] is None
+    assert all(g["status"] == "MISSING" for g in decision["gates"])
+    assert "on the disk is another" in by_name(decision)["stability"]["reason"]
+
+
+def test_an_edited_result(run, flow, tmp_path):
+    copy = tmp_path / "confirmed"
+    shutil.copytree(flow["confirmed"].parent, copy)
+    edited = (copy / "results.json").read_text().replace('"condition": "topk', '"condition":  "topk', 1)
+    (copy / "results.json").write_text(edited)
+    _, decision, _ = gate(run, "gate_edited", flow | {"confirmed": copy / "results.json"})
+    assert "results.json is not the file that the manifest names" in by_name(decision)["stability"]["reason"]
+
+
+def test_a_waiver_and_a_loose_threshold_are_no_pass(run, flow):
+    waived = [a for g in ("positive_control", "random_model") for a in ("--waive", g, "--reason", f"no {g} here")]
+    code, decision, said = gate(run, "gate_waived", flow, *waived, "--min-saebench-delta", -1)
+    assert code == 0, "without --fail-on-gate-fail"
+    assert (decision["pass_all"], decision["provisional"]) == (False, True)
+    assert decision["looser_than_registered"] == ["min_saebench_delta"]
+    assert "Waived: random_model** (no random_model here)" in said
+
+
+def test_refusals(refused, flow, work, tmp_path):
+    places = ["--output-dir", tmp_path, "--artifact-root", work / "artifacts"]
+    refused("does not exist", SELECT, "--frontier-results", tmp_path / "no.json", *places)
+    refused("a study to select from expected", SELECT, *places)
+    refused(
+        "does not exist; select_release_candidate.py makes it", CONFIRM, "--candidate", tmp_path / "no.json", *places
+    )
+    refused("names no selected candidate", CONFIRM, "--candidate", flow["study"], *places)
+    refused("--seeds 2: a study used it", CONFIRM, "--candidate", flow["selected"], "--seeds", "2,7,8,9,10", *places)
+    refused(
+        "selection has read the families",
+        CONFIRM,
+        "--candidate",
+        flow["selected"],
+        "--dataset-names",
+        _read_set(flow),
+        *places,
+    )
+    gate_places = ["--output-dir", tmp_path]
+    refused("--waive nothing: one of positive_control", GATE, "--waive", "nothing", "--reason", "x", *gate_places)
+    refused("a --reason for each", GATE, "--waive", "ood", *gate_places)
+    refused("is not a finite number", GATE, "--min-cebench-delta", "nan", *gate_places)
+
+
+def _read_set(flow) -> str:
+    """A data set whose family selection has read."""
+    read = json.loads(flow["selected"].read_text())["split"]["selection_families"]
+    return text.FAMILIES["probe"][read[0]][0]
+
+
+def test_selection_refuses_a_study_that_was_edited(refused, flow, work, tmp_path):
+    study = json.loads(flow["study"].read_text())
+    study["banks"][0]["sections"][0]["budget"] += 1
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    shutil.copy(flow["study"].with_name("manifest.json"), tmp_path / "manifest.json")
+    places = ["--output-dir", tmp_path / "out", "--artifact-root", work / "artifacts"]
+    refused("is not the file that the manifest names", SELECT, "--frontier-results", tmp_path / "results.json", *places)
+
+
+def test_no_candidate_is_exit_code_1(run, flow):
+    code, results, said = run(SELECT, "none", "--frontier-results", flow["study"], "--min-seeds-per-group", 4)
+    assert code == 1
+    assert results["selected"] is None
+    assert "no candidate" in said
+    assert {e["reason"] for e in results["excluded"]} == {"3 seeds; at least 4 expected"}
