@@ -65,12 +65,12 @@ INFORMATIONAL = {
     r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
     "figure that the gate can make again",
     r"transcoder/setting/(batch_size|own_subject)": "reported",
-    r"ood/shifted/llm/ood_low/\d+": "how sure the model's own figure is: reported",
+    r"ood/shifted/llm/ood_low/\d+": "above 0.5 a set is kept: other values there change nothing",
     r"(selection|confirmation)/subject": "a name",
 }
 """Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
 OPEN = {
-    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, "
+    r"ood/(rule|activations|skipped|families|shifted/prompts)(/.*)?": "reported, "
     "whatever they hold; the rule that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
