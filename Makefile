@@ -8,7 +8,7 @@ BIN := .venv/bin
 OUTPUT ?= results
 PROFILE ?= b200
 
-.PHONY: help setup demo queue tiny-lm test smoke audit-results lint format benchmarks clean
+.PHONY: help setup demo queue tiny-lm test test-slow smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,8 +44,11 @@ queue: setup ## the whole program at PROFILE (b200), its exit code the gate's: m
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
-test: setup $(PEERS) ## the test suite
-	@$(BIN)/python -m pytest tests -n 2
+test: setup $(PEERS) ## the test suite, without its slow part
+	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
+
+test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runbook, a Ray cluster
+	@$(BIN)/python -m pytest tests -n 2 -m slow
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh
