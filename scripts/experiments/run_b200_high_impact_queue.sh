@@ -176,6 +176,7 @@ stage gate "$E/release_gate" python scripts/experiments/run_stress_gated_release
   --random-model-results "$E/random_model_stress/results.json" --transcoder-results "$E/transcoder_stress/results.json" \
   --ood-results "$E/ood_stress/results.json" --external-candidate-json "$E/candidate_selection/results.json" \
   --confirmation-results "$E/candidate_confirmation/results.json" --external-mode joint \
+  --study-results "$E/architecture_frontier/results.json" --study-results "$E/external_metric_scaling/results.json" \
   --min-saebench-delta "$MIN_SAEBENCH_DELTA" --min-cebench-delta "$MIN_CEBENCH_DELTA" \
   --require-random-model --require-transcoder --require-ood --require-external --fail-on-gate-fail \
   --output-dir "$E/release_gate"

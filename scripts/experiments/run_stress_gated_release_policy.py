@@ -56,6 +56,13 @@ def parse():
         default=EXPERIMENTS / "candidate_selection" / "results.json",
         help="results of select_release_candidate.py (default: %(default)s)",
     )
+    studies = [EXPERIMENTS / n / "results.json" for n in ("architecture_frontier", "external_metric_scaling")]
+    p.add_argument(
+        "--study-results",
+        type=Path,
+        action="append",
+        help=f"what was selected from, repeatable; the selection is made again (default: {studies[0]}, {studies[1]})",
+    )
     p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
     p.add_argument("--min-saebench-delta", type=number, default=0.0, help="AUC (default: %(default)s)")
     p.add_argument("--min-cebench-delta", type=number, default=0.0, help="share of the bound (default: %(default)s)")
@@ -71,6 +78,7 @@ def parse():
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
     p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
     args = p.parse_args()
+    args.study_results = args.study_results or studies
     if len(args.waive) != len(args.reason) or not all(text.strip() for text in args.reason):
         p.error(f"--waive {' '.join(args.waive)}: a --reason for each expected")
     if repeated := sorted({g for g in args.waive if args.waive.count(g) > 1}):
@@ -103,12 +111,12 @@ def main() -> None:
     if args.external_mode != "joint":
         other = "cebench" if args.external_mode == "saebench" else "saebench"
         waived.setdefault(other, f"--external-mode {args.external_mode}")
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
+    config = {k: v if isinstance(v, str | bool | float) else str(v) for k, v in vars(args).items() if k != "output_dir"}
     with Run(args.output_dir, config, "cpu", 1) as run:
         results = (
             bundle.published(paths, thresholds)
             if args.policy == "published"
-            else bundle.strict(paths, thresholds, waived)
+            else bundle.strict(paths, thresholds, waived, args.study_results)
         )
         run.inputs |= results["inputs"]
         text = published_summary(results) if args.policy == "published" else summary(results)
