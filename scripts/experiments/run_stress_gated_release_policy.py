@@ -186,29 +186,37 @@ def summary(results: dict) -> str:
         lines.append("")
     lines += ["What was measured:", ""]
     lines += [f"- {g['gate']}: {g['figure']}." for g in gates if g["figure"]]
-    lines += ["", "Evidence read:", ""]
-    lines += [
-        f"- {label}: `{f['path']}` ({f['sha256'][:12] if f['sha256'] else 'not there'})"
-        for label, f in results["read"].items()
-    ]
+    lines += ["", *evidence_read(results)]
     return "\n".join(lines) + "\n"
 
 
 def published_summary(results: dict) -> str:
     from husai.report.text import table
 
-    rows = [[g["gate"], g["published"], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]]
-    return "\n".join(
-        [
-            "# The earlier study's policy on its own files",
-            "",
-            f"Its verdict: {'passed' if results['published']['gates']['pass_all'] else 'not passed'}, by points. The "
-            "strict gate passes none of it:",
-            "",
-            *table(["gate", "published verdict", "published point", "strict", "why"], rows),
-            "",
-        ]
-    )
+    verdicts = results["published"]["gates"]
+    said = {True: "pass", False: "fail"}
+    rows = [
+        [g["gate"], said[g["published"]], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]
+    ]
+    lines = [
+        "# The earlier study's policy on its own files",
+        "",
+        f"Its verdict: **pass_all = {str(verdicts['pass_all']).lower()}**, by points against thresholds. The strict "
+        "gate takes none of it for evidence:",
+        "",
+        *table(["gate", "its verdict", "its point", "strict", "why"], rows),
+        "",
+        *evidence_read(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def evidence_read(results: dict) -> list[str]:
+    files = [
+        f"- {label}: `{f['path']}` ({f['sha256'][:12] if f['sha256'] else 'not there'})"
+        for label, f in results["read"].items()
+    ]
+    return ["Evidence read:", "", *files]
 
 
 if __name__ == "__main__":
