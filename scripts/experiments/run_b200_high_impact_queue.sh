@@ -29,11 +29,13 @@ case "$PROFILE" in
   embedded)
     DEVICE=cpu NEED_GB=3
     DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,87_glue_cola,92_glue_sst2,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,114_nyc_borough_Manhattan,157_amazon_5star
-    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 40)
-    ABLATIONS=(--tokens 100000 --ks 8,16 --d-saes 128,256 --null-draws 20)
-    ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 20)
-    ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 20)
-    STUDY=(--rows 60000 --null-draws 40 --heldout-rows 20000 --max-rows 96 --seeds "$(cut -d, -f1-3 <<< "$SEEDS")")
+    THREE=$(cut -d, -f1-3 <<< "$SEEDS")
+    POSITIVE=(--null-draws 30)
+    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20)
+    ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
+    ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
+    ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
+    STUDY=(--rows 60000 --null-draws 30 --heldout-rows 20000 --max-rows 96 --seeds "$THREE")
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
     SCALING=(--token-budgets 50000,150000 --hook-layers 1 --d-sae-values 256 --k 16)
     STRESS=(--rows 20000)
@@ -43,7 +45,7 @@ case "$PROFILE" in
     DEVICE=cuda NEED_GB=60
     DATASETS=probe
     CONTROL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
-    ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
+    POSITIVE=() ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
@@ -137,7 +139,7 @@ stage harvest - python scripts/analysis/extract_activations.py --subject "$SUBJE
 # ----------------------------------------------------------------------------------------------------------------------
 # Internal phases: the positive control on modular addition, the language model, what can be changed
 
-run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS"
+run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
 run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --subject "$SUBJECT" \
   --hook-name "$HOOK" "${CONTROL[@]}"
 run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
