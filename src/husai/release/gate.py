@@ -122,9 +122,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         waived: gate -> why it need not hold; no decision with a waiver passes.
 
     Returns:
-        {"pass_all", "provisional", "outcome", "unconfirmed": why no candidate is confirmed here, whatever holds, or None;
-        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate",
-        "question", "status", "figure", "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason",
+        {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None,
+        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate", "question", "status", "figure", "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason",
         "to_pass", "waived"}]}
     """
     candidate = _Candidate(bundle)
@@ -306,10 +305,8 @@ class _Candidate:
         _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
         _require(len(sections) == 1, "one condition, confirmed, expected")
         _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
-        self.about, self.stores = (
-            {n: facts[n] for n in ("subject_digest", "hook_name", "d_in")},
-            {facts["store_digest"]},
-        )
+        self.about = {n: facts[n] for n in ("subject_digest", "hook_name", "d_in")}
+        self.stores = {facts["store_digest"]}
         _about(sections[0], self)
         _own_training(sections[0])
         made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}

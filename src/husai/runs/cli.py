@@ -136,8 +136,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--candidate",
             type=Path,
-            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: those below --artifact-root, where there are any; "
-            "else the embedded default is trained)",
+            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation's below "
+            "--artifact-root, where there is one; else the embedded default is trained)",
         )
         self.add_checkpoints(required=False)
 
