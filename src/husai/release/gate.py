@@ -123,8 +123,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
 
     Returns:
         {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None,
-        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate", "question", "status", "figure", "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason",
-        "to_pass", "waived"}]}
+        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate", "question", "status", "figure",
+        "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason", "to_pass", "waived"}]}
     """
     candidate = _Candidate(bundle)
     level = 1 - thresholds.alpha

@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--candidate",
             type=Path,
-            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation's below "
+            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation below "
             "--artifact-root, where there is one; else the embedded default is trained)",
         )
         self.add_checkpoints(required=False)
