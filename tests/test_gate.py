@@ -15,7 +15,7 @@ from husai.benchmarks.candidates import identity
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
 from husai.release import bundle as reading
-from husai.release import damage, recompute, simulate
+from husai.release import damage, decisions, recompute, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import digest, sha256_file, write_json, write_text
 from husai.runs.folder import REPOSITORY
@@ -265,12 +265,21 @@ def facts_unknown(results):
 
 def test_what_is_not_known_of_brought_saes_is_missing_and_says_which_flag_would_say_it(brought):
     foreign_saes = with_results(brought, "confirmation", facts_unknown)
-    foreign_saes = Bundle(
-        foreign_saes.files | dict.fromkeys(("random_model", "transcoder", "ood")),
-        foreign_saes.files["confirmation"].results["candidate"]["identities"],
-    )
+    own = foreign_saes.files["confirmation"].results["candidate"]
+
+    def of_them(results):
+        place = [*own["identities"].values()].index
+        results["shifted"]["saes"].sort(key=lambda s: place(s["identity"]))
+        results["candidate"] = own
+        for sae in results["shifted"]["saes"]:
+            sae["seed"] = None
+
+    foreign_saes = with_results(foreign_saes, "ood", of_them)
+    files = foreign_saes.files | dict.fromkeys(("random_model", "transcoder"))
+    foreign_saes = Bundle(files, own["identities"])
     decision, gates = judged(foreign_saes)
     assert gates["stability"]["status"] == "PASS", gates["stability"]["reason"]
+    assert gates["ood"]["status"] == "PASS", gates["ood"]["reason"]
     assert set(decision["candidate"]["checkpoints"]) == set("01234")
     for name, words in {
         "random_model": "--random-model-checkpoint",
@@ -375,6 +384,24 @@ def test_checkpoints_on_the_disk(tmp_path):
     assert found["2"] not in (None, found["1"])
     assert (found["3"], found["4"]) == (None, None)
     assert reading.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
+
+
+def test_a_decision_on_brought_saes_is_made_again(brought, tmp_path):
+    evidence = tmp_path / "docs" / "evidence"
+    paths = {label: run_folder(evidence, label, f.results) for label, f in brought.files.items() if f}
+    files = {label: paths.get(label) and reading.read(paths[label]) for label in brought.files}
+    decision = {"phase": "release_gate", "inputs": {}, "policy": "strict"}
+    decision |= decide(Bundle(files, brought.on_disk), Thresholds(), {}) | {"on_disk": brought.on_disk}
+    assert decision["outcome"] == "provisional"
+    decision["read"] = {n: {"path": f"{n}.json", "sha256": f and f.sha256} for n, f in files.items()}
+    problem = decisions.problem(run_folder(evidence, "gate", decision), decision, tmp_path)
+    assert problem is None
+    for change in ({"unconfirmed": None}, {"pass_all": True}, {"provisional": False}, {"outcome": "passed"}):
+        path = run_folder(tmp_path / str(*change), "gate", decision | change)
+        assert "made again from docs/evidence it is another" in decisions.problem(path, decision | change, tmp_path)
+    del decision["unconfirmed"]
+    path = run_folder(tmp_path / "without", "gate", decision)
+    assert "it is another" in decisions.problem(path, decision, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
