@@ -21,6 +21,7 @@ from husai.release.evidence import Brought, OODStress, RandomModelStress, Transc
 from husai.runs.cells import Cells
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
+from husai.stress import brought
 from husai.subjects import text, tiny_lm
 from husai.subjects.tiny_lm import TinyLMConfig
 from husai.training.grid import SNAPSHOTS, members, train_or_find
@@ -41,6 +42,8 @@ def few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "corpus", lambda: corpus)
         patch.setitem(text.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
+        patch.setattr(brought, "NOISE_SEEDS", (43,))
+        patch.setattr(brought, "KS", [5])
         yield corpus
 
 
