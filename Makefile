@@ -6,8 +6,9 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 PEERS := .venv/.peers-$(shell cat requirements-bench.txt requirements-cluster.txt $(REQUIREMENTS) | sha256sum | cut -c1-16)
 BIN := .venv/bin
 OUTPUT ?= results
+PROFILE ?= b200
 
-.PHONY: help setup demo tiny-lm test smoke audit-results lint format benchmarks clean
+.PHONY: help setup demo queue tiny-lm test test-slow smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,14 +34,21 @@ $(PEERS): requirements-bench.txt requirements-cluster.txt $(STAMP)
 	@rm -f .venv/.peers-*
 	@touch $@
 
-demo: setup ## the whole pipeline at its embedded profile, from training the subject to figures
-	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
+demo: setup ## the whole program at its embedded profile, to a verdict and its report; a gate that is not passed is no error
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh \
+	  || { code=$$?; [ $$code -eq 1 ] || exit $$code; }
+
+queue: setup ## the whole program at PROFILE (b200), its exit code the gate's: make queue PROFILE=b200
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=$(PROFILE) OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
 
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
-test: setup $(PEERS) ## the test suite
-	@$(BIN)/python -m pytest tests -n 2
+test: setup $(PEERS) ## the test suite, without its slow part
+	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
+
+test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runbook, a Ray cluster
+	@$(BIN)/python -m pytest tests -n 2 -m slow
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

@@ -109,7 +109,7 @@ def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
     done = queue("--only", "environment", OUTPUT=str(tmp_path))
     assert "torch" in done.stdout
     failed = queue("--only", "selection", OUTPUT=str(tmp_path))
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "failed: selection (exit 2)" in failed.stdout
     noted = {s["stage"]: s for s in json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]}
     assert {name: s["return_code"] for name, s in noted.items()} == {"environment": 0, "selection": 2}

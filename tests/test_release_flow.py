@@ -79,6 +79,7 @@ def flow(run, work, subject):
 
 def gate(run, name, flow, *arguments):
     named = ["--external-candidate-json", flow["selected"], "--confirmation-results", flow["confirmed"]]
+    named += ["--study-results", flow["study"]]
     return run(GATE, name, *named, *arguments)
 
 
@@ -134,6 +135,35 @@ def test_another_checkpoint_on_the_disk(run, flow, work, tmp_path):
     assert decision["candidate"] is None
     assert all(g["status"] == "MISSING" for g in decision["gates"])
     assert "on the disk is another" in by_name(decision)["stability"]["reason"]
+
+
+def test_a_selection_that_does_not_follow_from_its_study(run, flow, tmp_path):
+    """Families moved to the side that the gate reads, and all digests made to fit."""
+    copies = {name: tmp_path / name / "results.json" for name in ("selected", "confirmed")}
+    for name, copy in copies.items():
+        shutil.copytree(flow[name].parent, copy.parent)
+    sign(copies["selected"], lambda r: r["split"]["selection_families"].pop())
+    sha256 = sha256_file(copies["selected"])
+
+    def rebind(results):
+        results["selection"]["sha256"] = results["inputs"]["selection"] = sha256
+
+    sign(copies["confirmed"], rebind)
+    _, decision, _ = gate(run, "gate_forged", flow | copies)
+    assert decision["candidate"] is None
+    assert "selection/split/selection_families" in by_name(decision)["stability"]["reason"]
+    _, decision, _ = run(GATE, "gate_alone", "--external-candidate-json", flow["selected"])
+    assert "the study that it calls frontier 1 is not at hand" in by_name(decision)["stability"]["reason"]
+
+
+def sign(path, change):
+    """Change results, and the manifest with them."""
+    results, manifest = (json.loads((path.parent / n).read_text()) for n in ("results.json", "manifest.json"))
+    change(results)
+    path.write_text(json.dumps(results))
+    manifest["outputs"]["results.json"] = sha256_file(path)
+    manifest["inputs"] = results["inputs"]
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_an_edited_result(run, flow, tmp_path):

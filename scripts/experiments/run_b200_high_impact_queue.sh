@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole program, stage after stage, from the environment to the report card. Run the same command again after an
-# interruption: what is finished is read. A stage that fails does not stop the others, and is named at the end; the exit
-# code is the gate's (0 passed, 1 not), or 1 where a stage failed.
+# interruption: what is finished is read. A stage that fails does not stop the others, and is named at the end. The exit
+# code is the gate's (0 passed, 1 not), or 2 where a stage failed.
 #
 #   PROFILE=embedded bash scripts/experiments/run_b200_high_impact_queue.sh     2 CPU cores; what `make demo` runs
 #   PROFILE=b200     bash scripts/experiments/run_b200_high_impact_queue.sh     one GPU
@@ -75,7 +75,7 @@ while (($#)); do
 done
 
 E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
-FAILED=() GATE=''
+FAILED=() UNMET=() GATE=''
 if [[ -z $DRY ]]; then
   mkdir -p "$QUEUE" "$E"
   exec 9> "$QUEUE/.lock"
@@ -96,22 +96,27 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
+  touch "$QUEUE/.began"
   "$@" || code=$?
   python scripts/experiments/record_stage.py "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) "$folder" -- "$@"
   if ((code >= 128)); then
     echo "interrupted in $name: the same command resumes" >&2
     exit 130
   fi
+  ((code == 0)) || [[ $name == gate ]] || settle "$name" "$folder" "$code"
   if [[ $name == gate ]]; then
     GATE=$code
-    ((code <= 1)) && return
+    ((code <= 1)) || FAILED+=("gate (exit $code)")
   fi
-  if ((code)); then
-    FAILED+=("$name (exit $code)")
-    if ((code != 1)) && [[ $folder != - && -f $folder/results.json ]]; then
-      mv "$folder/results.json" "$folder/results.json.stale"
-    fi
+}
+
+settle() { # a check that did not hold leaves results, which are a finding; any other failure leaves none
+  if (($3 == 1)) && [[ $2 != - && $2/results.json -nt $QUEUE/.began ]]; then
+    UNMET+=("$1")
+    return
   fi
+  FAILED+=("$1 (exit $3)")
+  if [[ $2 != - && -f $2/results.json ]]; then mv "$2/results.json" "$2/results.json.stale"; fi
 }
 
 run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
@@ -171,6 +176,7 @@ stage gate "$E/release_gate" python scripts/experiments/run_stress_gated_release
   --random-model-results "$E/random_model_stress/results.json" --transcoder-results "$E/transcoder_stress/results.json" \
   --ood-results "$E/ood_stress/results.json" --external-candidate-json "$E/candidate_selection/results.json" \
   --confirmation-results "$E/candidate_confirmation/results.json" --external-mode joint \
+  --study-results "$E/architecture_frontier/results.json" --study-results "$E/external_metric_scaling/results.json" \
   --min-saebench-delta "$MIN_SAEBENCH_DELTA" --min-cebench-delta "$MIN_CEBENCH_DELTA" \
   --require-random-model --require-transcoder --require-ood --require-external --fail-on-gate-fail \
   --output-dir "$E/release_gate"
@@ -180,6 +186,7 @@ stage report - python scripts/analysis/build_report.py --results-root "$E" --out
 
 [[ -n $DRY ]] && exit 0
 echo
+((${#UNMET[@]})) && printf 'a check does not hold: %s\n' "${UNMET[@]}"
 ((${#FAILED[@]})) && printf 'failed: %s\n' "${FAILED[@]}"
 case "$GATE" in
   0) echo "the gate is passed" ;;
@@ -188,5 +195,5 @@ case "$GATE" in
   *) echo "the gate could not decide" ;;
 esac
 [[ -f $OUTPUT/report.html ]] && echo "report   $OUTPUT/report.html"
-((${#FAILED[@]} == 0)) || exit "$((GATE > 0 ? GATE : 1))"
+((${#FAILED[@]} == 0)) || exit 2
 exit "${GATE:-0}"

@@ -57,6 +57,13 @@ def parse():
         default=EXPERIMENTS / "candidate_selection" / "results.json",
         help="results of select_release_candidate.py (default: %(default)s); SAEs that were brought need none",
     )
+    studies = [EXPERIMENTS / n / "results.json" for n in ("architecture_frontier", "external_metric_scaling")]
+    p.add_argument(
+        "--study-results",
+        type=Path,
+        action="append",
+        help=f"what was selected from, repeatable; the selection is made again (default: {studies[0]}, {studies[1]})",
+    )
     p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
     p.add_argument("--min-saebench-delta", type=number, default=0.0, help="AUC (default: %(default)s)")
     p.add_argument("--min-cebench-delta", type=number, default=0.0, help="share of the bound (default: %(default)s)")
@@ -72,6 +79,7 @@ def parse():
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
     p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
     args = p.parse_args()
+    args.study_results = args.study_results or studies
     if len(args.waive) != len(args.reason) or not all(text.strip() for text in args.reason):
         p.error(f"--waive {' '.join(args.waive)}: a --reason for each expected")
     if repeated := sorted({g for g in args.waive if args.waive.count(g) > 1}):
@@ -104,12 +112,12 @@ def main() -> None:
     if args.external_mode != "joint":
         other = "cebench" if args.external_mode == "saebench" else "saebench"
         waived.setdefault(other, f"--external-mode {args.external_mode}")
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output_dir"}
+    config = {k: v if isinstance(v, str | bool | float) else str(v) for k, v in vars(args).items() if k != "output_dir"}
     with Run(args.output_dir, config, "cpu", 1) as run:
         results = (
             bundle.published(paths, thresholds)
             if args.policy == "published"
-            else bundle.strict(paths, thresholds, waived)
+            else bundle.strict(paths, thresholds, waived, args.study_results)
         )
         run.inputs |= results["inputs"]
         text = published_summary(results) if args.policy == "published" else summary(results)
@@ -187,29 +195,37 @@ def summary(results: dict) -> str:
         lines.append("")
     lines += ["What was measured:", ""]
     lines += [f"- {g['gate']}: {g['figure']}." for g in gates if g["figure"]]
-    lines += ["", "Evidence read:", ""]
-    lines += [
-        f"- {label}: `{f['path']}` ({f['sha256'][:12] if f['sha256'] else 'not there'})"
-        for label, f in results["read"].items()
-    ]
+    lines += ["", *evidence_read(results)]
     return "\n".join(lines) + "\n"
 
 
 def published_summary(results: dict) -> str:
     from husai.report.text import table
 
-    rows = [[g["gate"], g["published"], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]]
-    return "\n".join(
-        [
-            "# The earlier study's policy on its own files",
-            "",
-            f"Its verdict: {'passed' if results['published']['gates']['pass_all'] else 'not passed'}, by points. The "
-            "strict gate passes none of it:",
-            "",
-            *table(["gate", "published verdict", "published point", "strict", "why"], rows),
-            "",
-        ]
-    )
+    verdicts = results["published"]["gates"]
+    said = {True: "pass", False: "fail"}
+    rows = [
+        [g["gate"], said[g["published"]], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]
+    ]
+    lines = [
+        "# The earlier study's policy on its own files",
+        "",
+        f"Its verdict: **pass_all = {str(verdicts['pass_all']).lower()}**, by points against thresholds. The strict "
+        "gate takes none of it for evidence:",
+        "",
+        *table(["gate", "its verdict", "its point", "strict", "why"], rows),
+        "",
+        *evidence_read(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def evidence_read(results: dict) -> list[str]:
+    files = [
+        f"- {label}: `{f['path']}` ({f['sha256'][:12] if f['sha256'] else 'not there'})"
+        for label, f in results["read"].items()
+    ]
+    return ["Evidence read:", "", *files]
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from husai.release import gate
+from husai.release import gate, selection
 from husai.release import published as earlier
 from husai.release.gate import Bundle, File, Thresholds
-from husai.release.recompute import run_problems
+from husai.release.recompute import differences, run_problems
 from husai.runs.errors import BadInput
-from husai.runs.files import read_json, sha256_file
+from husai.runs.files import canonical_json, read_json, sha256_file
 
 
 def read(path: Path) -> File | None:
@@ -42,13 +44,37 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
     return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
 
 
-def strict(paths: dict[str, Path], thresholds: Thresholds, waived: dict[str, str]) -> dict:
+def chosen_again(selected: File, studies: list[File]) -> File:
+    """A selection with what is wrong with it where its studies, taken again, give another one.
+
+    Args:
+        studies: results of studies; those that the selection names by digest must be among them.
+    """
+    at_hand = {study.sha256: study for study in studies}
+    try:
+        wanted, rules = selected.results["inputs"], selected.results["rules"]
+        if absent := next((label for label, sha256 in wanted.items() if sha256 not in at_hand), None):
+            return replace(selected, problems=[*selected.problems, f"the study that it calls {absent} is not at hand"])
+        if bad := next((s for sha256 in wanted.values() if (s := at_hand[sha256]).problems), None):
+            return replace(selected, problems=[*selected.problems, f"a study that it read: {bad.problems[0]}"])
+        named = [selection.Study(label, sha256, at_hand[sha256].results) for label, sha256 in wanted.items()]
+        given = (rules[n] for n in ("weights", "min_seeds", "uncertainty", "require_both_external"))
+        made = json.loads(canonical_json(selection.select(named, selection.Rules(*given))))
+        found = list(differences({name: selected.results[name] for name in made}, made, "selection"))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = [f"it cannot be made again ({type(error).__name__}: {error})"]
+    return replace(selected, problems=[*selected.problems, *found[:1]])
+
+
+def strict(paths: dict[str, Path], thresholds: Thresholds, waived: dict[str, str], studies: list[Path]) -> dict:
     """The strict decision as results: what `gate.decide` says, with the digests of all that was read.
 
     Args:
-        paths: of `gate.MAKES`.
+        paths: of `gate.MAKES`. studies: results that the selection was made from.
     """
     files = {label: read(path) for label, path in paths.items()}
+    if files["selection"]:
+        files["selection"] = chosen_again(files["selection"], [f for path in studies if (f := read(path))])
     confirmation = files["confirmation"]
     disk = on_disk(paths["confirmation"], confirmation.results) if confirmation else {}
     decision = gate.decide(Bundle(files, disk), thresholds, waived)

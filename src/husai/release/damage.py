@@ -67,12 +67,12 @@ INFORMATIONAL = {
     r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
     "figure that the gate can make again",
     r"transcoder/setting/(batch_size|own_subject)": "reported",
-    r"ood/shifted/llm/ood_low/\d+": "how sure the model's own figure is: reported",
+    r"ood/shifted/llm/ood_low/\d+": "above 0.5 a set is kept: other values there change nothing",
     r"(selection|confirmation)/subject": "a name",
 }
 """Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
 OPEN = {
-    r"ood/(rule|activations|skipped|families|shifted/(drop_where_kept|prompts))(/.*)?": "reported, "
+    r"ood/(rule|activations|skipped|families|shifted/prompts)(/.*)?": "reported, "
     "whatever they hold; the rule that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
@@ -316,18 +316,7 @@ def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
                         saes[i][name], saes[j][name] = saes[j][name], saes[i][name]
                         yield kind, new
     for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
-        new = changed(results, at, lambda parent, key: parent.__setitem__(key, [*parent[key][:-1], parent[key][0]]))
-        yield "duplicate pair", new
-        first = {"a": results_label(results, at, "b"), "b": results_label(results, at, "b")}
-        yield (
-            "a seed paired with itself",
-            changed(
-                results,
-                at,
-                lambda parent, key, first=first: parent.__setitem__(key, [parent[key][0] | first, *parent[key][1:]]),
-            ),
-        )
-
-
-def results_label(results: dict, at: tuple, name: str) -> str:
-    return _at(results, at)[0][name]
+        first, *rest = _at(results, at)
+        for kind, pairs in (("duplicate pair", [first, *rest[:-1], first]), ("a seed paired with itself", None)):
+            new = [first | {"a": first["b"]}, *rest] if pairs is None else pairs
+            yield kind, changed(results, at, lambda parent, key, new=new: parent.__setitem__(key, new))

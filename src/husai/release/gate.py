@@ -171,6 +171,8 @@ class _Shown:
     relation: str
     threshold: float
     n: int
+    families: int | None = None
+    """Of data sets, where these are a sample too."""
 
     def holds(self, e: Estimate) -> bool:
         end = getattr(e, self.bound)
@@ -228,6 +230,11 @@ def _to_pass(shown: _Shown, worst: Estimate) -> str:
         return f"the figure itself must change: the estimate, {worst.estimate:+.4f}, is on the wrong side"
     half = abs(getattr(worst, shown.bound) - worst.estimate)
     seeds = int(np.ceil(shown.n * (half / margin) ** 2))
+    if shown.families is not None:
+        return (
+            f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true, an interval {half / margin:.1f} "
+            f"times as narrow would show it: it is of {shown.families} families of data sets and {shown.n} seeds"
+        )
     return (
         f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true and all the spread that of seeds, "
         f"about {max(seeds, shown.n + 1)} seeds would show it"
@@ -589,7 +596,7 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
         "all shifted sets": mean_over_seeds_and_sets(lost, list(families), level),
         "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(families[kept]), level),
     }
-    return _Shown("AUC lost under shift, less the model's own loss", estimates, "high", "<=", maximum, len(lost))
+    return _Shown("AUC lost under shift, less the model's own loss", estimates, "high", "<=", maximum, len(lost), n)
 
 
 def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
@@ -608,7 +615,8 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     records = [r.model_dump() for r in probing.saes]
     values = {r["identity"]: np.array(r["test_auc"][deltas.K])[keep] for r in records}
     estimate, _ = _against_reference(c, records, values, families, level)
-    return _Shown("AUC at k = 5 less the matched reference's", {"": estimate}, "low", ">=", minimum, estimate.n_seeds)
+    figure, of = "AUC at k = 5 less the matched reference's", len(set(families))
+    return _Shown(figure, {"": estimate}, "low", ">=", minimum, estimate.n_seeds, of)
 
 
 def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
@@ -628,9 +636,8 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     _require(
         reference + minimum <= 1, f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
     )
-    return _Shown(
-        "normalised score less the matched reference's", {"": estimate}, "low", ">=", minimum, estimate.n_seeds
-    )
+    figure, of = "normalised score less the matched reference's", len(set(clusters))
+    return _Shown(figure, {"": estimate}, "low", ">=", minimum, estimate.n_seeds, of)
 
 
 def _against_reference(
