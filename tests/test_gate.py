@@ -15,11 +15,12 @@ from husai.benchmarks.candidates import identity
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
 from husai.release import bundle as reading
-from husai.release import damage, recompute, simulate
+from husai.release import damage, decisions, recompute, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import digest, sha256_file, write_json, write_text
 from husai.runs.folder import REPOSITORY
 from husai.stability.compare import GATED_NULLS
+from husai.stress.candidate import block
 
 NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")
 SIZE = 10.0  # standard errors beyond the threshold
@@ -217,6 +218,100 @@ def test_a_study_used_the_seeds(good):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SAEs that were brought
+
+
+@pytest.fixture(scope="module")
+def brought(good) -> Bundle:
+    return simulate.brought(good)
+
+
+def test_brought_saes_never_get_more_than_provisional(good, brought):
+    """All gates are judged, on the same bounds; nobody knows what the SAEs were chosen from."""
+    assert recompute.results_problems(brought.files["confirmation"].results) == []
+    decision, gates = judged(brought)
+    assert {n: g["status"] for n, g in gates.items()} == dict.fromkeys(GATES, "PASS")
+    assert (decision["pass_all"], decision["provisional"], decision["outcome"]) == (False, True, "provisional")
+    assert "what they were chosen from is not known" in decision["unconfirmed"]
+    _, confirmed = judged(good)
+    for name in set(GATES) - {"saebench"}:
+        assert [gates[name][end] for end in ("low", "high")] == [confirmed[name][end] for end in ("low", "high")]
+    decision, gates = judged(simulate.brought(made(derived=False, ood=-SIZE)))
+    assert (gates["ood"]["status"], decision["outcome"]) == ("FAIL", "not passed")
+    assert judged(brought, ood="not needed here")[0]["outcome"] == "provisional"
+    assert judged(simulate.brought(made(4)))[0]["outcome"] == "not passed"
+
+
+def facts_unknown(results):
+    """As SAEs from elsewhere: no training, no seed, no subject."""
+    records = [*results["bank"]["saes"], *results["bank"]["saebench"]["saes"], *results["bank"]["cebench"]["saes"]]
+    own = sorted((r for r in results["bank"]["saes"] if r["candidate"]), key=lambda r: r["identity"])
+    unknown = dict.fromkeys(("subject_digest", "learning_rate", "tokens", "store_digest", "training", "seed"))
+    results["candidate"] = block([r | {"facts": r["facts"] | unknown | {"source": "sparsify"}} for r in own])
+    for r in records:
+        if r["candidate"]:
+            r["facts"] |= unknown | {"source": "sparsify"}
+            r["condition"] = results["candidate"]["condition"]
+    place = {r["checkpoint_sha256"]: i for i, r in enumerate(own)}
+    results["bank"]["saes"].sort(key=lambda r: place.get(r["checkpoint_sha256"], 99))
+    section = results["section"]
+    order = sorted(section["members"], key=lambda m: place[m["checkpoint_sha256"]])
+    section["members"] = [m | {"seed": None} for m in order]
+    section["stability"]["labels"] = [m["label"] for m in order]
+    for name in ("paths", "untrained"):
+        results[name] = {str(i): v for i, v in enumerate(results[name].values())}
+    results["inputs"] = results["bank"]["inputs"] | {f"untrained {s}": v for s, v in results["untrained"].items()}
+
+
+def test_what_is_not_known_of_brought_saes_is_missing_and_says_which_flag_would_say_it(brought):
+    foreign_saes = with_results(brought, "confirmation", facts_unknown)
+    own = foreign_saes.files["confirmation"].results["candidate"]
+
+    def of_them(results):
+        place = [*own["identities"].values()].index
+        results["shifted"]["saes"].sort(key=lambda s: place(s["identity"]))
+        results["candidate"] = own
+        for sae in results["shifted"]["saes"]:
+            sae["seed"] = None
+
+    foreign_saes = with_results(foreign_saes, "ood", of_them)
+    files = foreign_saes.files | dict.fromkeys(("random_model", "transcoder"))
+    foreign_saes = Bundle(files, own["identities"])
+    decision, gates = judged(foreign_saes)
+    assert gates["stability"]["status"] == "PASS", gates["stability"]["reason"]
+    assert gates["ood"]["status"] == "PASS", gates["ood"]["reason"]
+    assert set(decision["candidate"]["checkpoints"]) == set("01234")
+    for name, words in {
+        "random_model": "--random-model-checkpoint",
+        "transcoder": "no flag says it",
+        "saebench": "--reference can name none",
+        "cebench": "--reference can name none",
+    }.items():
+        assert gates[name]["status"] == "MISSING"
+        assert words in gates[name]["reason"], gates[name]["reason"]
+
+    def change(results):
+        results["section"]["stability"]["missing_nulls"]["untrained"] = "not there"
+        results["inputs"], results["untrained"] = results["bank"]["inputs"], None
+
+    _, gates = judged(with_results(brought, "confirmation", change))
+    assert "--untrained names the SAEs before training" in gates["stability"]["reason"]
+    fewer = with_results(brought, "confirmation", lambda r: r["bank"]["saebench"]["data_sets"].__setitem__(0, "x"))
+    assert "--dataset-names holds by default" in judged(fewer)[1]["saebench"]["reason"]
+    local = with_results(brought, "confirmation", lambda r: r["bank"]["cebench"].update(benchmark="contrastive_local"))
+    assert "--stories names those on the hub" in judged(local)[1]["cebench"]["reason"]
+
+
+def test_no_damage_of_brought_evidence_gets_through(brought):
+    rng = np.random.default_rng(0)
+    files = {"confirmation": brought.files["confirmation"]}
+    cases = [c for c in damage.of_values(replace(brought, files=files), rng) if rng.random() < 0.03]
+    cases = [replace(c, bundle=Bundle(brought.files | c.bundle.files, brought.on_disk)) for c in cases]
+    assert len(cases) > 60
+    assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -289,6 +384,24 @@ def test_checkpoints_on_the_disk(tmp_path):
     assert found["2"] not in (None, found["1"])
     assert (found["3"], found["4"]) == (None, None)
     assert reading.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
+
+
+def test_a_decision_on_brought_saes_is_made_again(brought, tmp_path):
+    evidence = tmp_path / "docs" / "evidence"
+    paths = {label: run_folder(evidence, label, f.results) for label, f in brought.files.items() if f}
+    files = {label: paths.get(label) and reading.read(paths[label]) for label in brought.files}
+    decision = {"phase": "release_gate", "inputs": {}, "policy": "strict"}
+    decision |= decide(Bundle(files, brought.on_disk), Thresholds(), {}) | {"on_disk": brought.on_disk}
+    assert decision["outcome"] == "provisional"
+    decision["read"] = {n: {"path": f"{n}.json", "sha256": f and f.sha256} for n, f in files.items()}
+    problem = decisions.problem(run_folder(evidence, "gate", decision), decision, tmp_path)
+    assert problem is None
+    for change in ({"unconfirmed": None}, {"pass_all": True}, {"provisional": False}, {"outcome": "passed"}):
+        path = run_folder(tmp_path / str(*change), "gate", decision | change)
+        assert "made again from docs/evidence it is another" in decisions.problem(path, decision | change, tmp_path)
+    del decision["unconfirmed"]
+    path = run_folder(tmp_path / "without", "gate", decision)
+    assert "it is another" in decisions.problem(path, decision, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

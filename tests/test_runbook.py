@@ -43,6 +43,7 @@ PLACEHOLDERS = {
     "RESID_MID_STORE": "as above",
     "MLP_OUT_STORE": "as above",
     "MY_SAES": "the reader's checkpoints",
+    "MY_SAES_BEFORE": "the same before training",
     "HEAD": "a machine's name",
 }
 """Words in capitals that stand for something of the reader's."""
@@ -60,6 +61,8 @@ RUN_ELSEWHERE = {
     "scripts/experiments/run_random_model_stress_eval.py": "test_stress.py",
     "scripts/experiments/run_transcoder_stress_eval.py": "test_stress.py",
     "scripts/experiments/run_ood_stress_eval.py": "test_stress_ood.py",
+    "scripts/experiments/run_release_check.py": "test_release_check.py",
+    "scripts/experiments/run_brought_candidate.py": "test_release_check.py",
     "scripts/analysis/plan_scale.py": "test_studies.py",
     "scripts/analysis/verify_experiment_consistency.py": "test_claims.py",
     "scripts/analysis/collect_feature_examples.py": "test_benchmarks.py",

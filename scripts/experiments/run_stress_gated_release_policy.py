@@ -12,7 +12,8 @@
 Fail-closed: each gate is PASS, FAIL or MISSING, and `pass_all` is true only where every one is PASS on its bound
 (docs/methods.md, Rules). All is required, whatever the --require flags say; a waiver, a mode other than joint, or a
 threshold looser than the registered one is written down and makes the decision provisional, which is no pass. Evidence
-about other SAEs than the confirmed candidate's, or that does not follow from its own figures, counts as missing.
+about other SAEs than the candidate's, or that does not follow from its own figures, counts as missing. SAEs that were
+brought (`--confirmation-results` of run_brought_candidate.py) are judged alike, and never get more than provisional.
 `--policy published` gives the earlier study's verdicts on its files, and says where the strict rules differ. Writes
 `release_policy.json` and `.md`. Exit 0 passed (or no --fail-on-gate-fail), 1 not passed, 2 bad usage.
 """
@@ -54,7 +55,7 @@ def parse():
         "--external-candidate-json",
         type=Path,
         default=EXPERIMENTS / "candidate_selection" / "results.json",
-        help="results of select_release_candidate.py (default: %(default)s)",
+        help="results of select_release_candidate.py (default: %(default)s); SAEs that were brought need none",
     )
     studies = [EXPERIMENTS / n / "results.json" for n in ("architecture_frontier", "external_metric_scaling")]
     p.add_argument(
@@ -145,12 +146,18 @@ def summary(results: dict) -> str:
     about = "No candidate is confirmed."
     if candidate is not None:
         seeds = ", ".join(candidate["checkpoints"])
-        about = f"Candidate: {candidate['condition']}, {candidate['facts']['hook_name']}, seeds {seeds}."
+        hook = candidate["facts"]["hook_name"] or "whose hook they do not say"
+        about = f"Candidate: {candidate['condition']}, {hook}, seeds {seeds}."
     verdict = {
         "passed": "**PASSED.** Every gate holds on its bound: the claim may be made, of this subject, hook and recipe.",
         "not passed": "**NOT PASSED.** No external claim may be made.",
         "provisional": "**NOT PASSED, provisional.** What was not waived holds; no external claim may be made.",
     }[results["outcome"]]
+    if results["unconfirmed"] and results["outcome"] == "provisional" and counts["PASS"] == len(gates):
+        verdict = (
+            "**NOT PASSED, provisional.** Every gate holds; what these SAEs were chosen from is not known, so no "
+            "external claim may be made."
+        )
     lines = [
         "# Release gate",
         "",
@@ -163,6 +170,8 @@ def summary(results: dict) -> str:
     for g in gates:
         if g["waived"]:
             lines += [f"**Waived: {g['gate']}** ({g['waived']}). A decision with a waiver is never a pass.", ""]
+    if results["unconfirmed"]:
+        lines += [f"**Not confirmed**: {results['unconfirmed']}. Such a decision is never a pass.", ""]
     if results["looser_than_registered"]:
         lines += [f"**Looser than registered: {', '.join(results['looser_than_registered'])}.** Never a pass.", ""]
     rows = [

@@ -119,14 +119,19 @@ def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: Lang
         for folder in [path] if path.is_file() else foreign.find(path, f"--{flag}"):
             sha = sha256_file(foreign.weights_file(folder))
             sae = open_fitting(folder, store)
-            made_for, facts = sae.metadata.get("model_name"), facts_of(sae, 0.0)
-            if facts["subject_digest"] is None and made_for and Path(made_for).name != subject.name:
-                raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject.name}")
-            one = identity(sae, sha)
+            refuse_other_model(folder, sae, subject.name, flag)
+            one, facts = identity(sae, sha), facts_of(sae, 0.0)
             if (key := digest([one, facts])) not in found:  # two recipes may give one SAE, which then stands for both
                 figures, _ = evaluate(sae, store, range(store.rows))
                 found[key] = Candidate(folder, sha, one, sae, facts | {"l0": figures["l0"]}, figures)
     return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.identity))
+
+
+def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str) -> None:
+    """Raise BadInput for an SAE without a subject's digest that names another model."""
+    made_for = sae.metadata.get("model_name")
+    if facts_of(sae, 0.0)["subject_digest"] is None and made_for and Path(made_for).name != subject:
+        raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject}")
 
 
 def refuse_twins(candidates: list[Candidate]) -> None:

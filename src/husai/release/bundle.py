@@ -28,7 +28,8 @@ def read(path: Path) -> File | None:
 
 
 def on_disk(path: Path, results: Any) -> dict[str, str | None]:
-    """seed -> identity of the checkpoints that a confirmation names, as they lie beside it; None where one does not."""
+    """seed -> identity of the checkpoints that a confirmation, or what was brought in its place, names, as they lie
+    beside it; None where one does not."""
     from husai.benchmarks.candidates import identity
     from husai.dictionaries import foreign
 

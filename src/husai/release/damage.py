@@ -42,7 +42,8 @@ ALONE = {
 }
 """Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
 A_SECTION = (
-    r"(phase4a/husai|confirmation/bank/sections/\d+|transcoder/(transcoder|sae)|random_model/(section|random_model))"
+    r"(phase4a/husai|confirmation/(bank/sections/\d+|section)|transcoder/(transcoder|sae)|"
+    r"random_model/(section|random_model))"
 )
 INFORMATIONAL = {
     A_SECTION + r"/(members/\d+/(heldout/.*|checkpoint|l0_miss|order_seed)|effective_rank)": "held-out figures of the "
@@ -53,7 +54,8 @@ INFORMATIONAL = {
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
-    r"(random_model/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store, whose digest counts",
+    r"((random_model|confirmation)/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store; its "
+    "digest counts",
     r"random_model/random_model/members/\d+/heldout/.*": "of the control's SAEs: reported",
     r"confirmation/bank/(saebench|cebench)/(subject|source|stories_cut)": "names; digests count",
     r"confirmation/bank/saebench/.*/(test_acc|test_f1|val_auc|auc_by_validation)": "further figures, never compared",

@@ -50,7 +50,8 @@ def problem(path: Path, decision: Any, root: Path) -> str | None:
         if problems:
             return problems[0]
         made = again(decision, root)
-        found = next(differences({n: decision[n] for n in DECIDED}, {n: made[n] for n in DECIDED}, "decision"), None)
+        said = {n: decision[n] for n in DECIDED} | {"unconfirmed": decision.get("unconfirmed")}  # older ones: confirmed
+        found = next(differences(said, {n: made[n] for n in said}, "decision"), None)
     except (LookupError, TypeError, ValueError, AttributeError, BadInput, RecursionError) as error:
         return f"it is no decision of the strict gate ({type(error).__name__}: {error})"
     if found is not None:

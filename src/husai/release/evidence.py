@@ -466,17 +466,22 @@ class Recipe(Strict):
     max_pairs: int
 
 
-class Bank(Strict):
-    """One bank of a study (`benchmarks.bank.run`)."""
+class Evaluated(Strict):
+    """SAEs of one hook, on the external benchmarks."""
 
     saebench: Probing | None
     cebench: Contrastive | None
     hook_name: str
+    inputs: dict[str, Sha256]
+    saes: list[ScoredRecord]
+
+
+class Bank(Evaluated):
+    """One bank of a study (`benchmarks.bank.run`)."""
+
     store_digest: Sha256
     rows: int
     train_rows: int
-    inputs: dict[str, Sha256]
-    saes: list[ScoredRecord]
     sections: list[ConditionSection]
     recipe: Recipe
     conditions: list[Any]
@@ -521,6 +526,7 @@ class Confirmation(Strict):
 
 class AlikeMember(Strict):
     seed: int | None
+    """None: not known, of SAEs that were brought."""
     checkpoint: str | None
     checkpoint_sha256: Sha256
     heldout: Heldout
@@ -550,7 +556,7 @@ class OwnMember(Strict):
     """An SAE under test."""
 
     label: str
-    seed: int
+    seed: int | None
     checkpoint_sha256: Sha256
     heldout: Heldout
 
@@ -571,10 +577,27 @@ class OwnSection(Strict):
     @model_validator(mode="after")
     def _own_labels(self) -> OwnSection:
         whole(self.pairs, self.stability.mcc_gap_bound)
-        labels = [m.label for m in self.members]
-        if labels != self.stability.labels or labels != [f"seed{m.seed}" for m in self.members]:
-            raise ValueError("members: the labels of the stability study, seed<seed> of each, expected")
+        labels, seeds = [m.label for m in self.members], [m.seed for m in self.members]
+        named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
+        if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
+            raise ValueError("members: the labels of the stability study, seed<seed> of each whose seed is known")
         return self
+
+
+class Brought(Strict):
+    """Results of `run_brought_candidate.py`: SAEs that a user brings. Nothing says what they were chosen from."""
+
+    phase: Literal["brought_candidate"]
+    inputs: dict[str, Sha256]
+    subject: str
+    hook_name: str
+    candidate: Binding
+    paths: dict[str, str]
+    """seed -> checkpoint, from the folder of these results."""
+    untrained: dict[str, Sha256] | None
+    """seed -> sha256 of what holds its untrained state."""
+    section: OwnSection
+    bank: Evaluated
 
 
 class RandomModelStress(Strict):
@@ -640,7 +663,7 @@ class Model(SideBySide):
 
 class ShiftedSAE(Strict):
     identity: Sha256
-    seed: int
+    seed: int | None
     test_auc: dict[str, SideBySide]
 
 

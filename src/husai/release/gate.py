@@ -16,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from husai.benchmarks import baselines, deltas, sae_probes
 from husai.release.evidence import (
-    Bank,
+    Brought,
     Confirmation,
+    Evaluated,
     OODStress,
     OwnSection,
     Pairs,
@@ -30,13 +31,14 @@ from husai.release.evidence import (
     TranscoderStress,
     refusal,
 )
+from husai.runs.cli import DATA_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS
 from husai.stability.contrast import score_matrix
 from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
 from husai.stress import drop
-from husai.stress.candidate import block
+from husai.stress.candidate import block, places
 
 GATES = {
     "positive_control": "Does the method find features alike where they are known to be (modular addition)?",
@@ -48,6 +50,8 @@ GATES = {
     "cebench": "On CE-Bench, is it at least as good as its matched reference?",
 }
 """Gate -> what it asks, in the order in which they are reported."""
+OF = {"positive_control": "phase4a", "random_model": "random_model", "transcoder": "transcoder", "ood": "ood"}
+"""Gate -> the evidence of its own that it reads."""
 MAKES = {
     "phase4a": "run_phase4a_reproduction.py",
     "selection": "select_release_candidate.py",
@@ -57,6 +61,12 @@ MAKES = {
     "ood": "run_ood_stress_eval.py",
 }
 """Evidence -> the script that makes it."""
+BRINGS = "run_brought_candidate.py"
+"""Makes what stands in the confirmation's place where SAEs were brought."""
+UNCONFIRMED = "these SAEs were brought: what they were chosen from is not known, nor whether their seeds are fresh"
+BROUGHT_SEED = 42
+"""Of the probing, where no selection says it."""
+UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
 MINIMUM_FAMILIES = 3
 """Of data sets, for a figure that speaks of others."""
 PAIRS = TypeAdapter(Pairs)
@@ -112,9 +122,9 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         waived: gate -> why it need not hold; no decision with a waiver passes.
 
     Returns:
-        {"pass_all", "provisional", "outcome", "candidate", "thresholds", "looser_than_registered", "gates": [{"gate",
-        "question", "status", "figure", "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason",
-        "to_pass", "waived"}]}
+        {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None,
+        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate", "question", "status", "figure",
+        "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason", "to_pass", "waived"}]}
     """
     candidate = _Candidate(bundle)
     level = 1 - thresholds.alpha
@@ -127,16 +137,18 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "saebench": lambda: _saebench(candidate, level, thresholds.min_saebench_delta),
         "cebench": lambda: _cebench(candidate, level, thresholds.min_cebench_delta),
     }
-    gates = [_judge(name, judges[name]) | {"waived": waived.get(name)} for name in GATES]
+    maker = MAKES["confirmation"] if candidate.unconfirmed is None else BRINGS
+    gates = [_judge(name, judges[name], maker) | {"waived": waived.get(name)} for name in GATES]
     looser = thresholds.looser()
     held = all(g["status"] == "PASS" for g in gates)
-    pass_all = held and not waived and not looser
-    provisional = bool(waived) or bool(looser)
+    provisional = bool(waived) or bool(looser) or candidate.unconfirmed is not None
+    pass_all = held and not provisional
     rest = all(g["status"] == "PASS" or g["waived"] for g in gates)
     return {
         "pass_all": pass_all,
         "provisional": provisional,
         "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
+        "unconfirmed": candidate.unconfirmed,
         "candidate": candidate.block(),
         "thresholds": vars(thresholds),
         "looser_than_registered": looser,
@@ -173,7 +185,9 @@ class _Shown:
         return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.bound))
 
 
-def _judge(name: str, judge: Callable[[], _Shown]) -> dict:
+def _judge(name: str, judge: Callable[[], _Shown], maker: str) -> dict:
+    """The gate's record; `maker`: the script that makes the candidate's own evidence."""
+    to_find = f"evidence that counts, of {MAKES[OF[name]] if name in OF else maker}"
     empty = dict.fromkeys(("estimate", "low", "high", "bound", "relation", "threshold", "n"))
     about = {"gate": name, "question": GATES[name]}
     try:
@@ -183,13 +197,13 @@ def _judge(name: str, judge: Callable[[], _Shown]) -> dict:
         if not all(np.isfinite([e.estimate, e.low, e.high]).all() for e in shown.estimates.values()):
             raise Missing("a figure is not finite")
     except Missing as missing:
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": _to_find(name)}
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": to_find}
     except ValidationError as error:
         why = f"the evidence is not what it should be: {refusal(error)}"
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": _to_find(name)}
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": to_find}
     except (BadInput, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"the evidence cannot be read ({type(error).__name__}: {error})"
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": _to_find(name)}
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": to_find}
     passed = all(shown.holds(e) for e in shown.estimates.values())
     which, worst = shown.worst()
     against = f" ({which})" if len(shown.estimates) > 1 else ""
@@ -227,11 +241,6 @@ def _to_pass(shown: _Shown, worst: Estimate) -> str:
     )
 
 
-def _to_find(gate: str) -> str:
-    makers = {"positive_control": "phase4a", "random_model": "random_model", "transcoder": "transcoder", "ood": "ood"}
-    return f"evidence that counts, of {MAKES[makers.get(gate, 'confirmation')]}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What must be true of the evidence before its figures count
 
@@ -243,19 +252,22 @@ def _read(bundle: Bundle, label: str, model: type[T]) -> T:
     return model.model_validate(_whole(bundle, label).results)
 
 
-def _whole(bundle: Bundle, label: str) -> File:
+def _whole(bundle: Bundle, label: str, maker: str | None = None) -> File:
     """A file without problems.
+
+    Args:
+        maker: the script that makes it, where it is not that of MAKES.
 
     Raises:
         Missing.
     """
-    file = bundle.files.get(label)
+    file, maker = bundle.files.get(label), maker or MAKES[label]
     if file is None:
-        raise Missing(f"no results of {MAKES[label]} were given")
+        raise Missing(f"no results of {maker} were given")
     if file.problems:
-        raise Missing(f"{MAKES[label]}: {file.problems[0]}")
+        raise Missing(f"{maker}: {file.problems[0]}")
     if file.sha256 is None:
-        raise Missing(f"{MAKES[label]}: {file.path} has no digest")
+        raise Missing(f"{maker}: {file.path} has no digest")
     return file
 
 
@@ -265,12 +277,21 @@ def _require(holds: bool, reason: str) -> None:
 
 
 class _Candidate:
-    """The confirmed candidate, checked once: each gate about it raises what is wrong with it."""
+    """The candidate, confirmed or brought, checked once: each gate about it raises what is wrong with it."""
+
+    unconfirmed: str | None = None
+    """Why it is none, of SAEs that were brought."""
 
     def __init__(self, bundle: Bundle):
         self._reason: Exception | None = None
         try:
-            self._check(bundle)
+            confirmation = bundle.files.get("confirmation")
+            results = None if confirmation is None else confirmation.results
+            if isinstance(results, dict) and results.get("phase") == "brought_candidate":
+                self.unconfirmed = UNCONFIRMED
+                self._check_brought(bundle)
+            else:
+                self._check(bundle)
         except (Missing, ValidationError, BadInput, LookupError, TypeError, ValueError, AttributeError) as error:
             self._reason = error
 
@@ -291,11 +312,14 @@ class _Candidate:
         _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
         _require(len(sections) == 1, "one condition, confirmed, expected")
         _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
-        _about(sections[0], facts)
+        self.about = {n: facts[n] for n in ("subject_digest", "hook_name", "d_in")}
+        self.stores = {facts["store_digest"]}
+        _about(sections[0], self)
         _own_training(sections[0])
         made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}
         _require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
         _one_account(found.bank)
+        _require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
         _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
         recipe, subjects = found.bank.recipe.model_dump(), {found.subject, chosen.selected.get("subject")}
         _require(recipe == chosen.selected.get("recipe"), "it was trained by another recipe than the selected one")
@@ -308,14 +332,49 @@ class _Candidate:
             == {"d_sae": facts["d_sae"], "k": facts["k"], "budget": facts["tokens"], "family": facts["family"]},
             "its stability is that of another configuration",
         )
-        _require(found.paths.keys() == own.identities.keys(), "a path of each checkpoint expected")
-        for seed, identity in own.identities.items():
-            there = bundle.on_disk.get(seed)
-            _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
-            _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
+        _on_disk(bundle, found)
         self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
-        self.split, self.cohort = chosen.split, chosen.cohort
+        self.cohort, self.data_sets = chosen.cohort, set(chosen.split.gate_data_sets)
+        self.read = set(chosen.split.selection_families)
         self.labels = {str(r["facts"]["seed"]): f"checkpoint {r['label']}" for r in records}
+
+    def _check_brought(self, bundle: Bundle) -> None:
+        found = Brought.model_validate(_whole(bundle, "confirmation", BRINGS).results)
+        own, bank, section = found.candidate, found.bank, found.section
+        records, facts = [r.model_dump() for r in bank.saes if r.candidate], own.facts.model_dump()
+        _require(len(records) >= MINIMUM_SEEDS, f"{len(records)} seeds; at least {MINIMUM_SEEDS} expected")
+        _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its benchmarks evaluated")
+        _require(all(r["condition"] == own.condition for r in records), "its records are of another condition")
+        _require(_members(section) == own.checkpoints, "its stability is that of other SAEs")
+        _require(facts["control"] is None, f"its SAEs were trained on {facts['control']}")
+        _one_account(bank)
+        inputs, subject = dict(bank.inputs), bank.inputs["subject"]
+        for part in (bank.saebench, bank.cebench):
+            inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls} if part else {}
+        inputs |= {f"untrained {seed}": sha256 for seed, sha256 in (found.untrained or {}).items()}
+        _require(
+            found.inputs == inputs, "its inputs are not its subject, activations, checkpoints and untrained states"
+        )
+        untrained = set(own.checkpoints) if "untrained" not in section.stability.missing_nulls else set()
+        _require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
+        _require(facts["subject_digest"] in (None, subject), "its SAEs are of another subject")
+        _require(facts["hook_name"] in (None, found.hook_name) and bank.hook_name == found.hook_name, "another hook")
+        self.about = {"subject_digest": subject, "hook_name": found.hook_name, "d_in": facts["d_in"]}
+        heldout = bank.inputs["held-out activations"]
+        self.stores = {heldout}
+        _about(section, self)
+        self.stores = {heldout, facts["store_digest"]} - {None}
+        _on_disk(bundle, found)
+        self.own, self.facts, self.bank, self.section = own, facts, bank, section
+        self.seeds, self.read, self.data_sets = (
+            [int(seed) for seed in own.checkpoints],
+            set(),
+            set(DATA_SETS.split(",")),
+        )
+        versions = None if bank.saebench is None else bank.saebench.versions
+        self.cohort = {"probing_seed": BROUGHT_SEED, "versions": versions}
+        labels = (f"checkpoint {r['label']}" for r in records)
+        self.labels = dict(zip(own.checkpoints, labels, strict=True))
 
     def known(self) -> _Candidate:
         """The candidate, or what is wrong with it.
@@ -331,14 +390,23 @@ class _Candidate:
         return None if self._reason is not None else self.own.model_dump()
 
     def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
-        _require(found.candidate == self.own, f"{script}: it is about other SAEs than the confirmed candidate's")
+        _require(found.candidate == self.own, f"{script}: it is about other SAEs than the candidate's")
         inputs = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
-        inputs |= {"subject": self.facts["subject_digest"]} | _beside(found)
+        inputs |= {"subject": self.about["subject_digest"]} | _beside(found)
         _require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
         needed = {"held-out activations"}
         needed |= {"MLP input"} if isinstance(found, TranscoderStress) else set()
         needed |= {"shifted activations", "probed texts"} if isinstance(found, OODStress) else set()
         _require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
+
+
+def _on_disk(bundle: Bundle, found: Confirmation | Brought) -> None:
+    identities = found.candidate.identities
+    _require(found.paths.keys() == identities.keys(), "a path of each checkpoint expected")
+    for seed, identity in identities.items():
+        there = bundle.on_disk.get(seed)
+        _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
+        _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
 
 
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
@@ -365,7 +433,7 @@ def _own_training(section: Section) -> None:
     _require(len(recipes) == 1, "SAEs of several recipes are no condition")
 
 
-def _one_account(bank: Bank) -> None:
+def _one_account(bank: Evaluated) -> None:
     """Each SAE of a bank has one record, which its benchmarks repeat, and the inputs are the SAEs'."""
     saes = {r.identity: _kept(r) for r in bank.saes}
     _require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
@@ -385,7 +453,6 @@ def _one_account(bank: Bank) -> None:
     if bank.saebench is not None:
         cores = {r.identity: r.core for r in bank.saes}
         _require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
-    _require(all(s.rows == bank.rows for s in bank.sections), "its stability is of other rows than its bank")
 
 
 def _kept(record: Record) -> dict:
@@ -393,12 +460,15 @@ def _kept(record: Record) -> dict:
 
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
-    return {str(m.seed): m.checkpoint_sha256 for m in section.members}
+    seeds = places([m.seed for m in section.members])
+    _require(len(set(seeds)) == len(seeds), "a seed stands twice")
+    return dict(zip(seeds, (m.checkpoint_sha256 for m in section.members), strict=True))
 
 
-def _about(section: Section | OwnSection, facts: dict) -> None:
-    for name in ("subject_digest", "hook_name", "store_digest", "d_in"):
-        _require(getattr(section, name) == facts[name], f"a stability study of another {name}")
+def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
+    for name, value in candidate.about.items():
+        _require(getattr(section, name) == value, f"a stability study of another {name}")
+    _require(section.store_digest in candidate.stores, "a stability study of another store_digest")
 
 
 def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Estimate]:
@@ -421,7 +491,7 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
     found = _read(bundle, "phase4a", PositiveControl)
     section, members = found.husai, _members(found.husai)
-    subject = candidate.own.facts.subject_digest if candidate.block() else None
+    subject = candidate.about["subject_digest"] if candidate.block() else None
     _require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
     inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
     inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
@@ -434,21 +504,31 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _S
 
 def _stability(candidate: _Candidate, level: float) -> _Shown:
     c = candidate.known()
+    _require(
+        "untrained" not in c.section.stability.missing_nulls,
+        "the untrained null is missing: --untrained names the SAEs before training",
+    )
     estimates = _excess(c.section.model_dump(), level, GATED_NULLS)
     return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(c.seeds))
 
 
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
-    c, found = candidate.known(), _read(bundle, "random_model", RandomModelStress)
+    c = candidate.known()
+    if c.facts["training"] is None and bundle.files.get("random_model") is None:
+        raise Missing(
+            f"{UNKNOWN_TRAINING}: --random-model-checkpoint names SAEs trained alike on the random-weights model"
+        )
+    found = _read(bundle, "random_model", RandomModelStress)
     script = MAKES["random_model"]
     c.is_that_of(found, script)
     _require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
-    _about(found.section, c.facts)
+    _about(found.section, c)
     _require(
-        found.random_model.subject_digest != c.facts["subject_digest"], f"{script}: its control is the subject itself"
+        found.random_model.subject_digest != c.about["subject_digest"], f"{script}: its control is the subject itself"
     )
-    seeds = [m.seed for m in found.random_model.members]
-    _require(seeds == [m.seed for m in found.section.members], f"{script}: its controls have other seeds")
+    seeds, own = ([m.seed for m in arm.members] for arm in (found.random_model, found.section))
+    alike = seeds == own or (c.facts["training"] is None and set(own) == {None} and len(seeds) == len(own))
+    _require(alike, f"{script}: its controls have other seeds")
     shas = {m.checkpoint_sha256 for m in found.random_model.members}
     _require(
         len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
@@ -458,7 +538,10 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown
 
 
 def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: float) -> _Shown:
-    c, found = candidate.known(), _read(bundle, "transcoder", TranscoderStress)
+    c = candidate.known()
+    if c.facts["training"] is None:
+        raise Missing(f"{UNKNOWN_TRAINING}, and so no transcoders can be trained alike; no flag says it")
+    found = _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
     _require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
     c.is_that_of(found, script)
@@ -468,7 +551,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
         expected == {n: getattr(setting, n) for n in expected} and setting.seeds == c.seeds,
         f"{script}: another width, k, budget, subject or other seeds than the candidate's",
     )
-    _require(f"blocks.{setting.layer}." in c.facts["hook_name"], f"{script}: another layer than the candidate's")
+    _require(f"blocks.{setting.layer}." in c.about["hook_name"], f"{script}: another layer than the candidate's")
     arms = [found.transcoder, found.sae]
     for arm in arms:
         _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
@@ -491,7 +574,8 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     c, found = candidate.known(), _read(bundle, "ood", OODStress)
     script, shifted = MAKES["ood"], found.shifted
     c.is_that_of(found, script)
-    identities = {str(s.seed): s.identity for s in shifted.saes}
+    seeds = places([s.seed for s in shifted.saes])
+    identities = dict(zip(seeds, (s.identity for s in shifted.saes), strict=True))
     _require(
         identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs"
     )
@@ -519,12 +603,13 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     c = candidate.known()
     probing = c.bank.saebench
     _require(probing is not None, "SAEBench was not run")
-    absent = sorted(set(c.split.gate_data_sets) - set(probing.data_sets))
-    _require(not absent, f"SAEBench: data sets that selection left are missing: {', '.join(absent[:3])}")
+    absent = sorted(c.data_sets - set(probing.data_sets))
+    whose = "selection left" if c.unconfirmed is None else "--dataset-names holds by default"
+    _require(not absent, f"SAEBench: data sets that {whose} are missing: {', '.join(absent[:3])}")
     _versions(c, probing.versions)
     _seed(c, probing.random_seed)
     _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
-    keep = [i for i, f in enumerate(probing.families) if f not in c.split.selection_families]
+    keep = [i for i, f in enumerate(probing.families) if f not in c.read]
     families = [probing.families[i] for i in keep]
     _families(families)
     records = [r.model_dump() for r in probing.saes]
@@ -538,9 +623,10 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     c = candidate.known()
     pairs = c.bank.cebench
     _require(pairs is not None, "CE-Bench was not run")
-    _require(pairs.benchmark == "cebench", f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional")
+    why = f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional; --stories names those on the hub"
+    _require(pairs.benchmark == "cebench", why)
     _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
-    keep = [i for i, f in enumerate(pairs.clusters) if f not in c.split.selection_families]
+    keep = [i for i, f in enumerate(pairs.clusters) if f not in c.read]
     clusters = [pairs.clusters[i] for i in keep]
     _families(clusters)
     own = [r.model_dump() for r in pairs.saes]
@@ -559,16 +645,20 @@ def _against_reference(
 ) -> tuple[Estimate, float]:
     """(the difference to the matched reference, that reference's mean)."""
     group = [r for r in records if r.get("candidate") and r["identity"] in set(c.own.identities.values())]
-    group.sort(key=lambda r: c.seeds.index(r["facts"]["seed"]))
-    _require(
-        [r["identity"] for r in group] == list(c.own.identities.values()), "figures of other SAEs than the candidate's"
-    )
+    order = list(c.own.identities.values())
+    group.sort(key=lambda r: order.index(r["identity"]))
+    seeds = places([r["facts"]["seed"] for r in group])
+    own = dict(zip(seeds, (r["identity"] for r in group), strict=True)) == c.own.identities
+    _require(own and len(group) == len(order), "figures of other SAEs than the candidate's")
     _require(
         all({k: v for k, v in r["facts"].items() if k not in ("seed", "l0")} == c.facts for r in group),
         "facts of other SAEs than the candidate's",
     )
     match = baselines.matched(group, records)
-    _require(match.reason is None, f"no matched reference: {match.reason}")
+    hint = "" if c.unconfirmed is None else "; --reference names SAEs to compare with"
+    if c.facts["training"] is None:
+        hint = f". {UNKNOWN_TRAINING[0].upper()}{UNKNOWN_TRAINING[1:]}, so that --reference can name none that matches"
+    _require(match.reason is None, f"no matched reference: {match.reason}{hint}")
     _require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
     against = [values[r["identity"]] for r in match.records]
     _require(len({r["identity"] for r in match.records}) == len(group), "a reference stands for several seeds")

@@ -149,6 +149,9 @@ def decisions(results: dict) -> dict[str, Any]:
         again["/conditions"] = deltas.contrastive(results)
     elif phase == "candidate_confirmation":
         of_bank("/bank", results["bank"])
+    elif phase == "brought_candidate":
+        again["/bank/saebench/conditions"] = deltas.saebench(results["bank"]["saebench"])
+        again["/bank/cebench/conditions"] = deltas.contrastive(results["bank"]["cebench"])
     elif phase in ("architecture_frontier", "external_metric_scaling"):
         for at, bank in enumerate(results["banks"]):
             of_bank(f"/banks/{at}", bank)

@@ -16,6 +16,7 @@ import numpy as np
 
 from husai.benchmarks import baselines, conditions, deltas, sae_probes
 from husai.release import recompute, selection
+from husai.release.evidence import Evaluated, OwnSection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
 from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
@@ -225,6 +226,40 @@ def bundle(
     sha256["selection"] = files["confirmation"]["selection"]["sha256"]
     on_disk = dict(files["confirmation"]["candidate"]["identities"])
     return Bundle({label: File(f"{label}.json", sha256[label], files[label]) for label in MAKES}, on_disk)
+
+
+def brought(of: Bundle) -> Bundle:
+    """The same figures and the same SAEs, which nobody selected: a user brings them."""
+    files = json.loads(json.dumps({label: f.results for label, f in of.files.items()}))
+    confirmed = files["confirmation"]
+    own, heldout = confirmed["candidate"], confirmed["bank"]["inputs"]["held-out activations"]
+    clusters = confirmed["bank"]["cebench"]["clusters"]
+    level = lambda r, name: float(np.mean(r[name]))  # noqa: E731
+    bank = _bank([*map(int, own["checkpoints"])], SETS, clusters)
+    bank["cebench"] = confirmed["bank"]["cebench"]
+    for record, drawn in zip(bank["saebench"]["saes"], confirmed["bank"]["saebench"]["saes"], strict=True):
+        record["test_auc"][deltas.K] = [level(drawn["test_auc"], deltas.K)] * len(SETS)
+    section = {n: v for n, v in confirmed["bank"]["sections"][0].items() if n in OwnSection.model_fields}
+    kept = ("label", "seed", "checkpoint_sha256", "heldout")
+    section |= {"store_digest": heldout, "members": [{n: m[n] for n in kept} for m in section["members"]]}
+    _summarise(section)
+    _means(bank)
+    for name, again in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
+        bank[name]["conditions"] = again(bank[name])
+    untrained = {seed: _sha("untrained", seed) for seed in own["checkpoints"]}
+    files["confirmation"] = {
+        "phase": "brought_candidate",
+        "inputs": bank["inputs"] | {f"untrained {seed}": sha for seed, sha in untrained.items()},
+        "subject": confirmed["subject"],
+        "hook_name": HOOK,
+        "candidate": own,
+        "paths": confirmed["paths"],
+        "untrained": untrained,
+        "section": section,
+        "bank": {n: v for n, v in bank.items() if n in Evaluated.model_fields},
+    }
+    there = replace(of.files["confirmation"], results=files["confirmation"], sha256=digest(files["confirmation"]))
+    return Bundle(of.files | {"confirmation": there, "selection": None}, of.on_disk)
 
 
 def _scores(value: float) -> dict[str, float]:

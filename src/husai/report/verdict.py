@@ -121,6 +121,8 @@ class Decision(BaseModel):
     gates: list[Gate]
     policy: str = "strict"
     provisional: StrictBool = False
+    unconfirmed: str | None = None
+    """Why the candidate is not a confirmed one."""
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
@@ -180,7 +182,10 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     passed, waived = verdict.count("pass"), verdict.count("waived")
     counts = f"{passed} of {len(gates)} gates passed"
     reservations = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
-    if not decision.pass_all and decision.provisional and waived + passed == len(gates):
+    if not decision.pass_all and decision.unconfirmed and passed == len(gates):
+        verdict.headline, verdict.state = "No pass: provisional", "waived"
+        verdict.sentence = f"{counts}: every gate holds, and {decision.unconfirmed}. {NOTHING}"
+    elif not decision.pass_all and decision.provisional and waived + passed == len(gates):
         verdict.headline, verdict.state = "No pass: provisional", "waived"
         verdict.sentence = f"{counts}; what was waived or asked for less than is registered makes no pass. {NOTHING}"
     elif not decision.pass_all:

@@ -136,10 +136,33 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--candidate",
             type=Path,
-            help="results of run_candidate_confirmation.py (default: those below --artifact-root, where there are any; "
-            "else the embedded default is trained)",
+            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation below "
+            "--artifact-root, where there is one; else the embedded default is trained)",
         )
         self.add_checkpoints(required=False)
+
+    def add_brought(self) -> None:
+        """SAEs that a user brings to be judged: the flags of `add_benchmark`, and what its evidence wants."""
+        self.add_benchmark()
+        self.add_argument(
+            "--untrained",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
+        )
+        self.add_argument(
+            "--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes; fewer than these give no verdict"
+        )
+        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
+        self.add_argument(
+            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
+        )
+        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+        self.add_argument(
+            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+        )
+        self.set_defaults(cebench_matched_baseline_map=None)  # references are brought, too
 
     def add_study(self) -> None:
         """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""

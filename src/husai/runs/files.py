@@ -30,6 +30,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def relative(path: Path, folder: Path) -> str:
+    """The path from a folder, so that what is written there names no machine's places."""
+    return os.path.relpath(path.resolve(), folder.resolve())
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write atomically: after a crash `path` holds the old bytes or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

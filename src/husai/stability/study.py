@@ -44,18 +44,25 @@ def open_fitting(folder: Path, store: ActivationStore) -> SAE:
         BadInput: a transcoder, or made for another width, hook or subject.
     """
     sae = open_checkpoint(folder)
+    refuse_unfitting(folder, sae, store.manifest.hook_name, store.manifest.subject_digest, store.d_in)
+    return sae
+
+
+def refuse_unfitting(folder: Path, sae: SAE, hook_name: str, subject_digest: str, d_in: int | None = None) -> None:
+    """Raise BadInput for a transcoder, or an SAE of another width, hook or subject, as far as it says.
+
+    Args:
+        d_in: of the activations; None: there are none yet.
+    """
     if "transcoder" in sae.architecture or "W_skip" in sae.weights:
         raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
     made_for, subject = sae.metadata.get("hook_name"), (sae.metadata.get("husai") or {}).get("subject_digest")
-    if sae.d_in != store.d_in:
-        raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {store.d_in}")
-    if made_for is not None and made_for != store.manifest.hook_name:
-        raise BadInput(
-            f"checkpoint: {folder} was made for {made_for}; the activations are of {store.manifest.hook_name}"
-        )
-    if subject is not None and subject != store.manifest.subject_digest:
+    if d_in not in (None, sae.d_in):
+        raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {d_in}")
+    if made_for is not None and made_for != hook_name:
+        raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
+    if subject is not None and subject != subject_digest:
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
-    return sae
 
 
 def brought_dictionary(

@@ -42,6 +42,19 @@ class Tested:
         return self.store.manifest.hook_name
 
     @property
+    def members(self) -> list[dict]:
+        """Their records in a stability study."""
+        return [
+            {
+                "label": c.label if c.facts["seed"] is None else f"seed{c.facts['seed']}",
+                "seed": c.facts["seed"],
+                "checkpoint_sha256": c.sha256,
+                "heldout": c.heldout,
+            }
+            for c in self.saes
+        ]
+
+    @property
     def block(self) -> dict:
         return block([sae.to_json() for sae in self.saes])
 
@@ -67,6 +80,16 @@ class Tested:
         return found | {f"checkpoint {c.label}": c.sha256 for c in self.saes}
 
 
+def places(seeds: list[int | None]) -> list[str]:
+    """What SAEs are told apart by in evidence: their seeds; their place where the seed is not known."""
+    return [str(i if seed is None else seed) for i, seed in enumerate(seeds)]
+
+
+def in_order(saes: list[candidates.Candidate]) -> list[candidates.Candidate]:
+    """In order of seeds; where these are not known, of identities, which nobody chooses."""
+    return sorted(saes, key=lambda c: (c.facts["seed"] or 0, c.identity))
+
+
 def block(records: list[dict]) -> dict:
     """What evidence about a candidate names, and the gate compares: {"condition", "facts": what its SAEs share,
     "checkpoints": seed -> sha256 of the weights, "identities": seed -> identity}.
@@ -84,7 +107,7 @@ def block(records: list[dict]) -> dict:
             f"checkpoint: {records[0]['label']} and {records[other]['label']} differ in {', '.join(names)}: SAEs that "
             "differ in their seed alone expected"
         )
-    seeds = [str(i if r["facts"]["seed"] is None else r["facts"]["seed"]) for i, r in enumerate(records)]
+    seeds = places([r["facts"]["seed"] for r in records])
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"checkpoint: two SAEs of one seed among {', '.join(seeds)}")
     name = records[0]["condition"] if records[0]["facts"]["source"] == "husai" else f"SAEs ({digest(shared[0])[:6]})"
@@ -107,12 +130,12 @@ def find(args: argparse.Namespace, device: torch.device) -> Tested:
         results = read_json(args.candidate, "candidate")
         try:
             expected, name = results["candidate"], results["subject"]
-            hook_name = expected["facts"]["hook_name"]
+            hook_name = expected["facts"]["hook_name"] or results["hook_name"]
             paths = [args.candidate.parent / path for path in results["paths"].values()]
         except (KeyError, TypeError, AttributeError):
             raise BadInput(
-                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py (candidate, paths, subject "
-                "expected)"
+                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py or "
+                "run_brought_candidate.py (candidate, paths, subject expected)"
             ) from None
         log.info("candidate: %s of %s", expected["condition"], args.candidate)
     elif paths:
@@ -124,7 +147,7 @@ def find(args: argparse.Namespace, device: torch.device) -> Tested:
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     subject = pretrained.load(str(name), device=device)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads)
-    saes = sorted(open_all(paths, store, "checkpoint", subject), key=lambda c: (c.facts["seed"] or 0, c.identity))
+    saes = in_order(open_all(paths, store, "checkpoint", subject))
     refuse_twins(saes)
     tested = Tested(str(name), subject, store, saes)
     if expected is not None and tested.block != expected:

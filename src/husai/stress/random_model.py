@@ -18,7 +18,7 @@ from husai.runs.errors import BadInput
 from husai.stability import contrast, study
 from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS, PRIMARY_SCORE, Dictionary
 from husai.stability.scores import ALIVE
-from husai.stress.candidate import Tested, training_store
+from husai.stress.candidate import Tested, in_order, places, training_store
 from husai.training.grid import SNAPSHOTS, train_or_find
 from husai.training.stack import Member
 
@@ -55,7 +55,7 @@ def verdict(section: dict) -> dict:
 def decisions(results: dict) -> dict:
     """The verdict, and of which SAEs it speaks, from the section: place in the results -> value."""
     members = results["section"]["members"]
-    seeds = [str(i if m["seed"] is None else m["seed"]) for i, m in enumerate(members)]
+    seeds = places([m["seed"] for m in members])
     own = dict(zip(seeds, (m["checkpoint_sha256"] for m in members), strict=True))
     again = {"/verdict": verdict(results["section"]), "/candidate/checkpoints": own}
     return again | {"/gain": gain(results["section"], results["random_model"])}
@@ -85,12 +85,17 @@ def grid_of(tested: Tested) -> list[Member]:
     return grid
 
 
-def own_dictionaries(tested: Tested) -> tuple[list[Dictionary], dict[str, str]]:
-    """(the candidate's dictionaries, null -> why it is not there)."""
+def own_dictionaries(tested: Tested, before: list[Path] | None = None) -> tuple[list[Dictionary], dict[str, str]]:
+    """(the candidate's dictionaries, null -> why it is not there).
+
+    Args:
+        before: checkpoints of its SAEs before training, in their order, where these do not keep them themselves.
+    """
     folders = [c.folder.parent if c.folder.is_file() else c.folder for c in tested.saes]
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders], {}
-    return _brought(tested.saes, tested.store), {"untrained": "the SAEs' untrained states are not beside them"}
+    missing = {} if before else {"untrained": "the SAEs' untrained states are not beside them"}
+    return _brought(tested.saes, tested.store, before), missing
 
 
 def section_of(
@@ -111,15 +116,7 @@ def section_of(
     dictionaries, missing = own_dictionaries(tested)
     if shuffled is None:
         missing["shuffled"] = "the SAEs were not trained here"
-    members = [
-        {
-            "label": c.label if c.facts["seed"] is None else f"seed{c.facts['seed']}",
-            "seed": c.facts["seed"],
-            "checkpoint_sha256": c.sha256,
-            "heldout": c.heldout,
-        }
-        for c in tested.saes
-    ]
+    members = tested.members
     controls = (shuffled and shuffled.dictionaries, draws, threads, missing, random_model.dictionaries)
     found = study.compare_all(cells, store, [m["label"] for m in members], dictionaries, *controls)
     return {"members": members, **found}
@@ -139,8 +136,11 @@ def control_of(cells: Cells, random_model: Arm, labels: list[str], draws: int, t
     return random_model.results | {name: found[name] for name in ("stability", "pairs")}
 
 
-def _brought(saes: list[candidates.Candidate], store: ActivationStore) -> list[Dictionary]:
-    return [study.brought_dictionary(c.folder, store, range(store.rows), None)[0] for c in saes]
+def _brought(
+    saes: list[candidates.Candidate], store: ActivationStore, before: list[Path] | None = None
+) -> list[Dictionary]:
+    pairs = zip(saes, before or [None] * len(saes), strict=True)
+    return [study.brought_dictionary(c.folder, store, range(store.rows), b)[0] for c, b in pairs]
 
 
 def trained_arms(
@@ -195,7 +195,7 @@ def brought_arm(
     flag = "--random-model-checkpoint"
     where = tested.name, tested.hook_name, artifact_root, rows, device, threads
     model, controls = candidates.open_controls(paths, *where)
-    controls = sorted(controls, key=lambda c: (c.facts["seed"] or 0, c.identity))
+    controls = in_order(controls)
     if len(controls) != len(tested.saes):
         raise BadInput(f"{flag}: {len(controls)} SAEs for the {len(tested.saes)} of the candidate; as many expected")
     for ours, theirs in zip(tested.saes, controls, strict=True):

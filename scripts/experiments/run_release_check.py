@@ -1,0 +1,236 @@
+"""Judge SAEs of your own: stability, benchmarks, stress tests, the gate, features to read, and one page about it all.
+
+    python scripts/experiments/run_release_check.py --checkpoint SEED1 SEED2 SEED3 SEED4 SEED5 \\
+      --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
+    python scripts/experiments/run_release_check.py --checkpoint MY_SAES --untrained MY_SAES_BEFORE_TRAINING \\
+      --reference RELU_SAES --random-model-checkpoint RANDOM_SAES --stories GulkoA/contrastive-stories-v3
+
+Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone: three at least,
+five for a verdict. What does not fit is refused before anything is computed. Then each part runs in a process of its
+own; one that fails is named, with its log, and the others go on. The same command again reads what is finished. At best
+the decision is provisional: nobody knows what these SAEs were chosen from. Exit 0 done, whatever the verdict
+(--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from husai.runs.cli import Parser, positive_int, prepare, run_main
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+STRESS = ("random_model_stress", "transcoder_stress", "ood_stress")
+GATE_FLAGS = {"brought_candidate": "confirmation", "positive_control": "phase4a"} | {
+    name: name.removesuffix("_stress").replace("_", "-") for name in STRESS
+}
+"""Part -> how the gate calls its results."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script to run."""
+
+    name: str
+    """Of its folder below parts/."""
+    script: str
+    """Below scripts/."""
+    arguments: list[str]
+    not_run: str | None = None
+    """Why it cannot be run on these SAEs."""
+
+
+def parse():
+    p = Parser(__doc__)
+    p.add_common("results/experiments/release_check")
+    p.add_brought()
+    p.add_argument(
+        "--train-rows",
+        type=positive_int,
+        help="of the activations that the SAEs were trained on (default: those below --artifact-root)",
+    )
+    p.add_argument(
+        "--phase4a-results",
+        type=Path,
+        help="of the positive control on modular addition (default: those below --artifact-root, else it is run)",
+    )
+    p.add_argument("--features", type=positive_int, default=60, help="to read (default: %(default)s)")
+    p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
+    return p.parse_benchmark()
+
+
+def main() -> None:
+    args = parse()
+    prepare(args.device, args.threads)
+    from husai.benchmarks import cebench_checkout, sae_probes
+    from husai.runs.errors import BadInput, CheckFailed
+    from husai.runs.files import content_or_name, read_json
+    from husai.runs.folder import Run
+    from husai.stress import brought
+    from husai.subjects import pretrained
+
+    # Everything that a user brings is looked at before anything runs.
+    sae_probes.versions()
+    data_sets = sae_probes.check_data_sets(args.dataset_names)
+    content_or_name(args.stories)
+    if args.cebench_repo:
+        cebench_checkout.code_digest(args.cebench_repo)
+    if args.phase4a_results and not args.phase4a_results.is_file():
+        raise BadInput(f"--phase4a-results: {args.phase4a_results} does not exist")
+    found = brought.look_over(args)
+    subject = pretrained.describe(pretrained.open_folder(args.subject))
+
+    root = args.output_dir / "parts"
+    config = {"subject": subject, "hook_name": args.hook_name, "candidate": found.block, "data_sets": data_sets}
+    with Run(args.output_dir, config, args.device, args.threads) as run:
+        run.add_input("subject", subject)
+        for seed, sha256 in found.block["checkpoints"].items():
+            run.add_input(f"checkpoint {seed}", sha256)
+        done: list[dict] = []
+        for part in [*evidence(args, root, found), gate(args, root)]:
+            done.append(record(run, part, root, done))
+        report = args.output_dir / "report.html"
+        page = Part("report", "analysis/build_report.py", ["--results-root", str(root), "--output", str(report)])
+        done.append(record(run, page, root, done))
+
+        decided = root / "release_gate" / "results.json"
+        decision = read_json(decided, "decision") if decided.is_file() else None
+        kept = ("pass_all", "outcome", "unconfirmed", "gates")
+        results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
+        results |= {"candidate": found.block, "parts": done}
+        results["decision"] = decision and {name: decision[name] for name in kept}
+        text = summary(results)
+        run.write(results, text)
+        print(text)
+        print(f"report   {report}")
+        if failed := [p for p in done if p["return_code"] not in (None, 0)]:
+            why = ", ".join(f"{p['name']} (return code {p['return_code']}, {run.folder / p['log']})" for p in failed)
+            raise CheckFailed(f"{len(failed)} of {len(done)} parts failed: {why}")
+        if args.fail_on_gate_fail and not (decision and decision["pass_all"]):
+            raise CheckFailed(f"the gate is not passed: {decision['outcome'] if decision else 'there is no decision'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run
+
+
+def evidence(args, root: Path, found) -> list[Part]:
+    """The parts that the gate and the page read, in order."""
+    machine = ["--artifact-root", str(args.artifact_root), "--device", args.device, "--threads", str(args.threads)]
+    machine += ["--force"] if args.force else []
+    draws = ["--null-draws", str(args.null_draws)]
+    about = ["--model-name", str(args.subject), "--hook-name", args.hook_name, "--rows", str(args.rows)]
+    own = ["--dataset-names", ",".join(args.dataset_names), "--max-rows", str(args.max_rows), *about]
+    for flag in ("checkpoint", "untrained", "reference", "random_model_checkpoint"):
+        own += given(flag, getattr(args, flag))
+    for flag in ("stories", "cebench_repo"):
+        own += given(flag, getattr(args, flag))
+    candidate = ["--candidate", str(root / "brought_candidate" / "results.json"), "--rows", str(args.rows), *machine]
+    trained = [*candidate, *draws, *given("train_rows", args.train_rows)]
+    controls = given("random_model_checkpoint", args.random_model_checkpoint)
+    no_recipe = None if found.trained_here else "the SAEs do not say how they were trained"
+    no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
+
+    parts = []
+    if positive_control(args) is None:
+        parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws]))
+    parts += [
+        Part("brought_candidate", "experiments/run_brought_candidate.py", [*own, *draws, *machine]),
+        Part(
+            "random_model_stress",
+            "experiments/run_random_model_stress_eval.py",
+            [*trained, *controls],
+            no_control or None,
+        ),
+        Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, no_recipe),
+        Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, "--skip-families"]),
+        Part(
+            "feature_examples",
+            "analysis/collect_feature_examples.py",
+            [*candidate, "--features", str(args.features)],
+        ),
+    ]
+    return [Part(p.name, p.script, [*p.arguments, "--output-dir", str(root / p.name)], p.not_run) for p in parts]
+
+
+def given(flag: str, value) -> list[str]:
+    """A flag as it was given, or nothing."""
+    values = value if isinstance(value, list) else [value] if value is not None else []
+    return [f"--{flag.replace('_', '-')}", *map(str, values)] if values else []
+
+
+def positive_control(args) -> Path | None:
+    """Where its results lie; None: it has to be run."""
+    there = args.artifact_root / "experiments" / "phase4a_trained_vs_random" / "results.json"
+    return args.phase4a_results or (there if there.is_file() else None)
+
+
+def gate(args, root: Path) -> Part:
+    """The gate on what the parts have left. Nothing else lying around is read: each file is named."""
+    read = {flag: root / name / "results.json" for name, flag in GATE_FLAGS.items()}
+    read["phase4a"] = positive_control(args) or read["phase4a"]
+    arguments = [a for flag, path in read.items() for a in (f"--{flag}-results", str(path))]
+    arguments += ["--external-candidate-json", str(root / "candidate_selection" / "results.json")]
+    return Part(
+        "release_gate",
+        "experiments/run_stress_gated_release_policy.py",
+        [*arguments, "--output-dir", str(root / "release_gate")],
+    )
+
+
+def record(run, part: Part, root: Path, done: list[dict]) -> dict:
+    """Run one part; its return code, log, and results."""
+    from husai.runs.files import sha256_file
+
+    folder = root / part.name
+    about = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
+    reason = part.not_run
+    if "--candidate" in part.arguments and next(p for p in done if p["name"] == "brought_candidate")["reason"]:
+        reason = reason or "it takes what brought_candidate leaves"
+    if reason is None:
+        code = run.command(part.name, [sys.executable, str(SCRIPTS / part.script), *part.arguments])
+        about |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
+        reason = None if code == 0 else f"return code {code}: {last_line(run.folder / about['log'])}"
+    if reason is not None:  # what an earlier check left there is not about this one; its run folder keeps it
+        for name in ("results.json", "summary.md", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+    elif (file := folder / "results.json").is_file():
+        about |= {"result": str(file.relative_to(run.output_dir)), "sha256": sha256_file(file)}
+    print(f"{part.name}: {reason or 'done'}", file=sys.stderr)
+    return about | {"reason": reason}
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader sees
+
+
+def summary(results: dict) -> str:
+    from husai.report.text import table
+
+    own, decision = results["candidate"], results["decision"]
+    lines = ["# Release check", ""]
+    if decision is None:
+        lines += ["**There is no decision**: the gate could not be asked.", ""]
+    else:
+        counts = [sum(g["status"] == status for g in decision["gates"]) for status in ("PASS", "FAIL", "MISSING")]
+        held = counts[0] == len(decision["gates"])
+        said = "every gate holds" if held else "{} gates pass, {} fail, and {} lack evidence".format(*counts)
+        lines += [f"**{decision['outcome']}**: {said}; {decision['unconfirmed']}, so no external claim.", ""]
+    lines += [f"{own['condition']}, {results['hook_name']}, SAEs {', '.join(own['checkpoints'])}.", ""]
+    rows = [
+        [p["name"], "" if p["seconds"] is None else f"{p['seconds']:.0f}", p["result"] or "", p["reason"] or "done"]
+        for p in results["parts"]
+    ]
+    lines += table(["part", "seconds", "results", "what became of it"], rows)
+    if decision is not None:
+        gates = [[g["gate"], f"**{g['status']}**", g["reason"] or ""] for g in decision["gates"]]
+        lines += ["", *table(["gate", "status", "why"], gates)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)

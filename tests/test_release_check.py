@@ -1,0 +1,270 @@
+"""SAEs that a user brings, from the command line to the page: what is judged, what is refused, what goes on.
+
+The subject is a miniature; all parts but the gate run in this process, where the corpus is a small one."""
+
+import json
+import runpy
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from husai.activations import source
+from husai.dictionaries import checkpoints
+from husai.release import recompute
+from husai.release.evidence import Brought, OODStress, RandomModelStress, TranscoderStress
+from husai.runs.cells import Cells
+from husai.runs.files import sha256_file
+from husai.runs.folder import Run
+from husai.stress import brought
+from husai.subjects import text, tiny_lm
+from husai.subjects.tiny_lm import TinyLMConfig
+from husai.training.grid import SNAPSHOTS, members, train_or_find
+from husai.training.trainer import TrainingConfig
+
+CHECK = "scripts/experiments/run_release_check.py"
+BROUGHT = "scripts/experiments/run_brought_candidate.py"
+HOOK, HOOK_0, CPU = "blocks.1.hook_resid_pre", "blocks.0.hook_resid_pre", torch.device("cpu")
+PHASE4A = ROOT / "docs" / "evidence" / "phase4a" / "results.json"
+SIZES = ["--rows", 1000, "--null-draws", 3, "--max-rows", 24, "--features", 4, "--threads", 1]
+SIZES += ["--dataset-names", "87_glue_cola", "--phase4a-results", PHASE4A]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    short = text.documents("86_social_iqa")
+    corpus = text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "corpus", lambda: corpus)
+        patch.setitem(text.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
+        patch.setattr(brought, "NOISE_SEEDS", (43,))
+        patch.setattr(brought, "KS", [5])
+        yield corpus
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("check")
+
+
+@pytest.fixture(scope="module")
+def subject(root, few):
+    folder = root / "miniature"
+    folder.mkdir()
+    torch.manual_seed(0)
+    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+    tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(root, subject):
+    """`trained(name, seeds, d_sae, random_seed)` -> folders of TopK SAEs."""
+
+    def train(name, seeds=(1, 2, 3, 4, 5), d_sae=24, random_seed=None):
+        store = source.open_store(root, CPU, 1, subject=subject, hook_name=HOOK, rows=3000, random_seed=random_seed)
+        grid, recipe = members([*seeds], [d_sae], [3], [3e-3]), TrainingConfig(tokens=4000, batch_size=128)
+        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1)["members"]
+        return [root / name / r["checkpoint"] for r in records]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def saes(trained):
+    return trained("saes")
+
+
+@pytest.fixture(scope="module")
+def controls(trained):
+    return trained("control", random_seed=0)
+
+
+@pytest.fixture(scope="module")
+def foreign(saes, root):
+    """The same weights as dictionary_learning writes them: nothing says how they were trained, or by which seed."""
+    folders = []
+    for i, folder in enumerate(saes):
+        sae = checkpoints.load(folder)
+        folders.append(save_foreign(sae, root / "foreign" / f"sae{i}"))
+    return folders
+
+
+def save_foreign(sae, folder):
+    w = {"encoder.weight": sae.weights["W_enc"].T, "encoder.bias": sae.weights["b_enc"], "decoder.weight": sae.W_dec.T}
+    folder.mkdir(parents=True)
+    torch.save(w | {"b_dec": sae.weights["b_dec"], "k": torch.tensor(3)}, folder / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "lm_name": "miniature", "submodule_name": HOOK, "k": 3}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    return folder
+
+
+@pytest.fixture
+def check(run_script, monkeypatch, root, subject):
+    """`check(name, saes, *arguments, failing)` -> (exit code, results, what was said), in `root/name`."""
+    alone, started = Run.command, []
+
+    def command(run, name, words):
+        started.append(name)
+        if name in check.failing:
+            return alone(run, name, [sys.executable, "-c", "print('error: no room'); raise SystemExit(1)"])
+        if name == "release_gate":
+            return alone(run, name, words)
+        log = run.folder / "logs" / f"{name}.log"
+        monkeypatch.setattr(sys, "argv", words[1:])
+        with (
+            open(log, "w") as output,
+            redirect_stdout(output),
+            redirect_stderr(output),
+            pytest.raises(SystemExit) as stopped,
+        ):
+            runpy.run_path(words[1], run_name="__main__")
+        run.commands.append({"command": name, "return_code": stopped.value.code or 0, "seconds": 1.0})
+        run.commands[-1]["log"] = str(log.relative_to(run.folder))
+        return stopped.value.code or 0
+
+    monkeypatch.setattr(Run, "command", command)
+
+    def check(name, saes, *arguments, failing=()):
+        check.failing = failing
+        started.clear()
+        where = ["--model-name", subject, "--hook-name", HOOK, "--artifact-root", root, "--output-dir", root / name]
+        code, out, err = run_script(CHECK, "--checkpoint", *saes, *where, *SIZES, *arguments)
+        results = root / name / "results.json"
+        return code, json.loads(results.read_text()) if results.is_file() else None, out + err
+
+    check.started = started
+    return check
+
+
+def part(root, name, phase):
+    return json.loads((root / name / "parts" / phase / "results.json").read_text())
+
+
+def of(results, name):
+    return next(p for p in results["parts"] if p["name"] == name)
+
+
+def gates(results):
+    return {g["gate"]: g for g in results["decision"]["gates"]}
+
+
+@pytest.mark.slow
+def test_three_saes_from_the_command_line_to_the_page(check, root, saes):
+    saes = saes[:3]
+    code, results, said = check("own", saes)
+    assert code == 0, said
+    assert [p["name"] for p in results["parts"]] == check.started
+    assert check.started[:4] == ["brought_candidate", "random_model_stress", "transcoder_stress", "ood_stress"]
+    assert {p["reason"] for p in results["parts"]} == {None}
+    assert str(root / "own" / "report.html") in said
+    page = (root / "own" / "report.html").read_text()
+    assert "The SAEs that were brought" in page
+    assert "what they were chosen from is not known" in page
+
+    brought = part(root, "own", "brought_candidate")
+    Brought.model_validate(brought)
+    assert recompute.results_problems(brought) == []
+    assert list(brought["candidate"]["checkpoints"]) == ["1", "2", "3"]
+    assert set(brought["untrained"]) == {"1", "2", "3"}
+    assert not set(brought["section"]["stability"]["missing_nulls"]) & {"untrained", "spectral", "isotropic"}
+    for seed, path in brought["paths"].items():
+        weights = root / "own" / "parts" / "brought_candidate" / path / "sae_weights.safetensors"
+        assert sha256_file(weights) == brought["candidate"]["checkpoints"][seed]
+    for phase, model in zip(check.started[1:4], (RandomModelStress, TranscoderStress, OODStress), strict=True):
+        stress = part(root, "own", phase)
+        model.model_validate(stress)
+        assert stress["candidate"] == brought["candidate"]
+    assert str(root) not in json.dumps({**brought, "subject": None, "bank": brought["bank"] | {"cebench": None}})
+
+    decision = part(root, "own", "release_gate")
+    assert (decision["pass_all"], decision["provisional"], decision["outcome"]) == (False, True, "not passed")
+    assert gates(results)["positive_control"]["status"] == "PASS"
+    assert gates(results)["stability"]["reason"] == "3 seeds; at least 5 expected"
+    policy = (root / "own" / "parts" / "release_gate" / "release_policy.md").read_text()
+    assert "**Not confirmed**: these SAEs were brought" in policy
+
+    # The same again: every part reads what is finished. Then one that fails, while the others go on.
+    before = {p["name"]: p["sha256"] for p in results["parts"] if p["name"] not in ("release_gate", "report")}
+    cells = {path: path.stat().st_mtime_ns for path in (root / "own").rglob("cells/*.json")}
+    code, results, said = check("own", saes, "--fail-on-gate-fail", failing=("transcoder_stress",))
+    assert code == 1
+    assert "1 of 7 parts failed: transcoder_stress (return code 1" in said
+    assert {path: path.stat().st_mtime_ns for path in (root / "own").rglob("cells/*.json")} == cells
+    assert of(results, "transcoder_stress")["reason"] == "return code 1: no room"
+    assert before.items() >= {n: p["sha256"] for n in before if (p := of(results, n))["reason"] is None}.items()
+    assert not (root / "own" / "parts" / "transcoder_stress" / "results.json").exists()
+    assert of(results, "release_gate")["return_code"] == 0
+
+
+@pytest.mark.slow
+def test_five_saes_of_another_library(check, root, foreign, saes, controls):
+    """What can be known of them is judged; what cannot is not run, and said."""
+    before = root / "before"
+    for i, folder in enumerate(saes):  # what HUSAI began with
+        sae, start = checkpoints.load(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
+        save_foreign(replace(sae, weights=sae.weights | {"W_dec": start, "W_enc": start.T}), before / f"sae{i}")
+    more = ["--untrained", before, "--random-model-checkpoint", *controls]
+    code, results, said = check("foreign", [foreign[0].parent], *more, failing=("ood_stress",))
+    assert code == 1, said
+    parts = ["brought_candidate", "random_model_stress", "ood_stress", "feature_examples", "release_gate", "report"]
+    assert check.started == parts
+    assert of(results, "transcoder_stress")["reason"] == "the SAEs do not say how they were trained"
+    brought = part(root, "foreign", "brought_candidate")
+    Brought.model_validate(brought)
+    assert recompute.results_problems(brought) == []
+    own = brought["candidate"]
+    assert own["facts"]["training"] is None
+    assert list(own["checkpoints"]) == [*"01234"] == list(brought["untrained"])
+    assert {r["condition"] for r in brought["bank"]["saebench"]["saes"]} == {own["condition"]}
+    assert [len(c["seeds"]) for c in brought["bank"]["saebench"]["conditions"]] == [5]
+    assert part(root, "foreign", "random_model_stress")["candidate"] == own
+
+    found = gates(results)
+    assert part(root, "foreign", "release_gate")["candidate"] == own
+    assert found["stability"]["status"] in ("PASS", "FAIL"), found["stability"]["reason"]
+    assert found["random_model"]["status"] in ("PASS", "FAIL"), found["random_model"]["reason"]
+    for gate, why in {
+        "transcoder": "no transcoders can be trained alike",
+        "ood": "no results of run_ood_stress_eval.py",
+        "saebench": "--dataset-names holds by default",
+        "cebench": "--stories names those on the hub",
+    }.items():
+        assert found[gate]["status"] == "MISSING"
+        assert why in found[gate]["reason"], found[gate]["reason"]
+    assert found["saebench"]["to_pass"] == "evidence that counts, of run_brought_candidate.py"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_computed(
+    refused, trained, saes, foreign, controls, subject, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Run, "command", lambda *_: pytest.fail("a part was started"))
+    where = ["--model-name", subject, "--hook-name", HOOK, "--artifact-root", tmp_path, "--output-dir", tmp_path / "x"]
+
+    def no(message, *arguments, where=where):
+        refused(message, CHECK, *SIZES, *where, *arguments)
+
+    no("2 SAEs; one each of at least 3 seeds expected", "--checkpoint", *saes[:2])
+    wider = trained("wider", (6,), 32)
+    no("differ in d_sae", "--checkpoint", *saes, *wider)
+    no("differ in source", "--checkpoint", *saes[:2], foreign[2])
+    copy = tmp_path / "copy"
+    shutil.copytree(saes[0], copy)
+    no("share their decoder", "--checkpoint", *saes, copy)
+    no("does not exist", "--checkpoint", tmp_path / "none")
+    no("was trained on another subject", "--checkpoint", *controls)
+    no("was made for blocks.1", "--checkpoint", *saes, where=[HOOK_0 if w == HOOK else w for w in where])
+    no("was made for miniature; the subject is husai-tiny", "--checkpoint", *foreign, where=["--hook-name", HOOK])
+    no("1 SAEs before training for 5 after", "--checkpoint", *foreign, "--untrained", saes[0])
+    no("keep their untrained states", "--checkpoint", *saes, "--untrained", *saes)
+    no("2 SAEs for the 5 of --checkpoint", "--checkpoint", *saes, "--random-model-checkpoint", *controls[:2])
+    no("--phase4a-results", "--checkpoint", *saes, "--phase4a-results", tmp_path / "none")
+    no("one layer expected", "--checkpoint", *saes, "--hook-layer", 0)
+    assert not (tmp_path / "activations").exists()
+    assert not (tmp_path / "x").exists()
+    refused("2 SAEs; one each of", BROUGHT, "--checkpoint", *saes[:2], *where)
