@@ -14,7 +14,6 @@ from pathlib import Path
 from husai.runs.cli import Parser, run_main
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file, write_json
-from husai.runs.folder import git_state
 
 
 def main() -> None:
@@ -28,6 +27,8 @@ def main() -> None:
     p.add_argument("seconds", type=int)
     p.add_argument("folder")
     args = p.parse_args(own)
+    from husai.runs.folder import git_state
+
     try:
         manifest = read_json(args.manifest, "queue manifest")
         stages = {stage["stage"]: stage for stage in manifest["stages"]}
