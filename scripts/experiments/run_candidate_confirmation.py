@@ -136,17 +136,11 @@ def draw(results: dict, folder: Path) -> list[Path]:
             "mcc of alive features", "above the null", "", list(excess), {row["condition"]: list(excess.values())}
         )
     ]
-    external = {n: row[f"{n}_delta"] for n in ("saebench", "cebench") if row[f"{n}_delta"]["estimate"] is not None}
+    names = {"saebench": "SAEBench, AUC", "cebench": f"{results['bank']['cebench']['benchmark']}, of its bound"}
+    external = {label: row[f"{n}_delta"] for n, label in names.items() if row[f"{n}_delta"]["estimate"] is not None}
     if external:
-        panels.append(
-            figures.Panel(
-                "Benchmarks",
-                "above the matched reference",
-                "",
-                list(external),
-                {row["condition"]: list(external.values())},
-            )
-        )
+        series = {row["condition"]: list(external.values())}
+        panels.append(figures.Panel("Benchmarks", "above the matched reference", "", list(external), series))
     return [figures.panels(folder / "confirmation.png", panels)]
 
 
