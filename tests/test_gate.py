@@ -15,7 +15,7 @@ from husai.benchmarks.candidates import identity
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
 from husai.release import bundle as reading
-from husai.release import damage, decisions, recompute, simulate
+from husai.release import damage, decisions, recompute, selection, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import digest, sha256_file, write_json, write_text
 from husai.runs.folder import REPOSITORY
@@ -211,7 +211,7 @@ def test_fewer_than_five_seeds_are_no_evidence():
 
 
 def test_a_study_used_the_seeds(good):
-    used = with_results(good, "selection", lambda r: r["seeds_used"].append(simulate.FRESH_SEEDS[0]))
+    used = with_results(good, "selection", lambda r: r["seeds_used"].append(selection.FRESH_SEEDS[0]))
     _, gates = judged(used)
     assert "not fresh" in gates["stability"]["reason"]
     assert gates["positive_control"]["status"] == "PASS"

@@ -191,7 +191,7 @@ def test_refusals(refused, flow, work, tmp_path):
     refused(
         "does not exist; select_release_candidate.py makes it", CONFIRM, "--candidate", tmp_path / "no.json", *places
     )
-    refused("names no selected candidate", CONFIRM, "--candidate", flow["study"], *places)
+    refused("is no selection with a candidate", CONFIRM, "--candidate", flow["study"], *places)
     refused("--seeds 2: a study used it", CONFIRM, "--candidate", flow["selected"], "--seeds", "2,7,8,9,10", *places)
     refused(
         "selection has read the families",

@@ -28,16 +28,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 case "$PROFILE" in
   embedded)
     DEVICE=cpu NEED_GB=3
-    DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,87_glue_cola,92_glue_sst2,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,114_nyc_borough_Manhattan,157_amazon_5star
+    DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,92_glue_sst2,96_spam_is,106_hate_hate,157_amazon_5star
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
-    POSITIVE=(--null-draws 30)
     CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20)
     ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
     ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
     ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
-    STUDY=(--rows 60000 --null-draws 30 --heldout-rows 20000 --max-rows 96 --seeds "$THREE")
+    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE")
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
-    SCALING=(--token-budgets 50000,150000 --hook-layers 1 --d-sae-values 256 --k 16)
+    SCALING=(--token-budgets 30000,100000 --hook-layers 1 --d-sae-values 128 --k 8)
     STRESS=(--rows 20000)
     BENCHMARKS=()
     ;;
@@ -45,7 +44,7 @@ case "$PROFILE" in
     DEVICE=cuda NEED_GB=60
     DATASETS=probe
     CONTROL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
-    POSITIVE=() ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
+    ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
@@ -75,11 +74,12 @@ while (($#)); do
   esac
   shift
 done
+[[ -z $FROM || -z $ONLY ]] || { echo "error: --from and --only: one of them expected" >&2; exit 2; }
 
 E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
 FAILED=() UNMET=() GATE=''
 if [[ -z $DRY ]]; then
-  mkdir -p "$QUEUE" "$E"
+  mkdir -p "$QUEUE" "$E" || exit 2
   exec 9> "$QUEUE/.lock"
   flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
   free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1048576))
@@ -100,21 +100,19 @@ stage() {
   [[ -n $DRY ]] && return
   touch "$QUEUE/.began"
   "$@" || code=$?
-  python scripts/experiments/record_stage.py "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) "$folder" -- "$@"
-  if ((code >= 128)); then
+  if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$folder" "$code"; fi
+  python scripts/experiments/record_stage.py "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
+    "$folder" -- "$@" || FAILED+=("record of $name")
+  if ((code == 130 || code == 143)); then
     echo "interrupted in $name: the same command resumes" >&2
     exit 130
   fi
-  ((code == 0)) || [[ $name == gate ]] || settle "$name" "$folder" "$code"
-  if [[ $name == gate ]]; then
-    GATE=$code
-    ((code <= 1)) || FAILED+=("gate (exit $code)")
-  fi
+  [[ $name != gate ]] || GATE=$code
 }
 
-settle() { # a check that did not hold leaves results, which are a finding; any other failure leaves none
+settle() { # a check that does not hold leaves new results, which are a finding; any other failure leaves none
   if (($3 == 1)) && [[ $2 != - && $2/results.json -nt $QUEUE/.began ]]; then
-    UNMET+=("$1")
+    [[ $1 == gate ]] || UNMET+=("$1")
     return
   fi
   FAILED+=("$1 (exit $3)")
@@ -139,7 +137,7 @@ stage harvest - python scripts/analysis/extract_activations.py --subject "$SUBJE
 # ----------------------------------------------------------------------------------------------------------------------
 # Internal phases: the positive control on modular addition, the language model, what can be changed
 
-run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
+run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS"
 run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --subject "$SUBJECT" \
   --hook-name "$HOOK" "${CONTROL[@]}"
 run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
@@ -198,4 +196,5 @@ case "$GATE" in
 esac
 [[ -f $OUTPUT/report.html ]] && echo "report   $OUTPUT/report.html"
 ((${#FAILED[@]} == 0)) || exit 2
-exit "${GATE:-0}"
+[[ -n $GATE ]] || exit "$((${#UNMET[@]} > 0))"
+exit "$GATE"

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from husai.runs.cli import DATA_SETS, PAIR_SETS, Parser, name_list, run_main, seed_list
 
-FRESH = "2027,2039,2053,2063,2069"
-
 
 def parse():
     p = Parser(__doc__)
@@ -26,7 +24,9 @@ def parse():
         default=Path("results/experiments/candidate_selection/results.json"),
         help="results of select_release_candidate.py (default: %(default)s)",
     )
-    p.add_argument("--seeds", type=seed_list, default=FRESH, help="that no study used (default: %(default)s)")
+    p.add_argument(
+        "--seeds", type=seed_list, help="that no study used (default: five that are fixed; the gate takes no others)"
+    )
     p.add_argument(
         "--dataset-names", type=name_list, help="probing data sets (default: those of the studies that selection left)"
     )
@@ -34,7 +34,7 @@ def parse():
     p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
     p.add_argument("--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null")
     args = p.parse_args()
-    if len(args.seeds) < 2:
+    if args.seeds is not None and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
     return args
 
@@ -56,19 +56,30 @@ def main() -> None:
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Train the recipe again; stability and benchmarks of what comes out."""
+    from pydantic import ValidationError
+
     from husai.benchmarks import bank, sae_probes
+    from husai.release.evidence import Facts, Recipe, Selection, refusal
+    from husai.release.selection import fresh_seeds
     from husai.runs.cli import prepare
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import read_json
     from husai.stability.study import checkpoint_files
     from husai.stress.candidate import block
 
-    selection = read_json(args.candidate, "candidate")
     try:
-        chosen, split, used = selection["selected"], selection["split"], selection["seeds_used"]
-        facts, recipe, subject = chosen["facts"], chosen["recipe"], chosen["subject"]
-    except (KeyError, TypeError):
-        raise BadInput(f"--candidate: {args.candidate} names no selected candidate") from None
+        selection = Selection.model_validate(read_json(args.candidate, "candidate"))
+        chosen, split, used = selection.selected, selection.split.model_dump(), selection.seeds_used
+        facts, recipe, subject = (
+            Facts(**chosen["facts"]).model_dump(),
+            Recipe(**chosen["recipe"]).model_dump(),
+            chosen["subject"],
+        )
+    except ValidationError as error:
+        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({refusal(error)})") from None
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({error})") from None
+    args.seeds = args.seeds or fresh_seeds(used, 5)
     if old := sorted(set(args.seeds) & set(used)):
         raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
     names = args.dataset_names or split["gate_data_sets"] or DATA_SETS.split(",")

@@ -31,13 +31,14 @@ from husai.release.evidence import (
     TranscoderStress,
     refusal,
 )
+from husai.release.selection import fresh_seeds
 from husai.runs.cli import DATA_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
-from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS
+from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS, PRIMARY_SCORE
 from husai.stability.contrast import score_matrix
 from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
-from husai.stress import drop
+from husai.stress import drop, transcoder
 from husai.stress.candidate import block, places
 
 GATES = {
@@ -67,6 +68,9 @@ UNCONFIRMED = "these SAEs were brought: what they were chosen from is not known,
 BROUGHT_SEED = 42
 """Of the probing, where no selection says it."""
 UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
+POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
+"""Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
+SPECTRAL_DRAWS = 100
 MINIMUM_FAMILIES = 3
 """Of data sets, for a figure that speaks of others."""
 PAIRS = TypeAdapter(Pairs)
@@ -113,6 +117,10 @@ class Bundle:
 
 class Missing(Exception):
     """Evidence that is absent, or that does not count."""
+
+
+class NoCandidate(Missing):
+    """Nothing can be judged of a candidate that is not there."""
 
 
 def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> dict:
@@ -196,6 +204,9 @@ def _judge(name: str, judge: Callable[[], _Shown], maker: str) -> dict:
             raise Missing("there is no interval")
         if not all(np.isfinite([e.estimate, e.low, e.high]).all() for e in shown.estimates.values()):
             raise Missing("a figure is not finite")
+    except NoCandidate as missing:
+        to_find = f"a candidate that counts, of {maker}"
+        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": to_find}
     except Missing as missing:
         return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": to_find}
     except ValidationError as error:
@@ -308,6 +319,8 @@ class _Candidate:
         _require(found.selection.id == chosen.selected.get("id") == digest(facts), "its configuration's digest differs")
         _require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
         _require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
+        fixed = fresh_seeds(chosen.seeds_used, len(seeds))
+        _require(seeds == fixed, f"its seeds are not those that are fixed for a confirmation: {fixed}")
         _require(len(seeds) >= MINIMUM_SEEDS, f"{len(seeds)} seeds; at least {MINIMUM_SEEDS} expected")
         _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
         _require(len(sections) == 1, "one condition, confirmed, expected")
@@ -377,13 +390,15 @@ class _Candidate:
         self.labels = dict(zip(own.checkpoints, labels, strict=True))
 
     def known(self) -> _Candidate:
-        """The candidate, or what is wrong with it.
+        """The candidate.
 
         Raises:
-            Missing, ValidationError, …: as `_check` did.
+            NoCandidate: with what is wrong with it.
         """
+        if isinstance(self._reason, ValidationError):
+            raise NoCandidate(f"there is no candidate: its evidence is not what it should be: {refusal(self._reason)}")
         if self._reason is not None:
-            raise self._reason
+            raise NoCandidate(f"there is no candidate: {self._reason}")
         return self
 
     def block(self) -> dict | None:
@@ -481,6 +496,11 @@ def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Es
         sorted(map(sorted, named)) == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected"
     )
     _require(all(null in p for p in pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
+    draws = section["stability"]["scores"][PRIMARY_SCORE]["nulls"].get("spectral", {}).get("draws", 0)
+    _require(
+        "spectral" not in nulls or draws >= SPECTRAL_DRAWS,
+        f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected",
+    )
     return {null: jackknife(score_matrix(section, null), level) for null in nulls}
 
 
@@ -498,6 +518,8 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _S
     _require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
     _require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
     _own_training(section)
+    made = {(section.hook_name, m.family, m.d_sae, m.k) for m in section.members}
+    _require(made == {POSITIVE_CONTROL}, f"phase 4a: {POSITIVE_CONTROL} expected, as registered")
     estimates = _excess(section.model_dump(), level, GATED_NULLS)
     return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(members))
 
@@ -533,6 +555,10 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown
     _require(
         len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
     )
+    levels = [
+        (a.heldout.l0, b.heldout.l0) for a, b in zip(found.section.members, found.random_model.members, strict=True)
+    ]
+    _require(all(min(ab) > 0 and baselines.same_l0(*ab) for ab in levels), f"{script}: L0 of its controls is another")
     estimates = _excess(found.section.model_dump(), level, ("random_model",))
     return _Shown("mcc_alive less that of SAEs of the random-weights model", estimates, "low", ">", 0.0, len(c.seeds))
 
@@ -557,6 +583,8 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
         _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
         same = all(m.d_sae == setting.d_sae and m.k == setting.k for m in arm.members)
         _own_training(arm)
+        family = transcoder.FAMILIES["transcoder" if arm is found.transcoder else "sae"]
+        _require({m.family for m in arm.members} == {family}, f"{script}: an arm that is not of {family}")
         _require(same and arm.hook_name == setting.hook_out, f"{script}: an arm of another width, k or space")
         _require(arm.subject_digest == setting.subject_digest, f"{script}: an arm of another subject")
     shas = [set(_members(arm).values()) for arm in arms]
@@ -584,6 +612,9 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     _families(shifted.families)
     same = shifted.families == sae_probes.families(shifted.data_sets)
     _require(same, f"{script}: families of other data sets")
+    _require(
+        found.skipped.keys() == set(drop.UNUSABLE), f"{script}: other shifted versions than {drop.UNUSABLE} skipped"
+    )
     left_out = drop.unused(found.model_dump())
     _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
     _versions(c, found.versions)
@@ -609,7 +640,9 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     _versions(c, probing.versions)
     _seed(c, probing.random_seed)
     _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
-    keep = [i for i, f in enumerate(probing.families) if f not in c.read]
+    _require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
+    judged = zip(probing.data_sets, probing.families, strict=True)
+    keep = [i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read]  # no more than those
     families = [probing.families[i] for i in keep]
     _families(families)
     records = [r.model_dump() for r in probing.saes]
@@ -630,9 +663,8 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     clusters = [pairs.clusters[i] for i in keep]
     _families(clusters)
     own = [r.model_dump() for r in pairs.saes]
-    records = own + [r.model_dump() for r in pairs.references]
-    values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in records}
-    estimate, reference = _against_reference(c, records, values, clusters, level)
+    values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in own}
+    estimate, reference = _against_reference(c, own, values, clusters, level)  # a summary's references are not bound
     _require(
         reference + minimum <= 1, f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
     )

@@ -3,6 +3,7 @@ to show what they say of its files, and where the strict rules differ; nothing i
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 from husai.runs.errors import BadInput
@@ -27,8 +28,8 @@ def seeds(results: Any, where: str) -> list[dict]:
                 "cebench": r["cebench"]["delta_vs_matched_baseline"]["interpretability_score_mean_max"],
                 "train_ev": training["explained_variance"],
             }
-            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in figures.values()):
-                raise TypeError(f"{name}: a figure is no number")
+            if any(isinstance(v, bool) or not isinstance(v, int | float) or not isfinite(v) for v in figures.values()):
+                raise TypeError(f"{name}: a figure is no finite number")
             about = {
                 "d_sae": r["saebench"]["sae_meta"]["d_sae"],
                 "cebench_baseline": r["cebench"]["matched_baseline_metrics"]["interpretability_score_mean_max"],

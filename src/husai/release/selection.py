@@ -32,6 +32,8 @@ STUDIES = ("architecture_frontier", "external_metric_scaling")
 SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
 """What counts as one unit of each figure: fixed, so that who else is a candidate changes no score."""
 EXTERNAL = ("saebench", "cebench")
+FRESH_SEEDS = (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099, 2111, 2113, 2129, 2131, 2137, 2141, 2143)
+"""Of a confirmation, in this order: fixed, so that nobody looks for lucky ones."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Cohort:
             if getattr(self, name) != getattr(other, name):
                 return f"{what} than the first bank"
         return None
+
+
+def fresh_seeds(used: Iterable[int], n: int) -> list[int]:
+    """The first n of FRESH_SEEDS that no study used."""
+    return [seed for seed in FRESH_SEEDS if seed not in set(used)][:n]
 
 
 def half(names: Iterable[str]) -> list[str]:
@@ -173,8 +180,10 @@ def select(studies: list[Study], rules: Rules) -> dict:
         conditions that no other surpasses in all figures; "seeds_used"; "selected": a candidate, or None}
     """
     banks, excluded = [], []
+    seeds_used: set[int] = set()
     for study in studies:
         found = study.results.get("banks") if isinstance(study.results, dict) else None
+        seeds_used |= _seeds_in(found)
         if not isinstance(found, list) or study.results.get("phase") not in STUDIES:
             excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
             continue
@@ -231,13 +240,26 @@ def select(studies: list[Study], rules: Rules) -> dict:
         "candidates": kept,
         "excluded": excluded,
         "front": [c["condition"] for c in kept if c["pareto"]],
-        "seeds_used": sorted({s for _, bank, _ in banks for sec in bank["sections"] for s in _seeds(sec)}),
+        "seeds_used": sorted(seeds_used),
         "selected": kept[0] if kept else None,
     }
 
 
 def _out(study: Study, condition: str | None, reason: str) -> dict:
     return {"study": study.label, "condition": condition, "reason": reason}
+
+
+def _seeds_in(value: Any) -> set[int]:
+    """Every whole number under the key `seed`, at any depth: a bank that is refused has used its seeds all the same."""
+    found, waiting = set(), [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found |= {value["seed"]} if type(value.get("seed")) is int else set()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return found
 
 
 def _seeds(section: dict) -> list[int]:

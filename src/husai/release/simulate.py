@@ -17,7 +17,7 @@ import numpy as np
 from husai.benchmarks import baselines, conditions, deltas, sae_probes
 from husai.release import recompute, selection
 from husai.release.evidence import Evaluated, OwnSection
-from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
+from husai.release.gate import GATES, MAKES, POSITIVE_CONTROL, SPECTRAL_DRAWS, Bundle, File, Thresholds
 from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
 from husai.stability import contrast
@@ -30,7 +30,7 @@ from husai.subjects import text
 
 OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
 """Gates on pairs of seeds; the others are on seeds and data sets."""
-STUDY_SEEDS, FRESH_SEEDS = (42, 123, 456, 789, 1011), (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
+STUDY_SEEDS = (42, 123, 456, 789, 1011)
 SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in text.FAMILIES["ood"]["shifted"]]
 CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)]
 D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
@@ -377,7 +377,7 @@ def _frame(seeds: int) -> str:
     rules = selection.Rules(weights, require_both_external=True)
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], rules)
     left = set(chosen["split"]["gate_families"])
-    fresh = list(FRESH_SEEDS[:seeds])
+    fresh = selection.fresh_seeds(STUDY_SEEDS, seeds)
     sets = [n for n, family in zip(SETS, sae_probes.families(SETS), strict=True) if family in left]
     bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
     picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
@@ -389,8 +389,11 @@ def _frame(seeds: int) -> str:
     confirmation |= {"selection": {"sha256": digest(picked), "id": chosen["selected"]["id"]}}
 
     extra = {"curve": [0.5, 0.1], "aux_steps": 0}
-    control = [_member(_sha("control", s), s, own[0]["heldout"]) | extra for s in (*STUDY_SEEDS, *fresh)[:seeds]]
-    section = _section(control, _sha("modular addition"), "blocks.0.hook_resid_post", _sha("control store"))
+    hook_name, family, d_sae, k = POSITIVE_CONTROL
+    extra |= {"d_sae": d_sae, "k": k}
+    members = [_member(_sha("control", s), s, own[0]["heldout"], family) for s in (*STUDY_SEEDS, *fresh)[:seeds]]
+    control = [m | extra for m in members]
+    section = _section(control, _sha("modular addition"), hook_name, _sha("control store"))
     section |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
     section |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}, "control": []}
     inputs = {"subject": section["subject_digest"], "activation store": section["store_digest"]}
@@ -506,3 +509,5 @@ def _summarise(section: dict) -> None:
         for p in section["pairs"]
     }
     section["stability"] = summarise(labels, scored, {"shuffled": "not part of this study"})
+    for score in section["stability"]["scores"].values():
+        score["nulls"]["spectral"]["draws"] = SPECTRAL_DRAWS

@@ -12,6 +12,8 @@ from husai.subjects import text
 
 MAX_DROP = 0.1
 CHANCE = 0.5
+UNUSABLE = ("90_glue_qnli_OOD",)
+"""Shifted versions whose labels or texts do not fit, as `stress.ood.unusable` finds them."""
 ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
 
 
