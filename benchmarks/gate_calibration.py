@@ -309,8 +309,9 @@ def report(args, results: dict) -> str:
             ],
         ),
         "",
-        "There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifted data "
-        "the probing differences'.",
+        "Every shifted version is taken for one where the model itself keeps something. Where it does so in two "
+        "families alone, as on husai-tiny, the interval has one degree of freedom, and the gate of shifted data hardly "
+        "ever passes.",
         "",
         "## Damaged evidence",
         "",

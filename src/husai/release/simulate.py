@@ -79,11 +79,7 @@ def shifted(gate: str, by: float) -> float:
 
 def measured(evidence: Path) -> Noise:
     """Noise of each gate's figure, from the evidence folders: moments of every section, or matched pair of conditions,
-    with five seeds or more; means of their variances.
-
-    There are no stress results of several seeds yet: transcoders are given the candidate's noise, shifts the probing
-    differences' (both are differences of AUCs that share their data sets).
-    """
+    with five seeds or more; means of their variances."""
     tiny, control = "phase4a_husai_tiny", "phase4a"
     found = {
         "positive_control": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / control)),
@@ -92,7 +88,11 @@ def measured(evidence: Path) -> Noise:
         "saebench": _pooled(_differences(evidence / "saebench_husai_tiny", "families")),
         "cebench": _pooled(_differences(evidence / "phase4e_cebench_matched200", "clusters")),
     }
-    found |= {"transcoder": replace(found["stability"], other=1.0), "ood": found["saebench"]}
+    arms = read_json(evidence / "transcoder_stress" / "results.json", "evidence")
+    gain = contrast.score_matrix(arms["transcoder"], "spectral") - contrast.score_matrix(arms["sae"], "spectral")
+    shift = read_json(evidence / "ood_stress" / "results.json", "evidence")["shifted"]
+    found["transcoder"] = _pooled([_of_matrix(gain)])
+    found["ood"] = _pooled([_of_sets(drop.drops(shift, shift["k"]), shift["families"])])
     return {gate: found[gate] for gate in GATES}
 
 
@@ -102,8 +102,11 @@ def _sections(folder: Path) -> list[dict]:
 
 
 def _of_pairs(section: dict, null: str) -> dict[str, float]:
+    return _of_matrix(contrast.score_matrix(section, null))
+
+
+def _of_matrix(x: np.ndarray) -> dict[str, float]:
     """Variances of seeds and of pairs, from the effects of a half-diallel table (Griffing 1956, method 4)."""
-    x = contrast.score_matrix(section, null)
     s, sums = len(x), x.sum(1)
     of_seed = sums / (s - 2)  # up to a constant
     squares = (x**2).sum() / 2 - (sums**2).sum() / (s - 2) + 2 * (x.sum() / 2) ** 2 / ((s - 1) * (s - 2))
@@ -112,27 +115,31 @@ def _of_pairs(section: dict, null: str) -> dict[str, float]:
 
 
 def _differences(folder: Path, axis: str):
-    """Variances of each condition's difference to its reference, by moments: seeds, families, data sets, the rest."""
+    """Variances of each condition's difference to its reference."""
     results = read_json(folder / "results.json", "evidence")
-    clusters = np.array(results[axis])
     figure = (lambda r: r["test_auc"][deltas.K]) if axis == "families" else (lambda r: r["normalised_of_pairs"])
     for group in deltas.by_condition(results["saes"]).values():
         match = baselines.matched(group, results["saes"])
         if len(match.records) == len(group) >= 5:
             x = np.array([figure(r) for r in group]) - np.array([figure(r) for r in match.records])
-            (s, d), names = x.shape, dict.fromkeys(clusters)
-            left = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
-            cell = float((left**2).sum()) / ((s - 1) * (d - 1))
-            of_set = x.mean(0)
-            groups = [of_set[clusters == name] for name in names]
-            within = sum(((g - g.mean()) ** 2).sum() for g in groups) / max(1, d - len(groups))
-            between = float(np.var([g.mean() for g in groups], ddof=1))
-            yield {
-                "seed": max(0.0, float(x.mean(1).var(ddof=1)) - cell / d),
-                "cell": cell,
-                "family": max(0.0, between - float(within) * float(np.mean([1 / len(g) for g in groups]))),
-                "data_set": max(0.0, float(within) - cell / s),
-            }
+            yield _of_sets(x, results[axis])
+
+
+def _of_sets(x: np.ndarray, families: list[str]) -> dict[str, float]:
+    """Variances of `[S, D]` by moments: seeds, families, data sets, the rest."""
+    (s, d), clusters = x.shape, np.array(families)
+    left = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    cell = float((left**2).sum()) / ((s - 1) * (d - 1))
+    of_set = x.mean(0)
+    groups = [of_set[clusters == name] for name in dict.fromkeys(families)]
+    within = float(sum(((g - g.mean()) ** 2).sum() for g in groups)) / max(1, d - len(groups))
+    between = float(np.var([g.mean() for g in groups], ddof=1))
+    return {
+        "seed": max(0.0, float(x.mean(1).var(ddof=1)) - cell / d),
+        "cell": cell,
+        "family": max(0.0, between - within * float(np.mean([1 / len(g) for g in groups]))),
+        "data_set": max(0.0, within - cell / s),
+    }
 
 
 def _pooled(variances) -> Spread:
