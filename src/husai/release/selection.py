@@ -183,7 +183,7 @@ def select(studies: list[Study], rules: Rules) -> dict:
     seeds_used: set[int] = set()
     for study in studies:
         found = study.results.get("banks") if isinstance(study.results, dict) else None
-        seeds_used |= _seeds_in(found)
+        seeds_used |= _seeds_in(found if isinstance(found, list) else None)
         if not isinstance(found, list) or study.results.get("phase") not in STUDIES:
             excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
             continue
@@ -249,9 +249,9 @@ def _out(study: Study, condition: str | None, reason: str) -> dict:
     return {"study": study.label, "condition": condition, "reason": reason}
 
 
-def _seeds_in(value: Any) -> set[int]:
-    """Every whole number under the key `seed`, at any depth: a bank that is refused has used its seeds all the same."""
-    found, waiting = set(), [value]
+def _seeds_in(banks: Any) -> set[int]:
+    """Seeds of a study's SAEs, as far as they can be read: a bank that is refused has used its own all the same."""
+    found, waiting = set(), [bank.get("sections") for bank in banks or [] if isinstance(bank, dict)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
