@@ -181,7 +181,6 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     verdict = Verdict("", "", "fail", decision, gates, doubts, run)
     passed, waived = verdict.count("pass"), verdict.count("waived")
     counts = f"{passed} of {len(gates)} gates passed"
-    reservations = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
     if not decision.pass_all and decision.unconfirmed and passed == len(gates):
         verdict.headline, verdict.state = "No pass: provisional", "waived"
         verdict.sentence = f"{counts}: every gate holds, and {decision.unconfirmed}. {NOTHING}"
@@ -193,12 +192,6 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     elif doubts:
         verdict.headline, verdict.state = "Not established", "none"
         verdict.sentence = f"The gate says that it passed, and its decision does not hold up. {NOTHING}"
-    elif reservations:
-        verdict.headline, verdict.state = "Passed, provisionally", "waived"
-        verdict.sentence = f"{counts}; only a strict decision without provisional evidence releases a claim. {NOTHING}"
-    elif waived:
-        verdict.headline, verdict.state = "Passed, with reservations", "waived"
-        verdict.sentence = f"{counts}; what was let through is said below, and belongs to every claim made on this."
     else:
         verdict.headline, verdict.state = "Passed", "pass"
         verdict.sentence = f"{counts}. What may be claimed externally is what these gates tested, and no more."
@@ -220,6 +213,11 @@ def contradictions(decision: Decision, gates: list[Gate]) -> list[str]:
     open_gates = [g.title for g in gates if g.state in ("fail", "missing")]
     if decision.pass_all and open_gates:
         found.append(f"it says that all passed, and these did not: {', '.join(open_gates)}")
+    lenient = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
+    if decision.pass_all and (lenient or any(g.waived for g in gates)):
+        found.append("it says that all passed, and is provisional, waived or loosened, which is no pass")
+    if decision.pass_all and not decision.read:
+        found.append("it names nothing that it read")
     return found
 
 
@@ -237,4 +235,6 @@ def stale(decision: Decision, phases: list[Phase]) -> list[str]:
             and PurePosixPath(read.path).name == "results.json"
         ):
             found.append(f"{label}: {folder}/results.json has changed since the gate read it")
+        elif decision.pass_all and read.sha256 not in digests:
+            found.append(f"{label}: what the gate read is not here")
     return found
