@@ -32,6 +32,7 @@ from husai.stability import compare
 AUDIT = "scripts/analysis/verify_experiment_consistency.py"
 LOG, CLAIMS = "EXPERIMENT_LOG.md", "docs/claims.yaml"
 EVIDENCE = "docs/evidence/phase4a"
+DECISION = "docs/evidence/release_gate"  # rests on EVIDENCE, among others
 RESULTS, MANIFEST = f"{EVIDENCE}/results.json", f"{EVIDENCE}/manifest.json"
 
 
@@ -245,7 +246,7 @@ def test_a_manifest(copy, audit, change, reason):
     edit(copy / MANIFEST, lambda m: m.update(change))
     code, failed, _ = audit("--write-digests")
     assert code == 1
-    assert set(failed) == {EVIDENCE}
+    assert set(failed) == {EVIDENCE, DECISION}, "what the gate read does not count any more either"
     assert reason in failed[EVIDENCE]
 
 
@@ -435,8 +436,8 @@ def test_all_failures_are_listed(copy, audit):
     edit(copy / MANIFEST, lambda m: m.update(return_code=3))
     code, failed, err = audit()
     assert code == 1
-    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-command", LOG, EVIDENCE}
-    assert "5 do not hold" in err
+    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-command", LOG, EVIDENCE, DECISION}
+    assert "6 do not hold" in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
