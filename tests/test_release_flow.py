@@ -20,7 +20,7 @@ CONFIRM = "scripts/experiments/run_candidate_confirmation.py"
 GATE = "scripts/experiments/run_stress_gated_release_policy.py"
 SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
 SIZES = ["--d-sae", 24, "--ks", 11, "--tokens", 20000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
-SIZES += ["--null-draws", 3, "--max-rows", 24, "--threads", 1]
+SIZES += ["--null-draws", 100, "--max-rows", 24, "--threads", 1]
 pytestmark = pytest.mark.slow
 
 
@@ -117,8 +117,8 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
     assert [gates["stability"][n] for n in ("estimate", "low", "high")] == [
         least[n] for n in ("estimate", "low", "high")
     ]
-    assert gates["saebench"]["status"] == "MISSING", "ReLU does not come down to so low an L0 in so few steps"
-    assert bank["conditions"][0]["saebench_delta"]["reason"] in gates["saebench"]["reason"]
+    assert gates["saebench"]["status"] == "MISSING"
+    assert "selection read no probing figures" in gates["saebench"]["reason"], "the study was made without"
     assert (gates["cebench"]["status"], gates["ood"]["status"]) == ("MISSING", "MISSING")
     assert "contrastive_local" in gates["cebench"]["reason"]
     assert "run_ood_stress_eval.py" in gates["ood"]["reason"]
