@@ -30,8 +30,7 @@ def parse():
     p.add_argument(
         "--dataset-names", type=name_list, help="probing data sets (default: those of the studies that selection left)"
     )
-    p.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
-    p.add_argument("--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)")
+    p.add_cebench()
     p.add_argument("--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null")
     args = p.parse_args()
     if args.seeds is not None and len(args.seeds) < 2:

@@ -13,18 +13,14 @@ that were trained elsewhere have no recipe here: `--random-model-checkpoint` giv
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, positive_int, prepare, run_main
+from husai.runs.cli import Parser, prepare, run_main
 
 
 def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/random_model_stress")
     p.add_candidate()
-    p.add_argument(
-        "--train-rows",
-        type=positive_int,
-        help="of the activations that the candidate was trained on (default: those below --artifact-root)",
-    )
+    p.add_train_rows()
     p.add_argument(
         "--random-model-checkpoint",
         type=Path,
@@ -32,9 +28,7 @@ def parse():
         default=[],
         help="SAEs trained alike on the random-weights model, in place of training them",
     )
-    p.add_argument(
-        "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
-    )
+    p.add_null_draws()
     return p.parse_benchmark()
 
 

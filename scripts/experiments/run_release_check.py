@@ -43,11 +43,7 @@ def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/release_check")
     p.add_brought()
-    p.add_argument(
-        "--train-rows",
-        type=positive_int,
-        help="of the activations that the SAEs were trained on (default: those below --artifact-root)",
-    )
+    p.add_train_rows()
     p.add_argument(
         "--phase4a-results",
         type=Path,

@@ -20,23 +20,9 @@ brought (`--confirmation-results` of run_brought_candidate.py) are judged alike,
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, fraction, nonnegative_float, run_main
+from husai.runs.cli import Parser, finite_float, fraction, nonnegative_float, run_main
 
 EXPERIMENTS = Path("results/experiments")
-
-
-def number(text: str) -> float:
-    """A finite number."""
-    import argparse
-    import math
-
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
 
 
 def parse():
@@ -65,9 +51,9 @@ def parse():
         help=f"what was selected from, repeatable; the selection is made again (default: {studies[0]}, {studies[1]})",
     )
     p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
-    p.add_argument("--min-saebench-delta", type=number, default=0.0, help="AUC (default: %(default)s)")
-    p.add_argument("--min-cebench-delta", type=number, default=0.0, help="share of the bound (default: %(default)s)")
-    p.add_argument("--min-transcoder-delta", type=number, default=0.0, help="of mcc_alive (default: %(default)s)")
+    p.add_argument("--min-saebench-delta", type=finite_float, default=0.0, help="AUC (default: %(default)s)")
+    p.add_argument("--min-cebench-delta", type=finite_float, default=0.0, help="of the bound (default: %(default)s)")
+    p.add_argument("--min-transcoder-delta", type=finite_float, default=0.0, help="of mcc_alive (default: %(default)s)")
     p.add_argument("--max-ood-drop", type=nonnegative_float, default=0.1, help="AUC (default: %(default)s)")
     p.add_argument(
         "--alpha", type=fraction, default=0.05, help="intervals are of level 1 - alpha (default: %(default)s)"

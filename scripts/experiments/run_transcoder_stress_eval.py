@@ -27,14 +27,8 @@ def parse():
     p.add_argument("--k", type=positive_int, help="active features a row (default: as judged)")
     p.add_argument("--tokens", type=positive_int, help="rows each sees (default: as judged)")
     p.add_argument("--seeds", type=seed_list, help="default: as judged")
-    p.add_argument(
-        "--train-rows",
-        type=positive_int,
-        help="of the activations that the candidate was trained on (default: those below --artifact-root)",
-    )
-    p.add_argument(
-        "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
-    )
+    p.add_train_rows()
+    p.add_null_draws()
     args = p.parse_benchmark()
     if args.seeds and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")

@@ -67,7 +67,8 @@ def chosen_again(selected: File, studies: list[File]) -> File:
 
 
 def strict(paths: dict[str, Path], thresholds: Thresholds, waived: dict[str, str], studies: list[Path]) -> dict:
-    """The strict decision as results: what `gate.decide` says, with the digests of all that was read.
+    """The strict decision as results: what `gate.decide` says, with the digests of the evidence. Those of the studies
+    stand in the selection's inputs.
 
     Args:
         paths: of `gate.MAKES`. studies: results that the selection was made from.

@@ -9,7 +9,6 @@ from husai.release import gate
 from husai.release.bundle import chosen_again
 from husai.release.gate import GATES, Bundle, File, Thresholds
 from husai.release.recompute import differences, run_problems
-from husai.release.selection import STUDIES
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 
@@ -30,15 +29,11 @@ def again(decision: dict, root: Path) -> dict:
         path = there.get(sha256)
         files[label] = None if path is None else File(str(path), sha256, *run_problems(path))
     if files["selection"]:
-        studies = [File(str(path), sha256, *run_problems(path)) for sha256, path in there.items() if _study(path)]
+        named = [sha256 for sha256 in files["selection"].results["inputs"].values() if sha256 in there]
+        studies = [File(str(there[sha256]), sha256, *run_problems(there[sha256])) for sha256 in named]
         files["selection"] = chosen_again(files["selection"], studies)
     waived = {g["gate"]: g["waived"] for g in decision["gates"] if g["waived"] is not None}
     return gate.decide(Bundle(files, decision["on_disk"]), Thresholds(**decision["thresholds"]), waived)
-
-
-def _study(path: Path) -> bool:
-    results = read_json(path, "evidence")
-    return isinstance(results, dict) and results.get("phase") in STUDIES
 
 
 def problem(path: Path, decision: Any, root: Path) -> str | None:

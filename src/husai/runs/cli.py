@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import signal
 import sys
@@ -81,8 +82,27 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--batch-size", type=positive_int, default=batch_size, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=learning_rate, help="default: %(default)s")
+        self.add_null_draws()
+
+    def add_null_draws(self) -> None:
+        """--null-draws."""
         self.add_argument(
             "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+        )
+
+    def add_cebench(self) -> None:
+        """Where CE-Bench's own code and stories are: --cebench-repo, --stories."""
+        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
+        self.add_argument(
+            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
+        )
+
+    def add_train_rows(self) -> None:
+        """--train-rows."""
+        self.add_argument(
+            "--train-rows",
+            type=positive_int,
+            help="of the activations that the SAEs were trained on (default: those below --artifact-root)",
         )
 
     def add_checkpoints(self, required: bool) -> None:
@@ -154,14 +174,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes; fewer than these give no verdict"
         )
-        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
-        self.add_argument(
-            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
-        )
+        self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
-        self.add_argument(
-            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
-        )
+        self.add_null_draws()
         self.set_defaults(cebench_matched_baseline_map=None)  # references are brought, too
 
     def add_study(self) -> None:
@@ -175,19 +190,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
-        self.add_argument(
-            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
-        )
+        self.add_null_draws()
         self.add_argument(
             "--heldout-rows", type=positive_int, default=50_000, help="for L0 and explained variance (%(default)s)"
         )
         self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
         self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
-        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
-        self.add_argument(
-            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
-        )
+        self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
         self.add_argument(
             "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
@@ -294,6 +304,10 @@ def fraction(text: str) -> float:
 
 def positive_float(text: str) -> float:
     return _number(text, float, lambda v: 0 < v < float("inf"), "a finite number above 0")
+
+
+def finite_float(text: str) -> float:
+    return _number(text, float, math.isfinite, "a finite number")
 
 
 def nonnegative_float(text: str) -> float:
