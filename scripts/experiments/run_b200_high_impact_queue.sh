@@ -5,11 +5,12 @@
 #
 #   PROFILE=embedded bash scripts/experiments/run_b200_high_impact_queue.sh     2 CPU cores; what `make demo` runs
 #   PROFILE=b200     bash scripts/experiments/run_b200_high_impact_queue.sh     one GPU
+#   PROFILE=smoke    bash scripts/experiments/run_b200_high_impact_queue.sh     two minutes; its figures mean nothing
 #   … --dry-run        print every command, run none
 #   … --from STAGE     begin there;   … --only STAGE   run that alone
 #
 # Variables, with their defaults:
-PROFILE=${PROFILE:-embedded}                         # embedded or b200: sizes and device
+PROFILE=${PROFILE:-embedded}                         # embedded, b200 or smoke: sizes and device
 OUTPUT=${OUTPUT:-results}                            # all that is made lies below it
 SUBJECT=${SUBJECT:-husai-tiny}                       # the language model: one that ships, a folder, or a hub name
 HOOK=${HOOK:-blocks.1.hook_resid_pre}                # where its activations are read
@@ -23,13 +24,15 @@ CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # its stories; without them
 SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+SELF=scripts/experiments/${BASH_SOURCE[0]##*/}
 
 # shellcheck disable=SC2054  # the commas belong to the values
 case "$PROFILE" in
   embedded)
-    DEVICE=cpu NEED_GB=3
+    DEVICE=cpu NEED_MB=3000
     DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,92_glue_sst2,96_spam_is,106_hate_hate,157_amazon_5star
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
+    POSITIVE=()
     CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20)
     ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
     ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
@@ -41,8 +44,9 @@ case "$PROFILE" in
     BENCHMARKS=()
     ;;
   b200)
-    DEVICE=cuda NEED_GB=60
+    DEVICE=cuda NEED_MB=60000
     DATASETS=probe
+    POSITIVE=()
     CONTROL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
     ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
@@ -51,7 +55,22 @@ case "$PROFILE" in
     STRESS=(--rows 500000)
     BENCHMARKS=(--execute)
     ;;
-  *) echo "error: PROFILE=$PROFILE: embedded or b200 expected" >&2; exit 2 ;;
+  smoke)
+    DEVICE=cpu NEED_MB=300
+    DATASETS=157_amazon_5star,105_click_bait,92_glue_sst2,96_spam_is
+    THREE=$(cut -d, -f1-3 <<< "$SEEDS")
+    POSITIVE=(--d-sae 32 --k 4 --tokens 20000 --null-draws 5)
+    CONTROL=(--rows 3000 --d-sae 32 --k 4 --tokens 6000 --batch-size 128 --null-draws 5)
+    ABLATIONS=(--seeds "$THREE" --tokens 10000 --ks 4,8 --d-saes 32,48 --null-draws 5)
+    ADAPTIVE=(--tokens 10000 --k-candidates 4,8 --null-draws 5)
+    ASSIGNMENT=(--tokens 10000 --lambdas 0,0.1 --shared-references 2 --null-draws 5)
+    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE")
+    FRONTIER=(--architectures topk --d-sae 24 --ks 11 --tokens 20000)
+    SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 4)
+    STRESS=(--rows 3000)
+    BENCHMARKS=()
+    ;;
+  *) echo "error: PROFILE=$PROFILE: embedded, b200 or smoke expected" >&2; exit 2 ;;
 esac
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
 MAP=() REPO=() STORIES=()
@@ -82,27 +101,41 @@ if [[ -z $DRY ]]; then
   mkdir -p "$QUEUE" "$E" || exit 2
   exec 9> "$QUEUE/.lock"
   flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
-  free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1048576))
-  ((free >= NEED_GB)) || { echo "error: OUTPUT=$OUTPUT: $free GB free, $NEED_GB expected" >&2; exit 2; }
+  free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1024))
+  ((free >= NEED_MB)) || { echo "error: OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected" >&2; exit 2; }
 fi
 
-# stage NAME FOLDER COMMAND…: FOLDER is where its results lie (- for none). Where it fails they are set aside, so that no
-# later stage takes those of an earlier run for its own.
+# Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all.
+declare -A STANDING
+if [[ -z $DRY$FROM$ONLY ]]; then
+  while read -r name code; do
+    STANDING[$name]=$code
+  done < <(bash "$SELF" --dry-run | python scripts/experiments/queue_manifest.py finished "$QUEUE/manifest.json")
+fi
+
+# stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails its results.json is
+# set aside, so that no later stage takes that of an earlier run for its own.
 stage() {
-  local name=$1 folder=$2 code=0 began=$SECONDS
+  local name=$1 place=$2 code=0 began=$SECONDS
   shift 2
   [[ -n $ONLY && $ONLY != "$name" ]] && return
   if [[ -n $FROM ]]; then
     [[ $FROM == "$name" ]] || return 0
     FROM=''
   fi
+  if [[ -n ${STANDING[$name]:-} ]]; then
+    code=${STANDING[$name]}
+    printf '== %s stands\n' "$name"
+    if [[ $name == gate ]]; then GATE=$code; elif ((code == 1)); then UNMET+=("$name"); fi
+    return
+  fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
   touch "$QUEUE/.began"
   "$@" || code=$?
-  if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$folder" "$code"; fi
-  python scripts/experiments/record_stage.py "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
-    "$folder" -- "$@" || FAILED+=("record of $name")
+  if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$place" "$code"; fi
+  python scripts/experiments/queue_manifest.py record "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
+    "$place" -- "$@" || FAILED+=("record of $name")
   if ((code == 130 || code == 143)); then
     echo "interrupted in $name: the same command resumes" >&2
     exit 130
@@ -130,14 +163,14 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 # Environment, the subject of the positive control, activations of the language model
 
 stage environment - python scripts/ci/check_environment.py --device "$DEVICE"
-stage subject - python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
-stage harvest - python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
+stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
+stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Internal phases: the positive control on modular addition, the language model, what can be changed
 
-run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS"
+run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
 run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --subject "$SUBJECT" \
   --hook-name "$HOOK" "${CONTROL[@]}"
 run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
@@ -182,7 +215,7 @@ stage gate "$E/release_gate" python scripts/experiments/run_stress_gated_release
   --output-dir "$E/release_gate"
 run features feature_examples analysis/collect_feature_examples.py "${CANDIDATE[@]}"
 stage audit - python scripts/analysis/verify_experiment_consistency.py
-stage report - python scripts/analysis/build_report.py --results-root "$E" --output "$OUTPUT/report.html"
+stage report "$OUTPUT/report.html" python scripts/analysis/build_report.py --results-root "$E" --output "$OUTPUT/report.html"
 
 [[ -n $DRY ]] && exit 0
 echo

@@ -1,0 +1,170 @@
+"""The queue's manifest: note a stage that has ended; say which stages need not be run again.
+
+    python scripts/experiments/queue_manifest.py record MANIFEST PROFILE STAGE RETURN_CODE SECONDS PLACE -- COMMAND...
+    bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST
+
+There is one record a stage, its last run's: the command, its return code, the sha256 of every file below PLACE (a
+folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows from beside earlier stages:
+the code, the packages, and what the command names outside the output folder, by content.
+
+`finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
+was when it ended, and every stage before it stands too. The first that does not is named on stderr, with the reason;
+from there on the stages are run, each of which reads its own finished cells. A stage that leaves nothing always runs.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import husai
+from husai.runs.cells import code_version
+from husai.runs.cli import Parser, run_main
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_json
+from husai.runs.folder import git_state
+from husai.runs.subjects import folder_of
+
+STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
+NO_PLACE = "-"
+
+
+def parse():
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    p = Parser(__doc__)
+    verbs = p.add_subparsers(dest="verb", required=True, parser_class=argparse.ArgumentParser)
+    record = verbs.add_parser("record")
+    finished = verbs.add_parser("finished")
+    for verb in (record, finished):
+        verb.add_argument("manifest", type=Path)
+    record.add_argument("profile")
+    record.add_argument("stage")
+    record.add_argument("return_code", type=int)
+    record.add_argument("seconds", type=int)
+    record.add_argument("place")
+    args = p.parse_args(sys.argv[1:at])
+    args.command = sys.argv[at + 1 :]
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.verb == "record":
+        record(args)
+        return
+    for stage, code in standing(args.manifest, dict(STAGE.findall(sys.stdin.read()))):
+        print(stage, code)
+
+
+def record(args) -> None:
+    try:
+        stages = read(args.manifest)
+    except BadInput:  # it is damaged, and only says what ran
+        stages = {}
+    commit, dirty, _ = git_state()
+    stages[args.stage] = {
+        "stage": args.stage,
+        "command": shlex.join(args.command),
+        "return_code": args.return_code,
+        "seconds": args.seconds,
+        "ended_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "follows_from": follows_from(args.command, args.manifest.parents[1]),
+        "place": args.place,
+        "files": {str(path): sha256_file(path) for path in files(args.place)},
+    }
+    write_json(args.manifest, {"profile": args.profile, "stages": list(stages.values())})
+
+
+def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
+    """(stage, return code) of the stages that need not run again, in order."""
+    try:
+        stages = read(manifest)
+    except BadInput as error:
+        print(f"{error}: every stage is looked at again", file=sys.stderr)
+        return []
+    found = []
+    for stage, line in commands.items():
+        if stage not in stages:
+            return found
+        noted, command = stages[stage], shlex.split(line)
+        if noted["place"] == NO_PLACE:
+            continue
+        if problem := changed(noted, command, manifest.parents[1]):
+            print(f"{stage}: {problem}; looked at again, and what comes after it", file=sys.stderr)
+            return found
+        found.append((stage, noted["return_code"]))
+    return found
+
+
+def changed(noted: dict, command: list[str], root: Path) -> str | None:
+    """Why a stage does not stand; None where it does."""
+    code, kept = noted["return_code"], noted["files"]
+    results = str(Path(noted["place"], "results.json"))
+    if code != 0 and not (code == 1 and results in kept):  # with results, 1 says that a check does not hold
+        return f"it ended with exit code {code}"
+    if shlex.split(noted["command"]) != command:
+        return "its command is another"
+    if noted["follows_from"] != follows_from(command, root):
+        return "the code, the packages or what its command names is another"
+    for name, sha256 in kept.items():
+        if not Path(name).is_file():
+            return f"{name} is gone"
+        if sha256_file(Path(name)) != sha256:
+            return f"{name} was changed after it ended"
+    return None
+
+
+def read(manifest: Path) -> dict[str, dict]:
+    """Stage -> its record; empty where there is no manifest yet.
+
+    Raises:
+        BadInput: the manifest is damaged.
+    """
+    if not manifest.exists():
+        return {}
+    found = read_json(manifest, "queue manifest")
+    try:
+        stages = {stage["stage"]: stage for stage in found["stages"]}
+        for stage in stages.values():
+            digests = [*stage["files"].items(), (stage["place"], stage["follows_from"]), (stage["command"], "")]
+            if not all(isinstance(text, str) for pair in digests for text in pair):
+                raise TypeError("a text expected")
+            if not isinstance(stage["return_code"], int):
+                raise TypeError("a return code expected")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"queue manifest: {manifest} is damaged ({type(error).__name__}: {error})") from None
+    return stages
+
+
+def files(place: str) -> list[Path]:
+    """What a stage left at its place; logs and hidden files (locks, what is half made) aside."""
+    path = Path(place)
+    if place == NO_PLACE or not path.exists():
+        return []
+    if path.is_file():
+        return [path]
+    below = (p for p in sorted(path.rglob("*")) if p.is_file())
+    return [p for p in below if not any(part == "logs" or part[0] == "." for part in p.relative_to(path).parts)]
+
+
+def follows_from(command: list[str], root: Path) -> str:
+    """Digest of the code, the packages, and what the command names that lies outside `root`, by content."""
+    named = {a: path for a in command if a and (path := folder_of(a) or Path(a)).exists()}
+    outside = {a: p for a, p in named.items() if not p.resolve().is_relative_to(root.resolve())}
+    return digest([own_code(), {a: tree_digest(p, a) for a, p in sorted(outside.items())}])
+
+
+@cache
+def own_code() -> list[str]:
+    package = Path(husai.__file__).parent
+    folders = sorted(p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__")
+    return [code_version(*folders), tree_digest(package / "report" / "templates", "templates")]
+
+
+if __name__ == "__main__":
+    run_main(main)
