@@ -8,7 +8,7 @@ BIN := .venv/bin
 OUTPUT ?= results
 PROFILE ?= b200
 
-.PHONY: help setup demo queue tiny-lm test test-slow smoke audit-results lint format benchmarks clean
+.PHONY: help setup demo queue tiny-lm test test-slow test-chaos smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,10 +45,13 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
 test: setup $(PEERS) ## the test suite, without its slow part
-	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
+	@$(BIN)/python -m pytest tests --ignore tests/chaos -n 2 -m "not slow"
 
 test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runbook, a Ray cluster
-	@$(BIN)/python -m pytest tests -n 2 -m slow
+	@$(BIN)/python -m pytest tests --ignore tests/chaos -n 2 -m slow
+
+test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts: a quarter of an hour
+	@$(BIN)/python -m pytest tests/chaos -n 2 --dist loadfile
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

@@ -87,36 +87,36 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     except BadInput as error:
         print(f"{error}: every stage is looked at again", file=sys.stderr)
         return []
-    found = []
+    found, stands = [], True
     for stage, line in commands.items():
         if stage not in stages:
-            return found
-        noted, command = stages[stage], shlex.split(line)
-        if noted["place"] == NO_PLACE:
-            continue
-        if problem := changed(noted, command, manifest.parents[1]):
-            print(f"{stage}: {problem}; looked at again, and what comes after it", file=sys.stderr)
-            return found
-        found.append((stage, noted["return_code"]))
+            stands = False
+        elif stages[stage]["place"] != NO_PLACE:
+            problems = changed(stages[stage], shlex.split(line), manifest.parents[1])
+            for problem in problems:
+                print(f"{stage}: {problem}", file=sys.stderr)
+            stands = stands and not problems
+            if stands:
+                found.append((stage, stages[stage]["return_code"]))
     return found
 
 
-def changed(noted: dict, command: list[str], root: Path) -> str | None:
-    """Why a stage does not stand; None where it does."""
+def changed(noted: dict, command: list[str], root: Path) -> list[str]:
+    """Why a stage does not stand; empty where it does."""
     code, kept = noted["return_code"], noted["files"]
     results = str(Path(noted["place"], "results.json"))
     if code != 0 and not (code == 1 and results in kept):  # with results, 1 says that a check does not hold
-        return f"it ended with exit code {code}"
+        return [f"it ended with exit code {code}"]
     if shlex.split(noted["command"]) != command:
-        return "its command is another"
+        return ["its command is another"]
     if noted["follows_from"] != follows_from(command, root):
-        return "the code, the packages or what its command names is another"
-    for name, sha256 in kept.items():
-        if not Path(name).is_file():
-            return f"{name} is gone"
-        if sha256_file(Path(name)) != sha256:
-            return f"{name} was changed after it ended"
-    return None
+        return ["the code, the packages or what its command names is another"]
+    damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
+    return [
+        f"{name} {'was changed after it ended' if path.is_file() else 'is gone'}"
+        for name, path, sha256 in damaged
+        if not path.is_file() or sha256_file(path) != sha256
+    ]
 
 
 def read(manifest: Path) -> dict[str, dict]:

@@ -23,6 +23,7 @@ CEBENCH_REPO=${CEBENCH_REPO:-}                       # your checkout of CE-Bench
 CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # its stories; without them its gate stays without evidence
 SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
 set -euo pipefail
+{ # bash reads all of it before it runs any: what is changed in this file does not reach a queue that is under way
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SELF=scripts/experiments/${BASH_SOURCE[0]##*/}
 
@@ -40,7 +41,7 @@ case "$PROFILE" in
     STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE")
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
     SCALING=(--token-budgets 30000,100000 --hook-layers 1 --d-sae-values 128 --k 8)
-    STRESS=(--rows 20000)
+    STRESS=(--rows 20000) SHIFTED=()
     BENCHMARKS=()
     ;;
   b200)
@@ -52,7 +53,7 @@ case "$PROFILE" in
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
-    STRESS=(--rows 500000)
+    STRESS=(--rows 500000) SHIFTED=()
     BENCHMARKS=(--execute)
     ;;
   smoke)
@@ -65,9 +66,9 @@ case "$PROFILE" in
     ADAPTIVE=(--tokens 10000 --k-candidates 4,8 --null-draws 5)
     ASSIGNMENT=(--tokens 10000 --lambdas 0,0.1 --shared-references 2 --null-draws 5)
     STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE")
-    FRONTIER=(--architectures topk --d-sae 24 --ks 11 --tokens 20000)
-    SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 4)
-    STRESS=(--rows 3000)
+    FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000)
+    SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
+    STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD)
     BENCHMARKS=()
     ;;
   *) echo "error: PROFILE=$PROFILE: embedded, b200 or smoke expected" >&2; exit 2 ;;
@@ -131,7 +132,7 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
-  touch "$QUEUE/.began"
+  touch "$QUEUE/.began" || exit 2
   "$@" || code=$?
   if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$place" "$code"; fi
   python scripts/experiments/queue_manifest.py record "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
@@ -199,7 +200,7 @@ run confirmation candidate_confirmation experiments/run_candidate_confirmation.p
 CANDIDATE=(--candidate "$E/candidate_confirmation/results.json" "${STRESS[@]}")
 run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}"
 run transcoder transcoder_stress experiments/run_transcoder_stress_eval.py "${CANDIDATE[@]}"
-run ood ood_stress experiments/run_ood_stress_eval.py "${CANDIDATE[@]}" --skip-families
+run ood ood_stress experiments/run_ood_stress_eval.py "${CANDIDATE[@]}" --skip-families "${SHIFTED[@]}"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The verdict, and what a reader sees
@@ -231,3 +232,4 @@ esac
 ((${#FAILED[@]} == 0)) || exit 2
 [[ -n $GATE ]] || exit "$((${#UNMET[@]} > 0))"
 exit "$GATE"
+}

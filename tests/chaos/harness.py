@@ -1,0 +1,95 @@
+"""The whole queue at its smoke sizes, in processes of its own, on a miniature of a language model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from husai.runs.files import sha256_file
+
+ROOT = Path(__file__).resolve().parents[2]
+QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
+PATIENCE = 1200  # seconds for what takes three minutes on an idle machine
+PASSING = ("queue", "logs", "workers")  # folders of what says when and how it ran
+TIMED = ("manifest.json", "report.html", "sae_custom_sae_eval_results.json")  # files that do
+
+
+class Queue:
+    """The queue on one output folder; what it prints is kept in a file beside it (`printed`)."""
+
+    def __init__(self, out: Path, subject: Path, printed: Path | None = None):
+        self.out, self.subject, self.printed = out, subject, printed or out.with_suffix(".log")
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """In a session of its own, so that all of it can be killed at once."""
+        variables = {"PROFILE": "smoke", "OUTPUT": str(self.out), "SUBJECT": str(self.subject)}
+        variables["OMP_WAIT_POLICY"] = "passive"  # two queues share the cores: threads that spin would stop both
+        environment = os.environ | variables | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+        with open(self.printed, "w") as printed:
+            return subprocess.Popen(
+                ["bash", QUEUE, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """To its end; (exit code, all that was printed)."""
+        process = self.start(*arguments)
+        try:
+            code = process.wait(PATIENCE)
+        finally:
+            kill(process)
+        return code, self.said()
+
+    def said(self) -> str:
+        return self.printed.read_text()
+
+    def wait_for(self, process: subprocess.Popen, line: str) -> bool:
+        """Until a line begins so (true), or the process has ended (false)."""
+        while f"\n{line}" not in f"\n{self.said()}":
+            if process.poll() is not None:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def files(self) -> dict[str, str]:
+        """sha256 of all that must be the same however it came about: times, logs, locks and single runs aside."""
+        found = {}
+        for path in self.out.rglob("*"):
+            parts = path.relative_to(self.out).parts
+            aside = any(p in PASSING or p.startswith((".", "run_")) for p in parts) or path.name in TIMED
+            if path.is_file() and not aside:
+                found["/".join(parts)] = sha256_file(path)
+        return found
+
+    def cells(self) -> dict[str, tuple]:
+        """Every finished cell: a cell that is written again has another inode."""
+        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in self.out.glob("**/cells/[!.]*.json")}
+
+    def stages(self) -> list[str]:
+        """The stages that were entered, in order."""
+        lines = [line.split() for line in self.said().splitlines() if line.startswith("== ")]
+        return [name for _, name, *stands in lines if not stands]
+
+    def copied_to(self, out: Path, printed: Path | None = None) -> Queue:
+        """A copy of all that it left, which stands as it stood."""
+        shutil.copytree(self.out, out)
+        manifest = out / "queue/manifest.json"
+        manifest.write_text(manifest.read_text().replace(str(self.out), str(out)))  # commands name their places
+        return Queue(out, self.subject, printed)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the queue and to everything that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()

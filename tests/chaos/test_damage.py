@@ -1,0 +1,82 @@
+"""One artefact of each kind is damaged: it is named, and made again to the same bytes, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+MADE_AGAIN = [  # the kind, where it lies, what is done to it
+    ("checkpoint weights", "experiments/phase4a_trained_vs_random/checkpoints/*/*/sae_weights.safetensors", "flip"),
+    ("snapshots", "experiments/phase4a_language_model/checkpoints/*/*/snapshots.safetensors", "cut"),
+    ("pair cell", "experiments/phase4a_language_model/cells/pair-*.json", "cut"),
+    ("figure", "experiments/core_ablations/figures/*.png", "flip"),
+    ("results", "experiments/core_ablations/results.json", "empty"),
+    ("summary", "experiments/adaptive_l0_calibration/summary.md", "cut"),
+    ("checkpoint configuration", "experiments/assignment_consistency_v2/checkpoints/*/*/cfg.json", "empty"),
+    ("encoder of a benchmark", "experiments/architecture_frontier/encoders/*/sae_weights.safetensors", "flip"),
+    ("probing results", "experiments/architecture_frontier/sae_probes/*/sae_custom_sae/sae_probes_*/*/*.json", "cut"),
+    ("phase cell", "experiments/external_metric_scaling/cells/external_metric_scaling-*.json", "flip"),
+    ("training cell", "experiments/candidate_confirmation/cells/training-*.json", "gone"),
+    ("candidate", "experiments/candidate_confirmation/checkpoints/*/*/sae_weights.safetensors", "flip"),
+    ("control", "experiments/random_model_stress/checkpoints/*/*/sae_weights.safetensors", "empty"),
+    ("stress results", "experiments/ood_stress/results.json", "flip"),
+    ("decision", "experiments/release_gate/release_policy.json", "flip"),
+    ("decision to read", "experiments/release_gate/release_policy.md", "gone"),
+    ("features", "experiments/feature_examples/results.json", "cut"),
+    ("report", "report.html", "cut"),
+]
+REFUSED = [  # the kind, the stage that made it and says so, its file
+    ("subject weights", "subject", "model.safetensors"),
+    ("subject description", "subject", "subject.json"),
+    ("activations", "harvest", "shard-00000.safetensors"),
+    ("store manifest", "harvest", "manifest.json"),
+]
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    assert data, f"{path} holds nothing to damage"
+    if how == "gone":
+        path.unlink()
+    elif how == "flip":
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        path.write_bytes(data[: len(data) // 2] if how == "cut" else b"")
+
+
+def test_what_can_be_made_again_is(undisturbed, tmp_path):
+    """All kinds at once: every one is named before anything runs."""
+    queue = undisturbed.copied_to(tmp_path / "damaged")
+    damaged = {}
+    for kind, where, how in MADE_AGAIN:
+        damaged[kind] = sorted(queue.out.glob(where))[0]
+        damage(damaged[kind], how)
+    code, said = queue.run()
+    assert code == 1, said
+    assert "failed:" not in said
+    before = said[: said.index("\n== phase4a")]
+    assert [kind for kind, path in damaged.items() if str(path) not in before] == []
+    assert queue.stages()[:2] == ["environment", "phase4a"], "what comes before the damage stands"
+    expected = undisturbed.files()
+    assert {n: d for n, d in queue.files().items() if expected.get(n) != d} == {}
+    assert queue.files().keys() == expected.keys()
+
+
+@pytest.mark.parametrize(("stage", "name"), [what for _, *what in REFUSED], ids=[kind for kind, *_ in REFUSED])
+def test_what_everything_rests_on_is_refused(undisturbed, tmp_path, stage, name):
+    queue = undisturbed.copied_to(tmp_path / "refused")
+    stages = json.loads((queue.out / "queue/manifest.json").read_text())["stages"]
+    (files,) = (s["files"] for s in stages if s["stage"] == stage)
+    (path,) = (Path(f) for f in files if f.endswith(f"/{name}"))
+    damage(path, "flip")
+    code, said = queue.run("--only", stage)
+    assert code == 2
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(path.parent) in errors[0]
+    assert f"failed: {stage} (exit 2)" in said
+    shutil.rmtree(path.parent)
+    assert queue.run("--only", stage)[0] == 0
+    assert queue.files() == undisturbed.files()

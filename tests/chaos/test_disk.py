@@ -1,0 +1,79 @@
+"""A disk that fills up in the middle of the queue, and one that is too small from the start."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from harness import Queue, kill
+
+FROM = "random_model"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk(megabytes)`: a folder on a file system of its own."""
+    mounted = []
+
+    def make(megabytes: int):
+        folder = tmp_path / f"disk{megabytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_too_small_a_disk_is_refused_before_anything_runs(disk, subject, tmp_path):
+    queue = Queue(disk(50) / "out", subject, tmp_path / "small.log")
+    code, said = queue.run()
+    assert code == 2
+    assert said.startswith(f"error: OUTPUT={queue.out}: ")
+    assert said.endswith("MB free, 300 expected\n")
+    assert queue.stages() == []
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed, tmp_path):
+    """Everything up to the stress tests is there; the disk is full as the first of them begins."""
+    queue = undisturbed.copied_to(disk(600) / "out", tmp_path / "full.log")
+    manifest = queue.out / "queue/manifest.json"
+    noted = json.loads(manifest.read_text())
+    names = [s["stage"] for s in noted["stages"]]
+    assert names.index(FROM) > names.index("confirmation")
+    for stage in noted["stages"][names.index(FROM) :]:
+        if stage["place"].startswith(str(queue.out / "experiments")):
+            shutil.rmtree(stage["place"])
+    noted["stages"] = noted["stages"][: names.index(FROM)]
+    manifest.write_text(json.dumps(noted))
+    before = queue.cells()
+
+    process = queue.start()
+    try:
+        assert queue.wait_for(process, f"\n== {FROM}"), queue.said()
+        filler = queue.out.parent / "filler"
+        with open(filler, "wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
+            while True:
+                os.write(f.fileno(), bytes(1 << 16))
+        code = process.wait(1200)
+    finally:
+        kill(process)
+    said = queue.said()
+    assert code == 2, said
+    assert f"failed: {FROM}" in said
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    now = queue.cells()
+    assert {name: now.get(name) for name in before} == before
+
+    filler.unlink()
+    code, said = queue.run()
+    assert code == 1, said
+    assert "failed:" not in said
+    assert queue.files() == undisturbed.files()
