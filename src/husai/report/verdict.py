@@ -127,16 +127,17 @@ class Decision(BaseModel):
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
 
-    @property
-    def about(self) -> list[tuple[str, str]]:
-        """(what, which) of the candidate, as far as the decision says."""
+    def about(self, subjects: dict[str, str]) -> list[tuple[str, str]]:
+        """(what, which) of the candidate, as far as the decision says; `subjects`: digest -> name."""
         c = self.candidate or {}
         facts = c["facts"] if isinstance(c.get("facts"), dict) else {}
         checkpoints = c["checkpoints"] if isinstance(c.get("checkpoints"), dict) else {}
         seeds = c["seeds"] if isinstance(c.get("seeds"), list) else [*checkpoints]
+        subject = str(c.get("subject") or facts.get("subject_digest") or "")
+        name = subjects.get(subject)
         found = {
             "Candidate": c.get("condition"),
-            "Subject": c.get("subject") or facts.get("subject_digest"),
+            "Subject": f"{name} ({subject[:12]}…)" if name else subject,
             "Hook": c.get("hook_name") or facts.get("hook_name"),
             "Seeds": ", ".join(map(str, seeds)),
         }
@@ -157,6 +158,8 @@ class Verdict:
     doubts: list[str] = field(default_factory=list)
     """Why the decision does not hold up, whatever it says."""
     run: Phase | None = None
+    about: list[tuple[str, str]] = field(default_factory=list)
+    """(what, which) of the candidate."""
 
     def count(self, state: str) -> int:
         return sum(g.state == state for g in self.gates)
@@ -178,7 +181,7 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
         )
     gates = in_order(decision.gates)
     doubts = [*run.problems, *contradictions(decision, gates), *stale(decision, phases)]
-    verdict = Verdict("", "", "fail", decision, gates, doubts, run)
+    verdict = Verdict("", "", "fail", decision, gates, doubts, run, decision.about(subject_names(phases)))
     passed, waived = verdict.count("pass"), verdict.count("waived")
     counts = f"{passed} of {len(gates)} gates passed"
     if not decision.pass_all and decision.unconfirmed and passed == len(gates):
@@ -196,6 +199,16 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
         verdict.headline, verdict.state = "Passed", "pass"
         verdict.sentence = f"{counts}. What may be claimed externally is what these gates tested, and no more."
     return verdict
+
+
+def subject_names(phases: list[Phase]) -> dict[str, str]:
+    """Digest of a subject -> its name, as the runs have them."""
+    found = {}
+    for phase in phases:
+        inputs, name = phase.results.get("inputs"), phase.results.get("subject")
+        if isinstance(inputs, dict) and isinstance(inputs.get("subject"), str) and isinstance(name, str):
+            found[inputs["subject"]] = name
+    return found
 
 
 def in_order(gates: list[Gate]) -> list[Gate]:
