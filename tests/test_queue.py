@@ -4,13 +4,16 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
+MANIFEST = "scripts/experiments/queue_manifest.py"
 
 
 def queue(*arguments, **variables):
@@ -28,7 +31,7 @@ def commands(done):
     return dict(re.findall(r"^== (\w+)\n(.+)$", done.stdout, re.M))
 
 
-@pytest.mark.parametrize("profile", ["embedded", "b200"])
+@pytest.mark.parametrize("profile", ["embedded", "b200", "smoke"])
 def test_a_dry_run_prints_every_command_and_runs_none(tmp_path, profile):
     done = queue("--dry-run", OUTPUT=str(tmp_path / "out"), PROFILE=profile)
     assert (done.returncode, done.stderr) == (0, "")
@@ -39,7 +42,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path, profile):
     for line in commands(done).values():
         script = re.search(r"scripts/\S+\.py", line)[0]
         assert (ROOT / script).is_file()
-    device = {"embedded": "'cpu'", "b200": "'cuda'"}[profile]
+    device = "'cuda'" if profile == "b200" else "'cpu'"
     assert all(device in line for line in commands(done).values() if "--device" in line)
 
 
@@ -95,7 +98,7 @@ def test_from_and_only():
         (["--only", "nothing"], {}, "--only nothing: one of"),
         (["--from"], {}, "--from : one of"),
         (["--fast"], {}, "--fast: --dry-run"),
-        ([], {"PROFILE": "huge"}, "PROFILE=huge: embedded or b200 expected"),
+        ([], {"PROFILE": "huge"}, "PROFILE=huge: embedded, b200 or smoke expected"),
     ],
 )
 def test_bad_usage_is_one_line(tmp_path, arguments, variables, said):
@@ -114,7 +117,7 @@ def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
     noted = {s["stage"]: s for s in json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]}
     assert {name: s["return_code"] for name, s in noted.items()} == {"environment": 0, "selection": 2}
     assert "select_release_candidate.py" in noted["selection"]["command"]
-    assert noted["selection"]["results_sha256"] is None
+    assert not any(name.endswith("/results.json") for name in noted["selection"]["files"])
 
 
 def test_results_of_a_failed_stage_are_set_aside(tmp_path):
@@ -142,3 +145,101 @@ def test_a_second_queue_on_one_output_is_refused(tmp_path):
         done = queue("--only", "environment", OUTPUT=str(tmp_path))
     assert done.returncode == 2
     assert "another queue works there" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands
+
+
+class Stages:
+    """A queue of stages that leave a file each."""
+
+    def __init__(self, root):
+        self.root = root / "out"
+        self.outside = root / "brought.json"
+        self.outside.write_text("{}")
+        self.commands = {"environment": ["true"]}
+        self.record("environment", "-")
+
+    def path(self, name):
+        return self.root / "experiments" / name / "results.json"
+
+    def call(self, *arguments, **more):
+        command = [sys.executable, MANIFEST, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **more)
+
+    def record(self, name, place, code=0):
+        manifest = self.root / "queue" / "manifest.json"
+        done = self.call("record", manifest, "smoke", name, code, 1, place, "--", *self.commands[name])
+        assert done.returncode == 0, done.stderr
+
+    def add(self, name, code=0, *more):
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        self.path(name).write_text(name)
+        self.commands[name] = ["python", f"{name}.py", *map(str, more)]
+        self.record(name, self.path(name).parent, code)
+
+    def finished(self):
+        lines = [f"== {name}\n{' '.join(map(shlex.quote, c))}\n" for name, c in self.commands.items()]
+        done = self.call("finished", self.root / "queue" / "manifest.json", input="\n".join(lines))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture
+def queued(tmp_path):
+    found = Stages(tmp_path)
+    found.add("first")
+    found.add("second", 1, "--given", found.outside)
+    found.add("third")
+    return found
+
+
+def test_what_is_as_it_was_stands_with_its_exit_code(queued):
+    assert queued.finished() == (["first 0", "second 1", "third 0"], "")
+
+
+def test_what_was_changed_or_is_gone_is_named_and_nothing_after_it_stands(queued):
+    queued.path("second").write_text("another")
+    queued.path("third").unlink()
+    stands, said = queued.finished()
+    assert stands == ["first 0"]
+    assert said.splitlines() == [
+        f"second: {queued.path('second')} was changed after it ended",
+        f"third: {queued.path('third')} is gone",
+    ]
+
+
+def test_another_command_or_another_input_does_not_stand(queued):
+    queued.outside.write_text("[]")
+    stands, said = queued.finished()
+    assert stands == ["first 0"]
+    assert "second: the code, the packages or what its command names is another" in said
+    queued.commands["first"].append("--more")
+    stands, said = queued.finished()
+    assert stands == []
+    assert "first: its command is another" in said
+
+
+def test_a_failed_or_interrupted_stage_does_not_stand(queued):
+    for code in (2, 130):
+        queued.record("second", queued.path("second").parent, code)
+        assert queued.finished()[0] == ["first 0"]
+    queued.path("second").unlink()  # 1 without results is a failure, with results a finding
+    queued.record("second", queued.path("second").parent, 1)
+    assert queued.finished() == (["first 0"], "second: it ended with exit code 1\n")
+
+
+def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):
+    queued.commands = {"environment": ["true"], "new": ["python"], **queued.commands}
+    assert queued.finished()[0] == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"stages": [{}]}', '{"stages": [1]}', "[]"])
+def test_a_damaged_manifest_is_named_and_nothing_stands(queued, content):
+    (queued.root / "queue/manifest.json").write_text(content)
+    stands, said = queued.finished()
+    assert stands == []
+    assert f"{queued.root / 'queue/manifest.json'} is" in said
+    queued.record("first", queued.path("first").parent)
+    assert queued.finished()[0] == []

@@ -109,6 +109,7 @@ class Parser(argparse.ArgumentParser):
         """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows."""
         self.add_argument(
             "--checkpoint",
+            "--checkpoints",
             type=Path,
             nargs="+",
             required=required,
