@@ -49,6 +49,7 @@ PLACEHOLDERS = {
 """Words in capitals that stand for something of the reader's."""
 
 RUN_ELSEWHERE = {
+    "scripts/analysis/mirror_evidence.py": "test_scripts.py",
     "scripts/training/train_modular_addition.py": "test_scripts.py",
     "scripts/experiments/run_phase4a_reproduction.py": "test_scripts.py",
     "scripts/experiments/run_core_ablations.py": "test_phases.py",

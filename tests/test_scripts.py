@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, run_without_torch
+from husai.release.recompute import folder_problems
+from husai.runs.folder import Run
 
 PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
 TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
 EXTRACT = "scripts/analysis/extract_activations.py"
 SUBJECT = "scripts/training/train_modular_addition.py"
+MIRROR = "scripts/analysis/mirror_evidence.py"
 TINY = ["--d-sae", "24", "--k", "3", "--tokens", "6000", "--batch-size", "128", "--null-draws", "10", "--threads", "1"]
 
 
@@ -394,3 +397,36 @@ def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
     refused("odd number", SUBJECT, "--modulus", "10")
     refused("between 0 and 1", SUBJECT, "--train-fraction", "1.5")
     refused("holds neither config.json", EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a complete run left: results, summary, a figure, a table, checkpoints."""
+    root = tmp_path / "results"
+    with Run(root / "phase", {"seed": 1}, "cpu", 1) as run:
+        (root / "phase/figures").mkdir()
+        (root / "phase/figures/drawn.png").write_bytes(b"png")
+        (root / "phase/pairs.csv").write_text("a,b\n")
+        (root / "phase/checkpoints").mkdir()
+        (root / "phase/checkpoints/sae.safetensors").write_bytes(b"weights")
+        run.write({"phase": "tried", "inputs": run.inputs}, "# Tried\n")
+    return root
+
+
+def test_the_mirror_of_a_run_is_what_the_audit_takes(run_script, run_folder, tmp_path):
+    code, out, err = run_script(MIRROR, "--results-root", run_folder, "--output", tmp_path / "kept")
+    assert code == 0, err
+    assert out.startswith("1 runs")
+    kept = tmp_path / "kept" / "phase"
+    assert {p.name for p in kept.iterdir()} == {"drawn.png", "manifest.json", "results.json", "summary.md"}
+    assert folder_problems(kept) == []
+
+
+def test_what_is_not_as_its_manifest_says_is_not_copied(refused, run_folder, tmp_path):
+    given = (MIRROR, "--results-root", run_folder, "--output", tmp_path / "kept")
+    (run_folder / "phase/figures/drawn.png").write_bytes(b"another")
+    refused("figures/drawn.png is missing or is not what its manifest says", *given)
+    (run_folder / "phase/manifest.json").write_text("{}")
+    refused("manifest.json is damaged", *given)
+    refused("holds no run", MIRROR, "--results-root", tmp_path / "nothing", "--output", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

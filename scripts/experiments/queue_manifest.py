@@ -25,8 +25,6 @@ from husai.runs.cells import code_version
 from husai.runs.cli import Parser, run_main
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_json
-from husai.runs.folder import git_state
-from husai.runs.subjects import folder_of
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
@@ -60,6 +58,8 @@ def main() -> None:
 
 
 def record(args) -> None:
+    from husai.runs.folder import git_state
+
     try:
         stages = read(args.manifest)
     except BadInput:  # it is damaged, and only says what ran
@@ -154,6 +154,8 @@ def files(place: str) -> list[Path]:
 
 def follows_from(command: list[str], root: Path) -> str:
     """Digest of the code, the packages, and what the command names that lies outside `root`, by content."""
+    from husai.runs.subjects import folder_of
+
     named = {a: path for a in command if a and (path := folder_of(a) or Path(a)).exists()}
     outside = {a: p for a, p in named.items() if not p.resolve().is_relative_to(root.resolve())}
     return digest([own_code(), {a: tree_digest(p, a) for a, p in sorted(outside.items())}])
