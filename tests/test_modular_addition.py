@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, CheckFailed
 from husai.subjects import modular_addition as ma
 
 CPU = torch.device("cpu")
@@ -128,10 +129,15 @@ def edited(folder, tmp_path, edit):
     return copy
 
 
-def rewrite(change):
+def rewrite(change, signed=True):
+    """Change what describes a subject, its own digest with it."""
+
     def edit(folder):
         description = json.loads((folder / "subject.json").read_text())
         change(description)
+        if signed:
+            description.pop("sha256")
+            description["sha256"] = digest(description)
         (folder / "subject.json").write_text(json.dumps(description))
 
     return edit
@@ -149,6 +155,8 @@ def rewrite(change):
         (lambda f: (f / "subject.json").write_text("[]"), "does not describe a modular-addition transformer"),
         (rewrite(lambda d: d.update(kind="gpt2")), "does not describe a modular-addition transformer"),
         (rewrite(lambda d: d.pop("training")), "is damaged"),
+        (rewrite(lambda d: d["training"].update(epochs=3), signed=False), "was changed after it was written"),
+        (rewrite(lambda d: d.pop("sha256"), signed=False), "is damaged"),
         (rewrite(lambda d: d["config"].update(surprise=1)), "is damaged"),
         (rewrite(lambda d: d["config"].update(d_model="x")), "is damaged .*valid integer"),
         (rewrite(lambda d: d["config"].update(d_model=-4)), "does not fit its config"),

@@ -28,6 +28,8 @@ from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
+WORKING = ("logs", "workers", "encoders", "sae_probes")
+"""Folders of what is used on the way to a finished cell and not looked at again."""
 
 
 def parse():
@@ -142,14 +144,14 @@ def read(manifest: Path) -> dict[str, dict]:
 
 
 def files(place: str) -> list[Path]:
-    """What a stage left at its place; logs and hidden files (locks, what is half made) aside."""
+    """What a stage left at its place; working folders and hidden files (locks, what is half made) aside."""
     path = Path(place)
     if place == NO_PLACE or not path.exists():
         return []
     if path.is_file():
         return [path]
     below = (p for p in sorted(path.rglob("*")) if p.is_file())
-    return [p for p in below if not any(part == "logs" or part[0] == "." for part in p.relative_to(path).parts)]
+    return [p for p in below if not any(part in WORKING or part[0] == "." for part in p.relative_to(path).parts)]
 
 
 def follows_from(command: list[str], root: Path) -> str:

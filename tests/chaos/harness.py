@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 
-from husai.runs.files import sha256_file
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
@@ -60,13 +61,14 @@ class Queue:
         return True
 
     def files(self) -> dict[str, str]:
-        """sha256 of all that must be the same however it came about: times, logs, locks and single runs aside."""
+        """sha256 of all that must be the same however it came about: times, logs, locks and single runs aside. The
+        gate's decision names the places of what it read."""
         found = {}
         for path in self.out.rglob("*"):
             parts = path.relative_to(self.out).parts
             aside = any(p in PASSING or p.startswith((".", "run_")) for p in parts) or path.name in TIMED
             if path.is_file() and not aside:
-                found["/".join(parts)] = sha256_file(path)
+                found["/".join(parts)] = sha256(path.read_bytes().replace(str(self.out).encode(), b"OUT")).hexdigest()
         return found
 
     def cells(self) -> dict[str, tuple]:
@@ -87,9 +89,12 @@ class Queue:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the queue and to everything that it has started."""
+    """SIGKILL to the queue and to everything that it has started; returns when all of them are gone."""
     try:
+        below = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return
     process.wait()
+    alive = psutil.wait_procs(below, timeout=60)[1]
+    assert alive == [], "something goes on without the queue"

@@ -14,8 +14,7 @@ MADE_AGAIN = [  # the kind, where it lies, what is done to it
     ("results", "experiments/core_ablations/results.json", "empty"),
     ("summary", "experiments/adaptive_l0_calibration/summary.md", "cut"),
     ("checkpoint configuration", "experiments/assignment_consistency_v2/checkpoints/*/*/cfg.json", "empty"),
-    ("encoder of a benchmark", "experiments/architecture_frontier/encoders/*/sae_weights.safetensors", "flip"),
-    ("probing results", "experiments/architecture_frontier/sae_probes/*/sae_custom_sae/sae_probes_*/*/*.json", "cut"),
+    ("reference", "experiments/architecture_frontier/checkpoints/*/relu_*/sae_weights.safetensors", "flip"),
     ("phase cell", "experiments/external_metric_scaling/cells/external_metric_scaling-*.json", "flip"),
     ("training cell", "experiments/candidate_confirmation/cells/training-*.json", "gone"),
     ("candidate", "experiments/candidate_confirmation/checkpoints/*/*/sae_weights.safetensors", "flip"),
@@ -32,6 +31,7 @@ REFUSED = [  # the kind, the stage that made it and says so, its file
     ("activations", "harvest", "shard-00000.safetensors"),
     ("store manifest", "harvest", "manifest.json"),
 ]
+pytestmark = pytest.mark.xdist_group("damage")
 
 
 def damage(path, how):

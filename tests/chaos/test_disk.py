@@ -9,6 +9,7 @@ import pytest
 from harness import Queue, kill
 
 FROM = "random_model"
+pytestmark = pytest.mark.xdist_group("damage")
 
 
 @pytest.fixture

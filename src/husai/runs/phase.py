@@ -46,7 +46,12 @@ def run_phase(
     with Run(args.output_dir, config, args.device, args.threads) as run:
         cells = Cells(args.output_dir / "cells", args.force)
         key = {"config": config, "code": [code_version(*packages), sha256_file(Path(script))]}
-        results = cells.get(name, key, lambda: compute(args, cells))
+
+        def whole() -> tuple[dict, list[Path]]:
+            results, files = compute(args, cells)
+            return results, sorted({*files, *checkpoints(args.output_dir)})
+
+        results = cells.get(name, key, whole)
         run.inputs |= results["inputs"]
         text = summary(results)
         run.write(results, text)
@@ -55,6 +60,11 @@ def run_phase(
         print(f"figures  {args.output_dir / 'figures'}")
         if check is not None:
             check(results)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All that training has left below a phase's folder: its results rest on these, references included."""
+    return [p for p in (folder / "checkpoints").rglob("*") if p.is_file() and not p.name.startswith(".")]
 
 
 def _contents(flag: str, given: Path | list[Path]) -> str | list[str]:

@@ -210,7 +210,7 @@ def train_or_find(
             "weights_sha256": sha256_file(partial / "model.safetensors"),
             "training": training,
         }
-        write_json(partial / "subject.json", description)
+        write_json(partial / "subject.json", description | {"sha256": digest(description)})
 
     publish_directory(folder, build, replace=force)
     return folder
@@ -231,6 +231,8 @@ def describe(folder: Path, require_solved: bool = True) -> dict:
     if not isinstance(description, dict) or description.get("kind") != "modular_addition":
         raise BadInput(f"subject: {folder / 'subject.json'} does not describe a modular-addition transformer")
     try:
+        if description.pop("sha256") != digest(description):
+            raise ValueError("it was changed after it was written")
         config = _config(description)
         expected, training = description["weights_sha256"], description["training"]
         solved, accuracy = training["solved"] is True, float(training["heldout_accuracy"])
