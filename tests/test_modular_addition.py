@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from husai.runs.errors import BadInput
-from husai.runs.files import digest, CheckFailed
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import digest
 from husai.subjects import modular_addition as ma
 
 CPU = torch.device("cpu")
