@@ -51,7 +51,7 @@ test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runb
 	@$(BIN)/python -m pytest tests --ignore tests/chaos -n 2 -m slow
 
 test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts: a quarter of an hour
-	@$(BIN)/python -m pytest tests/chaos -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

@@ -10,6 +10,11 @@ from husai.subjects import text, tiny_lm
 from husai.subjects.tiny_lm import TinyLMConfig
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: the other worker takes the others."""
+    items.sort(key=lambda item: "test_kill" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id) -> Path:
     """A folder that all workers of this session see."""

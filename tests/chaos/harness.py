@@ -24,6 +24,7 @@ class Queue:
 
     def __init__(self, out: Path, subject: Path, printed: Path | None = None):
         self.out, self.subject, self.printed = out, subject, printed or out.with_suffix(".log")
+        self.places = [out]  # all that this folder has been called
 
     def start(self, *arguments: str) -> subprocess.Popen:
         """In a session of its own, so that all of it can be killed at once."""
@@ -68,7 +69,10 @@ class Queue:
             parts = path.relative_to(self.out).parts
             aside = any(p in PASSING or p.startswith((".", "run_")) for p in parts) or path.name in TIMED
             if path.is_file() and not aside:
-                found["/".join(parts)] = sha256(path.read_bytes().replace(str(self.out).encode(), b"OUT")).hexdigest()
+                content = path.read_bytes()
+                for place in self.places:
+                    content = content.replace(str(place).encode(), b"OUT")
+                found["/".join(parts)] = sha256(content).hexdigest()
         return found
 
     def cells(self) -> dict[str, tuple]:
@@ -85,7 +89,9 @@ class Queue:
         shutil.copytree(self.out, out)
         manifest = out / "queue/manifest.json"
         manifest.write_text(manifest.read_text().replace(str(self.out), str(out)))  # commands name their places
-        return Queue(out, self.subject, printed)
+        copy = Queue(out, self.subject, printed)
+        copy.places += self.places
+        return copy
 
 
 def kill(process: subprocess.Popen) -> None:

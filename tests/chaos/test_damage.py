@@ -31,7 +31,6 @@ REFUSED = [  # the kind, the stage that made it and says so, its file
     ("activations", "harvest", "shard-00000.safetensors"),
     ("store manifest", "harvest", "manifest.json"),
 ]
-pytestmark = pytest.mark.xdist_group("damage")
 
 
 def damage(path, how):

@@ -9,7 +9,6 @@ import pytest
 from harness import Queue, kill
 
 FROM = "random_model"
-pytestmark = pytest.mark.xdist_group("damage")
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ import json
 import random
 import time
 
-import pytest
 from harness import Queue, kill
 
 KILLS = 20
-pytestmark = pytest.mark.xdist_group("kill")  # beside the others, on the other core
 
 
 def moments(queue: Queue, n: int) -> list[tuple[str, float]]:
