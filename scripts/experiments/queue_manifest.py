@@ -72,7 +72,7 @@ def record(args) -> None:
         "command": shlex.join(args.command),
         "return_code": args.return_code,
         "seconds": args.seconds,
-        "ended_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ended_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         "git_commit": commit,
         "git_dirty": dirty,
         "follows_from": follows_from(args.command, args.manifest.parents[1]),
@@ -89,12 +89,15 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     except BadInput as error:
         print(f"{error}: every stage is looked at again", file=sys.stderr)
         return []
-    found, stands = [], True
+    found, stands, before = [], True, ""
     for stage, line in commands.items():
         if stage not in stages:
             stands = False
         elif stages[stage]["place"] != NO_PLACE:
             problems = changed(stages[stage], shlex.split(line), manifest.parents[1])
+            if stages[stage]["ended_utc"] < before:
+                problems.append("a stage before it was run since it ended")
+            before = max(before, stages[stage]["ended_utc"])
             for problem in problems:
                 print(f"{stage}: {problem}", file=sys.stderr)
             stands = stands and not problems
