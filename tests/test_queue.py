@@ -227,7 +227,15 @@ def test_a_failed_or_interrupted_stage_does_not_stand(queued):
         assert queued.finished()[0] == ["first 0"]
     queued.path("second").unlink()  # 1 without results is a failure, with results a finding
     queued.record("second", queued.path("second").parent, 1)
-    assert queued.finished() == (["first 0"], "second: it ended with exit code 1\n")
+    stands, said = queued.finished()
+    assert stands == ["first 0"]
+    assert said.startswith("second: it ended with exit code 1\n")
+
+
+def test_what_comes_after_a_stage_that_was_run_again_does_not_stand(queued):
+    """`--only STAGE` with another setting: what had been made of its old results is no longer true."""
+    queued.add("second", 0, "--given", queued.outside)
+    assert queued.finished() == (["first 0", "second 0"], "third: a stage before it was run since it ended\n")
 
 
 def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):

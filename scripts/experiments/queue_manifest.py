@@ -8,8 +8,9 @@ folder or a file that the stage leaves; `-`: none), and a digest of what the out
 the code, the packages, and what the command names outside the output folder, by content.
 
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
-was when it ended, and every stage before it stands too. The first that does not is named on stderr, with the reason;
-from there on the stages are run, each of which reads its own finished cells. A stage that leaves nothing always runs.
+was when it ended, and every stage before it ended before it and stands too. What is not as it was is named on stderr.
+From the first such stage on all are run, each of which reads its own finished cells. A stage that leaves nothing always
+runs.
 """
 
 import argparse
@@ -136,7 +137,11 @@ def read(manifest: Path) -> dict[str, dict]:
     try:
         stages = {stage["stage"]: stage for stage in found["stages"]}
         for stage in stages.values():
-            digests = [*stage["files"].items(), (stage["place"], stage["follows_from"]), (stage["command"], "")]
+            digests = [
+                *stage["files"].items(),
+                (stage["place"], stage["follows_from"]),
+                (stage["command"], stage["ended_utc"]),
+            ]
             if not all(isinstance(text, str) for pair in digests for text in pair):
                 raise TypeError("a text expected")
             if not isinstance(stage["return_code"], int):
