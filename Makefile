@@ -35,11 +35,11 @@ $(PEERS): requirements-bench.txt requirements-cluster.txt $(STAMP)
 	@touch $@
 
 demo: setup ## the whole program at its embedded profile, to a verdict and its report; a gate that is not passed is no error
-	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT="$(OUTPUT)" bash scripts/experiments/run_b200_high_impact_queue.sh \
 	  || { code=$$?; [ $$code -eq 1 ] || exit $$code; }
 
 queue: setup ## the whole program at PROFILE (b200), its exit code the gate's: make queue PROFILE=b200
-	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=$(PROFILE) OUTPUT=$(OUTPUT) bash scripts/experiments/run_b200_high_impact_queue.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=$(PROFILE) OUTPUT="$(OUTPUT)" bash scripts/experiments/run_b200_high_impact_queue.sh
 
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
