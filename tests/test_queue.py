@@ -98,11 +98,12 @@ def test_from_and_only():
         (["--only", "nothing"], {}, "--only nothing: one of"),
         (["--from"], {}, "--from : one of"),
         (["--fast"], {}, "--fast: --dry-run"),
+        ([], {"OUTPUT": "/proc/nothing"}, "OUTPUT=/proc/nothing: no folder can be made there"),
         ([], {"PROFILE": "huge"}, "PROFILE=huge: embedded, b200 or smoke expected"),
     ],
 )
 def test_bad_usage_is_one_line(tmp_path, arguments, variables, said):
-    done = queue(*arguments, OUTPUT=str(tmp_path), **variables)
+    done = queue(*arguments, **{"OUTPUT": str(tmp_path)} | variables)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -241,6 +242,15 @@ def test_what_comes_after_a_stage_that_was_run_again_does_not_stand(queued):
 def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):
     queued.commands = {"environment": ["true"], "new": ["python"], **queued.commands}
     assert queued.finished()[0] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["other", "m.json"], ["finished"], ["record", "m.json"], ["record", "m.json", *"ab", "x", "1", "-"]]
+)
+def test_bad_usage_of_the_manifest_is_one_line(queued, arguments):
+    done = queued.call(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"stages": [{}]}', '{"stages": [1]}', "[]"])

@@ -13,7 +13,6 @@ From the first such stage on all are run, each of which reads its own finished c
 runs.
 """
 
-import argparse
 import re
 import shlex
 import sys
@@ -36,18 +35,18 @@ WORKING = ("logs", "workers", "encoders", "sae_probes")
 def parse():
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     p = Parser(__doc__)
-    verbs = p.add_subparsers(dest="verb", required=True, parser_class=argparse.ArgumentParser)
-    record = verbs.add_parser("record")
-    finished = verbs.add_parser("finished")
-    for verb in (record, finished):
-        verb.add_argument("manifest", type=Path)
-    record.add_argument("profile")
-    record.add_argument("stage")
-    record.add_argument("return_code", type=int)
-    record.add_argument("seconds", type=int)
-    record.add_argument("place")
+    p.add_argument("verb", choices=["record", "finished"])
+    p.add_argument("manifest", type=Path)
+    p.add_argument("stage", nargs="*", help="with record: PROFILE STAGE RETURN_CODE SECONDS PLACE")
     args = p.parse_args(sys.argv[1:at])
     args.command = sys.argv[at + 1 :]
+    if args.verb == "finished":
+        return args
+    try:
+        args.profile, args.stage, code, seconds, args.place = args.stage
+        args.return_code, args.seconds = int(code), int(seconds)
+    except ValueError:
+        p.error("record: PROFILE STAGE RETURN_CODE SECONDS PLACE expected, two of them whole numbers")
     return args
 
 

@@ -99,7 +99,7 @@ done
 E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
 FAILED=() UNMET=() GATE=''
 if [[ -z $DRY ]]; then
-  mkdir -p "$QUEUE" "$E" || exit 2
+  mkdir -p "$QUEUE" "$E" 2> /dev/null || { echo "error: OUTPUT=$OUTPUT: no folder can be made there" >&2; exit 2; }
   exec 9> "$QUEUE/.lock"
   flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
   free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1024))
