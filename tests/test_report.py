@@ -54,12 +54,8 @@ class Page(HTMLParser):
         return words in " ".join(self.text.split())
 
 
-LEFT_OUT = (
-    "release_gate",
-    "cycle3_queue_final",
-    "embedded_queue",
-    "*_stress",
-)  # decisions and what is missing are each test's own
+LEFT_OUT = ("release_gate", "cycle3_queue_final", "embedded_queue", "*_stress")
+"""Decisions, and what is missing, are each test's own."""
 
 
 @pytest.fixture
