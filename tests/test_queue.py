@@ -97,6 +97,9 @@ def test_from_and_only():
     [
         (["--only", "nothing"], {}, "--only nothing: one of"),
         (["--from"], {}, "--from : one of"),
+        (["--only", "ood gate"], {}, "--only ood gate: one of"),
+        ([], {"SEEDS": "1,2"}, "SEEDS=1,2: three whole numbers or more expected"),
+        ([], {"EXECUTOR": "slurm"}, "EXECUTOR=slurm: local or ray expected"),
         (["--fast"], {}, "--fast: --dry-run"),
         ([], {"OUTPUT": "/proc/nothing"}, "OUTPUT=/proc/nothing: no folder can be made there"),
         ([], {"PROFILE": "huge"}, "PROFILE=huge: embedded, b200 or smoke expected"),
@@ -211,6 +214,34 @@ def test_what_was_changed_or_is_gone_is_named_and_nothing_after_it_stands(queued
     ]
 
 
+def test_gate_and_report_are_made_each_time_and_hold_up_nothing(queued):
+    queued.add("gate", 1)
+    queued.add("later")
+    assert queued.finished() == (["first 0", "second 1", "third 0", "later 0"], "")
+    queued.record("gate", queued.path("gate").parent, 0)  # later than what comes after it
+    queued.path("gate").write_text("another")
+    stands, said = queued.finished()
+    assert stands == ["first 0", "second 1", "third 0", "later 0"]
+    assert said == f"gate: {queued.path('gate')} was changed after it ended\n"
+
+
+def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued):
+    below = queued.root / "mine"
+    below.mkdir()
+    (below / "map.json").write_text('{"hook": "summary.json"}')
+    for changed in (below / "summary.json", below / "map.json"):
+        (below / "summary.json").write_text("{}")
+        queued.add("third", 0, "--map", below / "map.json", "x" * 300)
+        assert queued.finished()[0][-1] == "third 0"
+        changed.write_text('{"other": 1}')
+        assert queued.finished()[0][-1] == "second 1"
+
+
+def test_a_stage_that_left_nothing_does_not_stand(queued):
+    queued.record("second", queued.root / "nothing")
+    assert queued.finished()[0] == ["first 0"]
+
+
 def test_another_command_or_another_input_does_not_stand(queued):
     queued.outside.write_text("[]")
     stands, said = queued.finished()
@@ -245,7 +276,15 @@ def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["other", "m.json"], ["finished"], ["record", "m.json"], ["record", "m.json", *"ab", "x", "1", "-"]]
+    "arguments",
+    [
+        ["other", "m.json"],
+        ["finished"],
+        ["finished", "m.json", "more"],
+        ["record", "m.json"],
+        ["record", "m.json", *"ab", "x", "1", "-", "--", "true"],
+        ["record", "m.json", *"ab", "0", "1", "-"],
+    ],
 )
 def test_bad_usage_of_the_manifest_is_one_line(queued, arguments):
     done = queued.call(*arguments)

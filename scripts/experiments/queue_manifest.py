@@ -10,9 +10,11 @@ the code, the packages, and what the command names outside the output folder, by
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
 was when it ended, and every stage before it ended before it and stands too. What is not as it was is named on stderr.
 From the first such stage on all are run, each of which reads its own finished cells. A stage that leaves nothing always
-runs.
+runs, and so do the gate and the report.
 """
 
+import importlib.metadata
+import os
 import re
 import shlex
 import sys
@@ -27,7 +29,12 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_json
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
+ROOT = Path(__file__).resolve().parents[2]
 NO_PLACE = "-"
+ALWAYS = ("gate", "report")
+"""Quick, and what everybody looks at: made again each time, whatever the manifest says."""
+OWN = ("experiments", "subjects", "activations", "probe_activations", "queue", "report.html")
+"""What the queue itself makes below its output folder."""
 WORKING = ("logs", "workers", "encoders", "sae_probes")
 """Folders of what is used on the way to a finished cell and not looked at again."""
 
@@ -39,14 +46,16 @@ def parse():
     p.add_argument("manifest", type=Path)
     p.add_argument("stage", nargs="*", help="with record: PROFILE STAGE RETURN_CODE SECONDS PLACE")
     args = p.parse_args(sys.argv[1:at])
-    args.command = sys.argv[at + 1 :]
-    if args.verb == "finished":
+    args.command, args.manifest = sys.argv[at + 1 :], args.manifest.resolve()
+    if args.verb == "finished" and not args.stage:
         return args
     try:
         args.profile, args.stage, code, seconds, args.place = args.stage
         args.return_code, args.seconds = int(code), int(seconds)
+        if args.verb == "finished" or not args.command:
+            raise ValueError
     except ValueError:
-        p.error("record: PROFILE STAGE RETURN_CODE SECONDS PLACE expected, two of them whole numbers")
+        p.error("finished MANIFEST, or record MANIFEST PROFILE STAGE RETURN_CODE SECONDS PLACE -- COMMAND expected")
     return args
 
 
@@ -92,18 +101,29 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     found, stands, before = [], True, ""
     for stage, line in commands.items():
         if stage not in stages:
-            stands = False
-        elif stages[stage]["place"] != NO_PLACE:
-            problems = changed(stages[stage], shlex.split(line), manifest.parents[1])
-            if stages[stage]["ended_utc"] < before:
+            stands = stands and stage in ALWAYS
+            continue
+        noted = stages[stage]
+        if noted["place"] == NO_PLACE:
+            continue
+        problems = changed(noted, words(line), manifest.parents[1])
+        if stage not in ALWAYS:
+            if noted["ended_utc"] < before:
                 problems.append("a stage before it was run since it ended")
-            before = max(before, stages[stage]["ended_utc"])
-            for problem in problems:
-                print(f"{stage}: {problem}", file=sys.stderr)
+            before = max(before, noted["ended_utc"])
             stands = stands and not problems
             if stands:
-                found.append((stage, stages[stage]["return_code"]))
+                found.append((stage, noted["return_code"]))
+        for problem in problems:
+            print(f"{stage}: {problem}", file=sys.stderr)
     return found
+
+
+def words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise BadInput(f"dry run: {line[:80]} is no command ({error})") from None
 
 
 def changed(noted: dict, command: list[str], root: Path) -> list[str]:
@@ -112,7 +132,9 @@ def changed(noted: dict, command: list[str], root: Path) -> list[str]:
     results = str(Path(noted["place"], "results.json"))
     if code != 0 and not (code == 1 and results in kept):  # with results, 1 says that a check does not hold
         return [f"it ended with exit code {code}"]
-    if shlex.split(noted["command"]) != command:
+    if not kept:
+        return ["it left nothing"]
+    if words(noted["command"]) != command:
         return ["its command is another"]
     if noted["follows_from"] != follows_from(command, root):
         return ["the code, the packages or what its command names is another"]
@@ -143,7 +165,7 @@ def read(manifest: Path) -> dict[str, dict]:
             ]
             if not all(isinstance(text, str) for pair in digests for text in pair):
                 raise TypeError("a text expected")
-            if not isinstance(stage["return_code"], int):
+            if type(stage["return_code"]) is not int:
                 raise TypeError("a return code expected")
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"queue manifest: {manifest} is damaged ({type(error).__name__}: {error})") from None
@@ -162,19 +184,42 @@ def files(place: str) -> list[Path]:
 
 
 def follows_from(command: list[str], root: Path) -> str:
-    """Digest of the code, the packages, and what the command names that lies outside `root`, by content."""
+    """Digest of the code, the packages, the cores, and what the command names that no stage has made, by content: a
+    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
+    brought = {a: path for a in command if (path := place_of(a)) is not None and not made_here(path, root)}
+    return digest([own_code(), {a: [tree_digest(p, a), *map(sha256_file, named_by(p))] for a, p in brought.items()}])
+
+
+def place_of(argument: str) -> Path | None:
+    """The file or folder that an argument names; None for any other word."""
     from husai.runs.subjects import folder_of
 
-    named = {a: path for a in command if a and (path := folder_of(a) or Path(a)).exists()}
-    outside = {a: p for a, p in named.items() if not p.resolve().is_relative_to(root.resolve())}
-    return digest([own_code(), {a: tree_digest(p, a) for a, p in sorted(outside.items())}])
+    try:
+        path = folder_of(argument) or Path(argument)
+        return path if argument and path.exists() else None
+    except OSError:  # too long for a name
+        return None
+
+
+def made_here(path: Path, root: Path) -> bool:
+    path, root = path.resolve(), root.resolve()
+    return path == root or any(path.is_relative_to(root / name) for name in OWN)
+
+
+def named_by(path: Path) -> list[Path]:
+    if path.suffix != ".json" or not isinstance(table := read_json(path), dict):
+        return []
+    names = sorted(v for v in table.values() if isinstance(v, str))
+    return [p for name in names for folder in (path.parent, ROOT) if (p := folder / name).is_file()]
 
 
 @cache
-def own_code() -> list[str]:
+def own_code() -> list:
     package = Path(husai.__file__).parent
     folders = sorted(p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__")
-    return [code_version(*folders), tree_digest(package / "report" / "templates", "templates")]
+    installed = sorted((str(d.metadata["Name"]), d.version) for d in importlib.metadata.distributions())
+    templates = tree_digest(package / "report" / "templates", "templates")
+    return [code_version(*folders), templates, digest(installed), len(os.sched_getaffinity(0))]
 
 
 if __name__ == "__main__":

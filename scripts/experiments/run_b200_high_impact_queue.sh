@@ -73,6 +73,8 @@ case "$PROFILE" in
     ;;
   *) echo "error: PROFILE=$PROFILE: embedded, b200 or smoke expected" >&2; exit 2 ;;
 esac
+[[ $SEEDS =~ ^[0-9]+(,[0-9]+){2,}$ ]] || { echo "error: SEEDS=$SEEDS: three whole numbers or more expected, as 1,2,3" >&2; exit 2; }
+[[ $EXECUTOR =~ ^(local|ray)$ ]] || { echo "error: EXECUTOR=$EXECUTOR: local or ray expected" >&2; exit 2; }
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
 MAP=() REPO=() STORIES=()
 [[ -n $CEBENCH_BASELINE_MAP ]] && MAP=(--cebench-matched-baseline-map "$CEBENCH_BASELINE_MAP")
@@ -86,7 +88,7 @@ while (($#)); do
   case "$1" in
     --dry-run) DRY=yes ;;
     --from | --only)
-      [[ " $STAGES " == *" ${2:-} "* && -n ${2:-} ]] || { echo "error: $1 ${2:-}: one of $STAGES expected" >&2; exit 2; }
+      [[ ${2:-} =~ ^[a-z0-9_]+$ && " $STAGES " == *" $2 "* ]] || { echo "error: $1 ${2:-}: one of $STAGES expected" >&2; exit 2; }
       if [[ $1 == --from ]]; then FROM=$2; else ONLY=$2; fi
       shift
       ;;
@@ -100,6 +102,7 @@ E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
 FAILED=() UNMET=() GATE=''
 if [[ -z $DRY ]]; then
   mkdir -p "$QUEUE" "$E" 2> /dev/null || { echo "error: OUTPUT=$OUTPUT: no folder can be made there" >&2; exit 2; }
+  { : >> "$QUEUE/.lock"; } 2> /dev/null || { echo "error: OUTPUT=$OUTPUT: cannot be written" >&2; exit 2; }
   exec 9> "$QUEUE/.lock"
   flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
   free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1024))
@@ -111,13 +114,13 @@ declare -A STANDING
 if [[ -z $DRY$FROM$ONLY ]]; then
   while read -r name code; do
     STANDING[$name]=$code
-  done < <(bash "$SELF" --dry-run | python scripts/experiments/queue_manifest.py finished "$QUEUE/manifest.json")
+  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | python scripts/experiments/queue_manifest.py finished "$QUEUE/manifest.json")
 fi
 
 # stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails its results.json is
 # set aside, so that no later stage takes that of an earlier run for its own.
 stage() {
-  local name=$1 place=$2 code=0 began=$SECONDS
+  local name=$1 place=$2 code=0 noted=0 began=$SECONDS
   shift 2
   [[ -n $ONLY && $ONLY != "$name" ]] && return
   if [[ -n $FROM ]]; then
@@ -127,7 +130,7 @@ stage() {
   if [[ -n ${STANDING[$name]:-} ]]; then
     code=${STANDING[$name]}
     printf '== %s stands\n' "$name"
-    if [[ $name == gate ]]; then GATE=$code; elif ((code == 1)); then UNMET+=("$name"); fi
+    if ((code == 1)); then UNMET+=("$name"); fi
     return
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
@@ -136,12 +139,13 @@ stage() {
   "$@" || code=$?
   if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$place" "$code"; fi
   python scripts/experiments/queue_manifest.py record "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
-    "$place" -- "$@" || FAILED+=("record of $name")
+    "$place" -- "$@" || noted=$?
+  if ((noted == 130 || noted == 143)); then code=130; elif ((noted)); then FAILED+=("record of $name"); fi
   if ((code == 130 || code == 143)); then
     echo "interrupted in $name: the same command resumes" >&2
     exit 130
   fi
-  [[ $name != gate ]] || GATE=$code
+  [[ $name != gate ]] || GATE=${GATE:-$code}
 }
 
 settle() { # a check that does not hold leaves new results, which are a finding; any other failure leaves none
@@ -150,6 +154,7 @@ settle() { # a check that does not hold leaves new results, which are a finding;
     return
   fi
   FAILED+=("$1 (exit $3)")
+  [[ $1 != gate ]] || GATE=2 # whatever its exit code was: it left no decision
   if [[ $2 != - && -f $2/results.json ]]; then mv "$2/results.json" "$2/results.json.stale"; fi
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
 PATIENCE = 1200  # seconds for what takes three minutes on an idle machine
 PASSING = ("queue", "logs", "workers")  # folders of what says when and how it ran
-TIMED = ("manifest.json", "report.html", "sae_custom_sae_eval_results.json")  # files that do
+TIMED = ("experiments/*/manifest.json", "report.html", "*/sae_custom_sae_eval_results.json")  # files that do
 
 
 class Queue:
@@ -53,9 +54,9 @@ class Queue:
     def said(self) -> str:
         return self.printed.read_text()
 
-    def wait_for(self, process: subprocess.Popen, line: str) -> bool:
-        """Until a line begins so (true), or the process has ended (false)."""
-        while f"\n{line}" not in f"\n{self.said()}":
+    def wait_for(self, process: subprocess.Popen, stage: str) -> bool:
+        """Until a stage is entered or stands (true), or the process has ended (false)."""
+        while not re.search(rf"^== {stage}( stands)?$", self.said(), re.M):
             if process.poll() is not None:
                 return False
             time.sleep(0.05)
@@ -66,8 +67,9 @@ class Queue:
         gate's decision names the places of what it read."""
         found = {}
         for path in self.out.rglob("*"):
-            parts = path.relative_to(self.out).parts
-            aside = any(p in PASSING or p.startswith((".", "run_")) for p in parts) or path.name in TIMED
+            relative = path.relative_to(self.out)
+            parts = relative.parts
+            aside = any(p in PASSING or p.startswith((".", "run_")) for p in parts) or any(map(relative.match, TIMED))
             if path.is_file() and not aside:
                 content = path.read_bytes()
                 for place in self.places:

@@ -61,6 +61,11 @@ def test_what_can_be_made_again_is(undisturbed, tmp_path):
     expected = undisturbed.files()
     assert {n: d for n, d in queue.files().items() if expected.get(n) != d} == {}
     assert queue.files().keys() == expected.keys()
+    assert (queue.out / "report.html").read_text().rstrip().endswith("</html>")
+    damage(sorted(queue.out.glob("experiments/feature_examples/results.json"))[0], "flip")
+    assert queue.run()[0] == 1
+    assert queue.stages() == ["environment", "gate", "features", "audit", "report"], "what comes before stands"
+    assert queue.files() == expected
 
 
 @pytest.mark.parametrize(("stage", "name"), [what for _, *what in REFUSED], ids=[kind for kind, *_ in REFUSED])

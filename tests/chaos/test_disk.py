@@ -65,10 +65,11 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed,
     noted["stages"] = noted["stages"][: names.index(FROM)]
     manifest.write_text(json.dumps(noted))
     before = queue.cells()
+    assert before
 
     process = queue.start()
     try:
-        assert queue.wait_for(process, f"\n== {FROM}"), queue.said()
+        assert queue.wait_for(process, FROM), queue.said()
         filler = queue.out.parent / "filler"
         fill(filler)
         code = process.wait(1200)

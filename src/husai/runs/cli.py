@@ -41,6 +41,8 @@ _FOLDER_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
