@@ -29,7 +29,6 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_json
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
-ROOT = Path(__file__).resolve().parents[2]
 NO_PLACE = "-"
 ALWAYS = ("gate", "report")
 """Quick, and what everybody looks at: made again each time, whatever the manifest says."""
@@ -186,8 +185,11 @@ def files(place: str) -> list[Path]:
 def follows_from(command: list[str], root: Path) -> str:
     """Digest of the code, the packages, the cores, and what the command names that no stage has made, by content: a
     file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
+    from husai.benchmarks.inputs import summaries
+
     brought = {a: path for a in command if (path := place_of(a)) is not None and not made_here(path, root)}
-    return digest([own_code(), {a: [tree_digest(p, a), *map(sha256_file, named_by(p))] for a, p in brought.items()}])
+    named = {a: summaries(path) if path.suffix == ".json" else [] for a, path in brought.items()}
+    return digest([own_code(), {a: [tree_digest(p, a), *map(sha256_file, named[a])] for a, p in brought.items()}])
 
 
 def place_of(argument: str) -> Path | None:
@@ -204,13 +206,6 @@ def place_of(argument: str) -> Path | None:
 def made_here(path: Path, root: Path) -> bool:
     path, root = path.resolve(), root.resolve()
     return path == root or any(path.is_relative_to(root / name) for name in OWN)
-
-
-def named_by(path: Path) -> list[Path]:
-    if path.suffix != ".json" or not isinstance(table := read_json(path), dict):
-        return []
-    names = sorted(v for v in table.values() if isinstance(v, str))
-    return [p for name in names for folder in (path.parent, ROOT) if (p := folder / name).is_file()]
 
 
 @cache

@@ -25,11 +25,19 @@ def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
     if args.cebench_repo:
         args.cebench_code = code_digest(args.cebench_repo)
     if path := args.cebench_matched_baseline_map:
-        table = read_json(path, "baseline map")
-        named = {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
-        files = [p for v in sorted(named) for p in (path.parent / v, REPOSITORY / v) if p.is_file()]
-        args.baseline_map_content = digest([sha256_file(path), *map(sha256_file, files)])
+        args.baseline_map_content = digest([sha256_file(path), *map(sha256_file, summaries(path))])
     return flags
+
+
+def summaries(baseline_map: Path) -> list[Path]:
+    """The files that a baseline map names, beside it or in the repository; none where it is no table.
+
+    Raises:
+        BadInput: it is missing, or no JSON.
+    """
+    table = read_json(baseline_map, "baseline map")
+    named = {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
+    return [p for v in sorted(named) for p in (baseline_map.parent / v, REPOSITORY / v) if p.is_file()]
 
 
 def run_study(
