@@ -66,14 +66,16 @@ def test_paths_go_from_stage_to_stage(tmp_path):
 
 
 def test_variables_reach_the_stages(tmp_path):
+    baseline_map = tmp_path / "map.json"
+    baseline_map.write_text("{}")
     found = commands(
         queue(
             "--dry-run",
             OUTPUT=str(tmp_path),
             SEEDS="1,2,3,4,5",
             MIN_SAEBENCH_DELTA="0.01",
-            CEBENCH_BASELINE_MAP="map.json",
-            CEBENCH_REPO="repo",
+            CEBENCH_BASELINE_MAP=str(baseline_map),
+            CEBENCH_REPO="docs",
             SAEBENCH_DATASETS="92_glue_sst2",
             EXECUTOR="ray",
         )
@@ -81,8 +83,8 @@ def test_variables_reach_the_stages(tmp_path):
     assert "'1,2,3,4,5'" in found["phase4a"]
     assert "'--min-saebench-delta' '0.01'" in found["gate"]
     for stage in ("frontier", "scaling", "confirmation"):
-        assert "'map.json'" in found[stage]
-        assert "'repo'" in found[stage]
+        assert f"'{baseline_map}'" in found[stage]
+        assert "'docs'" in found[stage]
     assert "'92_glue_sst2'" in found["frontier"]
     assert "'ray'" in found["scaling"]
 
@@ -98,7 +100,12 @@ def test_from_and_only():
         (["--only", "nothing"], {}, "--only nothing: one of"),
         (["--from"], {}, "--from : one of"),
         (["--only", "ood gate"], {}, "--only ood gate: one of"),
-        ([], {"SEEDS": "1,2"}, "SEEDS=1,2: three whole numbers or more expected"),
+        ([], {"SEEDS": "1,2"}, "SEEDS=1,2: three different whole numbers or more expected"),
+        ([], {"SEEDS": "1,2,3,2"}, "SEEDS=1,2,3,2: three different whole numbers or more expected"),
+        ([], {"MIN_CEBENCH_DELTA": "much"}, "MIN_CEBENCH_DELTA=much: a number expected"),
+        ([], {"CEBENCH_BASELINE_MAP": "none.json"}, "CEBENCH_BASELINE_MAP=none.json: there is no such file or folder"),
+        ([], {"SUBJECT": "a\nb"}, "a name of printable characters expected"),
+        ([], {"PATH": "/usr/bin:/bin"}, "python does not find the package: make setup"),
         ([], {"EXECUTOR": "slurm"}, "EXECUTOR=slurm: local or ray expected"),
         (["--fast"], {}, "--fast: --dry-run"),
         ([], {"OUTPUT": "/proc/nothing"}, "OUTPUT=/proc/nothing: no folder can be made there"),
@@ -124,13 +131,45 @@ def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
     assert not any(name.endswith("/results.json") for name in noted["selection"]["files"])
 
 
-def test_results_of_a_failed_stage_are_set_aside(tmp_path):
+def test_the_outcome_of_an_earlier_run_of_a_failed_stage_is_set_aside(tmp_path):
     folder = tmp_path / "experiments/candidate_selection"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text("{}")
+    names = "results.json", "summary.md", "release_policy.json", "release_policy.md"
+    for name in names:
+        (folder / name).write_text("{}")
     queue("--only", "selection", OUTPUT=str(tmp_path))
-    assert not (folder / "results.json").exists()
-    assert (folder / "results.json.stale").exists()
+    assert {p.name for p in folder.iterdir()} >= {f"{name}.stale" for name in names}
+    assert not any((folder / name).exists() for name in names)
+
+
+def test_an_earlier_report_is_set_aside_where_none_can_be_made(tmp_path):
+    (tmp_path / "report.html").write_text("of an earlier run")
+    done = queue("--only", "report", OUTPUT=str(tmp_path))
+    assert done.returncode == 2
+    assert "failed: report" in done.stdout
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_phase_that_leaves_no_results_has_failed_whatever_its_exit_code(tmp_path):
+    """A python that does nothing but the manifest."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $1 == *queue_manifest.py || $1 == -c ]] || exit 0\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", QUEUE, "--only", "ablations"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "failed: ablations (exit 0)" in done.stdout
+
+
+def test_help_says_what_the_variables_are():
+    done = queue("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in ("PROFILE=", "SEEDS=", "--only STAGE", "CEBENCH_BASELINE_MAP="))
 
 
 def test_the_gate_without_evidence_fails_closed(tmp_path):
@@ -173,8 +212,16 @@ class Stages:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **more)
 
     def record(self, name, place, code=0):
-        manifest = self.root / "queue" / "manifest.json"
-        done = self.call("record", manifest, "smoke", name, code, 1, place, "--", *self.commands[name])
+        self.note(name, place, code, self.inputs(name, place))
+
+    def inputs(self, name, place):
+        done = self.call("inputs", self.root / "queue/manifest.json", place, "--", *self.commands[name])
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def note(self, name, place, code, before):
+        about = place, "smoke", name, code, 1, before
+        done = self.call("record", self.root / "queue/manifest.json", *about, "--", *self.commands[name])
         assert done.returncode == 0, done.stderr
 
     def add(self, name, code=0, *more):
@@ -225,9 +272,10 @@ def test_gate_and_report_are_made_each_time_and_hold_up_nothing(queued):
     assert said == f"gate: {queued.path('gate')} was changed after it ended\n"
 
 
-def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued):
-    below = queued.root / "mine"
-    below.mkdir()
+@pytest.mark.parametrize("place", ["mine", "experiments", "experiments/of_my_own", "subjects"])
+def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued, place):
+    below = queued.root / place
+    below.mkdir(exist_ok=True)
     (below / "map.json").write_text('{"hook": "summary.json"}')
     for changed in (below / "summary.json", below / "map.json"):
         (below / "summary.json").write_text("{}")
@@ -235,6 +283,24 @@ def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued):
         assert queued.finished()[0][-1] == "third 0"
         changed.write_text('{"other": 1}')
         assert queued.finished()[0][-1] == "second 1"
+
+
+def test_what_was_changed_while_a_stage_ran_does_not_stand(queued):
+    queued.add("third", 0, "--given", queued.outside)
+    before = queued.inputs("third", queued.path("third").parent)
+    queued.outside.write_text("[]")
+    queued.note("third", queued.path("third").parent, 0, before)
+    queued.outside.write_text("{}")
+    assert queued.finished()[0] == ["first 0", "second 1"]
+
+
+def test_the_order_is_that_in_which_they_ran_whatever_the_clock_said(queued):
+    manifest = queued.root / "queue/manifest.json"
+    noted = json.loads(manifest.read_text())
+    for place, stage in enumerate(noted["stages"]):
+        stage["ended_utc"] = f"2026-01-0{9 - place}T00:00:00.000000+00:00"
+    manifest.write_text(json.dumps(noted))
+    assert queued.finished() == (["first 0", "second 1", "third 0"], "")
 
 
 def test_a_stage_that_left_nothing_does_not_stand(queued):
@@ -282,8 +348,9 @@ def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):
         ["finished"],
         ["finished", "m.json", "more"],
         ["record", "m.json"],
-        ["record", "m.json", *"ab", "x", "1", "-", "--", "true"],
-        ["record", "m.json", *"ab", "0", "1", "-"],
+        ["inputs", "m.json", "-"],
+        ["record", "m.json", "-", *"ab", "x", "1", "", "--", "true"],
+        ["record", "m.json", "-", *"ab", "0", "1", ""],
     ],
 )
 def test_bad_usage_of_the_manifest_is_one_line(queued, arguments):

@@ -1,14 +1,16 @@
 """The queue's manifest: note a stage that has ended; say which stages need not be run again.
 
-    python scripts/experiments/queue_manifest.py record MANIFEST PROFILE STAGE RETURN_CODE SECONDS PLACE -- COMMAND...
+    python scripts/experiments/queue_manifest.py inputs MANIFEST PLACE -- COMMAND...
+    python scripts/experiments/queue_manifest.py record MANIFEST PLACE PROFILE STAGE CODE SECONDS INPUTS -- COMMAND...
     bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST
 
-There is one record a stage, its last run's: the command, its return code, the sha256 of every file below PLACE (a
-folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows from beside earlier stages:
-the code, the packages, and what the command names outside the output folder, by content.
+There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
+every file below PLACE (a folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows
+from beside earlier stages: the code, the packages, and every file and folder that the command names and no stage has
+made, by content. `inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile.
 
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
-was when it ended, and every stage before it ended before it and stands too. What is not as it was is named on stderr.
+was when it ended, and every stage before it ran before it and stands too. What is not as it was is named on stderr.
 From the first such stage on all are run, each of which reads its own finished cells. A stage that leaves nothing always
 runs, and so do the gate and the report.
 """
@@ -32,8 +34,6 @@ STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
 ALWAYS = ("gate", "report")
 """Quick, and what everybody looks at: made again each time, whatever the manifest says."""
-OWN = ("experiments", "subjects", "activations", "probe_activations", "queue", "report.html")
-"""What the queue itself makes below its output folder."""
 WORKING = ("logs", "workers", "encoders", "sae_probes")
 """Folders of what is used on the way to a finished cell and not looked at again."""
 
@@ -41,53 +41,68 @@ WORKING = ("logs", "workers", "encoders", "sae_probes")
 def parse():
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     p = Parser(__doc__)
-    p.add_argument("verb", choices=["record", "finished"])
+    p.add_argument("verb", choices=["inputs", "record", "finished"])
     p.add_argument("manifest", type=Path)
-    p.add_argument("stage", nargs="*", help="with record: PROFILE STAGE RETURN_CODE SECONDS PLACE")
+    p.add_argument("about", nargs="*", help="PLACE; with record also PROFILE STAGE CODE SECONDS INPUTS")
     args = p.parse_args(sys.argv[1:at])
     args.command, args.manifest = sys.argv[at + 1 :], args.manifest.resolve()
-    if args.verb == "finished" and not args.stage:
-        return args
-    try:
-        args.profile, args.stage, code, seconds, args.place = args.stage
-        args.return_code, args.seconds = int(code), int(seconds)
-        if args.verb == "finished" or not args.command:
-            raise ValueError
-    except ValueError:
-        p.error("finished MANIFEST, or record MANIFEST PROFILE STAGE RETURN_CODE SECONDS PLACE -- COMMAND expected")
+    if len(args.about) != {"inputs": 1, "record": 6, "finished": 0}[args.verb] or bool(args.command) != bool(
+        args.about
+    ):
+        p.error(f"{args.verb}: other arguments expected, as --help shows them")
     return args
 
 
 def main() -> None:
     args = parse()
-    if args.verb == "record":
-        record(args)
-        return
-    for stage, code in standing(args.manifest, dict(STAGE.findall(sys.stdin.read()))):
-        print(stage, code)
+    if args.verb == "inputs":
+        print(follows_from(args.command, {*places(args.manifest), args.about[0]}))
+    elif args.verb == "record":
+        record(args.manifest, args.command, *args.about)
+    else:
+        for stage, code in standing(args.manifest, dict(STAGE.findall(sys.stdin.read()))):
+            print(stage, code)
 
 
-def record(args) -> None:
+def record(
+    manifest: Path, command: list[str], place: str, profile: str, stage: str, code: str, seconds: str, before: str
+):
     from husai.runs.folder import git_state
 
     try:
-        stages = read(args.manifest)
+        stages = read(manifest)
     except BadInput:  # it is damaged, and only says what ran
         stages = {}
+    stages.pop(stage, None)  # to the end
     commit, dirty, _ = git_state()
-    stages[args.stage] = {
-        "stage": args.stage,
-        "command": shlex.join(args.command),
-        "return_code": args.return_code,
-        "seconds": args.seconds,
+    after = follows_from(command, {*places(manifest), place})
+    stages[stage] = {
+        "stage": stage,
+        "command": shlex.join(command),
+        "return_code": whole(code),
+        "seconds": whole(seconds),
         "ended_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         "git_commit": commit,
         "git_dirty": dirty,
-        "follows_from": follows_from(args.command, args.manifest.parents[1]),
-        "place": args.place,
-        "files": {str(path): sha256_file(path) for path in files(args.place)},
+        "follows_from": after if after == before else f"changed while it ran: {before}, then {after}",
+        "place": place,
+        "files": {str(path): sha256_file(path) for path in files(place)},
     }
-    write_json(args.manifest, {"profile": args.profile, "stages": list(stages.values())})
+    write_json(manifest, {"profile": profile, "stages": list(stages.values())})
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise BadInput(f"record: {text!r} is no whole number")
+    return int(text)
+
+
+def places(manifest: Path) -> list[str]:
+    """Where the stages that are noted leave what they make."""
+    try:
+        return [stage["place"] for stage in read(manifest).values()]
+    except BadInput:
+        return []
 
 
 def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
@@ -97,7 +112,9 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     except BadInput as error:
         print(f"{error}: every stage is looked at again", file=sys.stderr)
         return []
-    found, stands, before = [], True, ""
+    ran = list(stages)
+    made = {stage["place"] for stage in stages.values()}
+    found, stands, last = [], True, -1
     for stage, line in commands.items():
         if stage not in stages:
             stands = stands and stage in ALWAYS
@@ -105,11 +122,11 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
         noted = stages[stage]
         if noted["place"] == NO_PLACE:
             continue
-        problems = changed(noted, words(line), manifest.parents[1])
+        problems = changed(noted, line, made)
         if stage not in ALWAYS:
-            if noted["ended_utc"] < before:
+            if ran.index(stage) < last:
                 problems.append("a stage before it was run since it ended")
-            before = max(before, noted["ended_utc"])
+            last = max(last, ran.index(stage))
             stands = stands and not problems
             if stands:
                 found.append((stage, noted["return_code"]))
@@ -118,14 +135,7 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     return found
 
 
-def words(line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise BadInput(f"dry run: {line[:80]} is no command ({error})") from None
-
-
-def changed(noted: dict, command: list[str], root: Path) -> list[str]:
+def changed(noted: dict, line: str, made: set[str]) -> list[str]:
     """Why a stage does not stand; empty where it does."""
     code, kept = noted["return_code"], noted["files"]
     results = str(Path(noted["place"], "results.json"))
@@ -133,9 +143,10 @@ def changed(noted: dict, command: list[str], root: Path) -> list[str]:
         return [f"it ended with exit code {code}"]
     if not kept:
         return ["it left nothing"]
-    if words(noted["command"]) != command:
+    command = shlex.split(line)
+    if noted["command"] != shlex.join(command):
         return ["its command is another"]
-    if noted["follows_from"] != follows_from(command, root):
+    if noted["follows_from"] != follows_from(command, made):
         return ["the code, the packages or what its command names is another"]
     damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
     return [
@@ -182,14 +193,31 @@ def files(place: str) -> list[Path]:
     return [p for p in below if not any(part in WORKING or part[0] == "." for part in p.relative_to(path).parts)]
 
 
-def follows_from(command: list[str], root: Path) -> str:
+def follows_from(command: list[str], made: set[str]) -> str:
     """Digest of the code, the packages, the cores, and what the command names that no stage has made, by content: a
-    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
+    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn.
+
+    Args:
+        made: places of stages; what lies there is noted file by file.
+    """
+    own = [Path(place).resolve() for place in made - {NO_PLACE}]
+
+    def brought(path: Path) -> bool:
+        path = path.resolve()
+        return not any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
+
+    named = {a: path for a in command if (path := place_of(a)) is not None and brought(path)}
+    return digest([own_code(), {a: content(path) for a, path in named.items()}])
+
+
+def content(path: Path) -> list[str]:
+    """Digests of a file or folder and of the files that it names; none where the stage itself will refuse it."""
     from husai.benchmarks.inputs import summaries
 
-    brought = {a: path for a in command if (path := place_of(a)) is not None and not made_here(path, root)}
-    named = {a: summaries(path) if path.suffix == ".json" else [] for a, path in brought.items()}
-    return digest([own_code(), {a: [tree_digest(p, a), *map(sha256_file, named[a])] for a, p in brought.items()}])
+    try:
+        return [tree_digest(path, "input"), *map(sha256_file, summaries(path) if path.suffix == ".json" else [])]
+    except BadInput:
+        return []
 
 
 def place_of(argument: str) -> Path | None:
@@ -201,11 +229,6 @@ def place_of(argument: str) -> Path | None:
         return path if argument and path.exists() else None
     except OSError:  # too long for a name
         return None
-
-
-def made_here(path: Path, root: Path) -> bool:
-    path, root = path.resolve(), root.resolve()
-    return path == root or any(path.is_relative_to(root / name) for name in OWN)
 
 
 @cache

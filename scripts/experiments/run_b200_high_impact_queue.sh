@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole program, stage after stage, from the environment to the report card. Run the same command again after an
 # interruption: what is finished is read. A stage that fails does not stop the others, and is named at the end. The exit
-# code is the gate's (0 passed, 1 not), or 2 where a stage failed.
+# code is the gate's (0 passed, 1 not), or 2 where a stage failed. Paths are relative to the repository.
 #
 #   PROFILE=embedded bash scripts/experiments/run_b200_high_impact_queue.sh     2 CPU cores; what `make demo` runs
 #   PROFILE=b200     bash scripts/experiments/run_b200_high_impact_queue.sh     one GPU
 #   PROFILE=smoke    bash scripts/experiments/run_b200_high_impact_queue.sh     two minutes; its figures mean nothing
 #   … --dry-run        print every command, run none
-#   … --from STAGE     begin there;   … --only STAGE   run that alone
+#   … --from STAGE     begin there;   … --only STAGE   run that alone;   … --help   this
 #
 # Variables, with their defaults:
 PROFILE=${PROFILE:-embedded}                         # embedded, b200 or smoke: sizes and device
@@ -22,10 +22,12 @@ CEBENCH_BASELINE_MAP=${CEBENCH_BASELINE_MAP:-}       # hook -> summary of matche
 CEBENCH_REPO=${CEBENCH_REPO:-}                       # your checkout of CE-Bench, whose own code then runs as well
 CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # its stories; without them its gate stays without evidence
 SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
-set -euo pipefail
+set -Eeuo pipefail
+trap 'exit 2' ERR # what the queue itself trips over is no verdict
 { # bash reads all of it before it runs any: what is changed in this file does not reach a queue that is under way
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SELF=scripts/experiments/${BASH_SOURCE[0]##*/}
+refuse() { echo "error: $1" >&2; exit 2; }
 
 # shellcheck disable=SC2054  # the commas belong to the values
 case "$PROFILE" in
@@ -71,10 +73,19 @@ case "$PROFILE" in
     STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD)
     BENCHMARKS=()
     ;;
-  *) echo "error: PROFILE=$PROFILE: embedded, b200 or smoke expected" >&2; exit 2 ;;
+  *) refuse "PROFILE=$PROFILE: embedded, b200 or smoke expected" ;;
 esac
-[[ $SEEDS =~ ^[0-9]+(,[0-9]+){2,}$ ]] || { echo "error: SEEDS=$SEEDS: three whole numbers or more expected, as 1,2,3" >&2; exit 2; }
-[[ $EXECUTOR =~ ^(local|ray)$ ]] || { echo "error: EXECUTOR=$EXECUTOR: local or ray expected" >&2; exit 2; }
+[[ $SEEDS =~ ^[0-9]+(,[0-9]+){2,}$ && -z $(tr , '\n' <<< "$SEEDS" | sort | uniq -d) ]] ||
+  refuse "SEEDS=$SEEDS: three different whole numbers or more expected, as 1,2,3"
+[[ $EXECUTOR =~ ^(local|ray)$ ]] || refuse "EXECUTOR=$EXECUTOR: local or ray expected"
+for name in MIN_SAEBENCH_DELTA MIN_CEBENCH_DELTA; do
+  [[ ${!name} =~ ^-?[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || refuse "$name=${!name}: a number expected"
+done
+for name in CEBENCH_BASELINE_MAP CEBENCH_REPO CEBENCH_STORIES; do
+  [[ -z ${!name} || -e ${!name} ]] || refuse "$name=${!name}: there is no such file or folder"
+done
+[[ ! $OUTPUT$SUBJECT =~ [[:cntrl:]] ]] || refuse "OUTPUT or SUBJECT: a name of printable characters expected"
+OUTPUT=${OUTPUT%/}
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
 MAP=() REPO=() STORIES=()
 [[ -n $CEBENCH_BASELINE_MAP ]] && MAP=(--cebench-matched-baseline-map "$CEBENCH_BASELINE_MAP")
@@ -88,39 +99,46 @@ while (($#)); do
   case "$1" in
     --dry-run) DRY=yes ;;
     --from | --only)
-      [[ ${2:-} =~ ^[a-z0-9_]+$ && " $STAGES " == *" $2 "* ]] || { echo "error: $1 ${2:-}: one of $STAGES expected" >&2; exit 2; }
+      [[ ${2:-} =~ ^[a-z0-9_]+$ && " $STAGES " == *" $2 "* ]] || refuse "$1 ${2:-}: one of $STAGES expected"
       if [[ $1 == --from ]]; then FROM=$2; else ONLY=$2; fi
       shift
       ;;
-    *) echo "error: $1: --dry-run, --from STAGE or --only STAGE expected" >&2; exit 2 ;;
+    -h | --help) sed -n '2,/^set/ { /^set/d; s/^# \?//; p }' "$SELF"; exit ;;
+    *) refuse "$1: --dry-run, --from STAGE or --only STAGE expected" ;;
   esac
   shift
 done
-[[ -z $FROM || -z $ONLY ]] || { echo "error: --from and --only: one of them expected" >&2; exit 2; }
+[[ -z $FROM || -z $ONLY ]] || refuse "--from and --only: one of them expected"
 
 E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
 FAILED=() UNMET=() GATE=''
 if [[ -z $DRY ]]; then
-  mkdir -p "$QUEUE" "$E" 2> /dev/null || { echo "error: OUTPUT=$OUTPUT: no folder can be made there" >&2; exit 2; }
-  { : >> "$QUEUE/.lock"; } 2> /dev/null || { echo "error: OUTPUT=$OUTPUT: cannot be written" >&2; exit 2; }
+  python -c 'import husai' 2> /dev/null ||
+    refuse "python does not find the package: make setup, then source .venv/bin/activate (or make queue)"
+  mkdir -p "$QUEUE" "$E" 2> /dev/null || refuse "OUTPUT=$OUTPUT: no folder can be made there"
+  { : >> "$QUEUE/.lock"; } 2> /dev/null || refuse "OUTPUT=$OUTPUT: cannot be written"
   exec 9> "$QUEUE/.lock"
-  flock -n 9 || { echo "error: OUTPUT=$OUTPUT: another queue works there" >&2; exit 2; }
-  free=$(($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') / 1024))
-  ((free >= NEED_MB)) || { echo "error: OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected" >&2; exit 2; }
+  flock -n 9 || refuse "OUTPUT=$OUTPUT: another queue works there"
 fi
+if [[ -z $DRY$FROM$ONLY ]]; then # what an earlier run has left there is space as well
+  free=$((($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') + $(du -sk "$OUTPUT" | cut -f 1)) / 1024))
+  ((free >= NEED_MB)) || refuse "OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected"
+fi
+
+manifest() { python scripts/experiments/queue_manifest.py "$1" "$QUEUE/manifest.json" "${@:2}"; }
 
 # Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all.
 declare -A STANDING
 if [[ -z $DRY$FROM$ONLY ]]; then
   while read -r name code; do
     STANDING[$name]=$code
-  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | python scripts/experiments/queue_manifest.py finished "$QUEUE/manifest.json")
+  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | manifest finished)
 fi
 
-# stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails its results.json is
-# set aside, so that no later stage takes that of an earlier run for its own.
+# stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails, what says its outcome
+# is set aside, so that neither a later stage nor a reader takes that of an earlier run for its own.
 stage() {
-  local name=$1 place=$2 code=0 noted=0 began=$SECONDS
+  local name=$1 place=$2 code=0 noted=0 began=$SECONDS before
   shift 2
   [[ -n $ONLY && $ONLY != "$name" ]] && return
   if [[ -n $FROM ]]; then
@@ -135,27 +153,38 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
-  touch "$QUEUE/.began" || exit 2
+  before=$(manifest inputs "$place" -- "$@") || noted=$?
+  unless_interrupted "$name" "$noted"
+  touch "$QUEUE/.began"
   "$@" || code=$?
-  if ((code != 0 && code != 130 && code != 143)); then settle "$name" "$place" "$code"; fi
-  python scripts/experiments/queue_manifest.py record "$QUEUE/manifest.json" "$PROFILE" "$name" "$code" $((SECONDS - began)) \
-    "$place" -- "$@" || noted=$?
-  if ((noted == 130 || noted == 143)); then code=130; elif ((noted)); then FAILED+=("record of $name"); fi
-  if ((code == 130 || code == 143)); then
-    echo "interrupted in $name: the same command resumes" >&2
-    exit 130
-  fi
+  if ! interrupted "$code"; then settle "$name" "$place" "$code"; fi
+  manifest record "$place" "$PROFILE" "$name" "$code" $((SECONDS - began)) "$before" -- "$@" || noted=$?
+  unless_interrupted "$name" "$code"
+  unless_interrupted "$name" "$noted"
+  ((noted == 0)) || FAILED+=("record of $name")
   [[ $name != gate ]] || GATE=${GATE:-$code}
 }
 
-settle() { # a check that does not hold leaves new results, which are a finding; any other failure leaves none
-  if (($3 == 1)) && [[ $2 != - && $2/results.json -nt $QUEUE/.began ]]; then
+interrupted() { (($1 == 130 || $1 == 143)); }
+
+unless_interrupted() { # NAME CODE
+  interrupted "$2" || return 0
+  echo "interrupted in $1: the same command resumes" >&2
+  exit 130
+}
+
+settle() { # NAME PLACE CODE: 1 with new results is a finding: a check does not hold. 0 without any, and all else, is a failure
+  local file results=$2/results.json
+  if (($3 == 0)) && [[ $2 != "$E"/* || -f $results ]]; then return; fi
+  if (($3 == 1)) && [[ $results -nt $QUEUE/.began ]]; then
     [[ $1 == gate ]] || UNMET+=("$1")
     return
   fi
   FAILED+=("$1 (exit $3)")
   [[ $1 != gate ]] || GATE=2 # whatever its exit code was: it left no decision
-  if [[ $2 != - && -f $2/results.json ]]; then mv "$2/results.json" "$2/results.json.stale"; fi
+  for file in "$2"/{results.json,summary.md,release_policy.json,release_policy.md} "$2"; do
+    if [[ -f $file ]]; then mv "$file" "$file.stale"; fi
+  done
 }
 
 run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take

@@ -72,7 +72,7 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(path.read_text(), parse_constant=refuse)
     except FileNotFoundError:
         raise BadInput(f"{what}: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BadInput(f"{what}: {path} is not readable as strict JSON ({error})") from None
 
 
@@ -120,7 +120,8 @@ def content_or_name(name: str | None) -> str | None:
 
 
 def tree_digest(path: Path, what: str) -> str:
-    """sha256 over the names and contents of all files below a folder (hidden ones aside), or of a file.
+    """sha256 over the names and contents of all files below a folder, or of a file; what is hidden, or lies in a hidden
+    folder, does not count.
 
     Raises:
         BadInput: there is no such folder, or it holds no file.
@@ -129,7 +130,8 @@ def tree_digest(path: Path, what: str) -> str:
         return sha256_file(path)
     if not path.is_dir():
         raise BadInput(f"{what}: {path} is not a folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    below = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
+    files = sorted(p for p in below if not any(part.startswith(".") for part in p.parts))
     if not files:
         raise BadInput(f"{what}: {path} holds no file")
-    return digest({str(p.relative_to(path)): sha256_file(p) for p in files})
+    return digest({str(p): sha256_file(path / p) for p in files})
