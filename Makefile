@@ -38,17 +38,17 @@ demo: setup ## the whole program at its embedded profile, to a verdict and its r
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=embedded OUTPUT="$(OUTPUT)" bash scripts/experiments/run_b200_high_impact_queue.sh \
 	  || { code=$$?; [ $$code -eq 1 ] || exit $$code; }
 
-queue: setup ## the whole program at PROFILE (b200), its exit code the gate's: make queue PROFILE=b200
-	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE=$(PROFILE) OUTPUT="$(OUTPUT)" bash scripts/experiments/run_b200_high_impact_queue.sh
+queue: setup ## the whole program at PROFILE (b200), to its verdict: make queue PROFILE=b200
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PROFILE="$(PROFILE)" OUTPUT="$(OUTPUT)" bash scripts/experiments/run_b200_high_impact_queue.sh
 
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
 test: setup $(PEERS) ## the test suite, without its slow part
-	@$(BIN)/python -m pytest tests --ignore tests/chaos -n 2 -m "not slow"
+	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
 
 test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runbook, a Ray cluster
-	@$(BIN)/python -m pytest tests --ignore tests/chaos -n 2 -m slow
+	@$(BIN)/python -m pytest tests -n 2 -m slow
 
 test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts: a quarter of an hour
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal

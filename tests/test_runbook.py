@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from husai.runs.cli import Parser
 
-DOCUMENTS = "RUNBOOK.md", "README.md", "START_HERE.md"
+DOCUMENTS = "RUNBOOK.md", "README.md", "START_HERE.md", "CONTRIBUTING.md"
 LOG_AND_MAP = "EXPERIMENT_LOG.md", "REPO_NAVIGATION.md"
 
 CANNOT_RUN = {

@@ -11,7 +11,7 @@ import pytest
 
 from husai.runs import cli
 from husai.runs.cells import Cells, code_version
-from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.files import (
     canonical_json,
     digest,
@@ -213,7 +213,7 @@ def test_the_manifest_of_a_complete_run_binds_its_figures_and_csvs(tmp_path):
     [
         (BadInput("x"), "failed", 2),
         (KeyboardInterrupt(), "interrupted", 130),
-        (RuntimeError("x"), "failed", 1),
+        (RuntimeError("x"), "failed", CRASHED),
     ],
 )
 def test_failed_run_says_so_and_publishes_nothing(tmp_path, error, status, code):
@@ -271,6 +271,8 @@ def test_unwritable_output_folder(tmp_path):
         (KeyboardInterrupt(), 130),
         (None, 0),
         (FileExistsError(errno.EEXIST, "a\nb"), 2),
+        (OSError(errno.EIO, "a"), CRASHED),
+        (ValueError("a"), CRASHED),
     ],
 )
 def test_exit_codes(error, code, capsys):
@@ -283,6 +285,8 @@ def test_exit_codes(error, code, capsys):
     assert stopped.value.code == code
     if code in (1, 2):
         assert capsys.readouterr().err.endswith("a b\n")
+    if code == CRASHED:
+        assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_seed_streams_are_separate():

@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.errors import CRASHED, BadInput, CheckFailed
 
 INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
@@ -370,7 +371,7 @@ def prepare(device: str, threads: int):
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and leave with the project's exit codes: 0, 1 (check), 2 (input), 130 (interrupted)."""
+    """Run a script's `main`; exit with 0, 1 (check), 2 (input), 130 (interrupted) or CRASHED."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("husai").setLevel(logging.INFO)
 
@@ -392,7 +393,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             sys.exit(130)
         if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
             sys.exit(_one_line(error, 2))
-        raise
+        traceback.print_exc()
+        sys.exit(CRASHED)
     sys.exit(0)
 
 

@@ -7,3 +7,7 @@ class BadInput(Exception):
 
 class CheckFailed(Exception):
     """The work was done and a required check did not hold. Exit code 1."""
+
+
+CRASHED = 70
+"""Exit code where HUSAI itself is at fault, after a traceback (`EX_SOFTWARE` of sysexits.h). 1 is a verdict."""

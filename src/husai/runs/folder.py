@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from husai.runs.cli import INTERRUPTED
-from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.files import digest, locked, sha256_file, write_json, write_text
 
 log = logging.getLogger("husai")
@@ -146,7 +146,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         codes = {BadInput: ("failed", 2), CheckFailed: ("failed", 1), KeyboardInterrupt: ("interrupted", 130)}
-        status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", 1))
+        status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", CRASHED))
         if kind is CheckFailed and (self.folder / "results.json").exists():
             status = "complete"  # the work was done; what it found does not pass, which the return code says
         if INTERRUPTED.is_set():
