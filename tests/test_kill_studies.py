@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from conftest import ROOT
-from husai.subjects import text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from miniature import few_texts, save_miniature
 
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 SIZES = ["--seeds", "1,2", "--token-budgets", "1000,2000", "--d-sae-values", 24, "--k", 3, "--batch-size", 128]
@@ -84,10 +83,7 @@ class Study:
 def root(tmp_path_factory):
     """Where the studies lie, and a miniature of their subject."""
     folder = tmp_path_factory.mktemp("studies")
-    (folder / "miniature").mkdir()
-    config = TinyLMConfig(vocabulary=400, n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-    tokenizer = tiny_lm.train_tokenizer(text.documents("86_social_iqa")[:600], 400)
-    tiny_lm.save_folder(tiny_lm.build_model(config), tokenizer, config, folder / "miniature")
+    save_miniature(folder / "miniature", few_texts().train, n_layers=3)
     return folder
 
 

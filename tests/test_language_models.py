@@ -13,9 +13,9 @@ from husai.activations.probes import auc_interval, delong, probe
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
-from husai.subjects import pretrained, text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import pretrained, text
 from husai.training.recovered import cross_entropies, recovered
+from miniature import save_miniature
 
 EXTRACT = "scripts/analysis/extract_activations.py"
 EVALUATE = "scripts/analysis/evaluate_language_model.py"
@@ -23,7 +23,6 @@ PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
 ABLATIONS = "scripts/experiments/run_core_ablations.py"
 TRAIN = "scripts/experiments/train_husai_sae_on_cached_activations.py"
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
-CONFIG = TinyLMConfig(vocabulary=400, n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def folder(documents, tmp_path_factory):
-    """A Hugging Face folder of an untrained miniature."""
-    path = tmp_path_factory.mktemp("subjects") / "miniature"
-    path.mkdir()
-    tokenizer = tiny_lm.train_tokenizer(documents, CONFIG.vocabulary)
-    tiny_lm.save_folder(tiny_lm.build_model(CONFIG), tokenizer, CONFIG, path)
-    return path
+    return save_miniature(tmp_path_factory.mktemp("subjects") / "miniature", documents, n_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +71,7 @@ def test_pythia_70m_as_it_is_configured(tmp_path, documents):
     )
     path = tmp_path / "pythia"
     GPTNeoXForCausalLM(config).save_pretrained(path)
-    tiny_lm.save_folder(tiny_lm.build_model(CONFIG), tiny_lm.train_tokenizer(documents, 400), CONFIG, tmp_path / "t")
+    save_miniature(tmp_path / "t", documents, n_layers=3)
     for file in (tmp_path / "t").glob("tokenizer*.json"):
         shutil.copy(file, path)
     pythia = pretrained.load(str(path))

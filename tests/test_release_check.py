@@ -22,10 +22,10 @@ from husai.runs.cells import Cells
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
 from husai.stress import brought
-from husai.subjects import text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import text
 from husai.training.grid import SNAPSHOTS, members, train_or_find
 from husai.training.trainer import TrainingConfig
+from miniature import few_texts, save_miniature
 
 CHECK = "scripts/experiments/run_release_check.py"
 BROUGHT = "scripts/experiments/run_brought_candidate.py"
@@ -37,8 +37,7 @@ SIZES += ["--dataset-names", "87_glue_cola", "--phase4a-results", PHASE4A]
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    short = text.documents("86_social_iqa")
-    corpus = text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    corpus = few_texts()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "corpus", lambda: corpus)
         patch.setitem(text.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
@@ -54,12 +53,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(root, few):
-    folder = root / "miniature"
-    folder.mkdir()
-    torch.manual_seed(0)
-    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-    tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, folder)
-    return folder
+    return save_miniature(root / "miniature", few.train)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ import pytest
 
 from husai.runs.files import sha256_file
 from husai.stability.compare import GATED_NULLS
-from husai.subjects import text, tiny_lm
-from husai.subjects.text import Corpus
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import text
+from miniature import few_texts, save_miniature
 
 FRONTIER = "scripts/experiments/run_architecture_frontier_external.py"
 SELECT = "scripts/experiments/select_release_candidate.py"
@@ -31,8 +30,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few():
-    documents = text.documents("86_social_iqa")[:700]
-    return Corpus(documents[:550], documents[550:], ["social_iqa"] * 150, 0)
+    return few_texts()
 
 
 @pytest.fixture
@@ -54,11 +52,7 @@ def run(run_script, monkeypatch, few, work):
 @pytest.fixture
 def subject(work, few):
     folder = work / "miniature"
-    if not folder.exists():
-        folder.mkdir()
-        config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-        tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, folder)
-    return folder
+    return folder if folder.exists() else save_miniature(folder, few.train)
 
 
 @pytest.fixture

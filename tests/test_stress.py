@@ -15,10 +15,10 @@ from husai.release.evidence import RandomModelStress, TranscoderStress
 from husai.runs.cells import Cells
 from husai.stability import contrast
 from husai.stress import random_model, transcoder
-from husai.subjects import text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
+from miniature import few_texts, save_miniature
 
 RANDOM_MODEL = "scripts/experiments/run_random_model_stress_eval.py"
 TRANSCODER = "scripts/experiments/run_transcoder_stress_eval.py"
@@ -27,27 +27,10 @@ HOOK, ROWS, SEEDS, CPU = "blocks.1.hook_resid_pre", 3000, [1, 2, 3, 4, 5], torch
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    """A corpus of short messages in the real one's place, so that nothing here takes long."""
-    short = text.documents("86_social_iqa")  # of the training side
-    corpus = text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    corpus = few_texts()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "corpus", lambda: corpus)
         yield corpus
-
-
-def save_model(few, path, tokens=None):
-    """A miniature's Hugging Face folder; `tokens [vocabulary, 16]`: its embedding, which its blocks hardly change."""
-    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-    torch.manual_seed(0)
-    model = tiny_lm.build_model(config)
-    if tokens is not None:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name.endswith("embed_in.weight"):
-                    p.copy_(tokens[: len(p)])
-    path.mkdir()
-    tiny_lm.save_folder(model, tiny_lm.train_tokenizer(few.train, 400), config, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +43,14 @@ def structured(few, root):
     """A subject with something to find: each token stands for one of 24 directions."""
     g = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
-    return save_model(few, root / "structured", features[torch.randint(24, (400,), generator=g)])
+    tokens = features[torch.randint(24, (400,), generator=g)]
+    return save_miniature(root / "structured", few.train, tokens=tokens)
 
 
 @pytest.fixture(scope="module")
 def meaningless(few, root):
     """A subject that has learned nothing."""
-    return save_model(few, root / "meaningless")
+    return save_miniature(root / "meaningless", few.train)
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from husai.release.recompute import decisions, phase_problems
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stress import drop, ood, shift
-from husai.subjects import pretrained, text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import pretrained, text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
+from miniature import few_texts, save_miniature
 
 SCRIPT = "scripts/experiments/run_ood_stress_eval.py"
 HOOK = "blocks.1.hook_resid_pre"
@@ -29,9 +29,7 @@ SHIFTED = [f"{name}_OOD" for name in SETS]
 
 @pytest.fixture(scope="module")
 def few():
-    """A corpus of short messages in the real one's place, so that nothing here takes long."""
-    short = text.documents("86_social_iqa")
-    return text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    return few_texts()
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +39,7 @@ def _few_documents(monkeypatch, few):
 
 @pytest.fixture(scope="module")
 def folder(few, tmp_path_factory):
-    """A Hugging Face folder of an untrained miniature."""
-    config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-    path = tmp_path_factory.mktemp("subjects") / "miniature"
-    path.mkdir()
-    tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, path)
-    return path
+    return save_miniature(tmp_path_factory.mktemp("subjects") / "miniature", few.train)
 
 
 @pytest.fixture(scope="module")

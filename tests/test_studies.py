@@ -9,8 +9,8 @@ from conftest import ROOT
 from husai.benchmarks import bank, conditions
 from husai.release import recompute
 from husai.runs.errors import BadInput
-from husai.subjects import text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from husai.subjects import text
+from miniature import few_texts, save_miniature
 
 FRONTIER = "scripts/experiments/run_architecture_frontier_external.py"
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
@@ -113,18 +113,14 @@ def test_a_missing_reference_is_named():
 
 @pytest.fixture(scope="module")
 def few():
-    short = text.documents("86_social_iqa")
-    return text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+    return few_texts()
 
 
 @pytest.fixture
 def common(monkeypatch, few, tmp_path, tmp_path_factory):
     """Arguments for a miniature language model and sizes that take seconds."""
     monkeypatch.setattr(text, "corpus", lambda: few)
-    config = TinyLMConfig(vocabulary=400, n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-    folder = tmp_path / "miniature"
-    folder.mkdir()
-    tiny_lm.save_folder(tiny_lm.build_model(config), tiny_lm.train_tokenizer(few.train, 400), config, folder)
+    folder = save_miniature(tmp_path / "miniature", few.train, n_layers=3)
     sizes = ["--rows", 3000, "--batch-size", 128, "--null-draws", 3, "--heldout-rows", 1000, "--max-rows", 8]
     where = ["--artifact-root", tmp_path, "--output-dir", tmp_path / "out", "--threads", 1]
     return ["--subject", folder, *sizes, *where, "--seeds", "1,2,3"]

@@ -6,8 +6,7 @@ import pytest
 from filelock import FileLock
 from harness import Queue
 
-from husai.subjects import text, tiny_lm
-from husai.subjects.tiny_lm import TinyLMConfig
+from miniature import few_texts, save_miniature
 
 
 def pytest_collection_modifyitems(items):
@@ -26,14 +25,11 @@ def shared(tmp_path_factory, worker_id) -> Path:
 
 @pytest.fixture(scope="session")
 def subject(shared) -> Path:
-    """A miniature that has learned nothing: what is tested is what survives, not what it says."""
+    """The miniature: what is tested is what survives, not what it says."""
     folder = shared / "miniature"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            config = TinyLMConfig(vocabulary=400, n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
-            tokenizer = tiny_lm.train_tokenizer(text.documents("86_social_iqa")[:600], 400)
-            folder.mkdir()
-            tiny_lm.save_folder(tiny_lm.build_model(config), tokenizer, config, folder)
+            save_miniature(folder, few_texts().train)
     return folder
 
 

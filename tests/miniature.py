@@ -1,0 +1,36 @@
+"""A language model of 16 coordinates that has learned nothing, and a few short texts: what tests take in place of what
+is real, so that they take seconds."""
+
+from pathlib import Path
+
+import torch
+
+from husai.subjects import text, tiny_lm
+from husai.subjects.tiny_lm import TinyLMConfig
+
+
+def few_texts() -> text.Corpus:
+    """A corpus of short messages of the training side."""
+    short = text.documents("86_social_iqa")
+    return text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
+
+
+def config(n_layers: int = 2) -> TinyLMConfig:
+    return TinyLMConfig(vocabulary=400, n_layers=n_layers, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+
+
+def save_miniature(folder: Path, documents: list[str], n_layers: int = 2, tokens: torch.Tensor | None = None) -> Path:
+    """Its Hugging Face folder, whose tokenizer comes of the documents.
+
+    Args:
+        tokens: `[vocabulary, 16]`, its embedding, which its blocks hardly change.
+    """
+    torch.manual_seed(0)
+    model = tiny_lm.build_model(config(n_layers))
+    if tokens is not None:
+        with torch.no_grad():
+            (embedding,) = (p for name, p in model.named_parameters() if name.endswith("embed_in.weight"))
+            embedding.copy_(tokens[: len(embedding)])
+    folder.mkdir(parents=True)
+    tiny_lm.save_folder(model, tiny_lm.train_tokenizer(documents, 400), config(n_layers), folder)
+    return folder
