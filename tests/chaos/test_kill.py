@@ -39,7 +39,7 @@ def test_killed_at_random_moments_nothing_is_lost(undisturbed, tmp_path):
         finished = now
     assert finished
     assert len(hit) >= 6, f"kills in {hit} alone"
-    assert killed >= KILLS - 3  # a stage whose cells were finished may have ended earlier this time
+    assert killed >= KILLS * 3 // 4  # a stage whose cells were finished may have ended earlier this time
     code, said = queue.run()
     assert code == 1, said
     assert "failed:" not in said
