@@ -78,6 +78,7 @@ def test_variables_reach_the_stages(tmp_path):
             CEBENCH_REPO="docs",
             SAEBENCH_DATASETS="92_glue_sst2",
             EXECUTOR="ray",
+            CEBENCH_STORIES="GulkoA/contrastive-stories-v3",
         )
     )
     assert "'1,2,3,4,5'" in found["phase4a"]
@@ -85,6 +86,7 @@ def test_variables_reach_the_stages(tmp_path):
     for stage in ("frontier", "scaling", "confirmation"):
         assert f"'{baseline_map}'" in found[stage]
         assert "'docs'" in found[stage]
+        assert "'GulkoA/contrastive-stories-v3'" in found[stage]
     assert "'92_glue_sst2'" in found["frontier"]
     assert "'ray'" in found["scaling"]
 
@@ -101,7 +103,10 @@ def test_from_and_only():
         (["--from"], {}, "--from : one of"),
         (["--only", "ood gate"], {}, "--only ood gate: one of"),
         ([], {"SEEDS": "1,2"}, "SEEDS=1,2: three different whole numbers or more expected"),
-        ([], {"SEEDS": "1,2,3,2"}, "SEEDS=1,2,3,2: three different whole numbers or more expected"),
+        (["--only", "gate", "--only", "ood"], {}, "--only ood: one of --from and --only expected, once"),
+        ([], {"HOOK": "a\tb"}, "a name of printable characters expected"),
+        ([], {"CEBENCH_STORIES": "nowhere/stories"}, "CEBENCH_STORIES=nowhere/stories: there is no such file"),
+        ([], {"SEEDS": "1,02,3,2"}, "SEEDS=1,02,3,2: three different whole numbers or more expected"),
         ([], {"MIN_CEBENCH_DELTA": "much"}, "MIN_CEBENCH_DELTA=much: a number expected"),
         ([], {"CEBENCH_BASELINE_MAP": "none.json"}, "CEBENCH_BASELINE_MAP=none.json: there is no such file or folder"),
         ([], {"SUBJECT": "a\nb"}, "a name of printable characters expected"),
@@ -164,6 +169,40 @@ def test_a_phase_that_leaves_no_results_has_failed_whatever_its_exit_code(tmp_pa
     )
     assert done.returncode == 2
     assert "failed: ablations (exit 0)" in done.stdout
+
+
+def test_what_the_environment_check_refuses_ends_the_queue(tmp_path):
+    done = queue(OUTPUT=str(tmp_path), SAEBENCH_DATASETS="nonsense")
+    assert done.returncode == 2
+    assert stages(done) == ["environment"]
+    assert "nonsense" in done.stderr
+
+
+def test_a_signal_to_the_queue_alone_ends_its_stage_in_order(tmp_path):
+    """As a service manager or Slurm sends it; the same command can then resume."""
+    environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OUTPUT": str(tmp_path)}
+    command = ["bash", QUEUE, "--only", "subject"]
+    given = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, **given)
+    for line in process.stderr:
+        if "training" in line:
+            break
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted in subject: the same command resumes" in said
+    (noted,) = json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]
+    assert noted["return_code"] == 130
+    with open(tmp_path / "queue/.lock") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing goes on
+
+
+def test_part_of_the_stages_says_what_does_not_stand(tmp_path):
+    queue("--only", "gate", OUTPUT=str(tmp_path))
+    decision = tmp_path / "experiments/release_gate/release_policy.json"
+    decision.write_text("{}")
+    done = queue("--only", "environment", OUTPUT=str(tmp_path))
+    assert f"gate: {decision} was changed after it ended" in done.stderr
 
 
 def test_help_says_what_the_variables_are():
@@ -272,8 +311,9 @@ def test_gate_and_report_are_made_each_time_and_hold_up_nothing(queued):
     assert said == f"gate: {queued.path('gate')} was changed after it ended\n"
 
 
-@pytest.mark.parametrize("place", ["mine", "experiments", "experiments/of_my_own", "subjects"])
+@pytest.mark.parametrize("place", ["mine", "experiments", "experiments/of_my_own", "experiments/first/mine"])
 def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued, place):
+    """Also where a stage leaves its own files."""
     below = queued.root / place
     below.mkdir(exist_ok=True)
     (below / "map.json").write_text('{"hook": "summary.json"}')
@@ -283,6 +323,18 @@ def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued, 
         assert queued.finished()[0][-1] == "third 0"
         changed.write_text('{"other": 1}')
         assert queued.finished()[0][-1] == "second 1"
+
+
+def test_a_folder_that_holds_the_output_counts_by_what_lies_beside_it(queued):
+    weights = queued.root.parent / "model.safetensors"
+    for content, stands in (("a", "third 0"), ("b", "second 1")):
+        weights.write_text(content)
+        if content == "a":
+            queued.add("third", 0, "--subject", queued.root.parent)
+        assert queued.finished()[0][-1] == stands
+    queued.add("third", 0, "--subject", queued.root.parent)
+    (queued.root / "experiments/first/new").write_text("")
+    assert queued.finished()[0][-1] == "third 0"
 
 
 def test_what_was_changed_while_a_stage_ran_does_not_stand(queued):

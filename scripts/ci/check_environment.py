@@ -1,6 +1,6 @@
 """Is the environment what the pipeline needs? One line a fact; exit 2 where one does not hold.
 
-python scripts/ci/check_environment.py --device cuda
+python scripts/ci/check_environment.py --device cuda --executor ray --dataset-names probe
 """
 
 import importlib.metadata
@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 
-from husai.runs.cli import Parser, run_main
+from husai.runs.cli import Parser, name_list, run_main
 from husai.runs.errors import BadInput
 
 PACKAGES = ("torch", "transformer-lens", "sae-lens", "sae-bench", "sae-probes", "numpy", "scipy", "pandas")
@@ -17,13 +17,20 @@ PACKAGES = ("torch", "transformer-lens", "sae-lens", "sae-bench", "sae-probes", 
 def main() -> None:
     p = Parser(__doc__)
     p.add_machine()
+    p.add_argument("--executor", default="local", choices=["local", "ray"], help="default: %(default)s")
+    p.add_argument("--dataset-names", type=name_list, default=[], help="probing data sets that are to be used")
     args = p.parse_args()
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {args.threads} threads")
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(["ray"] if args.executor == "ray" else [])):
         try:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            raise BadInput(f"{package} is not installed: make setup") from None
+            install = "pip install -r requirements-cluster.txt" if package == "ray" else "make setup"
+            raise BadInput(f"{package} is not installed: {install}") from None
+    if args.dataset_names:
+        from husai.benchmarks.sae_probes import check_data_sets
+
+        print(f"{len(check_data_sets(args.dataset_names))} probing data sets")
     if args.device == "cpu":
         return
     if shutil.which("nvidia-smi") is None:

@@ -15,11 +15,13 @@ From the first such stage on all are run, each of which reads its own finished c
 runs, and so do the gate and the report.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -56,7 +58,7 @@ def parse():
 def main() -> None:
     args = parse()
     if args.verb == "inputs":
-        print(follows_from(args.command, {*places(args.manifest), args.about[0]}))
+        print(follows_from(args.command, left_by(args.manifest, args.about[0])))
     elif args.verb == "record":
         record(args.manifest, args.command, *args.about)
     else:
@@ -75,7 +77,7 @@ def record(
         stages = {}
     stages.pop(stage, None)  # to the end
     commit, dirty, _ = git_state()
-    after = follows_from(command, {*places(manifest), place})
+    after = follows_from(command, left_by(manifest, place))
     stages[stage] = {
         "stage": stage,
         "command": shlex.join(command),
@@ -97,14 +99,6 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def places(manifest: Path) -> list[str]:
-    """Where the stages that are noted leave what they make."""
-    try:
-        return [stage["place"] for stage in read(manifest).values()]
-    except BadInput:
-        return []
-
-
 def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     """(stage, return code) of the stages that need not run again, in order."""
     try:
@@ -113,7 +107,6 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
         print(f"{error}: every stage is looked at again", file=sys.stderr)
         return []
     ran = list(stages)
-    made = {stage["place"] for stage in stages.values()}
     found, stands, last = [], True, -1
     for stage, line in commands.items():
         if stage not in stages:
@@ -122,7 +115,7 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
         noted = stages[stage]
         if noted["place"] == NO_PLACE:
             continue
-        problems = changed(noted, line, made)
+        problems = changed(noted, line, manifest)
         if stage not in ALWAYS:
             if ran.index(stage) < last:
                 problems.append("a stage before it was run since it ended")
@@ -135,7 +128,7 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     return found
 
 
-def changed(noted: dict, line: str, made: set[str]) -> list[str]:
+def changed(noted: dict, line: str, manifest: Path) -> list[str]:
     """Why a stage does not stand; empty where it does."""
     code, kept = noted["return_code"], noted["files"]
     results = str(Path(noted["place"], "results.json"))
@@ -146,7 +139,7 @@ def changed(noted: dict, line: str, made: set[str]) -> list[str]:
     command = shlex.split(line)
     if noted["command"] != shlex.join(command):
         return ["its command is another"]
-    if noted["follows_from"] != follows_from(command, made):
+    if noted["follows_from"] != follows_from(command, left_by(manifest, noted["place"])):
         return ["the code, the packages or what its command names is another"]
     damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
     return [
@@ -193,31 +186,52 @@ def files(place: str) -> list[Path]:
     return [p for p in below if not any(part in WORKING or part[0] == "." for part in p.relative_to(path).parts)]
 
 
-def follows_from(command: list[str], made: set[str]) -> str:
-    """Digest of the code, the packages, the cores, and what the command names that no stage has made, by content: a
-    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn.
+def left_by(manifest: Path, place: str) -> Callable[[Path], bool]:
+    """Whether a file, or all of a folder, was left by the queue itself: by a stage that is noted, or by the one whose
+    place is given; its output as a whole, and `experiments`, hold nothing else."""
+    root = manifest.parents[1]
+    whole, noted = {root, root / "experiments"}, recorded(manifest)
+    own = None if place == NO_PLACE else Path(place).resolve()
 
-    Args:
-        made: places of stages; what lies there is noted file by file.
-    """
-    own = [Path(place).resolve() for place in made - {NO_PLACE}]
-
-    def brought(path: Path) -> bool:
+    def left(path: Path) -> bool:
         path = path.resolve()
-        return not any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
+        return path in whole or path in noted or (own is not None and path.is_relative_to(own))
 
-    named = {a: path for a in command if (path := place_of(a)) is not None and brought(path)}
-    return digest([own_code(), {a: content(path) for a, path in named.items()}])
+    return left
 
 
-def content(path: Path) -> list[str]:
-    """Digests of a file or folder and of the files that it names; none where the stage itself will refuse it."""
+@cache
+def recorded(manifest: Path) -> frozenset[Path]:
+    """All files that stages have left."""
+    try:
+        return frozenset(Path(name).resolve() for stage in read(manifest).values() for name in stage["files"])
+    except BadInput:
+        return frozenset()
+
+
+def follows_from(command: list[str], left: Callable[[Path], bool]) -> str:
+    """Digest of the code, the packages, the cores, and what the command names and the queue has not left, by content: a
+    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
+    named = {a: content(path, left) for a in command if (path := place_of(a)) is not None}
+    return digest([own_code(), {a: files for a, files in named.items() if files}])
+
+
+def content(path: Path, left: Callable[[Path], bool]) -> dict[str, str]:
+    """File -> sha256, of a file with those that it names, or of all files below a folder, hidden ones aside."""
     from husai.benchmarks.inputs import summaries
 
-    try:
-        return [tree_digest(path, "input"), *map(sha256_file, summaries(path) if path.suffix == ".json" else [])]
-    except BadInput:
-        return []
+    if left(path):
+        return {}
+    found = [path]
+    if path.is_dir():
+        found = []
+        for folder, below, names in os.walk(path):
+            below[:] = [b for b in below if b[0] != "." and not left(Path(folder, b))]
+            found += [Path(folder, name) for name in names if name[0] != "."]
+    elif path.suffix == ".json":
+        with contextlib.suppress(BadInput):  # the stage itself will refuse it
+            found += summaries(path)
+    return {os.path.relpath(p, path): sha256_file(p) for p in found if p.is_file() and not left(p)}
 
 
 def place_of(argument: str) -> Path | None:

@@ -20,7 +20,7 @@ MIN_SAEBENCH_DELTA=${MIN_SAEBENCH_DELTA:-0.0}        # what the gate asks beyond
 MIN_CEBENCH_DELTA=${MIN_CEBENCH_DELTA:-0.0}
 CEBENCH_BASELINE_MAP=${CEBENCH_BASELINE_MAP:-}       # hook -> summary of matched references (runbook, benchmarks)
 CEBENCH_REPO=${CEBENCH_REPO:-}                       # your checkout of CE-Bench, whose own code then runs as well
-CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # its stories; without them its gate stays without evidence
+CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # GulkoA/contrastive-stories-v3; else its gate stays without evidence
 SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
 set -Eeuo pipefail
 trap 'exit 2' ERR # what the queue itself trips over is no verdict
@@ -75,16 +75,16 @@ case "$PROFILE" in
     ;;
   *) refuse "PROFILE=$PROFILE: embedded, b200 or smoke expected" ;;
 esac
-[[ $SEEDS =~ ^[0-9]+(,[0-9]+){2,}$ && -z $(tr , '\n' <<< "$SEEDS" | sort | uniq -d) ]] ||
+[[ $SEEDS =~ ^[0-9]+(,[0-9]+){2,}$ && -z $(tr , '\n' <<< "$SEEDS" | sed 's/^0*//' | sort | uniq -d) ]] ||
   refuse "SEEDS=$SEEDS: three different whole numbers or more expected, as 1,2,3"
 [[ $EXECUTOR =~ ^(local|ray)$ ]] || refuse "EXECUTOR=$EXECUTOR: local or ray expected"
 for name in MIN_SAEBENCH_DELTA MIN_CEBENCH_DELTA; do
   [[ ${!name} =~ ^-?[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || refuse "$name=${!name}: a number expected"
 done
 for name in CEBENCH_BASELINE_MAP CEBENCH_REPO CEBENCH_STORIES; do
-  [[ -z ${!name} || -e ${!name} ]] || refuse "$name=${!name}: there is no such file or folder"
+  [[ -z ${!name} || -e ${!name} || $name${!name} == CEBENCH_STORIESGulkoA/contrastive-stories-v* ]] || refuse "$name=${!name}: there is no such file or folder"
 done
-[[ ! $OUTPUT$SUBJECT =~ [[:cntrl:]] ]] || refuse "OUTPUT or SUBJECT: a name of printable characters expected"
+[[ ! $OUTPUT$SUBJECT$HOOK =~ [[:cntrl:]] ]] || refuse "OUTPUT, SUBJECT or HOOK: a name of printable characters expected"
 OUTPUT=${OUTPUT%/}
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
 MAP=() REPO=() STORIES=()
@@ -100,6 +100,7 @@ while (($#)); do
     --dry-run) DRY=yes ;;
     --from | --only)
       [[ ${2:-} =~ ^[a-z0-9_]+$ && " $STAGES " == *" $2 "* ]] || refuse "$1 ${2:-}: one of $STAGES expected"
+      [[ -z $FROM$ONLY ]] || refuse "$1 $2: one of --from and --only expected, once"
       if [[ $1 == --from ]]; then FROM=$2; else ONLY=$2; fi
       shift
       ;;
@@ -108,7 +109,6 @@ while (($#)); do
   esac
   shift
 done
-[[ -z $FROM || -z $ONLY ]] || refuse "--from and --only: one of them expected"
 
 E=$OUTPUT/experiments QUEUE=$OUTPUT/queue
 FAILED=() UNMET=() GATE=''
@@ -121,17 +121,18 @@ if [[ -z $DRY ]]; then
   flock -n 9 || refuse "OUTPUT=$OUTPUT: another queue works there"
 fi
 if [[ -z $DRY$FROM$ONLY ]]; then # what an earlier run has left there is space as well
-  free=$((($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') + $(du -sk "$OUTPUT" | cut -f 1)) / 1024))
+  free=$((($(df -Pk "$OUTPUT" | awk 'NR == 2 {print $4}') + $(du -skD "$OUTPUT" | cut -f 1)) / 1024))
   ((free >= NEED_MB)) || refuse "OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected"
 fi
 
 manifest() { python scripts/experiments/queue_manifest.py "$1" "$QUEUE/manifest.json" "${@:2}"; }
 
-# Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all.
+# Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all, and
+# says what does not; of part of the stages each is run, and what the others left is read as it is.
 declare -A STANDING
-if [[ -z $DRY$FROM$ONLY ]]; then
+if [[ -z $DRY ]]; then
   while read -r name code; do
-    STANDING[$name]=$code
+    [[ -n $FROM$ONLY ]] || STANDING[$name]=$code
   done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | manifest finished)
 fi
 
@@ -156,7 +157,7 @@ stage() {
   before=$(manifest inputs "$place" -- "$@") || noted=$?
   unless_interrupted "$name" "$noted"
   touch "$QUEUE/.began"
-  "$@" || code=$?
+  perform "$@" || code=$?
   if ! interrupted "$code"; then settle "$name" "$place" "$code"; fi
   manifest record "$place" "$PROFILE" "$name" "$code" $((SECONDS - began)) "$before" -- "$@" || noted=$?
   unless_interrupted "$name" "$code"
@@ -165,7 +166,22 @@ stage() {
   [[ $name != gate ]] || GATE=${GATE:-$code}
 }
 
-interrupted() { (($1 == 130 || $1 == 143)); }
+# Ctrl-C reaches the stage by itself; what is sent to the queue alone is passed on. Either way the stage ends in order.
+CHILD='' STOPPED=''
+trap 'STOPPED=yes' INT
+trap 'STOPPED=yes; [[ -z $CHILD ]] || kill -TERM "$CHILD" 2> /dev/null || true' TERM HUP
+
+perform() { # COMMAND…
+  local code=0
+  (trap - INT && exec "$@") & # in the background, where a signal is seen at once; which ignores Ctrl-C if it isn't told
+  CHILD=$!
+  wait "$CHILD" || code=$?
+  while kill -0 "$CHILD" 2> /dev/null; do wait "$CHILD" || code=$?; done
+  CHILD=''
+  return "$code"
+}
+
+interrupted() { [[ -n $STOPPED ]] || (($1 == 130 || $1 == 143)); }
 
 unless_interrupted() { # NAME CODE
   interrupted "$2" || return 0
@@ -176,7 +192,7 @@ unless_interrupted() { # NAME CODE
 settle() { # NAME PLACE CODE: 1 with new results is a finding: a check does not hold. 0 without any, and all else, is a failure
   local file results=$2/results.json
   if (($3 == 0)) && [[ $2 != "$E"/* || -f $results ]]; then return; fi
-  if (($3 == 1)) && [[ $results -nt $QUEUE/.began ]]; then
+  if (($3 == 1)) && [[ $2 == - || $results -nt $QUEUE/.began ]]; then
     [[ $1 == gate ]] || UNMET+=("$1")
     return
   fi
@@ -197,7 +213,8 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 # ----------------------------------------------------------------------------------------------------------------------
 # Environment, the subject of the positive control, activations of the language model
 
-stage environment - python scripts/ci/check_environment.py --device "$DEVICE"
+stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" --dataset-names "$DATASETS"
+((${#FAILED[@]} == 0)) || exit 2 # nothing after it could end well
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
 stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
