@@ -182,6 +182,8 @@ def truncate(folder):
         (edit_weights(lambda w: w.update(threshold=torch.zeros(20))), "holds .* expected"),
         (edit_weights(lambda w: w.pop("b_dec")), "holds .* expected"),
         (edit_weights(lambda w: w["W_dec"].fill_(float("nan"))), "NaN or infinite weights"),
+        (edit_weights(lambda w: w["W_dec"].zero_()), "the decoder holds only zeros"),
+        (edit_weights(lambda w: w.update(b_enc=w["b_enc"].to(torch.complex64))), "torch.complex64; floating-point"),
     ],
 )
 def test_damaged_or_foreign_checkpoints_are_refused(sae, tmp_path, damage, message):

@@ -258,7 +258,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     no("keep their untrained states", "--checkpoint", *saes, "--untrained", *saes)
     no("2 SAEs for the 5 of --checkpoint", "--checkpoint", *saes, "--random-model-checkpoint", *controls[:2])
     no("--phase4a-results", "--checkpoint", *saes, "--phase4a-results", tmp_path / "none")
+    no("is no result of", "--checkpoint", *saes, "--phase4a-results", saes[0] / "cfg.json")
     no("one layer expected", "--checkpoint", *saes, "--hook-layer", 0)
+    no(
+        "the subject has 2 blocks",
+        "--checkpoint",
+        *foreign,
+        where=["blocks.7.hook_x" if w == HOOK else w for w in where],
+    )
+    no("trained on what they do not say; SAEs that HUSAI", "--checkpoint", *saes, "--random-model-checkpoint", *foreign)
+    no("trained on what they do not say; SAEs that HUSAI", "--checkpoint", *saes, "--random-model-checkpoint", *saes)
+    no("neither a path nor a data set", "--checkpoint", *saes, "--stories", "nobody/stories")
+    no("--artifact-root", "--checkpoint", *saes, "--artifact-root", saes[0] / "cfg.json")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(saes[0], damaged)
+    (damaged / "sae_weights.safetensors").write_bytes((saes[0] / "sae_weights.safetensors").read_bytes()[:-5])
+    no("is truncated", "--checkpoint", *saes, "--reference", damaged)
     assert not (tmp_path / "activations").exists()
     assert not (tmp_path / "x").exists()
     refused("2 SAEs; one each of", BROUGHT, "--checkpoint", *saes[:2], *where)
+
+
+def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_path, monkeypatch):
+    """Of another library, whose files say little: width, zeros, two steps of one training."""
+    monkeypatch.setattr(Run, "command", lambda *_: pytest.fail("a part was started"))
+    where = ["--model-name", subject, "--hook-name", HOOK, "--artifact-root", tmp_path, "--output-dir", tmp_path / "x"]
+    g = torch.Generator().manual_seed(0)
+    sae = checkpoints.load(saes[0])
+
+    def no(message, changed):
+        folder = save_foreign(changed, tmp_path / message.replace(" ", "_"))
+        refused(message, CHECK, *SIZES, *where, "--checkpoint", *foreign[1:], folder)
+
+    w = sae.weights
+    no("decoder holds only zeros", replace(sae, weights=w | {"W_dec": torch.zeros_like(w["W_dec"])}))
+    step = checkpoints.load(saes[1])
+    later = step.W_dec + 0.1 * torch.randn(step.W_dec.shape, generator=g)
+    no("seem to be of one training", replace(step, weights=step.weights | {"W_dec": later}))
+    narrow = w | {"W_enc": w["W_enc"][:8], "W_dec": w["W_dec"][:, :8], "b_dec": w["b_dec"][:8]}
+    no("has d_in 8; the activations have 16", replace(sae, weights=narrow))

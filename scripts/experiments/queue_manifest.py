@@ -188,7 +188,7 @@ def files(place: str) -> list[Path]:
 
 def left_by(manifest: Path, place: str) -> Callable[[Path], bool]:
     """Whether a file, or all of a folder, was left by the queue itself: by a stage that is noted, or by the one whose
-    place is given; its output as a whole, and `experiments`, hold nothing else."""
+    place is given; its output as a whole, and `experiments`, are named as places alone."""
     root = manifest.parents[1]
     whole, noted = {root, root / "experiments"}, recorded(manifest)
     own = None if place == NO_PLACE else Path(place).resolve()

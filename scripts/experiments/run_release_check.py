@@ -5,11 +5,11 @@
     python scripts/experiments/run_release_check.py --checkpoint MY_SAES --untrained MY_SAES_BEFORE_TRAINING \\
       --reference RELU_SAES --random-model-checkpoint RANDOM_SAES --stories GulkoA/contrastive-stories-v3
 
-Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone: three at least,
-five for a verdict. What does not fit is refused before anything is computed. Then each part runs in a process of its
-own; one that fails is named, with its log, and the others go on. The same command again reads what is finished. At best
-the decision is provisional: nobody knows what these SAEs were chosen from. Exit 0 done, whatever the verdict
-(--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.
+Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone, the last of each
+training: three at least, five for a verdict. What does not fit is refused before anything is computed. Then each part
+runs in a process of its own; one that fails is named, with its log, and the others go on. The same command again reads
+what is finished. At best the decision is provisional: nobody knows what these SAEs were chosen from. Exit 0 done,
+whatever the verdict (--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.
 """
 
 import sys
@@ -70,9 +70,12 @@ def main() -> None:
     content_or_name(args.stories)
     if args.cebench_repo:
         cebench_checkout.code_digest(args.cebench_repo)
-    if args.phase4a_results and not args.phase4a_results.is_file():
-        raise BadInput(f"--phase4a-results: {args.phase4a_results} does not exist")
+    if args.phase4a_results:
+        phase = read_json(args.phase4a_results, "--phase4a-results")
+        if not isinstance(phase, dict) or phase.get("phase") != "4a":
+            raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
     found = brought.look_over(args)
+    make_folder(args.artifact_root)
     subject = pretrained.describe(pretrained.open_folder(args.subject))
 
     root = args.output_dir / "parts"
@@ -126,10 +129,7 @@ def evidence(args, root: Path, found) -> list[Part]:
     no_recipe = None if found.trained_here else "the SAEs do not say how they were trained"
     no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
 
-    parts = []
-    if positive_control(args) is None:
-        parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws]))
-    parts += [
+    parts = [
         Part("brought_candidate", "experiments/run_brought_candidate.py", [*own, *draws, *machine]),
         Part(
             "random_model_stress",
@@ -145,6 +145,8 @@ def evidence(args, root: Path, found) -> list[Part]:
             [*candidate, "--features", str(args.features)],
         ),
     ]
+    if positive_control(args) is None:  # of no SAE that was brought: what is wrong with those is seen sooner
+        parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws]))
     return [Part(p.name, p.script, [*p.arguments, "--output-dir", str(root / p.name)], p.not_run) for p in parts]
 
 
@@ -152,6 +154,15 @@ def given(flag: str, value) -> list[str]:
     """A flag as it was given, or nothing."""
     values = value if isinstance(value, list) else [value] if value is not None else []
     return [f"--{flag.replace('_', '-')}", *map(str, values)] if values else []
+
+
+def make_folder(folder: Path) -> None:
+    from husai.runs.errors import BadInput
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--artifact-root: {folder} cannot be made ({error.strerror})") from None
 
 
 def positive_control(args) -> Path | None:
@@ -187,7 +198,7 @@ def record(run, part: Part, root: Path, done: list[dict]) -> dict:
         about |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
         reason = None if code == 0 else f"return code {code}: {last_line(run.folder / about['log'])}"
     if reason is not None:  # what an earlier check left there is not about this one; its run folder keeps it
-        for name in ("results.json", "summary.md", "manifest.json"):
+        for name in ("results.json", "summary.md", "manifest.json", "release_policy.json", "release_policy.md"):
             (folder / name).unlink(missing_ok=True)
     elif (file := folder / "results.json").is_file():
         about |= {"result": str(file.relative_to(run.output_dir)), "sha256": sha256_file(file)}

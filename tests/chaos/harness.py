@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -77,9 +78,14 @@ class Queue:
                 found["/".join(parts)] = sha256(content).hexdigest()
         return found
 
-    def cells(self) -> dict[str, tuple]:
-        """Every finished cell: a cell that is written again has another inode."""
-        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in self.out.glob("**/cells/[!.]*.json")}
+    def finished(self) -> dict[str, tuple]:
+        """Every finished cell, subject and store, and the checkpoints of finished trainings: what is written again has
+        another inode."""
+        wholes = ("**/cells/[!.]*.json", "subjects/*/subject.json", "activations/*/manifest.json")
+        found = [path for whole in wholes for path in self.out.glob(whole)]
+        for cell in self.out.glob("**/cells/training-*.json"):
+            found += [cell.parents[1] / name for name in json.loads(cell.read_text())["artefacts"]]
+        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
 
     def stages(self) -> list[str]:
         """The stages that were entered, in order."""

@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed,
             shutil.rmtree(stage["place"])
     noted["stages"] = noted["stages"][: names.index(FROM)]
     manifest.write_text(json.dumps(noted))
-    before = queue.cells()
+    before = queue.finished()
     assert before
 
     process = queue.start()
@@ -80,7 +80,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed,
     assert f"failed: {FROM}" in said
     assert "No space left on device" in said
     assert "Traceback" not in said
-    now = queue.cells()
+    assert queue.stages()[:2] == ["environment", FROM], "what comes before stands"
+    now = queue.finished()
     assert {name: now.get(name) for name in before} == before
 
     filler.unlink()

@@ -34,7 +34,7 @@ def test_killed_at_random_moments_nothing_is_lost(undisturbed, tmp_path):
         kill(process)
         assert reached, queue.said()
         hit.update(queue.stages()[-1:])
-        now = queue.cells()
+        now = queue.finished()
         assert {name: now.get(name) for name in finished} == finished, f"lost before or in {stage}"
         finished = now
     assert finished
@@ -43,7 +43,7 @@ def test_killed_at_random_moments_nothing_is_lost(undisturbed, tmp_path):
     code, said = queue.run()
     assert code == 1, said
     assert "failed:" not in said
-    now = queue.cells()
+    now = queue.finished()
     assert {name: now[name] for name in finished} == finished
     assert queue.files() == undisturbed.files()
     repeat, _ = queue.run()

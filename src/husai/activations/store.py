@@ -10,6 +10,7 @@ row comes from; beside `activations`, its shards hold the int64 labels `document
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +23,10 @@ from torch import Tensor
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_bytes, write_json
 
-VERIFY_BELOW_BYTES = 4 << 30
-"""Stores up to this size have every byte checked when opened; larger ones by `verify()`."""
+
+@cache
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    return sha256_file(path)
 
 
 class Shard(BaseModel):
@@ -156,7 +159,7 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path, subject_digest: str | None = None, hook_name: str | None = None) -> ActivationStore:
-        """Open and check a store.
+        """Open a store and check every byte of it: seconds a few gigabytes, once a process.
 
         Args:
             subject_digest, hook_name: what the store must have been harvested from, where given.
@@ -182,21 +185,16 @@ class ActivationStore:
             path = folder / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise BadInput(f"activation store: {path} is missing or truncated; {shard.bytes} bytes expected")
-        if sum(s.bytes for s in manifest.shards) <= VERIFY_BELOW_BYTES:
-            store.verify()
+        store._verify()
         return store
 
-    def verify(self) -> None:
-        """Check every byte against the digests of the manifest.
-
-        Raises:
-            BadInput: a file changed after it was written.
-        """
+    def _verify(self) -> None:
+        """Check every byte against the digests of the manifest."""
         for file, expected in [(s.file, s.sha256) for s in self.manifest.shards] + [
             ("stats.safetensors", self.manifest.stats_sha256)
         ]:
             path = self.folder / file
-            if not path.is_file() or sha256_file(path) != expected:
+            if not path.is_file() or _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) != expected:
                 raise BadInput(
                     f"activation store: {path} is not the file that the manifest names (sha256 differs); "
                     "delete the folder to have it made again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +143,23 @@ def refuse_twins(candidates: list[Candidate]) -> None:
             raise BadInput(f"checkpoint: {c.folder} and {other.folder} are of one condition and seed; one expected")
 
 
+def seed_of_control(saes: Iterable[SAE]) -> int:
+    """By which seed the weights of the model were drawn that all of these SAEs were trained on.
+
+    Raises:
+        BadInput: of none, or of several.
+    """
+    said = {(sae.metadata.get("husai") or {}).get("control") for sae in saes}
+    seeds = [re.fullmatch(r"random_weights\(seed=(\d+)\)", str(control)) for control in said]
+    if len(seeds) != 1 or seeds[0] is None:
+        on = ", ".join("what they do not say" if control is None else control for control in sorted(said, key=str))
+        raise BadInput(
+            f"--random-model-checkpoint: trained on {on}; SAEs that HUSAI trained on one random-weights model expected "
+            "(runbook: SAEs of your own)"
+        )
+    return int(seeds[0][1])
+
+
 def open_controls(
     paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
 ) -> tuple[LanguageModel | None, list[Candidate]]:
@@ -154,14 +172,7 @@ def open_controls(
         return None, []
     flag = "--random-model-checkpoint"
     folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))]
-    said = {(foreign.open_checkpoint(f).metadata.get("husai") or {}).get("control") for f in folders}
-    seeds = {re.fullmatch(r"random_weights\(seed=(\d+)\)", str(control)) for control in said}
-    if len(said) != 1 or None in seeds:
-        raise BadInput(
-            f"--random-model-checkpoint: trained on {', '.join(sorted(map(str, said)))}; SAEs of one random-weights "
-            "model expected (extract_activations.py --random-model)"
-        )
-    random_model = pretrained.load(subject, int(seeds.pop()[1]), device)
+    random_model = pretrained.load(subject, seed_of_control(map(foreign.open_checkpoint, folders)), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
     controls = open_all(paths, store, "random-model-checkpoint", random_model)
     refuse_twins(controls)

@@ -83,6 +83,12 @@ def drawn(stories: str | None, data_sets: list[str], rows: int, seed: int) -> Pa
     return published_pairs(stories, rows, seed) if stories else local_pairs(data_sets, rows, seed)
 
 
+def refuse_unknown(stories: str | None) -> None:
+    """Raise BadInput where stories are named that are neither on this machine nor CE-Bench's on the hub."""
+    if stories is not None and not Path(stories).exists() and not stories.startswith(PUBLISHED):
+        raise BadInput(f"--stories {stories}: neither a path nor a data set {PUBLISHED}*")
+
+
 def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     """CE-Bench's stories: a hub name (downloaded, or found where it was before), or a local copy of the data set.
 
@@ -94,6 +100,7 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     """
     import datasets
 
+    refuse_unknown(name)
     datasets.disable_progress_bars()
     path = Path(name)
     try:
@@ -105,10 +112,8 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
             if not files:
                 raise BadInput(f"--stories: {path} holds no .jsonl, .json, .csv or .parquet file")
             table = datasets.load_dataset(kind[files[0].suffix], data_files=[str(p) for p in files], split="train")
-        elif name.startswith(PUBLISHED):
-            table = datasets.load_dataset(name, split="train")
         else:
-            raise BadInput(f"--stories {name}: neither a path nor a data set {PUBLISHED}*")
+            table = datasets.load_dataset(name, split="train")
     except BadInput:
         raise
     except Exception as error:  # whatever the hub's client or a reader raises

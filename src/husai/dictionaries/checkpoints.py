@@ -182,13 +182,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked(sae: SAE, shapes: dict[str, tuple[int, ...]], path: Path) -> SAE:
-    """The SAE in float32, or BadInput where its tensors are others than `shapes` says or not finite."""
+    """The SAE in float32, or BadInput where its tensors are others than `shapes` says, not finite, or no decoder."""
     found = {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}
     if found != shapes:
         raise BadInput(f"checkpoint: {path} holds {found}; {shapes} expected")
+    if other := [str(tensor.dtype) for tensor in sae.weights.values() if not tensor.is_floating_point()]:
+        raise BadInput(f"checkpoint: {path} holds {other[0]}; floating-point numbers expected")
     sae.weights = {name: tensor.float() for name, tensor in sae.weights.items()}
     if not all(tensor.isfinite().all() for tensor in sae.weights.values()):
         raise BadInput(f"checkpoint: {path} holds NaN or infinite weights")
+    if not sae.W_dec.any():
+        raise BadInput(f"checkpoint: {path}: the decoder holds only zeros")
     return sae
 
 

@@ -17,7 +17,7 @@ from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.inference import Estimate, jackknife, tost
-from husai.stability.matching import match
+from husai.stability.matching import match, unit_rows
 from husai.stability.scores import GAP, SCORES, max_cosines, score
 
 PRIMARY_SCORE = "mcc_alive"
@@ -28,6 +28,7 @@ ASKED_FOR_NULLS = ("random_model",)
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 SAME_DIRECTION = 1 - 1e-5  # of a |cos|, bfloat16 copies included
+ONE_TRAINING = 0.5  # median |cos|; of random directions in 8 dimensions it is 0.25
 FEW_DIMENSIONS = 8  # below, directions may coincide by chance
 BINS = np.linspace(0, 1, 51)
 
@@ -60,6 +61,19 @@ def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> 
         for what, x, y, share in parts:
             if x is not None and y is not None and shared(x, y, share):
                 raise BadInput(f"{name_a} and {name_b} share their {what}: independently trained SAEs expected")
+
+
+def refuse_one_training(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
+    """Raise BadInput for two decoders `[d_sae, d_in]` of one training, at two of its steps: feature by feature they
+    point the same way, which independent seeds do not, for nothing puts their features into one order."""
+    for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
+        if a.shape == b.shape and a.shape[1] >= FEW_DIMENSIONS:
+            alike = (unit_rows(a.float()) * unit_rows(b.float())).sum(1).abs().median().item()
+            if alike > ONE_TRAINING:
+                raise BadInput(
+                    f"{name_a} and {name_b} seem to be of one training: the median |cos| of features of one number is "
+                    f"{alike:.2f}; the last checkpoint of each of several trainings expected"
+                )
 
 
 def shared(x: Tensor, y: Tensor, share: float) -> bool:

@@ -5,6 +5,8 @@ Nothing was selected and nothing confirmed, so that the gate gives such SAEs no 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +56,8 @@ def look_over(args: argparse.Namespace) -> Brought:
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
-            or an initialisation, or that were trained on a control or towards a reference.
+            or an initialisation, that are of one training, or that were trained on a control or towards a reference;
+            references, controls, stories or a positive control that could not be read later.
     """
     folders = _found(args.checkpoint, "--checkpoint")
     if len(folders) < MINIMUM:
@@ -63,17 +66,24 @@ def look_over(args: argparse.Namespace) -> Brought:
         )
     where = pretrained.open_folder(str(args.subject))
     subject, name = pretrained.describe(where), Path(args.subject).name
+    width = _width(args.hook_name, where)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
-    for folder, sae in zip(folders, saes, strict=True):
-        study.refuse_unfitting(folder, sae, args.hook_name, subject)
-        candidates.refuse_other_model(folder, sae, name, "checkpoint")
-        _refuse_pulled(folder, sae)
-    _found(args.reference, "--reference")
+    references = _found(args.reference, "--reference")
+    for flag, these in (("checkpoint", zip(folders, saes, strict=True)), ("reference", _opened(references))):
+        for folder, sae in these:
+            candidates.refuse_other_model(folder, sae, name, flag)
+            study.refuse_unfitting(folder, sae, args.hook_name, subject, width)
+    for each in zip(folders, saes, strict=True):
+        _refuse_pulled(*each)
     controls = _found(args.random_model_checkpoint, "--random-model-checkpoint")
-    if controls and len(controls) != len(folders):
-        raise BadInput(
-            f"--random-model-checkpoint: {len(controls)} SAEs for the {len(folders)} of --checkpoint; as many expected"
-        )
+    if controls:
+        if len(controls) != len(folders):
+            raise BadInput(
+                f"--random-model-checkpoint: {len(controls)} SAEs for the {len(folders)} of --checkpoint; as many "
+                "expected"
+            )
+        candidates.seed_of_control(sae for _, sae in _opened(controls))
+    contrastive.refuse_unknown(args.stories)
     before = _found(args.untrained, "--untrained")
     initial = [_initial(*each) for each in zip(folders, saes, strict=True)]
     if before:
@@ -90,7 +100,9 @@ def look_over(args: argparse.Namespace) -> Brought:
     dictionaries = [
         Dictionary(s.W_dec, torch.ones(s.d_sae, dtype=torch.bool), b) for s, b in zip(saes, initial, strict=True)
     ]
-    compare.refuse_shared([str(folder) for folder in folders], dictionaries)
+    labels = [str(folder) for folder in folders]
+    compare.refuse_shared(labels, dictionaries)
+    compare.refuse_one_training(labels, [sae.W_dec for sae in saes])
     records = [_record(*each) for each in zip(folders, saes, strict=True)]
     return Brought(folders, block(records), dict(zip(folders, before, strict=True)) if before else {})
 
@@ -100,6 +112,23 @@ def _found(paths: list[Path], flag: str) -> list[Path]:
     if absent := next((path for path in paths if not path.exists()), None):
         raise BadInput(f"{flag}: {absent} does not exist")
     return list(dict.fromkeys(f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))))
+
+
+def _opened(folders: list[Path]) -> Iterator[tuple[Path, SAE]]:
+    return ((folder, foreign.open_checkpoint(folder)) for folder in folders)
+
+
+def _width(hook_name: str, model: Path) -> int | None:
+    """Of the activations at a hook; None where the model's configuration does not say it.
+
+    Raises:
+        BadInput: the model has no such block.
+    """
+    blocks, width = pretrained.sizes(model)
+    block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", hook_name).groups()
+    if block is not None and int(block) >= blocks:
+        raise BadInput(f"--hook-name {hook_name}: the subject has {blocks} blocks, the first of them blocks.0")
+    return width if re.fullmatch(r"hook_(resid_(pre|mid|post)|mlp_out|attn_out)", name) else None
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:

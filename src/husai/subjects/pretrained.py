@@ -92,6 +92,22 @@ def describe(folder: Path) -> str:
     return digest(found)
 
 
+def sizes(folder: Path) -> tuple[int, int]:
+    """(number of blocks, width of the residual stream), as the configuration in a folder says.
+
+    Raises:
+        BadInput: transformers does not know such a configuration.
+    """
+    with quiet():
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            return config.num_hidden_layers, config.hidden_size
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise BadInput(f"subject: transformers cannot read {folder / 'config.json'} ({error})") from None
+
+
 @torch.no_grad()
 def redraw(model: torch.nn.Module, seed: int) -> None:
     """Replace every parameter by Gaussian numbers of its own mean and variance: the random-weights control.
