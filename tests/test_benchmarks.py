@@ -650,7 +650,7 @@ def test_bad_input_from_the_shell(refused, trained, common, small_activations, t
         (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], "is not a folder"),
         (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], "has d_in 8; the activations have 16"),
         (SAEBENCH, ["--checkpoint", trained["random"], *common], "trained on another subject"),
-        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], "SAEs of one random-weights model expected"),
+        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], "trained on one random-weights model expected"),
         (CEBENCH, [*own, "--cebench-matched-baseline-map", nowhere], "names nowhere.json, which does not exist"),
         (CEBENCH, [*own, "--stories", tmp_path / "stories.csv"], "column story2 is missing"),
         (CEBENCH, [*own, "--min-delta", 1.5], "cannot be reached"),

@@ -266,8 +266,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
         *foreign,
         where=["blocks.7.hook_x" if w == HOOK else w for w in where],
     )
-    no("trained on what they do not say; SAEs that HUSAI", "--checkpoint", *saes, "--random-model-checkpoint", *foreign)
-    no("trained on what they do not say; SAEs that HUSAI", "--checkpoint", *saes, "--random-model-checkpoint", *saes)
+    no(
+        "whose SAEs they are: none",
+        "--checkpoint",
+        *saes,
+        "--random-model-checkpoint",
+        *foreign,
+    )
+    no(
+        "whose SAEs they are: none",
+        "--checkpoint",
+        *saes,
+        "--random-model-checkpoint",
+        *saes,
+    )
     no("neither a path nor a data set", "--checkpoint", *saes, "--stories", "nobody/stories")
     no("--artifact-root", "--checkpoint", *saes, "--artifact-root", saes[0] / "cfg.json")
     damaged = tmp_path / "damaged"

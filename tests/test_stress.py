@@ -152,7 +152,7 @@ def test_brought_controls_must_have_been_trained_alike(stress, refused, train, s
     refused("tokens differs", *here, train(structured, "shorter", random_seed=0, tokens=2000))
     refused("seed differs", *here, train(structured, "others", [1, 2, 3, 4, 6], 0))
     refused("3 SAEs for the 5 of the candidate", *here, train(structured, "fewer", SEEDS[:3], 0))
-    refused("SAEs of one random-weights model expected", *here, saes)
+    refused("trained on one random-weights model expected", *here, saes)
     alike = train(structured, "alike", random_seed=0)
     results = stress(RANDOM_MODEL, structured, saes, "--random-model-checkpoint", alike)
     assert results["verdict"]["outcome"] == "holds"

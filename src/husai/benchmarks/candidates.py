@@ -149,13 +149,12 @@ def seed_of_control(saes: Iterable[SAE]) -> int:
     Raises:
         BadInput: of none, or of several.
     """
-    said = {(sae.metadata.get("husai") or {}).get("control") for sae in saes}
-    seeds = [re.fullmatch(r"random_weights\(seed=(\d+)\)", str(control)) for control in said]
+    said = {(sae.metadata.get("husai") or {}).get("control") or "none" for sae in saes}
+    seeds = [re.fullmatch(r"random_weights\(seed=(\d+)\)", control) for control in said]
     if len(seeds) != 1 or seeds[0] is None:
-        on = ", ".join("what they do not say" if control is None else control for control in sorted(said, key=str))
         raise BadInput(
-            f"--random-model-checkpoint: trained on {on}; SAEs that HUSAI trained on one random-weights model expected "
-            "(runbook: SAEs of your own)"
+            f"--random-model-checkpoint: the models whose SAEs they are: {', '.join(sorted(said))}; SAEs that HUSAI "
+            "trained on one random-weights model expected (runbook, SAEs of your own)"
         )
     return int(seeds[0][1])
 

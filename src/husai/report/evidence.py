@@ -78,7 +78,7 @@ def read_phase(folder: Path) -> Phase:
             phase.results = results if isinstance(results, dict) else {}
             if not phase.results:
                 phase.problems.append("results.json holds no object")
-        except (BadInput, RecursionError):
+        except BadInput:
             phase.problems.append("results.json is not readable as strict JSON")
     if (folder / "results.json").is_file():
         phase.sha256 = sha256_file(folder / "results.json")
@@ -105,7 +105,7 @@ def _manifest(path: Path, problems: list[str]) -> Manifest | None:
         return None
     try:
         manifest = Manifest.model_validate(read_json(path, "manifest"))
-    except (BadInput, RecursionError, ValidationError):
+    except (BadInput, ValidationError):
         problems.append("manifest.json is not a manifest: nothing vouches for what lies here")
         return None
     if manifest.status != "complete":
