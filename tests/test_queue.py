@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,16 +179,18 @@ def test_what_the_environment_check_refuses_ends_the_queue(tmp_path):
     assert "nonsense" in done.stderr
 
 
-def test_a_signal_to_the_queue_alone_ends_its_stage_in_order(tmp_path):
-    """As a service manager or Slurm sends it; the same command can then resume."""
+@pytest.mark.parametrize("send", [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)])
+def test_a_signal_ends_the_stage_in_order(tmp_path, send):
+    """To the queue alone, as a service manager sends it, or Ctrl-C to all of it; the same command can then resume."""
     environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OUTPUT": str(tmp_path)}
     command = ["bash", QUEUE, "--only", "subject"]
     given = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    given["start_new_session"] = True
     process = subprocess.Popen(command, **given)
     for line in process.stderr:
         if "training" in line:
             break
-    process.terminate()
+    send(process.pid)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted in subject: the same command resumes" in said
