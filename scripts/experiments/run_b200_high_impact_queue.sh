@@ -82,7 +82,8 @@ for name in MIN_SAEBENCH_DELTA MIN_CEBENCH_DELTA; do
   [[ ${!name} =~ ^-?[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || refuse "$name=${!name}: a number expected"
 done
 for name in CEBENCH_BASELINE_MAP CEBENCH_REPO CEBENCH_STORIES; do
-  [[ -z ${!name} || -e ${!name} || $name${!name} == CEBENCH_STORIESGulkoA/contrastive-stories-v* ]] || refuse "$name=${!name}: there is no such file or folder"
+  [[ -z ${!name} || -e ${!name} || $name=${!name} == CEBENCH_STORIES=GulkoA/contrastive-stories-v* ]] ||
+    refuse "$name=${!name}: there is no such file or folder"
 done
 [[ ! $OUTPUT$SUBJECT$HOOK =~ [[:cntrl:]] ]] || refuse "OUTPUT, SUBJECT or HOOK: a name of printable characters expected"
 OUTPUT=${OUTPUT%/}
@@ -214,7 +215,7 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 # Environment, the subject of the positive control, activations of the language model
 
 stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" --dataset-names "$DATASETS"
-((${#FAILED[@]} == 0)) || exit 2 # nothing after it could end well
+((${#FAILED[@]} == 0)) || refuse "${FAILED[*]}: nothing after it could end well"
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
 stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"

@@ -78,6 +78,11 @@ class Queue:
                 found["/".join(parts)] = sha256(content).hexdigest()
         return found
 
+    def unlike(self, other: Queue) -> list[str]:
+        """The files that only one of both has, or that differ."""
+        ours, theirs = self.files(), other.files()
+        return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
     def finished(self) -> dict[str, tuple]:
         """Every finished cell, subject and store, and the checkpoints of finished trainings: what is written again has
         another inode."""

@@ -88,4 +88,4 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed,
     code, said = queue.run()
     assert code == 1, said
     assert "failed:" not in said
-    assert queue.files() == undisturbed.files()
+    assert queue.unlike(undisturbed) == []
