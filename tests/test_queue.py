@@ -153,7 +153,10 @@ def test_an_earlier_report_is_set_aside_where_none_can_be_made(tmp_path):
     done = queue("--only", "report", OUTPUT=str(tmp_path))
     assert done.returncode == 2
     assert "failed: report" in done.stdout
-    assert not (tmp_path / "report.html").exists()
+    assert [p.name for p in tmp_path.glob("report*")] == ["report.html.stale"]
+    queue("--only", "gate", OUTPUT=str(tmp_path))
+    assert queue("--only", "report", OUTPUT=str(tmp_path)).returncode == 0
+    assert [p.name for p in tmp_path.glob("report*")] == ["report.html"]
 
 
 def test_a_phase_that_leaves_no_results_has_failed_whatever_its_exit_code(tmp_path):

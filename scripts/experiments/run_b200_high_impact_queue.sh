@@ -138,7 +138,7 @@ if [[ -z $DRY ]]; then
 fi
 
 # stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails, what says its outcome
-# is set aside, so that neither a later stage nor a reader takes that of an earlier run for its own.
+# is set aside until it succeeds, so that neither a later stage nor a reader takes that of an earlier run for its own.
 stage() {
   local name=$1 place=$2 code=0 noted=0 began=$SECONDS before
   shift 2
@@ -192,16 +192,17 @@ unless_interrupted() { # NAME CODE
 
 settle() { # NAME PLACE CODE: 1 with new results is a finding: a check does not hold. 0 without any, and all else, is a failure
   local file results=$2/results.json
-  if (($3 == 0)) && [[ $2 != "$E"/* || -f $results ]]; then return; fi
   if (($3 == 1)) && [[ $2 == - || $results -nt $QUEUE/.began ]]; then
     [[ $1 == gate ]] || UNMET+=("$1")
+  elif (($3 != 0)) || [[ $2 == "$E"/* && ! -f $results ]]; then
+    FAILED+=("$1 (exit $3)")
+    [[ $1 != gate ]] || GATE=2 # whatever its exit code was: it left no decision
+    for file in "$2"/{results.json,summary.md,release_policy.json,release_policy.md} "$2"; do
+      if [[ -f $file ]]; then mv "$file" "$file.stale"; fi
+    done
     return
   fi
-  FAILED+=("$1 (exit $3)")
-  [[ $1 != gate ]] || GATE=2 # whatever its exit code was: it left no decision
-  for file in "$2"/{results.json,summary.md,release_policy.json,release_policy.md} "$2"; do
-    if [[ -f $file ]]; then mv "$file" "$file.stale"; fi
-  done
+  rm -f -- "$2.stale" "$2"/*.stale
 }
 
 run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
