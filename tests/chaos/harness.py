@@ -31,7 +31,6 @@ class Queue:
     def start(self, *arguments: str) -> subprocess.Popen:
         """In a session of its own, so that all of it can be killed at once."""
         variables = {"PROFILE": "smoke", "OUTPUT": str(self.out), "SUBJECT": str(self.subject)}
-        variables["OMP_WAIT_POLICY"] = "passive"  # two queues share the cores: threads that spin would stop both
         environment = os.environ | variables | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
         with open(self.printed, "w") as printed:
             return subprocess.Popen(
