@@ -88,7 +88,8 @@ done
 [[ ! $OUTPUT$SUBJECT$HOOK =~ [[:cntrl:]] ]] || refuse "OUTPUT, SUBJECT or HOOK: a name of printable characters expected"
 OUTPUT=${OUTPUT%/}
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
-MAP=() REPO=() STORIES=()
+MAP=() REPO=() STORIES=() ASKED=()
+[[ -n $SAEBENCH_DATASETS ]] && ASKED=(--dataset-names "$SAEBENCH_DATASETS")
 [[ -n $CEBENCH_BASELINE_MAP ]] && MAP=(--cebench-matched-baseline-map "$CEBENCH_BASELINE_MAP")
 [[ -n $CEBENCH_REPO ]] && REPO=(--cebench-repo "$CEBENCH_REPO")
 [[ -n $CEBENCH_STORIES ]] && STORIES=(--stories "$CEBENCH_STORIES")
@@ -215,7 +216,7 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 # ----------------------------------------------------------------------------------------------------------------------
 # Environment, the subject of the positive control, activations of the language model
 
-stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" --dataset-names "$DATASETS"
+stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" "${ASKED[@]}"
 ((${#FAILED[@]} == 0)) || refuse "${FAILED[*]}: nothing after it could end well"
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
 stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
