@@ -125,10 +125,10 @@ def _width(hook_name: str, model: Path) -> int | None:
         BadInput: the model has no such block.
     """
     blocks, width = pretrained.sizes(model)
-    block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", hook_name).groups()
-    if block is not None and int(block) >= blocks:
+    if (block := re.match(r"blocks\.(\d+)\.", hook_name)) and int(block[1]) >= blocks:
         raise BadInput(f"--hook-name {hook_name}: the subject has {blocks} blocks, the first of them blocks.0")
-    return width if re.fullmatch(r"hook_(resid_(pre|mid|post)|mlp_out|attn_out)", name) else None
+    residual = re.fullmatch(r"blocks\.\d+\.hook_(resid_(pre|mid|post)|mlp_out|attn_out)", hook_name)
+    return width if residual else None
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
