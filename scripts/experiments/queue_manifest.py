@@ -48,9 +48,8 @@ def parse():
     p.add_argument("about", nargs="*", help="PLACE; with record also PROFILE STAGE CODE SECONDS INPUTS")
     args = p.parse_args(sys.argv[1:at])
     args.command, args.manifest = sys.argv[at + 1 :], args.manifest.resolve()
-    if len(args.about) != {"inputs": 1, "record": 6, "finished": 0}[args.verb] or bool(args.command) != bool(
-        args.about
-    ):
+    expected = {"inputs": 1, "record": 6, "finished": 0}[args.verb]
+    if len(args.about) != expected or bool(args.command) != bool(expected):
         p.error(f"{args.verb}: other arguments expected, as --help shows them")
     return args
 
@@ -68,7 +67,7 @@ def main() -> None:
 
 def record(
     manifest: Path, command: list[str], place: str, profile: str, stage: str, code: str, seconds: str, before: str
-):
+) -> None:
     from husai.runs.folder import git_state
 
     try:
