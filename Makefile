@@ -45,6 +45,8 @@ queue: setup ## the whole program at PROFILE (b200), to its verdict: make queue 
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
+test test-slow test-chaos: export OMP_WAIT_POLICY := passive # what two workers start shares the cores
+
 test: setup $(PEERS) ## the test suite, without its slow part
 	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
 

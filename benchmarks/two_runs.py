@@ -1,5 +1,5 @@
 """What waiting threads cost: one run alone, and two on the same cores, with threads that spin while they wait, as
-OpenMP has them unless it is told otherwise, and with threads that sleep, as HUSAI's scripts have them.
+OpenMP has them unless it is told otherwise, and with threads that sleep (OMP_WAIT_POLICY=passive).
 
     python benchmarks/two_runs.py
     python benchmarks/two_runs.py --rounds 5

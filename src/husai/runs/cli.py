@@ -17,10 +17,6 @@ from typing import NoReturn
 
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
 
-# Before torch is imported. Threads that spin while they wait slow another run on the same cores threefold, and make a
-# run alone no faster (docs/benchmarks/two_runs.md). GOMP_SPINCOUNT overrides it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
 
