@@ -45,7 +45,8 @@ queue: setup ## the whole program at PROFILE (b200), to its verdict: make queue 
 tiny-lm: setup ## train the language model that assets/ ships again, about an hour
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
-test test-slow test-chaos: export OMP_WAIT_POLICY := passive # what two workers start shares the cores
+# What two workers start shares the cores.
+test test-slow test-chaos: export OMP_WAIT_POLICY := passive
 
 test: setup $(PEERS) ## the test suite, without its slow part
 	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
@@ -68,11 +69,13 @@ lint: setup ## what pre-commit and CI check
 format: setup ## rewrite the code to the project's format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, half an hour
+benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more than half an hour
 	@$(BIN)/python benchmarks/inference_calibration.py
 	@$(BIN)/python benchmarks/gate_calibration.py
 	@$(BIN)/python benchmarks/matching_speed.py
 	@$(BIN)/python benchmarks/training_speed.py
+	@$(BIN)/python benchmarks/eval_speed.py
+	@$(BIN)/python benchmarks/two_runs.py
 
 clean: ## remove what runs have made (results/), not the environment
 	@find results -mindepth 1 -not -name README.md -delete
