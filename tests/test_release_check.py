@@ -260,26 +260,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     no("--phase4a-results", "--checkpoint", *saes, "--phase4a-results", tmp_path / "none")
     no("is no result of", "--checkpoint", *saes, "--phase4a-results", saes[0] / "cfg.json")
     no("one layer expected", "--checkpoint", *saes, "--hook-layer", 0)
-    no(
-        "the subject has 2 blocks",
-        "--checkpoint",
-        *foreign,
-        where=["blocks.7.hook_x" if w == HOOK else w for w in where],
-    )
-    no(
-        "whose SAEs they are: none",
-        "--checkpoint",
-        *saes,
-        "--random-model-checkpoint",
-        *foreign,
-    )
-    no(
-        "whose SAEs they are: none",
-        "--checkpoint",
-        *saes,
-        "--random-model-checkpoint",
-        *saes,
-    )
+    beyond = ["blocks.7.hook_x" if w == HOOK else w for w in where]
+    no("the subject has 2 blocks", "--checkpoint", *foreign, where=beyond)
+    for others in (foreign, saes):
+        no("whose SAEs they are: none", "--checkpoint", *saes, "--random-model-checkpoint", *others)
     no("neither a path nor a data set", "--checkpoint", *saes, "--stories", "nobody/stories")
     no("--artifact-root", "--checkpoint", *saes, "--artifact-root", saes[0] / "cfg.json")
     damaged = tmp_path / "damaged"
