@@ -214,6 +214,11 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     shutil.copytree(next(root.iterdir()), root / "twin")
     code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
     assert (code, "share their decoder" in err) == (2, True)
+    later = load_file(root / "twin" / "sae_weights.safetensors")
+    later["W_dec"] += 0.1 * torch.randn(24, 16, generator=g)
+    save_file(later, root / "twin" / "sae_weights.safetensors")
+    code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
+    assert (code, "seem to be of one training" in err) == (2, True)
 
 
 def test_transformer_and_activations_scripts(run_script, small_subject, tmp_path):
