@@ -35,7 +35,8 @@ def parse():
         default="43,44,45,46",
         help="further such seeds, for the first SAE alone: the benchmark's own noise (default: %(default)s)",
     )
-    p.add_argument("--results-path", type=Path, help="sae-probes' own files (default: OUTPUT_DIR/sae_probes)")
+    p.add_probing()
+    p.add_argument("--results-path", type=Path, help="figures of each data set (default: ARTIFACT_ROOT/probes)")
     p.add_argument("--model-cache-path", type=Path, help="prompts' activations (default: below ARTIFACT_ROOT)")
     args = p.parse_benchmark()
     if K not in args.ks:
@@ -60,7 +61,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.benchmarks import candidates, sae_probes, saebench
     from husai.report.text import write_csv
 
-    sae_probes.versions()
+    sae_probes.versions(args.probing)
     probing = saebench.Probing(
         sae_probes.check_data_sets(args.dataset_names),
         args.ks,
@@ -69,6 +70,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         args.reg_type,
         args.binarize,
         args.results_path,
+        args.probing,
     )
     places = candidates.Places(
         args.output_dir, args.artifact_root, args.device, args.threads, args.force, args.model_cache_path

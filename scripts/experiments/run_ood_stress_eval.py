@@ -29,6 +29,7 @@ def parse():
         default=DATA_SETS,
         help="data sets that the held-out family stands beside: names or sides (default: %(default)s)",
     )
+    p.add_probing()
     p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
     p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
     return p.parse_benchmark()
@@ -48,10 +49,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.benchmarks.candidates import Places
     from husai.stress import candidate, ood
 
-    sae_probes.versions()
+    sae_probes.versions(args.probing)
     chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)
     places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    results = ood.evaluate(candidate.find(args, device), chosen, places, cells)
+    results = ood.evaluate(candidate.find(args, device), chosen, args.probing, places, cells)
     return results, draw(results, args.output_dir / "figures")
 
 

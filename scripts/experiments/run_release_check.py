@@ -65,7 +65,7 @@ def main() -> None:
     from husai.subjects import pretrained
 
     # Everything that a user brings is looked at before anything runs.
-    sae_probes.versions()
+    sae_probes.versions(args.probing)
     data_sets = sae_probes.check_data_sets(args.dataset_names)
     content_or_name(args.stories)
     if args.cebench_repo:
@@ -118,7 +118,8 @@ def evidence(args, root: Path, found) -> list[Part]:
     machine += ["--force"] if args.force else []
     draws = ["--null-draws", str(args.null_draws)]
     about = ["--model-name", str(args.subject), "--hook-name", args.hook_name, "--rows", str(args.rows)]
-    own = ["--dataset-names", ",".join(args.dataset_names), "--max-rows", str(args.max_rows), *about]
+    probing = ["--probing", args.probing]
+    own = ["--dataset-names", ",".join(args.dataset_names), *probing, "--max-rows", str(args.max_rows), *about]
     for flag in ("checkpoint", "untrained", "reference", "random_model_checkpoint"):
         own += given(flag, getattr(args, flag))
     for flag in ("stories", "cebench_repo"):
@@ -138,7 +139,7 @@ def evidence(args, root: Path, found) -> list[Part]:
             no_control or None,
         ),
         Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, no_recipe),
-        Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, "--skip-families"]),
+        Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, *probing, "--skip-families"]),
         Part(
             "feature_examples",
             "analysis/collect_feature_examples.py",

@@ -36,7 +36,10 @@ from husai.training.trainer import TrainingConfig
 SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
 PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability", "subjects", "training")
 
-RECIPE = ("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows", "probe_ks", "noise_seeds", "max_pairs")
+RECIPE = (
+    *("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows"),
+    *("probe_ks", "noise_seeds", "max_pairs", "probing"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Bank:
     heldout_rows: int
     saebench: bool
     data_sets: list[str]
+    probing: str
+    """Whose probes: one of sae_probes.PROBINGS."""
     probe_ks: list[int]
     noise_seeds: list[int]
     cebench: bool
@@ -90,7 +95,8 @@ def shared(args: argparse.Namespace) -> dict:
         "heldout_rows": args.heldout_rows,
         "saebench": args.run_saebench,
         "data_sets": sae_probes.check_data_sets(args.dataset_names) if args.run_saebench else [],
-        "probe_ks": [1, 5, 16],
+        "probing": args.probing,
+        "probe_ks": args.probe_ks,
         "noise_seeds": [43, 44],
         "cebench": args.run_cebench,
         "stories": args.stories,
@@ -130,7 +136,7 @@ def check(bank: Bank) -> None:
     if unknown := sorted(set(bank.families) - set(SAE_FAMILIES)):
         raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
     if bank.saebench:
-        sae_probes.versions()
+        sae_probes.versions(bank.probing)
         sae_probes.check_data_sets(bank.data_sets)
     if bank.cebench:
         if not bank.stories and bank.max_pairs < len(bank.pair_sets):
@@ -198,7 +204,8 @@ def run(**bank) -> dict:
     lineup = candidates.Lineup(subject, bank.hook_name, heldout, opened(False), opened(True), None, [])
     found = {"saebench": None, "cebench": None}
     if bank.saebench:
-        probing = saebench.Probing(bank.data_sets, bank.probe_ks, noise_seeds=tuple(bank.noise_seeds))
+        noise_seeds = tuple(bank.noise_seeds)
+        probing = saebench.Probing(bank.data_sets, bank.probe_ks, noise_seeds=noise_seeds, probing=bank.probing)
         found["saebench"] = evaluate(
             cells, "saebench", bank, lineup, lambda: saebench.evaluate(lineup, probing, bank.places, cells)[0]
         )
@@ -230,7 +237,7 @@ def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
 
 def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], dict]) -> dict:
     """A benchmark's results as a cell."""
-    named = ("data_sets", "probe_ks", "noise_seeds", "pair_sets", "max_pairs", "device", "threads")
+    named = ("data_sets", "probing", "probe_ks", "noise_seeds", "pair_sets", "max_pairs", "device", "threads")
     key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
     key["candidates"] = [c.identity for c in lineup.saes]
     if name == "cebench":

@@ -1,8 +1,9 @@
-"""SAEBench's `sparse_probing_sae_probes`, run by its own code, each SAE in a folder of its own.
+"""SAEBench's `sparse_probing_sae_probes`, each SAE in a folder of its own, by its own code or by `sae_probes_exact`.
 
-That code reuses whatever file lies where it would write, whichever SAE made it. So a folder's name is the digest of the
-SAE, the subject, the data sets, the settings and the packages' versions, and what is read is exactly the data sets that
-were asked for. The work is shared among processes: `python -m husai.benchmarks.sae_probes TASKS.json`.
+The official code reuses whatever file lies where it would write, whichever SAE made it. Therefore a folder's name is
+the digest of the SAE, the subject, the data sets, the settings and the packages' versions, and exactly the data sets
+that were asked for are read. The official code runs in several processes:
+`python -m husai.benchmarks.sae_probes TASKS.json`.
 """
 
 from __future__ import annotations
@@ -24,23 +25,26 @@ from pathlib import Path
 
 from husai.runs.cells import code_version
 from husai.runs.errors import BadInput, CheckFailed
-from husai.runs.files import digest, read_json, write_json
+from husai.runs.files import digest, locked, read_json, write_json
 from husai.runs.progress import progress
 from husai.subjects import text
 
+OFFICIAL, EXACT = PROBINGS = "sae_probes", "sae_probes_exact"
+"""Names of what made a figure: sae-probes' own code, or the same probes solved to their optimum (`sae_probes_exact`).
+Figures of two names are never compared."""
 PACKAGES = ("sae-bench", "sae-probes", "sae-lens", "scikit-learn", "torch", "numpy")
 METRICS = ("test_auc", "test_acc", "test_f1", "val_auc")
 INSTALL = "sae-bench is not installed: make setup (or pip install --no-deps -r requirements-nodeps.txt)"
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that make the figures.
+def versions(probing: str = OFFICIAL) -> dict[str, str]:
+    """Versions of the packages that make the figures.
 
     Raises:
         BadInput: one is missing.
     """
     try:
-        return {p: importlib.metadata.version(p) for p in PACKAGES}
+        return {p: importlib.metadata.version(p) for p in (*PACKAGES, *(["glum"] if probing == EXACT else []))}
     except importlib.metadata.PackageNotFoundError as error:
         raise BadInput(INSTALL if error.name == "sae-bench" else f"{error.name} is not installed: make setup") from None
 
@@ -56,6 +60,7 @@ class Settings:
     ks: tuple[int, ...]
     reg_type: str = "l1"
     binarize: bool = False
+    probing: str = OFFICIAL
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,24 @@ class Task:
         """All that the figures depend on."""
         about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
         about["code"] = code_version("activations", "subjects")  # how prompts were harvested
-        return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions()}))
+        if self.settings.probing == EXACT:
+            about["code"] = code_version("activations", "benchmarks", "dictionaries", "subjects")
+        versions_used = versions(self.settings.probing)
+        return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions_used}))
 
     @cached_property
     def folder(self) -> Path:
         return Path(self.root) / f"{self.label}-seed{self.seed}-{digest(self.key)[:16]}"
 
+    def locked(self):
+        """Held by whoever writes the folder: studies share it."""
+        return locked(self.folder.with_name(f".{self.folder.name}.lock"))
+
     def file(self, data_set: str) -> Path:
-        """Where the official code leaves a data set's figures."""
+        """Where a data set's figures lie."""
         s = self.settings
+        if s.probing == EXACT:
+            return self.folder / f"{data_set}.json"
         if self.kind == "llm":
             return self.folder / f"baseline_results_{s.model_name}/normal_setting/{data_set}_{s.hook_name}_logreg.json"
         name = f"{data_set}_{s.hook_name}_{s.reg_type}{'_binarized' if s.binarize else ''}.json"
@@ -127,6 +141,7 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
     """Run the tasks that are not finished, then read all; returns `figures` of each.
 
     Args:
+        workers: processes for the official code; exact probes need one.
         work: gets the lists of tasks and the official code's output, `sae_probes_<worker>.{json,log}`.
 
     Raises:
@@ -134,25 +149,38 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
     """
     waiting = []
     for task in tasks:
-        if force:
-            shutil.rmtree(task.folder, ignore_errors=True)
-        key = task.folder / "key.json"
-        if key.exists() and read_json(key, "probing results") != task.key:
-            raise BadInput(f"--results-path: {task.folder} holds other results than its name says; delete it")
-        for name in task.settings.data_sets:
-            if task.file(name).exists() and _read(task, name) is None:
-                task.file(name).unlink()  # cut off by an interruption: the official code would take it as it is
-        if not all(task.file(name).exists() for name in task.settings.data_sets):
-            write_json(key, task.key)
-            waiting.append(task)
-    if waiting:
-        _run_workers(waiting, min(workers, len(waiting)), work)
+        with task.locked():
+            if force:
+                shutil.rmtree(task.folder, ignore_errors=True)
+            key = task.folder / "key.json"
+            if key.exists() and read_json(key, "probing results") != task.key:
+                raise BadInput(f"--results-path: {task.folder} holds other results than its name says; delete it")
+            for name in task.settings.data_sets:
+                if task.file(name).exists() and _read(task, name) is None:
+                    task.file(name).unlink()  # cut off by an interruption: the official code would take it as it is
+            if not all(task.file(name).exists() for name in task.settings.data_sets):
+                write_json(key, task.key)
+                waiting.append(task)
+    official = [task for task in waiting if task.settings.probing == OFFICIAL]
+    exact = [task for task in waiting if task.settings.probing == EXACT]
+    if official:
+        _run_workers(official, min(workers, len(official)), work)
+    if exact:
+        from husai.benchmarks import sae_probes_exact
+
+        with progress(f"exact probes on {len(exact)} encoders (data sets)", _missing(exact)) as advance:
+            sae_probes_exact.run(exact, advance)
     return [figures(task) for task in tasks]
+
+
+def _missing(tasks: list[Task]) -> int:
+    """How many figures the tasks lack, one a data set."""
+    return sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
 
 
 def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
     processes, failed = [], []
-    total = sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
+    total = _missing(tasks)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
     try:
         for i in range(workers):
@@ -165,7 +193,7 @@ def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
             while any(p.poll() is None for p in processes):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     next(p for p in processes if p.poll() is None).wait(1)
-                now = total - sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
+                now = total - _missing(tasks)
                 advance(now - done)
                 done = now
                 if failed := [i for i, p in enumerate(processes) if p.poll()]:
@@ -284,4 +312,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     end_with_parent()
     for each in _tasks(Path(sys.argv[1])):
-        _work(each)
+        with each.locked():
+            _work(each)

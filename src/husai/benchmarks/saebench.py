@@ -36,7 +36,9 @@ class Probing:
     reg_type: str = "l1"
     binarize: bool = False
     results_path: Path | None = None
-    """sae-probes' own files; by default in the output folder."""
+    """A file of figures for each SAE and data set; by default below the artifact root, where studies share them."""
+    probing: str = sae_probes.OFFICIAL
+    """Whose probes: one of sae_probes.PROBINGS."""
 
 
 def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> tuple[dict, list[dict]]:
@@ -56,7 +58,8 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
         "data_sets": probing.data_sets,
         "families": sae_probes.families(probing.data_sets),
         "random_seed": probing.seed,
-        "versions": sae_probes.versions(),
+        "probing": probing.probing,
+        "versions": sae_probes.versions(probing.probing),
         "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()],
         "controls": [c.to_json() for c in lineup.controls],
         "baselines": {name: told(f) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))},
@@ -87,8 +90,9 @@ def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, F
 
     subject, store, hook_name = lineup.subject, lineup.store, lineup.hook_name
     lists = tuple(probing.data_sets), tuple(probing.ks)
-    settings = Settings(subject.digest, subject.name, hook_name, *lists, probing.reg_type, probing.binarize)
-    root = str(probing.results_path or places.output_dir / "sae_probes")
+    how = probing.reg_type, probing.binarize, probing.probing
+    settings = Settings(subject.digest, subject.name, hook_name, *lists, *how)
+    root = str(probing.results_path or places.artifact_root / "probes")  # controls of one store serve every study
     where = {"cache": cache(subject), "root": root, "device": places.device}
 
     def task(name: str, kind: str, path: Path | None, identity: str) -> Task:

@@ -15,6 +15,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
+ProbingName = Literal["sae_probes", "sae_probes_exact"]
+"""What fitted the probes (`benchmarks.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
 
 
 class Strict(BaseModel):
@@ -227,6 +229,7 @@ class Probing(Strict):
     data_sets: Names
     families: Names
     random_seed: int
+    probing: ProbingName = "sae_probes"
     versions: dict[str, str]
     saes: list[ProbedRecord]
     controls: list[ProbedControl]
@@ -464,6 +467,7 @@ class Recipe(Strict):
     probe_ks: list[int]
     noise_seeds: list[int]
     max_pairs: int
+    probing: ProbingName = "sae_probes"
 
 
 class Evaluated(Strict):
@@ -701,6 +705,7 @@ class OODStress(Strict):
     shifted: Shifted
     families: dict[str, Any] | None
     activations: dict[str, Any]
+    probing: ProbingName = "sae_probes"
     versions: dict[str, str]
     skipped: dict[str, str]
 

@@ -23,6 +23,7 @@ from husai.release.evidence import (
     OwnSection,
     Pairs,
     PositiveControl,
+    Probing,
     RandomModelStress,
     Record,
     Section,
@@ -384,8 +385,9 @@ class _Candidate:
             set(),
             set(DATA_SETS.split(",")),
         )
-        versions = None if bank.saebench is None else bank.saebench.versions
-        self.cohort = {"probing_seed": BROUGHT_SEED, "versions": versions}
+        probing = bank.saebench
+        self.cohort = {"probing_seed": BROUGHT_SEED, "probing": probing and probing.probing}
+        self.cohort["versions"] = probing and probing.versions
         labels = (f"checkpoint {r['label']}" for r in records)
         self.labels = dict(zip(own.checkpoints, labels, strict=True))
 
@@ -617,7 +619,7 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     )
     left_out = drop.unused(found.model_dump())
     _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
-    _versions(c, found.versions)
+    _same_probes(c, found)
     raw = shifted.model_dump()
     lost, families = drop.drops(raw, shifted.k), np.array(shifted.families)
     kept = drop.kept(raw)
@@ -637,7 +639,7 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     absent = sorted(c.data_sets - set(probing.data_sets))
     whose = "selection left" if c.unconfirmed is None else "--dataset-names holds by default"
     _require(not absent, f"SAEBench: data sets that {whose} are missing: {', '.join(absent[:3])}")
-    _versions(c, probing.versions)
+    _same_probes(c, probing)
     _seed(c, probing.random_seed)
     _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
     _require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
@@ -707,6 +709,7 @@ def _seed(c: _Candidate, seed: int) -> None:
     _require(c.cohort["probing_seed"] in (None, seed), "another seed of the probing than at selection")
 
 
-def _versions(c: _Candidate, versions: dict[str, str]) -> None:
-    expected = c.cohort["versions"]
-    _require(expected is None or versions == expected, "other versions of the benchmark's packages than at selection")
+def _same_probes(c: _Candidate, found: Probing | OODStress) -> None:
+    name, versions = c.cohort.get("probing", "sae_probes"), c.cohort["versions"]
+    _require(name in (None, found.probing), f"probes of another name than at selection: {name} expected")
+    _require(versions in (None, found.versions), "other versions of the benchmark's packages than at selection")

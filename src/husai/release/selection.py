@@ -64,6 +64,7 @@ class Cohort:
     subject_digest: str
     data_sets: list[str] | None
     probing_seed: int | None
+    probing: str | None
     versions: dict[str, str] | None
     benchmark: str | None
     pairs_digest: str | None
@@ -73,7 +74,9 @@ class Cohort:
         probing, pairs = bank["saebench"] or {}, bank["cebench"] or {}
         return cls(
             bank["inputs"]["subject"],
-            *(probing.get(name) for name in ("data_sets", "random_seed", "versions")),
+            *(probing.get(name) for name in ("data_sets", "random_seed")),
+            probing.get("probing", "sae_probes") if probing else None,  # older evidence names no other
+            probing.get("versions"),
             *(pairs.get(name) for name in ("benchmark", "pairs_digest")),
         )
 
@@ -83,6 +86,7 @@ class Cohort:
             ("subject_digest", "another subject"),
             ("data_sets", "other probing data sets"),
             ("probing_seed", "another probing seed"),
+            ("probing", "probes of another name"),
             ("versions", "other versions of the benchmark's packages"),
             ("benchmark", "another contrastive benchmark"),
             ("pairs_digest", "other story pairs"),

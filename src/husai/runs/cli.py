@@ -100,6 +100,16 @@ class Parser(argparse.ArgumentParser):
             "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
         )
 
+    def add_probing(self, default: str = "sae_probes") -> None:
+        """--probing."""
+        self.add_argument(
+            "--probing",
+            choices=("sae_probes", "sae_probes_exact"),
+            default=default,
+            help="sae-probes' own code, or the same probes solved to their optimum, many times faster; figures of the "
+            "two are never compared (default: %(default)s)",
+        )
+
     def add_train_rows(self) -> None:
         """--train-rows."""
         self.add_argument(
@@ -178,6 +188,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes; fewer than these give no verdict"
         )
+        self.add_probing("sae_probes_exact")
         self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
         self.add_null_draws()
@@ -200,6 +211,13 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
         self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
+        self.add_probing()
+        self.add_argument(
+            "--probe-ks",
+            type=int_list,
+            default="1,5,16",
+            help="features of a probe; 5 is judged (default: %(default)s)",
+        )
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")

@@ -168,7 +168,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> di
     """
     brought = look_over(args)
     data_sets = sae_probes.check_data_sets(args.dataset_names)
-    sae_probes.versions()
+    sae_probes.versions(args.probing)
     stories = None if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
     pairs, *others = (contrastive.drawn(args.stories, stories, args.max_rows, s) for s in (SEED, *NOISE_SEEDS))
 
@@ -177,7 +177,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> di
     tested = Tested(str(args.subject), lineup.subject, lineup.store, lineup.saes)
     section, untrained = stability(cells, tested, brought, args.null_draws, args.threads)
     where = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    probing, _ = saebench.evaluate(lineup, saebench.Probing(data_sets, KS, SEED, NOISE_SEEDS), where, cells)
+    asked = saebench.Probing(data_sets, KS, SEED, NOISE_SEEDS, probing=args.probing)
+    probing, _ = saebench.evaluate(lineup, asked, where, cells)
     given = (lineup, pairs, dict(zip(NOISE_SEEDS, others, strict=True)), where)
     contrast = cebench.evaluate(*given, checkout=args.cebench_repo, subject_name=str(args.subject))
 

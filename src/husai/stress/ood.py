@@ -20,6 +20,7 @@ from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
 from husai.benchmarks import deltas, sae_probes
 from husai.benchmarks.candidates import Places, to_saelens
+from husai.benchmarks.sae_probes_exact import Split, auc
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
@@ -131,6 +132,8 @@ class Prompts:
     cache: str
     device: str = "cpu"
     seed: int = 42
+    probing: str = sae_probes.OFFICIAL
+    """Whose probes: one of sae_probes.PROBINGS."""
 
     def shifted(self, data_set: str) -> tuple[torch.Tensor, np.ndarray]:
         """(activations `[prompts, d_in]`, classes `[prompts]`) of the shifted version's unseen prompts."""
@@ -150,21 +153,21 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...] = KS) -
         encoder: with `encode`: `[rows, d_in]` -> `[rows, features]`.
     """
     with quiet():
-        from sae_probes.generate_sae_activations import generate_sae_activations
-        from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
-
-    where = {"dataset": data_set, "hook_name": prompts.hook_name, "model_name": prompts.model_name}
-    where |= {"device": prompts.device, "model_cache_path": prompts.cache, "seed": prompts.seed}
-    x = generate_sae_activations(sae=encoder, setting="normal", num_train=None, frac=None, **where)
+        split = Split.of(
+            *(encoder, data_set, prompts.model_name, prompts.hook_name, prompts.cache, prompts.seed, prompts.device)
+        )
     raw, y = prompts.shifted(data_set)
     with torch.inference_mode():
         shifted = encoder.encode(raw.to(prompts.device)).cpu().float()
-    order = get_sorted_indices(x.X_train, x.y_train, mean_act_normalization)
     found = {}
     for k in ks:
-        top = order[:k]
-        own = x.X_train[:, top], x.y_train, x.X_test[:, top], x.y_test
-        found[str(k)] = fit(*own, shifted[:, top], y, penalty="l1", seed=prompts.seed)
+        x_test, x_shifted = split.chosen(split.x_test, k), split.chosen(shifted, k)
+        if prompts.probing == sae_probes.EXACT:
+            probe = split.probe(k)
+            found[str(k)] = _figures(float(auc(probe.scores(x_test), split.y_test)), probe.scores(x_shifted), y)
+        else:
+            own = split.chosen(split.x_train, k), split.y_train, x_test, split.y_test
+            found[str(k)] = fit(*own, x_shifted, y, penalty="l1", seed=prompts.seed)
     return found
 
 
@@ -190,8 +193,13 @@ def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **how) -> dict[s
         warnings.simplefilter("ignore")
         found = find_best_reg(x_train, y_train, x_test, y_test, **how)
         scores = found.classifier.predict_proba(x_shifted)[:, 1]
-    auc, error = delong(scores[y_shifted == 1], scores[y_shifted == 0])
-    return {"id": found.metrics.test_auc, "ood": auc, "ood_low": auc_interval(auc, error)[0]}
+    return _figures(found.metrics.test_auc, scores, y_shifted)
+
+
+def _figures(own: float, shifted: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Test AUC on a data set's own test rows, and that of the scores `[prompts]` of the shifted version."""
+    estimate, error = delong(shifted[y == 1], shifted[y == 0])
+    return {"id": own, "ood": estimate, "ood_low": auc_interval(estimate, error)[0]}
 
 
 def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id", "ood")) -> dict[str, list[float]]:
@@ -203,8 +211,11 @@ def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id",
 # The stress test
 
 
-def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> dict:
+def evaluate(tested: Tested, chosen: Chosen, probing: str, places: Places, cells: Cells) -> dict:
     """The results of the phase.
+
+    Args:
+        probing: whose probes, one of `sae_probes.PROBINGS`.
 
     Raises:
         BadInput: SAEs of several conditions.
@@ -217,7 +228,7 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
     encoders = [
         str(to_saelens(c.sae, subject, hook_name, places.output_dir / "encoders" / c.label)) for c in tested.saes
     ]
-    prompts = Prompts(subject.name, hook_name, str(cache), places.device, chosen.seed)
+    prompts = Prompts(subject.name, hook_name, str(cache), places.device, chosen.seed, probing)
     shifted = on_shifted(tested, chosen, prompts, encoders, cells)
     store = shift.shifted_store(subject, hook_name, versions, places.artifact_root, places.threads)
     inputs = {"shifted activations": store.digest}
@@ -233,7 +244,8 @@ def evaluate(tested: Tested, chosen: Chosen, places: Places, cells: Cells) -> di
         "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
         "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
         "activations": shift.activations(tested, store, cells, places.threads),
-        "versions": sae_probes.versions(),
+        "probing": probing,
+        "versions": sae_probes.versions(probing),
         "skipped": chosen.skipped,
     }
 
@@ -242,7 +254,8 @@ def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[
     """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
     names = chosen.shifted
     about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
-    about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions()}
+    about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
+    about["probing"] = prompts.probing
     about["code"] = code_version(*CODE)
     with progress("probes under shift (data sets)", (1 + len(encoders)) * len(names)) as advance:
 
@@ -286,9 +299,10 @@ def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list
     """Official probing on probe sets and on the held-out family: SAEs and the model, by sae-probes' workers."""
     names = chosen.probe, chosen.heldout
     settings = sae_probes.Settings(
-        tested.subject.digest, prompts.model_name, prompts.hook_name, (*names[0], *names[1]), (int(deltas.K),)
+        *(tested.subject.digest, prompts.model_name, prompts.hook_name, (*names[0], *names[1]), (int(deltas.K),)),
+        probing=prompts.probing,
     )
-    where = {"cache": prompts.cache, "root": str(places.output_dir / "sae_probes"), "device": places.device}
+    where = {"cache": prompts.cache, "root": str(places.artifact_root / "probes"), "device": places.device}
     tasks = [sae_probes.Task("llm", "llm", None, tested.subject.digest, prompts.seed, settings, **where)]
     for c, path in zip(tested.saes, encoders, strict=True):
         tasks.append(sae_probes.Task(c.label, "sae", path, c.identity, prompts.seed, settings, **where))

@@ -7,6 +7,7 @@ A subject is opened through TransformerLens's bridge over transformers' own mode
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -37,6 +38,10 @@ class LanguageModel:
     control: str | None  # how the weights were redrawn; None for the model itself
     model: TransformerBridge
     n_ctx: int
+    transformer: torch.nn.Module
+    """transformers' own model, without hooks and with its fastest attention; its parameters are those of `model`."""
+    counterparts: dict[torch.nn.Module, torch.nn.Module]
+    """Each of transformers' modules inside `model` -> the same one of `transformer`."""
 
     @property
     def tokenizer(self):
@@ -152,14 +157,26 @@ def load(name: str, random_seed: int | None = None, device: torch.device | str =
         BadInput: there is no such subject, or it cannot be had without a network.
     """
     model, tokenizer, sha, control = load_transformers(name, random_seed)
+    transformer = sharing_parameters(model.to(device))
+    counterparts = dict(zip(model.modules(), transformer.modules(), strict=True))  # before the bridge changes them
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model.to(device), tokenizer=tokenizer, device=str(device), dtype=torch.float32
+            name, hf_model=model, tokenizer=tokenizer, device=str(device), dtype=torch.float32
         )
     short = Path(name).name + ("" if random_seed is None else f"-random{random_seed}")
-    return LanguageModel(short, sha, control, bridge, model.config.max_position_embeddings)
+    n_ctx = model.config.max_position_embeddings
+    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts)
+
+
+def sharing_parameters(model: torch.nn.Module) -> torch.nn.Module:
+    """The same modules once more over the same parameters, with scaled-dot-product attention where there is one."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    with contextlib.suppress(ValueError):  # an architecture that has eager attention alone
+        twin.set_attn_implementation("sdpa")
+    return twin
 
 
 @contextlib.contextmanager

@@ -1,86 +1,220 @@
-"""What a language model loses when an SAE stands in at its hook: cross-entropy with the reconstruction spliced in."""
+"""What a language model loses when an SAE stands in at its hook: cross-entropy with the reconstruction spliced in.
+
+One forward pass of transformers' own modules serves several SAEs. The batch is repeated where it enters the hook's
+block: the layers before run once, the layers after run for the model as it is, for zeros, and for every SAE together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from husai.activations.language_model import batches
 from husai.dictionaries.sae import SAE
+from husai.runs.errors import BadInput
 from husai.subjects.pretrained import LanguageModel
 
-LOGITS = 2**27  # at once
+LAYER_ROWS = 8192
+"""Rows `[copies × batch × position]` that pass a layer together, unless two copies of one input are longer."""
+LOGIT_ROWS = 256
+"""Predictions whose logits exist at one time, whatever the vocabulary."""
+
+Replacement = Callable[[Tensor], Tensor]
+"""Rows `[n, d_in]` of activations -> what stands in their place."""
 
 
 @torch.inference_mode()
 def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], texts: list[str]) -> dict:
-    """Mean cross-entropy of the next token and KL divergence from the model as it is, in nats, over the texts, each cut
-    to n_ctx. The passes without an SAE are shared by all.
+    """Mean cross-entropy of the next token and KL divergence from the unchanged model, in nats.
 
-    An SAE replaces what it was trained on: every position but the first; what is predicted there is counted.
+    Texts are cut to n_ctx. An SAE replaces what it was trained on: every position but the first. Predictions made at
+    these positions are counted.
 
     Returns:
-        {"model": as it is, "zeroed": with zeros in the activation's place, "spliced": with each SAE's reconstruction,
-        "kl_zeroed", "kl_spliced": the same of KL(as it is ‖ changed), "tokens": how many were predicted}
+        {"model": cross-entropy of the unchanged model, "zeroed": with zeros in the activation's place, "spliced": with
+        each SAE's reconstruction, "kl_zeroed", "kl_spliced": KL(unchanged ‖ changed), "tokens": predictions counted}
+
+    Raises:
+        BadInput: the hook is not where one of transformers' modules begins or ends.
     """
-    tokenizer, model = subject.tokenizer, subject.model
+    site = Site.of(subject, hook_name)
+    tokenizer, device = subject.tokenizer, next(subject.model.parameters()).device
     tokenizer.truncation_side = "right"
     encoded = tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"]
     inputs = [torch.tensor(ids) for ids in encoded if len(ids) > 2]
-    device = next(model.parameters()).device
-    replacements = [torch.zeros_like, *(reconstruction(sae.to(device)) for sae in saes)]
+    replacements: list[Replacement] = [torch.zeros_like, *(reconstruction(sae.to(device)) for sae in saes)]
+    together = max(1, min(len(replacements), LAYER_ROWS // max(map(len, inputs)) - 1))  # beside the unchanged copy
     total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
-    at_once = max(512, min(4096, LOGITS // len(tokenizer)))
-    for chosen in batches(np.array([*map(len, inputs)]), at_once):
-        tokens = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in chosen], batch_first=True).to(device)
+
+    for chosen in batches(np.array([*map(len, inputs)]), LAYER_ROWS // (1 + together)):
+        tokens = nn.utils.rnn.pad_sequence([inputs[i] for i in chosen], batch_first=True).to(device)
         lengths = torch.tensor([len(inputs[i]) for i in chosen], device=device)
         position = torch.arange(tokens.shape[1] - 1, device=device)
-        counted = (position >= 1) & (position < lengths[:, None] - 1)  # what is predicted at these is counted
+        counted = (position >= 1) & (position < lengths[:, None] - 1)
         targets = tokens[:, 1:][counted].unsqueeze(1)
-
-        def predictions(hooks: list, tokens: Tensor = tokens, counted: Tensor = counted) -> Tensor:
-            return model.run_with_hooks(tokens, fwd_hooks=hooks)[:, :-1][counted].float().log_softmax(-1)
-
-        whole = predictions([])
-        probability = whole.exp()
-        total -= whole.gather(1, targets).sum().item()
-        for i, replace in enumerate(replacements):
-            changed = predictions([(hook_name, spliced(replace))])
-            losses[i] -= changed.gather(1, targets).sum().item()
-            divergences[i] += torch.linalg.vecdot(probability, whole - changed).sum().item()
         count += len(targets)
-    zeroed, *others = (losses / count).tolist()
-    kl_zeroed, *kl_others = (divergences / count).tolist()
+
+        for first in range(0, len(replacements), together):
+            group = slice(first, first + together)
+            final = site.final_states(tokens, [None, *replacements[group]])
+            unchanged, *changed = final.of_copies(counted)
+            for rows in torch.arange(len(targets), device=device).split(LOGIT_ROWS):
+                log_p = final.logits(unchanged[rows]).log_softmax(-1)
+                p = log_p.exp()
+                if first == 0:
+                    total -= log_p.gather(1, targets[rows]).sum().item()
+                for i, of_copy in enumerate(changed, first):
+                    log_q = final.logits(of_copy[rows]).log_softmax(-1)
+                    losses[i] -= log_q.gather(1, targets[rows]).sum().item()
+                    divergences[i] += torch.linalg.vecdot(p, log_p - log_q).sum().item()
+
+    zeroed, *spliced = (losses / count).tolist()
+    kl_zeroed, *kl_spliced = (divergences / count).tolist()
     return {
         "model": total / count,
         "zeroed": zeroed,
-        "spliced": others,
+        "spliced": spliced,
         "kl_zeroed": kl_zeroed,
-        "kl_spliced": kl_others,
+        "kl_spliced": kl_spliced,
         "tokens": count,
     }
 
 
-def reconstruction(sae: SAE) -> Callable[[Tensor], Tensor]:
-    """Rows `[n, d_in]` -> what the SAE makes of them."""
+def reconstruction(sae: SAE) -> Replacement:
+    """The SAE as a map of rows `[n, d_in]`."""
     return lambda x: sae.decode(sae.encode(x), x)
 
 
-def spliced(replace: Callable[[Tensor], Tensor]) -> Callable:
-    """A hook that puts `replace` in the place of the activation `[batch, position, d_in]`, the first position aside."""
-
-    def hook_function(x: Tensor, hook) -> Tensor:
-        new = x.clone()
-        new[:, 1:] = replace(x[:, 1:].flatten(0, 1)).reshape(x[:, 1:].shape).to(x.dtype)
-        return new
-
-    return hook_function
-
-
 def recovered(losses: dict) -> list[float]:
-    """Of each SAE: 1 where the model is as good as without it, 0 where as bad as with zeros in its place."""
+    """Share of the loss that each SAE recovers: 1 is the unchanged model, 0 is zeros in the activation's place."""
     lost = losses["zeroed"] - losses["model"]
     return [(losses["zeroed"] - value) / lost for value in losses["spliced"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass
+
+
+@dataclass(frozen=True)
+class Site:
+    """A hook point in transformers' own modules."""
+
+    transformer: nn.Module
+    module: nn.Module
+    """The module whose input or output the hook reads."""
+    side: str
+    """`hook_in` or `hook_out`."""
+    blocks: list[nn.Module]
+    """Blocks from the hook's own to the last one; empty for a hook outside the blocks."""
+
+    @classmethod
+    def of(cls, subject: LanguageModel, hook_name: str) -> Site:
+        """Find the module that the bridge wraps at a hook.
+
+        Raises:
+            BadInput: the hook is not where one of transformers' modules begins or ends.
+        """
+        point = subject.model.hook_dict[hook_name]
+        for component in subject.model.modules():
+            for side in ("hook_in", "hook_out"):
+                module = subject.counterparts.get(getattr(component, "original_component", None))
+                if getattr(component, side, None) is point and module is not None:
+                    layer = re.match(r"blocks\.(\d+)\.", hook_name)
+                    blocks = [subject.counterparts[b.original_component] for b in subject.model.blocks]
+                    return cls(subject.transformer, module, side, blocks[int(layer[1]) :] if layer else [])
+        raise BadInput(
+            f"--hook-name {hook_name}: an SAE can be spliced in only where one of transformers' modules begins or ends"
+        )
+
+    def final_states(self, tokens: Tensor, replacements: list[Replacement | None]) -> FinalStates:
+        """Run all layers once for every replacement.
+
+        Args:
+            tokens: `[batch, position]`.
+            replacements: None leaves the activation as it is.
+        """
+        batch, copies = len(tokens), len(replacements)
+
+        def repeated(x):
+            """A tensor of the batch, once a copy."""
+            return x.repeat(copies, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) and len(x) == batch else x
+
+        def enter(module, args, kwargs):
+            """Repeat the batch where it enters the hook's block."""
+            name = "hidden_states"
+            args, kwargs = (repeated(args[0]), *args[1:]) if args else args, dict(kwargs)
+            return args, kwargs | ({name: repeated(kwargs[name])} if name in kwargs else {})
+
+        def mask(module, args, kwargs):
+            """A mask is made for the batch, and later blocks get it too."""
+            name = "attention_mask"
+            return args, kwargs | ({name: repeated(kwargs[name])} if kwargs.get(name) is not None else {})
+
+        def splice(x: Tensor) -> Tensor:
+            """Every position but the first, each copy by its own replacement."""
+            parts = list((x if self.blocks else repeated(x)).split(batch))
+            for i, replace in enumerate(replacements):
+                if replace is not None:
+                    rest = parts[i][:, 1:]
+                    new = replace(rest.flatten(0, 1)).reshape(rest.shape).to(x.dtype)
+                    parts[i] = torch.cat([parts[i][:, :1], new], 1)
+            return torch.cat(parts)
+
+        def splice_input(module, args, kwargs):
+            if args:
+                return (splice(args[0]), *args[1:]), kwargs
+            name = next(iter(kwargs))
+            return args, kwargs | {name: splice(kwargs[name])}
+
+        def splice_output(module, args, output):
+            return (splice(output[0]), *output[1:]) if isinstance(output, tuple) else splice(output)
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.callback(block.register_forward_pre_hook(mask, with_kwargs=True).remove)
+            if self.blocks:
+                hooks.callback(self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if self.side == "hook_in":
+                handle = self.module.register_forward_pre_hook(splice_input, with_kwargs=True)
+            else:
+                handle = self.module.register_forward_hook(splice_output)
+            hooks.callback(handle.remove)
+            output = self.transformer.base_model(input_ids=tokens, use_cache=False)
+        return FinalStates(self.transformer, type(output), output.last_hidden_state.unflatten(0, (copies, batch)))
+
+
+@dataclass(frozen=True)
+class FinalStates:
+    """What the unembedding reads, one copy of the batch for each replacement."""
+
+    transformer: nn.Module
+    kind: type
+    """Class of the base model's output."""
+    states: Tensor
+    """`[copies, batch, position, d_model]`."""
+
+    def of_copies(self, counted: Tensor) -> list[Tensor]:
+        """States `[n, d_model]` of each copy at the chosen places `[batch, position - 1]`."""
+        return [states[:, :-1][counted] for states in self.states]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Float32 logits `[n, vocabulary]` of states `[n, d_model]`, with the model's own caps and scales."""
+        output = self.kind(last_hidden_state=states.unsqueeze(0))
+        with forward_of(self.transformer.base_model, lambda *args, **kwargs: output):
+            return self.transformer(inputs_embeds=states.unsqueeze(0), use_cache=False).logits[0].float()
+
+
+@contextmanager
+def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a module compute something else meanwhile."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,228 @@
+"""SAEBench's `sparse_probing_sae_probes` with every fit solved to its optimum, all SAEs in one process.
+
+Splits, ranking of features, grid of C, choice of C and objective are those of sae-probes (`run_sae_evals`, setting
+`normal`). The official code minimises the L1 objective with saga, which ends at 1,000 iterations whether it has
+converged or not; glum solves it by iteratively reweighted least squares with coordinate descent (Friedman, Hastie &
+Tibshirani 2010, "Regularization paths for generalized linear models via coordinate descent"). The figures differ a
+little and therefore carry another name: docs/benchmarks/probing.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from threadpoolctl import threadpool_limits
+
+from husai.runs.errors import CheckFailed
+from husai.runs.files import write_json
+from husai.subjects.pretrained import quiet
+
+if TYPE_CHECKING:
+    from husai.benchmarks.sae_probes import Task
+
+GRID = np.logspace(-5, 5, 10)
+"""Values of C, the inverse strength of the penalty."""
+TOLERANCE = 1e-7
+"""Largest component of the minimum-norm subgradient of the mean objective at a solution. The objective is then within
+1e-7 of its minimum, relatively (docs/benchmarks/probing.md)."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A logistic probe, fitted on all training rows at the C with the best validation AUC."""
+
+    coefficients: np.ndarray
+    """`[k]`."""
+    intercept: float
+    val_auc: float
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """Log odds `[n]` of rows `[n, k]`."""
+        return np.asarray(x, np.float64) @ self.coefficients + self.intercept
+
+
+def fit(x: np.ndarray, y: np.ndarray, reg_type: str = "l1") -> Probe:
+    """Choose C on the last rows, a fifth and at most 100 of them, then fit all rows.
+
+    Ties go to the largest C, as in sae-probes. Rows are in the random order of sae-probes' split.
+
+    Args:
+        x: features `[n, k]`, n at least 128: with fewer rows sae-probes splits in another way.
+        y: classes `[n]`, 0 or 1.
+        reg_type: `l1` or `l2`.
+
+    Raises:
+        CheckFailed: the solver did not converge.
+    """
+    if len(y) < 128:
+        raise ValueError(f"{len(y)} training rows; at least 128 expected")
+    x, y = np.asfortranarray(x, dtype=np.float64), np.asarray(y, np.float64)
+    train = len(y) - min(int(0.2 * len(y)), 100)
+    coefficients, intercepts = path(x[:train], y[:train], GRID, reg_type)
+    of_grid = auc(x[train:] @ coefficients.T + intercepts, y[train:])
+    best = len(GRID) - 1 - np.argmax(of_grid[::-1])
+    coefficients, intercepts = path(x, y, GRID[best : best + 1], reg_type)
+    return Probe(coefficients[0], float(intercepts[0]), float(of_grid[best]))
+
+
+def path(x: np.ndarray, y: np.ndarray, Cs: np.ndarray, reg_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise C Σ log(1 + exp(−(2y − 1)(x·w + b))) + ‖w‖₁ (or ‖w‖²/2) for each C; b is free.
+
+    Args:
+        x: `[n, k]`, float64, columns contiguous.
+        Cs: rising, therefore each solution is a start for the next one.
+
+    Returns:
+        (coefficients `[len(Cs), k]`, intercepts `[len(Cs)]`)
+    """
+    from glum import GeneralizedLinearRegressor
+    from sklearn.exceptions import ConvergenceWarning
+
+    model = GeneralizedLinearRegressor(
+        alpha=list(1 / (Cs * len(y))),
+        alpha_search=True,
+        l1_ratio=float(reg_type == "l1"),
+        family="binomial",
+        solver="irls-cd",
+        gradient_tol=TOLERANCE,
+        max_iter=1000,
+        check_input=False,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # an inner step, which the next one makes good
+            warnings.filterwarnings("error", "IRLS failed to converge", ConvergenceWarning)
+            model.fit(x, y)
+    except ConvergenceWarning as error:
+        raise CheckFailed(f"a probe on {x.shape[1]} features did not converge ({error})") from None
+    return np.array(model.coef_path_), np.array(model.intercept_path_)
+
+
+def auc(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each column of `scores [n, ...]`, ties counted half (Mann & Whitney 1947)."""
+    positive = y == 1
+    n, m = positive.sum(), (~positive).sum()
+    return (rankdata(scores, axis=0)[positive].sum(0) - n * (n + 1) / 2) / (n * m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sae-probes' data sets
+
+
+def run(tasks: list[Task], advance: Callable[[int], None]) -> None:
+    """Write the figures of every data set that a task lacks, in sae-probes' layout.
+
+    Raises:
+        CheckFailed: a fit did not converge.
+    """
+    with threadpool_limits(1), quiet():
+        for task in tasks:
+            with task.locked():
+                missing = [name for name in task.settings.data_sets if not task.file(name).exists()]
+                encoder = _encoder(task) if missing else None
+                for name in missing:
+                    rows = _of_model(task, name) if encoder is None else _of_sae(task, name, encoder)
+                    write_json(task.file(name), rows)
+                    advance(1)
+
+
+def _encoder(task: Task):
+    from husai.benchmarks.sae_probes import Linear
+    from husai.dictionaries import checkpoints
+
+    if task.kind == "llm":
+        return None
+    if task.kind == "encoder":
+        return Linear(task.path, task.device)
+    return checkpoints.load(Path(task.path)).to(torch.device(task.device))
+
+
+def _of_sae(task: Task, data_set: str, encoder) -> list[dict]:
+    """A row each k, as `sae_probes.run_sae_evals` leaves them."""
+    s = task.settings
+    split = Split.of(encoder, data_set, s.model_name, s.hook_name, task.cache, task.seed, task.device)
+    return [{"k": k, **split.metrics(k, s.reg_type, s.binarize)} for k in s.ks]
+
+
+def _of_model(task: Task, data_set: str) -> list[dict]:
+    """The model's own probe is sae-probes' (L2, which lbfgs solves to its optimum)."""
+    from dataclasses import asdict
+
+    from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
+    from sae_probes.utils_training import find_best_reg
+
+    s = task.settings
+    rows = min(get_dataset_sizes()[data_set] - 100, 1024)
+    split = get_xy_traintest(rows, data_set, s.hook_name, s.model_name, task.cache, seed=task.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [asdict(find_best_reg(*split, seed=task.seed).metrics)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """An SAE's features on one data set, divided and ranked by sae-probes."""
+
+    x_train: torch.Tensor
+    """`[n, d_sae]`."""
+    y_train: np.ndarray
+    x_test: torch.Tensor
+    y_test: np.ndarray
+    order: torch.Tensor
+    """Features by falling difference of the classes' means."""
+
+    @classmethod
+    def of(
+        cls, encoder, data_set: str, model_name: str, hook_name: str, cache: str, seed: int, device: str = "cpu"
+    ) -> Split:
+        """Encode a data set's prompts.
+
+        Args:
+            encoder: with `encode`: `[rows, d_in]` -> `[rows, d_sae]`.
+            cache: holds `model_activations_<model_name>/<data set>_<hook>.pt`.
+        """
+        from sae_probes.generate_sae_activations import generate_sae_activations
+        from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
+
+        x = generate_sae_activations(
+            sae=encoder,
+            setting="normal",
+            dataset=data_set,
+            hook_name=hook_name,
+            model_name=model_name,
+            device=device,
+            num_train=None,
+            frac=None,
+            model_cache_path=cache,
+            seed=seed,
+        )
+        order = get_sorted_indices(x.X_train, x.y_train, mean_act_normalization)
+        return cls(x.X_train, x.y_train.numpy(), x.X_test, x.y_test.numpy(), order)
+
+    def chosen(self, x: torch.Tensor, k: int, binarize: bool = False) -> np.ndarray:
+        """The first k features of rows `[n, d_sae]`."""
+        kept = x[:, self.order[:k]]
+        return (kept != 0).numpy() if binarize else kept.numpy()
+
+    def probe(self, k: int, reg_type: str = "l1", binarize: bool = False) -> Probe:
+        return fit(self.chosen(self.x_train, k, binarize), self.y_train, reg_type)
+
+    def metrics(self, k: int, reg_type: str = "l1", binarize: bool = False) -> dict[str, float]:
+        """sae-probes' metrics of the probe on k features."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        probe = self.probe(k, reg_type, binarize)
+        scores = probe.scores(self.chosen(self.x_test, k, binarize))
+        return {
+            "test_f1": float(f1_score(self.y_test, scores > 0, average="weighted")),
+            "test_acc": float(accuracy_score(self.y_test, scores > 0)),
+            "test_auc": float(auc(scores, self.y_test)),
+            "val_auc": probe.val_auc,
+        }
