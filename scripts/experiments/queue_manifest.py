@@ -36,7 +36,7 @@ STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
 ALWAYS = ("gate", "report")
 """Quick, and what everybody looks at: made again each time, whatever the manifest says."""
-WORKING = ("logs", "workers", "encoders", "sae_probes")
+WORKING = ("logs", "workers", "encoders")
 """Folders of what is used on the way to a finished cell and not looked at again."""
 
 

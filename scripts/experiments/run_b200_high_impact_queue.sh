@@ -40,10 +40,11 @@ case "$PROFILE" in
     ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
     ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
     ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
-    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE")
+    PROBING=(--probing sae_probes_exact)
+    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" "${PROBING[@]}" --probe-ks 5)
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
-    SCALING=(--token-budgets 30000,100000 --hook-layers 1 --d-sae-values 128 --k 8)
-    STRESS=(--rows 20000) SHIFTED=()
+    SCALING=(--token-budgets 100000 --hook-layers 1 --d-sae-values 128 --k 8)
+    STRESS=(--rows 20000) SHIFTED=("${PROBING[@]}")
     BENCHMARKS=()
     ;;
   b200)
@@ -52,10 +53,10 @@ case "$PROFILE" in
     POSITIVE=()
     CONTROL=(--rows 5000000 --d-sae 4096 --k 32 --tokens 50000000 --batch-size 4096 --learning-rate 5e-4)
     ABLATIONS=() ADAPTIVE=() ASSIGNMENT=()
-    STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS")
+    STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS" --probing sae_probes)
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
-    STRESS=(--rows 500000) SHIFTED=()
+    STRESS=(--rows 500000) SHIFTED=(--probing sae_probes)
     BENCHMARKS=(--execute)
     ;;
   smoke)
@@ -67,10 +68,11 @@ case "$PROFILE" in
     ABLATIONS=(--seeds "$THREE" --tokens 10000 --ks 4,8 --d-saes 32,48 --null-draws 5)
     ADAPTIVE=(--tokens 10000 --k-candidates 4,8 --null-draws 5)
     ASSIGNMENT=(--tokens 10000 --lambdas 0,0.1 --shared-references 2 --null-draws 5)
-    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE")
+    PROBING=(--probing sae_probes_exact)
+    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" "${PROBING[@]}" --probe-ks 5)
     FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000)
     SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
-    STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD)
+    STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
     BENCHMARKS=()
     ;;
   *) refuse "PROFILE=$PROFILE: embedded, b200 or smoke expected" ;;
@@ -127,7 +129,17 @@ if [[ -z $DRY$FROM$ONLY ]]; then # what an earlier run has left there is space a
   ((free >= NEED_MB)) || refuse "OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected"
 fi
 
-manifest() { python scripts/experiments/queue_manifest.py "$1" "$QUEUE/manifest.json" "${@:2}"; }
+# One process imports the libraries; each stage is a child of it, with its own process, log and return code.
+WARM=scripts/experiments/warm.py SERVER=''
+if [[ -z $DRY ]]; then
+  python "$WARM" serve "$QUEUE/.warm" $$ > "$QUEUE/.warm.log" 2>&1 < /dev/null &
+  SERVER=$!
+  trap 'kill "$SERVER" 2> /dev/null || true; wait "$SERVER" 2> /dev/null || true' EXIT
+fi
+warm() { python -S "$WARM" run "$QUEUE/.warm" "$@"; }
+
+NOTES=scripts/experiments/queue_manifest.py
+manifest() { warm "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }
 
 # Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all, and
 # says what does not; of part of the stages each is run, and what the others left is read as it is.
@@ -135,7 +147,7 @@ declare -A STANDING
 if [[ -z $DRY ]]; then
   while read -r name code; do
     [[ -n $FROM$ONLY ]] || STANDING[$name]=$code
-  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | manifest finished)
+  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | python "$NOTES" finished "$QUEUE/manifest.json")
 fi
 
 # stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails, what says its outcome
@@ -175,6 +187,7 @@ trap 'STOPPED=yes; [[ -z $CHILD ]] || kill -TERM "$CHILD" 2> /dev/null || true' 
 
 perform() { # COMMAND…
   local code=0
+  if [[ $1 == python ]]; then set -- python -S "$WARM" run "$QUEUE/.warm" "${@:2}"; fi
   (trap - INT && exec "$@") & # in the background, where a signal is seen at once; which ignores Ctrl-C if it isn't told
   CHILD=$!
   wait "$CHILD" || code=$?

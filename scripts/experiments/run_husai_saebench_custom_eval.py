@@ -41,6 +41,8 @@ def parse():
     args = p.parse_benchmark()
     if K not in args.ks:
         p.error(f"--ks {','.join(map(str, args.ks))}: {K} must be among them, at which differences are taken")
+    if args.probing == "sae_probes_exact" and args.reg_type != "l1":
+        p.error(f"--reg-type {args.reg_type}: exact probes are L1; --probing sae_probes expected")
     if args.random_seed in args.noise_seeds:
         p.error(f"--noise-seeds: {args.random_seed} is --random-seed; others expected")
     return args

@@ -18,6 +18,7 @@ from husai.benchmarks import (
     cebench_checkout,
     conditions,
     contrastive,
+    deltas,
     sae_probes,
     saebench,
 )
@@ -136,6 +137,8 @@ def check(bank: Bank) -> None:
     if unknown := sorted(set(bank.families) - set(SAE_FAMILIES)):
         raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
     if bank.saebench:
+        if deltas.K not in map(str, bank.probe_ks):
+            raise BadInput(f"--probe-ks {','.join(map(str, bank.probe_ks))}: {deltas.K}, which is judged, is missing")
         sae_probes.versions(bank.probing)
         sae_probes.check_data_sets(bank.data_sets)
     if bank.cebench:

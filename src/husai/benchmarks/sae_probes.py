@@ -44,7 +44,7 @@ def versions(probing: str = OFFICIAL) -> dict[str, str]:
         BadInput: one is missing.
     """
     try:
-        return {p: importlib.metadata.version(p) for p in (*PACKAGES, *(["glum"] if probing == EXACT else []))}
+        return {p: importlib.metadata.version(p) for p in (*PACKAGES, *(["scipy"] if probing == EXACT else []))}
     except importlib.metadata.PackageNotFoundError as error:
         raise BadInput(INSTALL if error.name == "sae-bench" else f"{error.name} is not installed: make setup") from None
 

@@ -6,6 +6,8 @@ Each null takes a pair of dictionaries and gives a pair to score in its place. N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -43,6 +45,18 @@ class Spectrum:
         groups = [range(s, e) for s, e in zip(starts, [*starts[1:], len(values)], strict=True)]
         return cls(vectors.float(), values.float(), groups)
 
+    @cached_property
+    def runs(self) -> list[tuple[slice, bool]]:
+        """Columns that are drawn together: (a group of several, true), or (neighbouring single components, false)."""
+        found = []
+        for several, groups in groupby(self.groups, key=lambda group: len(group) > 1):
+            if several:
+                found += [(slice(g.start, g.stop), True) for g in groups]
+            else:
+                singles = list(groups)
+                found.append((slice(singles[0].start, singles[-1].stop), False))
+        return found
+
     def effective_rank(self) -> float:
         """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007)."""
         p = self.eigenvalues.double() / self.eigenvalues.double().sum()
@@ -57,14 +71,12 @@ def spectral(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tu
     was: such a feature has no excess over this null, by design.
     """
     coordinates = b @ spectrum.components
-    for group in spectrum.groups:
-        size = len(group)
-        columns = coordinates[:, group.start : group.stop]
-        if size == 1:
-            sign = 1 if torch.rand((), generator=g) < 0.5 else -1
-            coordinates[:, group.start] = columns[:, 0] * sign
+    for columns, rotated in spectrum.runs:
+        part = coordinates[:, columns]
+        if rotated:
+            coordinates[:, columns] = part @ random_rotation(part.shape[1], g)
         else:
-            coordinates[:, group.start : group.stop] = columns @ random_rotation(size, g)
+            part.mul_(torch.where(torch.rand(part.shape[1], generator=g) < 0.5, 1.0, -1.0))
     return a, coordinates @ spectrum.components.T
 
 

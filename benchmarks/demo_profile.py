@@ -1,0 +1,173 @@
+"""Where the demo's time goes: seconds by stage and by kind of work.
+
+    python benchmarks/demo_profile.py
+    python benchmarks/demo_profile.py --against OTHER_CHECKOUT     # another version of the code, in the same run
+    python benchmarks/demo_profile.py --profile smoke --output-dir /tmp/profile
+
+The queue runs from nothing, then again. Each of its Python processes samples the stack of its main thread and notes its
+CPU time when it ends. `--against` names a checkout with its own .venv; it runs first, and ratios are given. Times are
+those after the install.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERVAL = 0.01  # seconds between samples
+KINDS = {  # kind of work -> what stands in a frame's module or path; the innermost frame that matches decides
+    "imports": ("<frozen importlib", "importlib/"),
+    "cross-entropy with SAEs": ("husai/training/recovered",),
+    "probing": ("sae_probes", "sae_bench", "sklearn/", "glum/", "husai/stress/ood", "husai/activations/probes"),
+    "training SAEs": ("husai/training/", "husai/kernels/"),
+    "training the transformer": ("husai/subjects/modular_addition",),
+    "scores and nulls": ("husai/stability/",),
+    "activations": ("husai/activations/",),
+    "contrastive scores": ("husai/benchmarks/contrastive", "husai/benchmarks/cebench"),
+    "figures and report": ("matplotlib/", "husai/report/", "jinja2/"),
+    "text": ("husai/subjects/text", "pandas/"),
+    "files and digests": ("husai/runs/files", "husai/runs/cells", "husai/runs/folder", "queue_manifest"),
+}
+OTHER = "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside each process of the queue
+
+
+def kind_of(frame) -> str:
+    """The kind of work of a stack."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        for kind, parts in KINDS.items():
+            if any(part in name for part in parts):
+                return kind
+        frame = frame.f_back
+    return OTHER
+
+
+def sample(folder: Path) -> None:
+    """Sample the main thread from now on; leave a file when the process ends."""
+    began, counts, main = time.monotonic(), Counter(), threading.main_thread().ident
+
+    def loop() -> None:
+        while True:
+            time.sleep(INTERVAL)
+            frame = sys._current_frames().get(main)
+            if frame is not None:
+                counts[kind_of(frame)] += 1
+
+    def leave() -> None:
+        own = os.times()
+        found = {"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv, "cpu": own.user + own.system}
+        found |= {"began": began, "wall": time.monotonic() - began, "samples": dict(counts)}
+        (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
+
+    threading.Thread(target=loop, daemon=True).start()
+    atexit.register(leave)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def main() -> None:
+    from husai.runs.cli import Parser
+    from husai.runs.files import write_json, write_text
+    from husai.runs.machine import cpu_model
+
+    p = Parser(__doc__)
+    p.add_argument("--profile", default="embedded", help="of the queue (default: %(default)s)")
+    p.add_argument("--against", type=Path, help="a checkout of another version, with its .venv")
+    p.add_argument("--output-dir", type=Path, default=ROOT / "docs/benchmarks", help="default: %(default)s")
+    args = p.parse_args()
+    if args.against is not None and not (args.against / ".venv/bin/python").is_file():
+        p.error(f"--against {args.against}: a checkout with an environment expected (make setup there)")
+    versions = {"before": args.against, "after": ROOT} if args.against else {"after": ROOT}
+    result = {name: measured(checkout, args.profile) for name, checkout in versions.items()}
+    result |= {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "profile": args.profile}
+    write_json(args.output_dir / "demo_profile.json", result)
+    write_text(args.output_dir / "demo_profile.md", text := markdown(result))
+    print(text)
+
+
+def measured(checkout: Path, profile: str) -> dict:
+    """Run a checkout's queue from nothing and again; {"first", "repeat": {"wall", "cpu", "stages", "kinds"}}."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for name in ("first", "repeat"):
+            notes = Path(folder) / name
+            notes.mkdir()
+            found[name] = ran(checkout, profile, Path(folder) / "results", notes)
+        stages = json.loads((Path(folder) / "results/queue/manifest.json").read_text())["stages"]
+        found["first"]["stages"] = {s["stage"]: s["seconds"] for s in stages}
+        return found
+
+
+def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
+    """One run of the queue, with a sampler in each Python process."""
+    hook = f"import sys\nsys.path.append({str(ROOT / 'benchmarks')!r})\nimport demo_profile\nfrom pathlib import Path\n"
+    hook += f"demo_profile.sample(Path({str(notes)!r}))\n"
+    (notes / "sitecustomize.py").write_text(hook)
+    variables = {"PROFILE": profile, "OUTPUT": str(results), "PYTHONPATH": str(notes)}
+    variables["PATH"] = f"{checkout}/.venv/bin:{os.environ['PATH']}"
+    began = time.monotonic()
+    command = ["bash", "scripts/experiments/run_b200_high_impact_queue.sh"]
+    with open(notes / "log", "w") as log:
+        done = subprocess.run(
+            command, cwd=checkout, env=os.environ | variables, stdout=log, stderr=log, timeout=3600, check=False
+        )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {(notes / 'log').read_text()[-2000:]}")
+    wall = time.monotonic() - began
+    processes = [json.loads(path.read_text()) for path in notes.glob("*.json")]
+    kinds: Counter = Counter()
+    for process in processes:  # a process's CPU time, by its samples: a sample while threads work counts for all
+        total = sum(process["samples"].values())
+        for kind, n in process["samples"].items():
+            kinds[kind] += process["cpu"] * n / total
+    return {"wall": wall, "cpu": sum(p["cpu"] for p in processes), "kinds": dict(kinds.most_common())}
+
+
+def markdown(r: dict) -> str:
+    after, before = r["after"], r.get("before")
+    lines = [
+        "# Where the demo's time goes",
+        "",
+        f"`python benchmarks/demo_profile.py{' --against CHECKOUT' if before else ''}`: the queue's `{r['profile']}` "
+        f"profile from nothing, {r['cores']} cores ({r['cpu']}), after the install.",
+        "",
+    ]
+    rows = [
+        ["wall clock, first run, s", *(v["first"]["wall"] for v in (before, after) if v)],
+        ["CPU time, first run, s", *(v["first"]["cpu"] for v in (before, after) if v)],
+        ["wall clock, repeat, s", *(v["repeat"]["wall"] for v in (before, after) if v)],
+    ]
+    parts = [("The whole", rows)]
+    for title, get in (
+        ("Seconds by stage (wall clock)", lambda v: v["first"]["stages"]),
+        ("CPU seconds by kind of work", lambda v: v["first"]["kinds"]),
+    ):
+        names = dict.fromkeys(name for v in (before, after) if v for name in get(v))
+        parts.append((title, [[n, *(get(v).get(n, 0.0) for v in (before, after) if v)] for n in names]))
+    for title, rows in parts:
+        lines += [f"## {title}", ""]
+        lines += ["| | before | after | ratio |", "|---|---|---|---|"] if before else ["| | seconds |", "|---|---|"]
+        for name, *values in rows:
+            ratio = [f"{values[0] / values[1]:.1f}" if values[1] else "–"] if before else []
+            lines.append(f"| {name} | {' | '.join([*(f'{v:.1f}' for v in values), *ratio])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from husai.runs.cli import run_main
+
+    run_main(main)
