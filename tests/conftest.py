@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from husai.activations.store import ActivationStore, StoreWriter
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU here
@@ -78,7 +78,7 @@ except SystemExit as stopped:
     assert stopped.code == 0
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    processes.run([sys.executable, "-c", code])
 
 
 @pytest.fixture

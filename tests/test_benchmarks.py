@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import processes
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
 from husai.benchmarks import baselines, candidates, contrastive, deltas, feature_examples, sae_probes
@@ -710,16 +711,17 @@ def test_a_stopped_harness_leaves_no_worker_behind(trained, folder, tmp_path):
     arguments += ["--execute", "--evals", "saebench_custom", "--dataset-names", SETS[0], "--threads", 1]
     arguments += ["--artifact-root", tmp_path, "--output-dir", tmp_path / "out"]
     command = [sys.executable, ROOT / OFFICIAL, *arguments]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as harness:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline:
-            below = psutil.Process(harness.pid).children(recursive=True)
-            if any("husai.benchmarks.sae_probes" in " ".join(p.cmdline()) for p in below if p.is_running()):
-                break
-            assert harness.poll() is None, "it ended before it probed"
-            time.sleep(0.2)
-        os.kill(harness.pid, signal.SIGTERM)
-        assert harness.wait(30) == 130
+    harness = processes.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        below = psutil.Process(harness.pid).children(recursive=True)
+        if any("husai.benchmarks.sae_probes" in " ".join(p.cmdline()) for p in below if p.is_running()):
+            break
+        assert harness.poll() is None, "it ended before it probed"
+        time.sleep(0.2)
+    os.kill(harness.pid, signal.SIGTERM)
+    processes.end(harness, 30)
+    assert harness.returncode == 130
     _, alive = psutil.wait_procs(below, timeout=10)
     assert not alive
     (manifest,) = (json.loads(p.read_text()) for p in (tmp_path / "out").glob("run_*/manifest.json"))

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import processes
 from husai.benchmarks import cebench_checkout
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
@@ -113,7 +113,7 @@ def write_checkout(folder, code):
         (folder / path).write_text(content)
     git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run(git + arguments, check=True)
+        processes.run(git + arguments)
     return folder
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -14,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+import processes
 from conftest import ROOT
 from husai.runs.cli import Parser
 from husai.runs.errors import BadInput
@@ -174,7 +174,7 @@ run_main(main)
 def test_an_interrupted_run_exits_130_and_resumes(executor, tmp_path, tests_importable):
     paths = [tmp_path / "a", tmp_path / "b"]
     command = [sys.executable, "-c", SCRIPT, executor, *map(str, paths)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT / "src")
+    process = processes.start(command, cwd=ROOT / "src")
     deadline = time.monotonic() + 300
     while not paths[0].exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -185,7 +185,7 @@ def test_an_interrupted_run_exits_130_and_resumes(executor, tmp_path, tests_impo
             ports |= {c.laddr.ip for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert {ip.removeprefix("::ffff:") for ip in ports} == ({"127.0.0.1"} if executor == "ray" else set())
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = processes.end(process, 120)
     assert process.returncode == 130, err
     assert err.splitlines() == ["interrupted: the same command resumes"]
     assert psutil.wait_procs(started, timeout=60)[1] == []

@@ -12,13 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import ROOT
+import processes
 from miniature import few_texts, save_miniature
 
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 SIZES = ["--seeds", "1,2", "--token-budgets", "1000,2000", "--d-sae-values", 24, "--k", 3, "--batch-size", 128]
 SIZES += ["--rows", 3000, "--heldout-rows", 1000, "--null-draws", 3, "--run-cebench", "--max-rows", 8]
-PATIENCE = 300  # seconds for what takes some on an idle machine
 pytestmark = pytest.mark.slow
 
 
@@ -33,22 +32,19 @@ class Study:
 
     def start(self) -> subprocess.Popen:
         """In a session of its own, as from another terminal."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            self.command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=pipe, text=True, start_new_session=True
-        )
+        return processes.start(self.command)
 
     def finish(self) -> bytes:
         """Run it to its end; the results."""
         process = self.start()
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = processes.end(process)
         assert process.returncode == 0, err
         return (self.out / "results.json").read_bytes()
 
     def stop_midway(self, sent: signal.Signals, cells: int) -> tuple[dict, str]:
         """Send a signal once there are so many cells; the finished cells as they then lie there, and stderr."""
         process = self.start()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + processes.LIMIT
         while len(self.cells()) < cells and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
@@ -57,7 +53,7 @@ class Study:
             os.killpg(process.pid, sent)
         else:
             process.send_signal(sent)  # to the study alone: it has to end what it started
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = processes.end(process)
         assert process.returncode == (-sent if sent == signal.SIGKILL else 130), err
         alive = psutil.wait_procs(below, timeout=60)[1]
         assert alive == [], "something goes on without the study"

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from itertools import combinations
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
+import processes
 from conftest import ROOT, run_without_torch
 from husai.release import recompute
 from husai.stability import contrast
@@ -44,7 +43,7 @@ def finished(small_subject, tmp_path_factory):
             out = tmp_path_factory.mktemp("phase")
             command = [sys.executable, script, "--subject", subject, "--artifact-root", root, *TINY, *OWN[script]]
             command = [str(c) for c in command]
-            subprocess.run([*command, "--output-dir", str(out)], cwd=ROOT, check=True, capture_output=True, text=True)
+            processes.run([*command, "--output-dir", str(out)])
             done[script] = command, out
         return done[script]
 
@@ -107,13 +106,10 @@ def test_what_a_phase_decided_is_decided_again_by_the_audit(finished, script, ch
 def test_killed_midway_it_resumes_to_the_same_bytes(finished, script, tmp_path):
     command, reference = finished(script)
     for seconds in (5, 7):
-        process = subprocess.Popen(
-            [*command, "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = processes.start([*command, "--output-dir", str(tmp_path)])
         time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, "--output-dir", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+        processes.kill(process)
+    processes.run([*command, "--output-dir", str(tmp_path)])
     assert (tmp_path / "results.json").read_bytes() == (reference / "results.json").read_bytes()
 
 
@@ -198,7 +194,7 @@ def test_adaptive_chooses_the_surest_and_confirms_on_fresh_seeds(finished):
 def test_adaptive_without_a_candidate_above_the_floor_says_so_and_exits_1(finished, tmp_path):
     command, _ = finished(ADAPTIVE)
     command = [*command, "--ev-floor", "0.9999", "--output-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = processes.run(command, check=False)
     assert done.returncode == 1
     assert "no candidate keeps the held-out explained variance above 0.9999" in done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -210,7 +206,7 @@ def test_adaptive_without_a_candidate_above_the_floor_says_so_and_exits_1(finish
 def test_adaptive_runs_the_control_alone(finished, tmp_path):
     command, _ = finished(ADAPTIVE)
     command = [*command, "--k-candidates", "6", "--output-dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    processes.run(command)
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["chosen_k"], results["gain"]) == (6, None)
     assert len(results["confirmation"]) == 1
@@ -238,9 +234,7 @@ def test_assignment_never_scores_a_reference(finished):
 
 def test_assignment_fails_on_request(finished, tmp_path):
     command, out = finished(ASSIGNMENT)
-    done = subprocess.run(
-        [*command, "--output-dir", str(out), "--fail-on-acceptance-fail"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = processes.run([*command, "--output-dir", str(out), "--fail-on-acceptance-fail"], check=False)
     assert done.returncode == 1
     assert "not accepted: 3 seeds; 5 needed" in done.stderr
 
@@ -272,7 +266,7 @@ def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, ma
     trained = next(out.glob("checkpoints/*/*_seed21"))
     shutil.copytree(trained, copy)
     brought = [*command, "--reference", str(copy), "--output-dir", str(tmp_path / "out")]
-    subprocess.run(brought, cwd=ROOT, check=True, capture_output=True)
+    processes.run(brought)
     shared = json.loads((tmp_path / "out" / "results.json").read_text())["shared"][0]
     assert len(shared["references"]) == 1
     assert shared["leave_one_reference_out"] == []

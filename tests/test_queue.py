@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import processes
+
 ROOT = Path(__file__).parents[1]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
 MANIFEST = "scripts/experiments/queue_manifest.py"
@@ -20,7 +22,7 @@ MANIFEST = "scripts/experiments/queue_manifest.py"
 def queue(*arguments, **variables):
     environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"} | variables
     command = ["bash", QUEUE, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return processes.run(command, 120, check=False, env=environment)
 
 
 def stages(done):
@@ -164,13 +166,11 @@ def test_a_phase_that_leaves_no_results_has_failed_whatever_its_exit_code(tmp_pa
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin/python"
     python.write_text(
-        f'#!/bin/bash\n[[ $1 == *queue_manifest.py || $1 == -c ]] || exit 0\nexec {sys.executable} "$@"\n'
+        f'#!/bin/bash\n[[ "$*" == *queue_manifest.py* || $1 == -c ]] || exit 0\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out")}
-    done = subprocess.run(
-        ["bash", QUEUE, "--only", "ablations"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = processes.run(["bash", QUEUE, "--only", "ablations"], 120, check=False, env=environment)
     assert done.returncode == 2
     assert "failed: ablations (exit 0)" in done.stdout
 
@@ -187,14 +187,12 @@ def test_a_signal_ends_the_stage_in_order(tmp_path, send):
     """To the queue alone, as a service manager sends it, or Ctrl-C to all of it; the same command can then resume."""
     environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OUTPUT": str(tmp_path)}
     command = ["bash", QUEUE, "--only", "subject"]
-    given = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    given["start_new_session"] = True
-    process = subprocess.Popen(command, **given)
+    process = processes.start(command, env=environment, stdout=subprocess.DEVNULL)
     for line in process.stderr:
         if "training" in line:
             break
     send(process.pid)
-    _, said = process.communicate(timeout=60)
+    _, said = processes.end(process, 60)
     assert process.returncode == 130
     assert "interrupted in subject: the same command resumes" in said
     (noted,) = json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]
@@ -254,7 +252,7 @@ class Stages:
 
     def call(self, *arguments, **more):
         command = [sys.executable, MANIFEST, *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **more)
+        return processes.run(command, check=False, **more)
 
     def record(self, name, place, code=0):
         self.note(name, place, code, self.inputs(name, place))

@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
+import processes
 from conftest import ROOT, run_without_torch
 from husai.report import card, markup, verdict
 from husai.report.browser import Browser, Context
@@ -519,7 +519,7 @@ def test_in_a_browser(everything, tmp_path, width):
         )
         flags += (f"user-data-dir={tmp_path / 'profile'}", f"window-size={width},900")
         command = [CHROMIUM, *(f"--{f}" for f in flags), (tmp_path / "r.html").as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = processes.run(command, 120)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     dom, console = browse(html)

@@ -2,11 +2,11 @@
 
 import ast
 import re
-import subprocess
 
 import pytest
 import yaml
 
+import processes
 from conftest import ROOT
 
 STEPS = [
@@ -98,7 +98,7 @@ def test_the_map_names_every_file_that_matters_and_nothing_else():
     named = {n for n in re.findall(r"`([\w./-]+)`", text) if "/" in n or "." in n}
     for name in named:
         assert (ROOT / name).exists() or name.startswith("results/"), f"REPO_NAVIGATION.md names {name}"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = processes.run(["git", "ls-files"]).stdout.split()
     for path in tracked:
         if re.match(r"(src/husai/\w+/(?!__init__)\w+\.py|scripts/.*\.(py|sh)|benchmarks/.*\.py)$", path):
             assert path in named, f"{path} is missing from REPO_NAVIGATION.md"

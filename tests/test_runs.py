@@ -4,11 +4,11 @@ import errno
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 
+import processes
 from husai.runs import cli
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
@@ -78,7 +78,7 @@ def test_publish_directory_shows_only_whole_folders(tmp_path):
 
 def test_lock_is_refused_while_held_and_freed_by_death(tmp_path):
     lock = tmp_path / ".lock"
-    holder = subprocess.Popen(
+    holder = processes.start(
         [
             sys.executable,
             "-c",
@@ -90,14 +90,11 @@ with locked(pathlib.Path({str(lock)!r})):
     time.sleep(60)
 """,
         ],
-        stdout=subprocess.PIPE,
-        text=True,
     )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(BadInput, match="in use by another run"), locked(lock, wait=False):
         pass
-    holder.kill()
-    holder.wait()
+    processes.kill(holder)
     with locked(lock, wait=False):
         pass
 

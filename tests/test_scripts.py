@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import processes
 from conftest import ROOT, run_without_torch
 from husai.release.recompute import folder_problems
 from husai.runs.folder import Run
@@ -38,8 +39,7 @@ except SystemExit as stopped:
 heavy = {{"torch", "numpy", "pandas", "matplotlib", "transformer_lens", "sae_lens", "pydantic"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", code])
     assert "usage: " in done.stdout
     assert f"python {script}" in done.stdout, "the docstring shows how to launch it"
 
@@ -50,7 +50,7 @@ def phase4a(small_subject, small_activations, tmp_path_factory):
     root, subject = small_subject
     out = tmp_path_factory.mktemp("phase4a")
     command = [sys.executable, PHASE4A, "--subject", subject, "--artifact-root", root, *TINY]
-    subprocess.run([*map(str, command), "--output-dir", str(out)], cwd=ROOT, check=True, capture_output=True)
+    processes.run([*command, "--output-dir", out])
     return command, out
 
 
@@ -101,9 +101,7 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file)
     weights = sorted(copy.glob(f"checkpoints/*/*/{file}"))[-1]
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
-    done = subprocess.run(
-        [*map(str, command), "--output-dir", str(copy)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = processes.run([*command, "--output-dir", copy])
     assert "was changed after it was written" in done.stderr
     assert weights.read_bytes() == whole
     assert (copy / "results.json").read_bytes() == (out / "results.json").read_bytes()
@@ -117,16 +115,14 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(phase4a, tmp_path):
     command = [*command, "--artifact-root", tmp_path / "root", "--output-dir", tmp_path / "out"]
     killed = 0
     for seconds in (1.5, 2.5, 3.5, 4.5):
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = processes.start(command)
         try:
             process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            processes.kill(process)
             killed += 1
             assert not (tmp_path / "out" / "results.json").exists()
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes.run(command)
     assert killed
     assert (tmp_path / "out" / "results.json").read_bytes() == (reference / "results.json").read_bytes()
 
@@ -134,14 +130,13 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(phase4a, tmp_path):
 def test_interrupt_exits_130_and_says_so_in_the_manifest(phase4a, tmp_path):
     command, _ = phase4a
     command = [*command, "--tokens", "100000000", "--output-dir", tmp_path]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.glob("run_*/config.json")):
+    process = processes.start(command)
+    deadline = time.monotonic() + processes.LIMIT
+    while not list(tmp_path.glob("run_*/config.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = processes.end(process, 60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted: the same command resumes"
     (manifest,) = tmp_path.glob("run_*/manifest.json")

@@ -1,6 +1,5 @@
 """Scores, nulls and inference, against oracles, brute force and published figures."""
 
-import subprocess
 import sys
 from itertools import combinations, permutations
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import processes
 from husai.runs.errors import BadInput
 from husai.stability import compare, contrast, nulls
 from husai.stability.compare import Dictionary
@@ -119,7 +119,7 @@ b = a[torch.randperm(16384, generator=torch.Generator().manual_seed(1))] + 0.02 
 assert pwmcc(a, b) > 0.99 and mcc(a, b) > 0.99
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    peak = int(processes.run([sys.executable, "-c", code]).stdout)
     assert peak * 1024 < 4e9
 
 
@@ -211,7 +211,7 @@ assert torch.get_num_threads() == 2
 info = torch.__config__.parallel_info()
 assert "mkl_get_max_threads() : 2" in info or "mkl_get_max_threads" not in info, info
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code])
 
 
 def test_pair_does_not_depend_on_the_number_of_workers():

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import husai.training.trainer as trainer
+import processes
 from husai.activations.order import BatchReader
 from husai.dictionaries.families import FAMILIES, SAE_FAMILIES
 from husai.dictionaries.sae import SAE
@@ -298,6 +298,6 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     for name, parts in (("small", "60"), ("large", "180")):
         (tmp_path / name).mkdir()
         command = [sys.executable, "-c", MEASURE, tmp_path / name, parts]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | strict)
+        done = processes.run(command, env=os.environ | strict)
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 30, peaks

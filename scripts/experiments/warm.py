@@ -10,6 +10,7 @@ own process, its own return code, and the terminal and folder of the caller. The
 docs/benchmarks/demo_profile.md: what it saves.
 """
 
+import argparse
 import array
 import atexit
 import contextlib
@@ -154,8 +155,16 @@ def _end_with(parent: int) -> None:
         os._exit(KILLED)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["serve", "run"])
+    parser.add_argument("socket", help="file that the server listens on")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="serve: process id of the parent; run: the command")
+    args = parser.parse_args()
+    if args.verb == "serve":
+        serve(args.socket, int(args.rest[0]))
+    sys.exit(run(args.socket, args.rest))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2], int(sys.argv[3]))
-    else:
-        sys.exit(run(sys.argv[2], sys.argv[3:]))
+    main()

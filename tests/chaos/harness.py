@@ -14,9 +14,11 @@ from pathlib import Path
 
 import psutil
 
+import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
-PATIENCE = 1200  # seconds for what takes three minutes on an idle machine
+PATIENCE = 600  # seconds for what takes one minute on an idle machine
 PASSING = ("queue", "logs", "workers")  # folders of what says when and how it ran
 TIMED = ("experiments/*/manifest.json", "report.html", "*/sae_custom_sae_eval_results.json")  # files that do
 
@@ -33,31 +35,27 @@ class Queue:
         variables = {"PROFILE": "smoke", "OUTPUT": str(self.out), "SUBJECT": str(self.subject)}
         environment = os.environ | variables | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
         with open(self.printed, "w") as printed:
-            return subprocess.Popen(
-                ["bash", QUEUE, *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            return processes.start(
+                ["bash", QUEUE, *arguments], env=environment, stdout=printed, stderr=subprocess.STDOUT
             )
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """To its end; (exit code, all that was printed)."""
         process = self.start(*arguments)
         try:
-            code = process.wait(PATIENCE)
+            processes.end(process, PATIENCE)
         finally:
             kill(process)
-        return code, self.said()
+        return process.returncode, self.said()
 
     def said(self) -> str:
         return self.printed.read_text()
 
     def wait_for(self, process: subprocess.Popen, stage: str) -> bool:
         """Until a stage is entered or stands (true), or the process has ended (false)."""
+        deadline = time.monotonic() + PATIENCE
         while not re.search(rf"^== {stage}( stands)?$", self.said(), re.M):
-            if process.poll() is not None:
+            if process.poll() is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True

@@ -3,10 +3,11 @@
 import errno
 import json
 import shutil
-import subprocess
 
 import pytest
-from harness import Queue, kill
+from harness import PATIENCE, Queue, kill
+
+import processes
 
 FROM = "random_model"
 
@@ -20,7 +21,7 @@ def disk(tmp_path):
         folder = tmp_path / f"disk{megabytes}"
         folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = processes.run(command, 30, check=False)
         if done.returncode:
             pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
         mounted.append(folder)
@@ -28,7 +29,7 @@ def disk(tmp_path):
 
     yield make
     for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        processes.run(["umount", "-l", folder], 30)
 
 
 def fill(path):
@@ -72,11 +73,11 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed,
         assert queue.wait_for(process, FROM), queue.said()
         filler = queue.out.parent / "filler"
         fill(filler)
-        code = process.wait(1200)
+        processes.end(process, PATIENCE)
     finally:
         kill(process)
     said = queue.said()
-    assert code == 2, said
+    assert process.returncode == 2, said
     assert f"failed: {FROM}" in said
     assert "No space left on device" in said
     assert "Traceback" not in said

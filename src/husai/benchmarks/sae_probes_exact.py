@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from scipy.special import expit, log_expit
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
@@ -32,7 +33,7 @@ GRID = np.logspace(-5, 5, 10)
 SOLVER = {"maxiter": 50_000, "maxfun": 50_000, "maxcor": 30, "ftol": 1e-16, "gtol": 1e-10}
 TOLERANCE = 1e-9
 """Relative fall of the objective below which the solver is not started again."""
-RESTARTS = 100
+RESTARTS = 1000
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,23 @@ def path(x: np.ndarray, y: np.ndarray, Cs: np.ndarray) -> tuple[np.ndarray, np.n
     """
     (n, k), mean, scale = x.shape, x.mean(0), x.std(0)
     scale[scale == 0] = 1
-    z = (x - mean) / scale
-    signed = np.hstack([z, -z, np.ones((n, 1))]) * (2 * y - 1)[:, None]
+    sign = 2.0 * y - 1
+    signed = (x - mean) / scale * sign[:, None]
     transposed = np.ascontiguousarray(signed.T)
     bounds = [(0, None)] * (2 * k) + [(None, None)]
     at, coefficients, intercepts = np.zeros(2 * k + 1), [], []
     for C in Cs:
-        penalty = np.append(np.tile(1 / (C * n * scale), 2), 0)
+        penalty = 1 / (C * n * scale)
 
-        def mean_loss(v: np.ndarray, penalty: np.ndarray = penalty) -> tuple[float, np.ndarray]:
-            margin = signed @ v
-            tail = np.exp(-np.abs(margin))
-            wrong = np.where(margin > 0, tail, 1) / (1 + tail)  # 1 / (1 + exp(margin))
-            value = (np.log1p(tail) + np.maximum(-margin, 0)).mean() + penalty @ v
-            return value, penalty - transposed @ wrong / n
+        def mean_objective(v: np.ndarray, penalty: np.ndarray = penalty) -> tuple[float, np.ndarray]:
+            margin = signed @ (v[:k] - v[k:-1]) + v[-1] * sign
+            wrong = expit(-margin)
+            slope = transposed @ wrong / n
+            value = penalty @ (v[:k] + v[k:-1]) - log_expit(margin).mean()
+            return value, np.concatenate([penalty - slope, penalty + slope, [-(sign @ wrong) / n]])
 
-        at = _minimum(mean_loss, at, bounds)
-        w = (at[:k] - at[k : 2 * k]) / scale
+        at = _minimum(mean_objective, at, bounds)
+        w = (at[:k] - at[k:-1]) / scale
         coefficients.append(w)
         intercepts.append(at[-1] - w @ mean)
     return np.array(coefficients), np.array(intercepts)

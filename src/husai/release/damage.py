@@ -29,7 +29,7 @@ OF_FILE = {
 }
 """File -> the gates that rest on it."""
 OF_BENCHMARK = {
-    r"confirmation/bank/saebench/(families|data_sets|versions|random_seed)(/.*)?": ("saebench",),
+    r"confirmation/bank/saebench/(families|data_sets|probing|versions|random_seed)(/.*)?": ("saebench",),
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
 }
 """Places on which one benchmark's gate rests."""

@@ -335,7 +335,8 @@ class _Candidate:
         _one_account(found.bank)
         _require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
         _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
-        recipe, subjects = found.bank.recipe.model_dump(), {found.subject, chosen.selected.get("subject")}
+        recipe = found.bank.recipe.model_dump(exclude_unset=True)  # as it is written: older ones lack a field
+        subjects = {found.subject, chosen.selected.get("subject")}
         _require(recipe == chosen.selected.get("recipe"), "it was trained by another recipe than the selected one")
         _require(len(subjects) == 1, "its subject has another name than at selection")
         _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")

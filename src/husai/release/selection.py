@@ -80,6 +80,10 @@ class Cohort:
             *(pairs.get(name) for name in ("benchmark", "pairs_digest")),
         )
 
+    def to_json(self) -> dict:
+        """Fields; `probing` only where it is not sae-probes' own code, because older evidence knows no other."""
+        return {k: v for k, v in vars(self).items() if k != "probing" or v not in (None, "sae_probes")}
+
     def differs(self, other: Cohort) -> str | None:
         """Why rows of another bank are not comparable; None if they are."""
         for name, what in (
@@ -239,7 +243,7 @@ def select(studies: list[Study], rules: Rules) -> dict:
             "require_both_external": rules.require_both_external,
             "figures": used,
         },
-        "cohort": cohort and vars(cohort),
+        "cohort": cohort and cohort.to_json(),
         "split": split,
         "candidates": kept,
         "excluded": excluded,

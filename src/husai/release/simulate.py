@@ -338,7 +338,7 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
         *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes),
     ]
     probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": sae_probes.families(sets)}
-    probing |= {"random_seed": 42, "versions": VERSIONS, "controls": []}
+    probing |= {"random_seed": 42, "probing": "sae_probes_exact", "versions": VERSIONS, "controls": []}
     probing["saes"] = [
         r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)
     ]
@@ -369,7 +369,7 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     )
     section = {"family": "topk", "d_sae": D_SAE, "k": K, "budget": TOKENS} | section
     recipe = {"rows": ROWS, "batch_size": 512, "learning_rate": 0.003, "null_draws": 100, "heldout_rows": 50_000}
-    recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200}
+    recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200, "probing": "sae_probes_exact"}
     found = {"hook_name": HOOK, "store_digest": _sha("store"), "rows": ROWS, "train_rows": ROWS * 4 // 5}
     found |= {"saebench": probing, "cebench": stories, "inputs": about["inputs"], "saes": saes, "sections": [section]}
     return json.loads(json.dumps(found | {"recipe": recipe}))  # no list stands twice
@@ -461,7 +461,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
         "inputs": tested | {"shifted activations": _sha("shift"), "probed texts": _sha("texts")},
     }
     ood |= about | {"rule": {"max_drop": drop.MAX_DROP}, "shifted": shift, "families": None, "activations": rows}
-    ood |= {"versions": VERSIONS, "skipped": skipped}
+    ood |= {"probing": "sae_probes_exact", "versions": VERSIONS, "skipped": skipped}
     return {"random_model": meaningless, "transcoder": other, "ood": ood}
 
 
