@@ -8,7 +8,7 @@ BIN := .venv/bin
 OUTPUT ?= results
 PROFILE ?= b200
 
-.PHONY: help setup demo queue tiny-lm test test-slow test-chaos smoke audit-results lint format benchmarks clean
+.PHONY: help setup demo queue tiny-lm test test-slow test-chaos test-nightly smoke audit-results lint format benchmarks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,16 +46,19 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 	@$(BIN)/python scripts/training/train_tiny_lm.py
 
 # What two workers start shares the cores.
-test test-slow test-chaos: export OMP_WAIT_POLICY := passive
+test test-slow test-chaos test-nightly: export OMP_WAIT_POLICY := passive
 
-test: setup $(PEERS) ## the test suite, without its slow part
-	@$(BIN)/python -m pytest tests -n 2 -m "not slow"
+test: setup $(PEERS) ## the test suite without its slow parts, three minutes
+	@$(BIN)/python -m pytest tests -n 2 -m "not slow and not nightly"
 
-test-slow: setup $(PEERS) ## the slow part: whole studies, killed ones, the runbook, a Ray cluster
+test-slow: setup $(PEERS) ## whole studies and killed ones, a Ray cluster, six minutes
 	@$(BIN)/python -m pytest tests -n 2 -m slow
 
-test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts: a quarter of an hour
+test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, five minutes
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
+
+test-nightly: setup $(PEERS) ## what takes longer and CI does not run
+	@$(BIN)/python -m pytest tests -n 2 -m nightly
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

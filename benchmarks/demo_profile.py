@@ -57,6 +57,13 @@ def sample(folder: Path) -> None:
     """Sample the main thread from now on; leave a file when the process ends."""
     began, counts, main = time.monotonic(), Counter(), threading.main_thread().ident
 
+    def forked() -> None:
+        """A child has no thread, and neither the time nor the samples of its parent."""
+        nonlocal began
+        began = time.monotonic()
+        counts.clear()
+        threading.Thread(target=loop, daemon=True).start()
+
     def loop() -> None:
         while True:
             time.sleep(INTERVAL)
@@ -72,6 +79,7 @@ def sample(folder: Path) -> None:
 
     threading.Thread(target=loop, daemon=True).start()
     atexit.register(leave)
+    os.register_at_fork(after_in_child=forked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,12 +136,15 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
         raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {(notes / 'log').read_text()[-2000:]}")
     wall = time.monotonic() - began
     processes = [json.loads(path.read_text()) for path in notes.glob("*.json")]
-    kinds: Counter = Counter()
+    kinds, scripts = Counter(), {}
     for process in processes:  # a process's CPU time, by its samples: a sample while threads work counts for all
-        total = sum(process["samples"].values())
+        total, script = sum(process["samples"].values()), Path(process["argv"][0]).name
         for kind, n in process["samples"].items():
             kinds[kind] += process["cpu"] * n / total
-    return {"wall": wall, "cpu": sum(p["cpu"] for p in processes), "kinds": dict(kinds.most_common())}
+            of_script = scripts.setdefault(script, {})
+            of_script[kind] = of_script.get(kind, 0.0) + process["cpu"] * n / total
+    cpu = sum(process["cpu"] for process in processes)
+    return {"wall": wall, "cpu": cpu, "kinds": dict(kinds.most_common()), "scripts": scripts}
 
 
 def markdown(r: dict) -> str:

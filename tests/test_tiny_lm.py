@@ -1,5 +1,6 @@
 """The embedded language model: its text, its n-gram bars, its training, and the weights that are shipped."""
 
+import importlib.metadata
 import json
 import math
 from collections import Counter
@@ -329,3 +330,12 @@ def test_the_shipped_weights_have_the_recorded_bits_per_byte(corpus):
     bits = tiny_lm.nats(model, windows, np.arange(len(windows.starts))) / math.log(2)
     found = bits / sum(len(d.encode()) for d in family)
     assert found == pytest.approx(record["bits_per_byte"]["families"]["yelp"]["model"], abs=2e-4)
+
+
+def test_the_sides_share_no_document():
+    """What `corpus` takes for granted of the installed sae-probes, found out the long way."""
+    elsewhere = text.documents_elsewhere()
+    assert len(elsewhere) > 100_000
+    version = importlib.metadata.version("sae-probes")
+    shared = sum(text.document_id(t) in elsewhere for name in text.names("train") for t in text.documents(name))
+    assert (shared == 0) == (version in text.SIDES_APART)

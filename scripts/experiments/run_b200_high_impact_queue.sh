@@ -21,8 +21,10 @@ MIN_CEBENCH_DELTA=${MIN_CEBENCH_DELTA:-0.0}
 CEBENCH_BASELINE_MAP=${CEBENCH_BASELINE_MAP:-}       # hook -> summary of matched references (runbook, benchmarks)
 CEBENCH_REPO=${CEBENCH_REPO:-}                       # your checkout of CE-Bench, whose own code then runs as well
 CEBENCH_STORIES=${CEBENCH_STORIES:-}                 # GulkoA/contrastive-stories-v3; else its gate stays without evidence
+HUSAI_SERVER=${HUSAI_SERVER:-}                       # socket of a warm.py that runs already (default: one of its own)
 SAEBENCH_DATASETS=${SAEBENCH_DATASETS:-}             # probing data sets of the studies (default: the profile's)
 set -Eeuo pipefail
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait sleep: a fifth less CPU time at the same speed
 trap 'exit 2' ERR # what the queue itself trips over is no verdict
 { # bash reads all of it before it runs any: what is changed in this file does not reach a queue that is under way
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -35,13 +37,13 @@ case "$PROFILE" in
     DEVICE=cpu NEED_MB=3000
     DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,92_glue_sst2,96_spam_is,106_hate_hate,157_amazon_5star
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
-    POSITIVE=()
-    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20)
+    POSITIVE=(--tokens 500000)
+    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20 --core-texts 50)
     ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
     ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
     ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
-    PROBING=(--probing sae_probes_exact)
-    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" "${PROBING[@]}" --probe-ks 5)
+    PROBING=(--probing sae_probes_exact --probe-ks 5)
+    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" --core-texts 50 "${PROBING[@]}")
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
     SCALING=(--token-budgets 100000 --hook-layers 1 --d-sae-values 128 --k 8)
     STRESS=(--rows 20000) SHIFTED=("${PROBING[@]}")
@@ -64,12 +66,12 @@ case "$PROFILE" in
     DATASETS=157_amazon_5star,105_click_bait,92_glue_sst2,96_spam_is
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
     POSITIVE=(--d-sae 32 --k 4 --tokens 20000 --null-draws 5)
-    CONTROL=(--rows 3000 --d-sae 32 --k 4 --tokens 6000 --batch-size 128 --null-draws 5)
+    CONTROL=(--rows 3000 --d-sae 32 --k 4 --tokens 6000 --batch-size 128 --null-draws 5 --core-texts 10)
     ABLATIONS=(--seeds "$THREE" --tokens 10000 --ks 4,8 --d-saes 32,48 --null-draws 5)
     ADAPTIVE=(--tokens 10000 --k-candidates 4,8 --null-draws 5)
     ASSIGNMENT=(--tokens 10000 --lambdas 0,0.1 --shared-references 2 --null-draws 5)
-    PROBING=(--probing sae_probes_exact)
-    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" "${PROBING[@]}" --probe-ks 5)
+    PROBING=(--probing sae_probes_exact --probe-ks 5)
+    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
     FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000)
     SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
     STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
@@ -130,16 +132,16 @@ if [[ -z $DRY$FROM$ONLY ]]; then # what an earlier run has left there is space a
 fi
 
 # One process imports the libraries; each stage is a child of it, with its own process, log and return code.
-WARM=scripts/experiments/warm.py SERVER=''
-if [[ -z $DRY ]]; then
-  python "$WARM" serve "$QUEUE/.warm" $$ > "$QUEUE/.warm.log" 2>&1 < /dev/null &
-  SERVER=$!
-  trap 'kill "$SERVER" 2> /dev/null || true; wait "$SERVER" 2> /dev/null || true' EXIT
+if [[ -z $DRY$HUSAI_SERVER ]]; then
+  HUSAI_SERVER=$QUEUE/.server
+  python scripts/experiments/warm.py serve "$HUSAI_SERVER" $$ > "$HUSAI_SERVER.log" 2>&1 < /dev/null &
+  OWN=$!
+  trap 'kill "$OWN" 2> /dev/null || true; wait "$OWN" 2> /dev/null || true' EXIT
 fi
-warm() { python -S "$WARM" run "$QUEUE/.warm" "$@"; }
+WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
 
 NOTES=scripts/experiments/queue_manifest.py
-manifest() { warm "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }
+manifest() { "${WARM[@]}" "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }
 
 # Stages that stand: nothing that they follow from has changed, and nothing that they left. One process looks at all, and
 # says what does not; of part of the stages each is run, and what the others left is read as it is.
@@ -187,7 +189,7 @@ trap 'STOPPED=yes; [[ -z $CHILD ]] || kill -TERM "$CHILD" 2> /dev/null || true' 
 
 perform() { # COMMAND…
   local code=0
-  if [[ $1 == python ]]; then set -- python -S "$WARM" run "$QUEUE/.warm" "${@:2}"; fi
+  if [[ $1 == python && $2 != */check_environment.py ]]; then set -- "${WARM[@]}" "${@:2}"; fi
   (trap - INT && exec "$@") & # in the background, where a signal is seen at once; which ignores Ctrl-C if it isn't told
   CHILD=$!
   wait "$CHILD" || code=$?

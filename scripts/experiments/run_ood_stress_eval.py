@@ -13,7 +13,7 @@ less the model on a held-out family of data sets, and how well the SAE fits the 
 
 from pathlib import Path
 
-from husai.runs.cli import DATA_SETS, Parser, name_list, prepare, run_main
+from husai.runs.cli import DATA_SETS, Parser, int_list, name_list, prepare, run_main
 
 
 def parse():
@@ -30,9 +30,15 @@ def parse():
         help="data sets that the held-out family stands beside: names or sides (default: %(default)s)",
     )
     p.add_probing()
+    p.add_argument(
+        "--probe-ks", type=int_list, default="1,5,16", help="features of a probe; 5 is judged (default: %(default)s)"
+    )
     p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
     p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
-    return p.parse_benchmark()
+    args = p.parse_benchmark()
+    if 5 not in args.probe_ks:
+        p.error(f"--probe-ks {','.join(map(str, args.probe_ks))}: 5, which is judged, is missing")
+    return args
 
 
 def main() -> None:
@@ -52,7 +58,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     sae_probes.versions(args.probing)
     chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)
     places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    results = ood.evaluate(candidate.find(args, device), chosen, args.probing, places, cells)
+    how = args.probing, tuple(args.probe_ks)
+    results = ood.evaluate(candidate.find(args, device), chosen, *how, places, cells)
     return results, draw(results, args.output_dir / "figures")
 
 

@@ -31,6 +31,7 @@ def parse():
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_recipe(d_sae=256, tokens=1_000_000, batch_size=1024)
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
+    p.add_core_texts()
     p.add_argument("--sae-root", type=Path, help="score the checkpoints below this folder; train nothing")
     p.add_argument("--untrained-root", type=Path, help="the same checkpoints before training, same folder names")
     args = p.parse_phase()
@@ -186,7 +187,7 @@ def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
     from husai.subjects import pretrained, text
     from husai.training.recovered import cross_entropies, recovered
 
-    texts = text.corpus().heldout[:200]
+    texts = text.corpus().heldout[: args.core_texts]
 
     def compute() -> tuple[dict, list[Path]]:
         subject = pretrained.load(str(args.subject), device=device)

@@ -11,7 +11,6 @@ docs/benchmarks/demo_profile.md: what it saves.
 """
 
 import argparse
-import array
 import atexit
 import contextlib
 import importlib
@@ -25,12 +24,20 @@ import sys
 import threading
 import traceback
 
-LIBRARIES = (
-    *("torch", "numpy", "scipy.stats", "scipy.optimize", "scipy.sparse.csgraph", "pandas", "pydantic", "rich.progress"),
-    *("sklearn.linear_model", "sklearn.metrics", "numba", "safetensors.torch", "psutil", "filelock"),
-    *("transformers.models.auto", "transformers.models.gpt_neox", "transformer_lens.model_bridge"),
-    *("sae_lens", "sae_probes", "matplotlib.pyplot", "jinja2", "markdown_it", "PIL.Image"),
+SOME = ("torch", "numpy", "scipy.stats", "scipy.optimize", "scipy.sparse.csgraph", "pydantic", "jinja2", "markdown_it")
+ALL = (
+    *SOME,
+    *("pandas", "sklearn.linear_model", "sklearn.metrics", "numba", "matplotlib.pyplot", "rich.progress", "psutil"),
+    *("transformers.models.auto", "transformers.models.gpt_neox", "transformer_lens.model_bridge", "sae_lens"),
+    "sae_probes",
 )
+NEEDS = {
+    "queue_manifest.py": (),
+    "run_stress_gated_release_policy.py": SOME,
+    "verify_experiment_consistency.py": SOME,
+    "build_report.py": SOME,
+}
+"""Script -> libraries that it is worth waiting for; ALL for every other one. A repeat of a finished queue needs few."""
 KILLED = 137
 """Return code of a command whose process disappeared without one."""
 
@@ -47,26 +54,41 @@ def serve(path: str, parent: int) -> None:
     _end_with(parent)
     os.environ.setdefault("MPLBACKEND", "agg")
     importlib.import_module("husai")  # alone, for its environment variables: torch reads them at its first allocation
-    for name in LIBRARIES:
-        with contextlib.suppress(ImportError):  # the environment check names it
-            importlib.import_module(name)
     while True:
         connection, _ = listener.accept()
+        try:
+            asked, streams = _request(connection)
+        except (OSError, ValueError):  # the caller is gone
+            connection.close()
+            continue
+        for name in NEEDS.get(os.path.basename(asked["arguments"][0]), ALL):
+            with contextlib.suppress(ImportError):  # the environment check names it
+                importlib.import_module(name)
         if os.fork() == 0:
             listener.close()
-            os._exit(_child(connection))
+            os._exit(_child(connection, asked, streams))
         connection.close()
+        for stream in streams:
+            os.close(stream)
 
 
-def _child(connection: socket.socket) -> int:
+def _request(connection: socket.socket) -> tuple[dict, list[int]]:
+    """(what a caller asks for, its three standard streams)."""
+    head, streams, *_ = socket.recv_fds(connection, 4, 3)
+    length, body = int.from_bytes(head, "big"), b""
+    while len(body) < length:
+        part = connection.recv(length - len(body))
+        if not part:
+            raise OSError("cut off")
+        body += part
+    return json.loads(body), list(streams)
+
+
+def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
     """Become the command; its return code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _end_with(os.getppid())
-    length = int.from_bytes(_read(connection, 4), "big")
-    _, ancillary, *_ = connection.recvmsg(1, socket.CMSG_SPACE(3 * 4))
-    streams = array.array("i", ancillary[0][2])
-    asked = json.loads(_read(connection, length))
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -76,21 +98,21 @@ def _child(connection: socket.socket) -> int:
     )
     os.environ.clear()
     os.environ.update(asked["environment"])
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a process that imports husai has it
     os.chdir(asked["folder"])
     sys.argv = asked["arguments"]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     connection.sendall(f"{os.getpid()}\n".encode())
-    code = 1
+    threading.Thread(target=_end_with_caller, args=(connection,), daemon=True).start()
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-        if code == 1 and not isinstance(stopped.code, int):
+        if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
+        code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
@@ -100,6 +122,12 @@ def _child(connection: socket.socket) -> int:
     return code & 255
 
 
+def _end_with_caller(connection: socket.socket) -> None:
+    """A caller that is killed takes its command with it."""
+    connection.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def run(path: str, arguments: list[str]) -> int:
     """Let the server run a command; its return code."""
     connection, pid = socket.socket(socket.AF_UNIX), b""
@@ -107,8 +135,7 @@ def run(path: str, arguments: list[str]) -> int:
     message = json.dumps(asked).encode()
     try:
         connection.connect(_short(path))
-        connection.sendall(len(message).to_bytes(4, "big"))
-        socket.send_fds(connection, [b"."], [0, 1, 2])
+        socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(message)
         answer = connection.makefile("rb")
         pid = answer.readline()
@@ -132,16 +159,6 @@ def _short(path: str) -> str:
 def _terminate(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-
-
-def _read(connection: socket.socket, n: int) -> bytes:
-    found = b""
-    while len(found) < n:
-        part = connection.recv(n - len(found))
-        if not part:
-            os._exit(KILLED)  # the caller is gone
-        found += part
-    return found
 
 
 def _end_with(parent: int) -> None:

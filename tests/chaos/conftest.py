@@ -1,11 +1,17 @@
 """The miniature, and the queue that ran through on it: what the tests here compare with."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import harness
 import pytest
 from filelock import FileLock
 from harness import Queue
 
+import processes
 from miniature import few_texts, save_miniature
 
 
@@ -21,6 +27,24 @@ def shared(tmp_path_factory, worker_id) -> Path:
     folder = (base if worker_id == "master" else base.parent) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server(tmp_path_factory):
+    """One process imports the libraries for every queue of this worker, which is killed without it."""
+    socket = tmp_path_factory.mktemp("server") / "socket"
+    with open(f"{socket}.log", "w") as log:
+        command = [sys.executable, "scripts/experiments/warm.py", "serve", socket, os.getpid()]
+        process = processes.start(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    deadline = time.monotonic() + 30
+    while not socket.exists():
+        assert process.poll() is None, Path(f"{socket}.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.environ["HUSAI_SERVER"] = str(socket)
+    harness.server = process.pid
+    yield
+    processes.kill(process)
 
 
 @pytest.fixture(scope="session")

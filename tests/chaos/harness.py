@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
 PATIENCE = 600  # seconds for what takes one minute on an idle machine
 PASSING = ("queue", "logs", "workers")  # folders of what says when and how it ran
+server = 0
+"""Process that the stages are children of."""
 TIMED = ("experiments/*/manifest.json", "report.html", "*/sae_custom_sae_eval_results.json")  # files that do
 
 
@@ -106,11 +109,15 @@ class Queue:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to the queue and to everything that it has started; returns when all of them are gone."""
+    below = psutil.Process(server).children(recursive=True)  # stages: one queue runs at a time
     try:
-        below = psutil.Process(process.pid).children(recursive=True)
+        below += psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, psutil.NoSuchProcess):
-        return
+        pass
+    for stage in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            stage.kill()
     process.wait()
     alive = psutil.wait_procs(below, timeout=60)[1]
     assert alive == [], "something goes on without the queue"

@@ -39,7 +39,7 @@ PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability",
 
 RECIPE = (
     *("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows"),
-    *("probe_ks", "noise_seeds", "max_pairs", "probing"),
+    *("probe_ks", "noise_seeds", "max_pairs", "probing", "core_texts"),
 )
 
 
@@ -65,6 +65,8 @@ class Bank:
     data_sets: list[str]
     probing: str
     """Whose probes: one of sae_probes.PROBINGS."""
+    core_texts: int
+    """Held-out documents for the cross-entropy with an SAE spliced in."""
     probe_ks: list[int]
     noise_seeds: list[int]
     cebench: bool
@@ -97,6 +99,7 @@ def shared(args: argparse.Namespace) -> dict:
         "saebench": args.run_saebench,
         "data_sets": sae_probes.check_data_sets(args.dataset_names) if args.run_saebench else [],
         "probing": args.probing,
+        "core_texts": args.core_texts,
         "probe_ks": args.probe_ks,
         "noise_seeds": [43, 44],
         "cebench": args.run_cebench,
@@ -208,13 +211,14 @@ def run(**bank) -> dict:
     found = {"saebench": None, "cebench": None}
     if bank.saebench:
         noise_seeds = tuple(bank.noise_seeds)
-        probing = saebench.Probing(bank.data_sets, bank.probe_ks, noise_seeds=noise_seeds, probing=bank.probing)
+        how = {"noise_seeds": noise_seeds, "probing": bank.probing, "core_texts": bank.core_texts}
+        probing = saebench.Probing(bank.data_sets, bank.probe_ks, **how)
         found["saebench"] = evaluate(
             cells, "saebench", bank, lineup, lambda: saebench.evaluate(lineup, probing, bank.places, cells)[0]
         )
     if bank.cebench:
         found["cebench"] = evaluate(cells, "cebench", bank, lineup, lambda: contrastive_scores(bank, lineup))
-    core = saebench.core_metrics(lineup, cells, bank.threads)
+    core = saebench.core_metrics(lineup, bank.core_texts, cells, bank.threads)
     found |= {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows}
     found["train_rows"] = len(store.split(TrainingConfig.heldout_fraction)[0])
     found |= {"inputs": lineup.inputs(), "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()]}
@@ -240,7 +244,8 @@ def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
 
 def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], dict]) -> dict:
     """A benchmark's results as a cell."""
-    named = ("data_sets", "probing", "probe_ks", "noise_seeds", "pair_sets", "max_pairs", "device", "threads")
+    named = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
+    named += ("pair_sets", "max_pairs", "device", "threads")
     key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
     key["candidates"] = [c.identity for c in lineup.saes]
     if name == "cebench":

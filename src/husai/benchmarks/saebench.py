@@ -18,7 +18,6 @@ from husai.runs.files import sha256_file, write_bytes
 from husai.subjects import text
 from husai.training.recovered import cross_entropies, recovered
 
-CORE_TEXTS = 200
 Figures = dict[str, dict[str, list[float]]]
 """k -> metric -> one a data set."""
 
@@ -39,6 +38,8 @@ class Probing:
     """A file of figures for each SAE and data set; by default below the artifact root, where studies share them."""
     probing: str = sae_probes.OFFICIAL
     """Whose probes: one of sae_probes.PROBINGS."""
+    core_texts: int = 200
+    """Held-out documents of the core metrics."""
 
 
 def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> tuple[dict, list[dict]]:
@@ -48,7 +49,7 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
         CheckFailed: the official code failed.
     """
     figures, repeats = probe(lineup, probing, places)
-    core = core_metrics(lineup, cells, places.threads)
+    core = core_metrics(lineup, probing.core_texts, cells, places.threads)
     results = {
         "phase": "saebench_custom",
         "inputs": lineup.inputs(),
@@ -143,9 +144,9 @@ def noise(probing: Probing, first: dict, runs: list[Figures]) -> dict:
     return answer
 
 
-def core_metrics(lineup: Lineup, cells: Cells, threads: int) -> dict[str, dict]:
+def core_metrics(lineup: Lineup, documents: int, cells: Cells, threads: int) -> dict[str, dict]:
     """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
-    texts = text.corpus().heldout[:CORE_TEXTS]
+    texts = text.corpus().heldout[:documents]
     saes: list[Candidate] = lineup.opened
     key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.identity for c in saes]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": threads}

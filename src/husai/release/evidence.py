@@ -468,6 +468,7 @@ class Recipe(Strict):
     noise_seeds: list[int]
     max_pairs: int
     probing: ProbingName = "sae_probes"
+    core_texts: int = 200
 
 
 class Evaluated(Strict):

@@ -100,6 +100,15 @@ class Parser(argparse.ArgumentParser):
             "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
         )
 
+    def add_core_texts(self) -> None:
+        """--core-texts."""
+        self.add_argument(
+            "--core-texts",
+            type=positive_int,
+            default=200,
+            help="held-out documents for the cross-entropy with an SAE spliced in (default: %(default)s)",
+        )
+
     def add_probing(self, default: str = "sae_probes") -> None:
         """--probing."""
         self.add_argument(
@@ -218,6 +227,7 @@ class Parser(argparse.ArgumentParser):
             default="1,5,16",
             help="features of a probe; 5 is judged (default: %(default)s)",
         )
+        self.add_core_texts()
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")

@@ -30,8 +30,6 @@ from husai.stress.candidate import Tested
 from husai.subjects import text
 from husai.subjects.pretrained import quiet
 
-KS = (1, 5, 16)
-"""Features of a probe; `deltas.K`, fixed in advance, is the one that the rule reads."""
 CODE = ("activations", "benchmarks", "dictionaries", "stress", "subjects")
 
 
@@ -143,7 +141,7 @@ class Prompts:
         return x[torch.from_numpy(kept)], classes(name)[kept]
 
 
-def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...] = KS) -> dict[str, dict[str, float]]:
+def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """k -> {"id", "ood"}: test AUC of the probe on k features, on its own test rows and on the shifted version.
 
     Features are ranked and the probe is fitted on the training rows of the data set, as `sae_probes.run_sae_evals` does
@@ -211,11 +209,12 @@ def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id",
 # The stress test
 
 
-def evaluate(tested: Tested, chosen: Chosen, probing: str, places: Places, cells: Cells) -> dict:
+def evaluate(tested: Tested, chosen: Chosen, probing: str, ks: tuple[int, ...], places: Places, cells: Cells) -> dict:
     """The results of the phase.
 
     Args:
         probing: whose probes, one of `sae_probes.PROBINGS`.
+        ks: features of a probe; `deltas.K`, fixed in advance, is the one that the rule reads.
 
     Raises:
         BadInput: SAEs of several conditions.
@@ -229,7 +228,7 @@ def evaluate(tested: Tested, chosen: Chosen, probing: str, places: Places, cells
         str(to_saelens(c.sae, subject, hook_name, places.output_dir / "encoders" / c.label)) for c in tested.saes
     ]
     prompts = Prompts(subject.name, hook_name, str(cache), places.device, chosen.seed, probing)
-    shifted = on_shifted(tested, chosen, prompts, encoders, cells)
+    shifted = on_shifted(tested, chosen, prompts, encoders, ks, cells)
     store = shift.shifted_store(subject, hook_name, versions, places.artifact_root, places.threads)
     inputs = {"shifted activations": store.digest}
     inputs["probed texts"] = digest(
@@ -250,7 +249,9 @@ def evaluate(tested: Tested, chosen: Chosen, probing: str, places: Places, cells
     }
 
 
-def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], cells: Cells) -> dict:
+def on_shifted(
+    tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], ks: tuple[int, ...], cells: Cells
+) -> dict:
     """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
     names = chosen.shifted
     about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
@@ -279,10 +280,10 @@ def on_shifted(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[
                     from sae_lens import SAE
 
                 encoder = SAE.load_from_disk(folder, device=prompts.device)
-                figures = of_each(lambda name: of_sae(encoder, name, prompts))
-                return {str(k): by_data_set([f[str(k)] for f in figures]) for k in KS}, []
+                figures = of_each(lambda name: of_sae(encoder, name, prompts, ks))
+                return {str(k): by_data_set([f[str(k)] for f in figures]) for k in ks}, []
 
-            auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(KS)}, compute)
+            auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(ks)}, compute)
             records.append({"identity": c.identity, "seed": c.facts["seed"], "test_auc": auc})
     return {
         "data_sets": names,
