@@ -1,6 +1,5 @@
 """The embedded language model: its text, its n-gram bars, its training, and the weights that are shipped."""
 
-import importlib.metadata
 import json
 import math
 from collections import Counter
@@ -43,9 +42,7 @@ def test_each_data_set_lies_in_one_family_on_one_side():
 
 
 def test_no_probe_or_shifted_text_is_trained_on(corpus):
-    elsewhere = {
-        text.document_id(d) for side in ("probe", "ood") for name in text.names(side) for d in text.documents(name)
-    }
+    elsewhere = text.documents_elsewhere()
     train, heldout = ({text.document_id(d) for d in part} for part in (corpus.train, corpus.heldout))
     assert (len(train), len(heldout)) == (len(corpus.train), len(corpus.heldout)), "each document once"
     assert not elsewhere & (train | heldout)
@@ -60,6 +57,7 @@ def test_a_training_document_of_another_side_is_dropped(monkeypatch, tmp_path):
     sides = {"train": {"a": ["t"]}, "probe": {"b": ["p"]}, "ood": {"c": ["o"]}}
     texts = {"t": ["one", "two", "three", "two"], "p": ["two"], "o": ["three", "four"]}
     monkeypatch.setattr(text, "FAMILIES", sides)
+    monkeypatch.setattr(text, "SIDES_APART", set())
     monkeypatch.setattr(text, "documents", texts.__getitem__)
     small = text.corpus.__wrapped__()
     assert small.train + small.heldout == ["one"]
@@ -330,12 +328,3 @@ def test_the_shipped_weights_have_the_recorded_bits_per_byte(corpus):
     bits = tiny_lm.nats(model, windows, np.arange(len(windows.starts))) / math.log(2)
     found = bits / sum(len(d.encode()) for d in family)
     assert found == pytest.approx(record["bits_per_byte"]["families"]["yelp"]["model"], abs=2e-4)
-
-
-def test_the_sides_share_no_document():
-    """What `corpus` takes for granted of the installed sae-probes, found out the long way."""
-    elsewhere = text.documents_elsewhere()
-    assert len(elsewhere) > 100_000
-    version = importlib.metadata.version("sae-probes")
-    shared = sum(text.document_id(t) in elsewhere for name in text.names("train") for t in text.documents(name))
-    assert (shared == 0) == (version in text.SIDES_APART)
