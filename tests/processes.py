@@ -24,19 +24,22 @@ def start(command: list, **given) -> subprocess.Popen:
     return subprocess.Popen([*map(str, command)], **usual | given, start_new_session=True, preexec_fn=_default_handlers)
 
 
-def end(process: subprocess.Popen, seconds: float = LIMIT) -> tuple[str, str]:
-    """Wait for a process; (stdout, stderr). The test fails, and its group is killed, where it takes longer."""
+def end(process: subprocess.Popen, seconds: float = LIMIT, text: str | None = None) -> tuple[str, str]:
+    """Give a process its standard input, wait for it; (stdout, stderr). If it takes longer, the test fails and the
+    process's group is killed."""
     try:
-        return process.communicate(timeout=seconds)
+        return process.communicate(text, timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(process)
         pytest.fail(f"{process.args} took more than {seconds:g} s")
 
 
-def run(command: list, seconds: float = LIMIT, check: bool = True, **given) -> subprocess.CompletedProcess:
+def run(
+    command: list, seconds: float = LIMIT, check: bool = True, input: str | None = None, **given
+) -> subprocess.CompletedProcess:
     """Run a command to its end. The test fails if it takes longer, or with `check` if its return code is not 0."""
-    process = start(command, **given)
-    out, err = end(process, seconds)
+    process = start(command, **given, stdin=subprocess.DEVNULL if input is None else subprocess.PIPE)
+    out, err = end(process, seconds, input)
     if check and process.returncode:
         pytest.fail(f"{process.args} ended with {process.returncode}: {err or out}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

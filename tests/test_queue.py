@@ -182,11 +182,15 @@ def test_what_the_environment_check_refuses_ends_the_queue(tmp_path):
     assert "nonsense" in done.stderr
 
 
+@pytest.mark.parametrize("part", ["--only", pytest.param("--from", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("send", [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)])
-def test_a_signal_ends_the_stage_in_order(tmp_path, send):
-    """To the queue alone, as a service manager sends it, or Ctrl-C to all of it; the same command can then resume."""
+def test_a_signal_ends_the_stage_in_order(tmp_path, send, part):
+    """To the queue alone, as a service manager sends it, or Ctrl-C to all of it; the same command can then resume.
+
+    `--only` runs the stage by itself, `--from` in a child of the process that imported the libraries.
+    """
     environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OUTPUT": str(tmp_path)}
-    command = ["bash", QUEUE, "--only", "subject"]
+    command = ["bash", QUEUE, part, "subject"]
     process = processes.start(command, env=environment, stdout=subprocess.DEVNULL)
     for line in process.stderr:
         if "training" in line:

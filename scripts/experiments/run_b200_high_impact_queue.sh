@@ -131,14 +131,17 @@ if [[ -z $DRY$FROM$ONLY ]]; then # what an earlier run has left there is space a
   ((free >= NEED_MB)) || refuse "OUTPUT=$OUTPUT: $free MB free, $NEED_MB expected"
 fi
 
-# One process imports the libraries; each stage is a child of it, with its own process, log and return code.
-if [[ -z $DRY$HUSAI_SERVER ]]; then
+# One process imports the libraries for all stages; each is a child of it, with its own process, log and return code. Not
+# on a GPU: CUDA does not survive a fork.
+[[ $DEVICE == cpu ]] || HUSAI_SERVER=''
+if [[ -z $DRY$ONLY$HUSAI_SERVER && $DEVICE == cpu ]]; then
   HUSAI_SERVER=$QUEUE/.server
   python scripts/experiments/warm.py serve "$HUSAI_SERVER" $$ > "$HUSAI_SERVER.log" 2>&1 < /dev/null &
   OWN=$!
   trap 'kill "$OWN" 2> /dev/null || true; wait "$OWN" 2> /dev/null || true' EXIT
 fi
-WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
+WARM=(python)
+[[ -z $HUSAI_SERVER ]] || WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
 
 NOTES=scripts/experiments/queue_manifest.py
 manifest() { "${WARM[@]}" "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }

@@ -196,8 +196,10 @@ def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
         return losses | {"recovered": recovered(losses)}, []
 
     key = {"subject": store.manifest.subject_digest, "saes": [m["checkpoint_sha256"] for m in records]}
-    key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads}
-    return cells.get("cross_entropy", key | {"code": code_version("training", "activations", "subjects")}, compute)
+    key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads, "device": args.device}
+    key |= {"hook_name": store.manifest.hook_name}
+    key["code"] = code_version("training", "activations", "dictionaries", "subjects")
+    return cells.get("cross_entropy", key, compute)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,15 +6,14 @@
 Importing torch, transformers and sae-lens costs several seconds of each stage. The server imports them once and forks a
 child for every command, before anything has computed. The child imports HUSAI itself, because a change of HUSAI's code
 must reach the next stage. Without a server `run` starts the command with its own Python. Either way the command has its
-own process, its own return code, and the terminal and folder of the caller. The server ends with process PARENT.
-docs/benchmarks/demo_profile.md: what it saves.
+own process, its own return code, and the terminal and folder of the caller. The server ends with process PARENT. It is
+for stages on the CPU: a library that it imports asks for GPUs, and CUDA does not survive a fork.
 """
 
 import argparse
 import atexit
 import contextlib
 import importlib
-import io
 import json
 import os
 import runpy
@@ -51,6 +50,7 @@ def serve(path: str, parent: int) -> None:
     listener.listen(8)  # whoever connects meanwhile waits
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the children: they report themselves
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _end_with(parent)
     os.environ.setdefault("MPLBACKEND", "agg")
     importlib.import_module("husai")  # alone, for its environment variables: torch reads them at its first allocation
@@ -79,6 +79,8 @@ def _request(connection: socket.socket) -> tuple[dict, list[int]]:
     while len(body) < length:
         part = connection.recv(length - len(body))
         if not part:
+            for stream in streams:
+                os.close(stream)
             raise OSError("cut off")
         body += part
     return json.loads(body), list(streams)
@@ -93,11 +95,16 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin, sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.FileIO(n, mode, closefd=False), line_buffering=n == 2 or os.isatty(n))
-        for n, mode in ((0, "r"), (1, "w"), (2, "w"))
+        open(n, mode, buffering, errors=errors, closefd=False)  # noqa: SIM115
+        for n, mode, buffering, errors in (
+            (0, "r", -1, None),
+            (1, "w", 1 if os.isatty(1) else -1, None),
+            (2, "w", 1, "backslashreplace"),
+        )
     )
     os.environ.clear()
     os.environ.update(asked["environment"])
+    sys.modules.pop("husai")  # as it is now; it sets its environment variables again
     os.chdir(asked["folder"])
     sys.argv = asked["arguments"]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -110,6 +117,8 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -124,28 +133,45 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
 
 def _end_with_caller(connection: socket.socket) -> None:
     """A caller that is killed takes its command with it."""
-    connection.recv(1)
+    with contextlib.suppress(OSError):
+        connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(path: str, arguments: list[str]) -> int:
     """Let the server run a command; its return code."""
-    connection, pid = socket.socket(socket.AF_UNIX), b""
+    connection, stage, waiting = socket.socket(socket.AF_UNIX), 0, []
+
+    def forward(number: int, frame=None) -> None:
+        """Ctrl-C reaches every process of the terminal's group by itself."""
+        if not stage:
+            waiting.append(number)
+        elif number != signal.SIGINT or os.getpgid(stage) != os.getpgrp():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stage, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            before[number] = signal.signal(number, forward)
     asked = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     message = json.dumps(asked).encode()
+    answer = connection.makefile("rb")
     try:
         connection.connect(_short(path))
         socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(message)
-        answer = connection.makefile("rb")
-        pid = answer.readline()
+        stage = int(answer.readline() or 0)
     except OSError:
         pass
-    if not pid:
+    if not stage:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if waiting:
+            return 130
         os.execvp("python", ["python", *arguments])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is of the same group, which Ctrl-C reaches
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: _terminate(int(pid)))
+    for number in waiting:
+        forward(number)
     code = answer.readline()
     return int(code) if code else KILLED
 

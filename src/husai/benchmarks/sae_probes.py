@@ -31,7 +31,7 @@ from husai.subjects import text
 
 OFFICIAL, EXACT = PROBINGS = "sae_probes", "sae_probes_exact"
 """Names of what made a figure: sae-probes' own code, or the same probes solved to their optimum (`sae_probes_exact`).
-Figures of two names are never compared."""
+Selection and gate never compare figures of two names."""
 PACKAGES = ("sae-bench", "sae-probes", "sae-lens", "scikit-learn", "torch", "numpy")
 METRICS = ("test_auc", "test_acc", "test_f1", "val_auc")
 INSTALL = "sae-bench is not installed: make setup (or pip install --no-deps -r requirements-nodeps.txt)"
@@ -94,12 +94,18 @@ class Task:
     def folder(self) -> Path:
         return Path(self.root) / f"{self.label}-seed{self.seed}-{digest(self.key)[:16]}"
 
+    def drop_torn(self) -> None:
+        """Remove files that an interruption cut off: the official code would take them as they are."""
+        for name in self.settings.data_sets:
+            if self.file(name).exists() and _read(self, name) is None:
+                self.file(name).unlink()
+
     def locked(self):
-        """Held by whoever writes the folder: studies share it."""
+        """A lock on the folder, which studies share. Only its holder writes there."""
         return locked(self.folder.with_name(f".{self.folder.name}.lock"))
 
     def file(self, data_set: str) -> Path:
-        """Where a data set's figures lie."""
+        """File of a data set's figures."""
         s = self.settings
         if s.probing == EXACT:
             return self.folder / f"{data_set}.json"
@@ -155,9 +161,7 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
             key = task.folder / "key.json"
             if key.exists() and read_json(key, "probing results") != task.key:
                 raise BadInput(f"--results-path: {task.folder} holds other results than its name says; delete it")
-            for name in task.settings.data_sets:
-                if task.file(name).exists() and _read(task, name) is None:
-                    task.file(name).unlink()  # cut off by an interruption: the official code would take it as it is
+            task.drop_torn()
             if not all(task.file(name).exists() for name in task.settings.data_sets):
                 write_json(key, task.key)
                 waiting.append(task)
@@ -170,7 +174,11 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
 
         with progress(f"exact probes on {len(exact)} encoders (data sets)", _missing(exact)) as advance:
             sae_probes_exact.run(exact, advance)
-    return [figures(task) for task in tasks]
+    found = []
+    for task in tasks:
+        with task.locked():
+            found.append(figures(task))
+    return found
 
 
 def _missing(tasks: list[Task]) -> int:
@@ -313,4 +321,5 @@ if __name__ == "__main__":
     end_with_parent()
     for each in _tasks(Path(sys.argv[1])):
         with each.locked():
+            each.drop_torn()
             _work(each)

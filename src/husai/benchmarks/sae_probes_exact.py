@@ -9,7 +9,8 @@ little and therefore carry another name: docs/benchmarks/probing.md.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from scipy.special import expit, log_expit
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
+from husai.kernels.workers import one_torch_thread
 from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json
 from husai.subjects.pretrained import quiet
@@ -141,15 +143,22 @@ def run(tasks: list[Task], advance: Callable[[int], None]) -> None:
     Raises:
         CheckFailed: a fit did not converge.
     """
-    with threadpool_limits(1), quiet():
+    with one_thread(), quiet():
         for task in tasks:
             with task.locked():
                 missing = [name for name in task.settings.data_sets if not task.file(name).exists()]
                 encoder = _encoder(task) if missing else None
-                for name in missing:
+                for name in missing:  # whoever held the lock before may have left some
                     rows = _of_model(task, name) if encoder is None else _of_sae(task, name, encoder)
                     write_json(task.file(name), rows)
                     advance(1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for every library, as in a worker of the official code: the figures do not depend on --threads."""
+    with one_torch_thread(), threadpool_limits(1):
+        yield
 
 
 def _encoder(task: Task):
@@ -195,7 +204,7 @@ class Split:
     x_test: torch.Tensor
     y_test: np.ndarray
     order: torch.Tensor
-    """Features by falling difference of the classes' means."""
+    """Features by falling |difference of the classes' means|, each feature divided by its mean activation."""
 
     @classmethod
     def of(

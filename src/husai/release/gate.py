@@ -25,6 +25,7 @@ from husai.release.evidence import (
     PositiveControl,
     Probing,
     RandomModelStress,
+    Recipe,
     Record,
     Section,
     Selection,
@@ -335,9 +336,9 @@ class _Candidate:
         _one_account(found.bank)
         _require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
         _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
-        recipe = found.bank.recipe.model_dump(exclude_unset=True)  # as it is written: older ones lack a field
+        recipe = Recipe.model_validate(chosen.selected.get("recipe"))  # an older one lacks fields that have defaults
         subjects = {found.subject, chosen.selected.get("subject")}
-        _require(recipe == chosen.selected.get("recipe"), "it was trained by another recipe than the selected one")
+        _require(recipe == found.bank.recipe, "it was trained by another recipe than the selected one")
         _require(len(subjects) == 1, "its subject has another name than at selection")
         _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
         _require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
@@ -711,6 +712,7 @@ def _seed(c: _Candidate, seed: int) -> None:
 
 
 def _same_probes(c: _Candidate, found: Probing | OODStress) -> None:
-    name, versions = c.cohort.get("probing", "sae_probes"), c.cohort["versions"]
+    versions = c.cohort["versions"]
+    name = None if versions is None else c.cohort.get("probing", "sae_probes")  # without versions nothing was probed
     _require(name in (None, found.probing), f"probes of another name than at selection: {name} expected")
     _require(versions in (None, found.versions), "other versions of the benchmark's packages than at selection")

@@ -404,6 +404,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     logging.getLogger("husai").setLevel(logging.INFO)
 
     def interrupt(signum, frame):
+        if INTERRUPTED.is_set():  # a group's signal comes by several ways; the first one is being seen to
+            return
         INTERRUPTED.set()
         raise KeyboardInterrupt
 

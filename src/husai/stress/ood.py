@@ -20,7 +20,7 @@ from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
 from husai.benchmarks import deltas, sae_probes
 from husai.benchmarks.candidates import Places, to_saelens
-from husai.benchmarks.sae_probes_exact import Split, auc
+from husai.benchmarks.sae_probes_exact import Split, auc, one_thread
 from husai.runs.cells import Cells, code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
@@ -150,10 +150,9 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
     Args:
         encoder: with `encode`: `[rows, d_in]` -> `[rows, features]`.
     """
-    with quiet():
-        split = Split.of(
-            *(encoder, data_set, prompts.model_name, prompts.hook_name, prompts.cache, prompts.seed, prompts.device)
-        )
+    place = prompts.model_name, prompts.hook_name, prompts.cache, prompts.seed, prompts.device
+    with quiet(), one_thread():
+        split = Split.of(encoder, data_set, *place)
     raw, y = prompts.shifted(data_set)
     with torch.inference_mode():
         shifted = encoder.encode(raw.to(prompts.device)).cpu().float()
@@ -161,7 +160,8 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
     for k in ks:
         x_test, x_shifted = split.chosen(split.x_test, k), split.chosen(shifted, k)
         if prompts.probing == sae_probes.EXACT:
-            probe = split.probe(k)
+            with one_thread():
+                probe = split.probe(k)
             found[str(k)] = _figures(float(auc(probe.scores(x_test), split.y_test)), probe.scores(x_shifted), y)
         else:
             own = split.chosen(split.x_train, k), split.y_train, x_test, split.y_test

@@ -324,6 +324,7 @@ def corpus() -> Corpus:
 
     Kept, because it takes seconds to read and hash, and a study asks for it many times.
     """
+    data_folder()  # says what to do without the package
     known = importlib.metadata.version("sae-probes") in SIDES_APART
     elsewhere = set() if known else documents_elsewhere()
     found = {}

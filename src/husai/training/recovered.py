@@ -1,7 +1,7 @@
-"""What a language model loses when an SAE stands in at its hook: cross-entropy with the reconstruction spliced in.
+"""Loss of a language model with an SAE spliced in: the cross-entropy with the reconstruction in the activation's place.
 
 One forward pass of transformers' own modules serves several SAEs. The batch is repeated where it enters the hook's
-block: the layers before run once, the layers after run for the model as it is, for zeros, and for every SAE together.
+block: the layers before run once a group of SAEs, the layers after run for all of the group together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGIT_ROWS = 256
 """Predictions whose logits exist at one time, whatever the vocabulary."""
 
 Replacement = Callable[[Tensor], Tensor]
-"""Rows `[n, d_in]` of activations -> what stands in their place."""
+"""Map of activations `[n, d_in]` to what stands in their place."""
 
 
 @torch.inference_mode()
@@ -41,13 +41,17 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], tex
         each SAE's reconstruction, "kl_zeroed", "kl_spliced": KL(unchanged ‖ changed), "tokens": predictions counted}
 
     Raises:
-        BadInput: the hook is not where one of transformers' modules begins or ends.
+        BadInput: the hook is not where one of transformers' modules begins or ends, its activation is not
+            `[batch, position, d_in]`, the model's logits cannot be made again from its final states, or no text has
+            more than two tokens.
     """
     site = Site.of(subject, hook_name)
     tokenizer, device = subject.tokenizer, next(subject.model.parameters()).device
     tokenizer.truncation_side = "right"
     encoded = tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"]
     inputs = [torch.tensor(ids) for ids in encoded if len(ids) > 2]
+    if not inputs:
+        raise BadInput(f"texts: none of {len(texts)} has more than two tokens; longer ones expected")
     replacements: list[Replacement] = [torch.zeros_like, *(reconstruction(sae.to(device)) for sae in saes)]
     together = max(1, min(len(replacements), LAYER_ROWS // max(map(len, inputs)) - 1))  # beside the unchanged copy
     total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
@@ -63,6 +67,8 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], tex
         for first in range(0, len(replacements), together):
             group = slice(first, first + together)
             final = site.final_states(tokens, [None, *replacements[group]])
+            if count == len(targets) and first == 0:
+                final.check(tokens[:1])
             unchanged, *changed = final.of_copies(counted)
             for rows in torch.arange(len(targets), device=device).split(LOGIT_ROWS):
                 log_p = final.logits(unchanged[rows]).log_softmax(-1)
@@ -142,22 +148,22 @@ class Site:
         batch, copies = len(tokens), len(replacements)
 
         def repeated(x):
-            """A tensor of the batch, once a copy."""
-            return x.repeat(copies, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) and len(x) == batch else x
+            """A tensor of the batch, once a copy; everything else as it is."""
+            of_batch = isinstance(x, Tensor) and x.ndim > 1 and len(x) == batch
+            return x.repeat(copies, *[1] * (x.ndim - 1)) if of_batch else x
 
         def enter(module, args, kwargs):
-            """Repeat the batch where it enters the hook's block."""
-            name = "hidden_states"
-            args, kwargs = (repeated(args[0]), *args[1:]) if args else args, dict(kwargs)
-            return args, kwargs | ({name: repeated(kwargs[name])} if name in kwargs else {})
+            """Repeat what belongs to the batch: at the hook's block the activations, at every block the masks.
 
-        def mask(module, args, kwargs):
-            """A mask is made for the batch, and later blocks get it too."""
-            name = "attention_mask"
-            return args, kwargs | ({name: repeated(kwargs[name])} if kwargs.get(name) is not None else {})
+            A tensor of one row is broadcast anyway, therefore repeating position embeddings changes nothing.
+            """
+            return tuple(map(repeated, args)), {name: repeated(value) for name, value in kwargs.items()}
 
         def splice(x: Tensor) -> Tensor:
             """Every position but the first, each copy by its own replacement."""
+            if x.ndim != 3:
+                shape = f"{list(x.shape)} in transformers' modules; [batch, position, d_in] expected"
+                raise BadInput(f"hook: its activation has the shape {shape}")
             parts = list((x if self.blocks else repeated(x)).split(batch))
             for i, replace in enumerate(replacements):
                 if replace is not None:
@@ -177,9 +183,7 @@ class Site:
 
         with ExitStack() as hooks:
             for block in self.blocks:
-                hooks.callback(block.register_forward_pre_hook(mask, with_kwargs=True).remove)
-            if self.blocks:
-                hooks.callback(self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             if self.side == "hook_in":
                 handle = self.module.register_forward_pre_hook(splice_input, with_kwargs=True)
             else:
@@ -206,15 +210,29 @@ class FinalStates:
     def logits(self, states: Tensor) -> Tensor:
         """Float32 logits `[n, vocabulary]` of states `[n, d_model]`, with the model's own caps and scales."""
         output = self.kind(last_hidden_state=states.unsqueeze(0))
-        with forward_of(self.transformer.base_model, lambda *args, **kwargs: output):
+        with forward_of({self.transformer.base_model, self.transformer.get_decoder()}, lambda *_, **__: output):
             return self.transformer(inputs_embeds=states.unsqueeze(0), use_cache=False).logits[0].float()
+
+    def check(self, tokens: Tensor) -> None:
+        """Compare the first text's logits `[1, position, vocabulary]` with those of an ordinary pass.
+
+        Raises:
+            BadInput: they differ, because the model's head reads something else.
+        """
+        expected = self.transformer(input_ids=tokens, use_cache=False).logits[0].float()
+        found = self.logits(self.states[0, 0])
+        if found.shape != expected.shape or (found - expected).abs().max() > 1e-3 * (1 + expected.abs().max()):
+            name = type(self.transformer).__name__
+            raise BadInput(f"subject: the logits of {name} cannot be made again from its final states")
 
 
 @contextmanager
-def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module compute something else meanwhile."""
-    module.forward = forward
+def forward_of(modules: set[nn.Module], forward: Callable) -> Iterator[None]:
+    """Let modules compute something else meanwhile."""
+    for module in modules:
+        module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        for module in modules:
+            del module.forward
