@@ -1,4 +1,4 @@
-"""Where the demo's time goes: seconds by stage and by kind of work.
+"""The demo's time: seconds by stage and by kind of work.
 
     python benchmarks/demo_profile.py
     python benchmarks/demo_profile.py --against OTHER_CHECKOUT     # another version of the code, in the same run
@@ -92,23 +92,30 @@ def main() -> None:
     from husai.runs.machine import cpu_model
 
     p = Parser(__doc__)
-    p.add_argument("--profile", default="embedded", help="of the queue (default: %(default)s)")
+    p.add_argument("--profile", default="embedded", help="profile of the queue (default: %(default)s)")
+    p.add_argument("--checkout", type=Path, default=ROOT, help="the version to measure (default: this one)")
+    p.add_argument("--keep", type=Path, help="folder for the results of its first run")
     p.add_argument("--against", type=Path, help="a checkout of another version, with its .venv")
     p.add_argument("--output-dir", type=Path, default=ROOT / "docs/benchmarks", help="default: %(default)s")
     args = p.parse_args()
     if args.against is not None and not (args.against / ".venv/bin/python").is_file():
         p.error(f"--against {args.against}: a checkout with an environment expected (make setup there)")
-    versions = {"before": args.against, "after": ROOT} if args.against else {"after": ROOT}
-    result = {name: measured(checkout, args.profile) for name, checkout in versions.items()}
+    versions = {"before": args.against, "after": args.checkout} if args.against else {"after": args.checkout}
+    result = {}
+    for name, checkout in versions.items():
+        result[name] = measured(checkout, args.profile, args.keep if name == "after" else None)
     result |= {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "profile": args.profile}
     write_json(args.output_dir / "demo_profile.json", result)
     write_text(args.output_dir / "demo_profile.md", text := markdown(result))
     print(text)
 
 
-def measured(checkout: Path, profile: str) -> dict:
+def measured(checkout: Path, profile: str, keep: Path | None) -> dict:
     """Run a checkout's queue from nothing and again; {"first", "repeat": {"wall", "cpu", "stages", "kinds"}}."""
     with tempfile.TemporaryDirectory() as folder:
+        if keep:
+            keep.mkdir(parents=True)
+            (Path(folder) / "results").symlink_to(keep.resolve())
         found = {}
         for name in ("first", "repeat"):
             notes = Path(folder) / name
@@ -150,7 +157,7 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
 def markdown(r: dict) -> str:
     after, before = r["after"], r.get("before")
     lines = [
-        "# Where the demo's time goes",
+        "# The demo's time",
         "",
         f"`python benchmarks/demo_profile.py{' --against CHECKOUT' if before else ''}`: the queue's `{r['profile']}` "
         f"profile from nothing, {r['cores']} cores ({r['cpu']}), after the install.",

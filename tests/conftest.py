@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +17,23 @@ from husai.activations.store import ActivationStore, StoreWriter
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU here
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 1200.0
+"""Seconds for one test on a machine at work."""
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _time_limit():
+    """No test runs for ever, whatever it waits for."""
+
+    def late(number, frame):
+        pytest.fail(f"took more than {LIMIT:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

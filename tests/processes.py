@@ -32,6 +32,9 @@ def end(process: subprocess.Popen, seconds: float = LIMIT, text: str | None = No
     except subprocess.TimeoutExpired:
         kill(process)
         pytest.fail(f"{process.args} took more than {seconds:g} s")
+    except BaseException:
+        kill(process)
+        raise
 
 
 def run(

@@ -101,7 +101,7 @@ def test_what_a_phase_decided_is_decided_again_by_the_audit(finished, script, ch
     assert any(reason in problem for problem in recompute.phase_problems(results)), recompute.phase_problems(results)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the chaos tests kill these phases in the queue
 @pytest.mark.parametrize("script", OWN)
 def test_killed_midway_it_resumes_to_the_same_bytes(finished, script, tmp_path):
     command, reference = finished(script)

@@ -93,7 +93,13 @@ def test_repeat_returns_the_same_bytes_without_torch(phase4a):
     assert len(list(out.glob("run_*"))) >= 2
 
 
-@pytest.mark.parametrize("file", ["sae_weights.safetensors", "snapshots.safetensors", "cfg.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "sae_weights.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("snapshots.safetensors", "cfg.json")),
+    ],
+)
 def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file):
     command, out = phase4a
     copy = tmp_path / "copy"
@@ -107,7 +113,7 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file)
     assert (copy / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the chaos tests kill this phase in the queue
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(phase4a, tmp_path):
     command, reference = phase4a
     # A root of its own, so that the control's activations are made again too.
@@ -143,6 +149,7 @@ def test_interrupt_exits_130_and_says_so_in_the_manifest(phase4a, tmp_path):
     assert json.loads(manifest.read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_published_protocol_puts_its_figures_beside_ours(phase4a, run_script, tmp_path):
     command, _ = phase4a
     arguments = [

@@ -148,6 +148,7 @@ def test_a_duplicate_is_left_out(frontier):
     [
         (lambda b: b["inputs"].update(subject="0" * 64), "another subject"),
         (lambda b: b["saebench"]["versions"].update(torch="0.1"), "other versions"),
+        (lambda b: b["saebench"].update(probing="sae_probes_exact"), "probes of another name"),
         (lambda b: b["saebench"]["data_sets"].reverse(), "other probing data sets"),
         (lambda b: b["cebench"].update(pairs_digest="0" * 64), "other story pairs"),
         (lambda b: b["cebench"].update(benchmark="cebench"), "another contrastive benchmark"),

@@ -290,6 +290,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """From ten windows on: 307 MB more on disk, less than a tenth of that more in memory."""
     # What is freed is given back at once, so that the peak is what was needed and not what the allocator kept.

@@ -75,7 +75,10 @@ def draw(results: dict, folder: Path) -> list[Path]:
         figures.Points.of("Stability", "L0", "excess of mcc over the highest null", rows, "l0", "excess"),
     ]
     if any(r["saebench_delta"]["estimate"] is not None and r["cebench_delta"]["estimate"] is not None for r in rows):
-        labels = "sae-probes AUC − matched reference", "normalised contrastive score − matched reference"
+        labels = (
+            f"{results['banks'][0]['saebench']['probing']} AUC − matched reference",
+            "normalised contrastive score − matched reference",
+        )
         named = [r | ({"family": "relu, against topk"} if r["family"] == "relu" else {}) for r in rows]
         both = figures.Points.of("Benchmarks", *labels, named, "saebench_delta", "cebench_delta")
         points.append(both)
@@ -96,7 +99,8 @@ def summary(results: dict) -> str:
         "`mcc_alive`",
         "excess over the highest null",
     ]
-    header += ["outcome", "sae-probes AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
+    probing = found["saebench"]["probing"] if found["saebench"] else "SAEBench"
+    header += ["outcome", f"`{probing}` AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
     rows = [
         [
             r["condition"],

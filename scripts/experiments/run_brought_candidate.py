@@ -58,7 +58,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     for part, label in (("saebench", "test AUC, k = 5"), ("cebench", "normalised score")):
         (row,) = [c for c in results["bank"][part]["conditions"] if c["condition"] == name]
         delta = {arm: d for arm, d in row["delta"].items() if d["estimate"] is not None}
-        title = results["bank"]["cebench"]["benchmark"] if part == "cebench" else "sae-probes"
+        title = results["bank"][part]["benchmark" if part == "cebench" else "probing"]
         panels.append(figures.Panel(f"{title}: less a baseline", label, "", list(delta), {name: list(delta.values())}))
     return [figures.panels(folder / "brought.png", panels)]
 
@@ -74,7 +74,7 @@ def summary(results: dict) -> str:
     )
     rows = [["`mcc_alive`", interval(score["observed"])]]
     rows += [[f"excess over {null}", interval(e, "+")] for null, e in score["excess"].items()]
-    rows.append(["sae-probes AUC, k = 5", interval(probing["auc"]["5"])])
+    rows.append([f"`{bank['saebench']['probing']}` AUC, k = 5", interval(probing["auc"]["5"])])
     rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in probing["delta"].items()]
     rows.append([f"contrastive, normalised ({bank['cebench']['benchmark']})", interval(pairs["normalised"])])
     rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in pairs["delta"].items()]

@@ -175,7 +175,7 @@ def summary(results: dict) -> str:
                 ["CE loss score", interval(row["ce_loss_score"])],
                 ["`mcc_alive`", interval(row["mcc_alive"])],
                 *([f"excess over {null}", interval(e, "+")] for null, e in excess.items()),
-                ["sae-probes AUC, k = 5", interval(row["saebench"])],
+                [f"`{found['saebench']['probing']}` AUC, k = 5", interval(row["saebench"])],
                 ["− matched reference", interval(row["saebench_delta"], "+")],
                 [f"contrastive, normalised ({found['cebench']['benchmark']})", interval(row["cebench"])],
                 ["− matched reference", interval(row["cebench_delta"], "+")],

@@ -88,13 +88,18 @@ def draw(results: dict, folder: Path) -> list[Path]:
     for name, label in (
         ("explained_variance", "held-out explained variance"),
         ("excess", "excess of mcc over the highest null"),
-        ("saebench", "sae-probes test AUC, k = 5"),
+        ("saebench", f"{probing_name(results)} test AUC, k = 5"),
         ("cebench", "contrastive score, normalised"),
     ):
         series = {line: [r[name] for r in of] for line, of in lines.items() if all(r[name] for r in of)}
         if series:
             panels.append(figures.Panel(label, "tokens seen", label, budgets, series))
     return [figures.panels(folder / "scaling.png", panels)]
+
+
+def probing_name(results: dict) -> str:
+    """What fitted the probes of all banks."""
+    return next((b["saebench"]["probing"] for b in results["banks"] if b["saebench"]), "SAEBench")
 
 
 def summary(results: dict) -> str:
@@ -123,10 +128,15 @@ def summary(results: dict) -> str:
         "`mcc_alive`",
         "excess",
     ]
-    header += ["sae-probes AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
+    header += [
+        f"`{probing_name(results)}` AUC",
+        "− matched reference",
+        "contrastive, normalised",
+        "− matched reference",
+    ]
 
     changes = ["axis", "from", "to", "settings", "L0", "explained variance", *GAIN_HEADER]
-    changes += ["sae-probes AUC", "contrastive"]
+    changes += [f"`{probing_name(results)}` AUC", "contrastive"]
     empty = [""] * (len(changes) - 5)
 
     def cell(row: dict, name: str) -> str:

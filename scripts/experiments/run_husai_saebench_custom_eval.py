@@ -95,7 +95,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     conditions = results["conditions"]
     names = [c["condition"] for c in conditions]
     arms = {arm: [c["delta"][arm] for c in conditions] for arm in ARMS}
-    panel = figures.Panel("sae-probes: the SAE less a baseline", f"test AUC, k = {K}", "", names, arms)
+    panel = figures.Panel(f"{results['probing']}: the SAE less a baseline", f"test AUC, k = {K}", "", names, arms)
     return [figures.panels(folder / "saebench_deltas.png", [panel])]
 
 
@@ -106,9 +106,9 @@ def summary(results: dict) -> str:
     lines = [
         "# SAEBench on SAEs at hand",
         "",
-        f"{results['subject']}, {results['hook_name']}: sae-probes on {len(results['data_sets'])} data sets of "
-        f"{families} families, mean test AUC with {K} features (fixed in advance). A logistic probe on the "
-        f"activations themselves has {results['baselines']['llm']['means']['llm']['test_auc']:.4f}.",
+        f"{results['subject']}, {results['hook_name']}: `{results['probing']}` on {len(results['data_sets'])} sets of "
+        f"{families} families, mean test AUC with {K} features (fixed in advance). A logistic probe on the activations "
+        f"themselves has {results['baselines']['llm']['means']['llm']['test_auc']:.4f}.",
         "",
         "| condition | SAEs | L0 | AUC, 95 % interval | − hook's own probe | − PCA | − untrained | − random model "
         "| − matched reference |",

@@ -6,9 +6,10 @@
     python scripts/experiments/run_ood_stress_eval.py --skip-families
 
 Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling
-or register), by sae-probes' own functions: the drop is what the SAE loses less what the model loses. Beside it, the SAE
-less the model on a held-out family of data sets, and how well the SAE fits the activations of shifted text. Without
---candidate and --checkpoint: the confirmed candidate below --artifact-root, if there is one, else the embedded default.
+or register), by sae-probes' own functions or by exact probes (`--probing`). The drop is what the SAE loses less what
+the model loses. Beside it, the SAE less the model on a held-out family of data sets, and how well the SAE fits the
+activations of shifted text. Without --candidate and --checkpoint: the confirmed candidate below --artifact-root, if
+there is one, else the embedded default.
 """
 
 from pathlib import Path
@@ -111,7 +112,8 @@ def summary(results: dict) -> str:
         f"**{outcome}**: {why}.",
         "",
         f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
-        f"probe on {k} features loses {interval(shifted['drop'][k], '+')} of test AUC under shift beyond what the "
+        f"probe on {k} features (`{results['probing']}`) loses {interval(shifted['drop'][k], '+')} of test AUC under "
+        "shift beyond what the "
         "probe on the model's own activations loses on the same data sets (positive: the SAE loses more).",
         f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
         f"the interval rests on {max(freedom, 0)} degree{'s' * (freedom != 1)} of freedom and is wide.",

@@ -109,12 +109,12 @@ class Queue:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to the queue and to everything that it has started; returns when all of them are gone."""
-    below = psutil.Process(server).children(recursive=True)  # stages: one queue runs at a time
-    try:
-        below += psutil.Process(process.pid).children(recursive=True)
+    below = []
+    for parent in (process.pid, server):  # the server's children are stages: one queue runs at a time
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below += psutil.Process(parent).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        pass
     for stage in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             stage.kill()

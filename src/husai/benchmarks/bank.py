@@ -32,6 +32,7 @@ from husai.stability import study
 from husai.stability.scores import ALIVE
 from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
+from husai.training.recovered import Site
 from husai.training.trainer import TrainingConfig
 
 SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
@@ -168,6 +169,7 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
     subject = pretrained.load(str(args.subject))
     for each in settings:
         check_hooks(subject, [each["hook_name"]])
+        Site.of(subject, each["hook_name"])
         check(Bank(**each))
     gpus = float(args.device != "cpu")
     tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]

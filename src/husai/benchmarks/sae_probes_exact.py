@@ -200,9 +200,9 @@ class Split:
 
     x_train: torch.Tensor
     """`[n, d_sae]`."""
-    y_train: np.ndarray
+    y_train: torch.Tensor
     x_test: torch.Tensor
-    y_test: np.ndarray
+    y_test: torch.Tensor
     order: torch.Tensor
     """Features by falling |difference of the classes' means|, each feature divided by its mean activation."""
 
@@ -228,30 +228,29 @@ class Split:
             device=device,
             num_train=None,
             frac=None,
-            batch_size=1024,
             model_cache_path=cache,
             seed=seed,
         )
         order = get_sorted_indices(x.X_train, x.y_train, mean_act_normalization)
-        return cls(x.X_train, x.y_train.numpy(), x.X_test, x.y_test.numpy(), order)
+        return cls(x.X_train, x.y_train, x.X_test, x.y_test, order)
 
-    def chosen(self, x: torch.Tensor, k: int, binarize: bool = False) -> np.ndarray:
+    def chosen(self, x: torch.Tensor, k: int, binarize: bool = False) -> torch.Tensor:
         """The first k features of rows `[n, d_sae]`."""
         kept = x[:, self.order[:k]]
-        return (kept != 0).numpy() if binarize else kept.numpy()
+        return kept != 0 if binarize else kept
 
     def probe(self, k: int, binarize: bool = False) -> Probe:
-        return fit(self.chosen(self.x_train, k, binarize), self.y_train)
+        return fit(self.chosen(self.x_train, k, binarize).numpy(), self.y_train.numpy())
 
     def metrics(self, k: int, binarize: bool = False) -> dict[str, float]:
         """sae-probes' metrics of the probe on k features."""
         from sklearn.metrics import accuracy_score, f1_score
 
         probe = self.probe(k, binarize)
-        scores = probe.scores(self.chosen(self.x_test, k, binarize))
+        scores, truth = probe.scores(self.chosen(self.x_test, k, binarize).numpy()), self.y_test.numpy()
         return {
-            "test_f1": float(f1_score(self.y_test, scores > 0, average="weighted")),
-            "test_acc": float(accuracy_score(self.y_test, scores > 0)),
-            "test_auc": float(auc(scores, self.y_test)),
+            "test_f1": float(f1_score(truth, scores > 0, average="weighted")),
+            "test_acc": float(accuracy_score(truth, scores > 0)),
+            "test_auc": float(auc(scores, truth)),
             "val_auc": probe.val_auc,
         }

@@ -652,7 +652,8 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
     records = [r.model_dump() for r in probing.saes]
     values = {r["identity"]: np.array(r["test_auc"][deltas.K])[keep] for r in records}
     estimate, _ = _against_reference(c, records, values, families, level)
-    figure, of = "AUC at k = 5 less the matched reference's", len(set(families))
+    by = "" if probing.probing == "sae_probes" else f" ({probing.probing})"
+    figure, of = f"AUC at k = 5{by} less the matched reference's", len(set(families))
     return _Shown(figure, {"": estimate}, "low", ">=", minimum, estimate.n_seeds, of)
 
 

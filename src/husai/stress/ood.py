@@ -162,7 +162,8 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
         if prompts.probing == sae_probes.EXACT:
             with one_thread():
                 probe = split.probe(k)
-            found[str(k)] = _figures(float(auc(probe.scores(x_test), split.y_test)), probe.scores(x_shifted), y)
+            own = float(auc(probe.scores(x_test.numpy()), split.y_test.numpy()))
+            found[str(k)] = _figures(own, probe.scores(x_shifted.numpy()), y)
         else:
             own = split.chosen(split.x_train, k), split.y_train, x_test, split.y_test
             found[str(k)] = fit(*own, x_shifted, y, penalty="l1", seed=prompts.seed)
