@@ -140,7 +140,8 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
             command, cwd=checkout, env=os.environ | variables, stdout=log, stderr=log, timeout=3600, check=False
         )
     if done.returncode not in (0, 1):
-        raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {(notes / 'log').read_text()[-2000:]}")
+        said = [line for line in (notes / "log").read_text().splitlines() if line.startswith(("error", "failed"))]
+        raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {'; '.join(said)}")
     wall = time.monotonic() - began
     processes = [json.loads(path.read_text()) for path in notes.glob("*.json")]
     kinds, scripts = Counter(), {}

@@ -68,7 +68,7 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], tex
             group = slice(first, first + together)
             final = site.final_states(tokens, [None, *replacements[group]])
             if count == len(targets) and first == 0:
-                final.check(tokens[:1])
+                final.check(tokens[:1, :LOGIT_ROWS])
             unchanged, *changed = final.of_copies(counted)
             for rows in torch.arange(len(targets), device=device).split(LOGIT_ROWS):
                 log_p = final.logits(unchanged[rows]).log_softmax(-1)
@@ -214,13 +214,16 @@ class FinalStates:
             return self.transformer(inputs_embeds=states.unsqueeze(0), use_cache=False).logits[0].float()
 
     def check(self, tokens: Tensor) -> None:
-        """Compare the first text's logits `[1, position, vocabulary]` with those of an ordinary pass.
+        """Compare logits of the first text with those of an ordinary pass.
+
+        Args:
+            tokens: its first tokens `[1, position]`.
 
         Raises:
             BadInput: they differ, because the model's head reads something else.
         """
         expected = self.transformer(input_ids=tokens, use_cache=False).logits[0].float()
-        found = self.logits(self.states[0, 0])
+        found = self.logits(self.states[0, 0, : tokens.shape[1]])
         if found.shape != expected.shape or (found - expected).abs().max() > 1e-3 * (1 + expected.abs().max()):
             name = type(self.transformer).__name__
             raise BadInput(f"subject: the logits of {name} cannot be made again from its final states")
