@@ -78,6 +78,9 @@ benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more t
 	@$(BIN)/python benchmarks/matching_speed.py
 	@$(BIN)/python benchmarks/training_speed.py
 	@$(BIN)/python benchmarks/eval_speed.py
+	@$(BIN)/python benchmarks/cross_entropy.py
+	@$(BIN)/python benchmarks/probing.py
+	@$(BIN)/python benchmarks/demo_profile.py
 	@$(BIN)/python benchmarks/two_runs.py
 
 clean: ## remove what runs have made (results/), not the environment

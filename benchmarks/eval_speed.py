@@ -9,11 +9,8 @@ medians over rounds are reported.
 - prompts: the harvest of sae-probes' activations beside sae-probes' own function;
 - contrastive: CE-Bench's scores beside its own way (story by story through the whole model, an SAE after the other);
   the scores must agree;
-- core: CE and KL of n SAEs beside SAEBench's function, an SAE after the other, and beside a batched pass of the whole
-  model for each SAE through TransformerLens' bridge (the way HUSAI took before), at an early and at a late hook; the
-  figures of the last two must agree to 1e-5;
-- probing: SAEBench's probing of several SAEs by our workers beside its own loop in one process. Exact probes have a
-  benchmark of their own, probing.py.
+- core: CE and KL of n SAEs beside SAEBench's function, an SAE after the other;
+- probing: SAEBench's probing of several SAEs by our workers beside its own loop in one process.
 """
 
 import tempfile
@@ -25,7 +22,7 @@ from husai.runs.cli import Parser, int_list, positive_int, prepare, run_main
 from husai.runs.files import write_json, write_text
 from husai.runs.machine import cpu_model
 
-HOOK, LATE_HOOK = "blocks.1.hook_resid_pre", "blocks.3.hook_resid_pre"
+HOOK = "blocks.1.hook_resid_pre"
 SETS = ["96_spam_is", "92_glue_sst2", "157_amazon_5star"]
 D_SAE, K = 1024, 16
 
@@ -46,7 +43,6 @@ def main() -> None:
     rows = [prompts(args, subject)]
     for n in args.saes:
         rows += [contrastive(args, subject, saes[:n]), core(args, subject, saes[:n])]
-        rows += [one_pass(args, subject, saes[:n], hook) for hook in (HOOK, LATE_HOOK)]
     rows.append(probing(args, subject, saes[: min(4, len(saes))]))
     result = {"cpu": cpu_model(), "threads": args.threads, "rounds": args.rounds, "rows": rows}
     write_json(args.output_dir / "eval_speed.json", result)
@@ -170,69 +166,6 @@ def core(args, subject, saes) -> dict:
         lambda _: cross_entropies(subject, HOOK, saes, texts),
         theirs,
     )
-
-
-def one_pass(args, subject, saes, hook_name: str) -> dict:
-    """All SAEs in one pass beside a pass for each; the model and zeros have one too."""
-    import numpy as np
-
-    from husai.subjects import text
-    from husai.training.recovered import cross_entropies
-
-    texts = text.corpus().heldout[:50]
-    found: dict[str, dict] = {}
-
-    def ours(folder: Path) -> None:
-        found["ours"] = cross_entropies(subject, hook_name, saes, texts)
-
-    def theirs(folder: Path) -> None:
-        found["theirs"] = a_pass_each(subject, hook_name, saes, texts)
-
-    what = f"CE and KL of {len(saes)} SAEs at {hook_name}, beside a pass each"
-    work = sum(len(ids) for ids in subject.tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"])
-    row = by_turns(args, what, "tokens × SAEs", work * len(saes), ours, theirs)
-    for name, value in found["theirs"].items():
-        np.testing.assert_allclose(found["ours"][name], value, atol=1e-5)
-    return row
-
-
-def a_pass_each(subject, hook_name: str, saes, texts: list[str]) -> dict:
-    """Cross-entropies and KL of `cross_entropies`, by a batched pass of the bridged model for each SAE."""
-    import numpy as np
-    import torch
-
-    from husai.activations.language_model import batches
-
-    def spliced(replace):
-        def hook_function(x, hook):
-            new = x.clone()
-            new[:, 1:] = replace(x[:, 1:].flatten(0, 1)).reshape(x[:, 1:].shape)
-            return new
-
-        return [(hook_name, hook_function)]
-
-    encoded = subject.tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"]
-    inputs = [torch.tensor(ids) for ids in encoded if len(ids) > 2]
-    replacements = [torch.zeros_like, *((lambda x, sae=sae: sae.decode(sae.encode(x), x)) for sae in saes)]
-    total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
-    with torch.inference_mode():
-        for chosen in batches(np.array([*map(len, inputs)]), 4096):
-            tokens = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in chosen], batch_first=True)
-            lengths = torch.tensor([len(inputs[i]) for i in chosen])
-            position = torch.arange(tokens.shape[1] - 1)
-            counted = (position >= 1) & (position < lengths[:, None] - 1)
-            targets = tokens[:, 1:][counted].unsqueeze(1)
-            whole = subject.model.run_with_hooks(tokens, fwd_hooks=[])[:, :-1][counted].float().log_softmax(-1)
-            total -= whole.gather(1, targets).sum().item()
-            for i, replace in enumerate(replacements):
-                logits = subject.model.run_with_hooks(tokens, fwd_hooks=spliced(replace))[:, :-1][counted]
-                changed = logits.float().log_softmax(-1)
-                losses[i] -= changed.gather(1, targets).sum().item()
-                divergences[i] += torch.linalg.vecdot(whole.exp(), whole - changed).sum().item()
-            count += len(targets)
-    spliced_losses, kl = losses / count, divergences / count
-    found = {"model": total / count, "zeroed": spliced_losses[0], "spliced": spliced_losses[1:]}
-    return found | {"kl_zeroed": kl[0], "kl_spliced": kl[1:]}
 
 
 def probing(args, subject, saes) -> dict:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import processes
+from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import compare, contrast, nulls
+from husai.stability import compare, contrast, nulls, study
 from husai.stability.compare import Dictionary
 from husai.stability.inference import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
 from husai.stability.matching import match
@@ -527,3 +528,12 @@ def test_shared_decoders_and_initialisations_are_refused():
         compare.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
     with pytest.raises(BadInput, match="1 SAE given"):
         compare.refuse_shared(["a"], ok[:1])
+
+
+def test_what_a_killed_process_left_beside_a_checkpoint_is_no_part_of_it(tmp_path):
+    folder = tmp_path / "checkpoints/a"
+    folder.mkdir(parents=True)
+    for name in ("cfg.json", ".cfg.json.8243.tmp", "sae_weights.safetensors"):
+        (folder / name).write_text("{}")
+    found = study.checkpoint_files(Cells(tmp_path / "cells"), [{"checkpoint": "checkpoints/a"}, {"untrained": None}])
+    assert [path.name for path in found] == ["cfg.json", "sae_weights.safetensors"]

@@ -280,6 +280,6 @@ def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
 
 
 def checkpoint_files(cells: Cells, records: list[dict]) -> list[Path]:
-    """The files of all checkpoints of these records: what a phase's cell rests on."""
-    root = cells.folder.parent
-    return [path for m in records if "checkpoint" in m for path in sorted((root / m["checkpoint"]).iterdir())]
+    """Files of the checkpoints that a phase's cell rests on, without hidden ones that a killed process left beside."""
+    folders = [cells.folder.parent / m["checkpoint"] for m in records if "checkpoint" in m]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
