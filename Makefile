@@ -48,13 +48,13 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 # What two workers start shares the cores.
 test test-slow test-chaos test-nightly: export OMP_WAIT_POLICY := passive
 
-test: setup $(PEERS) ## the test suite without its slow parts, three minutes
+test: setup $(PEERS) ## the test suite without its slow parts, four minutes
 	@$(BIN)/python -m pytest tests -n 2 -m "not slow and not nightly"
 
 test-slow: setup $(PEERS) ## whole studies and killed ones, a Ray cluster, six minutes
 	@$(BIN)/python -m pytest tests -n 2 -m slow
 
-test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, five minutes
+test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, six minutes
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
 
 test-nightly: setup $(PEERS) ## what takes longer and CI does not run

@@ -5,7 +5,8 @@
 
 A pass for each is what HUSAI did before: the whole model through TransformerLens' bridge with eager attention, in
 batches, once for the model, once for zeros, once for every SAE. Both sides run by turns in every round on the same
-held-out documents; ratios are of times within a round. The figures must agree to 1e-5 (exit code 1 otherwise).
+held-out documents; ratios are of times within a round. The page says how far the figures differ; that they agree to
+1e-5 on several architectures is tested in tests/test_recovered.py.
 """
 
 import time
@@ -13,12 +14,10 @@ from pathlib import Path
 from statistics import median
 
 from husai.runs.cli import Parser, int_list, name_list, positive_int, prepare, run_main
-from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.machine import cpu_model
 
 D_SAE, K = 1024, 16
-AGREE = 1e-5
 
 
 def main() -> None:
@@ -59,8 +58,6 @@ def main() -> None:
     write_json(args.output_dir / "cross_entropy.json", result)
     write_text(args.output_dir / "cross_entropy.md", page := markdown(result))
     print(page)
-    if (worst := max(r["largest_difference"] for r in rows)) > AGREE:
-        raise CheckFailed(f"the two ways differ by {worst:.1e}; at most {AGREE:.0e} expected")
 
 
 def random_sae(subject, seed: int):
@@ -130,14 +127,14 @@ def markdown(result: dict) -> str:
         "",
         f"`python benchmarks/cross_entropy.py`: husai-tiny (4 blocks), TopK SAEs of {D_SAE:,} features, "
         f"{result['texts']} held-out documents, {result['cpu']}, {result['threads']} threads; medians of "
-        f"{result['rounds']} rounds, ratios within a round. The two ways agree to "
-        f"{max(r['largest_difference'] for r in result['rows']):.0e}.",
+        f"{result['rounds']} rounds, ratios within a round.",
         "",
-        "| hook | SAEs | before: a pass each, s | now: one pass, s | ratio |",
-        "|---|---|---|---|---|",
+        "| hook | SAEs | before: a pass each, s | now: one pass, s | ratio | largest difference, nats |",
+        "|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
-        lines.append(f"| {r['hook_name']} | {r['saes']} | {r['each']:.2f} | {r['one']:.2f} | {r['ratio']:.1f} |")
+        times = f"{r['each']:.2f} | {r['one']:.2f} | {r['ratio']:.1f}"
+        lines.append(f"| {r['hook_name']} | {r['saes']} | {times} | {r['largest_difference']:.1e} |")
     lines += [
         "",
         "Arithmetic bounds the ratio. A token costs 1.57 million operations a block and 2.10 million for its logits. "
