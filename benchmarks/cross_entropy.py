@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from statistics import median
 
+from eval_speed import D_SAE, random_sae
+
 from husai.runs.cli import Parser, int_list, name_list, positive_int, prepare, run_main
 from husai.runs.files import write_json, write_text
 from husai.runs.machine import cpu_model
-
-D_SAE, K = 1024, 16
 
 
 def main() -> None:
@@ -58,19 +58,6 @@ def main() -> None:
     write_json(args.output_dir / "cross_entropy.json", result)
     write_text(args.output_dir / "cross_entropy.md", page := markdown(result))
     print(page)
-
-
-def random_sae(subject, seed: int):
-    """A TopK SAE with random directions: what it costs does not depend on what it learned."""
-    import torch
-
-    from husai.dictionaries.family import unit_rows
-    from husai.dictionaries.sae import SAE
-    from husai.runs.seeds import generator
-
-    W = unit_rows(D_SAE, subject.model.cfg.d_model, [generator(seed, "speed")])[0]
-    zeros = torch.zeros(D_SAE), torch.zeros(W.shape[1])
-    return SAE({"W_enc": W.T.contiguous(), "b_enc": zeros[0], "W_dec": W, "b_dec": zeros[1]}, "topk", K)
 
 
 def difference(one: dict, each: dict) -> float:

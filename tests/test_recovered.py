@@ -113,6 +113,8 @@ def test_whatever_cannot_be_measured_is_refused(subject, texts, monkeypatch):
     with pytest.raises(BadInput):
         cross_entropies(subject, "blocks.1.attn.hook_pattern", [random_sae(0)], texts)
     with pytest.raises(BadInput):
+        cross_entropies(subject, "blocks.9.hook_resid_pre", [random_sae(0)], texts)
+    with pytest.raises(BadInput):
         cross_entropies(subject, hook_name, [random_sae(0)], ["", "a"])
     monkeypatch.setattr(recovered.FinalStates, "logits", lambda self, states: torch.zeros(len(states), 400))
     with pytest.raises(BadInput):  # a head that makes other logits of the same states

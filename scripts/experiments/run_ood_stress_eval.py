@@ -14,7 +14,7 @@ there is one, else the embedded default.
 
 from pathlib import Path
 
-from husai.runs.cli import DATA_SETS, Parser, int_list, name_list, prepare, run_main
+from husai.runs.cli import DATA_SETS, Parser, name_list, prepare, run_main
 
 
 def parse():
@@ -31,9 +31,7 @@ def parse():
         help="data sets that the held-out family stands beside: names or sides (default: %(default)s)",
     )
     p.add_probing()
-    p.add_argument(
-        "--probe-ks", type=int_list, default="1,5,16", help="features of a probe; 5 is judged (default: %(default)s)"
-    )
+    p.add_probe_ks()
     p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
     p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
     args = p.parse_benchmark()

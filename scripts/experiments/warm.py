@@ -182,11 +182,6 @@ def _short(path: str) -> str:
     return f"/proc/self/fd/{folder}/{os.path.basename(path)}" if sys.platform == "linux" else path
 
 
-def _terminate(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-
-
 def _end_with(parent: int) -> None:
     """Let this process be stopped when its parent is gone, however it went (Linux)."""
     if sys.platform == "linux":
@@ -204,6 +199,10 @@ def main() -> None:
     parser.add_argument("socket", help="file that the server listens on")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="serve: process id of the parent; run: the command")
     args = parser.parse_args()
+    if args.verb == "serve" and not (len(args.rest) == 1 and args.rest[0].isdigit()):
+        parser.error("serve: the process id of the parent expected after SOCKET")
+    if args.verb == "run" and not args.rest:
+        parser.error("run: a script expected after SOCKET")
     if args.verb == "serve":
         serve(args.socket, int(args.rest[0]))
     sys.exit(run(args.socket, args.rest))

@@ -119,6 +119,15 @@ class Parser(argparse.ArgumentParser):
             "two are never compared (default: %(default)s)",
         )
 
+    def add_probe_ks(self) -> None:
+        """--probe-ks."""
+        self.add_argument(
+            "--probe-ks",
+            type=int_list,
+            default="1,5,16",
+            help="features of a probe; 5 is judged (default: %(default)s)",
+        )
+
     def add_train_rows(self) -> None:
         """--train-rows."""
         self.add_argument(
@@ -221,12 +230,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
         self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
         self.add_probing()
-        self.add_argument(
-            "--probe-ks",
-            type=int_list,
-            default="1,5,16",
-            help="features of a probe; 5 is judged (default: %(default)s)",
-        )
+        self.add_probe_ks()
         self.add_core_texts()
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_cebench()

@@ -126,8 +126,8 @@ class Site:
         Raises:
             BadInput: the hook is not where one of transformers' modules begins or ends.
         """
-        point = subject.model.hook_dict[hook_name]
-        for component in subject.model.modules():
+        point = subject.model.hook_dict.get(hook_name)
+        for component in subject.model.modules() if point is not None else ():
             for side in ("hook_in", "hook_out"):
                 module = subject.counterparts.get(getattr(component, "original_component", None))
                 if getattr(component, side, None) is point and module is not None:
@@ -195,7 +195,7 @@ class Site:
 
 @dataclass(frozen=True)
 class FinalStates:
-    """What the unembedding reads, one copy of the batch for each replacement."""
+    """Final states, which the unembedding reads: one copy of the batch for each replacement."""
 
     transformer: nn.Module
     kind: type
