@@ -122,6 +122,7 @@ def parsed(monkeypatch):
         raise Parsed(argparse.ArgumentParser.parse_args(parser, *arguments))
 
     def parse(words):
+        monkeypatch.syspath_prepend(ROOT / words[0].rpartition("/")[0])  # where python looks first for a script
         script = runpy.run_path(str(ROOT / words[0]), run_name="parsed_only")
         monkeypatch.setattr(sys, "argv", words)
         if "parse" in script:
