@@ -1,16 +1,22 @@
 """Atomic files, cells, run folders, exit codes."""
 
 import errno
+import hashlib
 import json
 import math
 import os
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+import husai
 import processes
-from husai.runs import cli
-from husai.runs.cells import Cells, code_version
+from conftest import ROOT
+from husai.runs import cli, code
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.files import (
     canonical_json,
@@ -160,8 +166,74 @@ def test_damaged_cell_is_named_and_computed_again(cell, damage, caplog):
     assert len(calls) == 2
 
 
-def test_code_version_follows_the_source():
-    assert code_version("runs") == code_version("runs") != code_version("stability")
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """`package({file: source})`: code_version of f in husai/a/first.py of a package that consists of these."""
+
+    def version(files: dict[str, str]) -> str:
+        root = tmp_path / hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest() / "husai"
+        for name, source in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(source)
+        monkeypatch.setattr(code, "PACKAGE", root)
+        return code_version(root / "a/first.py")
+
+    return version
+
+
+MODULES = {
+    "__init__.py": "",
+    "a/__init__.py": "",
+    "a/first.py": "def f():\n    from husai.a import second\n    return second.x",
+    "a/second.py": "import husai.b.third\nx = 1",
+    "b/third.py": "import json, scipy.stats\ny = 2",
+    "b/other.py": "z = 3",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "same"),
+    [
+        (
+            "a/first.py",
+            '"""Docs."""\ndef f():\n    """Why."""\n\n    from husai.a import second  # here\n    return second.x',
+            True,
+        ),
+        ("a/first.py", "def f():\n    from husai.a import second\n    return second.x + 1", False),
+        ("a/second.py", "import husai.b.third\nx: int = 1", False),
+        ("a/second.py", "import husai.b.third\nx = 1\n'what it is'", True),
+        ("a/__init__.py", "import os", False),
+        ("b/third.py", "import json, scipy.stats\ny = 4", False),
+        ("b/third.py", "import json, numpy, scipy.stats\ny = 2", False),
+        ("b/other.py", "z = 4", True),
+    ],
+)
+def test_code_version_follows_the_code_of_what_is_imported(package, file, source, same):
+    assert (package(MODULES | {file: source}) == package(MODULES)) == same
+
+
+def test_code_version_follows_the_packages(package, monkeypatch):
+    before = package(MODULES)
+    code_version.cache_clear()
+    monkeypatch.setattr(code, "installed", lambda name: "0.1" if name == "scipy" else "0")
+    assert package(MODULES) != before
+
+
+def test_functions_count_by_the_files_that_define_them():
+    assert (
+        code_version(digest)
+        == code_version(partial(digest))
+        == code_version(Path(husai.__file__).parent / "runs/files.py")
+    )
+    assert code_version(digest) != code_version(code_version)
+
+
+def test_every_imported_package_has_a_version():
+    _, packages = code.closure(
+        frozenset(path for folder in ("src", "scripts") for path in (ROOT / folder).rglob("*.py"))
+    )
+    assert {"torch", "sklearn", "sae_lens"} <= packages
+    assert [name for name in packages if code.installed(name) == "absent" and name not in ("triton", "ray")] == []
 
 
 def test_run_folder_and_its_manifest(tmp_path):

@@ -167,10 +167,10 @@ def test_features_on_single_components_have_no_excess_and_others_do():
     spectrum = nulls.Spectrum.of(torch.diag(torch.linspace(3, 0.3, d)), 10**9)
     everything = torch.ones(d, dtype=torch.bool)
     axis_aligned = Dictionary(torch.eye(d), everything)
-    value = compare.pair(axis_aligned, axis_aligned, spectrum, 10, ("t",), 1)
+    value = compare.pair(axis_aligned, axis_aligned, spectrum, 10, 1)
     assert value["spectral"]["mean"]["mcc"] == pytest.approx(value["observed"]["mean"]["mcc"], abs=1e-6)
     mixed = Dictionary(torch.linalg.qr(rows(0, d, d))[0], everything)
-    value = compare.pair(mixed, mixed, spectrum, 10, ("t",), 1)
+    value = compare.pair(mixed, mixed, spectrum, 10, 1)
     assert value["observed"]["mean"]["mcc"] - value["spectral"]["mean"]["mcc"] > 0.3
 
 
@@ -207,7 +207,7 @@ torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
 with one_torch_thread():
     assert torch.get_num_threads() == 1
-    compare.pair(d(1), d(2), nulls.Spectrum.of(torch.eye(4), 100), 5, (), 2)
+    compare.pair(d(1), d(2), nulls.Spectrum.of(torch.eye(4), 100), 5, 2)
 assert torch.get_num_threads() == 2
 info = torch.__config__.parallel_info()
 assert "mkl_get_max_threads() : 2" in info or "mkl_get_max_threads" not in info, info
@@ -219,7 +219,7 @@ def test_pair_does_not_depend_on_the_number_of_workers():
     spectrum = nulls.Spectrum.of(covariance(), 5000)
     alive = torch.ones(20, dtype=torch.bool)
     a, b = Dictionary(rows(1, 20), alive, rows(3, 20)), Dictionary(rows(2, 20), alive, rows(4, 20))
-    assert compare.pair(a, b, spectrum, 10, ("x",), 1) == compare.pair(a, b, spectrum, 10, ("x",), 3)
+    assert compare.pair(a, b, spectrum, 10, 1) == compare.pair(a, b, spectrum, 10, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

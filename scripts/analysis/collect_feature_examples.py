@@ -29,7 +29,7 @@ def main() -> None:
     args = parse()
     from husai.stress.inputs import run_stress
 
-    run_stress(args, "feature_examples", __file__, compute, summary)
+    run_stress(args, "feature_examples", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

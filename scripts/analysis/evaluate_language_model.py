@@ -35,7 +35,7 @@ def main() -> None:
     args = parse()
     from husai.runs.phase import run_phase
 
-    run_phase(args, "language_model", __file__, compute, summary, brought=("subject",), check=check)
+    run_phase(args, "language_model", compute, summary, brought=("subject",), check=check)
 
 
 def check(results: dict) -> None:
@@ -66,7 +66,7 @@ def bits(args, cells, device) -> dict:
     """{"bits_per_byte", "bars", "history": of its training, where the folder tells it}."""
     import numpy as np
 
-    from husai.runs.cells import code_version
+    from husai.runs.code import code_version
     from husai.runs.files import read_json
     from husai.subjects import pretrained, text, tiny_lm
 
@@ -90,7 +90,7 @@ def bits(args, cells, device) -> dict:
         )
         return figures, []
 
-    code = code_version("subjects")
+    code = code_version(tiny_lm.bits_per_byte)
     key = {"subject": pretrained.describe(folder), "text": corpus.digest, "code": code, "threads": args.threads}
     figures = cells.get("bits_per_byte", key, measure)
     log = folder / tiny_lm.LOG
@@ -102,7 +102,7 @@ def probes(args, cells, device, data_sets: list[str], random_seed: int | None) -
     """{hook: one record a data set}, each a cell."""
     from husai.activations.language_model import harvest_prompts
     from husai.activations.probes import probe
-    from husai.runs.cells import code_version
+    from husai.runs.code import code_version
     from husai.runs.progress import progress
     from husai.subjects import pretrained
 
@@ -115,7 +115,7 @@ def probes(args, cells, device, data_sets: list[str], random_seed: int | None) -
         for hook in args.hook_name:
             for name in data_sets:
                 key = {"subject": subject.digest, "hook_name": hook, "data_set": name, "threads": args.threads}
-                key["code"] = code_version("activations", "subjects")
+                key["code"] = code_version(harvest_prompts, probe)
                 file = folder / f"{name}_{hook}.pt"
                 found[hook].append(cells.get("probe", key, lambda f=file, n=name: (probe(f, n), [])))
                 advance(1)

@@ -26,13 +26,14 @@ from functools import cache
 from pathlib import Path
 
 import husai
-from husai.runs.cells import code_version
 from husai.runs.cli import Parser, run_main
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, read_json, sha256_file, tree_digest, write_json
+from husai.runs.files import digest, read_json, sha256_file, write_json
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
+SCRIPTS = Path(__file__).resolve().parents[1]
 ALWAYS = ("gate", "report")
 """Quick, and what everybody looks at: made again each time, whatever the manifest says."""
 WORKING = ("logs", "workers", "encoders")
@@ -210,7 +211,8 @@ def recorded(manifest: Path) -> frozenset[Path]:
 def follows_from(command: list[str], left: Callable[[Path], bool]) -> str:
     """Digest of the code, the packages, the cores, and what the command names and the queue has not left, by content: a
     file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
-    named = {a: content(path, left) for a in command if (path := place_of(a)) is not None}
+    places = {a: place_of(a) for a in command if not a.endswith(".py")}  # scripts count by their code
+    named = {a: content(path, left) for a, path in places.items() if path is not None}
     return digest([own_code(), {a: files for a, files in named.items() if files}])
 
 
@@ -245,12 +247,10 @@ def place_of(argument: str) -> Path | None:
 
 @cache
 def own_code() -> list:
-    package = Path(husai.__file__).parent
-    folders = sorted(p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__")
     # A folder's name says name and version; to parse 170 files of metadata would take most of this script's time.
     installed = sorted(p.name for place in sys.path if place for p in Path(place).glob("*.*-info"))
-    templates = tree_digest(package / "report" / "templates", "templates")
-    return [code_version(*folders), templates, digest(installed), len(os.sched_getaffinity(0))]
+    files = [path for folder in (Path(husai.__file__).parent, SCRIPTS) for path in sorted(folder.rglob("*.py"))]
+    return [code_version(*files), digest(installed), len(os.sched_getaffinity(0))]
 
 
 if __name__ == "__main__":

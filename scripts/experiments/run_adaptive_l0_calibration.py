@@ -50,7 +50,7 @@ def main() -> None:
         if results["chosen_k"] is None:
             raise CheckFailed(f"adaptive L0: no candidate keeps the held-out explained variance above {args.ev_floor}")
 
-    run_phase(args, "adaptive_l0", __file__, compute, summary, check=check)
+    run_phase(args, "adaptive_l0", compute, summary, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

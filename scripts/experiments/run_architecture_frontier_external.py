@@ -44,7 +44,7 @@ def main() -> None:
     args = parse()
     from husai.benchmarks.inputs import run_study
 
-    run_study(args, "architecture_frontier", __file__, compute, summary)
+    run_study(args, "architecture_frontier", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -72,7 +72,7 @@ def main() -> None:
 
     folders = ("subject", "activation_cache_dir", "reference")
     apart = ("fail_on_acceptance_fail",)
-    run_phase(args, "assignment_v2", __file__, compute, summary, brought=folders, apart=apart, check=check)
+    run_phase(args, "assignment_v2", compute, summary, brought=folders, apart=apart, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -26,14 +26,13 @@ def main() -> None:
     args = parse()
     from husai.benchmarks.inputs import count_by_content
     from husai.runs.files import relative
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.runs.phase import run_phase
 
     # The gate looks for the checkpoints where the results say that they lie: a move is another result.
     args.lie_at = [relative(p, args.output_dir) for p in args.checkpoint]
     brought = ("subject", "checkpoint", "untrained", "reference", "random_model_checkpoint")
     apart = count_by_content(args)
-    packages = (*PACKAGES, "benchmarks", "stress")
-    run_phase(args, "brought_candidate", __file__, compute, summary, brought, apart, packages=packages)
+    run_phase(args, "brought_candidate", compute, summary, brought, apart)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

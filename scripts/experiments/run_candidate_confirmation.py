@@ -43,14 +43,13 @@ def main() -> None:
     from husai.benchmarks.inputs import count_by_content
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.runs.phase import run_phase
 
     if not args.candidate.is_file():
         raise BadInput(f"--candidate: {args.candidate} does not exist; select_release_candidate.py makes it")
     args.candidate_content = sha256_file(args.candidate)
     apart = ("candidate", *count_by_content(args))
-    packages = (*PACKAGES, "benchmarks", "stress")
-    run_phase(args, "candidate_confirmation", __file__, compute, summary, (), apart, packages=packages)
+    run_phase(args, "candidate_confirmation", compute, summary, (), apart)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -58,7 +58,7 @@ def main() -> None:
         if passed := [c["name"] for c in results["controls"] if not c["refused"]]:
             raise CheckFailed(f"core ablations: controls that had to be refused were not: {', '.join(passed)}")
 
-    run_phase(args, "core_ablations", __file__, compute, summary, check=check)
+    run_phase(args, "core_ablations", compute, summary, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

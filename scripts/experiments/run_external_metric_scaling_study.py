@@ -43,7 +43,7 @@ def main() -> None:
     args = parse()
     from husai.benchmarks.inputs import run_study
 
-    run_study(args, "external_metric_scaling", __file__, compute, summary)
+    run_study(args, "external_metric_scaling", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -50,7 +50,7 @@ def parse():
 def main() -> None:
     args = parse()
     from husai.benchmarks.inputs import count_by_content
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.runs.phase import run_phase
 
     if args.min_delta is not None:
         from husai.benchmarks import contrastive
@@ -63,8 +63,7 @@ def main() -> None:
             args.cebench_matched_baseline_map, args.hook_name
         )
     apart = count_by_content(args)
-    packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "cebench_custom", __file__, compute, summary, FOLDERS, apart, check=check, packages=packages)
+    run_phase(args, "cebench_custom", compute, summary, FOLDERS, apart, check=check)
 
 
 def check(results: dict) -> None:

@@ -50,11 +50,10 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.runs.phase import run_phase
 
     apart = ("results_path", "model_cache_path")
-    packages = (*PACKAGES, "benchmarks")
-    run_phase(args, "saebench_custom", __file__, compute, summary, FOLDERS, apart, packages=packages)
+    run_phase(args, "saebench_custom", compute, summary, FOLDERS, apart)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -44,7 +44,7 @@ def main() -> None:
     args = parse()
     from husai.stress.inputs import run_stress
 
-    run_stress(args, "ood_stress", __file__, compute, summary)
+    run_stress(args, "ood_stress", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -49,7 +49,7 @@ def main() -> None:
     from husai.runs.phase import run_phase
 
     folders = ("subject", "sae_root", "untrained_root", "activation_cache_dir")
-    run_phase(args, "phase4a", __file__, compute, summary, brought=folders)
+    run_phase(args, "phase4a", compute, summary, brought=folders)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
@@ -183,7 +183,7 @@ def trained(args, cells, device, protocol: dict) -> dict:
 def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
     """What the language model loses to each SAE on documents that neither was trained on."""
     from husai.dictionaries import checkpoints
-    from husai.runs.cells import code_version
+    from husai.runs.code import code_version
     from husai.subjects import pretrained, text
     from husai.training.recovered import cross_entropies, recovered
 
@@ -198,7 +198,7 @@ def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
     key = {"subject": store.manifest.subject_digest, "saes": [m["checkpoint_sha256"] for m in records]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads, "device": args.device}
     key |= {"hook_name": store.manifest.hook_name}
-    key["code"] = code_version("training", "activations", "dictionaries", "subjects")
+    key["code"] = code_version(cross_entropies)
     return cells.get("cross_entropy", key, compute)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     from husai.stress.inputs import run_stress
 
     brought = ("random_model_checkpoint",)
-    run_stress(args, "random_model_stress", __file__, compute, summary, brought)
+    run_stress(args, "random_model_stress", compute, summary, brought)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

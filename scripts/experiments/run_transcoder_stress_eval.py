@@ -39,7 +39,7 @@ def main() -> None:
     args = parse()
     from husai.stress.inputs import run_stress
 
-    run_stress(args, "transcoder_stress", __file__, compute, summary)
+    run_stress(args, "transcoder_stress", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

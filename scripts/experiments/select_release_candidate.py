@@ -43,16 +43,15 @@ def main() -> None:
     args = parse()
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
-    from husai.runs.phase import PACKAGES, run_phase
+    from husai.runs.phase import run_phase
 
     studies = [*args.frontier_results, *args.scaling_results]
     for path in studies:
         if not path.is_file():
             raise BadInput(f"--frontier-results, --scaling-results: {path} does not exist")
     args.content = [sha256_file(path) for path in studies]
-    packages = (*PACKAGES, "benchmarks", "stress", "release")
     apart = ("frontier_results", "scaling_results")
-    run_phase(args, "candidate_selection", __file__, compute, summary, (), apart, check=check, packages=packages)
+    run_phase(args, "candidate_selection", compute, summary, (), apart, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from husai.activations.store import ActivationStore, StoreWriter
-from husai.runs.cells import code_version
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory
 from husai.runs.progress import progress
@@ -82,7 +82,7 @@ def harvest_modular_addition(
             "hook_name": hook_name,
             "position": position,
             "row_seed": row_seed,
-            "code": code_version("activations", "subjects"),
+            "code": code_version(harvest),
             "device": torch.device(device).type,
             "threads": threads,
         }
@@ -115,7 +115,7 @@ def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> 
     shard is as good as permuting at large, and memory stays at one shard.
     """
     manifest = source.manifest
-    key = digest({"source": source.digest, "seed": seed, "code": code_version("activations")})
+    key = digest({"source": source.digest, "seed": seed, "code": code_version(shuffled_coordinates)})
     folder = root / f"{manifest.subject}-shuffled-{key[:16]}"
 
     def build(partial: Path) -> None:

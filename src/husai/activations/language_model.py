@@ -25,7 +25,7 @@ from torch import Tensor
 
 from husai.activations.harvest import check_hook
 from husai.activations.store import StoreWriter
-from husai.runs.cells import code_version
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
 from husai.runs.progress import progress
@@ -219,7 +219,7 @@ def harvest_tokens(
         "row_seed": row_seed,
         "heldout_fraction": heldout_fraction,
         "dtype": dtype,
-        "code": code_version("activations", "subjects"),
+        "code": code_version(harvest_tokens),
         "device": device,
         "threads": threads,
     }

@@ -24,8 +24,9 @@ from husai.benchmarks import (
 )
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.runs import executor
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
 from husai.runs.cli import PAIR_SETS, prepare
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import content_or_name, sha256_file
 from husai.stability import study
@@ -36,7 +37,6 @@ from husai.training.recovered import Site
 from husai.training.trainer import TrainingConfig
 
 SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
-PACKAGES = ("activations", "benchmarks", "dictionaries", "kernels", "stability", "subjects", "training")
 
 RECIPE = (
     *("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows"),
@@ -248,7 +248,7 @@ def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], 
     """A benchmark's results as a cell."""
     named = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
     named += ("pair_sets", "max_pairs", "device", "threads")
-    key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(*PACKAGES)}
+    key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(run)}
     key["candidates"] = [c.identity for c in lineup.saes]
     if name == "cebench":
         path, reason = baseline(bank)

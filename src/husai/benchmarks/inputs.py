@@ -10,7 +10,7 @@ from husai.benchmarks.cebench_checkout import code_digest
 from husai.runs.cells import Cells
 from husai.runs.files import content_or_name, digest, read_json, sha256_file
 from husai.runs.folder import REPOSITORY
-from husai.runs.phase import PACKAGES, run_phase
+from husai.runs.phase import run_phase
 
 
 def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
@@ -43,10 +43,9 @@ def summaries(baseline_map: Path) -> list[Path]:
 def run_study(
     args: argparse.Namespace,
     name: str,
-    script: str,
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
 ) -> None:
     """A phase (`runs.phase.run_phase`) of whole banks; where its tasks run changes no result."""
     apart = ("executor", "ray_address", *count_by_content(args))
-    run_phase(args, name, script, compute, summary, ("subject",), apart, packages=(*PACKAGES, "benchmarks"))
+    run_phase(args, name, compute, summary, ("subject",), apart)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from husai.runs.cells import code_version
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import digest, locked, read_json, write_json
 from husai.runs.progress import progress
@@ -83,10 +83,13 @@ class Task:
     @cached_property
     def key(self) -> dict:
         """All that the figures depend on."""
+        from husai.activations.language_model import harvest_prompts
+        from husai.benchmarks import sae_probes_exact
+        from husai.dictionaries import checkpoints
+
         about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
-        about["code"] = code_version("activations", "subjects")  # how prompts were harvested
-        if self.settings.probing == EXACT:
-            about["code"] = code_version("activations", "benchmarks", "dictionaries", "subjects")
+        exact = [sae_probes_exact.run] if self.settings.probing == EXACT else []
+        about["code"] = code_version(harvest_prompts, checkpoints.save, *exact)
         versions_used = versions(self.settings.probing)
         return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions_used}))
 

@@ -13,7 +13,8 @@ from husai.benchmarks import baselines, deltas, sae_probes
 from husai.benchmarks.candidates import Candidate, Lineup, Places, to_saelens
 from husai.benchmarks.sae_probes import Settings, Task
 from husai.dictionaries.checkpoints import checkpoint_digest
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.files import sha256_file, write_bytes
 from husai.subjects import text
 from husai.training.recovered import cross_entropies, recovered
@@ -150,7 +151,7 @@ def core_metrics(lineup: Lineup, documents: int, cells: Cells, threads: int) -> 
     saes: list[Candidate] = lineup.opened
     key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.identity for c in saes]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": threads}
-    key["code"] = code_version("training", "activations", "dictionaries", "subjects")
+    key["code"] = code_version(cross_entropies)
     key["device"] = next(lineup.subject.model.parameters()).device.type
 
     def compute() -> tuple[dict, list[Path]]:

@@ -6,33 +6,15 @@ that a change in any of the three is another cell. A finished cell is one atomic
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import husai
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_json
 
 log = logging.getLogger("husai")
-NUMERICAL_PACKAGES = ("torch", "numpy", "scipy", "transformer-lens")
-
-
-@cache
-def code_version(*folders: str) -> str:
-    """sha256 of the source of these folders of `husai` and of the versions of the packages that do its arithmetic."""
-    sha = hashlib.sha256()
-    for package in NUMERICAL_PACKAGES:
-        sha.update(f"{package}=={importlib.metadata.version(package)}\n".encode())
-    root = Path(husai.__file__).parent
-    for folder in folders:
-        for path in sorted((root / folder).glob("*.py")):
-            sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return sha.hexdigest()
 
 
 class Cells:

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.files import digest, sha256_file, tree_digest
 from husai.runs.folder import Run
 from husai.runs.subjects import folder_of
 
-PACKAGES = ("activations", "dictionaries", "kernels", "report", "runs", "stability", "subjects", "training")
 APART = ("output_dir", "artifact_root", "force", "layer")
 """Arguments that change no result."""
 
@@ -19,23 +19,20 @@ APART = ("output_dir", "artifact_root", "force", "layer")
 def run_phase(
     args: argparse.Namespace,
     name: str,
-    script: str,
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
     brought: tuple[str, ...] = ("subject", "activation_cache_dir"),
     apart: tuple[str, ...] = (),
     check: Callable[[dict], None] | None = None,
-    packages: tuple[str, ...] = PACKAGES,
 ) -> None:
     """Compute a phase, or read its finished cell, and write results, summary and manifest.
 
     Args:
-        script: the phase's own file: a change of it is another cell.
-        compute: the study itself; returns its results, with `inputs` (label -> sha256), and the files they rest on.
+        compute: the study itself; returns its results, with `inputs` (label -> sha256), and the files they rest on. A
+            change of the code that it may import is another cell.
         brought: arguments that name folders which the user brings; they count by content, not by path.
         apart: further arguments that change no result.
         check: raises CheckFailed where the results, which are kept, do not hold.
-        packages: folders of husai whose code the results depend on.
 
     Raises:
         BadInput, CheckFailed.
@@ -45,7 +42,7 @@ def run_phase(
     config = {k: v for k, v in vars(args).items() if k not in left_out and v is not None} | {"brought": contents}
     with Run(args.output_dir, config, args.device, args.threads) as run:
         cells = Cells(args.output_dir / "cells", args.force)
-        key = {"config": config, "code": [code_version(*packages), sha256_file(Path(script))]}
+        key = {"config": config, "code": code_version(compute)}
 
         def whole() -> tuple[dict, list[Path]]:
             results, files = compute(args, cells)

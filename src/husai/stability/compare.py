@@ -93,7 +93,6 @@ def pair(
     b: Dictionary,
     spectrum: nulls.Spectrum,
     draws: int,
-    seed_path: tuple,
     threads: int,
     scores: tuple[str, ...] = SCORES,
 ) -> dict:
@@ -101,16 +100,18 @@ def pair(
 
     Args:
         draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
-        seed_path: names the random streams of this pair's nulls. scores: SCORES, or ALIVE alone, which is faster.
+        scores: SCORES, or ALIVE alone, which is faster.
 
     Returns:
         {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
         matched |cos| of alive features in BINS}}; a null that cannot be computed is None.
     """
 
+    contents = a.digest(), b.digest()  # seed the draws: where a checkpoint lies and what it is called change nothing
+
     def drawn(name: str, draw: Callable, n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
-            x, y = draw(a.W_dec, b.W_dec, g=generator(*seed_path, name, i))
+            x, y = draw(a.W_dec, b.W_dec, g=generator("null", *contents, name, i))
             return score(x, y, a.alive, b.alive, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

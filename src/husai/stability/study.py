@@ -17,7 +17,8 @@ from husai.dictionaries import checkpoints
 from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.kernels.workers import one_torch_thread
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
 from husai.stability import compare, contrast
@@ -117,16 +118,14 @@ def compare_all(
                 "dictionaries": [
                     [arm and arm[n].digest() for n in (i, j)] for arm in (dictionaries, *controls.values())
                 ],
-                "labels": [labels[i], labels[j]],
                 "store": store.digest,
                 "draws": draws,
                 "scores": scores,
-                "code": code_version("stability"),
+                "code": code_version(compare.pair),
             }
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
-                path = ("null", labels[i], labels[j])
-                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, path, threads, scores)
+                value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, threads, scores)
                 for name, arm in controls.items():
                     if arm:
                         a, b = arm[i], arm[j]
@@ -190,7 +189,7 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": contrast.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
-    key = {"digests": digests, "steps": steps, "code": code_version("stability")}
+    key = {"digests": digests, "steps": steps, "code": code_version(mcc, jackknife, contrast.at_rest)}
     with one_torch_thread():
         return cells.get("over_training", key, compute)
 

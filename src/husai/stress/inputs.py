@@ -9,7 +9,7 @@ from pathlib import Path
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json
-from husai.runs.phase import PACKAGES, run_phase
+from husai.runs.phase import run_phase
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"
 """Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
@@ -33,7 +33,6 @@ def look_up(args: argparse.Namespace) -> None:
 def run_stress(
     args: argparse.Namespace,
     name: str,
-    script: str,
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
     brought: tuple[str, ...] = (),
@@ -44,5 +43,4 @@ def run_stress(
         brought: further arguments that name what the user brings.
     """
     look_up(args)
-    packages, brought = (*PACKAGES, "benchmarks", "stress"), ("subject", "checkpoint", *brought)
-    run_phase(args, name, script, compute, summary, brought, ("candidate",), packages=packages)
+    run_phase(args, name, compute, summary, ("subject", "checkpoint", *brought), ("candidate",))

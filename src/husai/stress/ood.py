@@ -21,7 +21,8 @@ from husai.activations.probes import auc_interval, delong
 from husai.benchmarks import deltas, sae_probes
 from husai.benchmarks.candidates import Places, to_saelens
 from husai.benchmarks.sae_probes_exact import Split, auc, one_thread
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
 from husai.runs.progress import progress
@@ -29,8 +30,6 @@ from husai.stress import drop, shift
 from husai.stress.candidate import Tested
 from husai.subjects import text
 from husai.subjects.pretrained import quiet
-
-CODE = ("activations", "benchmarks", "dictionaries", "stress", "subjects")
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ def on_shifted(
     about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
     about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
     about["probing"] = prompts.probing
-    about["code"] = code_version(*CODE)
+    about["code"] = code_version(of_sae)
     with progress("probes under shift (data sets)", (1 + len(encoders)) * len(names)) as advance:
 
         def of_each(probe) -> list:

@@ -10,7 +10,8 @@ from torch import Tensor
 from husai.activations.language_model import Inputs, harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.stress.candidate import Tested
 from husai.stress.drop import change
@@ -20,7 +21,6 @@ from husai.training.trainer import evaluate
 
 HELD = 0.99
 """Share of the variance of an SAE's reconstructions that its subspace holds."""
-CODE = ("activations", "dictionaries", "stress", "subjects", "training")
 
 
 def token_rows(subject: LanguageModel, documents: list[str]) -> int:
@@ -93,7 +93,7 @@ def activations(tested: Tested, shifted: ActivationStore, cells: Cells, threads:
     records = []
     for c in tested.saes:
         key = {"sae": c.identity, "stores": [tested.store.digest, shifted.digest], "threads": threads}
-        key |= {"code": code_version(*CODE), "held": HELD}
+        key |= {"code": code_version(subspace), "held": HELD}
         found = cells.get("activations", key, lambda sae=c.sae: (measure(sae), []))
         records.append({"identity": c.identity, "seed": c.facts["seed"], **found})
     rows = {"rows": tested.store.rows, "shifted_rows": shifted.rows, "compared_rows": n}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from husai.runs.cells import code_version
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import digest, publish_directory, read_json, sha256_file, write_bytes, write_json
 from husai.runs.progress import progress
@@ -190,9 +190,7 @@ def train_or_find(
     config: ModularAdditionConfig, root: Path, device: torch.device, threads: int, force: bool = False
 ) -> Path:
     """The folder of this subject below `root`, trained first where it is missing (or again, with `force`)."""
-    key = digest(
-        {"config": asdict(config), "code": code_version("subjects"), "device": device.type, "threads": threads}
-    )
+    key = digest({"config": asdict(config), "code": code_version(train), "device": device.type, "threads": threads})
     folder = root / f"modular_addition-{key[:16]}"
 
     def build(partial: Path) -> None:

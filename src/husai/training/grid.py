@@ -12,7 +12,8 @@ from safetensors.torch import save as to_bytes
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
-from husai.runs.cells import Cells, code_version
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.files import digest, write_bytes
 from husai.training import memory
 from husai.training.consistency import References
@@ -101,18 +102,18 @@ def _one_pass(
         "config": asdict(config),
         "store": store.digest,
         "target": None if target is None else target.digest,
-        "code": code_version("training", "dictionaries", "kernels", "activations", "stability"),
         "device": device.type,
         "threads": threads,
         "stacks": memory.stacks(grid, memory_sizes(store, target, config), device),
         "assign_every": references and references.every,
         "dtype": str(dtype),
     }
-    name = digest(key)[:16]
-    root = cells.folder.parent
+    # Results name this folder, so its name does not change with the code. The cell's key does.
+    root, name = cells.folder.parent, digest(key)[:16]
+    key["code"] = code_version(train, evaluate, checkpoints.save)
 
     def compute() -> tuple[dict, list[Path]]:
-        state = cells.folder / f"training-{name}.state.safetensors"
+        state = cells.folder / f"training-{digest(key)[:16]}.state.safetensors"
         state.parent.mkdir(parents=True, exist_ok=True)
         trained, curve_steps = train(
             store, grid, config, device, state, dtype=dtype, target=target, references=references

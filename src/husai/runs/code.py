@@ -1,0 +1,121 @@
+"""Version of the code that computes a value: a changed comment is no change, a changed constant three imports away is.
+
+Cells, checkpoints and activation stores are found again by it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import husai
+
+PACKAGE = Path(husai.__file__).resolve().parent
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+"""Where a statement holds other statements."""
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""Package -> its distribution, where the names differ. To ask the environment takes half a second."""
+
+
+@cache
+def code_version(*computing: Callable | Path) -> str:
+    """sha256 of the syntax trees of an import closure, and of the versions of the packages that it imports.
+
+    The closure begins at the files in which the functions are defined. It holds every module of husai, and every
+    module beside a script, that is imported there, inside functions too. Comments and docstrings do not count. A
+    package counts by its installed version: `constraints.txt` pins what it needs in its turn.
+
+    Args:
+        computing: functions that compute the value, or files of scripts.
+    """
+    files, packages = closure(frozenset(file_of(c) for c in computing))
+    sha = hashlib.sha256(f"python {sys.version_info.major}.{sys.version_info.minor}\n".encode())
+    for package in sorted(packages):
+        sha.update(f"{package} {installed(package)}\n".encode())
+    places = {path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.name: path for path in files}
+    for place, path in sorted((str(place), path) for place, path in places.items()):
+        sha.update(f"{place} {parsed(path)[0]}\n".encode())
+    return sha.hexdigest()
+
+
+def file_of(computing: Callable | Path) -> Path:
+    if isinstance(computing, Path):
+        return computing.resolve()
+    while isinstance(computing, partial):
+        computing = computing.func
+    return Path(inspect.unwrap(computing).__code__.co_filename).resolve()
+
+
+@cache
+def closure(roots: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
+    """(files that these import, themselves included; names of the packages that they import)."""
+    files: set[Path] = set()
+    packages: set[str] = set()
+    left = list(roots)
+    while left:
+        path = left.pop()
+        if path in files:
+            continue
+        files.add(path)
+        for name in parsed(path)[1]:
+            found = modules(name, path)
+            left += found
+            if not found and name.split(".")[0] not in (*sys.stdlib_module_names, "husai"):
+                packages.add(name.split(".")[0])
+    return frozenset(files), frozenset(packages)
+
+
+def modules(name: str, importer: Path) -> list[Path]:
+    """Files that run when a file imports a dotted name: the packages around the module and the module itself.
+
+    Empty for other people's packages. A script also imports what lies beside it.
+    """
+    parts = name.split(".")
+    if parts[0] != PACKAGE.name and importer.is_relative_to(PACKAGE):
+        return []
+    root = PACKAGE.parent if parts[0] == PACKAGE.name else importer.parent
+    places = [root.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)]
+    return [p for place in places for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()]
+
+
+@cache
+def parsed(path: Path) -> tuple[str, frozenset[str]]:
+    """(sha256 of a file's syntax tree without docstrings, the dotted names that it may import)."""
+    tree = ast.parse(path.read_bytes(), str(path))
+    names, left = set(), [tree]
+    while left:
+        statement = left.pop()
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            # Whether what is imported from a package is a module of it or a name in it, `modules` finds out.
+            names |= {f"{statement.module}.{alias.name}" for alias in statement.names}
+        for block in BLOCKS:
+            if isinstance(inner := getattr(statement, block, None), list):
+                inner[:] = [s for s in inner if not is_text(s)]
+                left += inner
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(names)
+
+
+def is_text(statement: ast.AST) -> bool:
+    """A string that stands alone: a docstring, or the description of a field."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+@cache
+def installed(package: str) -> str:
+    """Installed version of the distribution that gives a top-level package; "absent" where there is none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
