@@ -22,6 +22,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from husai.evidence.contrast import score_matrix
+from husai.evidence.estimates import pair_values
+from husai.evidence.names import GATED_NULLS
 from husai.release import damage, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.cli import Parser, positive_int, run_main
@@ -29,9 +32,6 @@ from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.folder import REPOSITORY
 from husai.runs.progress import progress
-from husai.stability.compare import GATED_NULLS
-from husai.stability.contrast import score_matrix
-from husai.stability.inference import pair_values
 
 FALSE_PASSES, POWER = 0.05, 0.8
 LARGE = 20.0

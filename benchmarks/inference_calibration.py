@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from husai.evidence.estimates import jackknife, pair_values, permutation_test, tost
 from husai.runs.cli import Parser, positive_int, run_main
 from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.progress import progress
-from husai.stability.inference import jackknife, pair_values, permutation_test, tost
 
 # Standard deviations of (seed effect, pair noise): seeds dominate, or pairs do.
 REGIMES = {"strong seed effects": (1.0, 0.5), "weak seed effects": (0.5, 1.0)}

@@ -14,12 +14,13 @@ from hypothesis.extra.numpy import arrays
 import processes
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.benchmarks import baselines, candidates, contrastive, deltas, feature_examples, sae_probes
+from husai.benchmarks import baselines, candidates, contrastive, feature_examples, sae_probes
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evidence import data_sets, deltas, references
+from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed
-from husai.stability.inference import mean_over_seeds_and_sets, minimum_detectable_difference
 from husai.subjects import pretrained, text
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import cross_entropies
@@ -130,14 +131,14 @@ def facts(**changed) -> dict:
 
 
 def test_a_reference_matches_only_where_every_fact_does():
-    assert baselines.unmatched(facts(), facts(family="relu", seed=9, l0=8.7)) is None
-    for name in baselines.ALIKE:
+    assert references.unmatched(facts(), facts(family="relu", seed=9, l0=8.7)) is None
+    for name in references.ALIKE:
         other = 65 if isinstance(facts()[name], int) else "other"
-        assert name in baselines.unmatched(facts(), facts(**{name: other}))
-        assert f"{name} of the reference is not known" == baselines.unmatched(facts(), facts(**{name: None}))
-    assert "more than 10 %" in baselines.unmatched(facts(), facts(l0=8.9))
-    assert "more than 10 %" in baselines.unmatched(facts(l0=8.9), facts())
-    assert "more than 10 %" in baselines.unmatched(facts(), facts(l0=0.0))
+        assert name in references.unmatched(facts(), facts(**{name: other}))
+        assert f"{name} of the reference is not known" == references.unmatched(facts(), facts(**{name: None}))
+    assert "more than 10 %" in references.unmatched(facts(), facts(l0=8.9))
+    assert "more than 10 %" in references.unmatched(facts(l0=8.9), facts())
+    assert "more than 10 %" in references.unmatched(facts(), facts(l0=0.0))
 
 
 def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
@@ -145,11 +146,11 @@ def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
         return {"condition": condition, "facts": facts(**changed), "identity": condition}
 
     near, far = record("near", family="relu", l0=8.1), record("far", family="relu", l0=8.6)
-    assert baselines.matched([record("c")], [far, near, record("t")]).records == [near]
-    assert baselines.matched([near], [record("t"), far]).records == [record("t")]
-    none = baselines.matched([record("c")], [record("t")])
+    assert references.matched([record("c")], [far, near, record("t")]).records == [near]
+    assert references.matched([near], [record("t"), far]).records == [record("t")]
+    none = references.matched([record("c")], [record("t")])
     assert (none.records, none.reason) == ([], "no relu reference whose facts are known is at hand")
-    wide = baselines.matched([record("c")], [record("w", family="relu", d_sae=128)])
+    wide = references.matched([record("c")], [record("w", family="relu", d_sae=128)])
     assert wide.reason == "d_sae differs: 64 and 128"
     delta = deltas.against_reference([record("c")], [record("w", family="relu", d_sae=128)], {}, [])
     assert delta == {"estimate": None, "low": None, "high": None, "reason": "d_sae differs: 64 and 128"}
@@ -189,9 +190,9 @@ def test_controls_must_be_alike():
 
 
 def test_untrained_saes_have_the_l0_that_was_reached():
-    assert baselines.untrained_like(facts(k=8, l0=8.6)) == (64, 8, 1)
-    assert baselines.untrained_like(facts(k=8, l0=5.2)) == (64, 5, 1)
-    assert baselines.untrained_like(facts(k=None, l0=0.2, seed=None)) == (64, 1, 0)
+    assert references.untrained_like(facts(k=8, l0=8.6)) == (64, 8, 1)
+    assert references.untrained_like(facts(k=8, l0=5.2)) == (64, 5, 1)
+    assert references.untrained_like(facts(k=None, l0=0.2, seed=None)) == (64, 1, 0)
 
 
 def test_damaged_summaries(tmp_path):
@@ -394,7 +395,7 @@ def test_data_sets_that_are_trained_on_or_unknown_are_refused(few, monkeypatch):
     ):
         with pytest.raises(BadInput, match=message):
             sae_probes.check_data_sets(names)
-    assert len(set(sae_probes.families(sae_probes.check_data_sets(["probe"])))) > 20
+    assert len(set(data_sets.families(sae_probes.check_data_sets(["probe"])))) > 20
     seen = text.Corpus(train=text.documents(SETS[0])[:7], heldout=[], heldout_families=[], dropped=0)
     monkeypatch.setattr(text, "corpus", lambda: seen)
     with pytest.raises(BadInput, match=r"95_toxic_is shares \d+ documents with the training text"):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from husai.evidence import names, stability
 from husai.release.claims import (
     DOCUMENTS,
     NUMBER,
@@ -606,7 +607,7 @@ def test_places_keep_numbers_whole():
 @pytest.mark.parametrize("missing", [{}, {"untrained": "not known", "shuffled": "not part"}])
 def test_what_the_current_code_writes_is_computed_again(seeds, missing):
     rng = np.random.default_rng(seeds)
-    nulls = [n for n in (*compare.GATED_NULLS, *compare.REPORTED_NULLS) if n not in missing]
+    nulls = [n for n in (*names.GATED_NULLS, *names.REPORTED_NULLS) if n not in missing]
 
     def drawn(name):
         draws = {s: rng.random(4).tolist() for s in compare.SCORES}
@@ -618,7 +619,7 @@ def test_what_the_current_code_writes_is_computed_again(seeds, missing):
     kept = [
         {"a": labels[i], "b": labels[j]} | {n: v["mean"] for n, v in value.items()} for (i, j), value in pairs.items()
     ]
-    study = {"stability": compare.summarise(labels, pairs, missing), "pairs": kept}
+    study = {"stability": stability.summarise(labels, pairs, missing), "pairs": kept}
     study = json.loads(json.dumps(study))
     assert study_problems(study) == []
     study["stability"][compare.GAP] /= 2

@@ -14,13 +14,13 @@ from scipy import stats
 from husai.benchmarks.candidates import identity
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
+from husai.evidence.binding import block
+from husai.evidence.names import GATED_NULLS
 from husai.release import bundle as reading
 from husai.release import damage, decisions, recompute, selection, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import digest, sha256_file, write_json, write_text
 from husai.runs.folder import REPOSITORY
-from husai.stability.compare import GATED_NULLS
-from husai.stress.candidate import block
 
 NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")
 SIZE = 10.0  # standard errors beyond the threshold

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from husai.evidence.names import GAP
 from husai.stability import matching
 from husai.stability.matching import match, unit_rows
-from husai.stability.scores import GAP, mcc, score
+from husai.stability.scores import mcc, score
 
 KINDS = ["random", "shared", "clustered", "anisotropic", "equal", "zeros"]
 

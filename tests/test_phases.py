@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 
 import processes
 from conftest import ROOT, run_without_torch
+from husai.evidence import contrast
 from husai.release import recompute
-from husai.stability import contrast
 
 ABLATIONS = "scripts/experiments/run_core_ablations.py"
 ADAPTIVE = "scripts/experiments/run_adaptive_l0_calibration.py"

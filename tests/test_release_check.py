@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
+from husai.evidence import data_sets
+from husai.evidence.schemas import Brought, OODStress, RandomModelStress, TranscoderStress
 from husai.release import recompute
-from husai.release.evidence import Brought, OODStress, RandomModelStress, TranscoderStress
 from husai.runs.cells import Cells
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
@@ -40,7 +41,7 @@ def few():
     corpus = few_texts()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "corpus", lambda: corpus)
-        patch.setitem(text.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
+        patch.setitem(data_sets.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
         patch.setattr(brought, "NOISE_SEEDS", (43,))
         patch.setattr(brought, "KS", [5])
         yield corpus

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
+from husai.evidence import data_sets
+from husai.evidence.names import GATED_NULLS
 from husai.runs.files import sha256_file
-from husai.stability.compare import GATED_NULLS
 from husai.subjects import text
 from miniature import few_texts, save_miniature
 
@@ -205,7 +206,7 @@ def test_refusals(refused, flow, work, tmp_path):
 def _read_set(flow) -> str:
     """A data set whose family selection has read."""
     read = json.loads(flow["selected"].read_text())["split"]["selection_families"]
-    return text.FAMILIES["probe"][read[0]][0]
+    return data_sets.FAMILIES["probe"][read[0]][0]
 
 
 def test_selection_refuses_a_study_that_was_edited(refused, flow, work, tmp_path):

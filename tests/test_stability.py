@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import processes
+from husai.evidence import contrast, names, rules, stability
+from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
+from husai.evidence.names import ALIVE, GAP
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import compare, contrast, nulls, study
+from husai.stability import compare, nulls, study
 from husai.stability.compare import Dictionary
-from husai.stability.inference import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
 from husai.stability.matching import match
-from husai.stability.scores import ALIVE, GAP, max_cosines, mcc, pwmcc, score
+from husai.stability.scores import max_cosines, mcc, pwmcc, score
 
 
 def gaussian(seed, features, d=128):
@@ -202,7 +204,8 @@ def test_scoring_leaves_the_thread_count_as_it_was():
     code = """
 import torch
 from husai.kernels.workers import one_torch_thread
-from husai.stability import compare, contrast, nulls
+from husai.stability import compare, nulls
+from husai.evidence import contrast
 torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
 with one_torch_thread():
@@ -321,7 +324,7 @@ def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
     found = contrast.gain([less], [control])
     assert found["spectral"]["low"] > 0 > found["isotropic"]["high"]
     assert found["least"] in ("isotropic", "untrained")
-    assert contrast.verdict(found, 5) == "not shown to differ"
+    assert rules.gain_verdict(found, 5) == "not shown to differ"
 
 
 def estimates(low, high, observed=0.0):
@@ -339,7 +342,7 @@ def estimates(low, high, observed=0.0):
     ],
 )
 def test_verdict_of_a_gain(low, high, seeds, outcome):
-    assert contrast.verdict(estimates(low, high), seeds) == outcome
+    assert rules.gain_verdict(estimates(low, high), seeds) == outcome
 
 
 @pytest.mark.parametrize(
@@ -353,12 +356,12 @@ def test_verdict_of_a_gain(low, high, seeds, outcome):
     ],
 )
 def test_acceptance(weight, low, lost, seeds, accepted, reason):
-    found = contrast.acceptance(weight, estimates(low, 0.1), {"low": -0.1, "high": lost}, seeds, 0.05)
+    found = rules.acceptance(weight, estimates(low, 0.1), {"low": -0.1, "high": lost}, seeds, 0.05)
     assert found["accepted"] is accepted
     assert found["outcome"] == ("accepted" if accepted else "not accepted")
     assert reason in found["reason"]
     one_null_short = estimates(0.01, 0.1) | {"spectral": {"low": -0.01, "high": 0.1}}
-    assert not contrast.acceptance(0.1, one_null_short, {"high": 0.0}, 5, 0.05)["accepted"]
+    assert not rules.acceptance(0.1, one_null_short, {"high": 0.0}, 5, 0.05)["accepted"]
 
 
 def test_choices_by_what_is_sure():
@@ -377,16 +380,16 @@ def test_choices_by_what_is_sure():
         candidate(16, fine, 0.3),
         candidate(32, fine, 0.2),
     ]
-    assert contrast.choose_k(candidates, 0.9) == 8
-    assert contrast.choose_k(candidates, 0.99) is None
+    assert rules.choose_k(candidates, 0.9) == 8
+    assert rules.choose_k(candidates, 0.99) is None
 
     def pulled(weight, low, lost):
         return {"lambda": weight, "gain": estimates(low, 1.0), "ev_drop": {"low": -1.0, "high": lost}}
 
     arms = [pulled(0.1, 0.5, 0.06), pulled(0.2, 0.2, 0.05), pulled(0.3, 0.1, 0.0)]
-    assert contrast.choose_weight(arms, 0.05) == 0.2
-    assert contrast.choose_weight(arms, 0.001) == 0.3
-    assert contrast.choose_weight(arms[:1], 0.05) is None
+    assert rules.choose_weight(arms, 0.05) == 0.2
+    assert rules.choose_weight(arms, 0.001) == 0.3
+    assert rules.choose_weight(arms[:1], 0.05) is None
 
 
 def test_drop_is_what_the_arm_lost():
@@ -403,7 +406,7 @@ def test_drop_is_what_the_arm_lost():
     ("low", "high", "rest"), [(-0.02, 0.02, True), (-0.021, 0.01, False), (0.0, 0.03, False), (None, None, None)]
 )
 def test_at_rest(low, high, rest):
-    assert contrast.at_rest({"low": low, "high": high}) is rest
+    assert rules.at_rest({"low": low, "high": high}) is rest
 
 
 def test_what_counts_as_shared():
@@ -484,14 +487,14 @@ def outcome(seeds=5, excess=0.2, noise=0.02, missing=()):
     """Summary of made-up pairs whose observed score exceeds each null by `excess` on average."""
     rng = np.random.default_rng(0)
     effect = rng.normal(0, noise, seeds)
-    values = lambda x: {"mean": dict.fromkeys(compare.SCORES, x) | {GAP: 0.0}, "draws": None}  # noqa: E731
-    names = [n for n in (*compare.GATED_NULLS, "covariance_matched") if n not in missing]
+    values = lambda x: {"mean": dict.fromkeys(names.SCORES, x) | {GAP: 0.0}, "draws": None}  # noqa: E731
+    nulls_ = [n for n in (*names.GATED_NULLS, "covariance_matched") if n not in missing]
     pairs = {
-        (i, j): {"observed": values(0.3 + excess + effect[i] + effect[j])} | {n: values(0.3) for n in names}
+        (i, j): {"observed": values(0.3 + excess + effect[i] + effect[j])} | {n: values(0.3) for n in nulls_}
         for i, j in combinations(range(seeds), 2)
     }
     reasons = {"shuffled": "not run"} | dict.fromkeys(missing, "not given")
-    return compare.summarise([str(i) for i in range(seeds)], pairs, reasons)["verdict"]
+    return stability.summarise([str(i) for i in range(seeds)], pairs, reasons)["verdict"]
 
 
 def test_verdicts():
@@ -506,7 +509,7 @@ def test_verdicts():
     assert outcome()["equivalence"] is None
     for n in (2, 3, 4):
         assert outcome(seeds=n)["outcome"] == "inconclusive", "fewer than five seeds are never a pass"
-    for null in compare.GATED_NULLS:
+    for null in names.GATED_NULLS:
         verdict = outcome(missing=(null,))
         assert verdict["outcome"] == "inconclusive"
         assert null in verdict["reason"]

@@ -10,11 +10,10 @@ from conftest import run_without_torch
 from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evidence import contrast, random_model, rules, transcoder
+from husai.evidence.schemas import RandomModelStress, TranscoderStress
 from husai.release import recompute
-from husai.release.evidence import RandomModelStress, TranscoderStress
 from husai.runs.cells import Cells
-from husai.stability import contrast
-from husai.stress import random_model, transcoder
 from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
@@ -196,7 +195,7 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
     assert s["preregistered"]
     assert (s["hook_in"], s["hook_out"], s["layer"]) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 1)
     assert (s["d_sae"], s["k"], s["tokens"], s["batch_size"], s["seeds"]) == (24, 1, 20_000, 128, SEEDS)
-    for arm, family in transcoder.FAMILIES.items():
+    for arm, family in rules.ARMS.items():
         assert {m["family"] for m in results[arm]["members"]} == {family}
         assert results[arm]["hook_name"] == s["hook_out"]
         assert results[arm]["rows"] == ROWS

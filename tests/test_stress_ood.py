@@ -8,14 +8,15 @@ import torch
 
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.benchmarks import candidates, sae_probes
+from husai.benchmarks import candidates
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
-from husai.release.evidence import OODStress
+from husai.evidence import data_sets, drop, rules
+from husai.evidence.schemas import OODStress, Shifted
 from husai.release.recompute import decisions, phase_problems
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stress import drop, ood, shift
+from husai.stress import ood, shift
 from husai.subjects import pretrained, text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
@@ -110,7 +111,7 @@ def test_the_identity_loses_what_the_model_loses_and_a_broken_encoder_more(promp
 
 
 def test_classes_are_those_of_the_original(monkeypatch):
-    for name in text.FAMILIES["ood"]["shifted"][:7]:
+    for name in data_sets.FAMILIES["ood"]["shifted"][:7]:
         shifted, plain = text.table(name), text.table(ood.original(name))
         label = np.unique(plain["target"])
         assert (label[ood.classes(name)].astype(str) == shifted["target"].astype(str)).all()
@@ -148,7 +149,7 @@ def test_what_is_chosen(monkeypatch):
 
 def a_shifted_section(seeds=5, loss=0.0):
     rng = np.random.default_rng(0)
-    names = [name.removesuffix("_OOD") for name in text.FAMILIES["ood"]["shifted"]][:7]
+    names = [name.removesuffix("_OOD") for name in data_sets.FAMILIES["ood"]["shifted"]][:7]
     sides = {"id": rng.uniform(0.7, 0.9, 7), "ood": rng.uniform(0.5, 0.7, 7)}
     llm = {side: x.tolist() for side, x in sides.items()} | {"ood_low": [0.6] * 3 + [0.4] * 3 + [0.51]}
     saes = []
@@ -156,7 +157,7 @@ def a_shifted_section(seeds=5, loss=0.0):
         noise = rng.normal(0, 0.005, (2, 7))
         own = {"id": sides["id"] - 0.1 + noise[0], "ood": sides["ood"] - 0.1 - loss + noise[1]}
         saes.append({"identity": str(seed), "seed": seed, "test_auc": {"5": {s: x.tolist() for s, x in own.items()}}})
-    return {"data_sets": names, "families": sae_probes.families(names), "k": "5", "llm": llm, "saes": saes}
+    return {"data_sets": names, "families": data_sets.families(names), "k": "5", "llm": llm, "saes": saes}
 
 
 def test_the_drop_against_its_formula():
@@ -189,11 +190,11 @@ def test_the_rule():
             auc |= {side: [auc[side][i] for i in only] for side in ("id", "ood")}
         section["llm"]["ood_low"] = list(alive) if len(alive) == len(only) else [0.9] * len(only)
         section |= {"drop": drop.drop(section), "drop_where_kept": drop.drop_where_kept(section)}
-        rule = {"max_drop": drop.MAX_DROP}
-        return drop.verdict({"shifted": section, "rule": rule, "skipped": dict.fromkeys(skipped, "why")})
+        verdict = rules.verdict(lambda: rules.ood(Shifted.model_validate(section), skipped))
+        return verdict["outcome"], verdict["reason"]
 
-    assert outcome(loss=0.05)[0] == "passed"
-    assert outcome(loss=0.12)[0] == "not passed"
+    assert outcome(loss=0.05)[0] == "holds"
+    assert outcome(loss=0.12)[0] == "does not hold"
     nowhere = outcome(loss=0.05, alive=(0.5,) * 7)
     assert nowhere == ("inconclusive", "the model's own probe is above chance under no shift")
     assert outcome(seeds=4) == ("inconclusive", "SAEs: 4; a verdict needs 5 training seeds")
@@ -264,7 +265,7 @@ def common(folder, artifacts, tmp_path):
 @pytest.mark.slow
 def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     """The probe sets are the ones that have the shifted versions, so that the official figures stand beside ours."""
-    monkeypatch.setitem(text.FAMILIES["ood"], "code_and_ag_news", ["161_agnews_0"])
+    monkeypatch.setitem(data_sets.FAMILIES["ood"], "code_and_ag_news", ["161_agnews_0"])
     arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", ",".join(SETS)]
     code, out, err = run_script(SCRIPT, *arguments)
     assert code == 0, err

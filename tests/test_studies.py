@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from husai.benchmarks import bank, conditions
+from husai.benchmarks import bank
+from husai.evidence import conditions
 from husai.release import recompute
 from husai.runs.errors import BadInput
 from husai.subjects import text

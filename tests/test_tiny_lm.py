@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT
+from husai.evidence import data_sets
 from husai.runs.files import sha256_file
 from husai.runs.subjects import SHIPPED
 from husai.subjects import text, tiny_lm
@@ -32,7 +33,7 @@ def corpus():
 
 
 def test_each_data_set_lies_in_one_family_on_one_side():
-    table = [name for side in text.FAMILIES for name in text.names(side)]
+    table = [name for side in data_sets.FAMILIES for name in text.names(side)]
     assert len(set(table)) == len(table)
     installed = [*text.data_folder().glob("cleaned_data/*.csv.zst"), *text.data_folder().glob("OOD data/*_OOD.csv.zst")]
     assert set(table) == {p.name.removesuffix(".csv.zst") for p in installed}

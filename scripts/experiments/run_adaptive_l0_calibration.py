@@ -57,8 +57,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> candidates on selection seeds -> choice -> confirmation on fresh seeds."""
     device = prepare(args.device, args.threads)
     from husai.activations import source
-    from husai.stability import contrast, study
-    from husai.stability.scores import ALIVE
+    from husai.evidence import contrast, rules
+    from husai.evidence.names import ALIVE
+    from husai.stability import study
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
 
@@ -83,7 +84,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # Selection: the surest excess above the floor; ties go to the sparser one
 
     candidates = arms(args.k_candidates, args.seeds)
-    chosen = contrast.choose_k(list(candidates.values()), args.ev_floor)
+    chosen = rules.choose_k(list(candidates.values()), args.ev_floor)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Confirmation on fresh seeds, against the control
@@ -95,7 +96,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     if len(confirmed) == 2:
         gain = contrast.gain([confirmed[chosen]], [confirmed[args.control_k]])
         drop = contrast.drop(confirmed[chosen], confirmed[args.control_k]).to_json()
-        outcome = contrast.verdict(gain, len(args.confirmation_seeds))
+        outcome = rules.gain_verdict(gain, len(args.confirmation_seeds))
 
     both = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
     results = {

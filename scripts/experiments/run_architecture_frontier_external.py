@@ -49,7 +49,8 @@ def main() -> None:
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """One bank, one task: everything is trained and evaluated there, cell by cell."""
-    from husai.benchmarks import bank, conditions
+    from husai.benchmarks import bank
+    from husai.evidence import conditions
 
     settings = bank.shared(args) | {
         "hook_name": args.hook_name,

@@ -81,10 +81,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.activations import source
     from husai.dictionaries import checkpoints
     from husai.dictionaries.foreign import weights_file
+    from husai.evidence import contrast, rules
+    from husai.evidence.names import ALIVE
     from husai.runs.files import sha256_file
-    from husai.stability import contrast, study
+    from husai.stability import study
     from husai.stability.matching import partners
-    from husai.stability.scores import ALIVE
     from husai.training.consistency import References
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
@@ -166,7 +167,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # ----------------------------------------------------------------------------------------------------------------
     # The surest gain among the λ that keep the explained variance, tried on fresh seeds with fresh references
 
-    chosen = contrast.choose_weight(arm_own, args.max_ev_drop)
+    chosen = rules.choose_weight(arm_own, args.max_ev_drop)
     confirmation = []
     if chosen is not None:
         fresh = args.confirmation_seeds
@@ -192,7 +193,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "k": args.k,
         "rows_seen": args.tokens,
         "max_ev_drop": args.max_ev_drop,
-        "acceptance": contrast.acceptance(
+        "acceptance": rules.acceptance(
             chosen,
             confirmation[1]["gain"] if confirmation else None,
             confirmation[1]["ev_drop"] if confirmation else None,

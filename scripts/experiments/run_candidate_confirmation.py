@@ -57,13 +57,13 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from pydantic import ValidationError
 
     from husai.benchmarks import bank, sae_probes
-    from husai.release.evidence import Facts, Recipe, Selection, refusal
+    from husai.evidence.binding import block
+    from husai.evidence.schemas import Facts, Recipe, Selection, refusal
     from husai.release.selection import fresh_seeds
     from husai.runs.cli import prepare
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import read_json
     from husai.stability.study import checkpoint_files
-    from husai.stress.candidate import block
 
     try:
         selection = Selection.model_validate(read_json(args.candidate, "candidate"))
@@ -85,7 +85,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     def left(sets: list[str]) -> list[str]:
         sets = sae_probes.check_data_sets(sets)
-        return [n for n, f in zip(sets, sae_probes.families(sets), strict=True) if f not in read]
+        return [n for n, f in zip(sets, data_sets.families(sets), strict=True) if f not in read]
 
     if not (data_sets := left(names)):
         raise BadInput("--dataset-names: selection has read the families of all of them; others expected")

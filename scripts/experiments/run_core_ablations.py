@@ -65,9 +65,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> all conditions in a few passes -> scores. Returns the results and their files."""
     device = prepare(args.device, args.threads)
     from husai.activations import source
+    from husai.evidence import contrast
+    from husai.evidence.names import ALIVE
     from husai.runs.errors import BadInput
-    from husai.stability import contrast, study
-    from husai.stability.scores import ALIVE
+    from husai.stability import study
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig, check_members
 

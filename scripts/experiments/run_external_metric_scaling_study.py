@@ -48,7 +48,8 @@ def main() -> None:
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """A task a layer; then what each axis does."""
-    from husai.benchmarks import bank, conditions
+    from husai.benchmarks import bank
+    from husai.evidence import conditions
 
     settings = [
         bank.shared(args)

@@ -102,7 +102,8 @@ def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
 
 def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
     """Run the plan, command after command; returns a record of each."""
-    from husai.benchmarks import candidates, deltas, official
+    from husai.benchmarks import candidates, official
+    from husai.evidence import deltas
 
     if lineup is None:
         given = (args.output_dir, args.artifact_root, args.subject, args.hook_name, device, args.threads, args.force)

@@ -68,9 +68,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def draw(results: dict, folder: Path) -> list[Path]:
     """Of each data set: AUC of SAE and model on its own test rows and on its shifted version; the drop."""
+    from husai.evidence.drop import CHANCE, drops
+    from husai.evidence.estimates import mean_over_seeds
     from husai.report import figures
-    from husai.stability.inference import mean_over_seeds
-    from husai.stress.drop import CHANCE, drops
 
     shifted = results["shifted"]
     k, names = shifted["k"], shifted["data_sets"]
@@ -98,16 +98,20 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
+    from husai.evidence import rules
+    from husai.evidence.drop import CHANCE
+    from husai.evidence.schemas import Shifted
     from husai.report.text import interval, table
-    from husai.stress.drop import CHANCE, verdict
 
-    shifted, found, (outcome, why) = results["shifted"], results["candidate"], verdict(results)
+    shifted, found = results["shifted"], results["candidate"]
+    evidence = Shifted.model_validate(shifted)
+    verdict = rules.verdict(lambda: rules.ood(evidence, results["skipped"]))
     k, families = shifted["k"], dict.fromkeys(shifted["families"])
     freedom = min(len(shifted["saes"]), len(families)) - 1
     lines = [
         "# Out-of-distribution stress",
         "",
-        f"**{outcome}**: {why}.",
+        f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
         f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
         f"probe on {k} features (`{results['probing']}`) loses {interval(shifted['drop'][k], '+')} of test AUC under "
@@ -141,7 +145,7 @@ def summary(results: dict) -> str:
 def per_data_set(shifted: dict) -> list[list]:
     import numpy as np
 
-    from husai.stress.drop import drops
+    from husai.evidence.drop import drops
 
     k, llm = shifted["k"], shifted["llm"]
     saes = {side: np.mean([sae["test_auc"][k][side] for sae in shifted["saes"]], 0) for side in ("id", "ood")}

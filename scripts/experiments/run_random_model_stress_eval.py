@@ -43,6 +43,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The candidate -> SAEs of both meaningless subjects -> all of them scored, pair by pair."""
     device = prepare(args.device, args.threads)
+    from husai.evidence import random_model as rule
     from husai.stability import study
     from husai.stress import candidate, random_model
 
@@ -60,7 +61,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             inputs |= {f"{name}: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(arm["members"], 1)}
     results = {"phase": "random_model_stress", "inputs": inputs, "subject": tested.subject.name}
     results |= {"candidate": tested.block, **arms, "section": study.brief(section)}
-    results |= {"gain": random_model.gain(section, arms["random_model"]), "verdict": random_model.verdict(section)}
+    both = results["section"], results["random_model"]
+    results |= {"gain": rule.gain(*both), "verdict": rule.verdict(*both)}
     made = [m for arm in arms.values() if arm for m in arm["members"] if m["checkpoint"]]
     return results, [*draw(section, args.output_dir), *study.checkpoint_files(cells, made)]
 
@@ -140,8 +142,8 @@ def summary(results: dict) -> str:
 
 def heldout(results: dict) -> list[list[str]]:
     """A row an arm: held-out figures, means over seeds with intervals."""
+    from husai.evidence.estimates import mean_over_seeds
     from husai.report.text import interval
-    from husai.stability.inference import mean_over_seeds
 
     arms = {"the candidate": results["section"], "the random-weights model": results["random_model"]}
     arms |= {"shuffled coordinates": results["shuffled"]} if results["shuffled"] else {}

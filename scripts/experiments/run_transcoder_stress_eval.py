@@ -45,6 +45,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
     device = prepare(args.device, args.threads)
+    from husai.evidence.transcoder import decisions
     from husai.stability import study
     from husai.stress import transcoder
 
@@ -57,7 +58,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     results = {"phase": "transcoder_stress", "inputs": inputs, "subject": task.read.manifest.subject}
     results |= {"candidate": block, "setting": asdict(task.setting)}
     results |= {arm: study.brief(section) for arm, section in arms.items()}
-    found = transcoder.decisions(results)
+    found = decisions(results)
     results |= {name: found[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")}
     made = [path for section in arms.values() for path in study.checkpoint_files(cells, section["members"])]
     return results, [*draw(results, arms, args.output_dir), *made]
@@ -109,8 +110,8 @@ def draw(results: dict, arms: dict, output_dir: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
+    from husai.evidence.estimates import mean_over_seeds
     from husai.report.text import at_rest, gain_sentence, interval, table
-    from husai.stability.inference import mean_over_seeds
 
     s, verdict = results["setting"], results["verdict"]
     names = {"transcoder": "transcoders", "sae": "SAEs of the output"}

@@ -11,18 +11,10 @@ from pathlib import Path
 
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
-from husai.benchmarks import (
-    baselines,
-    candidates,
-    cebench,
-    cebench_checkout,
-    conditions,
-    contrastive,
-    deltas,
-    sae_probes,
-    saebench,
-)
+from husai.benchmarks import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
 from husai.dictionaries.families import SAE_FAMILIES
+from husai.evidence import conditions, deltas
+from husai.evidence.names import ALIVE
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import PAIR_SETS, prepare
@@ -30,7 +22,6 @@ from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import content_or_name, sha256_file
 from husai.stability import study
-from husai.stability.scores import ALIVE
 from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
@@ -231,7 +222,7 @@ def run(**bank) -> dict:
 def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
     """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
     wanted = list(bank.families)
-    needed = {baselines.reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
+    needed = {references.reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
     missing = sorted(needed - set(wanted))
     groups = []
     for budget in bank.budgets:

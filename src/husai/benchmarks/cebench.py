@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from husai.benchmarks import baselines, cebench_checkout, contrastive, deltas
+from husai.benchmarks import baselines, cebench_checkout, contrastive
 from husai.benchmarks.candidates import Lineup, Places, to_saelens
 from husai.benchmarks.contrastive import Pairs
 from husai.dictionaries.sae import SAE
+from husai.evidence import deltas, references
 from husai.subjects.pretrained import LanguageModel
 
 REFERENCE = ("condition", "facts", "identity", "normalised_of_pairs")
@@ -36,7 +37,7 @@ def evaluate(
         checkout: the user's own CE-Bench, which then runs on each SAE; subject_name: the subject as it was named.
     """
     hook_name, opened = lineup.hook_name, lineup.opened
-    plain = [baselines.untrained(lineup.store, *baselines.untrained_like(c.facts)) for c in opened]
+    plain = [baselines.untrained(lineup.store, *references.untrained_like(c.facts)) for c in opened]
     saes = [*(c.sae for c in opened), *plain]
     found = scored(lineup.subject, hook_name, saes, pairs, places.output_dir)
     of_saes, of_plain = found[: len(opened)], found[len(opened) :]
@@ -119,6 +120,6 @@ def noise(first: dict, seeds: list[int | None], runs: list[dict], reason: str | 
 def refuse_unreachable(lineup: Lineup, minimum: float, summary: dict) -> None:
     """Before anything is computed: raise BadInput for a minimum that no SAE can reach, as the references stand."""
     for group in deltas.by_condition([c.to_json() for c in lineup.saes]).values():
-        match = baselines.matched(group, summary["saes"])
+        match = references.matched(group, summary["saes"])
         if match.records:
             contrastive.refuse_unreachable(minimum, float(np.mean([r["normalised"] for r in match.records])))

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from husai.activations.language_model import batches, run
-from husai.benchmarks import sae_probes
 from husai.dictionaries.sae import SAE
+from husai.evidence import data_sets
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 from husai.runs.progress import progress
@@ -53,7 +53,7 @@ class Pairs:
     def clusters(self) -> list[str]:
         """What pairs are clustered by: their subject; of local ones, the family of their data set."""
         subjects = [row["subject"] for row in self.rows]
-        return sae_probes.families(subjects) if self.benchmark == "contrastive_local" else subjects
+        return data_sets.families(subjects) if self.benchmark == "contrastive_local" else subjects
 
 
 def local_pairs(data_sets: list[str], rows: int, seed: int) -> Pairs:

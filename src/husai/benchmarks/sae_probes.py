@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from husai.evidence.data_sets import FAMILIES
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import digest, locked, read_json, write_json
@@ -125,7 +126,7 @@ def check_data_sets(names: list[str]) -> list[str]:
         BadInput: an unknown name, a set that is not binary, or one whose texts are trained on.
     """
     binary, trained = set(text.binary_sets()), set(text.names("train"))
-    found = [n for name in names for n in text.expand([name]) if name not in text.FAMILIES or n in binary]
+    found = [n for name in names for n in text.expand([name]) if name not in FAMILIES or n in binary]
     for name in found:
         if name in trained:
             raise BadInput(f"--dataset-names: {name} is text that language model and SAEs are trained on")
@@ -138,12 +139,6 @@ def check_data_sets(names: list[str]) -> list[str]:
         if shared := sum(text.document_id(t) in seen for t in text.documents(name)):
             raise BadInput(f"--dataset-names: {name} shares {shared} documents with the training text")
     return found
-
-
-def families(data_sets: list[str]) -> list[str]:
-    """The family of each: data sets that were made from the same texts."""
-    of = {name: family for side in text.FAMILIES.values() for family, members in side.items() for name in members}
-    return [of[name] for name in data_sets]
 
 
 def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> list[dict]:

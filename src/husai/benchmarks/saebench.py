@@ -9,10 +9,11 @@ import numpy as np
 from safetensors.torch import save
 
 from husai.activations.language_model import harvest_prompts
-from husai.benchmarks import baselines, deltas, sae_probes
+from husai.benchmarks import baselines, sae_probes
 from husai.benchmarks.candidates import Candidate, Lineup, Places, to_saelens
 from husai.benchmarks.sae_probes import Settings, Task
 from husai.dictionaries.checkpoints import checkpoint_digest
+from husai.evidence import data_sets, deltas, references
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.files import sha256_file, write_bytes
@@ -58,7 +59,7 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
         "subject_digest": lineup.subject.digest,
         "hook_name": lineup.hook_name,
         "data_sets": probing.data_sets,
-        "families": sae_probes.families(probing.data_sets),
+        "families": data_sets.families(probing.data_sets),
         "random_seed": probing.seed,
         "probing": probing.probing,
         "versions": sae_probes.versions(probing.probing),
@@ -103,11 +104,11 @@ def probe(lineup: Lineup, probing: Probing, places: Places) -> tuple[dict[str, F
     tasks = {"llm": task("llm", "llm", None, subject.digest)}
     for c in lineup.opened:
         tasks[c.identity] = task(c.label, "sae", to_saelens(c.sae, subject, hook_name, work / c.label), c.identity)
-        if (name := baselines.untrained_name(c.facts)) not in tasks:
-            sae = baselines.untrained(store, *baselines.untrained_like(c.facts))
+        if (name := references.untrained_name(c.facts)) not in tasks:
+            sae = baselines.untrained(store, *references.untrained_like(c.facts))
             folder = to_saelens(sae, subject, hook_name, work / name)
             tasks[name] = task(name, "sae", folder, checkpoint_digest(folder))
-        if (name := baselines.pca_name(c.facts)) not in tasks:
+        if (name := references.pca_name(c.facts)) not in tasks:
             file = work / f"{name}.safetensors"
             write_bytes(file, save(baselines.principal_components(store, c.facts["d_sae"])))
             tasks[name] = task(name, "encoder", file, sha256_file(file))

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from husai.benchmarks import baselines, deltas, sae_probes
-from husai.release.evidence import (
+from husai.evidence import deltas, rules, transcoder
+from husai.evidence.binding import block, places
+from husai.evidence.data_sets import families
+from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
+from husai.evidence.references import matched
+from husai.evidence.rules import FAIL, MISSING, PASS, Missing, Shown, require
+from husai.evidence.schemas import (
     Brought,
     Confirmation,
     Evaluated,
     OODStress,
     OwnSection,
-    Pairs,
     PositiveControl,
     Probing,
     RandomModelStress,
@@ -37,11 +40,6 @@ from husai.release.selection import fresh_seeds
 from husai.runs.cli import DATA_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
-from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS, PRIMARY_SCORE
-from husai.stability.contrast import score_matrix
-from husai.stability.inference import Estimate, jackknife, mean_over_seeds_and_sets
-from husai.stress import drop, transcoder
-from husai.stress.candidate import block, places
 
 GATES = {
     "positive_control": "Does the method find features alike where they are known to be (modular addition)?",
@@ -70,22 +68,16 @@ UNCONFIRMED = "these SAEs were brought: what they were chosen from is not known,
 BROUGHT_SEED = 42
 """Of the probing, where no selection says it."""
 UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
-POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
-"""Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
-SPECTRAL_DRAWS = 100
-MINIMUM_FAMILIES = 3
-"""Of data sets, for a figure that speaks of others."""
-PAIRS = TypeAdapter(Pairs)
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Where the bounds must lie. The defaults are those of docs/methods.md; looser ones never make a pass."""
 
-    min_transcoder_delta: float = 0.0
-    max_ood_drop: float = 0.1
-    min_saebench_delta: float = 0.0
-    min_cebench_delta: float = 0.0
+    min_transcoder_delta: float = rules.TRANSCODER.threshold
+    max_ood_drop: float = rules.OOD.threshold
+    min_saebench_delta: float = rules.SAEBENCH.threshold
+    min_cebench_delta: float = rules.CEBENCH.threshold
     alpha: float = 0.05
     """Two-sided; intervals are of level 1 − alpha."""
 
@@ -117,12 +109,19 @@ class Bundle:
     """seed -> identity of the candidate's checkpoint as it lies on the disk; None: it is not there, or unreadable."""
 
 
-class Missing(Exception):
-    """Evidence that is absent, or that does not count."""
-
-
 class NoCandidate(Missing):
     """Nothing can be judged of a candidate that is not there."""
+
+
+UNREADABLE = (Missing, ValidationError, BadInput)
+"""Faults of the evidence. Any other exception is a fault of this code, and ends the gate with a traceback."""
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with the evidence."""
+    return (
+        f"the evidence is not what it should be: {refusal(error)}" if isinstance(error, ValidationError) else str(error)
+    )
 
 
 def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> dict:
@@ -138,7 +137,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
     """
     candidate = _Candidate(bundle)
     level = 1 - thresholds.alpha
-    judges: dict[str, Callable[[], _Shown]] = {
+    judges: dict[str, Callable[[], Shown]] = {
         "positive_control": lambda: _positive_control(bundle, candidate, level),
         "stability": lambda: _stability(candidate, level),
         "random_model": lambda: _random_model(bundle, candidate, level),
@@ -150,10 +149,10 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
     maker = MAKES["confirmation"] if candidate.unconfirmed is None else BRINGS
     gates = [_judge(name, judges[name], maker) | {"waived": waived.get(name)} for name in GATES]
     looser = thresholds.looser()
-    held = all(g["status"] == "PASS" for g in gates)
+    held = all(g["status"] == PASS for g in gates)
     provisional = bool(waived) or bool(looser) or candidate.unconfirmed is not None
     pass_all = held and not provisional
-    rest = all(g["status"] == "PASS" or g["waived"] for g in gates)
+    rest = all(g["status"] == PASS or g["waived"] for g in gates)
     return {
         "pass_all": pass_all,
         "provisional": provisional,
@@ -170,78 +169,40 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
 # One gate
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """What is compared with a threshold: each of these estimates must hold."""
-
-    figure: str
-    estimates: dict[str, Estimate]
-    bound: str
-    """`low` or `high`: the end of the interval that counts."""
-    relation: str
-    threshold: float
-    n: int
-    families: int | None = None
-    """Of data sets, where these are a sample too."""
-
-    def holds(self, e: Estimate) -> bool:
-        end = getattr(e, self.bound)
-        if end is None or not np.isfinite(end):
-            return False
-        return {">": end > self.threshold, ">=": end >= self.threshold, "<=": end <= self.threshold}[self.relation]
-
-    def worst(self) -> tuple[str, Estimate]:
-        sign = -1 if self.bound == "high" else 1
-        return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.bound))
-
-
-def _judge(name: str, judge: Callable[[], _Shown], maker: str) -> dict:
+def _judge(name: str, judge: Callable[[], Shown], maker: str) -> dict:
     """The gate's record; `maker`: the script that makes the candidate's own evidence."""
     to_find = f"evidence that counts, of {MAKES[OF[name]] if name in OF else maker}"
     empty = dict.fromkeys(("estimate", "low", "high", "bound", "relation", "threshold", "n"))
     about = {"gate": name, "question": GATES[name]}
     try:
-        shown = judge()
-        if not shown.estimates or any(e.low is None or e.high is None for e in shown.estimates.values()):
-            raise Missing("there is no interval")
-        if not all(np.isfinite([e.estimate, e.low, e.high]).all() for e in shown.estimates.values()):
-            raise Missing("a figure is not finite")
-    except NoCandidate as missing:
-        to_find = f"a candidate that counts, of {maker}"
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": to_find}
-    except Missing as missing:
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": str(missing), "to_pass": to_find}
-    except ValidationError as error:
-        why = f"the evidence is not what it should be: {refusal(error)}"
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": to_find}
-    except (BadInput, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        why = f"the evidence cannot be read ({type(error).__name__}: {error})"
-        return about | {"status": "MISSING", "figure": None, **empty, "reason": why, "to_pass": to_find}
-    passed = all(shown.holds(e) for e in shown.estimates.values())
-    which, worst = shown.worst()
-    against = f" ({which})" if len(shown.estimates) > 1 else ""
-    end = "lower" if shown.bound == "low" else "upper"
-    reached = getattr(worst, shown.bound)
+        shown = rules.checked(judge)
+    except UNREADABLE as error:
+        if isinstance(error, NoCandidate):
+            to_find = f"a candidate that counts, of {maker}"
+        return about | {"status": MISSING, "figure": None, **empty, "reason": _why(error), "to_pass": to_find}
+    failing, (which, worst) = shown.failing(), shown.worst()
+    rule, against = shown.rule, f" ({which})" if len(shown.estimates) > 1 else ""
+    end, reached = {"low": "lower", "high": "upper"}[rule.end], getattr(worst, rule.end)
     return about | {
-        "status": "PASS" if passed else "FAIL",
-        "figure": shown.figure + against,
+        "status": FAIL if failing else PASS,
+        "figure": rule.figure + shown.note + against,
         "estimate": worst.estimate,
         "low": worst.low,
         "high": worst.high,
-        "bound": shown.bound,
-        "relation": shown.relation,
+        "bound": rule.end,
+        "relation": rule.relation,
         "threshold": shown.threshold,
         "n": shown.n,
-        "reason": f"the {end} end is {reached:+.4f}; {shown.relation} {shown.threshold:g} is required",
-        "to_pass": None if passed else _to_pass(shown, worst),
+        "reason": f"the {end} end is {reached:+.4f}; {rule.relation} {shown.threshold:g} is required",
+        "to_pass": _to_pass(shown, worst) if failing else None,
     }
 
 
-def _to_pass(shown: _Shown, worst: Estimate) -> str:
-    margin = (worst.estimate - shown.threshold) * (-1 if shown.bound == "high" else 1)
+def _to_pass(shown: Shown, worst: Estimate) -> str:
+    margin = (worst.estimate - shown.threshold) * (-1 if shown.rule.end == "high" else 1)
     if margin <= 0:
         return f"the figure itself must change: the estimate, {worst.estimate:+.4f}, is on the wrong side"
-    half = abs(getattr(worst, shown.bound) - worst.estimate)
+    half = abs(getattr(worst, shown.rule.end) - worst.estimate)
     seeds = int(np.ceil(shown.n * (half / margin) ** 2))
     if shown.families is not None:
         return (
@@ -284,11 +245,6 @@ def _whole(bundle: Bundle, label: str, maker: str | None = None) -> File:
     return file
 
 
-def _require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise Missing(reason)
-
-
 class _Candidate:
     """The candidate, confirmed or brought, checked once: each gate about it raises what is wrong with it."""
 
@@ -305,7 +261,7 @@ class _Candidate:
                 self._check_brought(bundle)
             else:
                 self._check(bundle)
-        except (Missing, ValidationError, BadInput, LookupError, TypeError, ValueError, AttributeError) as error:
+        except UNREADABLE as error:
             self._reason = error
 
     def _check(self, bundle: Bundle) -> None:
@@ -316,34 +272,34 @@ class _Candidate:
         seeds = [int(seed) for seed in own.checkpoints]
         facts = own.facts.model_dump()
         sha256 = bundle.files["selection"].sha256
-        _require(found.selection.sha256 == sha256 == found.inputs.get("selection"), "confirmed is another selection")
-        _require(facts == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
-        _require(found.selection.id == chosen.selected.get("id") == digest(facts), "its configuration's digest differs")
-        _require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
-        _require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
+        require(found.selection.sha256 == sha256 == found.inputs.get("selection"), "confirmed is another selection")
+        require(facts == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
+        require(found.selection.id == chosen.selected.get("id") == digest(facts), "its configuration's digest differs")
+        require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
+        require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
         fixed = fresh_seeds(chosen.seeds_used, len(seeds))
-        _require(seeds == fixed, f"its seeds are not those that are fixed for a confirmation: {fixed}")
-        _require(len(seeds) >= MINIMUM_SEEDS, f"{len(seeds)} seeds; at least {MINIMUM_SEEDS} expected")
-        _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
-        _require(len(sections) == 1, "one condition, confirmed, expected")
-        _require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
+        require(seeds == fixed, f"its seeds are not those that are fixed for a confirmation: {fixed}")
+        rules.enough_seeds(len(seeds))
+        require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
+        require(len(sections) == 1, "one condition, confirmed, expected")
+        require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
         self.about = {n: facts[n] for n in ("subject_digest", "hook_name", "d_in")}
         self.stores = {facts["store_digest"]}
         _about(sections[0], self)
-        _own_training(sections[0])
+        rules.own_training(sections[0])
         made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}
-        _require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
+        require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
         _one_account(found.bank)
-        _require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
-        _require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
+        require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
+        require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
         recipe = Recipe.model_validate(chosen.selected.get("recipe"))  # an older one lacks fields that have defaults
         subjects = {found.subject, chosen.selected.get("subject")}
-        _require(recipe == found.bank.recipe, "it was trained by another recipe than the selected one")
-        _require(len(subjects) == 1, "its subject has another name than at selection")
-        _require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
-        _require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
-        _require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
-        _require(
+        require(recipe == found.bank.recipe, "it was trained by another recipe than the selected one")
+        require(len(subjects) == 1, "its subject has another name than at selection")
+        require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
+        require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
+        require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
+        require(
             {"d_sae": sections[0].d_sae, "k": sections[0].k, "budget": sections[0].budget, "family": sections[0].family}
             == {"d_sae": facts["d_sae"], "k": facts["k"], "budget": facts["tokens"], "family": facts["family"]},
             "its stability is that of another configuration",
@@ -358,23 +314,21 @@ class _Candidate:
         found = Brought.model_validate(_whole(bundle, "confirmation", BRINGS).results)
         own, bank, section = found.candidate, found.bank, found.section
         records, facts = [r.model_dump() for r in bank.saes if r.candidate], own.facts.model_dump()
-        _require(len(records) >= MINIMUM_SEEDS, f"{len(records)} seeds; at least {MINIMUM_SEEDS} expected")
-        _require(own.model_dump() == block(records), "the candidate's SAEs are not those that its benchmarks evaluated")
-        _require(all(r["condition"] == own.condition for r in records), "its records are of another condition")
-        _require(_members(section) == own.checkpoints, "its stability is that of other SAEs")
-        _require(facts["control"] is None, f"its SAEs were trained on {facts['control']}")
+        rules.enough_seeds(len(records))
+        require(own.model_dump() == block(records), "the candidate's SAEs are not those that its benchmarks evaluated")
+        require(all(r["condition"] == own.condition for r in records), "its records are of another condition")
+        require(_members(section) == own.checkpoints, "its stability is that of other SAEs")
+        require(facts["control"] is None, f"its SAEs were trained on {facts['control']}")
         _one_account(bank)
         inputs, subject = dict(bank.inputs), bank.inputs["subject"]
         for part in (bank.saebench, bank.cebench):
             inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls} if part else {}
         inputs |= {f"untrained {seed}": sha256 for seed, sha256 in (found.untrained or {}).items()}
-        _require(
-            found.inputs == inputs, "its inputs are not its subject, activations, checkpoints and untrained states"
-        )
+        require(found.inputs == inputs, "its inputs are not its subject, activations, checkpoints and untrained states")
         untrained = set(own.checkpoints) if "untrained" not in section.stability.missing_nulls else set()
-        _require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
-        _require(facts["subject_digest"] in (None, subject), "its SAEs are of another subject")
-        _require(facts["hook_name"] in (None, found.hook_name) and bank.hook_name == found.hook_name, "another hook")
+        require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
+        require(facts["subject_digest"] in (None, subject), "its SAEs are of another subject")
+        require(facts["hook_name"] in (None, found.hook_name) and bank.hook_name == found.hook_name, "another hook")
         self.about = {"subject_digest": subject, "hook_name": found.hook_name, "d_in": facts["d_in"]}
         heldout = bank.inputs["held-out activations"]
         self.stores = {heldout}
@@ -399,33 +353,32 @@ class _Candidate:
         Raises:
             NoCandidate: with what is wrong with it.
         """
-        if isinstance(self._reason, ValidationError):
-            raise NoCandidate(f"there is no candidate: its evidence is not what it should be: {refusal(self._reason)}")
         if self._reason is not None:
-            raise NoCandidate(f"there is no candidate: {self._reason}")
+            why = _why(self._reason).replace("the evidence", "its evidence", 1)
+            raise NoCandidate(f"there is no candidate: {why}")
         return self
 
     def block(self) -> dict | None:
         return None if self._reason is not None else self.own.model_dump()
 
     def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
-        _require(found.candidate == self.own, f"{script}: it is about other SAEs than the candidate's")
+        require(found.candidate == self.own, f"{script}: it is about other SAEs than the candidate's")
         inputs = {self.labels[seed]: sha256 for seed, sha256 in self.own.checkpoints.items()}
         inputs |= {"subject": self.about["subject_digest"]} | _beside(found)
-        _require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
+        require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
         needed = {"held-out activations"}
         needed |= {"MLP input"} if isinstance(found, TranscoderStress) else set()
         needed |= {"shifted activations", "probed texts"} if isinstance(found, OODStress) else set()
-        _require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
+        require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
 
 
 def _on_disk(bundle: Bundle, found: Confirmation | Brought) -> None:
     identities = found.candidate.identities
-    _require(found.paths.keys() == identities.keys(), "a path of each checkpoint expected")
+    require(found.paths.keys() == identities.keys(), "a path of each checkpoint expected")
     for seed, identity in identities.items():
         there = bundle.on_disk.get(seed)
-        _require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
-        _require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
+        require(there is not None, f"the checkpoint of seed {seed} is not on the disk, or cannot be read")
+        require(there == identity, f"the checkpoint of seed {seed} on the disk is another than the evidence names")
 
 
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
@@ -439,39 +392,32 @@ def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str
                 named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
     elif isinstance(found, TranscoderStress):
         for name, section in (("transcoder", found.transcoder), ("sae", found.sae)):
-            _require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
+            require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
             named |= {"MLP output": section.store_digest}
             named |= {f"{name} {m.label}": m.checkpoint_sha256 for m in section.members}
     return named
 
 
-def _own_training(section: Section) -> None:
-    alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
-    _require(alone, "SAEs that were pulled to a common reference are not independent")
-    recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
-    _require(len(recipes) == 1, "SAEs of several recipes are no condition")
-
-
 def _one_account(bank: Evaluated) -> None:
     """Each SAE of a bank has one record, which its benchmarks repeat, and the inputs are the SAEs'."""
     saes = {r.identity: _kept(r) for r in bank.saes}
-    _require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
+    require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
     inputs = {n: bank.inputs.get(n) for n in ("subject", "held-out activations")}
     inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in bank.saes}
-    _require(bank.inputs == inputs, "its bank's inputs are not its subject, activations and checkpoints")
+    require(bank.inputs == inputs, "its bank's inputs are not its subject, activations and checkpoints")
     for name, part in (("SAEBench", bank.saebench), ("CE-Bench", bank.cebench)):
         if part is not None:
             controls = {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls}
             more = {"pairs": part.pairs_digest} if name == "CE-Bench" else {}
-            _require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
-            _require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
-            _require(part.noise.label in {r.label for r in part.saes}, f"{name}: noise of another SAE")
+            require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
+            require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
+            require(part.noise.label in {r.label for r in part.saes}, f"{name}: noise of another SAE")
             about = (part.subject_digest, part.hook_name)
-            _require(about == (inputs["subject"], bank.hook_name), f"{name} was run on another subject or hook")
-            _require(part.inputs == inputs | controls | more, f"{name} has other inputs than its bank")
+            require(about == (inputs["subject"], bank.hook_name), f"{name} was run on another subject or hook")
+            require(part.inputs == inputs | controls | more, f"{name} has other inputs than its bank")
     if bank.saebench is not None:
         cores = {r.identity: r.core for r in bank.saes}
-        _require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
+        require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
 
 
 def _kept(record: Record) -> dict:
@@ -480,65 +426,45 @@ def _kept(record: Record) -> dict:
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
     seeds = places([m.seed for m in section.members])
-    _require(len(set(seeds)) == len(seeds), "a seed stands twice")
+    require(len(set(seeds)) == len(seeds), "a seed stands twice")
     return dict(zip(seeds, (m.checkpoint_sha256 for m in section.members), strict=True))
 
 
 def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
     for name, value in candidate.about.items():
-        _require(getattr(section, name) == value, f"a stability study of another {name}")
-    _require(section.store_digest in candidate.stores, "a stability study of another store_digest")
-
-
-def _excess(section: dict, level: float, nulls: tuple[str, ...]) -> dict[str, Estimate]:
-    """The excess of mcc_alive over each null, from the pairs; every pair of seeds once."""
-    labels = section["stability"]["labels"]
-    _require(len(labels) >= MINIMUM_SEEDS, f"{len(labels)} seeds; at least {MINIMUM_SEEDS} expected")
-    pairs = PAIRS.validate_python(section["pairs"], strict=True)
-    named = [frozenset((p["a"], p["b"])) for p in pairs]
-    _require(
-        sorted(map(sorted, named)) == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected"
-    )
-    _require(all(null in p for p in pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
-    draws = section["stability"]["scores"][PRIMARY_SCORE]["nulls"].get("spectral", {}).get("draws", 0)
-    _require(
-        "spectral" not in nulls or draws >= SPECTRAL_DRAWS,
-        f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected",
-    )
-    return {null: jackknife(score_matrix(section, null), level) for null in nulls}
+        require(getattr(section, name) == value, f"a stability study of another {name}")
+    require(section.store_digest in candidate.stores, "a stability study of another store_digest")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The gates
 
 
-def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
+def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     found = _read(bundle, "phase4a", PositiveControl)
     section, members = found.husai, _members(found.husai)
     subject = candidate.about["subject_digest"] if candidate.block() else None
-    _require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
+    require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
     inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
     inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
-    _require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
-    _require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
-    _own_training(section)
+    require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
+    require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
+    rules.own_training(section)
     made = {(section.hook_name, m.family, m.d_sae, m.k) for m in section.members}
-    _require(made == {POSITIVE_CONTROL}, f"phase 4a: {POSITIVE_CONTROL} expected, as registered")
-    estimates = _excess(section.model_dump(), level, GATED_NULLS)
-    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(members))
+    require(made == {rules.POSITIVE_CONTROL}, f"phase 4a: {rules.POSITIVE_CONTROL} expected, as registered")
+    return rules.stability(section, level)
 
 
-def _stability(candidate: _Candidate, level: float) -> _Shown:
+def _stability(candidate: _Candidate, level: float) -> Shown:
     c = candidate.known()
-    _require(
+    require(
         "untrained" not in c.section.stability.missing_nulls,
         "the untrained null is missing: --untrained names the SAEs before training",
     )
-    estimates = _excess(c.section.model_dump(), level, GATED_NULLS)
-    return _Shown("excess of mcc_alive over each required null", estimates, "low", ">", 0.0, len(c.seeds))
+    return rules.stability(c.section, level)
 
 
-def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown:
+def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     c = candidate.known()
     if c.facts["training"] is None and bundle.files.get("random_model") is None:
         raise Missing(
@@ -547,134 +473,84 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> _Shown
     found = _read(bundle, "random_model", RandomModelStress)
     script = MAKES["random_model"]
     c.is_that_of(found, script)
-    _require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
+    require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c)
-    _require(
-        found.random_model.subject_digest != c.about["subject_digest"], f"{script}: its control is the subject itself"
-    )
-    seeds, own = ([m.seed for m in arm.members] for arm in (found.random_model, found.section))
-    alike = seeds == own or (c.facts["training"] is None and set(own) == {None} and len(seeds) == len(own))
-    _require(alike, f"{script}: its controls have other seeds")
-    shas = {m.checkpoint_sha256 for m in found.random_model.members}
-    _require(
-        len(shas) == len(seeds) and not shas & set(c.own.checkpoints.values()), f"{script}: a control stands twice"
-    )
-    levels = [
-        (a.heldout.l0, b.heldout.l0) for a, b in zip(found.section.members, found.random_model.members, strict=True)
-    ]
-    _require(all(min(ab) > 0 and baselines.same_l0(*ab) for ab in levels), f"{script}: L0 of its controls is another")
-    estimates = _excess(found.section.model_dump(), level, ("random_model",))
-    return _Shown("mcc_alive less that of SAEs of the random-weights model", estimates, "low", ">", 0.0, len(c.seeds))
+    seeds, known = {m.seed for m in found.random_model.members}, c.facts["training"] is not None
+    require(not known or None not in seeds, f"{script}: the seeds of its controls are not known")
+    return _of(script, lambda: rules.random_model(found.section, found.random_model, level))
 
 
-def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: float) -> _Shown:
+def _of(script: str, judge: Callable[[], Shown]) -> Shown:
+    """What a rule says of the results of a script, which is named where it does not answer."""
+    try:
+        return judge()
+    except Missing as missing:
+        raise Missing(f"{script}: {missing}") from None
+
+
+def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     if c.facts["training"] is None:
         raise Missing(f"{UNKNOWN_TRAINING}, and so no transcoders can be trained alike; no flag says it")
     found = _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
-    _require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
+    require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
     c.is_that_of(found, script)
-    _require(setting.preregistered, f"{script}: another setting than the candidate's own was tried")
-    expected = {n: c.facts[n] for n in ("d_sae", "k", "tokens", "subject_digest")}
-    _require(
-        expected == {n: getattr(setting, n) for n in expected} and setting.seeds == c.seeds,
-        f"{script}: another width, k, budget, subject or other seeds than the candidate's",
-    )
-    _require(f"blocks.{setting.layer}." in c.about["hook_name"], f"{script}: another layer than the candidate's")
-    arms = [found.transcoder, found.sae]
-    for arm in arms:
-        _require([m.seed for m in arm.members] == setting.seeds, f"{script}: an arm with other seeds")
-        same = all(m.d_sae == setting.d_sae and m.k == setting.k for m in arm.members)
-        _own_training(arm)
-        family = transcoder.FAMILIES["transcoder" if arm is found.transcoder else "sae"]
-        _require({m.family for m in arm.members} == {family}, f"{script}: an arm that is not of {family}")
-        _require(same and arm.hook_name == setting.hook_out, f"{script}: an arm of another width, k or space")
-        _require(arm.subject_digest == setting.subject_digest, f"{script}: an arm of another subject")
-    shas = [set(_members(arm).values()) for arm in arms]
-    _require(not shas[0] & shas[1] and all(len(s) == len(c.seeds) for s in shas), f"{script}: an SAE stands twice")
-    dumped = [arm.model_dump() for arm in arms]
-    for arm in dumped:
-        _excess(arm, level, GATED_NULLS)
-    estimates = {
-        null: jackknife(score_matrix(dumped[0], null) - score_matrix(dumped[1], null), level) for null in GATED_NULLS
-    }
-    return _Shown("gain of the excess over each required null", estimates, "low", ">=", minimum, len(setting.seeds))
+    made = setting.model_dump(exclude={"preregistered"})
+    require(transcoder.preregistered(made, c.own.model_dump()), f"{script}: another setting than the candidate's own")
+    return _of(script, lambda: rules.transcoder(setting, found.transcoder, found.sae, level, minimum))
 
 
-def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> _Shown:
+def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> Shown:
     c, found = candidate.known(), _read(bundle, "ood", OODStress)
     script, shifted = MAKES["ood"], found.shifted
     c.is_that_of(found, script)
     seeds = places([s.seed for s in shifted.saes])
     identities = dict(zip(seeds, (s.identity for s in shifted.saes), strict=True))
-    _require(
-        identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs"
-    )
-    _require(shifted.k == deltas.K, f"{script}: k = {deltas.K} expected")
+    require(identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs")
     _seed(c, shifted.random_seed)
-    _families(shifted.families)
-    same = shifted.families == sae_probes.families(shifted.data_sets)
-    _require(same, f"{script}: families of other data sets")
-    _require(
-        found.skipped.keys() == set(drop.UNUSABLE), f"{script}: other shifted versions than {drop.UNUSABLE} skipped"
-    )
-    left_out = drop.unused(found.model_dump())
-    _require(not left_out, f"{script}: shifted versions that can be used were left out: {', '.join(left_out[:3])}")
     _same_probes(c, found)
-    raw = shifted.model_dump()
-    lost, families = drop.drops(raw, shifted.k), np.array(shifted.families)
-    kept = drop.kept(raw)
-    n = len(set(families[kept]))
-    _require(n >= 2, f"{script}: the model's own probe survives the shift in {n} families; at least 2 expected")
-    estimates = {
-        "all shifted sets": mean_over_seeds_and_sets(lost, list(families), level),
-        "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(families[kept]), level),
-    }
-    return _Shown("AUC lost under shift, less the model's own loss", estimates, "high", "<=", maximum, len(lost), n)
+    return _of(script, lambda: rules.ood(shifted, found.skipped, level, maximum))
 
 
-def _saebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
+def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     probing = c.bank.saebench
-    _require(probing is not None, "SAEBench was not run")
+    require(probing is not None, "SAEBench was not run")
     absent = sorted(c.data_sets - set(probing.data_sets))
     whose = "selection left" if c.unconfirmed is None else "--dataset-names holds by default"
-    _require(not absent, f"SAEBench: data sets that {whose} are missing: {', '.join(absent[:3])}")
+    require(not absent, f"SAEBench: data sets that {whose} are missing: {', '.join(absent[:3])}")
     _same_probes(c, probing)
     _seed(c, probing.random_seed)
-    _require(probing.families == sae_probes.families(probing.data_sets), "SAEBench: families of other data sets")
-    _require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
+    require(probing.families == families(probing.data_sets), "SAEBench: families of other data sets")
+    require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
     judged = zip(probing.data_sets, probing.families, strict=True)
     keep = [i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read]  # no more than those
-    families = [probing.families[i] for i in keep]
-    _families(families)
+    of = [probing.families[i] for i in keep]
+    rules.enough_families(of)
     records = [r.model_dump() for r in probing.saes]
     values = {r["identity"]: np.array(r["test_auc"][deltas.K])[keep] for r in records}
-    estimate, _ = _against_reference(c, records, values, families, level)
+    estimate, _ = _against_reference(c, records, values, of, level)
     by = "" if probing.probing == "sae_probes" else f" ({probing.probing})"
-    figure, of = f"AUC at k = 5{by} less the matched reference's", len(set(families))
-    return _Shown(figure, {"": estimate}, "low", ">=", minimum, estimate.n_seeds, of)
+    more = {"families": len(set(of)), "note": f"{by} less the matched reference's"}
+    return rules.SAEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
 
 
-def _cebench(candidate: _Candidate, level: float, minimum: float) -> _Shown:
+def _cebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     pairs = c.bank.cebench
-    _require(pairs is not None, "CE-Bench was not run")
-    why = f"the stories are not CE-Bench's own: {pairs.benchmark}, provisional; --stories names those on the hub"
-    _require(pairs.benchmark == "cebench", why)
-    _require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
+    require(pairs is not None, "CE-Bench was not run")
+    rules.only_cebench(pairs.benchmark)
+    require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.read]
     clusters = [pairs.clusters[i] for i in keep]
-    _families(clusters)
+    rules.enough_families(clusters)
     own = [r.model_dump() for r in pairs.saes]
     values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in own}
     estimate, reference = _against_reference(c, own, values, clusters, level)  # a summary's references are not bound
-    _require(
-        reference + minimum <= 1, f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
-    )
-    figure, of = "normalised score less the matched reference's", len(set(clusters))
-    return _Shown(figure, {"": estimate}, "low", ">=", minimum, estimate.n_seeds, of)
+    rules.reachable(reference, minimum)
+    more = {"families": len(set(clusters)), "note": " less the matched reference's"}
+    return rules.CEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
 
 
 def _against_reference(
@@ -686,34 +562,29 @@ def _against_reference(
     group.sort(key=lambda r: order.index(r["identity"]))
     seeds = places([r["facts"]["seed"] for r in group])
     own = dict(zip(seeds, (r["identity"] for r in group), strict=True)) == c.own.identities
-    _require(own and len(group) == len(order), "figures of other SAEs than the candidate's")
-    _require(
+    require(own and len(group) == len(order), "figures of other SAEs than the candidate's")
+    require(
         all({k: v for k, v in r["facts"].items() if k not in ("seed", "l0")} == c.facts for r in group),
         "facts of other SAEs than the candidate's",
     )
-    match = baselines.matched(group, records)
+    match = matched(group, records)
     hint = "" if c.unconfirmed is None else "; --reference names SAEs to compare with"
     if c.facts["training"] is None:
         hint = f". {UNKNOWN_TRAINING[0].upper()}{UNKNOWN_TRAINING[1:]}, so that --reference can name none that matches"
-    _require(match.reason is None, f"no matched reference: {match.reason}{hint}")
-    _require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
+    require(match.reason is None, f"no matched reference: {match.reason}{hint}")
+    require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
     against = [values[r["identity"]] for r in match.records]
-    _require(len({r["identity"] for r in match.records}) == len(group), "a reference stands for several seeds")
+    require(len({r["identity"] for r in match.records}) == len(group), "a reference stands for several seeds")
     difference = np.array([values[r["identity"]] for r in group]) - np.array(against)
     return mean_over_seeds_and_sets(difference, families, level), float(np.mean(against))
 
 
-def _families(families: list[str]) -> None:
-    n = len(set(families))
-    _require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
-
-
 def _seed(c: _Candidate, seed: int) -> None:
-    _require(c.cohort["probing_seed"] in (None, seed), "another seed of the probing than at selection")
+    require(c.cohort["probing_seed"] in (None, seed), "another seed of the probing than at selection")
 
 
 def _same_probes(c: _Candidate, found: Probing | OODStress) -> None:
     versions = c.cohort["versions"]
     name = None if versions is None else c.cohort.get("probing", "sae_probes")  # without versions nothing was probed
-    _require(name in (None, found.probing), f"probes of another name than at selection: {name} expected")
-    _require(versions in (None, found.versions), "other versions of the benchmark's packages than at selection")
+    require(name in (None, found.probing), f"probes of another name than at selection: {name} expected")
+    require(versions in (None, found.versions), "other versions of the benchmark's packages than at selection")

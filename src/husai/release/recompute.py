@@ -11,14 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.benchmarks import conditions, deltas
+from husai.evidence import conditions, contrast, deltas, drop, random_model, rules, transcoder
+from husai.evidence.names import GAP
+from husai.evidence.stability import summarise
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
-from husai.stability import contrast
-from husai.stability.compare import summarise
-from husai.stability.scores import GAP
-from husai.stress import drop, random_model, transcoder
 
 NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
@@ -167,7 +165,7 @@ def decisions(results: dict) -> dict[str, Any]:
         again |= drop.decisions(results)
     for at, study in studies(results):
         if "convergence" in study:
-            again[f"{at}/convergence/converged"] = contrast.at_rest(study["convergence"]["moved"])
+            again[f"{at}/convergence/converged"] = rules.at_rest(study["convergence"]["moved"])
         for name in ("explained_variance", "l0", "dead_share"):
             if name in study:
                 again[f"{at}/{name}"] = contrast.heldout(study, name).to_json()
@@ -182,10 +180,10 @@ def decisions(results: dict) -> dict[str, Any]:
         for i, method in enumerate(results["methods"][1:], 1):
             against(f"/methods/{i}", method, results["methods"][0])
     elif phase == "adaptive_l0_calibration":
-        again["/chosen_k"] = contrast.choose_k(results["selection"], results["ev_floor"])
+        again["/chosen_k"] = rules.choose_k(results["selection"], results["ev_floor"])
         if len(confirmed := results["confirmation"]) == 2:
             against("", *confirmed)
-            again["/outcome"] = contrast.verdict(again["/gain"], len(confirmed[0]["members"]))
+            again["/outcome"] = rules.gain_verdict(again["/gain"], len(confirmed[0]["members"]))
     elif phase == "assignment_consistency_v2":
         for i, arm in enumerate(results["own"]):
             against(f"/own/{i}", arm, results["control"])
@@ -197,13 +195,13 @@ def decisions(results: dict) -> dict[str, Any]:
             ]
             for j, section in enumerate(each):
                 against(f"/shared/{i}/references/{j}", section, results["control"])
-        chosen = contrast.choose_weight(results["own"], results["max_ev_drop"])
+        chosen = rules.choose_weight(results["own"], results["max_ev_drop"])
         found = lost = None
         if confirmation := results["confirmation"]:
             against("/confirmation/1", confirmation[1], confirmation[0])
             found, lost = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"]
         seeds = len(confirmation[1]["members"]) if confirmation else 0
-        again["/acceptance"] = contrast.acceptance(chosen, found, lost, seeds, results["max_ev_drop"])
+        again["/acceptance"] = rules.acceptance(chosen, found, lost, seeds, results["max_ev_drop"])
     return again
 
 

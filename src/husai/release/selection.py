@@ -13,20 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.benchmarks import baselines, conditions, deltas
-from husai.release.evidence import (
-    Bank,
-    ConditionSection,
-    PairRecord,
-    ProbedRecord,
-    ScoredRecord,
-    refusal,
-)
+from husai.evidence import conditions, contrast, deltas, references
+from husai.evidence.binding import block
+from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
+from husai.evidence.schemas import Bank, ConditionSection, PairRecord, ProbedRecord, ScoredRecord, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
-from husai.stability import contrast
-from husai.stability.compare import GATED_NULLS, PRIMARY_SCORE
-from husai.stress.candidate import block
 
 STUDIES = ("architecture_frontier", "external_metric_scaling")
 SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
@@ -372,7 +364,7 @@ def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
 
 def _one_reference(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
     """Differences to one family of reference alone are comparable: to that of most candidates."""
-    families = [baselines.reference_family(c["family"]) for c in candidates]
+    families = [references.reference_family(c["family"]) for c in candidates]
     usual = max(sorted(set(families)), key=families.count) if families else None
     kept, lost = [], []
     for c, family in zip(candidates, families, strict=True):

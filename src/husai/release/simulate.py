@@ -14,24 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from husai.benchmarks import baselines, conditions, deltas, sae_probes
+from husai.evidence import conditions, contrast, data_sets, deltas, drop, random_model, references, rules, transcoder
+from husai.evidence.binding import block
+from husai.evidence.estimates import Estimate
+from husai.evidence.names import ALIVE, GAP, GATED_NULLS
+from husai.evidence.rules import POSITIVE_CONTROL, SPECTRAL_DRAWS
+from husai.evidence.schemas import Evaluated, OwnSection
+from husai.evidence.stability import summarise
 from husai.release import recompute, selection
-from husai.release.evidence import Evaluated, OwnSection
-from husai.release.gate import GATES, MAKES, POSITIVE_CONTROL, SPECTRAL_DRAWS, Bundle, File, Thresholds
+from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
 from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
-from husai.stability import contrast
-from husai.stability.compare import GATED_NULLS, summarise
-from husai.stability.inference import Estimate
-from husai.stability.scores import ALIVE, GAP
-from husai.stress import drop, random_model, transcoder
-from husai.stress.candidate import block
-from husai.subjects import text
 
 OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
 """Gates on pairs of seeds; the others are on seeds and data sets."""
 STUDY_SEEDS = (42, 123, 456, 789, 1011)
-SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in text.FAMILIES["ood"]["shifted"]]
+SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in data_sets.FAMILIES["ood"]["shifted"]]
 CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)]
 D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
 LLM = 0.8
@@ -119,7 +117,7 @@ def _differences(folder: Path, axis: str):
     results = read_json(folder / "results.json", "evidence")
     figure = (lambda r: r["test_auc"][deltas.K]) if axis == "families" else (lambda r: r["normalised_of_pairs"])
     for group in deltas.by_condition(results["saes"]).values():
-        match = baselines.matched(group, results["saes"])
+        match = references.matched(group, results["saes"])
         if len(match.records) == len(group) >= 5:
             x = np.array([figure(r) for r in group]) - np.array([figure(r) for r in match.records])
             yield _of_sets(x, results[axis])
@@ -334,10 +332,10 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
     names = [
         "llm",
-        baselines.pca_name(own[0]["facts"]),
-        *dict.fromkeys(baselines.untrained_name(r["facts"]) for r in saes),
+        references.pca_name(own[0]["facts"]),
+        *dict.fromkeys(references.untrained_name(r["facts"]) for r in saes),
     ]
-    probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": sae_probes.families(sets)}
+    probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": data_sets.families(sets)}
     probing |= {"random_seed": 42, "probing": "sae_probes_exact", "versions": VERSIONS, "controls": []}
     probing["saes"] = [
         r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)
@@ -386,7 +384,7 @@ def _frame(seeds: int) -> str:
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], rules)
     left = set(chosen["split"]["gate_families"])
     fresh = selection.fresh_seeds(STUDY_SEEDS, seeds)
-    sets = [n for n, family in zip(SETS, sae_probes.families(SETS), strict=True) if family in left]
+    sets = [n for n, family in zip(SETS, data_sets.families(SETS), strict=True) if family in left]
     bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
     picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
     own = [r for r in bank["saes"] if r["candidate"]]
@@ -437,7 +435,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     setting |= {"learning_rate": 0.003, "subject_digest": of_subject[0], "own_subject": True}
     other = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
     other["inputs"] = tested | {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
-    for arm, family in transcoder.FAMILIES.items():
+    for arm, family in rules.ARMS.items():
         trained = [_member(_sha(arm, s), s, heldout, family) for s in seeds]
         other[arm] = _section(trained, of_subject[0], setting["hook_out"], _sha("MLP output"))
         other["inputs"] = other["inputs"] | {f"{arm} {m['label']}": m["checkpoint_sha256"] for m in trained}
@@ -445,7 +443,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     skipped = {"90_glue_qnli_OOD": "its labels are others"}
     names = [n for n in SHIFTED if f"{n}_OOD" not in skipped]
     level = [LLM] * len(names)
-    shift = {"data_sets": names, "families": sae_probes.families(names), "k": deltas.K, "random_seed": 42}
+    shift = {"data_sets": names, "families": data_sets.families(names), "k": deltas.K, "random_seed": 42}
     shift |= {"prompts": [200] * len(names), "llm": {"id": level, "ood": level, "ood_low": [0.7] * len(names)}}
     auc = {k: {"id": level, "ood": level} for k in ("1", deltas.K)}
     each = [{"identity": r["identity"], "seed": r["facts"]["seed"]} for r in own]
@@ -461,7 +459,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
         "phase": "ood_stress",
         "inputs": tested | {"shifted activations": _sha("shift"), "probed texts": _sha("texts")},
     }
-    ood |= about | {"rule": {"max_drop": drop.MAX_DROP}, "shifted": shift, "families": None, "activations": rows}
+    ood |= about | {"rule": {"max_drop": rules.OOD.threshold}, "shifted": shift, "families": None, "activations": rows}
     ood |= {"probing": "sae_probes_exact", "versions": VERSIONS, "skipped": skipped}
     return {"random_model": meaningless, "transcoder": other, "ood": ood}
 
@@ -473,7 +471,10 @@ def _derive(files: dict) -> None:
     sections = (meaningless["section"], meaningless["random_model"], other["transcoder"], other["sae"])
     for section in (files["phase4a"]["husai"], *sections):
         _summarise(section)
-    meaningless |= {"gain": random_model.gain(sections[0], sections[1]), "verdict": random_model.verdict(sections[0])}
+    meaningless |= {
+        "gain": random_model.gain(sections[0], sections[1]),
+        "verdict": random_model.verdict(sections[0], sections[1]),
+    }
     other |= {
         name: transcoder.decisions(other)[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")
     }

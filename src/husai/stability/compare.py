@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
@@ -13,20 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from husai.evidence.names import GAP, SCORES
 from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls
-from husai.stability.inference import Estimate, jackknife, tost
 from husai.stability.matching import match, unit_rows
-from husai.stability.scores import GAP, SCORES, max_cosines, score
+from husai.stability.scores import max_cosines, score
 
-PRIMARY_SCORE = "mcc_alive"
-GATED_NULLS = ("isotropic", "untrained", "spectral")
-REPORTED_NULLS = ("covariance_matched", "shuffled")
-ASKED_FOR_NULLS = ("random_model",)
-"""Reported where they were computed, and not missed where they were not."""
-MINIMUM_SEEDS = 5
-EQUIVALENCE_MARGIN = 0.01
 SAME_DIRECTION = 1 - 1e-5  # of a |cos|, bfloat16 copies included
 ONE_TRAINING = 0.5  # median |cos|; of random directions in 8 dimensions it is 0.25
 FEW_DIMENSIONS = 8  # below, directions may coincide by chance
@@ -138,94 +131,8 @@ def pair(
     }
 
 
-def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> list[str]:
-    """The nulls that stand in these pairs, in the order in which they are reported."""
-    asked_for = [n for n in ASKED_FOR_NULLS if all(n in value for value in pairs.values())]
-    return [n for n in (*GATED_NULLS, *REPORTED_NULLS, *asked_for) if n not in missing]
-
-
 def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
     """Counts in BINS of the matched |cos| of the rows of `x` and `y` that are alive in `a` and `b`."""
     x, y = x[a.alive], y[b.alive]
     matched = match(x, y).cosines if len(x) and len(y) else np.zeros(0)
     return np.histogram(matched.clip(0, 1), BINS)[0]
-
-
-def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> dict:
-    """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
-
-    Args:
-        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "shuffled" and "random_model" may
-            stand among the nulls.
-        missing: null -> why it is not there.
-    """
-    seeds = len(labels)
-
-    def matrix(name: str, s: str) -> np.ndarray:
-        m = np.zeros((seeds, seeds))
-        for (i, j), value in pairs.items():
-            m[i, j] = m[j, i] = value[name]["mean"][s]
-        return m
-
-    present = computed(pairs, missing)
-    scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
-    observed = {s: matrix("observed", s) for s in scored}
-    scores = {}
-    for s in scored:
-        entry = {"observed": jackknife(observed[s]).to_json(), "nulls": {}, "excess": {}}
-        for name in present:
-            null = matrix(name, s)
-            entry["nulls"][name] = {"mean": jackknife(null).estimate, **_spread(pairs, name, s)}
-            entry["excess"][name] = jackknife(observed[s] - null).to_json()
-        scores[s] = entry
-    primary = scores[PRIMARY_SCORE]
-    gated = [n for n in GATED_NULLS if n in present]
-    highest = max(gated, key=lambda n: primary["nulls"][n]["mean"])
-    return {
-        "labels": list(labels),
-        "scores": scores,
-        GAP: max(value[name]["mean"][GAP] for value in pairs.values() for name in ("observed", *present)),
-        "missing_nulls": missing,
-        "verdict": _verdict(seeds, primary, highest, missing),
-    }
-
-
-def _spread(pairs: dict, name: str, s: str) -> dict:
-    """How the null's own mean over the pairs varies from draw to draw."""
-    values = [value[name]["draws"] for value in pairs.values()]
-    if values[0] is None:
-        return {"draws": 0, "q95_of_mean": None}
-    return {"draws": len(values[0][s]), "q95_of_mean": float(np.quantile(np.mean([v[s] for v in values], 0), 0.95))}
-
-
-def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -> dict:
-    """Above chance: with at least MINIMUM_SEEDS seeds, the interval of the excess of PRIMARY_SCORE lies above 0 for
-    every one of GATED_NULLS. What may be claimed is the excess over the highest of them. Where that is not shown, an
-    equivalence test says whether the excess is shown to be within EQUIVALENCE_MARGIN of 0, or whether nothing is."""
-    absent = [n for n in GATED_NULLS if n in missing]
-    failed = [n for n in GATED_NULLS if n not in missing and not (primary["excess"][n]["low"] or 0) > 0]
-    if absent:
-        outcome, reason = "inconclusive", "a required null is missing: " + ", ".join(absent)
-    elif seeds < MINIMUM_SEEDS:
-        outcome, reason = "inconclusive", f"{seeds} seeds; a verdict needs {MINIMUM_SEEDS}"
-    elif failed:
-        outcome, reason = "not above chance", "the excess is not shown to be above 0 over: " + ", ".join(failed)
-    else:
-        outcome, reason = "above chance", "the interval of the excess lies above 0 for every required null"
-    excess = Estimate(**primary["excess"][highest])
-    equivalence = None
-    if outcome == "not above chance":
-        equivalence = asdict(tost(excess, EQUIVALENCE_MARGIN))
-        reason += (
-            f"; within ±{EQUIVALENCE_MARGIN} of the highest null (TOST, p = {equivalence['p_value']:.3g})"
-            if equivalence["equivalent"]
-            else f"; nor is it shown to lie within ±{EQUIVALENCE_MARGIN} of it (TOST, p = {equivalence['p_value']:.3g})"
-        )
-    return {
-        "score": PRIMARY_SCORE,
-        "outcome": outcome,
-        "reason": reason,
-        "highest_null": highest,
-        "claimable_excess": excess.to_json(),
-        "equivalence": equivalence,
-    }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from husai.evidence.names import GAP, SCORES
 from husai.stability.matching import BLOCK, match, unit_rows
 
 MATCHED = 0.7
@@ -38,11 +39,6 @@ def pwmcc(a: Tensor, b: Tensor) -> float:
 def mcc(a: Tensor, b: Tensor, exact: bool | None = None) -> float:
     """Mean |cos| of the best one-to-one assignment of the smaller dictionary into the larger, in [0, 1] (`match`)."""
     return float(match(a, b, exact).cosines.mean())
-
-
-GAP = "mcc_gap_bound"
-ALIVE = ("pwmcc_alive", "mcc_alive", "share70_alive")
-SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
 
 
 def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, scores: tuple[str, ...] = SCORES) -> dict[str, float]:

@@ -16,16 +16,18 @@ from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
+from husai.evidence import rules, stability
+from husai.evidence.estimates import jackknife
+from husai.evidence.names import SCORES
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
-from husai.stability import compare, contrast
+from husai.stability import compare
 from husai.stability.compare import Dictionary
-from husai.stability.inference import jackknife
 from husai.stability.nulls import Spectrum
-from husai.stability.scores import SCORES, mcc, pwmcc, score
+from husai.stability.scores import mcc, pwmcc, score
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
@@ -139,7 +141,7 @@ def compare_all(
             scored[i, j] = cells.get("pair", key, compute)
             advance(1)
 
-    present = ["observed", *compare.computed(scored, missing)]
+    present = ["observed", *stability.computed(scored, missing)]
     return {
         "subject_digest": store.manifest.subject_digest,
         "hook_name": store.manifest.hook_name,
@@ -148,7 +150,7 @@ def compare_all(
         "d_in": store.d_in,
         "effective_rank": spectrum.effective_rank(),
         "spectral_groups": [len(g) for g in spectrum.groups],
-        "stability": compare.summarise(labels, scored, missing),
+        "stability": stability.summarise(labels, scored, missing),
         "pairs": [
             {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
             for (i, j), value in scored.items()
@@ -186,10 +188,10 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         first, last = steps[-2:]
         moved = jackknife(found["mcc", last] - found["mcc", first])
         moved = moved.to_json()
-        convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": contrast.at_rest(moved)}
+        convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": rules.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
-    key = {"digests": digests, "steps": steps, "code": code_version(mcc, jackknife, contrast.at_rest)}
+    key = {"digests": digests, "steps": steps, "code": code_version(mcc, jackknife, rules.at_rest)}
     with one_torch_thread():
         return cells.get("over_training", key, compute)
 

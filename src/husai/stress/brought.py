@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from husai.benchmarks import candidates, cebench, contrastive, deltas, sae_probes, saebench
+from husai.benchmarks import candidates, cebench, contrastive, sae_probes, saebench
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
+from husai.evidence import deltas
+from husai.evidence.binding import block, places
 from husai.runs.cells import Cells
 from husai.runs.cli import PAIR_SETS
 from husai.runs.errors import BadInput
@@ -22,7 +24,7 @@ from husai.runs.files import relative, sha256_file
 from husai.stability import compare, study
 from husai.stability.compare import Dictionary
 from husai.stress import random_model
-from husai.stress.candidate import Tested, block, in_order, places
+from husai.stress.candidate import Tested, in_order
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
 

@@ -18,15 +18,16 @@ from threadpoolctl import threadpool_limits
 
 from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
-from husai.benchmarks import deltas, sae_probes
+from husai.benchmarks import sae_probes
 from husai.benchmarks.candidates import Places, to_saelens
 from husai.benchmarks.sae_probes_exact import Split, auc, one_thread
+from husai.evidence import data_sets, deltas, drop, rules
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
 from husai.runs.progress import progress
-from husai.stress import drop, shift
+from husai.stress import shift
 from husai.stress.candidate import Tested
 from husai.subjects import text
 from husai.subjects.pretrained import quiet
@@ -55,7 +56,7 @@ def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
     Raises:
         BadInput: an unknown name, one that cannot be used, or text that is trained on.
     """
-    known = text.FAMILIES["ood"]["shifted"]
+    known = data_sets.FAMILIES["ood"]["shifted"]
     for name in shifted or []:
         if name not in known:
             raise BadInput(f"--shifted {name}: of {', '.join(known)} expected")
@@ -66,7 +67,7 @@ def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
     if not used:
         raise BadInput(f"no shifted version can be used: {'; '.join(f'{n}: {why}' for n, why in skipped.items())}")
     binary = set(text.binary_sets())
-    heldout = [n for n in text.FAMILIES["ood"]["code_and_ag_news"] if n in binary] if probe else []
+    heldout = [n for n in data_sets.FAMILIES["ood"]["code_and_ag_news"] if n in binary] if probe else []
     probe = sae_probes.check_data_sets([*probe, *heldout])[: -len(heldout)] if probe else []
     return Chosen(used, skipped, probe, heldout, seed)
 
@@ -239,7 +240,7 @@ def evaluate(tested: Tested, chosen: Chosen, probing: str, ks: tuple[int, ...], 
         "inputs": tested.inputs() | inputs,
         "subject": tested.name,
         "candidate": block,
-        "rule": {"max_drop": drop.MAX_DROP},
+        "rule": {"max_drop": rules.OOD.threshold},
         "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
         "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
         "activations": shift.activations(tested, store, cells, places.threads),
@@ -287,7 +288,7 @@ def on_shifted(
             records.append({"identity": c.identity, "seed": c.facts["seed"], "test_auc": auc})
     return {
         "data_sets": names,
-        "families": sae_probes.families(names),
+        "families": data_sets.families(names),
         "prompts": [int(unseen(f"{name}_OOD").sum()) for name in names],
         "k": deltas.K,
         "random_seed": prompts.seed,
@@ -314,7 +315,7 @@ def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list
         return {"id": auc[:split], "ood": auc[split:]}
 
     found: dict = {
-        side: {"data_sets": n, "families": sae_probes.families(n)} for side, n in zip(("id", "ood"), names, strict=True)
+        side: {"data_sets": n, "families": data_sets.families(n)} for side, n in zip(("id", "ood"), names, strict=True)
     }
     found |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
     found["saes"] = [

@@ -12,13 +12,13 @@ from husai.activations import source
 from husai.activations.harvest import shuffled_coordinates
 from husai.activations.store import ActivationStore
 from husai.benchmarks import candidates
-from husai.benchmarks.baselines import same_l0
+from husai.evidence.names import ALIVE
+from husai.evidence.references import same_l0
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import contrast, study
-from husai.stability.compare import GATED_NULLS, MINIMUM_SEEDS, PRIMARY_SCORE, Dictionary
-from husai.stability.scores import ALIVE
-from husai.stress.candidate import Tested, in_order, places, training_store
+from husai.stability import study
+from husai.stability.compare import Dictionary
+from husai.stress.candidate import Tested, in_order, training_store
 from husai.training.grid import SNAPSHOTS, train_or_find
 from husai.training.stack import Member
 
@@ -36,38 +36,6 @@ class Arm:
     results: dict
     """{"subject_digest", "store_digest", "members": [{seed, checkpoint: its folder below the output folder, None where
     it was brought; checkpoint_sha256; heldout}]}"""
-
-
-def verdict(section: dict) -> dict:
-    """The rule (docs/methods.md, Rules), of a section with `random_model` among its nulls: {"outcome": `holds`, `does
-    not hold` or `inconclusive`, "reason"}."""
-    seeds = len(section["stability"]["labels"])
-    low = section["stability"]["scores"][PRIMARY_SCORE]["excess"]["random_model"]["low"]
-    if seeds < MINIMUM_SEEDS:
-        return {"outcome": "inconclusive", "reason": f"{seeds} seeds; a verdict needs {MINIMUM_SEEDS}"}
-    if low > 0:
-        reason = "the interval of the excess over SAEs of the random-weights subject lies above 0"
-        return {"outcome": "holds", "reason": reason}
-    reason = "the excess over SAEs of the random-weights subject is not shown to be above 0"
-    return {"outcome": "does not hold", "reason": reason}
-
-
-def decisions(results: dict) -> dict:
-    """The verdict, and of which SAEs it speaks, from the section: place in the results -> value."""
-    members = results["section"]["members"]
-    seeds = places([m["seed"] for m in members])
-    own = dict(zip(seeds, (m["checkpoint_sha256"] for m in members), strict=True))
-    again = {"/verdict": verdict(results["section"]), "/candidate/checkpoints": own}
-    return again | {"/gain": gain(results["section"], results["random_model"])}
-
-
-def gain(section: dict, control: dict) -> dict | None:
-    """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs
-    (`stability.contrast.gain`); None where a required null is missing. Reported, for activations of a lower rank give
-    a higher `mcc_alive` whatever they mean."""
-    if any(null in s["stability"]["missing_nulls"] for s in (section, control) for null in GATED_NULLS):
-        return None
-    return contrast.gain([section], [control])
 
 
 def grid_of(tested: Tested) -> list[Member]:

@@ -1,6 +1,6 @@
 """husai-tiny: a small GPT-NeoX language model (the architecture of Pythia), trained from scratch on real text.
 
-It stands in for Pythia where no weights can be downloaded. The text is the training side of `text.FAMILIES`; a
+It stands in for Pythia where no weights can be downloaded. The text is the training side of `data_sets.FAMILIES`; a
 byte-level BPE tokenizer is made from it first. A document is a row of tokens that ends with END; it is cut into windows
 of at most `n_ctx` targets, each predicted from what stands before it in its window, which starts with END. A batch is
 made of windows of about one length, so that no window sees another and little is padded. The matrices of the blocks are
@@ -518,7 +518,7 @@ def model_card(record: dict) -> str:
         f"{c['n_heads']} heads, d_mlp {c['d_mlp']}, context {c['n_ctx']}) and a byte-level BPE of {c['vocabulary']:,} "
         "tokens. Made by `scripts/training/train_tiny_lm.py`; `training.json` holds its configuration, history and "
         "figures, `digests.json` the sha256 of each file.",
-        f"**Data.** The training side of `husai.subjects.text.FAMILIES`: {record['documents']:,} documents, "
+        f"**Data.** The training side of `husai.subjects.data_sets.FAMILIES`: {record['documents']:,} documents, "
         f"{record['distinct_tokens']:,} tokens, read from the sae-probes package (digest "
         f"`{record['data_digest'][:16]}`). No text of a probe or out-of-distribution data set is among them. "
         f"{record['history'][-1]['tokens']:,} tokens were seen, {c['tokens'] / record['distinct_tokens']:.1f} passes.",

@@ -3,14 +3,14 @@ audit makes every estimate again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from husai.benchmarks import deltas
-from husai.stability.compare import MINIMUM_SEEDS
-from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
-from husai.subjects import text
+from husai.evidence import deltas
+from husai.evidence.data_sets import FAMILIES
+from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
 
-MAX_DROP = 0.1
 CHANCE = 0.5
 UNUSABLE = ("90_glue_qnli_OOD",)
 """Shifted versions whose labels or texts do not fit, as `stress.ood.unusable` finds them."""
@@ -52,31 +52,10 @@ def drop_where_kept(shifted: dict) -> dict[str, dict]:
     return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, places], families).to_json() for k in ks}
 
 
-def verdict(results: dict) -> tuple[str, str]:
-    """(passed, not passed or inconclusive; why) by the rule (docs/methods.md, Rules).
-
-    Args:
-        results: of the phase: `shifted` with its `drop` and `k`; `skipped`: versions that cannot be used; `rule`.
-    """
-    shifted, most = results["shifted"], results["rule"]["max_drop"]
-    found = [shifted[name][shifted["k"]] for name in ("drop", "drop_where_kept")]
-    seeds, left_out = len(shifted["saes"]), unused(results)
-    if seeds < MINIMUM_SEEDS:
-        return "inconclusive", f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds"
-    if left_out:
-        return "inconclusive", f"a verdict takes all shifted versions; {left_out[0]} was left out"
-    if without := next((e for e in found if e["high"] is None), None):
-        return "inconclusive", without["reason"]
-    ends = " and ".join(f"{e['high']:.4f}" for e in found)
-    end = f"the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}"
-    holds = all(e["high"] <= most for e in found)
-    return ("passed", f"{end}: at most {most}") if holds else ("not passed", f"{end}: at most {most} expected")
-
-
-def unused(results: dict) -> list[str]:
+def unused(data_sets: list[str], skipped: Iterable[str]) -> list[str]:
     """Shifted versions that could be used and were not: a choice among them is no fair test."""
-    used = {f"{name}_OOD" for name in results["shifted"]["data_sets"]} | set(results["skipped"])
-    return [name for name in text.FAMILIES["ood"]["shifted"] if name not in used]
+    used = {f"{name}_OOD" for name in data_sets} | set(skipped)
+    return [name for name in FAMILIES["ood"]["shifted"] if name not in used]
 
 
 def gap(families: dict) -> dict[str, dict]:

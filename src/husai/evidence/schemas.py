@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from husai.benchmarks import deltas
-from husai.stability.scores import ALIVE, GAP, SCORES
+from husai.evidence import deltas
+from husai.evidence.names import ALIVE, GAP, SCORES
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -318,7 +318,7 @@ class Member(Strict):
 
 
 class Interval(Strict):
-    """An `inference.Estimate`."""
+    """An `estimates.Estimate`."""
 
     estimate: Number
     low: Number | None
@@ -368,7 +368,7 @@ class ScoreSummary(Strict):
 
 
 class Stability(Strict):
-    """What `compare.summarise` says; the audit makes it again."""
+    """What `stability.summarise` says; the audit makes it again."""
 
     labels: Names
     scores: dict[str, ScoreSummary]
@@ -493,7 +493,7 @@ class Bank(Evaluated):
 
 
 class Binding(Strict):
-    """Which SAEs evidence is about (`stress.candidate.block`)."""
+    """Which SAEs evidence is about (`binding.block`)."""
 
     condition: str
     facts: Facts

@@ -7,9 +7,8 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from husai.benchmarks import baselines, deltas
-from husai.stability import contrast
-from husai.stability.inference import mean_over_seeds, mean_over_seeds_and_sets
+from husai.evidence import contrast, deltas, references
+from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
 
 AXES = ("budget", "layer", "d_sae", "k", "family")
 FIGURES = ("l0", "explained_variance", "ce_loss_score")
@@ -85,7 +84,7 @@ def pareto(rows: list[dict]) -> list[str]:
     points = {}
     for r in rows:
         x, y = r["saebench_delta"]["estimate"], r["cebench_delta"]["estimate"]
-        if None not in (x, y) and baselines.reference_family(r["family"]) == "relu":
+        if None not in (x, y) and references.reference_family(r["family"]) == "relu":
             points[r["condition"]] = (r["k"], x, y)
 
     def beaten(p: tuple) -> bool:
@@ -139,7 +138,7 @@ def contrasts(banks: list[dict]) -> list[dict]:
 
 
 def _same_l0(a: dict, b: dict) -> bool:
-    return baselines.same_l0(a["l0"]["estimate"], b["l0"]["estimate"])
+    return references.same_l0(a["l0"]["estimate"], b["l0"]["estimate"])
 
 
 def _figures(row: dict, name: str) -> np.ndarray:

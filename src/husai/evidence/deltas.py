@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from husai.benchmarks import baselines
-from husai.stability.inference import mean_over_seeds_and_sets, minimum_detectable_difference
+from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
+from husai.evidence.references import matched, pca_name, same_l0, untrained_name
 
 K = "5"
 """Features of a probe at which differences are taken, fixed in advance."""
@@ -30,8 +30,8 @@ def saebench(results: dict) -> list[dict]:
     rows = []
     for name, group in by_condition(candidates).items():
         of = [values[r["identity"]] for r in group]
-        pca = np.array(baseline[baselines.pca_name(group[0]["facts"])]["test_auc"][K])
-        plain = [np.array(baseline[baselines.untrained_name(r["facts"])]["test_auc"][K]) for r in group]
+        pca = np.array(baseline[pca_name(group[0]["facts"])]["test_auc"][K])
+        plain = [np.array(baseline[untrained_name(r["facts"])]["test_auc"][K]) for r in group]
         auc = {k: mean([np.array(r["test_auc"][k]) for r in group], families) for k in group[0]["test_auc"]}
         delta = {
             "llm": paired(of, [llm] * len(of), families),
@@ -120,7 +120,7 @@ def against_reference(
         group: records of one condition; references: records of any.
         values: figures of the group; other_values: of the references, where these are kept apart.
     """
-    match = baselines.matched(group, references)
+    match = matched(group, references)
     if match.reason is not None:
         return none(match.reason)
     others = values if other_values is None else other_values
@@ -143,7 +143,7 @@ def against_controls(group: list[dict], controls: list[dict], values: Values, cl
                 break
         else:
             pairs = list(zip(group, condition, strict=False))
-            if all(baselines.same_l0(a["facts"]["l0"], b["facts"]["l0"]) for a, b in pairs):
+            if all(same_l0(a["facts"]["l0"], b["facts"]["l0"]) for a, b in pairs):
                 of = [values[a["identity"]] for a, _ in pairs]
                 estimate = paired(of, [values[b["identity"]] for _, b in pairs], clusters)
                 return estimate | {"reference": condition[0]["condition"]}

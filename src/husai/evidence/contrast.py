@@ -1,0 +1,72 @@
+"""One arm of SAEs against another, and what is decided by it. Both arms have the same seeds; their pairs are matched.
+
+An arm is a section of results as `study.score_trained` gives it. Decisions are pure functions of sections, so that the
+audit can make them again from the evidence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds
+from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
+
+
+def score_matrix(section: dict, null: str | None = None) -> np.ndarray:
+    """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
+    return score_matrix_of(section["stability"]["labels"], section["pairs"], null)
+
+
+def score_matrix_of(labels: list[str], pairs: list[dict], null: str | None = None) -> np.ndarray:
+    """The same, from the parts of a section."""
+    matrix = np.zeros((len(labels), len(labels)))
+    for pair in pairs:
+        i, j = labels.index(pair["a"]), labels.index(pair["b"])
+        below = pair[null][PRIMARY_SCORE] if null else 0.0
+        matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
+    return matrix
+
+
+def lower_bound(section: dict) -> float | None:
+    """The least lower end of the intervals of the excess of PRIMARY_SCORE over the required nulls: what is sure."""
+    excess = section["stability"]["scores"][PRIMARY_SCORE]["excess"]
+    ends = [excess[null]["low"] for null in GATED_NULLS if null in excess]
+    return None if None in ends else min(ends)
+
+
+def gain(arms: list[dict], controls: list[dict]) -> dict:
+    """How much more an arm has than its control: of PRIMARY_SCORE itself, and of its excess over each required null.
+
+    A gain over a null alone can come of the null's fall; so a gain counts as shown only if it is over each of them.
+
+    Args:
+        arms, controls: sections in pairs; with several, the mean of their gains over the same seeds is taken.
+
+    Returns:
+        {"observed": estimate, null: estimate for each required null, "least": the null with the lowest lower end}
+
+    Raises:
+        ValueError: an arm and its control have other seeds.
+    """
+    for arm, control in zip(arms, controls, strict=True):
+        if arm["stability"]["labels"] != control["stability"]["labels"]:
+            raise ValueError("two arms of the same seeds, in the same order, expected")
+
+    def estimate(null: str | None) -> Estimate:
+        differences = [score_matrix(a, null) - score_matrix(c, null) for a, c in zip(arms, controls, strict=True)]
+        return jackknife(np.mean(differences, axis=0))
+
+    over = {null: estimate(null) for null in GATED_NULLS}
+    least = min(over, key=lambda null: over[null].estimate if over[null].low is None else over[null].low)
+    return {"observed": estimate(None).to_json(), **{null: e.to_json() for null, e in over.items()}, "least": least}
+
+
+def heldout(section: dict, figure: str = "explained_variance") -> Estimate:
+    """A held-out figure, over seeds."""
+    return mean_over_seeds([m["heldout"][figure] for m in section["members"]])
+
+
+def drop(section: dict, control: dict) -> Estimate:
+    """How much less held-out variance an arm explains than its control, the same seeds in both."""
+    figures = [[m["heldout"]["explained_variance"] for m in s["members"]] for s in (control, section)]
+    return mean_over_seeds([a - b for a, b in zip(*figures, strict=True)])

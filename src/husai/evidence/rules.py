@@ -1,0 +1,396 @@
+"""Every rule that decides something, once.
+
+A rule reads typed evidence, checks what must be true of it, and gives estimates with the inequality that each must
+satisfy. The page of a phase, the gate and the audit call the same function. The table "Rules" of docs/methods.md is
+made from here (`table`).
+
+Outcomes: PASS; FAIL; MISSING, where the evidence does not answer (`Missing` says why).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from husai.evidence import contrast, drop
+from husai.evidence.data_sets import families
+from husai.evidence.deltas import K
+from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
+from husai.evidence.references import L0_TOLERANCE, same_l0
+from husai.evidence.schemas import Control, Heldout, Interval, OwnSection, Section, Setting, Shifted
+
+PASS, FAIL, MISSING = "PASS", "FAIL", "MISSING"
+MINIMUM_SEEDS = 5
+SPECTRAL_DRAWS = 100
+EQUIVALENCE_MARGIN = 0.01
+MOVED_AT_MOST = 0.02
+"""Change of mcc between the last two snapshots: beyond, training is too short to judge by."""
+MINIMUM_FAMILIES = 3
+"""Families of data sets needed to generalise beyond the tested ones."""
+MINIMUM_KEPT = 2
+"""Families of data sets on which the model's own probe must survive the shift."""
+LARGEST_SCORE = 1.0
+"""Of a normalised score of CE-Bench."""
+
+
+class Missing(Exception):
+    """Evidence that is absent, or that does not count."""
+
+
+def require(holds: bool, reason: str) -> None:
+    """Raise Missing with the reason unless something holds."""
+    if not holds:
+        raise Missing(reason)
+
+
+def enough_seeds(n: int) -> None:
+    require(n >= MINIMUM_SEEDS, f"{n} seeds; a verdict needs {MINIMUM_SEEDS}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An inequality, and what is held against it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An inequality for one end of the 95 % interval of each estimate."""
+
+    name: str
+    figure: str
+    """What is estimated."""
+    end: str
+    """`low` or `high`."""
+    relation: str
+    """`>`, `>=` or `<=`."""
+    threshold: float
+    """Registered value; a caller may ask for more."""
+    passed: str = ""
+    """Sentence of the phase's page where the rule holds; {threshold} and {ends} are filled in."""
+    failed: str = ""
+    """The same where it does not; {which} names the estimates that fail."""
+
+    def holds(self, end: float | None, threshold: float | None = None) -> bool:
+        """Whether an end of an interval satisfies the inequality; no interval satisfies none."""
+        if end is None or not math.isfinite(end):
+            return False
+        limit = self.threshold if threshold is None else threshold
+        return {">": end > limit, ">=": end >= limit, "<=": end <= limit}[self.relation]
+
+    def met_by(self, interval: Estimate | Interval | Mapping, threshold: float | None = None) -> bool:
+        """Whether an estimate's interval satisfies the inequality."""
+        end = interval[self.end] if isinstance(interval, Mapping) else getattr(interval, self.end)
+        return self.holds(end, threshold)
+
+    def shown(self, estimates: dict[str, Estimate], n: int, threshold: float | None = None, **more) -> Shown:
+        return Shown(self, estimates, self.threshold if threshold is None else threshold, n, **more)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is held against a rule: each of these estimates must satisfy it."""
+
+    rule: Rule
+    estimates: dict[str, Estimate]
+    threshold: float
+    n: int
+    """Seeds."""
+    families: int | None = None
+    """Families of data sets, where these are a sample too."""
+    note: str = ""
+    """What the figure's name says beside the rule's."""
+
+    def failing(self) -> list[str]:
+        """Names of the estimates that do not satisfy the rule."""
+        return [name for name, e in self.estimates.items() if not self.rule.met_by(e, self.threshold)]
+
+    def worst(self) -> tuple[str, Estimate]:
+        """The estimate that comes nearest to failing."""
+        sign = -1 if self.rule.end == "high" else 1
+        return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.rule.end))
+
+
+def checked(judge: Callable[[], Shown]) -> Shown:
+    """What a rule's function gives, with an interval for each estimate.
+
+    Raises:
+        Missing.
+    """
+    shown = judge()
+    es = shown.estimates.values()
+    require(bool(es) and all(e.low is not None and e.high is not None for e in es), "there is no interval")
+    require(all(np.isfinite([e.estimate, e.low, e.high]).all() for e in es), "a figure is not finite")
+    return shown
+
+
+PAGE = {PASS: "holds", FAIL: "does not hold", MISSING: "inconclusive"}
+"""Outcome -> its words on the page of a stress test, which evidence has held since before there was one vocabulary."""
+
+
+def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
+    """What a stress test's page says of its rule: {"outcome", "reason"}."""
+    try:
+        shown = checked(judge)
+    except Missing as missing:
+        return {"outcome": PAGE[MISSING], "reason": str(missing)}
+    failing = shown.failing()
+    sentence = shown.rule.failed if failing else shown.rule.passed
+    outcome = PAGE[FAIL if failing else PASS]
+    ends = " and ".join(f"{getattr(e, shown.rule.end):.4f}" for e in shown.estimates.values())
+    facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends}
+    return {"outcome": outcome, "reason": sentence.format(**facts)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stability
+
+
+STABILITY = Rule(
+    "stability",
+    "excess of mcc_alive over each required null",
+    *("low", ">", 0.0),
+    "the interval of the excess lies above 0 for every required null",
+    "the excess is not shown to be above 0 over: {which}",
+)
+POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
+"""Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
+
+
+def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
+    """Null -> the excess of PRIMARY_SCORE over it, from the pairs.
+
+    Raises:
+        Missing: fewer than MINIMUM_SEEDS seeds, not every pair of them once, a null that a pair lacks, or too few draws
+            of the spectral one.
+    """
+    labels = section.stability.labels
+    enough_seeds(len(labels))
+    named = sorted(sorted((p["a"], p["b"])) for p in section.pairs)
+    require(named == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected")
+    require(all(null in p for p in section.pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
+    if "spectral" in nulls:
+        spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
+        draws = spectral.draws if spectral else 0
+        require(draws >= SPECTRAL_DRAWS, f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected")
+    return {null: jackknife(contrast.score_matrix_of(labels, section.pairs, null), level) for null in nulls}
+
+
+def stability(section: Section | OwnSection, level: float = 0.95) -> Shown:
+    """The features of SAEs of several seeds are more alike than every required null."""
+    return STABILITY.shown(excess(section, GATED_NULLS, level), len(section.members))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stress tests
+
+
+RANDOM_MODEL = Rule(
+    "random model",
+    "mcc_alive less that of SAEs of the random-weights model",
+    *("low", ">", 0.0),
+    "the interval of the excess over SAEs of the random-weights subject lies above 0",
+    "the excess over SAEs of the random-weights subject is not shown to be above 0",
+)
+TRANSCODER = Rule(
+    "transcoder",
+    "gain of the excess over each required null",
+    *("low", ">=", 0.0),
+    "the interval of the gain lies at or above {threshold} over each required null",
+    "the gain is not shown to be at least {threshold} over {which}",
+)
+OOD = Rule(
+    "shifted data",
+    "AUC lost under shift, less the model's own loss",
+    *("high", "<=", 0.1),
+    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
+    "{threshold}",
+    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
+    "{threshold} expected",
+)
+
+
+def random_model(section: OwnSection, control: Control, level: float = 0.95) -> Shown:
+    """The candidate's features are more alike than those of SAEs trained alike on the random-weights subject.
+
+    Args:
+        section: the candidate's study, with `random_model` among its nulls. control: the SAEs of the random weights.
+    """
+    enough_seeds(len(section.members))
+    require(control.subject_digest != section.subject_digest, "its control is the subject itself")
+    seeds, own = ([m.seed for m in arm.members] for arm in (control, section))
+    require(seeds == own or (set(own) == {None} and len(seeds) == len(own)), "its controls have other seeds")
+    shas = {m.checkpoint_sha256 for m in control.members}
+    twice = len(shas) < len(seeds) or shas & {m.checkpoint_sha256 for m in section.members}
+    require(not twice, "a control stands twice")
+    pairs = zip(section.members, control.members, strict=True)
+    alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
+    require(alike, f"L0 of its controls differs by more than {L0_TOLERANCE:.0%}".replace("%", " %"))
+    return RANDOM_MODEL.shown(excess(section, ("random_model",), level), len(section.members))
+
+
+def _same_l0(a: Heldout, b: Heldout) -> bool:
+    return min(a.l0, b.l0) > 0 and same_l0(a.l0, b.l0)
+
+
+ARMS = {"transcoder": "transcoder", "sae": "batchtopk"}
+"""Arm of the transcoder test -> family. A transcoder's activation is BatchTopK: the arms differ in what they read, and
+start as such do (an SAE's encoder as its decoder's transpose, a transcoder's apart)."""
+
+
+def transcoder(
+    setting: Setting, transcoders: Section, saes: Section, level: float = 0.95, minimum: float | None = None
+) -> Shown:
+    """Transcoders are at least as far above each null as SAEs, at the setting that was fixed in advance."""
+    require(setting.preregistered, "the setting is not the one that was fixed in advance")
+    enough_seeds(len(transcoders.members))
+    for arm, family in ((transcoders, ARMS["transcoder"]), (saes, ARMS["sae"])):
+        own_training(arm)
+        require([m.seed for m in arm.members] == setting.seeds, "an arm with other seeds")
+        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in arm.members}
+        expected = {(family, setting.d_sae, setting.k, setting.learning_rate)}
+        require(made == expected, f"an arm that is not of {family} at the setting's width, k and learning rate")
+        about = arm.hook_name, arm.subject_digest
+        require(about == (setting.hook_out, setting.subject_digest), "an arm of another space or subject")
+        excess(arm, GATED_NULLS, level)
+    shas = [{m.checkpoint_sha256 for m in arm.members} for arm in (transcoders, saes)]
+    once = not shas[0] & shas[1] and all(len(s) == len(setting.seeds) for s in shas)
+    require(once, "an SAE stands twice")
+    gain = {null: jackknife(_matrix(transcoders, null) - _matrix(saes, null), level) for null in GATED_NULLS}
+    return TRANSCODER.shown(gain, len(setting.seeds), minimum)
+
+
+def _matrix(section: Section, null: str) -> np.ndarray:
+    return contrast.score_matrix_of(section.stability.labels, section.pairs, null)
+
+
+def own_training(section: Section) -> None:
+    """Raise Missing unless the SAEs of a study were trained each by itself, by one recipe."""
+    alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
+    require(alone, "SAEs that were pulled to a common reference are not independent")
+    recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
+    require(len(recipes) == 1, "SAEs of several recipes are no condition")
+
+
+def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: float | None = None) -> Shown:
+    """Under shifted data the SAEs lose no more than the model itself, over all sets and where the model keeps anything.
+
+    Args:
+        skipped: shifted versions that cannot be used.
+    """
+    seeds = len(shifted.saes)
+    require(seeds >= MINIMUM_SEEDS, f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds")
+    skipped = list(skipped)
+    others = [*drop.unused(shifted.data_sets, skipped), *sorted(set(skipped) - set(drop.UNUSABLE))]
+    require(not others, f"a verdict takes all shifted versions; {(others or [''])[0]} was left out")
+    require(shifted.k == K, f"k = {K} expected")
+    require(shifted.families == families(shifted.data_sets), "families of other data sets")
+    enough_families(shifted.families)
+    raw = shifted.model_dump()
+    lost, of, kept = drop.drops(raw, shifted.k), np.array(shifted.families), drop.kept(raw)
+    require(bool(kept), "the model's own probe is above chance under no shift")
+    n = len(set(of[kept]))
+    require(n >= MINIMUM_KEPT, f"the model's own probe survives the shift in {n} families; {MINIMUM_KEPT} expected")
+    estimates = {
+        "all shifted sets": mean_over_seeds_and_sets(lost, list(of), level),
+        "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(of[kept]), level),
+    }
+    return OOD.shown(estimates, seeds, maximum, families=n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# External benchmarks
+
+
+SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">=", 0.0)
+CEBENCH = Rule("CE-Bench", "normalised score", "low", ">=", 0.0)
+
+
+def enough_families(of: Iterable[str]) -> None:
+    n = len(set(of))
+    require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
+
+
+def only_cebench(benchmark: str) -> None:
+    why = f"the stories are not CE-Bench's own: {benchmark}, provisional; --stories names those on the hub"
+    require(benchmark == "cebench", why)
+
+
+def reachable(reference: float, minimum: float) -> None:
+    """Raise Missing where no SAE can be better than the reference by a minimum."""
+    why = f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
+    require(reference + minimum <= LARGEST_SCORE, why)
+
+
+def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
+    """Why a condition's difference to its matched reference does not reach a minimum; None where it does."""
+    try:
+        only_cebench(benchmark)
+        require(delta["estimate"] is not None, delta["reason"] or "there is no difference")
+        enough_seeds(delta["n_seeds"])
+        reachable(delta["reference_mean"], minimum)
+        require(delta["low"] is not None, delta["reason"] or "there is no interval")
+    except Missing as missing:
+        return f"inconclusive: {missing}"
+    return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f} < {minimum:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a study: whether training came to rest, which k or weight is chosen, whether a gain is accepted
+
+
+BETTER = Rule("gain", "gain over each required null", "low", ">", 0.0)
+KEPT = Rule("explained variance lost", "held-out explained variance lost", "high", "<=", 0.05)
+
+
+def at_rest(moved: Mapping) -> bool | None:
+    """Whether the interval of a change lies within ±MOVED_AT_MOST; None without an interval."""
+    return None if moved["low"] is None else moved["low"] >= -MOVED_AT_MOST and moved["high"] <= MOVED_AT_MOST
+
+
+def better(found: Mapping) -> bool:
+    """Whether a gain (`contrast.gain`) is shown over each required null."""
+    return all(BETTER.met_by(found[null]) for null in GATED_NULLS)
+
+
+def gain_verdict(found: Mapping, seeds: int) -> str:
+    """What a gain shows: `better`, `worse`, `not shown to differ`, or `inconclusive` with too few seeds."""
+    if seeds < MINIMUM_SEEDS or found["observed"]["low"] is None:
+        return "inconclusive"
+    if better(found):
+        return "better"
+    return "worse" if all(found[null]["high"] < 0 for null in GATED_NULLS) else "not shown to differ"
+
+
+def choose_k(candidates: list[dict], floor: float) -> int | None:
+    """Of sections with `k`: that with the largest `contrast.lower_bound`, of those whose held-out explained variance is
+    surely at least `floor`; ties go to the sparser. None where there is none."""
+    surely = [(s, contrast.heldout(s).low) for s in candidates]
+    allowed = [s for s, low in surely if low is not None and low >= floor]
+    return max(allowed, key=lambda s: (contrast.lower_bound(s), -s["k"]))["k"] if allowed else None
+
+
+def choose_weight(arms: list[dict], max_drop: float) -> float | None:
+    """Of arms with `lambda`, `gain` and `ev_drop`: that with the largest lower end of its least gain, of those that
+    surely lose at most `max_drop` of the explained variance. None where there is none."""
+    kept = [a for a in arms if KEPT.met_by(a["ev_drop"], max_drop)]
+    return max(kept, key=lambda a: a["gain"][a["gain"]["least"]]["low"])["lambda"] if kept else None
+
+
+def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None, seeds: int, max_drop: float) -> dict:
+    """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds."""
+    rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
+    if weight is None:
+        failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
+    else:
+        failed = [f"{seeds} seeds; {MINIMUM_SEEDS} needed"] if seeds < MINIMUM_SEEDS else []
+        if not better(found):
+            failed.append("the gain is not shown to be above 0")
+        if not KEPT.met_by(lost, max_drop):
+            failed.append("the explained variance is not shown to be kept")
+    outcome = "not accepted" if failed else "accepted"
+    reason = "; ".join(failed) or "all hold"
+    return {"accepted": not failed, "outcome": outcome, "rule": rule, "lambda": weight, "reason": reason}
