@@ -102,7 +102,7 @@ def contrastive(args, subject, saes) -> dict:
     import numpy as np
     import torch
 
-    from husai.benchmarks import contrastive
+    from husai.evals import contrastive
 
     pairs = contrastive.local_pairs(SETS, args.pairs, 0).rows
     stories = [p["story1"] for p in pairs] + [p["story2"] for p in pairs]
@@ -138,7 +138,7 @@ def core(args, subject, saes) -> dict:
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from sae_lens import SAE
 
-    from husai.benchmarks.candidates import to_saelens
+    from husai.evals.candidates import to_saelens
     from husai.subjects import text
     from husai.training.recovered import cross_entropies
 
@@ -170,9 +170,9 @@ def core(args, subject, saes) -> dict:
 
 def probing(args, subject, saes) -> dict:
     from husai.activations.language_model import harvest_prompts
-    from husai.benchmarks import sae_probes
-    from husai.benchmarks.candidates import to_saelens
     from husai.dictionaries.checkpoints import checkpoint_digest
+    from husai.evals import sae_probes
+    from husai.evals.candidates import to_saelens
 
     with tempfile.TemporaryDirectory() as shared:
         cache = Path(shared)

@@ -3,7 +3,7 @@
     python benchmarks/gate_calibration.py
     python benchmarks/gate_calibration.py --studies 100 --damaged 1000 --output-dir /tmp/calibration
 
-Evidence is simulated (husai.release.simulate), with noise of the size that docs/evidence shows. Of each gate, studies
+Evidence is simulated (husai.testing.simulate), with noise of the size that docs/evidence shows. Of each gate, studies
 in which it has no true effect (its true value is its threshold) while all others have large ones: the share that passes
 all must be at most 5 %. Then a true effect in all gates, in units of each figure's standard error: the smallest round
 one with which four in five pass. Beside it, what rules would have done that compare estimates with thresholds, or take
@@ -25,13 +25,13 @@ from scipy import stats
 from husai.evidence.contrast import score_matrix
 from husai.evidence.estimates import pair_values
 from husai.evidence.names import GATED_NULLS
-from husai.release import damage, simulate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.cli import Parser, positive_int, run_main
 from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.folder import REPOSITORY
 from husai.runs.progress import progress
+from husai.testing import damage, simulate
 
 FALSE_PASSES, POWER = 0.05, 0.8
 LARGE = 20.0

@@ -39,8 +39,8 @@ def main() -> None:
     args = p.parse_args()
     device = prepare(args.device, args.threads)
     from husai.activations.language_model import harvest_prompts
-    from husai.benchmarks import candidates, sae_probes
     from husai.dictionaries.checkpoints import checkpoint_digest
+    from husai.evals import candidates, sae_probes
     from husai.subjects import pretrained
 
     sets = sae_probes.check_data_sets(args.dataset_names)

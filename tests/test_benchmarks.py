@@ -14,9 +14,9 @@ from hypothesis.extra.numpy import arrays
 import processes
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.benchmarks import baselines, candidates, contrastive, feature_examples, sae_probes
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evals import baselines, candidates, contrastive, feature_examples, sae_probes
 from husai.evidence import data_sets, deltas, references
 from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
 from husai.runs.cells import Cells
@@ -716,7 +716,7 @@ def test_a_stopped_harness_leaves_no_worker_behind(trained, folder, tmp_path):
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         below = psutil.Process(harness.pid).children(recursive=True)
-        if any("husai.benchmarks.sae_probes" in " ".join(p.cmdline()) for p in below if p.is_running()):
+        if any("husai.evals.sae_probes" in " ".join(p.cmdline()) for p in below if p.is_running()):
             break
         assert harness.poll() is None, "it ended before it probed"
         time.sleep(0.2)

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer
 
 import processes
-from husai.benchmarks import cebench_checkout
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evals import cebench_checkout
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.subjects import SHIPPED
 from husai.subjects import text

@@ -11,16 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from husai.benchmarks.candidates import identity
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
+from husai.evals import candidates
+from husai.evals.candidates import identity
 from husai.evidence.binding import block
 from husai.evidence.names import GATED_NULLS
 from husai.release import bundle as reading
-from husai.release import damage, decisions, recompute, selection, simulate
+from husai.release import decisions, recompute, selection
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import digest, sha256_file, write_json, write_text
 from husai.runs.folder import REPOSITORY
+from husai.testing import damage, simulate
 
 NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")
 SIZE = 10.0  # standard errors beyond the threshold
@@ -378,12 +380,12 @@ def test_checkpoints_on_the_disk(tmp_path):
     for seed in (1, 2):
         checkpoints.save(SAE(weights | {"b_dec": torch.full((4,), float(seed))}, "topk", 2), tmp_path / f"sae{seed}")
     paths = {"1": "sae1", "2": "sae2", "3": "sae3", "4": None}
-    found = reading.on_disk(tmp_path / "results.json", {"paths": paths})
+    found = candidates.on_disk(tmp_path / "results.json", {"paths": paths})
     sha = sha256_file(foreign.weights_file(tmp_path / "sae1"))
     assert found["1"] == identity(foreign.open_checkpoint(tmp_path / "sae1"), sha)
     assert found["2"] not in (None, found["1"])
     assert (found["3"], found["4"]) == (None, None)
-    assert reading.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
+    assert candidates.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
 
 
 def test_a_decision_on_brought_saes_is_made_again(brought, tmp_path):

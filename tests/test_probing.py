@@ -12,9 +12,9 @@ from scipy.special import entr, expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from husai.benchmarks import candidates, sae_probes, sae_probes_exact
 from husai.dictionaries.checkpoints import checkpoint_digest
 from husai.dictionaries.sae import SAE
+from husai.evals import candidates, sae_probes, sae_probes_exact
 from husai.subjects import pretrained, text
 from miniature import few_texts, save_miniature
 

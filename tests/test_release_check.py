@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
+from husai.evals import brought
 from husai.evidence import data_sets
 from husai.evidence.schemas import Brought, OODStress, RandomModelStress, TranscoderStress
 from husai.release import recompute
 from husai.runs.cells import Cells
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
-from husai.stress import brought
 from husai.subjects import text
 from husai.training.grid import SNAPSHOTS, members, train_or_find
 from husai.training.trainer import TrainingConfig

@@ -16,7 +16,7 @@ from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, pair_
 from husai.evidence.names import ALIVE, GAP
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import compare, nulls, study
+from husai.stability import compare, independence, nulls, study
 from husai.stability.compare import Dictionary
 from husai.stability.matching import match
 from husai.stability.scores import max_cosines, mcc, pwmcc, score
@@ -204,7 +204,7 @@ def test_scoring_leaves_the_thread_count_as_it_was():
     code = """
 import torch
 from husai.kernels.workers import one_torch_thread
-from husai.stability import compare, nulls
+from husai.stability import compare, independence, nulls
 from husai.evidence import contrast
 torch.set_num_threads(2)
 d = lambda s: compare.Dictionary(torch.randn(9, 4, generator=torch.Generator().manual_seed(s)), torch.ones(9).bool())
@@ -411,15 +411,15 @@ def test_at_rest(low, high, rest):
 
 def test_what_counts_as_shared():
     a, b = rows(1, 300, 16), rows(2, 300, 16)
-    assert not compare.shared(a, b, 0.5)
-    assert compare.shared(torch.cat([a, b[:1]]), a, 0.99), "one row appended"
-    assert compare.shared(torch.cat([a[:-1], b[:1]]), a, 0.99), "one row exchanged"
-    assert compare.shared(a.bfloat16().float(), a, 0.99), "rounded"
+    assert not independence.shared(a, b, 0.5)
+    assert independence.shared(torch.cat([a, b[:1]]), a, 0.99), "one row appended"
+    assert independence.shared(torch.cat([a[:-1], b[:1]]), a, 0.99), "one row exchanged"
+    assert independence.shared(a.bfloat16().float(), a, 0.99), "rounded"
     pruned = a * (torch.arange(300) > 0).unsqueeze(1)
-    assert compare.shared(pruned, pruned * 2, 0.99), "a zero row"
-    assert compare.shared(torch.cat([a[:200], b[:100]]), a, 0.5)
-    assert not compare.shared(torch.cat([a[:200], b[:100]]), a, 0.99)
-    assert not compare.shared(rows(1, 5, 1), rows(2, 5, 1), 0.5), "on a line all directions coincide"
+    assert independence.shared(pruned, pruned * 2, 0.99), "a zero row"
+    assert independence.shared(torch.cat([a[:200], b[:100]]), a, 0.5)
+    assert not independence.shared(torch.cat([a[:200], b[:100]]), a, 0.99)
+    assert not independence.shared(rows(1, 5, 1), rows(2, 5, 1), 0.5), "on a line all directions coincide"
 
 
 def test_alive_scores_alone_are_those_of_all_scores():
@@ -519,18 +519,18 @@ def test_shared_decoders_and_initialisations_are_refused():
     alive = torch.ones(5, dtype=torch.bool)
     a, b = rows(1, 5), rows(2, 5)
     ok = [Dictionary(a, alive, rows(3, 5)), Dictionary(b, alive, rows(4, 5))]
-    compare.refuse_shared(["a", "b"], ok)
+    independence.refuse_shared(["a", "b"], ok)
     with pytest.raises(BadInput, match="a and b share their decoder"):
-        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
+        independence.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
     with pytest.raises(BadInput, match="a and b share their initialisation"):
-        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
+        independence.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
     turned = -2 * a[[3, 1, 0, 4, 2]]
     with pytest.raises(BadInput, match="a and b share their decoder"):
-        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(turned, alive, rows(4, 5))])
+        independence.refuse_shared(["a", "b"], [ok[0], Dictionary(turned, alive, rows(4, 5))])
     with pytest.raises(BadInput, match="d_in 12 and 3"):
-        compare.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
+        independence.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
     with pytest.raises(BadInput, match="1 SAE given"):
-        compare.refuse_shared(["a"], ok[:1])
+        independence.refuse_shared(["a"], ok[:1])
 
 
 def test_what_a_killed_process_left_beside_a_checkpoint_is_no_part_of_it(tmp_path):

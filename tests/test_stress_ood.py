@@ -8,15 +8,14 @@ import torch
 
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.benchmarks import candidates
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evals import candidates, ood, shift
 from husai.evidence import data_sets, drop, rules
 from husai.evidence.schemas import OODStress, Shifted
 from husai.release.recompute import decisions, phase_problems
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stress import ood, shift
 from husai.subjects import pretrained, text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from husai.benchmarks import bank
+from husai.evals import bank
 from husai.evidence import conditions
 from husai.release import recompute
 from husai.runs.errors import BadInput

@@ -27,7 +27,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.stress.inputs import run_stress
+    from husai.evals.inputs import run_stress
 
     run_stress(args, "feature_examples", compute, summary)
 
@@ -35,8 +35,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Open the seeds, match them, sample, read the documents."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import feature_examples
-    from husai.stress import candidate
+    from husai.evals import candidate, feature_examples
     from husai.subjects import text
 
     tested = candidate.find(args, device)

@@ -28,7 +28,7 @@ def main() -> None:
             install = "pip install -r requirements-cluster.txt" if package == "ray" else "make setup"
             raise BadInput(f"{package} is not installed: {install}") from None
     if args.dataset_names:
-        from husai.benchmarks.sae_probes import check_data_sets
+        from husai.evals.sae_probes import check_data_sets
 
         print(f"{len(check_data_sets(args.dataset_names))} probing data sets")
     if args.device == "cpu":

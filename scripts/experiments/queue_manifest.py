@@ -218,7 +218,7 @@ def follows_from(command: list[str], left: Callable[[Path], bool]) -> str:
 
 def content(path: Path, left: Callable[[Path], bool]) -> dict[str, str]:
     """File -> sha256, of a file with those that it names, or of all files below a folder, hidden ones aside."""
-    from husai.benchmarks.inputs import summaries
+    from husai.evals.inputs import summaries
 
     if left(path):
         return {}

@@ -42,14 +42,14 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import run_study
+    from husai.evals.inputs import run_study
 
     run_study(args, "architecture_frontier", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """One bank, one task: everything is trained and evaluated there, cell by cell."""
-    from husai.benchmarks import bank
+    from husai.evals import bank
     from husai.evidence import conditions
 
     settings = bank.shared(args) | {

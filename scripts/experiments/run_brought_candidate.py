@@ -24,7 +24,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import count_by_content
+    from husai.evals.inputs import count_by_content
     from husai.runs.files import relative
     from husai.runs.phase import run_phase
 
@@ -38,7 +38,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then compare, probe and draw."""
     device = prepare(args.device, args.threads)
-    from husai.stress import brought
+    from husai.evals import brought
 
     results = brought.evaluate(args, cells, device)
     return results, draw(results, args.output_dir / "figures")

@@ -40,7 +40,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import count_by_content
+    from husai.evals.inputs import count_by_content
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
     from husai.runs.phase import run_phase
@@ -56,7 +56,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """Train the recipe again; stability and benchmarks of what comes out."""
     from pydantic import ValidationError
 
-    from husai.benchmarks import bank, sae_probes
+    from husai.evals import bank, sae_probes
     from husai.evidence.binding import block
     from husai.evidence.schemas import Facts, Recipe, Selection, refusal
     from husai.release.selection import fresh_seeds

@@ -41,14 +41,14 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import run_study
+    from husai.evals.inputs import run_study
 
     run_study(args, "external_metric_scaling", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """A task a layer; then what each axis does."""
-    from husai.benchmarks import bank
+    from husai.evals import bank
     from husai.evidence import conditions
 
     settings = [

@@ -49,15 +49,15 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.benchmarks.inputs import count_by_content
+    from husai.evals.inputs import count_by_content
     from husai.runs.phase import run_phase
 
     if args.min_delta is not None:
-        from husai.benchmarks import contrastive
+        from husai.evals import contrastive
 
         contrastive.refuse_unreachable(args.min_delta)
     if args.cebench_matched_baseline_map:
-        from husai.benchmarks import baselines
+        from husai.evals import baselines
 
         args.matched_baseline_summary, args.no_reference = baselines.lookup(
             args.cebench_matched_baseline_map, args.hook_name
@@ -88,7 +88,7 @@ def check(results: dict) -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import baselines, candidates, cebench, contrastive, sae_probes
+    from husai.evals import baselines, candidates, cebench, contrastive, sae_probes
 
     references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
     data_sets = [] if args.stories else sae_probes.check_data_sets(args.dataset_names)

@@ -59,7 +59,7 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then harvest, probe, measure and compare."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, sae_probes, saebench
+    from husai.evals import candidates, sae_probes, saebench
     from husai.report.text import write_csv
 
     sae_probes.versions(args.probing)

@@ -40,7 +40,7 @@ def parse():
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import candidates, cebench_checkout, official, sae_probes
+    from husai.evals import candidates, cebench_checkout, official, sae_probes
     from husai.runs.errors import CheckFailed
     from husai.runs.files import content_or_name
     from husai.runs.folder import Run
@@ -102,7 +102,7 @@ def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
 
 def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
     """Run the plan, command after command; returns a record of each."""
-    from husai.benchmarks import candidates, official
+    from husai.evals import candidates, official
     from husai.evidence import deltas
 
     if lineup is None:
@@ -140,7 +140,7 @@ def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
         layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
         for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
-            command = [sys.executable, "-m", "husai.benchmarks.official", name, "--checkpoint", str(layout)]
+            command = [sys.executable, "-m", "husai.evals.official", name, "--checkpoint", str(layout)]
             command += ["--subject", args.subject, "--output-dir", str(folder), *common]
             command += ["--threads", str(args.threads)]
             if name == "sparse_probing_sae_probes":
@@ -151,7 +151,7 @@ def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
 
 def record(run, name: str, command: list[str], folder: Path) -> dict:
     """Run one command; its return code, log, and what it found."""
-    from husai.benchmarks import official
+    from husai.evals import official
     from husai.runs.errors import CheckFailed
     from husai.runs.files import sha256_file
 

@@ -42,7 +42,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.stress.inputs import run_stress
+    from husai.evals.inputs import run_stress
 
     run_stress(args, "ood_stress", compute, summary)
 
@@ -50,9 +50,8 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Check all that is brought, then probe, measure and draw."""
     device = prepare(args.device, args.threads)
-    from husai.benchmarks import sae_probes
-    from husai.benchmarks.candidates import Places
-    from husai.stress import candidate, ood
+    from husai.evals import candidate, ood, sae_probes
+    from husai.evals.candidates import Places
 
     sae_probes.versions(args.probing)
     chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)

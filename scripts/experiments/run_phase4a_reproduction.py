@@ -210,7 +210,7 @@ def brought(args, cells, device) -> dict:
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
     from husai.runs.files import sha256_file
-    from husai.stability import compare, study
+    from husai.stability import independence, study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
@@ -227,8 +227,8 @@ def brought(args, cells, device) -> dict:
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
     labels = [r["label"] for r in records]
-    compare.refuse_shared(labels, dictionaries)
-    compare.refuse_one_training(labels, [d.W_dec for d in dictionaries])
+    independence.refuse_shared(labels, dictionaries)
+    independence.refuse_one_training(labels, [d.W_dec for d in dictionaries])
     section = study.compare_all(cells, store, labels, dictionaries, None, args.null_draws, args.threads, missing)
     return {"members": records} | section
 

@@ -34,7 +34,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.stress.inputs import run_stress
+    from husai.evals.inputs import run_stress
 
     brought = ("random_model_checkpoint",)
     run_stress(args, "random_model_stress", compute, summary, brought)
@@ -43,9 +43,9 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The candidate -> SAEs of both meaningless subjects -> all of them scored, pair by pair."""
     device = prepare(args.device, args.threads)
+    from husai.evals import candidate, random_model
     from husai.evidence import random_model as rule
     from husai.stability import study
-    from husai.stress import candidate, random_model
 
     tested = candidate.find(args, device)
     store, control, shuffled = controls(args, cells, device, tested)
@@ -70,8 +70,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 def controls(args, cells, device, tested) -> tuple:
     """(whose principal components the spectral null is drawn in; SAEs of the random-weights model; SAEs of shuffled
     coordinates, None where the first were brought)."""
+    from husai.evals import random_model
     from husai.runs.errors import BadInput
-    from husai.stress import random_model
 
     machine = device, args.threads
     if paths := args.random_model_checkpoint:

@@ -57,11 +57,10 @@ def parse():
 def main() -> None:
     args = parse()
     prepare(args.device, args.threads)
-    from husai.benchmarks import cebench_checkout, sae_probes
+    from husai.evals import brought, cebench_checkout, sae_probes
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import content_or_name, read_json
     from husai.runs.folder import Run
-    from husai.stress import brought
     from husai.subjects import pretrained
 
     # Everything that a user brings is looked at before anything runs.

@@ -99,11 +99,17 @@ def main() -> None:
         other = "cebench" if args.external_mode == "saebench" else "saebench"
         waived.setdefault(other, f"--external-mode {args.external_mode}")
     config = {k: v if isinstance(v, str | bool | float) else str(v) for k, v in vars(args).items() if k != "output_dir"}
+
+    def on_disk(path: Path, results: object) -> dict[str, str | None]:
+        from husai.evals import candidates  # imports torch, which only an SAE on the disk needs
+
+        return candidates.on_disk(path, results)
+
     with Run(args.output_dir, config, "cpu", 1) as run:
         results = (
             bundle.published(paths, thresholds)
             if args.policy == "published"
-            else bundle.strict(paths, thresholds, waived, args.study_results)
+            else bundle.strict(paths, thresholds, waived, args.study_results, on_disk)
         )
         run.inputs |= results["inputs"]
         text = published_summary(results) if args.policy == "published" else summary(results)

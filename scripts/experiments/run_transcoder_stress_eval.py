@@ -37,7 +37,7 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.stress.inputs import run_stress
+    from husai.evals.inputs import run_stress
 
     run_stress(args, "transcoder_stress", compute, summary)
 
@@ -45,9 +45,9 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
     device = prepare(args.device, args.threads)
+    from husai.evals import transcoder
     from husai.evidence.transcoder import decisions
     from husai.stability import study
-    from husai.stress import transcoder
 
     tested, task = task_of(args, device)
     arms = transcoder.sections(cells, task, args.null_draws, device, args.threads)
@@ -66,9 +66,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def task_of(args, device) -> tuple:
     """(the candidate or None, what is trained): of the candidate, or of modular addition where none is named."""
+    from husai.evals import candidate, transcoder
     from husai.runs.errors import BadInput
     from husai.runs.subjects import is_language_model
-    from husai.stress import candidate, transcoder
 
     overrides = {name: getattr(args, name) for name in ("d_sae", "k", "tokens", "seeds")}
     if not args.candidate and not args.checkpoint:

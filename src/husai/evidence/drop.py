@@ -13,7 +13,7 @@ from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
 
 CHANCE = 0.5
 UNUSABLE = ("90_glue_qnli_OOD",)
-"""Shifted versions whose labels or texts do not fit, as `stress.ood.unusable` finds them."""
+"""Shifted versions whose labels or texts do not fit, as `evals.ood.unusable` finds them."""
 ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
 
 

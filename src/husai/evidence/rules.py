@@ -1,5 +1,7 @@
 """Every rule that decides something, once.
 
+    python -m husai.evidence.rules     # the table "Rules" of docs/methods.md
+
 A rule reads typed evidence, checks what must be true of it, and gives estimates with the inequality that each must
 satisfy. The page of a phase, the gate and the audit call the same function. The table "Rules" of docs/methods.md is
 made from here (`table`).
@@ -34,6 +36,16 @@ MINIMUM_FAMILIES = 3
 """Families of data sets needed to generalise beyond the tested ones."""
 MINIMUM_KEPT = 2
 """Families of data sets on which the model's own probe must survive the shift."""
+SAME_DIRECTION = 1 - 1e-5
+"""|cos| of two copies of a direction, bfloat16 copies included."""
+SHARED_DECODER, SHARED_INITIALISATION = 0.99, 0.5
+"""Shares of the smaller dictionary's directions in another. Trained ones may come to agree; initial ones never do."""
+ONE_TRAINING = 0.5
+"""Median |cos| of features of one number in two checkpoints; of random directions in 8 dimensions it is 0.25."""
+FEW_DIMENSIONS = 8
+"""Below, directions may coincide by chance."""
+BELOW_BIGRAM = 0.8
+"""Share of the bigram's bits per byte that a language model must stay below."""
 LARGEST_SCORE = 1.0
 """Of a normalised score of CE-Bench."""
 
@@ -394,3 +406,51 @@ def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"
     return {"accepted": not failed, "outcome": outcome, "rule": rule, "lambda": weight, "reason": reason}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table() -> str:
+    """The rules as they stand in docs/methods.md."""
+    seeds, over_nulls = f"S ≥ {MINIMUM_SEEDS}", "over isotropic, over untrained, and over spectral"
+    low, high = "lower end of the 95 % interval", "upper end of the 95 % interval"
+    rows = {
+        "phase 4a, positive control": f"{seeds}, {SPECTRAL_DRAWS} draws of the spectral null, and the {low} of the "
+        f"excess of `{PRIMARY_SCORE}` is above {STABILITY.threshold:g} {over_nulls}",
+        "husai-tiny": f"bits per byte below {BELOW_BIGRAM:g} × the bigram's, and below the trigram's, on the same "
+        "held-out documents",
+        "what may be claimed": f"the excess of `{PRIMARY_SCORE}` over the highest of these three, with its interval",
+        "at rest": "the 95 % interval of the change of `mcc`, all features, between the last two snapshots lies "
+        f"within ±{MOVED_AT_MOST:g}; else the condition is marked as still moving",
+        "adaptive L0, choice": "among the k whose mean held-out EV has its interval's lower end at or above the "
+        f"floor: the largest least-lower-end of the excess of `{PRIMARY_SCORE}` over the required nulls; ties go to "
+        "the sparser",
+        "adaptive L0, confirmation": f"on {seeds} fresh seeds, the paired gain over the control k: better if its lower "
+        f"end is above {BETTER.threshold:g} over each required null, worse if its upper end is below 0 over each",
+        "assignment consistency v2": f"own references, fresh seeds ({seeds}) and fresh references: the gain's lower "
+        f"end is above {BETTER.threshold:g} over each required null, and the upper end of the EV lost is at most "
+        f"{KEPT.threshold:g}",
+        "gate, stability": f"the candidate's SAEs, {seeds} fresh seeds: as phase 4a, each required null",
+        "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
+        f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
+        "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "
+        f"the matched reference is at least the minimum ({CEBENCH.threshold:g} where none is set); refused where that "
+        f"reference's score plus the minimum exceeds {LARGEST_SCORE:g}",
+        "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
+        f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
+        f"{RANDOM_MODEL.threshold:g}",
+        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the gain of transcoders over SAEs is "
+        f"at least the minimum ({TRANSCODER.threshold:g} where none is set) over each required null",
+        "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set, and the {high} of "
+        f"the drop at k = {K} is at most {OOD.threshold:g}, over all and over those where the model keeps something",
+        "refused": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations half, of the "
+        "smaller one's rows stand in the other (cosine above 1 − 10⁻⁵), in whatever order, sign and scale",
+    }
+    lines = ["| rule | inequality |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

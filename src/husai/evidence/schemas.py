@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
 ProbingName = Literal["sae_probes", "sae_probes_exact"]
-"""What fitted the probes (`benchmarks.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
+"""What fitted the probes (`evals.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
 
 
 class Strict(BaseModel):
@@ -35,7 +35,7 @@ def refusal(error: ValidationError) -> str:
 
 
 class Facts(Strict):
-    """How an SAE was made (`benchmarks.candidates.facts_of`), but for its seed and L0."""
+    """How an SAE was made (`evals.candidates.facts_of`), but for its seed and L0."""
 
     source: str
     subject_digest: Sha256 | None
@@ -64,7 +64,7 @@ class Heldout(Strict):
 
 
 class Record(Strict):
-    """One SAE (`benchmarks.candidates.Candidate.to_json`)."""
+    """One SAE (`evals.candidates.Candidate.to_json`)."""
 
     candidate: bool
     label: str
@@ -457,7 +457,7 @@ class ConditionSection(Section):
 
 
 class Recipe(Strict):
-    """What it takes, beside a condition, to train on a bank again (`benchmarks.bank.RECIPE`)."""
+    """What it takes, beside a condition, to train on a bank again (`evals.bank.RECIPE`)."""
 
     rows: int
     batch_size: int
@@ -482,7 +482,7 @@ class Evaluated(Strict):
 
 
 class Bank(Evaluated):
-    """One bank of a study (`benchmarks.bank.run`)."""
+    """One bank of a study (`evals.bank.run`)."""
 
     store_digest: Sha256
     rows: int

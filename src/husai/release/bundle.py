@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,6 @@ def read(path: Path) -> File | None:
         return File(str(path), sha256, None, [f"it cannot be read ({error})"])
 
 
-def on_disk(path: Path, results: Any) -> dict[str, str | None]:
-    """seed -> identity of the checkpoints that a confirmation, or what was brought in its place, names, as they lie
-    beside it; None where one does not."""
-    from husai.benchmarks.candidates import identity
-    from husai.dictionaries import foreign
-
-    def one(place: Any) -> str | None:
-        try:
-            folder = path.parent / place
-            return identity(foreign.open_checkpoint(folder), sha256_file(foreign.weights_file(folder)))
-        except (BadInput, OSError, TypeError, ValueError):
-            return None
-
-    paths = results.get("paths") if isinstance(results, dict) else None
-    return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
-
-
 def chosen_again(selected: File, studies: list[File]) -> File:
     """A selection with what is wrong with it where its studies, taken again, give another one.
 
@@ -66,12 +50,19 @@ def chosen_again(selected: File, studies: list[File]) -> File:
     return replace(selected, problems=[*selected.problems, *found[:1]])
 
 
-def strict(paths: dict[str, Path], thresholds: Thresholds, waived: dict[str, str], studies: list[Path]) -> dict:
+def strict(
+    paths: dict[str, Path],
+    thresholds: Thresholds,
+    waived: dict[str, str],
+    studies: list[Path],
+    on_disk: Callable[[Path, Any], dict[str, str | None]],
+) -> dict:
     """The strict decision as results: what `gate.decide` says, with the digests of the evidence. Those of the studies
     stand in the selection's inputs.
 
     Args:
         paths: of `gate.MAKES`. studies: results that the selection was made from.
+        on_disk: reads what lies beside a confirmation (`evals.candidates.on_disk`).
     """
     files = {label: read(path) for label, path in paths.items()}
     if files["selection"]:

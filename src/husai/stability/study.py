@@ -24,7 +24,7 @@ from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
-from husai.stability import compare
+from husai.stability import compare, independence
 from husai.stability.compare import Dictionary
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import mcc, pwmcc, score
@@ -107,7 +107,7 @@ def compare_all(
         random_model: SAEs trained alike on the random-weights model, in the same order, or None.
         scores: SCORES or ALIVE.
     """
-    compare.refuse_shared(labels, dictionaries)
+    independence.refuse_shared(labels, dictionaries)
     _, covariance = store.stats()
     with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows)
@@ -274,7 +274,7 @@ def brief(section: dict) -> dict:
 def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
     """Why the stability code refuses to compare these; None if it does not."""
     try:
-        compare.refuse_shared([f"seed{label}" for label in labels], dictionaries)
+        independence.refuse_shared([f"seed{label}" for label in labels], dictionaries)
     except BadInput as error:
         return str(error)
     return None

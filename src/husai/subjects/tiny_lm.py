@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from husai.evidence import rules
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory, read_json, sha256_file, write_bytes, write_json, write_text
 from husai.runs.machine import keep_freed_memory
@@ -402,16 +403,13 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
     }
 
 
-MARGIN = 0.2
-
-
 def bars(figures: dict) -> list[dict]:
     """What makes it a language model: bits per byte 20 % below the bigram's, and below the trigram's."""
     found = figures["all"]
     return [
         {"bar": name, "value": found["model"], "below": bound, "holds": found["model"] < bound}
         for name, bound in (
-            ("20 % below the bigram", (1 - MARGIN) * found["bigram"]),
+            ("20 % below the bigram", rules.BELOW_BIGRAM * found["bigram"]),
             ("below the trigram", found["trigram"]),
         )
     ]

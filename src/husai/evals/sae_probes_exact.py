@@ -28,7 +28,7 @@ from husai.runs.files import write_json
 from husai.subjects.pretrained import quiet
 
 if TYPE_CHECKING:
-    from husai.benchmarks.sae_probes import Task
+    from husai.evals.sae_probes import Task
 
 GRID = np.logspace(-5, 5, 10)
 """Values of C, the inverse strength of the penalty."""
@@ -162,8 +162,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _encoder(task: Task):
-    from husai.benchmarks.sae_probes import Linear
     from husai.dictionaries import checkpoints
+    from husai.evals.sae_probes import Linear
 
     if task.kind == "llm":
         return None

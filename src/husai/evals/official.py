@@ -1,6 +1,6 @@
 """SAEBench's own evals, unmodified, on one SAE and a subject at hand, each in a process of its own:
 
-    python -m husai.benchmarks.official core --checkpoint FOLDER --subject husai-tiny --output-dir DIR
+    python -m husai.evals.official core --checkpoint FOLDER --subject husai-tiny --output-dir DIR
 
 Where the library would download a model it is handed the opened one, and where it would download text it reads
 documents that neither the subject nor an SAE was trained on.

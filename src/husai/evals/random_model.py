@@ -11,14 +11,14 @@ import torch
 from husai.activations import source
 from husai.activations.harvest import shuffled_coordinates
 from husai.activations.store import ActivationStore
-from husai.benchmarks import candidates
+from husai.evals import candidates
+from husai.evals.candidate import Tested, in_order, training_store
 from husai.evidence.names import ALIVE
 from husai.evidence.references import same_l0
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import study
 from husai.stability.compare import Dictionary
-from husai.stress.candidate import Tested, in_order, training_store
 from husai.training.grid import SNAPSHOTS, train_or_find
 from husai.training.stack import Member
 

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.torch import save
 
 from husai.activations.language_model import harvest_prompts
-from husai.benchmarks import baselines, sae_probes
-from husai.benchmarks.candidates import Candidate, Lineup, Places, to_saelens
-from husai.benchmarks.sae_probes import Settings, Task
 from husai.dictionaries.checkpoints import checkpoint_digest
+from husai.evals import baselines, sae_probes
+from husai.evals.candidates import Candidate, Lineup, Places, to_saelens
+from husai.evals.sae_probes import Settings, Task
 from husai.evidence import data_sets, deltas, references
 from husai.runs.cells import Cells
 from husai.runs.code import code_version

@@ -12,19 +12,18 @@ from pathlib import Path
 
 import torch
 
-from husai.benchmarks import candidates, cebench, contrastive, sae_probes, saebench
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
+from husai.evals import candidates, cebench, contrastive, random_model, sae_probes, saebench
+from husai.evals.candidate import Tested, in_order
 from husai.evidence import deltas
 from husai.evidence.binding import block, places
 from husai.runs.cells import Cells
 from husai.runs.cli import PAIR_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
-from husai.stability import compare, study
+from husai.stability import independence, study
 from husai.stability.compare import Dictionary
-from husai.stress import random_model
-from husai.stress.candidate import Tested, in_order
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
 
@@ -103,8 +102,8 @@ def look_over(args: argparse.Namespace) -> Brought:
         Dictionary(s.W_dec, torch.ones(s.d_sae, dtype=torch.bool), b) for s, b in zip(saes, initial, strict=True)
     ]
     labels = [str(folder) for folder in folders]
-    compare.refuse_shared(labels, dictionaries)
-    compare.refuse_one_training(labels, [sae.W_dec for sae in saes])
+    independence.refuse_shared(labels, dictionaries)
+    independence.refuse_one_training(labels, [sae.W_dec for sae in saes])
     records = [_record(*each) for each in zip(folders, saes, strict=True)]
     return Brought(folders, block(records), dict(zip(folders, before, strict=True)) if before else {})
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from husai.activations.language_model import Inputs, harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
+from husai.evals.candidate import Tested
 from husai.evidence.drop import change
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
-from husai.stress.candidate import Tested
 from husai.subjects import text
 from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import evaluate

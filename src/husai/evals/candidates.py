@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,6 +106,23 @@ def heldout_store(
 def identity(sae: SAE, sha256: str) -> str:
     """What tells an SAE from others: its weights and how it encodes, which the configuration beside them says."""
     return digest([sha256, sae.architecture, sae.k, sae.subtract_b_dec])
+
+
+def on_disk(path: Path, results: Any) -> dict[str, str | None]:
+    """seed -> identity of the checkpoints that a confirmation, or what was brought in its place, names, as they lie
+    beside it; None where one does not."""
+    from husai.dictionaries import foreign
+    from husai.evals.candidates import identity
+
+    def one(place: Any) -> str | None:
+        try:
+            folder = path.parent / place
+            return identity(foreign.open_checkpoint(folder), sha256_file(foreign.weights_file(folder)))
+        except (BadInput, OSError, TypeError, ValueError):
+            return None
+
+    paths = results.get("paths") if isinstance(results, dict) else None
+    return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
 
 
 def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel) -> list[Candidate]:

@@ -12,8 +12,8 @@ import torch
 
 from husai.activations import source
 from husai.activations.store import ActivationStore
-from husai.benchmarks import candidates
-from husai.benchmarks.candidates import heldout_store, open_all, refuse_twins
+from husai.evals import candidates
+from husai.evals.candidates import heldout_store, open_all, refuse_twins
 from husai.evidence.binding import block
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json
@@ -85,7 +85,7 @@ def in_order(saes: list[candidates.Candidate]) -> list[candidates.Candidate]:
 
 
 def find(args: argparse.Namespace, device: torch.device) -> Tested:
-    """The SAEs that the command line means, after `stress.inputs.look_up`, opened and checked.
+    """The SAEs that the command line means, after `evals.inputs.look_up`, opened and checked.
 
     Raises:
         BadInput: files that are missing or are others than the candidate's evidence names, or SAEs of several kinds.

@@ -9,7 +9,7 @@ import torch
 
 from husai.activations.language_model import Inputs, batches, run
 from husai.activations.store import ActivationStore
-from husai.benchmarks.candidates import Candidate
+from husai.evals.candidates import Candidate
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
 from husai.runs.seeds import generator

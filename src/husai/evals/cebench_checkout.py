@@ -72,7 +72,7 @@ def run(
     shutil.rmtree(work / OUTPUT, ignore_errors=True)
     write_json(work / PAIRS, pairs)
     folder = folder_of(subject)
-    command = [sys.executable, "-m", "husai.benchmarks.cebench_checkout", "--repo", str(repo)]
+    command = [sys.executable, "-m", "husai.evals.cebench_checkout", "--repo", str(repo)]
     command += ["--subject", str(folder.absolute()) if folder else subject]
     command += [] if random_seed is None else ["--random-seed", str(random_seed)]
     command += ["--checkpoint", str(checkpoint.resolve()), "--pairs", str(work / PAIRS), "--device", device]

@@ -3,7 +3,7 @@
 The official code reuses whatever file lies where it would write, whichever SAE made it. Therefore a folder's name is
 the digest of the SAE, the subject, the data sets, the settings and the packages' versions, and exactly the data sets
 that were asked for are read. The official code runs in several processes:
-`python -m husai.benchmarks.sae_probes TASKS.json`.
+`python -m husai.evals.sae_probes TASKS.json`.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Task:
     def key(self) -> dict:
         """All that the figures depend on."""
         from husai.activations.language_model import harvest_prompts
-        from husai.benchmarks import sae_probes_exact
         from husai.dictionaries import checkpoints
+        from husai.evals import sae_probes_exact
 
         about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
         exact = [sae_probes_exact.run] if self.settings.probing == EXACT else []
@@ -168,7 +168,7 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
     if official:
         _run_workers(official, min(workers, len(official)), work)
     if exact:
-        from husai.benchmarks import sae_probes_exact
+        from husai.evals import sae_probes_exact
 
         with progress(f"exact probes on {len(exact)} encoders (data sets)", _missing(exact)) as advance:
             sae_probes_exact.run(exact, advance)
@@ -191,7 +191,7 @@ def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
     try:
         for i in range(workers):
             write_json(work / f"sae_probes_{i}.json", [asdict(t) for t in tasks[i::workers]])
-            command = [sys.executable, "-m", "husai.benchmarks.sae_probes", str(work / f"sae_probes_{i}.json")]
+            command = [sys.executable, "-m", "husai.evals.sae_probes", str(work / f"sae_probes_{i}.json")]
             with open(work / f"sae_probes_{i}.log", "w") as log:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         with progress(f"sae-probes on {len(tasks)} encoders (data sets)", total) as advance:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
-from husai.benchmarks import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
 from husai.dictionaries.families import SAE_FAMILIES
+from husai.evals import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
 from husai.evidence import conditions, deltas
 from husai.evidence.names import ALIVE
 from husai.runs import executor

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from husai.benchmarks import baselines, cebench_checkout, contrastive
-from husai.benchmarks.candidates import Lineup, Places, to_saelens
-from husai.benchmarks.contrastive import Pairs
 from husai.dictionaries.sae import SAE
+from husai.evals import baselines, cebench_checkout, contrastive
+from husai.evals.candidates import Lineup, Places, to_saelens
+from husai.evals.contrastive import Pairs
 from husai.evidence import deltas, references
 from husai.subjects.pretrained import LanguageModel
 

@@ -18,17 +18,16 @@ from threadpoolctl import threadpool_limits
 
 from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
-from husai.benchmarks import sae_probes
-from husai.benchmarks.candidates import Places, to_saelens
-from husai.benchmarks.sae_probes_exact import Split, auc, one_thread
+from husai.evals import sae_probes, shift
+from husai.evals.candidate import Tested
+from husai.evals.candidates import Places, to_saelens
+from husai.evals.sae_probes_exact import Split, auc, one_thread
 from husai.evidence import data_sets, deltas, drop, rules
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
 from husai.runs.progress import progress
-from husai.stress import shift
-from husai.stress.candidate import Tested
 from husai.subjects import text
 from husai.subjects.pretrained import quiet
 

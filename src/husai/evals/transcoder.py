@@ -11,11 +11,11 @@ import torch
 from husai.activations import source
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
+from husai.evals.candidate import Tested, training_store
 from husai.evidence.rules import ARMS
 from husai.evidence.transcoder import MODULAR_ADDITION, MODULAR_ADDITION_HOOKS, layer_of, mlp_hooks
 from husai.runs.cells import Cells
 from husai.stability import study
-from husai.stress.candidate import Tested, training_store
 from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig

@@ -1,1 +1,0 @@
-"""External benchmarks: SAEBench, CE-Bench, matched baselines."""

@@ -1,0 +1,1 @@
+"""Simulated and damaged evidence, for benchmarks and tests."""
