@@ -13,7 +13,8 @@ sample illustrates and proves nothing: the figures on stability are phase 4a's.
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, positive_int, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import positive_int, prepare, run_main
 
 
 def parse():

@@ -12,7 +12,8 @@ and the same number of rows in both, with a paired interval. A single candidate 
 
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, Parser, fraction, int_list, positive_int, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import DEFAULT_SEEDS, fraction, int_list, positive_int, prepare, run_main, seed_list
 
 
 def parse():

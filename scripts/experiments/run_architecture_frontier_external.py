@@ -12,7 +12,8 @@ used, and without `--stories` its pairs are not CE-Bench's.
 
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, Parser, int_list, name_list, positive_int, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import DEFAULT_SEEDS, int_list, name_list, positive_int, run_main, seed_list
 
 FAMILIES = ("topk", "relu", "batchtopk", "jumprelu", "gated", "matryoshka")
 

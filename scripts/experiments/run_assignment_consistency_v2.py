@@ -18,7 +18,8 @@ study counted them.
 from dataclasses import replace
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, Parser, float_list, positive_float, positive_int, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import DEFAULT_SEEDS, float_list, positive_float, positive_int, prepare, run_main, seed_list
 
 SEEDS = {
     "reference_seeds": ("7,11,13,17,19", "of the references, one a seed"),

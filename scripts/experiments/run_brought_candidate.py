@@ -12,7 +12,8 @@ beside its checkpoints, else from --untrained. `run_release_check.py` runs this 
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import prepare, run_main
 
 
 def parse():

@@ -12,7 +12,9 @@ seed is not fresh.
 
 from pathlib import Path
 
-from husai.runs.cli import DATA_SETS, PAIR_SETS, Parser, name_list, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.evidence.data_sets import DATA_SETS, PAIR_SETS
+from husai.runs.cli import name_list, run_main, seed_list
 
 
 def parse():

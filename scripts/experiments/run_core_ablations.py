@@ -13,9 +13,9 @@ stability, under the same protocol, and two controls that share what must not be
 from dataclasses import replace
 from pathlib import Path
 
+from husai.evals.flags import Parser
 from husai.runs.cli import (
     DEFAULT_SEEDS,
-    Parser,
     int_list,
     name_list,
     nonnegative_float,

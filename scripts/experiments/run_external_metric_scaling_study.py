@@ -12,7 +12,8 @@ layer whose baseline is missing in the map gets no difference, and the study goe
 
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, Parser, int_list, name_list, positive_int, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import DEFAULT_SEEDS, int_list, name_list, positive_int, run_main, seed_list
 
 
 def layer_list(text: str) -> list[int]:

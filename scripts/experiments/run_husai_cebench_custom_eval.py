@@ -15,7 +15,9 @@ unmodified, on the same pairs.
 
 from pathlib import Path
 
-from husai.runs.cli import PAIR_SETS, Parser, name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.evidence.data_sets import PAIR_SETS
+from husai.runs.cli import name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
 
 FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject", "matched_baseline_summary")
 

@@ -14,7 +14,8 @@ advance, is the one that counts.
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, int_list, name_list, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import int_list, name_list, prepare, run_main, seed_list
 
 K = 5  # of the headline figure
 FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject")

@@ -14,7 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from husai.runs.cli import Parser, name_list, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import name_list, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parent
 EVALS = ("saebench_custom", "cebench_custom", "sparse_probing_sae_probes", "core", "meta_structure")

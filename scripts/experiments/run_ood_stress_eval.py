@@ -14,7 +14,9 @@ there is one, else the embedded default.
 
 from pathlib import Path
 
-from husai.runs.cli import DATA_SETS, Parser, name_list, prepare, run_main
+from husai.evals.flags import Parser
+from husai.evidence.data_sets import DATA_SETS
+from husai.runs.cli import name_list, prepare, run_main
 
 
 def parse():

@@ -17,7 +17,8 @@ input contained the answer and whose model had hardly been trained. `--sae-root`
 
 from pathlib import Path
 
-from husai.runs.cli import DEFAULT_SEEDS, Parser, positive_int, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import DEFAULT_SEEDS, positive_int, prepare, run_main, seed_list
 
 # What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
 PUBLISHED = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}

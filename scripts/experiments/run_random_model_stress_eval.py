@@ -13,7 +13,8 @@ that were trained elsewhere have no recipe here: `--random-model-checkpoint` giv
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import prepare, run_main
 
 
 def parse():

@@ -16,7 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from husai.runs.cli import Parser, positive_int, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import positive_int, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 STRESS = ("random_model_stress", "transcoder_stress", "ood_stress")

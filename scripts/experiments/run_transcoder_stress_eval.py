@@ -15,7 +15,8 @@ reported and decides nothing.
 from dataclasses import asdict
 from pathlib import Path
 
-from husai.runs.cli import Parser, positive_int, prepare, run_main, seed_list
+from husai.evals.flags import Parser
+from husai.runs.cli import positive_int, prepare, run_main, seed_list
 
 
 def parse():

@@ -14,10 +14,11 @@ from husai.activations.source import open_store
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.evals import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
 from husai.evidence import conditions, deltas
+from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.names import ALIVE
 from husai.runs import executor
 from husai.runs.cells import Cells
-from husai.runs.cli import PAIR_SETS, prepare
+from husai.runs.cli import prepare
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import content_or_name, sha256_file

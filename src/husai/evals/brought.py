@@ -18,8 +18,8 @@ from husai.evals import candidates, cebench, contrastive, random_model, sae_prob
 from husai.evals.candidate import Tested, in_order
 from husai.evidence import deltas
 from husai.evidence.binding import block, places
+from husai.evidence.data_sets import PAIR_SETS
 from husai.runs.cells import Cells
-from husai.runs.cli import PAIR_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
 from husai.stability import independence, study

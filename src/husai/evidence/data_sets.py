@@ -204,6 +204,18 @@ FAMILIES: dict[str, dict[str, list[str]]] = {
     },
 }
 
+DATA_SETS = (
+    "5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,41_truthqa_tf,44_phys_tf,50_deon_isvalid,52_virtue_is,54_cs_tf,"
+    "56_wikidatasex_or_gender,65_high-school,87_glue_cola,89_glue_mrpc,90_glue_qnli,91_glue_qqp,92_glue_sst2,"
+    "95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,113_movie_sent,114_nyc_borough_Manhattan,"
+    "127_art_type_song,157_amazon_5star"
+)
+"""24 of the probing data sets, of many families: what a study takes that has minutes, not hours."""
+PAIR_SETS = (
+    "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
+)
+"""What contrastive pairs are built from where CE-Bench's stories are not at hand."""
+
 
 def families(data_sets: list[str]) -> list[str]:
     """The family of each: data sets that were made from the same texts."""

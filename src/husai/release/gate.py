@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from husai.evidence import deltas, rules, transcoder
 from husai.evidence.binding import block, places
-from husai.evidence.data_sets import families
+from husai.evidence.data_sets import DATA_SETS, families
 from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
 from husai.evidence.references import matched
 from husai.evidence.rules import FAIL, MISSING, PASS, Missing, Shown, require
@@ -37,7 +37,6 @@ from husai.evidence.schemas import (
     refusal,
 )
 from husai.release.selection import fresh_seeds
-from husai.runs.cli import DATA_SETS
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 

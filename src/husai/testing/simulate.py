@@ -16,6 +16,7 @@ import numpy as np
 
 from husai.evidence import conditions, contrast, data_sets, deltas, drop, random_model, references, rules, transcoder
 from husai.evidence.binding import block
+from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate
 from husai.evidence.names import ALIVE, GAP, GATED_NULLS
 from husai.evidence.rules import POSITIVE_CONTROL, SPECTRAL_DRAWS
@@ -23,7 +24,6 @@ from husai.evidence.schemas import Evaluated, OwnSection
 from husai.evidence.stability import summarise
 from husai.release import recompute, selection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
-from husai.runs.cli import DATA_SETS
 from husai.runs.files import digest, read_json
 
 OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")

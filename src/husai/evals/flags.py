@@ -1,0 +1,235 @@
+"""Flags that several scripts share and that know the domain. Imports nothing heavy, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from husai.evidence.data_sets import DATA_SETS
+from husai.runs import cli
+from husai.runs.cli import int_list, name_list, positive_float, positive_int
+
+
+class Parser(cli.Parser):
+    """The flags of subjects, SAEs, benchmarks and studies."""
+
+    def add_source(self, hook: str) -> None:
+        """What a phase studies: --subject, --hook-name, --layer, --activation-cache-dir, --rows."""
+        self.add_argument(
+            "--subject",
+            type=Path,
+            help="folder of a trained transformer (default: train or find it), or a language model: husai-tiny, "
+            "a Hugging Face folder, a hub name",
+        )
+        self.add_argument(
+            "--hook-name",
+            help=f"default: {hook}, blocks.1.hook_resid_pre of a language model, or that of --activation-cache-dir",
+        )
+        self.add_argument("--rows", type=positive_int, help="to harvest of a language model (default: 1000000)")
+        self.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
+        self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
+
+    def add_recipe(self, d_sae: int, tokens: int, batch_size: int, learning_rate: float = 3e-3) -> None:
+        """How SAEs are trained and scored: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
+        self.add_argument("--d-sae", type=positive_int, default=d_sae, help="features (default: %(default)s)")
+        self.add_argument(
+            "--tokens", type=positive_int, default=tokens, help="rows each SAE sees (default: %(default)s)"
+        )
+        self.add_argument("--batch-size", type=positive_int, default=batch_size, help="default: %(default)s")
+        self.add_argument("--learning-rate", type=positive_float, default=learning_rate, help="default: %(default)s")
+        self.add_null_draws()
+
+    def add_null_draws(self) -> None:
+        """--null-draws."""
+        self.add_argument(
+            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+        )
+
+    def add_cebench(self) -> None:
+        """Where CE-Bench's own code and stories are: --cebench-repo, --stories."""
+        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
+        self.add_argument(
+            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
+        )
+
+    def add_core_texts(self) -> None:
+        """--core-texts."""
+        self.add_argument(
+            "--core-texts",
+            type=positive_int,
+            default=200,
+            help="held-out documents for the cross-entropy with an SAE spliced in (default: %(default)s)",
+        )
+
+    def add_probing(self, default: str = "sae_probes") -> None:
+        """--probing."""
+        self.add_argument(
+            "--probing",
+            choices=("sae_probes", "sae_probes_exact"),
+            default=default,
+            help="sae-probes' own code, or the same probes solved to their optimum, many times faster; figures of the "
+            "two are never compared (default: %(default)s)",
+        )
+
+    def add_probe_ks(self) -> None:
+        """--probe-ks."""
+        self.add_argument(
+            "--probe-ks",
+            type=int_list,
+            default="1,5,16",
+            help="features of a probe; 5 is judged (default: %(default)s)",
+        )
+
+    def add_train_rows(self) -> None:
+        """--train-rows."""
+        self.add_argument(
+            "--train-rows",
+            type=positive_int,
+            help="of the activations that the SAEs were trained on (default: those below --artifact-root)",
+        )
+
+    def add_checkpoints(self, required: bool) -> None:
+        """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows."""
+        self.add_argument(
+            "--checkpoint",
+            "--checkpoints",
+            type=Path,
+            nargs="+",
+            required=required,
+            default=[],
+            help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
+            "condition",
+        )
+        self.add_argument(
+            "--model-name",
+            "--subject",
+            dest="subject",
+            default="husai-tiny",
+            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
+        )
+        self.add_argument("--hook-name", help="default: blocks.HOOK_LAYER.hook_resid_pre")
+        self.add_argument("--hook-layer", type=int, help="default: that of --hook-name, else 1")
+        self.add_argument(
+            "--rows",
+            type=positive_int,
+            default=100_000,
+            help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
+        )
+
+    def add_benchmark(self, needs_checkpoint: bool = True) -> None:
+        """What an external benchmark is run on: the flags of `add_checkpoints`, --reference,
+        --random-model-checkpoint."""
+        self.add_checkpoints(needs_checkpoint)
+        self.add_argument(
+            "--reference",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
+        )
+        self.add_argument(
+            "--random-model-checkpoint",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="SAEs trained alike on the random-weights model",
+        )
+
+    def add_candidate(self) -> None:
+        """What a stress test is about: --candidate, or the flags of `add_checkpoints`."""
+        self.add_argument(
+            "--candidate",
+            type=Path,
+            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation below "
+            "--artifact-root, where there is one; else the embedded default is trained)",
+        )
+        self.add_checkpoints(required=False)
+
+    def add_brought(self) -> None:
+        """SAEs that a user brings to be judged: the flags of `add_benchmark`, and what its evidence wants."""
+        self.add_benchmark()
+        self.add_argument(
+            "--untrained",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
+        )
+        self.add_argument(
+            "--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes; fewer than these give no verdict"
+        )
+        self.add_probing("sae_probes_exact")
+        self.add_cebench()
+        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+        self.add_null_draws()
+        self.set_defaults(cebench_matched_baseline_map=None)  # references are brought, too
+
+    def add_study(self) -> None:
+        """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""
+        self.add_argument(
+            "--subject",
+            "--model-name",
+            default="husai-tiny",
+            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
+        )
+        self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
+        self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
+        self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
+        self.add_null_draws()
+        self.add_argument(
+            "--heldout-rows", type=positive_int, default=50_000, help="for L0 and explained variance (%(default)s)"
+        )
+        self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
+        self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
+        self.add_probing()
+        self.add_probe_ks()
+        self.add_core_texts()
+        self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
+        self.add_cebench()
+        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+        self.add_argument(
+            "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
+        )
+        self.add_argument(
+            "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
+        )
+
+    def parse_benchmark(self) -> argparse.Namespace:
+        """The arguments, with --hook-name filled in."""
+        args = self.parse_args()
+        if args.hook_name is None:
+            args.hook_name = f"blocks.{1 if args.hook_layer is None else args.hook_layer}.hook_resid_pre"
+        elif args.hook_layer is not None and not args.hook_name.startswith(f"blocks.{args.hook_layer}."):
+            self.error(f"--hook-layer {args.hook_layer} with --hook-name {args.hook_name}: one layer expected")
+        args.hook_layer = None  # said by the name
+        return args
+
+    def parse_phase(self) -> argparse.Namespace:
+        """The arguments, --layer as --hook-name; exit 2 where flags contradict each other or one would go unheard."""
+        args = self.parse_args()
+        from husai.runs.subjects import is_language_model
+
+        if args.layer is not None:
+            meant = f"blocks.{args.layer}.hook_resid_post"
+            if args.hook_name not in (None, meant):
+                self.error(f"--layer {args.layer} means {meant}, --hook-name is {args.hook_name}: one of them expected")
+            args.hook_name = meant
+        if args.rows is not None and (args.activation_cache_dir or not is_language_model(args.subject)):
+            self.error(f"--rows {args.rows}: goes with a language model as --subject, whose activations are harvested")
+        for flag in ("seeds", "confirmation_seeds", "reference_seeds", "confirmation_reference_seeds"):
+            seeds = getattr(args, flag, None)
+            if seeds is not None and len(seeds) < 2 and getattr(args, "sae_root", None) is None:
+                self.error(
+                    f"--{flag.replace('_', '-')} {seeds[0]}: one seed says nothing about stability; "
+                    "at least 2 expected, 5 for a verdict"
+                )
+        return args
+
+    def refuse_overlap(self, **seeds: list[int]) -> None:
+        """Exit 2 where two of these flags share a seed."""
+        flags = list(seeds)
+        for i, first in enumerate(flags):
+            for second in flags[i + 1 :]:
+                if shared := sorted(set(seeds[first]) & set(seeds[second])):
+                    names = (f"--{f.replace('_', '-')}" for f in (first, second))
+                    self.error(f"{' and '.join(names)} share seed {shared[0]}: seeds of their own expected")
