@@ -1,8 +1,9 @@
 """What a language model knows: bits per byte beside n-grams, and logistic probes on its residual stream.
 
     python scripts/analysis/evaluate_language_model.py
-    python scripts/analysis/evaluate_language_model.py --subject results/subjects/husai-tiny --no-control
-    python scripts/analysis/evaluate_language_model.py --subject pythia-70m-deduped --hook-name blocks.3.hook_resid_pre
+    python scripts/analysis/evaluate_language_model.py --model-name results/subjects/husai-tiny --no-control
+    python scripts/analysis/evaluate_language_model.py --model-name pythia-70m-deduped \\
+      --hook-name blocks.3.hook_resid_pre
 
 Bits per byte are of documents held out of husai-tiny's training, beside Witten-Bell n-grams of the subject's own
 tokenizer. A probe is fitted on each binary data set of the probe side by sae-probes' own code, on the last token of
@@ -12,13 +13,14 @@ missed.
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, name_list, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import name_list, prepare, run_main
 
 
 def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/language_model")
-    p.add_argument("--subject", default="husai-tiny", help="name or folder (default: %(default)s)")
+    p.add_model_name(help="name or folder (default: %(default)s)")
     p.add_argument(
         "--hook-name",
         type=name_list,

@@ -1,12 +1,13 @@
 """Harvest a subject's activations into stores, or into the files that sae-probes reads.
 
     python scripts/analysis/extract_activations.py
-    python scripts/analysis/extract_activations.py --subject results/subjects/SUBJECT --hook-name blocks.0.mlp.hook_post
-    python scripts/analysis/extract_activations.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre
-    python scripts/analysis/extract_activations.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre \\
+    python scripts/analysis/extract_activations.py --model-name results/subjects/SUBJECT \\
+      --hook-name blocks.0.mlp.hook_post
+    python scripts/analysis/extract_activations.py --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
+    python scripts/analysis/extract_activations.py --model-name husai-tiny --hook-name blocks.1.hook_resid_pre \\
       --random-model
-    python scripts/analysis/extract_activations.py --subject pythia-70m-deduped --hook-name blocks.2.hook_resid_pre \\
-      --layout sae-probes --data-sets 87_glue_cola,92_glue_sst2
+    python scripts/analysis/extract_activations.py --model-name pythia-70m-deduped \\
+      --hook-name blocks.2.hook_resid_pre --layout sae-probes --data-sets 87_glue_cola,92_glue_sst2
 
 A subject is a folder of a modular-addition transformer (by default it is trained, or found, first), `husai-tiny`, a
 local Hugging Face folder, or a hub name that TransformerLens knows. A store of modular addition holds every pair once;
@@ -17,13 +18,14 @@ harvest resumes.
 
 from pathlib import Path
 
-from husai.runs.cli import Parser, fraction, name_list, positive_int, prepare, run_main
+from husai.evals.flags import Parser
+from husai.runs.cli import fraction, name_list, positive_int, prepare, run_main
 
 
 def parse():
     p = Parser(__doc__)
     p.add_shared()
-    p.add_argument("--subject", help="folder or name (default: the modular-addition transformer)")
+    p.add_model_name(None, help="folder or name (default: the modular-addition transformer)")
     p.add_argument(
         "--hook-name",
         type=name_list,

@@ -237,14 +237,14 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" "${ASKED[@]}"
 ((${#FAILED[@]} == 0)) || refuse "${FAILED[*]}: nothing after it could end well"
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
-stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --subject "$SUBJECT" --hook-name "$HOOK" \
+stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --model-name "$SUBJECT" --hook-name "$HOOK" \
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Internal phases: the positive control on modular addition, the language model, what can be changed
 
 run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
-run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --subject "$SUBJECT" \
+run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --model-name "$SUBJECT" \
   --hook-name "$HOOK" "${CONTROL[@]}"
 run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
 run adaptive_l0 adaptive_l0_calibration experiments/run_adaptive_l0_calibration.py --seeds "$SEEDS" "${ADAPTIVE[@]}"
@@ -255,10 +255,10 @@ run assignment assignment_consistency_v2 experiments/run_assignment_consistency_
 
 run benchmarks official_external_benchmarks experiments/run_official_external_benchmarks.py --model-name "$SUBJECT" \
   --hook-name "$HOOK" --dataset-names "$DATASETS" "${REPO[@]}" "${STORIES[@]}" "${BENCHMARKS[@]}"
-run frontier architecture_frontier experiments/run_architecture_frontier_external.py --subject "$SUBJECT" --hook-name "$HOOK" \
+run frontier architecture_frontier experiments/run_architecture_frontier_external.py --model-name "$SUBJECT" --hook-name "$HOOK" \
   --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${FRONTIER[@]}" "${MAP[@]}" "${REPO[@]}" \
   "${STORIES[@]}"
-run scaling external_metric_scaling experiments/run_external_metric_scaling_study.py --subject "$SUBJECT" --executor "$EXECUTOR" \
+run scaling external_metric_scaling experiments/run_external_metric_scaling_study.py --model-name "$SUBJECT" --executor "$EXECUTOR" \
   --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${SCALING[@]}" "${MAP[@]}" "${REPO[@]}" \
   "${STORIES[@]}"
 

@@ -2,7 +2,7 @@
 
     python scripts/experiments/run_ood_stress_eval.py
     python scripts/experiments/run_ood_stress_eval.py --candidate CONFIRMATION/results.json
-    python scripts/experiments/run_ood_stress_eval.py --checkpoint CKPTS --subject husai-tiny --hook-layer 1
+    python scripts/experiments/run_ood_stress_eval.py --checkpoint CKPTS --model-name husai-tiny --hook-layer 1
     python scripts/experiments/run_ood_stress_eval.py --skip-families
 
 Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling

@@ -3,15 +3,15 @@
     python scripts/experiments/run_phase4a_reproduction.py
     python scripts/experiments/run_phase4a_reproduction.py --hook-name blocks.0.mlp.hook_post --d-sae 512 --k 16
     python scripts/experiments/run_phase4a_reproduction.py --protocol published
-    python scripts/experiments/run_phase4a_reproduction.py --subject husai-tiny --hook-name blocks.1.hook_resid_pre \\
-      --d-sae 1024 --k 16 --output-dir results/experiments/phase4a_husai_tiny
+    python scripts/experiments/run_phase4a_reproduction.py --model-name husai-tiny \\
+      --hook-name blocks.1.hook_resid_pre --d-sae 1024 --k 16 --output-dir results/experiments/phase4a_husai_tiny
     python scripts/experiments/run_phase4a_reproduction.py --sae-root MY_SAES --activation-cache-dir STORE
 
 The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
 several seeds, and every pair is scored against its nulls (docs/methods.md). There this phase is a positive control of
-the method; it says nothing about another model. `--subject` names a language model in its place: held-out rows are then
-of documents of their own, SAEs trained alike on the random-weights model stand beside the nulls, and the cross-entropy
-that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose
+the method; it says nothing about another model. `--model-name` names a language model in its place. Then training rows
+and held-out rows share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the
+cross-entropy that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose
 input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
 """
 

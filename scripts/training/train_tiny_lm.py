@@ -5,7 +5,7 @@
     python scripts/training/train_tiny_lm.py --tokens 2000000 --output-dir results/subjects/hardly-trained
 
 The repository ships the model, so that nobody needs this. It takes about an hour on two cores and resumes with the
-same command; at most a minute is lost. The folder is one that transformers opens, and `--subject FOLDER` studies it.
+same command; at most a minute is lost. The folder is one that transformers opens, and `--model-name FOLDER` studies it.
 Exit code 1 where the model is not 20 % below a Witten-Bell bigram, or not below a trigram, in bits per byte of held-out
 documents.
 """

@@ -13,10 +13,15 @@ from husai.runs.cli import int_list, name_list, positive_float, positive_int
 class Parser(cli.Parser):
     """The flags of subjects, SAEs, benchmarks and studies."""
 
+    def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:
+        """--model-name, which --subject stands for as well."""
+        about = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
+        self.add_argument("--model-name", "--subject", dest="subject", default=default, **{"help": about} | more)
+
     def add_source(self, hook: str) -> None:
-        """What a phase studies: --subject, --hook-name, --layer, --activation-cache-dir, --rows."""
-        self.add_argument(
-            "--subject",
+        """What a phase studies: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""
+        self.add_model_name(
+            None,
             type=Path,
             help="folder of a trained transformer (default: train or find it), or a language model: husai-tiny, "
             "a Hugging Face folder, a hub name",
@@ -100,13 +105,7 @@ class Parser(cli.Parser):
             help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
             "condition",
         )
-        self.add_argument(
-            "--model-name",
-            "--subject",
-            dest="subject",
-            default="husai-tiny",
-            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
-        )
+        self.add_model_name()
         self.add_argument("--hook-name", help="default: blocks.HOOK_LAYER.hook_resid_pre")
         self.add_argument("--hook-layer", type=int, help="default: that of --hook-name, else 1")
         self.add_argument(
@@ -166,12 +165,7 @@ class Parser(cli.Parser):
 
     def add_study(self) -> None:
         """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""
-        self.add_argument(
-            "--subject",
-            "--model-name",
-            default="husai-tiny",
-            help="language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)",
-        )
+        self.add_model_name()
         self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
@@ -215,7 +209,9 @@ class Parser(cli.Parser):
                 self.error(f"--layer {args.layer} means {meant}, --hook-name is {args.hook_name}: one of them expected")
             args.hook_name = meant
         if args.rows is not None and (args.activation_cache_dir or not is_language_model(args.subject)):
-            self.error(f"--rows {args.rows}: goes with a language model as --subject, whose activations are harvested")
+            self.error(
+                f"--rows {args.rows}: goes with a language model as --model-name, whose activations are harvested"
+            )
         for flag in ("seeds", "confirmation_seeds", "reference_seeds", "confirmation_reference_seeds"):
             seeds = getattr(args, flag, None)
             if seeds is not None and len(seeds) < 2 and getattr(args, "sae_root", None) is None:
