@@ -12,7 +12,8 @@ several seeds, and every pair is scored against its nulls (docs/methods.md). The
 the method; it says nothing about another model. `--model-name` names a language model in its place. Then training rows
 and held-out rows share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the
 cross-entropy that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier
-study, whose input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
+study, whose input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that
+you bring.
 """
 
 from pathlib import Path

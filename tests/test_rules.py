@@ -1,0 +1,151 @@
+"""Rules: one inequality each, asked by the page, the gate and the audit alike."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from husai.evidence import random_model, rules, transcoder
+from husai.evidence.estimates import Estimate
+from husai.evidence.schemas import Section, Setting, Shifted
+from husai.release import gate
+from husai.release.gate import GATES, Bundle, Thresholds, decide
+from husai.runs.folder import REPOSITORY
+from husai.testing import simulate
+
+NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")
+
+
+def bundle(seeds: int = 5, **sizes: float) -> Bundle:
+    """A bundle whose gates have these true effects, in standard errors; 10 where none is named."""
+    effects = {g: simulate.shifted(g, sizes.get(g, 10.0) * simulate.standard_error(g, NOISE[g])) for g in GATES}
+    return simulate.bundle(effects, NOISE, np.random.default_rng(0), seeds)
+
+
+def results(label: str, change=lambda r: None, **how) -> dict:
+    found = copy.deepcopy(bundle(**how).files[label].results)
+    change(found)
+    return found
+
+
+def page(label: str, found: dict) -> str:
+    """The outcome on the page of a stress test."""
+    if label == "random_model":
+        return random_model.verdict(found["section"], found["random_model"])["outcome"]
+    if label == "transcoder":
+        return transcoder.verdict(found["setting"], found["transcoder"], found["sae"])["outcome"]
+    return rules.verdict(lambda: rules.ood(Shifted.model_validate(found["shifted"]), found["skipped"]))["outcome"]
+
+
+def status(label: str, found: dict) -> str:
+    """The gate's status, all other evidence passing."""
+    good = bundle()
+    changed = Bundle(good.files | {label: replace(good.files[label], results=found)}, good.on_disk)
+    return next(g["status"] for g in decide(changed, Thresholds(), {})["gates"] if g["gate"] == label)
+
+
+@pytest.mark.parametrize("label", ["random_model", "transcoder", "ood"])
+def test_page_and_gate_say_the_same_of_an_effect(label):
+    for size, outcome in ((10.0, rules.PASS), (-10.0, rules.FAIL)):
+        found = results(label, **{label: size})
+        assert page(label, found) == rules.PAGE[outcome]
+        assert status(label, found) == outcome
+    assert page(label, results(label, seeds=4)) == rules.PAGE[rules.MISSING]
+
+
+def of_members(arm: str, name: str, value):
+    def change(found: dict) -> None:
+        for member in found[arm]["members"]:
+            member[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("label", "change"),
+    [
+        ("random_model", lambda r: r["random_model"]["members"][0]["heldout"].update(l0=30.0)),
+        ("random_model", lambda r: r["random_model"].update(subject_digest=r["section"]["subject_digest"])),
+        ("random_model", lambda r: r["random_model"]["members"][1].update(r["random_model"]["members"][0])),
+        ("transcoder", of_members("sae", "learning_rate", 0.1)),
+        ("transcoder", of_members("transcoder", "family", "skip_transcoder")),
+        ("transcoder", lambda r: r["setting"].update(preregistered=False)),
+        ("ood", lambda r: r["skipped"].update({"66_living-room_OOD": "I would rather not"})),
+        ("ood", lambda r: r["shifted"]["llm"].update(ood_low=[0.4] * len(r["shifted"]["data_sets"]))),
+    ],
+    ids=["L0", "own subject", "twice", "learning rate", "family", "setting", "left out", "nothing kept"],
+)
+def test_page_and_gate_refuse_the_same_evidence(label, change):
+    found = results(label, change)
+    assert page(label, found) == rules.PAGE[rules.MISSING]
+    assert status(label, found) == rules.MISSING
+
+
+def test_a_layer_is_a_number_and_not_a_part_of_a_name():
+    def change(found: dict) -> None:
+        hooks = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(11), strict=True))
+        found["setting"] |= hooks | {"layer": 11}
+        for arm in ("transcoder", "sae"):
+            found[arm]["hook_name"] = hooks["hook_out"]
+
+    assert status("transcoder", results("transcoder", change)) == rules.MISSING
+
+
+def test_a_caller_may_ask_for_more():
+    found = results("transcoder")
+    setting, arms = Setting.model_validate(found["setting"]), [found["transcoder"], found["sae"]]
+    sections = [Section.model_validate(arm) for arm in arms]
+    assert rules.transcoder(setting, *sections).failing() == []
+    assert rules.transcoder(setting, *sections, minimum=10.0).failing() == ["isotropic", "untrained", "spectral"]
+
+
+@given(end=st.one_of(st.none(), st.floats()), threshold=st.floats(allow_nan=False, allow_infinity=False))
+def test_what_is_no_finite_end_satisfies_no_rule(end, threshold):
+    for rule in (rules.STABILITY, rules.TRANSCODER, rules.OOD):
+        held = rule.holds(end, threshold)
+        assert isinstance(held, bool)
+        if end is None or not math.isfinite(end):
+            assert not held
+        elif end != threshold:
+            assert held == ((end < threshold) if rule.relation == "<=" else (end > threshold))
+        else:
+            assert held == (rule.relation != ">")
+
+
+def test_without_an_interval_there_is_no_outcome():
+    point = Estimate(0.5, None, None, None, 2, "", "at least 3 seeds are needed")
+    with pytest.raises(rules.Missing):
+        rules.checked(lambda: rules.STABILITY.shown({"spectral": point}, 2))
+    with pytest.raises(rules.Missing):
+        rules.checked(lambda: rules.STABILITY.shown({}, 5))
+
+
+def test_a_fault_of_the_gates_own_code_is_no_missing_evidence(monkeypatch):
+    def broken(*_):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(gate.rules, "stability", broken)
+    with pytest.raises(TypeError):
+        decide(bundle(), Thresholds(), {})
+
+
+@pytest.mark.parametrize(
+    ("delta", "reason"),
+    [
+        ({"low": 0.01}, None),
+        ({"low": -0.01}, "lower bound -0.0100 < 0"),
+        ({"low": None, "reason": "why"}, "inconclusive: why"),
+        ({"low": 0.01, "n_seeds": 4}, "inconclusive: 4 seeds; a verdict needs 5"),
+        ({"estimate": None, "reason": "no match"}, "inconclusive: no match"),
+    ],
+)
+def test_a_difference_on_cebench(delta, reason):
+    whole = {"estimate": 0.1, "low": 0.01, "n_seeds": 5, "reference_mean": 0.5, "reason": None} | delta
+    assert rules.cebench_delta("cebench", whole, 0.0) == reason
+    assert "provisional" in rules.cebench_delta("contrastive_local", whole, 0.0)
+    if reason is None:
+        assert "refused" in rules.cebench_delta("cebench", whole, 0.6)
