@@ -6,6 +6,7 @@ training used is folded into the weights. Checkpoints of other libraries: `forei
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,6 +19,8 @@ from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file, write_bytes, write_json
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+NEVER = 1e-10
+"""Added to firing rates before their logarithm, as SAELens does; less than one row in a billion."""
 SAE_LENS_VERSION = "6.54.12"  # the layout's version
 # What would change encode or decode if it were set otherwise, and the only value that this code computes.
 ASSUMED = {
@@ -53,6 +56,11 @@ HARMLESS = {
 READ = {"architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", *SIZES}
 
 
+def alive(folder: Path) -> Tensor:
+    """Features that fire on the held-out rows that a checkpoint's training left aside, bool `[d_sae]`."""
+    return load_file(folder / SPARSITY)["sparsity"].double() > math.log10(10 * NEVER)
+
+
 def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path]:
     """Write a checkpoint folder; returns its files.
 
@@ -82,7 +90,7 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
     write_json(folder / CONFIG, config)
     files = [folder / WEIGHTS, folder / CONFIG]
     if firing_rate is not None:
-        write_bytes(folder / SPARSITY, to_bytes({"sparsity": (firing_rate.float() + 1e-10).log10()}))
+        write_bytes(folder / SPARSITY, to_bytes({"sparsity": (firing_rate.float() + NEVER).log10()}))
         files.append(folder / SPARSITY)
     return files
 

@@ -197,9 +197,9 @@ def run(**bank) -> dict:
         subject, bank.hook_name, Path(bank.artifact_root), bank.heldout_rows, bank.threads
     )
 
-    def opened(reference: bool) -> list[candidates.Candidate]:
+    def opened(reference: bool) -> list[candidates.LoadedSAE]:
         paths = [Path(bank.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
-        return candidates.open_all(paths, heldout, "checkpoint", subject)
+        return candidates.open_all(paths, heldout, "checkpoint", subject, Path(bank.artifact_root))
 
     lineup = candidates.Lineup(subject, bank.hook_name, heldout, opened(False), opened(True), None, [])
     found = {"saebench": None, "cebench": None}

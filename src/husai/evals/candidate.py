@@ -33,7 +33,7 @@ class Tested:
     subject: LanguageModel
     store: ActivationStore
     """Held-out activations at the hook."""
-    saes: list[candidates.Candidate]
+    saes: list[candidates.LoadedSAE]
     """In order of seeds."""
 
     @property
@@ -79,7 +79,7 @@ class Tested:
         return found | {f"checkpoint {c.label}": c.sha256 for c in self.saes}
 
 
-def in_order(saes: list[candidates.Candidate]) -> list[candidates.Candidate]:
+def in_order(saes: list[candidates.LoadedSAE]) -> list[candidates.LoadedSAE]:
     """In order of seeds; where these are not known, of identities, which nobody chooses."""
     return sorted(saes, key=lambda c: (c.facts["seed"] or 0, c.identity))
 
@@ -112,7 +112,7 @@ def find(args: argparse.Namespace, device: torch.device) -> Tested:
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     subject = pretrained.load(str(name), device=device)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads)
-    saes = in_order(open_all(paths, store, "checkpoint", subject))
+    saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root))
     refuse_twins(saes)
     tested = Tested(str(name), subject, store, saes)
     if expected is not None and tested.block != expected:

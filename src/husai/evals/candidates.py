@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, sha256_file
+from husai.runs.files import digest, sha256_file, write_bytes
 from husai.stability.study import open_fitting
 from husai.subjects import pretrained, text
 from husai.subjects.pretrained import LanguageModel
@@ -24,7 +29,7 @@ from husai.training.trainer import evaluate
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LoadedSAE:
     """A checkpoint that fits the subject and the hook."""
 
     folder: Path
@@ -37,6 +42,8 @@ class Candidate:
     """How it was made (`facts_of`)."""
     heldout: dict
     """Figures of `training.trainer.evaluate` on documents that neither the subject nor an SAE was trained on."""
+    alive: Tensor
+    """Features that fire on these rows, bool `[d_sae]`."""
 
     @property
     def label(self) -> str:
@@ -111,8 +118,6 @@ def identity(sae: SAE, sha256: str) -> str:
 def on_disk(path: Path, results: Any) -> dict[str, str | None]:
     """seed -> identity of the checkpoints that a confirmation, or what was brought in its place, names, as they lie
     beside it; None where one does not."""
-    from husai.dictionaries import foreign
-    from husai.evals.candidates import identity
 
     def one(place: Any) -> str | None:
         try:
@@ -125,13 +130,33 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
     return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
 
 
-def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel) -> list[Candidate]:
+def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) -> tuple[dict, Tensor]:
+    """(held-out figures, features that fire) of an SAE on all rows of a store; computed once for all phases.
+
+    Args:
+        name: its identity. artifact_root: the cell lies below it, in saes/.
+    """
+    cells = Cells(artifact_root / "saes" / "cells")
+    key = {"sae": name, "store": store.digest, "threads": torch.get_num_threads(), "code": code_version(evaluate)}
+    file = artifact_root / "saes" / f"{name[:16]}-{digest(key)[:16]}.safetensors"
+
+    def compute() -> tuple[dict, list[Path]]:
+        figures, firing_rate = evaluate(sae, store, range(store.rows))
+        write_bytes(file, to_bytes({"firing_rate": firing_rate.contiguous()}))
+        return figures, [file]
+
+    return cells.get("heldout", key, compute), load_file(file)["firing_rate"] > 0
+
+
+def open_all(
+    paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel, artifact_root: Path
+) -> list[LoadedSAE]:
     """All checkpoints at or below these paths, of any kind that can be read, each once.
 
     Raises:
         BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[str, LoadedSAE] = {}
     for path in paths:
         if not path.exists():
             raise BadInput(f"--{flag}: {path} does not exist")
@@ -141,8 +166,8 @@ def open_all(paths: list[Path], store: ActivationStore, flag: str, subject: Lang
             refuse_other_model(folder, sae, subject.name, flag)
             one, facts = identity(sae, sha), facts_of(sae, 0.0)
             if (key := digest([one, facts])) not in found:  # two recipes may give one SAE, which then stands for both
-                figures, _ = evaluate(sae, store, range(store.rows))
-                found[key] = Candidate(folder, sha, one, sae, facts | {"l0": figures["l0"]}, figures)
+                figures, alive = measure(sae, one, store, artifact_root)
+                found[key] = LoadedSAE(folder, sha, one, sae, facts | {"l0": figures["l0"]}, figures, alive)
     return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.identity))
 
 
@@ -153,9 +178,9 @@ def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str) -> None:
         raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject}")
 
 
-def refuse_twins(candidates: list[Candidate]) -> None:
+def refuse_twins(candidates: list[LoadedSAE]) -> None:
     """Raise BadInput for two SAEs of one condition and seed: which of them is meant?"""
-    seeds: dict[tuple, Candidate] = {}
+    seeds: dict[tuple, LoadedSAE] = {}
     for c in candidates:
         if c.facts["source"] == "husai" and (other := seeds.setdefault((c.condition, c.facts["seed"]), c)) is not c:
             raise BadInput(f"checkpoint: {c.folder} and {other.folder} are of one condition and seed; one expected")
@@ -179,7 +204,7 @@ def seed_of_control(saes: Iterable[SAE]) -> int:
 
 def open_controls(
     paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
-) -> tuple[LanguageModel | None, list[Candidate]]:
+) -> tuple[LanguageModel | None, list[LoadedSAE]]:
     """(the random-weights model, the SAEs trained on it); (None, []) where no path is given.
 
     Raises:
@@ -191,7 +216,7 @@ def open_controls(
     folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))]
     random_model = pretrained.load(subject, seed_of_control(map(foreign.open_checkpoint, folders)), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
-    controls = open_all(paths, store, "random-model-checkpoint", random_model)
+    controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root)
     refuse_twins(controls)
     return random_model, controls
 
@@ -221,15 +246,15 @@ class Lineup:
     hook_name: str
     store: ActivationStore
     """Held-out activations of the subject."""
-    saes: list[Candidate]
-    references: list[Candidate]
+    saes: list[LoadedSAE]
+    references: list[LoadedSAE]
     """Further SAEs, that a difference may be taken against."""
     random_model: LanguageModel | None
-    controls: list[Candidate]
+    controls: list[LoadedSAE]
     """SAEs trained on the random-weights model."""
 
     @property
-    def opened(self) -> list[Candidate]:
+    def opened(self) -> list[LoadedSAE]:
         """The SAEs of the subject itself."""
         return [*self.saes, *self.references]
 
@@ -252,9 +277,10 @@ def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
     subject = pretrained.load(args.subject, device=device)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads)
-    saes = open_all(args.checkpoint, store, "checkpoint", subject)
+    saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root)
     known = {c.identity for c in saes}
-    references = [c for c in open_all(args.reference, store, "reference", subject) if c.identity not in known]
+    references = open_all(args.reference, store, "reference", subject, args.artifact_root)
+    references = [c for c in references if c.identity not in known]
     refuse_twins([*saes, *references])
     controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads)
     return Lineup(subject, args.hook_name, store, saes, references, *controls)
@@ -276,7 +302,6 @@ def train_default(
         The folder that holds them; found where they were trained before.
     """
     from husai.activations.source import open_store
-    from husai.runs.cells import Cells
     from husai.runs.cli import DEFAULT_SEEDS, int_list
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig

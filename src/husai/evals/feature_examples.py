@@ -9,7 +9,7 @@ import torch
 
 from husai.activations.language_model import Inputs, batches, run
 from husai.activations.store import ActivationStore
-from husai.evals.candidates import Candidate
+from husai.evals.candidates import LoadedSAE
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
@@ -36,7 +36,7 @@ class Partners:
         return (self.cosines >= STABLE).all(0)
 
 
-def one_condition(candidates: list[Candidate]) -> None:
+def one_condition(candidates: list[LoadedSAE]) -> None:
     """Raise BadInput unless these are SAEs of one width that differ in their seed alone, two at least."""
     conditions = sorted({c.condition for c in candidates if c.facts["source"] == "husai"})
     widths = sorted({c.sae.d_sae for c in candidates})
@@ -46,7 +46,7 @@ def one_condition(candidates: list[Candidate]) -> None:
         raise BadInput(f"--checkpoint: {len(candidates)} SAE; features are followed across seeds: at least 2 expected")
 
 
-def partners(candidates: list[Candidate]) -> Partners:
+def partners(candidates: list[LoadedSAE]) -> Partners:
     """Match the first SAE with each of the others."""
     first, others = candidates[0].sae, candidates[1:]
     features = np.empty((len(others), first.d_sae), np.int64)
@@ -73,7 +73,7 @@ def sample(stable: np.ndarray, alive: np.ndarray, n: int, seed: int) -> list[int
 
 @torch.inference_mode()
 def strongest_contexts(
-    subject: LanguageModel, hook_name: str, candidate: Candidate, features: list[int], inputs: Inputs
+    subject: LanguageModel, hook_name: str, candidate: LoadedSAE, features: list[int], inputs: Inputs
 ) -> list[list[dict]]:
     """Of each feature, the CONTEXTS documents in which it fires most, each with the tokens around its peak.
 
@@ -127,7 +127,7 @@ def _context(tokenizer, tokens: np.ndarray, values: np.ndarray) -> dict:
 
 
 def collect(
-    subject: LanguageModel, store: ActivationStore, candidates: list[Candidate], documents: list[str], n: int, seed: int
+    subject: LanguageModel, store: ActivationStore, candidates: list[LoadedSAE], documents: list[str], n: int, seed: int
 ) -> dict:
     """A sample of the first SAE's features, with what they respond to and their partners in the others.
 

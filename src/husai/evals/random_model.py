@@ -63,7 +63,7 @@ def own_dictionaries(tested: Tested, before: list[Path] | None = None) -> tuple[
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders], {}
     missing = {} if before else {"untrained": "the SAEs' untrained states are not beside them"}
-    return _brought(tested.saes, tested.store, before), missing
+    return _external(tested.saes, before), missing
 
 
 def section_of(
@@ -104,11 +104,10 @@ def control_of(cells: Cells, random_model: Arm, labels: list[str], draws: int, t
     return random_model.results | {name: found[name] for name in ("stability", "pairs")}
 
 
-def _brought(
-    saes: list[candidates.Candidate], store: ActivationStore, before: list[Path] | None = None
-) -> list[Dictionary]:
+def _external(saes: list[candidates.LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
+    """Dictionaries of SAEs, with their untrained states where the user gives them."""
     pairs = zip(saes, before or [None] * len(saes), strict=True)
-    return [study.brought_dictionary(c.folder, store, range(store.rows), b)[0] for c, b in pairs]
+    return [Dictionary(c.sae.W_dec, c.alive, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
 def trained_arms(
@@ -175,10 +174,10 @@ def brought_arm(
         for c in controls
     ]
     about = {"subject_digest": model.digest, "store_digest": controls[0].facts["store_digest"], "members": members}
-    return Arm(store, _brought(controls, store), about)
+    return Arm(store, _external(controls), about)
 
 
-def unlike(ours: candidates.Candidate, theirs: candidates.Candidate, recipe_known: bool) -> str | None:
+def unlike(ours: candidates.LoadedSAE, theirs: candidates.LoadedSAE, recipe_known: bool) -> str | None:
     """In what an SAE of the random-weights model differs from its partner; None if in nothing that counts. Where the
     partner's recipe is not known, width, activation and L0 (within 10 %) count."""
     if recipe_known:

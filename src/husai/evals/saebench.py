@@ -11,7 +11,7 @@ from safetensors.torch import save
 from husai.activations.language_model import harvest_prompts
 from husai.dictionaries.checkpoints import checkpoint_digest
 from husai.evals import baselines, sae_probes
-from husai.evals.candidates import Candidate, Lineup, Places, to_saelens
+from husai.evals.candidates import Lineup, LoadedSAE, Places, to_saelens
 from husai.evals.sae_probes import Settings, Task
 from husai.evidence import data_sets, deltas, references
 from husai.runs.cells import Cells
@@ -149,7 +149,7 @@ def noise(probing: Probing, first: dict, runs: list[Figures]) -> dict:
 def core_metrics(lineup: Lineup, documents: int, cells: Cells, threads: int) -> dict[str, dict]:
     """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
     texts = text.corpus().heldout[:documents]
-    saes: list[Candidate] = lineup.opened
+    saes: list[LoadedSAE] = lineup.opened
     key = {"subject": lineup.subject.digest, "hook_name": lineup.hook_name, "saes": [c.identity for c in saes]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": threads}
     key["code"] = code_version(cross_entropies)

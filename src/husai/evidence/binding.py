@@ -19,7 +19,7 @@ def block(records: list[dict]) -> dict:
     "checkpoints": seed -> sha256 of the weights, "identities": seed -> identity}.
 
     Args:
-        records: of `Candidate.to_json`, of one condition. Where seeds are not known, their place stands for them.
+        records: of `LoadedSAE.to_json`, of one condition. Where seeds are not known, their place stands for them.
 
     Raises:
         BadInput: SAEs of several conditions, or two of one seed.

@@ -64,7 +64,7 @@ class Heldout(Strict):
 
 
 class Record(Strict):
-    """One SAE (`evals.candidates.Candidate.to_json`)."""
+    """One SAE (`evals.candidates.LoadedSAE.to_json`)."""
 
     candidate: bool
     label: str

@@ -36,8 +36,9 @@ log = logging.getLogger("husai")
 
 def own_dictionary(folder: Path) -> Dictionary:
     """A checkpoint that the grid trained, with its state before training."""
-    alive = load_file(folder / checkpoints.SPARSITY)["sparsity"] > -9
-    return Dictionary(checkpoints.load(folder).W_dec, alive, load_file(folder / SNAPSHOTS)["W_dec"][0])
+    return Dictionary(
+        checkpoints.load(folder).W_dec, checkpoints.alive(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
+    )
 
 
 def open_fitting(folder: Path, store: ActivationStore) -> SAE:
@@ -80,11 +81,21 @@ def brought_dictionary(
         BadInput: it was made for another width, hook or subject than the store's.
     """
     sae = open_fitting(folder, store)
+    before = untrained_state(folder, sae, untrained)
+    figures, firing_rate = evaluate(sae, store, heldout)
+    return Dictionary(sae.W_dec, firing_rate > 0, before), figures
+
+
+def untrained_state(folder: Path, sae: SAE, untrained: Path | None) -> Tensor | None:
+    """`W_dec` of the same SAE before training, where a checkpoint of it is given.
+
+    Raises:
+        BadInput: that checkpoint has another shape.
+    """
     before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
         raise BadInput(f"checkpoint: {untrained} has another shape than {folder}, whose untrained state it should be")
-    figures, firing_rate = evaluate(sae, store, heldout)
-    return Dictionary(sae.W_dec, firing_rate > 0, before), figures
+    return before
 
 
 def compare_all(
