@@ -37,7 +37,7 @@ def main() -> None:
     args = parse()
     from husai.runs.phase import run_phase
 
-    run_phase(args, "language_model", compute, summary, brought=("subject",), check=check)
+    run_phase(args, "language_model", compute, summary, check=check)
 
 
 def check(results: dict) -> None:

@@ -43,9 +43,9 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.evals.inputs import run_study
+    from husai.runs.phase import run_phase
 
-    run_study(args, "architecture_frontier", compute, summary)
+    run_phase(args, "architecture_frontier", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

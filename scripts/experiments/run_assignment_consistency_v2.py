@@ -20,6 +20,7 @@ from pathlib import Path
 
 from husai.evals.flags import Parser
 from husai.runs.cli import DEFAULT_SEEDS, float_list, positive_float, positive_int, prepare, run_main, seed_list
+from husai.runs.inputs import by_checkpoint, not_at_all
 
 SEEDS = {
     "reference_seeds": ("7,11,13,17,19", "of the references, one a seed"),
@@ -39,9 +40,16 @@ def parse():
         flag = f"--{name.replace('_', '-')}"
         p.add_argument(flag, type=seed_list, default=default, help=f"{text} (default: %(default)s)")
     p.add_argument("--shared-references", type=positive_int, default=3, help="of the shared arm (default: %(default)s)")
-    p.add_argument("--reference", type=Path, help="a checkpoint that the shared arm takes in their place")
+    p.add_argument(
+        "--reference", type=Path, counts=by_checkpoint, help="a checkpoint that the shared arm takes in their place"
+    )
     p.add_argument("--max-ev-drop", type=positive_float, default=0.05, help="held-out EV lost (default: %(default)s)")
-    p.add_argument("--fail-on-acceptance-fail", action="store_true", help="exit 1 where the acceptance does not hold")
+    p.add_argument(
+        "--fail-on-acceptance-fail",
+        action="store_true",
+        counts=not_at_all,
+        help="exit 1 where the acceptance does not hold",
+    )
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
     p.add_recipe(d_sae=256, tokens=200_000, batch_size=512)
     args = p.parse_phase()
@@ -71,9 +79,7 @@ def main() -> None:
         if args.fail_on_acceptance_fail and not results["acceptance"]["accepted"]:
             raise CheckFailed(f"assignment consistency: not accepted: {results['acceptance']['reason']}")
 
-    folders = ("subject", "activation_cache_dir", "reference")
-    apart = ("fail_on_acceptance_fail",)
-    run_phase(args, "assignment_v2", compute, summary, brought=folders, apart=apart, check=check)
+    run_phase(args, "assignment_v2", compute, summary, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -25,15 +25,12 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.evals.inputs import count_by_content
     from husai.runs.files import relative
     from husai.runs.phase import run_phase
 
     # The gate looks for the checkpoints where the results say that they lie: a move is another result.
     args.lie_at = [relative(p, args.output_dir) for p in args.checkpoint]
-    brought = ("subject", "checkpoint", "untrained", "reference", "random_model_checkpoint")
-    apart = count_by_content(args)
-    run_phase(args, "brought_candidate", compute, summary, brought, apart)
+    run_phase(args, "brought_candidate", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -33,7 +33,7 @@ def parse():
         "--dataset-names", type=name_list, help="probing data sets (default: those of the studies that selection left)"
     )
     p.add_cebench()
-    p.add_argument("--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null")
+    p.add_baseline_map()
     args = p.parse_args()
     if args.seeds is not None and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
@@ -42,16 +42,12 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.evals.inputs import count_by_content
     from husai.runs.errors import BadInput
-    from husai.runs.files import sha256_file
     from husai.runs.phase import run_phase
 
     if not args.candidate.is_file():
         raise BadInput(f"--candidate: {args.candidate} does not exist; select_release_candidate.py makes it")
-    args.candidate_content = sha256_file(args.candidate)
-    apart = ("candidate", *count_by_content(args))
-    run_phase(args, "candidate_confirmation", compute, summary, (), apart)
+    run_phase(args, "candidate_confirmation", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

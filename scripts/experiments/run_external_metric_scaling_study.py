@@ -42,9 +42,9 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.evals.inputs import run_study
+    from husai.runs.phase import run_phase
 
-    run_study(args, "external_metric_scaling", compute, summary)
+    run_phase(args, "external_metric_scaling", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -19,8 +19,6 @@ from husai.evals.flags import Parser
 from husai.evidence.data_sets import PAIR_SETS
 from husai.runs.cli import name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
 
-FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject", "matched_baseline_summary")
-
 
 def parse():
     p = Parser(__doc__)
@@ -36,14 +34,15 @@ def parse():
         default="43,44,45,46",
         help="other draws of pairs, for the first SAE alone: the benchmark's own noise (default: %(default)s)",
     )
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("--matched-baseline-summary", type=Path, help="results.json of an earlier run, as references")
-    where.add_argument("--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> such a file")
+    p.add_argument("--matched-baseline-summary", type=Path, help="results.json of an earlier run, as references")
+    p.add_baseline_map()
     p.add_argument("--as-baseline", action="store_true", help="also write the map that names this run's SAEs")
     p.add_argument(
         "--min-delta", type=nonnegative_float, help="exit 1 unless each condition's lower bound reaches this (0 to 1)"
     )
     args = p.parse_benchmark()
+    if args.matched_baseline_summary and args.cebench_matched_baseline_map:
+        p.error("--matched-baseline-summary and --cebench-matched-baseline-map: one of them expected")
     if args.random_seed in args.noise_seeds:
         p.error(f"--noise-seeds: {args.random_seed} is --random-seed; others expected")
     return args
@@ -51,7 +50,6 @@ def parse():
 
 def main() -> None:
     args = parse()
-    from husai.evals.inputs import count_by_content
     from husai.runs.phase import run_phase
 
     if args.min_delta is not None:
@@ -64,8 +62,7 @@ def main() -> None:
         args.matched_baseline_summary, args.no_reference = baselines.lookup(
             args.cebench_matched_baseline_map, args.hook_name
         )
-    apart = count_by_content(args)
-    run_phase(args, "cebench_custom", compute, summary, FOLDERS, apart, check=check)
+    run_phase(args, "cebench_custom", compute, summary, check=check)
 
 
 def check(results: dict) -> None:

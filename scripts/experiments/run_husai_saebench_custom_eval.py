@@ -16,9 +16,9 @@ from pathlib import Path
 
 from husai.evals.flags import Parser
 from husai.runs.cli import int_list, name_list, prepare, run_main, seed_list
+from husai.runs.inputs import not_at_all
 
 K = 5  # of the headline figure
-FOLDERS = ("checkpoint", "reference", "random_model_checkpoint", "subject")
 
 
 def parse():
@@ -37,8 +37,12 @@ def parse():
         help="further such seeds, for the first SAE alone: the benchmark's own noise (default: %(default)s)",
     )
     p.add_probing()
-    p.add_argument("--results-path", type=Path, help="figures of each data set (default: ARTIFACT_ROOT/probes)")
-    p.add_argument("--model-cache-path", type=Path, help="prompts' activations (default: below ARTIFACT_ROOT)")
+    p.add_argument(
+        "--results-path", type=Path, counts=not_at_all, help="figures of each data set (default: ARTIFACT_ROOT/probes)"
+    )
+    p.add_argument(
+        "--model-cache-path", type=Path, counts=not_at_all, help="prompts' activations (default: below ARTIFACT_ROOT)"
+    )
     args = p.parse_benchmark()
     if K not in args.ks:
         p.error(f"--ks {','.join(map(str, args.ks))}: {K} must be among them, at which differences are taken")
@@ -53,8 +57,7 @@ def main() -> None:
     args = parse()
     from husai.runs.phase import run_phase
 
-    apart = ("results_path", "model_cache_path")
-    run_phase(args, "saebench_custom", compute, summary, FOLDERS, apart)
+    run_phase(args, "saebench_custom", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

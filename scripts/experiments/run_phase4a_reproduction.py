@@ -50,8 +50,7 @@ def main() -> None:
     args = parse()
     from husai.runs.phase import run_phase
 
-    folders = ("subject", "sae_root", "untrained_root", "activation_cache_dir")
-    run_phase(args, "phase4a", compute, summary, brought=folders)
+    run_phase(args, "phase4a", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from husai.evals.flags import Parser
 from husai.runs.cli import prepare, run_main
+from husai.runs.inputs import by_checkpoint
 
 
 def parse():
@@ -25,6 +26,7 @@ def parse():
     p.add_argument(
         "--random-model-checkpoint",
         type=Path,
+        counts=by_checkpoint,
         nargs="+",
         default=[],
         help="SAEs trained alike on the random-weights model, in place of training them",
@@ -37,8 +39,7 @@ def main() -> None:
     args = parse()
     from husai.evals.inputs import run_stress
 
-    brought = ("random_model_checkpoint",)
-    run_stress(args, "random_model_stress", compute, summary, brought)
+    run_stress(args, "random_model_stress", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -42,16 +42,13 @@ def parse():
 def main() -> None:
     args = parse()
     from husai.runs.errors import BadInput
-    from husai.runs.files import sha256_file
     from husai.runs.phase import run_phase
 
     studies = [*args.frontier_results, *args.scaling_results]
     for path in studies:
         if not path.is_file():
             raise BadInput(f"--frontier-results, --scaling-results: {path} does not exist")
-    args.content = [sha256_file(path) for path in studies]
-    apart = ("frontier_results", "scaling_results")
-    run_phase(args, "candidate_selection", compute, summary, (), apart, check=check)
+    run_phase(args, "candidate_selection", compute, summary, check=check)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from husai.evals.inputs import by_baseline_map, by_checkout
 from husai.evidence.data_sets import DATA_SETS
 from husai.runs import cli
 from husai.runs.cli import int_list, name_list, positive_float, positive_int
+from husai.runs.inputs import by_checkpoint, by_content_or_name, by_subject, not_at_all
 
 
 class Parser(cli.Parser):
@@ -16,7 +18,8 @@ class Parser(cli.Parser):
     def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:
         """--model-name, which --subject stands for as well."""
         about = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
-        self.add_argument("--model-name", "--subject", dest="subject", default=default, **{"help": about} | more)
+        more = {"help": about, "counts": by_subject} | more
+        self.add_argument("--model-name", "--subject", dest="subject", default=default, **more)
 
     def add_source(self, hook: str) -> None:
         """What a phase studies: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""
@@ -31,7 +34,9 @@ class Parser(cli.Parser):
             help=f"default: {hook}, blocks.1.hook_resid_pre of a language model, or that of --activation-cache-dir",
         )
         self.add_argument("--rows", type=positive_int, help="to harvest of a language model (default: 1000000)")
-        self.add_argument("--layer", type=int, help="short for --hook-name blocks.LAYER.hook_resid_post")
+        self.add_argument(
+            "--layer", type=int, counts=not_at_all, help="short for --hook-name blocks.LAYER.hook_resid_post"
+        )
         self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
 
     def add_recipe(self, d_sae: int, tokens: int, batch_size: int, learning_rate: float = 3e-3) -> None:
@@ -52,9 +57,25 @@ class Parser(cli.Parser):
 
     def add_cebench(self) -> None:
         """Where CE-Bench's own code and stories are: --cebench-repo, --stories."""
-        self.add_argument("--cebench-repo", type=Path, help="your checkout of CE-Bench: its own code runs as well")
         self.add_argument(
-            "--stories", help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)"
+            "--cebench-repo",
+            type=Path,
+            counts=by_checkout,
+            help="your checkout of CE-Bench: its own code runs as well",
+        )
+        self.add_argument(
+            "--stories",
+            counts=by_content_or_name,
+            help="CE-Bench's data: a name on the hub, or a local copy (default: local pairs)",
+        )
+
+    def add_baseline_map(self) -> None:
+        """--cebench-matched-baseline-map."""
+        self.add_argument(
+            "--cebench-matched-baseline-map",
+            type=Path,
+            counts=by_baseline_map,
+            help="hook name, layer or default -> summary, or null",
         )
 
     def add_core_texts(self) -> None:
@@ -99,6 +120,7 @@ class Parser(cli.Parser):
             "--checkpoint",
             "--checkpoints",
             type=Path,
+            counts=by_checkpoint,
             nargs="+",
             required=required,
             default=[],
@@ -122,6 +144,7 @@ class Parser(cli.Parser):
         self.add_argument(
             "--reference",
             type=Path,
+            counts=by_checkpoint,
             nargs="+",
             default=[],
             help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
@@ -129,6 +152,7 @@ class Parser(cli.Parser):
         self.add_argument(
             "--random-model-checkpoint",
             type=Path,
+            counts=by_checkpoint,
             nargs="+",
             default=[],
             help="SAEs trained alike on the random-weights model",
@@ -150,6 +174,7 @@ class Parser(cli.Parser):
         self.add_argument(
             "--untrained",
             type=Path,
+            counts=by_checkpoint,
             nargs="+",
             default=[],
             help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
@@ -181,9 +206,7 @@ class Parser(cli.Parser):
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_cebench()
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
-        self.add_argument(
-            "--cebench-matched-baseline-map", type=Path, help="hook name, layer or default -> summary, or null"
-        )
+        self.add_baseline_map()
         self.add_argument(
             "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from husai.evals.cebench_checkout import code_digest
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.runs.files import content_or_name, digest, read_json, sha256_file
+from husai.runs.files import digest, read_json, sha256_file
 from husai.runs.folder import REPOSITORY
 from husai.runs.phase import run_phase
 
@@ -17,20 +17,22 @@ CONFIRMED = "experiments/candidate_confirmation/results.json"
 """Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
 
 
-def count_by_content(args: argparse.Namespace) -> tuple[str, ...]:
-    """Give what --stories, --cebench-repo and --cebench-matched-baseline-map hold arguments of their own, so that a
-    change in them is another result; returns these flags, whose paths count for nothing.
+def by_checkout(given: Path, flag: str) -> str:
+    """The code of a checkout of CE-Bench.
 
     Raises:
-        BadInput: there is no CE-Bench at --cebench-repo, or the map is damaged.
+        BadInput: there is none.
     """
-    flags = ("stories", "cebench_repo", "cebench_matched_baseline_map")
-    args.stories_content = content_or_name(args.stories)
-    if args.cebench_repo:
-        args.cebench_code = code_digest(args.cebench_repo)
-    if path := args.cebench_matched_baseline_map:
-        args.baseline_map_content = digest([sha256_file(path), *map(sha256_file, summaries(path))])
-    return flags
+    return code_digest(given)
+
+
+def by_baseline_map(given: Path, flag: str) -> str:
+    """A map of CE-Bench baselines, with the summaries that it names.
+
+    Raises:
+        BadInput: the map is damaged.
+    """
+    return digest([sha256_file(given), *map(sha256_file, summaries(given))])
 
 
 def summaries(baseline_map: Path) -> list[Path]:
@@ -44,19 +46,8 @@ def summaries(baseline_map: Path) -> list[Path]:
     return [p for v in sorted(named) for p in (baseline_map.parent / v, REPOSITORY / v) if p.is_file()]
 
 
-def run_study(
-    args: argparse.Namespace,
-    name: str,
-    compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
-    summary: Callable[[dict], str],
-) -> None:
-    """A phase (`runs.phase.run_phase`) of whole banks; where its tasks run changes no result."""
-    apart = ("executor", "ray_address", *count_by_content(args))
-    run_phase(args, name, compute, summary, ("subject",), apart)
-
-
 def look_up(args: argparse.Namespace) -> None:
-    """Fill in --candidate where none is given and one is confirmed; give its content an argument of its own.
+    """Fill in --candidate where none is given and one is confirmed.
 
     Raises:
         BadInput: --candidate beside --checkpoint, or no such file.
@@ -66,8 +57,6 @@ def look_up(args: argparse.Namespace) -> None:
     found = args.artifact_root / CONFIRMED
     if not args.candidate and not args.checkpoint and found.is_file():
         args.candidate = found
-    if args.candidate:
-        args.candidate_content = digest(read_json(args.candidate, "candidate"))
 
 
 def run_stress(
@@ -75,12 +64,7 @@ def run_stress(
     name: str,
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
-    brought: tuple[str, ...] = (),
 ) -> None:
-    """A phase (`runs.phase.run_phase`) about a candidate (`runs.cli.Parser.add_candidate`).
-
-    Args:
-        brought: further arguments that name what the user brings.
-    """
+    """A phase (`runs.phase.run_phase`) about a candidate (`evals.flags.Parser.add_candidate`)."""
     look_up(args)
-    run_phase(args, name, compute, summary, ("subject", "checkpoint", *brought), ("candidate",))
+    run_phase(args, name, compute, summary)

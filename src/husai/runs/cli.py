@@ -13,9 +13,10 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
+from husai.runs.inputs import Arguments, Counts, by_content, by_value, not_at_all
 
 INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
@@ -41,13 +42,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.counts: dict[str, Counts] = {}
+
+    def add_argument(self, *flags: str, counts: Counts | None = None, **about: Any) -> argparse.Action:
+        """As argparse's.
+
+        Args:
+            counts: how the argument enters the key of a phase's cell (`runs.inputs`).
+        """
+        action = super().add_argument(*flags, **about)
+        self.counts[action.dest] = counts or (by_content if about.get("type") is Path else by_value)
+        return action
+
+    def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
+        """The arguments, with how each counts."""
+        found = super().parse_args(args, namespace or Arguments())
+        found.counts = self.counts
+        return found
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
 
     def add_common(self, output_dir: str) -> None:
         """What every phase takes: --output-dir, and the flags of `add_shared`."""
-        self.add_argument("--output-dir", type=Path, default=Path(output_dir), help="default: %(default)s")
+        self.add_argument(
+            "--output-dir", type=Path, default=Path(output_dir), counts=not_at_all, help="default: %(default)s"
+        )
         self.add_shared()
 
     def add_shared(self) -> None:
@@ -56,11 +76,16 @@ class Parser(argparse.ArgumentParser):
             "--artifact-root",
             type=Path,
             default=Path("results"),
+            counts=not_at_all,
             help="holds subjects/ and activations/, which phases share (default: %(default)s)",
         )
         self.add_machine()
         self.add_argument(
-            "--force", "--force-rerun", action="store_true", help="compute again what is already finished"
+            "--force",
+            "--force-rerun",
+            action="store_true",
+            counts=not_at_all,
+            help="compute again what is already finished",
         )
 
     def add_executor(self) -> None:
@@ -69,10 +94,12 @@ class Parser(argparse.ArgumentParser):
             "--executor",
             choices=("local", "ray"),
             default="local",
+            counts=not_at_all,
             help="local: in this process; ray: side by side on a Ray cluster (default: %(default)s)",
         )
         self.add_argument(
             "--ray-address",
+            counts=not_at_all,
             help="host:port of a Ray cluster that this machine belongs to, or auto to find it (default: one of this "
             "machine alone, for this run)",
         )

@@ -1,0 +1,81 @@
+"""What of a command line enters the key of a phase's cell.
+
+Each flag says once how it counts (`Parser.add_argument(..., counts=...)`): by its value, by the content of what it
+names, or not at all. By default a path counts by content and anything else by value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from husai.runs.errors import BadInput
+from husai.runs.files import content_or_name, digest, sha256_file, tree_digest
+from husai.runs.subjects import folder_of
+
+Counts = Callable[[Any, str], Any]
+"""(argument, its flag) -> what the key holds (JSON)."""
+
+
+class Arguments(argparse.Namespace):
+    """Parsed arguments, and how each counts."""
+
+    __slots__ = ("counts",)
+    counts: dict[str, Counts]
+
+
+def by_value(given: Any, flag: str) -> Any:
+    return given
+
+
+def not_at_all(given: Any, flag: str) -> None:
+    return None
+
+
+def by_content(given: Path | list[Path], flag: str) -> Any:
+    """Digest of a file, or of all below a folder; of a list, one each.
+
+    Raises:
+        BadInput: there is no such file or folder, or it is empty.
+    """
+    if isinstance(given, list):
+        return [by_content(path, flag) for path in given]
+    if not given.exists():
+        raise BadInput(f"{flag}: {given} does not exist")
+    return tree_digest(given, flag)
+
+
+def by_checkpoint(given: Path | list[Path], flag: str) -> Any:
+    """Content of checkpoints. The configuration of a weights file lies beside it, and counts too."""
+    if isinstance(given, list):
+        return [by_checkpoint(path, flag) for path in given]
+    if given.is_file():
+        return digest([sha256_file(p) for p in (given, *sorted(given.parent.glob("*.json")))])
+    return tree_digest(given, flag)
+
+
+def by_subject(given: str | Path, flag: str) -> str:
+    """Content of a subject's folder; a subject that is not on this machine counts by its name."""
+    folder = folder_of(given)
+    return str(given) if folder is None else tree_digest(folder, flag)
+
+
+def by_content_or_name(given: str, flag: str) -> str | None:
+    """Content of a local file or folder; any other name counts by itself."""
+    return content_or_name(given)
+
+
+def key_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Argument -> how it counts, of those that are given.
+
+    Raises:
+        BadInput: what an argument names is not there.
+    """
+    counts = getattr(args, "counts", {})
+    found = {}
+    for name, given in vars(args).items():
+        if given is not None:
+            found[name] = counts.get(name, by_value)(given, f"--{name.replace('_', '-')}")
+    return {name: value for name, value in found.items() if value is not None}
