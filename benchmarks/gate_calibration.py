@@ -28,8 +28,7 @@ from husai.evidence.names import GATED_NULLS
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.cli import Parser, positive_int, run_main
 from husai.runs.errors import CheckFailed
-from husai.runs.files import write_json, write_text
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY, write_json, write_text
 from husai.runs.progress import progress
 from husai.testing import damage, simulate
 

@@ -20,8 +20,7 @@ from husai.evidence.names import GATED_NULLS
 from husai.release import bundle as reading
 from husai.release import decisions, recompute, selection
 from husai.release.gate import GATES, Bundle, Thresholds, decide
-from husai.runs.files import digest, sha256_file, write_json, write_text
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY, digest, sha256_file, write_json, write_text
 from husai.testing import damage, simulate
 
 NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")

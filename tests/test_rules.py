@@ -14,7 +14,7 @@ from husai.evidence.estimates import Estimate
 from husai.evidence.schemas import Section, Setting, Shifted
 from husai.release import gate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY
 from husai.testing import simulate
 
 NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from husai.release.selection import Rules, Study, cleaned, half, select
-from husai.runs.files import write_json
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY, write_json
 
 RULES = Rules({"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1})
 PUBLISHED = Path(os.environ.get("HUSAI_PUBLISHED_CYCLE3", REPOSITORY.parent / "shared" / "published_cycle3"))

@@ -15,8 +15,7 @@ from husai.activations.store import ActivationStore
 from husai.dictionaries.family import unit_rows
 from husai.dictionaries.sae import SAE
 from husai.runs.errors import BadInput
-from husai.runs.files import read_json, write_json
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY, read_json, write_json
 from husai.runs.seeds import generator
 
 MAP = "cebench_baseline_map.json"

@@ -9,8 +9,7 @@ from pathlib import Path
 from husai.evals.cebench_checkout import code_digest
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, read_json, sha256_file
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY, digest, read_json, sha256_file
 from husai.runs.phase import run_phase
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"

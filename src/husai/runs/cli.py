@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, the script's docstring as its help, and errors of one line."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.counts: dict[str, Counts] = {}
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def add_argument(self, *flags: str, counts: Counts | None = None, **about: Any) -> argparse.Action:
         """As argparse's.

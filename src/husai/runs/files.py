@@ -14,6 +14,8 @@ from typing import Any
 
 from husai.runs.errors import BadInput
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+
 
 def canonical_json(value: Any) -> str:
     """One spelling for one value: sorted keys, no spaces, no NaN or Infinity (ValueError)."""

@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict
 
 from husai.runs.cli import INTERRUPTED
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
-from husai.runs.files import digest, locked, sha256_file, write_json, write_text
+from husai.runs.files import REPOSITORY, digest, locked, sha256_file, write_json, write_text
 
 log = logging.getLogger("husai")
-REPOSITORY = Path(__file__).resolve().parents[3]
 RECORDED_PACKAGES = ("husai", "torch", "numpy", "scipy", "pandas", "safetensors", "transformer-lens", "sae-lens")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from husai.runs.folder import REPOSITORY
+from husai.runs.files import REPOSITORY
 
 SHIPPED = {"husai-tiny": REPOSITORY / "assets" / "husai-tiny"}
 
