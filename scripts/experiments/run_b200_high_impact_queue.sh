@@ -35,18 +35,19 @@ refuse() { echo "error: $1" >&2; exit 2; }
 case "$PROFILE" in
   embedded)
     DEVICE=cpu NEED_MB=3000
-    DATASETS=5_hist_fig_ismale,21_headline_istrump,36_sciq_tf,50_deon_isvalid,92_glue_sst2,96_spam_is,106_hate_hate,157_amazon_5star
+    # Of eight families, each with few tokens.
+    DATASETS=5_hist_fig_ismale,41_truthqa_tf,87_glue_cola,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,114_nyc_borough_Manhattan
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
     POSITIVE=(--tokens 500000)
-    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 100000 --null-draws 20 --core-texts 50)
-    ABLATIONS=(--seeds "$THREE" --tokens 60000 --ks 8,16 --d-saes 128,256 --null-draws 10)
-    ADAPTIVE=(--tokens 100000 --k-candidates 16,32 --null-draws 10)
-    ASSIGNMENT=(--tokens 60000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
+    CONTROL=(--rows 60000 --d-sae 256 --k 16 --tokens 60000 --null-draws 20 --core-texts 20)
+    ABLATIONS=(--seeds "$THREE" --tokens 30000 --ks 8,16 --d-saes 128,256 --null-draws 10)
+    ADAPTIVE=(--tokens 60000 --k-candidates 16,32 --null-draws 10)
+    ASSIGNMENT=(--tokens 30000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
     PROBING=(--probing sae_probes_exact --probe-ks 5)
-    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" --core-texts 50 "${PROBING[@]}")
+    STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" --core-texts 20 "${PROBING[@]}")
     FRONTIER=(--architectures topk,batchtopk --d-sae 256 --ks 16 --tokens 150000)
-    SCALING=(--token-budgets 100000 --hook-layers 1 --d-sae-values 128 --k 8)
-    STRESS=(--rows 20000) NULLS=() SHIFTED=("${PROBING[@]}")
+    SCALING=(--token-budgets 60000 --hook-layers 1 --d-sae-values 128 --k 8)
+    STRESS=(--rows 20000) NULLS=() RANDOM_MODEL=(--null-draws 20) SHIFTED=("${PROBING[@]}")
     BENCHMARKS=()
     ;;
   b200)
@@ -58,7 +59,7 @@ case "$PROFILE" in
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS" --probing sae_probes)
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
-    STRESS=(--rows 500000) NULLS=() SHIFTED=(--probing sae_probes)
+    STRESS=(--rows 500000) NULLS=() RANDOM_MODEL=() SHIFTED=(--probing sae_probes)
     BENCHMARKS=(--execute)
     ;;
   smoke)
@@ -74,7 +75,7 @@ case "$PROFILE" in
     STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
     FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000)
     SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
-    STRESS=(--rows 3000) NULLS=(--null-draws 5) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
+    STRESS=(--rows 3000) NULLS=(--null-draws 5) RANDOM_MODEL=(--null-draws 5) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
     BENCHMARKS=()
     ;;
   *) refuse "PROFILE=$PROFILE: embedded, b200 or smoke expected" ;;
@@ -270,7 +271,7 @@ run selection candidate_selection experiments/select_release_candidate.py --requ
 run confirmation candidate_confirmation experiments/run_candidate_confirmation.py \
   --candidate "$E/candidate_selection/results.json" "${MAP[@]}" "${REPO[@]}" "${STORIES[@]}"
 CANDIDATE=(--candidate "$E/candidate_confirmation/results.json" "${STRESS[@]}")
-run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}" "${NULLS[@]}"
+run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}" "${RANDOM_MODEL[@]}"
 run transcoder transcoder_stress experiments/run_transcoder_stress_eval.py "${CANDIDATE[@]}" "${NULLS[@]}"
 run ood ood_stress experiments/run_ood_stress_eval.py "${CANDIDATE[@]}" --skip-families "${SHIFTED[@]}"
 
