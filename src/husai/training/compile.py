@@ -34,9 +34,9 @@ def main() -> None:
         for name in FAMILIES:
             target = store if "transcoder" in name else None
             for propose in (False, True):
-                grid = members([1, 2], [D_SAE], [K], [1e-3], (name,))
+                grid, recipe = members([1, 2], [D_SAE], [K], [1e-3], (name,)), replace(config, propose=propose)
                 state = Path(folder) / f"{name}-{propose}"
-                trained, _ = train(store, grid, replace(config, propose=propose), torch.device("cpu"), state, target=target)
+                trained, _ = train(store, grid, recipe, torch.device("cpu"), state, target=target)
                 evaluate(trained[0].sae, store, range(ROWS), target)
 
 
