@@ -16,6 +16,7 @@ from husai.evals import baselines, candidates, cebench, cebench_checkout, contra
 from husai.evidence import conditions, deltas
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.names import ALIVE
+from husai.evidence.references import reference_family
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -223,7 +224,7 @@ def run(**bank) -> dict:
 def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
     """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
     wanted = list(bank.families)
-    needed = {references.reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
+    needed = {reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
     missing = sorted(needed - set(wanted))
     groups = []
     for budget in bank.budgets:

@@ -11,7 +11,8 @@ from husai.dictionaries.sae import SAE
 from husai.evals import baselines, cebench_checkout, contrastive
 from husai.evals.candidates import Lineup, Places, to_saelens
 from husai.evals.contrastive import Pairs
-from husai.evidence import deltas, references
+from husai.evidence import deltas
+from husai.evidence.references import matched, untrained_like
 from husai.subjects.pretrained import LanguageModel
 
 REFERENCE = ("condition", "facts", "identity", "normalised_of_pairs")
@@ -37,7 +38,7 @@ def evaluate(
         checkout: the user's own CE-Bench, which then runs on each SAE; subject_name: the subject as it was named.
     """
     hook_name, opened = lineup.hook_name, lineup.opened
-    plain = [baselines.untrained(lineup.store, *references.untrained_like(c.facts)) for c in opened]
+    plain = [baselines.untrained(lineup.store, *untrained_like(c.facts)) for c in opened]
     saes = [*(c.sae for c in opened), *plain]
     found = scored(lineup.subject, hook_name, saes, pairs, places.output_dir)
     of_saes, of_plain = found[: len(opened)], found[len(opened) :]
@@ -120,6 +121,6 @@ def noise(first: dict, seeds: list[int | None], runs: list[dict], reason: str | 
 def refuse_unreachable(lineup: Lineup, minimum: float, summary: dict) -> None:
     """Before anything is computed: raise BadInput for a minimum that no SAE can reach, as the references stand."""
     for group in deltas.by_condition([c.to_json() for c in lineup.saes]).values():
-        match = references.matched(group, summary["saes"])
+        match = matched(group, summary["saes"])
         if match.records:
             contrastive.refuse_unreachable(minimum, float(np.mean([r["normalised"] for r in match.records])))

@@ -380,8 +380,8 @@ def _frame(seeds: int) -> str:
     study = {"phase": selection.STUDIES[0], "subject": "simulated", "banks": [_bank(STUDY_SEEDS, SETS, CLUSTERS)]}
     _derive_bank(study["banks"][0])
     weights = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
-    rules = selection.Rules(weights, require_both_external=True)
-    chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], rules)
+    ranking = selection.Rules(weights, require_both_external=True)
+    chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], ranking)
     left = set(chosen["split"]["gate_families"])
     fresh = selection.fresh_seeds(STUDY_SEEDS, seeds)
     sets = [n for n, family in zip(SETS, data_sets.families(SETS), strict=True) if family in left]
