@@ -123,8 +123,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     shared = own[: args.shared_references]
     if args.reference:
         name = sha256_file(weights_file(args.reference))
-        scored = [*args.seeds, *args.confirmation_seeds]
-        decoders[name] = study.reference_decoder(args.reference, store, args.d_sae, scored)
+        seeds = [*args.seeds, *args.confirmation_seeds]
+        decoders[name] = study.reference_decoder(args.reference, store, args.d_sae, seeds)
         shared = [name]
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ seed is not fresh.
 from pathlib import Path
 
 from husai.evals.flags import Parser
-from husai.evidence.data_sets import DATA_SETS, PAIR_SETS
+from husai.evidence.data_sets import DATA_SETS, PAIR_SETS, families
 from husai.runs.cli import name_list, run_main, seed_list
 
 
@@ -83,7 +83,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     def left(sets: list[str]) -> list[str]:
         sets = sae_probes.check_data_sets(sets)
-        return [n for n, f in zip(sets, data_sets.families(sets), strict=True) if f not in read]
+        return [n for n, f in zip(sets, families(sets), strict=True) if f not in read]
 
     if not (data_sets := left(names)):
         raise BadInput("--dataset-names: selection has read the families of all of them; others expected")

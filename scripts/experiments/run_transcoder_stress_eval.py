@@ -78,12 +78,11 @@ def task_of(args, device) -> tuple:
                 f"--model-name {args.subject}: a language model goes with --candidate or --checkpoint, whose settings "
                 "are taken"
             )
-        place = args.artifact_root, device, args.threads
-        return None, transcoder.of_modular_addition(args.subject, overrides, *place)
+        return None, transcoder.of_modular_addition(args.subject, overrides, args.artifact_root, device, args.threads)
     args.subject = args.subject or "husai-tiny"
     tested = candidate.find(args, device)
-    place = args.artifact_root, args.train_rows, device, args.threads
-    return tested, transcoder.of_candidate(tested, overrides, *place)
+    task = transcoder.of_candidate(tested, overrides, args.artifact_root, args.train_rows, device, args.threads)
+    return tested, task
 
 
 # ---------------------------------------------------------------------------------------------------------------------

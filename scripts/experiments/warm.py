@@ -122,7 +122,7 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -170,17 +170,17 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
     failed = [f"{o.name}: {o.reason}" for o in outcomes if o.reason is not None]
     if failed:
         raise CheckFailed("; ".join(failed))
-    found = [o.value for o in outcomes]
+    found: list[dict] = [o.value for o in outcomes if o.value is not None]
     if args.require_matched and (why := conditions.unmatched([row for f in found for row in f["conditions"]])):
         raise BadInput(f"--require-matched: {why}")
     return found
 
 
-def run(**bank) -> dict:
+def run(**settings) -> dict:
     """The bank's results: {"hook_name", "store_digest", "rows", "train_rows", "inputs", "saes": records with held-out
     and core figures, "saebench", "cebench": results of the benchmarks, or None, "sections": the stability studies,
     "conditions": rows in their order (`conditions.conditions`), "recipe": what of `Bank` it takes to do it again}."""
-    bank = Bank(**bank)
+    bank = Bank(**settings)
     device = prepare(bank.device, bank.threads)
     cells = Cells(Path(bank.output_dir) / "cells", bank.force)
     store = open_store(
@@ -262,7 +262,7 @@ def baseline(bank: Bank) -> tuple[Path | None, str | None]:
 def references(bank: Bank) -> tuple[dict | None, str | None]:
     """(the summary's results, None), or (None, why there are none)."""
     path, reason = baseline(bank)
-    return (path and baselines.read_summary(path)), reason
+    return (None if path is None else baselines.read_summary(path)), reason
 
 
 def contrastive_scores(bank: Bank, lineup) -> dict:

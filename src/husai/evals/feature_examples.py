@@ -99,16 +99,16 @@ def strongest_contexts(
     strength = np.stack(peaks)  # [inputs, features]
     contexts = []
     for column in range(len(features)):
-        chosen: dict[str, dict] = {}  # by text: news agencies repeat themselves
+        shown: dict[str, dict] = {}  # by text: news agencies repeat themselves
         read: set[int] = set()  # long documents are several inputs, and count once
         for i in np.argsort(-strength[:, column], kind="stable"):
-            if strength[i, column] <= 0 or len(chosen) == CONTEXTS:
+            if strength[i, column] <= 0 or len(shown) == CONTEXTS:
                 break
             if inputs.owner[i] not in read:
                 read.add(inputs.owner[i])
                 context = _context(subject.tokenizer, tokens[i], values[i][:, column])
-                chosen.setdefault("".join(context["text"]), context)
-        contexts.append([*chosen.values()])
+                shown.setdefault("".join(context["text"]), context)
+        contexts.append([*shown.values()])
     return contexts
 
 

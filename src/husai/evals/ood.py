@@ -164,8 +164,9 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
             own = float(auc(probe.scores(x_test.numpy()), split.y_test.numpy()))
             found[str(k)] = _figures(own, probe.scores(x_shifted.numpy()), y)
         else:
-            own = split.chosen(split.x_train, k), split.y_train, x_test, split.y_test
-            found[str(k)] = fit(*own, x_shifted, y, penalty="l1", seed=prompts.seed)
+            x_train = split.chosen(split.x_train, k)
+            how = {"penalty": "l1", "seed": prompts.seed}
+            found[str(k)] = fit(x_train, split.y_train, x_test, split.y_test, x_shifted, y, **how)
     return found
 
 
@@ -175,8 +176,10 @@ def of_llm(data_set: str, prompts: Prompts) -> dict[str, float]:
         from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
 
     rows = min(get_dataset_sizes()[data_set] - 100, 1024)
-    own = get_xy_traintest(rows, data_set, prompts.hook_name, prompts.model_name, prompts.cache, seed=prompts.seed)
-    return fit(*own, *prompts.shifted(data_set), seed=prompts.seed)
+    where = prompts.hook_name, prompts.model_name, prompts.cache
+    x_train, y_train, x_test, y_test = get_xy_traintest(rows, data_set, *where, seed=prompts.seed)
+    x_shifted, y_shifted = prompts.shifted(data_set)
+    return fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, seed=prompts.seed)
 
 
 def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **how) -> dict[str, float]:

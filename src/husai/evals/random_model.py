@@ -128,14 +128,16 @@ def trained_arms(
     random_store = source.open_store(artifact_root, device, threads, **where, random_seed=0)
     check_same_text(store, random_store)
     shuffled = ActivationStore.open(shuffled_coordinates(store, artifact_root / "activations"))
-    root, arms = cells.folder.parent, []
-    for control in (random_store, shuffled):
+    root = cells.folder.parent
+
+    def arm(control: ActivationStore) -> Arm:
         records = train_or_find(cells, control, grid, config, device, threads)["members"]
         kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
         about = {"subject_digest": control.manifest.subject_digest, "store_digest": control.digest}
         about["members"] = [{name: r[name] for name in kept} for r in records]
-        arms.append(Arm(control, [study.own_dictionary(root / r["checkpoint"]) for r in records], about))
-    return store, *arms
+        return Arm(control, [study.own_dictionary(root / r["checkpoint"]) for r in records], about)
+
+    return store, arm(random_store), arm(shuffled)
 
 
 def check_same_text(store: ActivationStore, control: ActivationStore) -> None:

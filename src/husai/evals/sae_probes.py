@@ -192,8 +192,8 @@ def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
         for i in range(workers):
             write_json(work / f"sae_probes_{i}.json", [asdict(t) for t in tasks[i::workers]])
             command = [sys.executable, "-m", "husai.evals.sae_probes", str(work / f"sae_probes_{i}.json")]
-            with open(work / f"sae_probes_{i}.log", "w") as log:
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            with open(work / f"sae_probes_{i}.log", "w") as output:
+                processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
         with progress(f"sae-probes on {len(tasks)} encoders (data sets)", total) as advance:
             done = 0
             while any(p.poll() is None for p in processes):

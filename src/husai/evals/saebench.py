@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -52,7 +53,7 @@ def evaluate(lineup: Lineup, probing: Probing, places: Places, cells: Cells) -> 
     """
     figures, repeats = probe(lineup, probing, places)
     core = core_metrics(lineup, probing.core_texts, cells, places.threads)
-    results = {
+    results: dict[str, Any] = {
         "phase": "saebench_custom",
         "inputs": lineup.inputs(),
         "subject": lineup.subject.name,

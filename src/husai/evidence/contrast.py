@@ -57,7 +57,8 @@ def gain(arms: list[dict], controls: list[dict]) -> dict:
         return jackknife(np.mean(differences, axis=0))
 
     over = {null: estimate(null) for null in GATED_NULLS}
-    least = min(over, key=lambda null: over[null].estimate if over[null].low is None else over[null].low)
+    sure = {null: e.estimate if e.low is None else e.low for null, e in over.items()}
+    least = min(sure, key=lambda null: sure[null])
     return {"observed": estimate(None).to_json(), **{null: e.to_json() for null, e in over.items()}, "least": least}
 
 

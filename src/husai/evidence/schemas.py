@@ -243,7 +243,8 @@ class Probing(Strict):
         n = len(self.data_sets)
         if len(self.families) != n or len(set(self.data_sets)) != n:
             raise ValueError("data_sets: distinct names, and a family of each, expected")
-        for record in [*self.saes, *self.controls]:
+        records: list[ProbedRecord | ProbedControl] = [*self.saes, *self.controls]
+        for record in records:
             if deltas.K not in record.test_auc or any(len(v) != n for v in record.test_auc.values()):
                 raise ValueError(f"{record.label}: an AUC at k = {deltas.K} of each of {n} data sets expected")
         if any(len(v) != n for b in self.baselines.values() for v in b.test_auc.values()):
@@ -286,7 +287,8 @@ class Contrastive(Strict):
     def _one_a_pair(self) -> Contrastive:
         if len(self.clusters) != self.n_pairs or len(self.untrained) != len(self.saes):
             raise ValueError("a cluster of each pair, and an untrained SAE beside each SAE, expected")
-        for r in [*self.saes, *self.untrained, *self.controls, *self.references]:
+        scored: list[PairScores | Reference] = [*self.saes, *self.untrained, *self.controls, *self.references]
+        for r in scored:
             if len(r.normalised_of_pairs) != self.n_pairs:
                 raise ValueError(f"a score of each of {self.n_pairs} pairs expected")
         first = next((r for r in self.saes if r.label == self.noise.label), None)

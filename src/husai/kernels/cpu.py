@@ -177,7 +177,8 @@ def _by_feature(kept: Kept) -> tuple[list, list, list]:
     if kept.order is not None:
         return kept.order
     offsets, features = kept.offsets.numpy(), kept.features.numpy()
-    kept.order = order = [], [], []
+    order: tuple[list, list, list] = ([], [], [])
+    kept.order = order
     for i in range(kept.n):
         first, last = (int(offsets[j * kept.rows]) for j in (i, i + 1))
         order[0].append(torch.empty(kept.d_sae + 1, dtype=torch.long).numpy())

@@ -67,12 +67,16 @@ class Kept:
 def backend(device_type: str) -> ModuleType:
     """The module that does the work on a device: Triton on CUDA, numba on a CPU, PyTorch where they are missing."""
     if device_type == "cuda" and find_spec("triton"):
-        from husai.kernels import gpu as chosen
-    elif device_type == "cpu" and find_spec("numba"):
-        from husai.kernels import cpu as chosen
-    else:
-        from husai.kernels import dense as chosen
-    return chosen
+        from husai.kernels import gpu
+
+        return gpu
+    if device_type == "cpu" and find_spec("numba"):
+        from husai.kernels import cpu
+
+        return cpu
+    from husai.kernels import dense
+
+    return dense
 
 
 class _Encode(torch.autograd.Function):

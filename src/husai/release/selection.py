@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from husai.evidence import conditions, contrast, deltas, references
 from husai.evidence.binding import block
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
-from husai.evidence.schemas import Bank, ConditionSection, PairRecord, ProbedRecord, ScoredRecord, refusal
+from husai.evidence.schemas import Bank, ConditionSection, PairRecord, ProbedRecord, ScoredRecord, Strict, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -65,11 +65,13 @@ class Cohort:
     def of(cls, bank: dict) -> Cohort:
         probing, pairs = bank["saebench"] or {}, bank["cebench"] or {}
         return cls(
-            bank["inputs"]["subject"],
-            *(probing.get(name) for name in ("data_sets", "random_seed")),
-            probing.get("probing", "sae_probes") if probing else None,  # older evidence names no other
-            probing.get("versions"),
-            *(pairs.get(name) for name in ("benchmark", "pairs_digest")),
+            subject_digest=bank["inputs"]["subject"],
+            data_sets=probing.get("data_sets"),
+            probing_seed=probing.get("random_seed"),
+            probing=probing.get("probing", "sae_probes") if probing else None,  # older evidence names no other
+            versions=probing.get("versions"),
+            benchmark=pairs.get("benchmark"),
+            pairs_digest=pairs.get("pairs_digest"),
         )
 
     def to_json(self) -> dict:
@@ -143,7 +145,8 @@ def cleaned(bank: Any) -> tuple[dict | None, dict[str, str]]:
     where the rest does not hold together."""
     bank, damaged = copy.deepcopy(bank), {}
     try:
-        parts = [(bank, ScoredRecord), (bank["saebench"], ProbedRecord), (bank["cebench"], PairRecord)]
+        parts: list[tuple[Any, type[Strict]]] = [(bank, ScoredRecord)]
+        parts += [(bank["saebench"], ProbedRecord), (bank["cebench"], PairRecord)]
         for owner, model in ((o, m) for o, m in parts if o is not None):
             for i in reversed(range(len(owner["saes"]))):
                 try:

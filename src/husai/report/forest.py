@@ -59,10 +59,13 @@ class Forest:
                 return None
             values = [x for _, e, _ in rows for x in (e["estimate"], e["low"], e["high"]) if x is not None]
             scale = Scale.over([*values, 0.0])
-            ends = [(name, (e["estimate"], e["low"], e["high"]), firm) for name, e, firm in rows]
             counts = Counter(s["verdict"]["outcome"] for _, s in found)
             outcomes = ", ".join(f"{n} of {len(found)} {outcome}" for outcome, n in counts.items())
-            drawn = [Row(n, *e, Strip.of(scale, *e), firm) for n, e, firm in ends if e[0] is not None]
+            drawn = []
+            for name, e, firm in rows:
+                middle, low, high = e["estimate"], e["low"], e["high"]
+                if middle is not None:
+                    drawn.append(Row(name, middle, low, high, Strip.of(scale, middle, low, high), firm))
             return cls(caption, outcomes, claim, scale, drawn)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None  # an older or later shape: the summary's table has the figures

@@ -131,7 +131,7 @@ class Windows:
                 lengths.append(min(n_ctx, len(document) - offset))
                 context.append(overlap if offset else 0)
             first += len(document)
-        return cls(np.concatenate(documents), *map(np.array, (starts, lengths, context)), end)
+        return cls(np.concatenate(documents), np.array(starts), np.array(lengths), np.array(context), end)
 
     def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         """(inputs, targets), each `[rows, longest]`: end and all targets but the last; the targets, then IGNORED."""

@@ -64,6 +64,7 @@ class StepGraph:
 
     def __init__(self, advance: Callable[[Tensor, Tensor, Tensor, StepSettings], Tensor], settings: StepSettings):
         self.advance, self.settings, self.steps = advance, settings, 0
+        self.x: Tensor
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: Tensor, y: Tensor, scalars: Tensor) -> Tensor:
