@@ -67,7 +67,7 @@ def test_a_repeat_finds_the_cells(make_store, planted, tmp_path, monkeypatch):
     tasks = trainings(tmp_path / "out", make_store(planted[0]))
     first = run(tasks)
     assert all(o.reason is None for o in first), first
-    monkeypatch.setattr("husai.training.grid.train", None)
+    monkeypatch.setattr("husai.training.trainer.Stack", None)
     assert run(tasks) == first
 
 

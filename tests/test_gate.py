@@ -206,8 +206,8 @@ def test_other_stories_never_count_as_cebench(good, benchmark):
 def test_fewer_than_five_seeds_are_no_evidence():
     decision, gates = judged(made(4))
     assert {g["status"] for g in gates.values()} == {"MISSING"}
-    assert "4 seeds; at least 5 expected" in gates["stability"]["reason"]
-    assert "4 seeds; at least 5 expected" in gates["positive_control"]["reason"]
+    assert "4 seeds; a verdict needs 5" in gates["stability"]["reason"]
+    assert "4 seeds; a verdict needs 5" in gates["positive_control"]["reason"]
     assert not decision["pass_all"]
 
 

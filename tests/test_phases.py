@@ -370,7 +370,7 @@ def test_bad_arguments(refused, script, arguments, message, tmp_path):
 @pytest.mark.parametrize("script", OWN)
 def test_stores_that_do_not_fit_are_refused(refused, script, small_activations, tmp_path):
     out = ["--output-dir", tmp_path / "out"]
-    refused("is not a folder", script, "--activation-cache-dir", tmp_path / "none", *out)
+    refused("does not exist", script, "--activation-cache-dir", tmp_path / "none", *out)
     hook = ["--hook-name", "blocks.0.hook_mlp_out"]
     refused("harvested from hook", script, "--activation-cache-dir", small_activations, *hook, *out)
     damaged = tmp_path / "damaged"

@@ -12,7 +12,7 @@ from conftest import ROOT
 from husai.evidence import rules
 
 STEPS = {
-    "runs": {"pydantic", "rich", "ray"},
+    "runs": {"pydantic", "rich", "ray", "torch"},
     "evidence": {"pydantic", "numpy", "scipy.special"},
     "subjects": None,
     "activations": None,
@@ -22,7 +22,7 @@ STEPS = {
     "stability": None,
     "evals": None,
     "release": {"pydantic", "numpy", "yaml"},
-    "report": {"matplotlib", "jinja2", "markupsafe", "markdown_it", "numpy", "PIL", "pydantic"},
+    "report": {"matplotlib", "jinja2", "markupsafe", "markdown_it", "numpy", "pandas", "PIL", "pydantic"},
     "testing": {"numpy", "pydantic"},
 }
 """Folder of src/husai in the order of the flow -> the packages that it may import; None: any that are pinned."""

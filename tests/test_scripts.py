@@ -324,9 +324,9 @@ HOOKS = ("hook_resid_mid", "hook_mlp_out")
         (["--rows", "9"], "--rows 9: goes with a language model"),
         (["--rows", "9", "--subject", "husai-tiny", "--activation-cache-dir", "x"], "--rows 9: goes with"),
         (["--layer", "1", "--hook-name", "blocks.1.hook_resid_pre"], "--layer 1 means blocks.1.hook_resid_post"),
-        (["--sae-root", "nowhere"], "--sae-root: nowhere is not a folder"),
+        (["--sae-root", "nowhere"], "--sae-root: nowhere does not exist"),
         (["--subject", "nowhere"], "subject nowhere: neither a folder nor a name that TransformerLens knows"),
-        (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere is not a folder"),
+        (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere does not exist"),
     ],
 )
 def test_bad_arguments(refused, arguments, message, tmp_path):

@@ -200,7 +200,7 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
         assert results[arm]["hook_name"] == s["hook_out"]
         assert results[arm]["rows"] == ROWS
     assert results["gain"] == contrast.gain([results["transcoder"]], [results["sae"]])
-    assert results["verdict"]["outcome"] in ("holds", "does not hold")
+    assert results["verdict"]["outcome"] == "inconclusive", "too few draws of the spectral null"
     TranscoderStress.model_validate(results)  # what the gate reads
     ev = results["explained_variance"]
     assert ev["sae"]["estimate"] == pytest.approx(

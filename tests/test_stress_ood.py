@@ -155,8 +155,17 @@ def a_shifted_section(seeds=5, loss=0.0):
     for seed in range(seeds):
         noise = rng.normal(0, 0.005, (2, 7))
         own = {"id": sides["id"] - 0.1 + noise[0], "ood": sides["ood"] - 0.1 - loss + noise[1]}
-        saes.append({"identity": str(seed), "seed": seed, "test_auc": {"5": {s: x.tolist() for s, x in own.items()}}})
-    return {"data_sets": names, "families": data_sets.families(names), "k": "5", "llm": llm, "saes": saes}
+        saes.append(
+            {"identity": f"{seed:064x}", "seed": seed, "test_auc": {"5": {s: x.tolist() for s, x in own.items()}}}
+        )
+    about = {
+        "data_sets": names,
+        "families": data_sets.families(names),
+        "k": "5",
+        "prompts": [200] * 7,
+        "random_seed": 42,
+    }
+    return about | {"llm": llm, "saes": saes}
 
 
 def test_the_drop_against_its_formula():
@@ -184,7 +193,7 @@ def test_the_drop_against_its_formula():
 def test_the_rule():
     def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), alive=(0.9,) * 7, **changed):
         section = a_shifted_section(**changed)
-        section |= {name: [section[name][i] for i in only] for name in ("data_sets", "families")}
+        section |= {name: [section[name][i] for i in only] for name in ("data_sets", "families", "prompts")}
         for auc in (section["llm"], *(sae["test_auc"]["5"] for sae in section["saes"])):
             auc |= {side: [auc[side][i] for i in only] for side in ("id", "ood")}
         section["llm"]["ood_low"] = list(alive) if len(alive) == len(only) else [0.9] * len(only)

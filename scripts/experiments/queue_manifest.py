@@ -27,7 +27,6 @@ from pathlib import Path
 
 import husai
 from husai.runs.cli import Parser, run_main
-from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_json
 
@@ -211,7 +210,7 @@ def recorded(manifest: Path) -> frozenset[Path]:
 def follows_from(command: list[str], left: Callable[[Path], bool]) -> str:
     """Digest of the code, the packages, the cores, and what the command names and the queue has not left, by content: a
     file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
-    places = {a: place_of(a) for a in command if not a.endswith(".py")}  # scripts count by their code
+    places = {a: place_of(a) for a in command if not a.endswith(".py")}  # scripts count as code
     named = {a: content(path, left) for a, path in places.items() if path is not None}
     return digest([own_code(), {a: files for a, files in named.items() if files}])
 
@@ -247,10 +246,13 @@ def place_of(argument: str) -> Path | None:
 
 @cache
 def own_code() -> list:
+    """Digests of the code and of the packages, and the number of cores. Comments count: a stage that is entered again
+    for one finds its cells."""
+    package = Path(husai.__file__).parent
+    files = [path for folder in (package, SCRIPTS) for path in sorted(folder.rglob("*.py"))]
     # A folder's name says name and version; to parse 170 files of metadata would take most of this script's time.
     installed = sorted(p.name for place in sys.path if place for p in Path(place).glob("*.*-info"))
-    files = [path for folder in (Path(husai.__file__).parent, SCRIPTS) for path in sorted(folder.rglob("*.py"))]
-    return [code_version(*files), digest(installed), len(os.sched_getaffinity(0))]
+    return [digest([sha256_file(path) for path in files]), digest(installed), len(os.sched_getaffinity(0))]
 
 
 if __name__ == "__main__":

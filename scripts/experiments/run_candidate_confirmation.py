@@ -60,9 +60,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.release.selection import fresh_seeds
     from husai.runs.cli import prepare
     from husai.runs.errors import BadInput, CheckFailed
-    from husai.runs.files import read_json
+    from husai.runs.files import read_json, sha256_file
     from husai.stability.study import checkpoint_files
 
+    read_sha256 = sha256_file(args.candidate)
     try:
         selection = Selection.model_validate(read_json(args.candidate, "candidate"))
         chosen, split, used = selection.selected, selection.split.model_dump(), selection.seeds_used
@@ -118,11 +119,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     members = found["sections"][0]["members"]
     results = {
         "phase": "candidate_confirmation",
-        "inputs": found["inputs"] | {"selection": args.candidate_content},
+        "inputs": found["inputs"] | {"selection": read_sha256},
         "subject": subject,
         "candidate": candidate,
         "paths": {str(m["seed"]): m["checkpoint"] for m in members},
-        "selection": {"sha256": args.candidate_content, "id": chosen["id"]},
+        "selection": {"sha256": read_sha256, "id": chosen["id"]},
         "bank": found,
     }
     return results, checkpoint_files(cells, members) + draw(results, args.output_dir / "figures")

@@ -53,9 +53,11 @@ def main() -> None:
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Read the studies; rank what can be compared."""
+    from husai.runs.files import sha256_file
+
     named = {f"frontier {i}": path for i, path in enumerate(args.frontier_results, 1)}
     named |= {f"scaling {i}": path for i, path in enumerate(args.scaling_results, 1)}
-    inputs = dict(zip(named, args.content, strict=True))
+    inputs = {name: sha256_file(path) for name, path in named.items()}
     weights = {n: w for n in WEIGHTS if (w := getattr(args, f"weight_{n}")) is not None}
     results = {"phase": "candidate_selection", "inputs": inputs, "policy": args.policy}
     if args.policy == "published":

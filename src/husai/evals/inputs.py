@@ -6,11 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from husai.evals.cebench_checkout import code_digest
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, digest, read_json, sha256_file
-from husai.runs.phase import run_phase
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"
 """Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
@@ -22,6 +20,8 @@ def by_checkout(given: Path, flag: str) -> str:
     Raises:
         BadInput: there is none.
     """
+    from husai.evals.cebench_checkout import code_digest
+
     return code_digest(given)
 
 
@@ -65,5 +65,7 @@ def run_stress(
     summary: Callable[[dict], str],
 ) -> None:
     """A phase (`runs.phase.run_phase`) about a candidate (`evals.flags.Parser.add_candidate`)."""
+    from husai.runs.phase import run_phase
+
     look_up(args)
     run_phase(args, name, compute, summary)

@@ -34,7 +34,7 @@ class Kept:
     offsets: Tensor  # int64 [n · rows + 1]
     features: Tensor  # int32 [entries], 0 … d_sae − 1
     values: Tensor  # [entries], ≥ 0; a 0 keeps its place in a row of fixed length and means nothing
-    order: object = None  # a backend's own: the entries sorted by feature
+    order: tuple | None = None  # a backend's own: the entries sorted by feature
 
     @property
     def n(self) -> int:

@@ -516,7 +516,7 @@ def model_card(record: dict) -> str:
         f"{c['n_heads']} heads, d_mlp {c['d_mlp']}, context {c['n_ctx']}) and a byte-level BPE of {c['vocabulary']:,} "
         "tokens. Made by `scripts/training/train_tiny_lm.py`; `training.json` holds its configuration, history and "
         "figures, `digests.json` the sha256 of each file.",
-        f"**Data.** The training side of `husai.subjects.data_sets.FAMILIES`: {record['documents']:,} documents, "
+        f"**Data.** The training side of `husai.subjects.text.FAMILIES`: {record['documents']:,} documents, "
         f"{record['distinct_tokens']:,} tokens, read from the sae-probes package (digest "
         f"`{record['data_digest'][:16]}`). No text of a probe or out-of-distribution data set is among them. "
         f"{record['history'][-1]['tokens']:,} tokens were seen, {c['tokens'] / record['distinct_tokens']:.1f} passes.",
