@@ -56,28 +56,35 @@ def kind_of(frame) -> str:
 def sample(folder: Path) -> None:
     """Sample the main thread from now on; leave a file when the process ends."""
     began, counts, main = time.monotonic(), Counter(), threading.main_thread().ident
+    sampler, ended = None, threading.Event()
+
+    def start() -> None:
+        nonlocal sampler, ended
+        sampler, ended = threading.Thread(target=loop, daemon=True), threading.Event()
+        sampler.start()
 
     def forked() -> None:
         """A child has no thread, and neither the time nor the samples of its parent."""
         nonlocal began
         began = time.monotonic()
         counts.clear()
-        threading.Thread(target=loop, daemon=True).start()
+        start()
 
     def loop() -> None:
-        while True:
-            time.sleep(INTERVAL)
+        while not ended.wait(INTERVAL):
             frame = sys._current_frames().get(main)
             if frame is not None:
                 counts[kind_of(frame)] += 1
 
     def leave() -> None:
+        ended.set()  # a thread that is alive when the interpreter goes can abort the process
+        sampler.join()
         own = os.times()
         found = {"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv, "cpu": own.user + own.system}
         found |= {"began": began, "wall": time.monotonic() - began, "samples": dict(counts)}
         (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
 
-    threading.Thread(target=loop, daemon=True).start()
+    start()
     atexit.register(leave)
     os.register_at_fork(after_in_child=forked)
 
