@@ -1,6 +1,7 @@
 """Every command of the documents' shell blocks: its files, targets, flags and values exist; and one chain is run."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -149,7 +150,9 @@ def test_what_a_command_names_exists(command, parsed, capsys):
     known = [start for start in CANNOT_RUN if command.startswith(start)]
     if known and "python" in words:
         words = words[words.index("python") :]
-    if words[0] == "python":
+    if words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2])
+    elif words[0] == "python":
         try:
             assert vars(parsed(words[1:]))
         except SystemExit as refused:
