@@ -76,13 +76,46 @@ def of_members(arm: str, name: str, value):
         ("transcoder", lambda r: r["setting"].update(preregistered=False)),
         ("ood", lambda r: r["skipped"].update({"66_living-room_OOD": "I would rather not"})),
         ("ood", lambda r: r["shifted"]["llm"].update(ood_low=[0.4] * len(r["shifted"]["data_sets"]))),
+        ("ood", lambda r: r["skipped"].clear()),
+        ("ood", lambda r: r["shifted"]["data_sets"].__setitem__(0, "unknown")),
     ],
-    ids=["L0", "own subject", "twice", "learning rate", "family", "setting", "left out", "nothing kept"],
+    ids=[
+        "L0",
+        "own subject",
+        "twice",
+        "learning rate",
+        "family",
+        "setting",
+        "left out",
+        "nothing kept",
+        "unfit",
+        "name",
+    ],
 )
 def test_page_and_gate_refuse_the_same_evidence(label, change):
     found = results(label, change)
     assert page(label, found) == rules.PAGE[rules.MISSING]
     assert status(label, found) == rules.MISSING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["candidate"]["checkpoints"].update(abc=r["candidate"]["checkpoints"].popitem()[1]),
+        lambda r: [record.update(candidate=False) for record in r["bank"]["saes"]],
+        lambda r: r["bank"]["saebench"]["data_sets"].__setitem__(0, "unknown"),
+        lambda r: r["candidate"]["facts"].update(hook_name=None),
+    ],
+    ids=["a seed that is no number", "no candidate", "an unknown data set", "no hook"],
+)
+def test_a_damaged_confirmation_is_missing_evidence_and_no_fault(change):
+    good = bundle()
+    found = copy.deepcopy(good.files["confirmation"].results)
+    change(found)
+    changed = Bundle(good.files | {"confirmation": replace(good.files["confirmation"], results=found)}, good.on_disk)
+    decision = decide(changed, Thresholds(), {})
+    assert not decision["pass_all"]
+    assert rules.MISSING in {g["status"] for g in decision["gates"]}
 
 
 def test_a_layer_is_a_number_and_not_a_part_of_a_name():

@@ -82,7 +82,7 @@ class Bank:
 
 
 def shared(args: argparse.Namespace) -> dict:
-    """What `runs.cli.Parser.add_study` says of each bank: JSON."""
+    """What `evals.flags.Parser.add_study` says of each bank: JSON."""
     return {
         "subject": str(args.subject),
         "rows": args.rows,

@@ -1,8 +1,4 @@
-"""What an SAE's benchmark figure is held against: dictionaries without training, and matched references.
-
-A delta is taken only against a reference of the same subject, hook, width, L0 (within 10 %), token budget and rows,
-trained with the same settings; otherwise there is none, and the reason is said.
-"""
+"""Dictionaries without training, which SAEs are held against, and the map of CE-Bench baselines."""
 
 from __future__ import annotations
 

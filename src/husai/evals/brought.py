@@ -53,7 +53,7 @@ def look_over(args: argparse.Namespace) -> Brought:
     """Read all that is brought, and compute nothing.
 
     Args:
-        args: of `runs.cli.Parser.add_benchmark`, and `untrained`.
+        args: of `evals.flags.Parser.add_brought`.
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder

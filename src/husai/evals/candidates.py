@@ -269,7 +269,7 @@ class Lineup:
 
 
 def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
-    """What a benchmark's command line names (`runs.cli.Parser.add_benchmark`).
+    """What a benchmark's command line names (`evals.flags.Parser.add_benchmark`).
 
     Raises:
         BadInput: whatever does not fit the subject and the hook.

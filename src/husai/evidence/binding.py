@@ -22,8 +22,10 @@ def block(records: list[dict]) -> dict:
         records: of `LoadedSAE.to_json`, of one condition. Where seeds are not known, their place stands for them.
 
     Raises:
-        BadInput: SAEs of several conditions, or two of one seed.
+        BadInput: no SAE, SAEs of several conditions, or two of one seed.
     """
+    if not records:
+        raise BadInput("checkpoint: no SAE of a candidate")
     shared = [{k: v for k, v in r["facts"].items() if k not in OF_ONE_SEED} for r in records]
     if other := next((i for i, facts in enumerate(shared) if facts != shared[0]), None):
         names = [k for k, v in shared[other].items() if shared[0].get(k) != v]

@@ -7,6 +7,8 @@ is fixed: subjects, probes, stress tests and the gate read it here.
 
 from __future__ import annotations
 
+from husai.runs.errors import BadInput
+
 FAMILIES: dict[str, dict[str, list[str]]] = {
     "train": {
         "essays": ["94_ai_gen"],
@@ -218,6 +220,12 @@ PAIR_SETS = (
 
 
 def families(data_sets: list[str]) -> list[str]:
-    """The family of each: data sets that were made from the same texts."""
+    """The family of each: data sets that were made from the same texts.
+
+    Raises:
+        BadInput: an unknown data set.
+    """
     of = {name: family for side in FAMILIES.values() for family, members in side.items() for name in members}
+    if unknown := [name for name in data_sets if name not in of]:
+        raise BadInput(f"data set {unknown[0]!r}: a name of the sae-probes package expected")
     return [of[name] for name in data_sets]

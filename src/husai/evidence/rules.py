@@ -25,6 +25,7 @@ from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_se
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import Control, Heldout, Interval, OwnSection, Section, Setting, Shifted
+from husai.runs.errors import BadInput
 
 PASS, FAIL, MISSING = "PASS", "FAIL", "MISSING"
 MINIMUM_SEEDS = 5
@@ -147,7 +148,7 @@ def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
     """What a stress test's page says of its rule: {"outcome", "reason"}."""
     try:
         shown = checked(judge)
-    except Missing as missing:
+    except (Missing, BadInput) as missing:
         return {"outcome": PAGE[MISSING], "reason": str(missing)}
     failing = shown.failing()
     sentence = shown.rule.failed if failing else shown.rule.passed
@@ -184,6 +185,7 @@ def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], leve
     named = sorted(sorted((p["a"], p["b"])) for p in section.pairs)
     require(named == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected")
     require(all(null in p for p in section.pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
+    require(PRIMARY_SCORE in section.stability.scores, f"no summary of {PRIMARY_SCORE}")
     if "spectral" in nulls:
         spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
         draws = spectral.draws if spectral else 0
@@ -295,9 +297,10 @@ def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: 
     """
     seeds = len(shifted.saes)
     require(seeds >= MINIMUM_SEEDS, f"SAEs: {seeds}; a verdict needs {MINIMUM_SEEDS} training seeds")
-    skipped = list(skipped)
-    others = [*drop.unused(shifted.data_sets, skipped), *sorted(set(skipped) - set(drop.UNUSABLE))]
+    skipped = set(skipped)
+    others = [*drop.unused(shifted.data_sets, skipped), *sorted(skipped - set(drop.UNUSABLE))]
     require(not others, f"a verdict takes all shifted versions; {(others or [''])[0]} was left out")
+    require(skipped == set(drop.UNUSABLE), f"labels of {', '.join(drop.UNUSABLE)} do not fit; it must be skipped")
     require(shifted.k == K, f"k = {K} expected")
     require(shifted.families == families(shifted.data_sets), "families of other data sets")
     enough_families(shifted.families)

@@ -15,6 +15,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
+Place = Annotated[str, Field(pattern=r"^[0-9]+$")]
+"""A seed, or where seeds are not known the place of an SAE (`binding.places`)."""
 ProbingName = Literal["sae_probes", "sae_probes_exact"]
 """What fitted the probes (`evals.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
 
@@ -386,6 +388,8 @@ def whole(pairs: list[dict], gap: float) -> None:
     keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
     if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
         raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
+    if not {"a", "b", "observed"} <= named[0] or not all(isinstance(p[x], str) for p in pairs for x in ("a", "b")):
+        raise ValueError("pairs: two labels, and what was observed, expected of each")
     if any(not 0 <= value[GAP] <= gap for value in scored):
         raise ValueError(f"pairs: a {GAP} beyond the one that is said")
 
@@ -499,9 +503,9 @@ class Binding(Strict):
 
     condition: str
     facts: Facts
-    checkpoints: dict[str, Sha256]
+    checkpoints: dict[Place, Sha256]
     """seed -> sha256 of the weights."""
-    identities: dict[str, Sha256]
+    identities: dict[Place, Sha256]
     """seed -> digest of the weights and of how they are used."""
 
     @model_validator(mode="after")
@@ -694,6 +698,8 @@ class Shifted(Strict):
             raise ValueError(f"distinct data sets, and an AUC at k = {self.k} of each SAE, expected")
         if any(len(values) != n for side in sides for values in (side.id, side.ood)):
             raise ValueError(f"a figure of each of {n} data sets expected")
+        if len(self.llm.ood_low) != n:
+            raise ValueError(f"llm.ood_low: one of each of {n} data sets expected")
         return self
 
 

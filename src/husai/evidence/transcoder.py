@@ -23,7 +23,7 @@ def preregistered(setting: dict, candidate: dict | None) -> bool:
         return alike and hooks == MODULAR_ADDITION_HOOKS and not setting["own_subject"]
     facts, seeds = candidate["facts"], sorted(map(int, candidate["checkpoints"]))
     alike = all(setting[name] == facts[name] for name in ("subject_digest", "d_sae", "k", "learning_rate", "tokens"))
-    return alike and hooks == mlp_hooks(layer_of(facts["hook_name"])) and sorted(setting["seeds"]) == seeds
+    return alike and hooks == mlp_hooks(layer_of(facts["hook_name"] or "")) and sorted(setting["seeds"]) == seeds
 
 
 def layer_of(hook_name: str) -> int:

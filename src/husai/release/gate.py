@@ -292,9 +292,9 @@ class _Candidate:
         require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
         require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
         recipe = Recipe.model_validate(chosen.selected.get("recipe"))  # an older one lacks fields that have defaults
-        subjects = {found.subject, chosen.selected.get("subject")}
         require(recipe == found.bank.recipe, "it was trained by another recipe than the selected one")
-        require(len(subjects) == 1, "its subject has another name than at selection")
+        require(found.subject == chosen.selected.get("subject"), "its subject has another name than at selection")
+        require({"probing_seed", "versions"} <= chosen.cohort.keys(), "selection does not say what it compared")
         require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
         require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
         require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
@@ -474,8 +474,8 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     c.is_that_of(found, script)
     require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c)
-    seeds, known = {m.seed for m in found.random_model.members}, c.facts["training"] is not None
-    require(not known or None not in seeds, f"{script}: the seeds of its controls are not known")
+    seeds, own = ([m.seed for m in arm.members] for arm in (found.random_model, found.section))
+    require(c.facts["training"] is None or seeds == own, f"{script}: its controls have other seeds")
     return _of(script, lambda: rules.random_model(found.section, found.random_model, level))
 
 

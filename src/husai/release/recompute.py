@@ -215,7 +215,7 @@ def phase_problems(results: Any) -> list[str]:
             for at, value in decisions(results).items()
             for problem in differences(resolve(results, at), value, at)
         ]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (BadInput, LookupError, TypeError, ValueError, AttributeError) as error:
         return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
 
 

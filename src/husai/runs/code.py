@@ -93,7 +93,9 @@ def parsed(path: Path) -> tuple[str, frozenset[str]]:
         statement = left.pop()
         if isinstance(statement, ast.Import):
             names |= {alias.name for alias in statement.names}
-        elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+        elif isinstance(statement, ast.ImportFrom):
+            if statement.level or not statement.module:
+                raise ValueError(f"{path}: a relative import, whose module the code's version would not see")
             # Whether what is imported from a package is a module of it or a name in it, `modules` finds out.
             names |= {f"{statement.module}.{alias.name}" for alias in statement.names}
         for block in BLOCKS:

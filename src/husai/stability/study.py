@@ -134,7 +134,7 @@ def compare_all(
                 "store": store.digest,
                 "draws": draws,
                 "scores": scores,
-                "code": code_version(compare.pair),
+                "code": code_version(compare_all),
             }
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
@@ -202,7 +202,7 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": rules.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
-    key = {"digests": digests, "steps": steps, "code": code_version(mcc, jackknife, rules.at_rest)}
+    key = {"digests": digests, "steps": steps, "code": code_version(over_training)}
     with one_torch_thread():
         return cells.get("over_training", key, compute)
 

@@ -110,7 +110,7 @@ def _one_pass(
     }
     # Results name this folder, so its name does not change with the code. The cell's key does.
     root, name = cells.folder.parent, digest(key)[:16]
-    key["code"] = code_version(train, evaluate, checkpoints.save)
+    key["code"] = code_version(train_or_find)
 
     def compute() -> tuple[dict, list[Path]]:
         state = cells.folder / f"training-{digest(key)[:16]}.state.safetensors"
