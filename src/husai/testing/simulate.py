@@ -368,7 +368,7 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     section = {"family": "topk", "d_sae": D_SAE, "k": K, "budget": TOKENS} | section
     recipe = {"rows": ROWS, "batch_size": 512, "learning_rate": 0.003, "null_draws": 100, "heldout_rows": 50_000}
     recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200}
-    recipe |= {"probing": "sae_probes_exact", "core_texts": 200}
+    recipe |= {"probing": "sae_probes_exact", "core_texts": 50}  # not the default, so that a missing key is seen
     found = {"hook_name": HOOK, "store_digest": _sha("store"), "rows": ROWS, "train_rows": ROWS * 4 // 5}
     found |= {"saebench": probing, "cebench": stories, "inputs": about["inputs"], "saes": saes, "sections": [section]}
     return json.loads(json.dumps(found | {"recipe": recipe}))  # no list stands twice
