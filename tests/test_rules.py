@@ -126,6 +126,7 @@ def test_a_layer_is_a_number_and_not_a_part_of_a_name():
             found[arm]["hook_name"] = hooks["hook_out"]
 
     assert status("transcoder", results("transcoder", change)) == rules.MISSING
+    assert status("transcoder", results("transcoder", lambda r: r["setting"].update(layer=11))) == rules.MISSING
 
 
 def test_a_caller_may_ask_for_more():

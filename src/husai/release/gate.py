@@ -497,6 +497,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     c.is_that_of(found, script)
     made = setting.model_dump(exclude={"preregistered"})
     require(transcoder.preregistered(made, c.own.model_dump()), f"{script}: another setting than the candidate's own")
+    require(setting.layer == transcoder.layer_of(c.about["hook_name"]), f"{script}: another layer than the candidate's")
     return _of(script, lambda: rules.transcoder(setting, found.transcoder, found.sae, level, minimum))
 
 
