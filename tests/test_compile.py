@@ -1,4 +1,4 @@
-"""What `make setup` compiles."""
+"""The kernels that `make setup` compiles."""
 
 import os
 import sys

@@ -27,7 +27,7 @@ STEPS = {
 }
 """Folder of src/husai in the order of the flow -> the packages that it may import; None: any that are pinned."""
 ON_EVIDENCE = {"runs", "evidence", "release", "report"}
-"""What the folders that only read evidence may import."""
+"""Allowed imports of the folders that only read evidence."""
 
 
 def requirements(name):

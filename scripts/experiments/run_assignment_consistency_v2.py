@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from husai.evals.flags import Parser
+from husai.evidence import levels
 from husai.runs.cli import DEFAULT_SEEDS, float_list, positive_float, positive_int, prepare, run_main, seed_list
 from husai.runs.inputs import by_checkpoint, not_at_all
 
@@ -43,7 +44,9 @@ def parse():
     p.add_argument(
         "--reference", type=Path, counts=by_checkpoint, help="a checkpoint that the shared arm takes in their place"
     )
-    p.add_argument("--max-ev-drop", type=positive_float, default=0.05, help="held-out EV lost (default: %(default)s)")
+    p.add_argument(
+        "--max-ev-drop", type=positive_float, default=levels.MAX_EV_LOST, help="held-out EV lost (default: %(default)s)"
+    )
     p.add_argument(
         "--fail-on-acceptance-fail",
         action="store_true",

@@ -99,15 +99,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "saebench": True,
         "data_sets": data_sets,
         "cebench": True,
-        "stories": args.stories,
         "pair_sets": left(PAIR_SETS.split(",")),
-        "baseline_map": args.cebench_matched_baseline_map and str(args.cebench_matched_baseline_map),
-        "cebench_repo": args.cebench_repo and str(args.cebench_repo),
-        "output_dir": str(args.output_dir),
-        "artifact_root": str(args.artifact_root),
-        "device": args.device,
-        "threads": args.threads,
-        "force": args.force,
+        **bank.places_of(args),
     }
     prepare(args.device, args.threads)
     bank.check(bank.Bank(**settings))

@@ -15,10 +15,9 @@ advance, is the one that counts.
 from pathlib import Path
 
 from husai.evals.flags import Parser
+from husai.evidence.levels import K
 from husai.runs.cli import int_list, name_list, prepare, run_main, seed_list
 from husai.runs.inputs import not_at_all
-
-K = 5  # of the headline figure
 
 
 def parse():

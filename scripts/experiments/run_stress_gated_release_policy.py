@@ -20,6 +20,7 @@ brought (`--confirmation-results` of run_brought_candidate.py) are judged alike,
 
 from pathlib import Path
 
+from husai.evidence import levels
 from husai.runs.cli import Parser, finite_float, fraction, nonnegative_float, run_main
 
 EXPERIMENTS = Path("results/experiments")
@@ -51,12 +52,26 @@ def parse():
         help=f"what was selected from, repeatable; the selection is made again (default: {studies[0]}, {studies[1]})",
     )
     p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
-    p.add_argument("--min-saebench-delta", type=finite_float, default=0.0, help="AUC (default: %(default)s)")
-    p.add_argument("--min-cebench-delta", type=finite_float, default=0.0, help="of the bound (default: %(default)s)")
-    p.add_argument("--min-transcoder-delta", type=finite_float, default=0.0, help="of mcc_alive (default: %(default)s)")
-    p.add_argument("--max-ood-drop", type=nonnegative_float, default=0.1, help="AUC (default: %(default)s)")
     p.add_argument(
-        "--alpha", type=fraction, default=0.05, help="intervals are of level 1 - alpha (default: %(default)s)"
+        "--min-saebench-delta", type=finite_float, default=levels.MIN_SAEBENCH_DELTA, help="AUC (default: %(default)s)"
+    )
+    p.add_argument(
+        "--min-cebench-delta",
+        type=finite_float,
+        default=levels.MIN_CEBENCH_DELTA,
+        help="of the bound (default: %(default)s)",
+    )
+    p.add_argument(
+        "--min-transcoder-delta",
+        type=finite_float,
+        default=levels.MIN_TRANSCODER_GAIN,
+        help="of mcc_alive (default: %(default)s)",
+    )
+    p.add_argument(
+        "--max-ood-drop", type=nonnegative_float, default=levels.MAX_OOD_DROP, help="AUC (default: %(default)s)"
+    )
+    p.add_argument(
+        "--alpha", type=fraction, default=levels.ALPHA, help="intervals are of level 1 - alpha (default: %(default)s)"
     )
     for name in ("random-model", "transcoder", "ood", "external"):
         p.add_argument(f"--require-{name}", action="store_true", help="said for the record: all is required")

@@ -195,6 +195,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = argparse.SUPPRESS  # an error is one line; the description shows the commands
     parser.add_argument("verb", choices=["serve", "run"])
     parser.add_argument("socket", help="file that the server listens on")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="serve: process id of the parent; run: the command")

@@ -13,8 +13,9 @@ from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.evals import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
-from husai.evidence import conditions, deltas
+from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
+from husai.evidence.levels import K
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
 from husai.runs import executor
@@ -82,7 +83,7 @@ class Bank:
 
 
 def shared(args: argparse.Namespace) -> dict:
-    """What `evals.flags.Parser.add_study` says of each bank: JSON."""
+    """The settings that all banks of a study share, from `evals.flags.Parser.add_study`: JSON."""
     return {
         "subject": str(args.subject),
         "rows": args.rows,
@@ -97,9 +98,16 @@ def shared(args: argparse.Namespace) -> dict:
         "probe_ks": args.probe_ks,
         "noise_seeds": [43, 44],
         "cebench": args.run_cebench,
-        "stories": args.stories,
         "pair_sets": PAIR_SETS.split(","),
         "max_pairs": args.max_rows,
+        **places_of(args),
+    }
+
+
+def places_of(args: argparse.Namespace) -> dict:
+    """The settings of a bank that say what CE-Bench reads and where the bank works: JSON."""
+    return {
+        "stories": args.stories,
         "cebench_repo": args.cebench_repo and str(args.cebench_repo),
         "baseline_map": args.cebench_matched_baseline_map and str(args.cebench_matched_baseline_map),
         "output_dir": str(args.output_dir),
@@ -134,8 +142,8 @@ def check(bank: Bank) -> None:
     if unknown := sorted(set(bank.families) - set(SAE_FAMILIES)):
         raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
     if bank.saebench:
-        if deltas.K not in map(str, bank.probe_ks):
-            raise BadInput(f"--probe-ks {','.join(map(str, bank.probe_ks))}: {deltas.K}, which is judged, is missing")
+        if K not in bank.probe_ks:
+            raise BadInput(f"--probe-ks {','.join(map(str, bank.probe_ks))}: {K}, which is judged, is missing")
         sae_probes.versions(bank.probing)
         sae_probes.check_data_sets(bank.data_sets)
     if bank.cebench:

@@ -20,6 +20,7 @@ import torch
 from husai.activations.language_model import batches, run
 from husai.dictionaries.sae import SAE
 from husai.evidence import data_sets
+from husai.evidence.levels import within_reach
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 from husai.runs.progress import progress
@@ -236,8 +237,7 @@ def refuse_unreachable(minimum: float, reference: float | None = None) -> None:
     Args:
         reference: the reference's score, where it is known.
     """
-    room = 1 - (reference or 0.0)
-    if minimum > room:
+    if not within_reach(reference or 0.0, minimum):
         known = "" if reference is None else f", of which a reference already reaches {reference:.4f}"
         raise BadInput(
             f"--min-delta {minimum}: cannot be reached; a normalised score is at most 1{known} "

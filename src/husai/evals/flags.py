@@ -7,6 +7,7 @@ from pathlib import Path
 
 from husai.evals.inputs import by_baseline_map, by_checkout
 from husai.evidence.data_sets import DATA_SETS
+from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
 from husai.runs.cli import int_list, name_list, positive_float, positive_int
 from husai.runs.inputs import by_checkpoint, by_content_or_name, by_subject, not_at_all
@@ -22,7 +23,7 @@ class Parser(cli.Parser):
         self.add_argument("--model-name", "--subject", dest="subject", default=default, **more)
 
     def add_source(self, hook: str) -> None:
-        """What a phase studies: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""
+        """The subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""
         self.add_model_name(
             None,
             type=Path,
@@ -52,11 +53,14 @@ class Parser(cli.Parser):
     def add_null_draws(self) -> None:
         """--null-draws."""
         self.add_argument(
-            "--null-draws", type=positive_int, default=100, help="of the spectral null, a pair (default: %(default)s)"
+            "--null-draws",
+            type=positive_int,
+            default=SPECTRAL_DRAWS,
+            help="of the spectral null, a pair (default: %(default)s)",
         )
 
     def add_cebench(self) -> None:
-        """Where CE-Bench's own code and stories are: --cebench-repo, --stories."""
+        """Places of CE-Bench's own code and stories: --cebench-repo, --stories."""
         self.add_argument(
             "--cebench-repo",
             type=Path,
@@ -103,7 +107,7 @@ class Parser(cli.Parser):
             "--probe-ks",
             type=int_list,
             default="1,5,16",
-            help="features of a probe; 5 is judged (default: %(default)s)",
+            help=f"features of a probe; {K} is judged (default: %(default)s)",
         )
 
     def add_train_rows(self) -> None:
@@ -138,7 +142,7 @@ class Parser(cli.Parser):
         )
 
     def add_benchmark(self, needs_checkpoint: bool = True) -> None:
-        """What an external benchmark is run on: the flags of `add_checkpoints`, --reference,
+        """The SAEs of an external benchmark: the flags of `add_checkpoints`, --reference,
         --random-model-checkpoint."""
         self.add_checkpoints(needs_checkpoint)
         self.add_argument(
@@ -159,7 +163,7 @@ class Parser(cli.Parser):
         )
 
     def add_candidate(self) -> None:
-        """What a stress test is about: --candidate, or the flags of `add_checkpoints`."""
+        """The SAEs of a stress test: --candidate, or the flags of `add_checkpoints`."""
         self.add_argument(
             "--candidate",
             type=Path,
@@ -189,7 +193,7 @@ class Parser(cli.Parser):
         self.set_defaults(cebench_matched_baseline_map=None)  # references are brought, too
 
     def add_study(self) -> None:
-        """What a study of whole banks of SAEs takes: subject, sizes, benchmarks, executor."""
+        """A study of whole sets of SAEs: subject, sizes, benchmarks, executor."""
         self.add_model_name()
         self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""What a command line brings counts by its content. Imports nothing heavy: a repeated run reads this."""
+"""How flags of the domain enter a cell's key. Imports nothing heavy: a repeated run reads this."""
 
 from __future__ import annotations
 

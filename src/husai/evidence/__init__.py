@@ -1,1 +1,1 @@
-"""What results are made of: their types, estimates and rules. Nothing here imports torch."""
+"""Results: their types, estimates and rules. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""What binds evidence to the SAEs that it is about."""
+"""The binding of evidence to the SAEs that it is about."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ OF_ONE_SEED = ("seed", "l0")
 
 
 def places(seeds: list[int | None]) -> list[str]:
-    """What SAEs are told apart by in evidence: their seeds; their place where the seed is not known."""
+    """Names of SAEs in evidence: their seeds, or their places if the seeds are not known."""
     return [str(i if seed is None else seed) for i, seed in enumerate(seeds)]
 
 
 def block(records: list[dict]) -> dict:
-    """What evidence about a candidate names, and the gate compares: {"condition", "facts": what its SAEs share,
-    "checkpoints": seed -> sha256 of the weights, "identities": seed -> identity}.
+    """The identity of a candidate, which evidence names and the gate compares: {"condition", "facts": those that its
+    SAEs share, "checkpoints": seed -> sha256 of the weights, "identities": seed -> identity}.
 
     Args:
         records: of `LoadedSAE.to_json`, of one condition. Where seeds are not known, their place stands for them.

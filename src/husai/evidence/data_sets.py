@@ -216,7 +216,7 @@ DATA_SETS = (
 PAIR_SETS = (
     "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
 )
-"""What contrastive pairs are built from where CE-Bench's stories are not at hand."""
+"""Data sets of contrastive pairs, if CE-Bench's stories are not at hand."""
 
 
 def families(data_sets: list[str]) -> list[str]:

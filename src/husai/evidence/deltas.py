@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from husai.evidence import levels
 from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
 from husai.evidence.references import matched, pca_name, same_l0, untrained_name
 
-K = "5"
-"""Features of a probe at which differences are taken, fixed in advance."""
+K = str(levels.K)
+"""Its key in results."""
 Values = dict[str, np.ndarray]
 """identity of an SAE -> its figures, one a data set or story pair."""
 

@@ -1,4 +1,4 @@
-"""What follows from the figures of the random-model stress test. Pure functions of its results."""
+"""Conclusions from the figures of the random-model stress test. Pure functions of its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decisions(results: dict) -> dict:
 
 
 def verdict(section: dict, control: dict) -> dict[str, str]:
-    """What the rule says of the candidate's section and its control."""
+    """The outcome of the rule for the candidate's section and its control."""
     own, other = OwnSection.model_validate(section), Control.model_validate(control)
     return rules.verdict(lambda: rules.random_model(own, other))
 

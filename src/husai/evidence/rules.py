@@ -18,10 +18,11 @@ from itertools import combinations
 
 import numpy as np
 
-from husai.evidence import contrast, drop
+from husai.evidence import contrast, drop, levels
 from husai.evidence.data_sets import families
 from husai.evidence.deltas import K
 from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import Control, Heldout, Interval, OwnSection, Section, Setting, Shifted
@@ -29,7 +30,6 @@ from husai.runs.errors import BadInput
 
 PASS, FAIL, MISSING = "PASS", "FAIL", "MISSING"
 MINIMUM_SEEDS = 5
-SPECTRAL_DRAWS = 100
 EQUIVALENCE_MARGIN = 0.01
 MOVED_AT_MOST = 0.02
 """Change of mcc between the last two snapshots: beyond, training is too short to judge by."""
@@ -47,8 +47,6 @@ FEW_DIMENSIONS = 8
 """Below, directions may coincide by chance."""
 BELOW_BIGRAM = 0.8
 """Share of the bigram's bits per byte that a language model must stay below."""
-LARGEST_SCORE = 1.0
-"""Of a normalised score of CE-Bench."""
 
 
 class Missing(Exception):
@@ -75,7 +73,7 @@ class Rule:
 
     name: str
     figure: str
-    """What is estimated."""
+    """Name of the estimated figure."""
     end: str
     """`low` or `high`."""
     relation: str
@@ -105,7 +103,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is held against a rule: each of these estimates must satisfy it."""
+    """Estimates, each of which must satisfy a rule."""
 
     rule: Rule
     estimates: dict[str, Estimate]
@@ -115,7 +113,7 @@ class Shown:
     families: int | None = None
     """Families of data sets, where these are a sample too."""
     note: str = ""
-    """What the figure's name says beside the rule's."""
+    """Words that follow the figure's name."""
 
     def failing(self) -> list[str]:
         """Names of the estimates that do not satisfy the rule."""
@@ -128,7 +126,7 @@ class Shown:
 
 
 def checked(judge: Callable[[], Shown]) -> Shown:
-    """What a rule's function gives, with an interval for each estimate.
+    """The result of a rule's function, with an interval for each estimate.
 
     Raises:
         Missing.
@@ -145,7 +143,7 @@ PAGE = {PASS: "holds", FAIL: "does not hold", MISSING: "inconclusive"}
 
 
 def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
-    """What a stress test's page says of its rule: {"outcome", "reason"}."""
+    """The outcome on a stress test's page: {"outcome", "reason"}."""
     try:
         shown = checked(judge)
     except (Missing, BadInput) as missing:
@@ -212,14 +210,14 @@ RANDOM_MODEL = Rule(
 TRANSCODER = Rule(
     "transcoder",
     "gain of the excess over each required null",
-    *("low", ">=", 0.0),
+    *("low", ">=", levels.MIN_TRANSCODER_GAIN),
     "the interval of the gain lies at or above {threshold} over each required null",
     "the gain is not shown to be at least {threshold} over {which}",
 )
 OOD = Rule(
     "shifted data",
     "AUC lost under shift, less the model's own loss",
-    *("high", "<=", 0.1),
+    *("high", "<=", levels.MAX_OOD_DROP),
     "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
     "{threshold}",
     "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
@@ -242,7 +240,7 @@ def random_model(section: OwnSection, control: Control, level: float = 0.95) -> 
     require(not twice, "a control stands twice")
     pairs = zip(section.members, control.members, strict=True)
     alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
-    require(alike, f"L0 of its controls differs by more than {L0_TOLERANCE:.0%}".replace("%", " %"))
+    require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
     return RANDOM_MODEL.shown(excess(section, ("random_model",), level), len(section.members))
 
 
@@ -320,8 +318,8 @@ def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: 
 # External benchmarks
 
 
-SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">=", 0.0)
-CEBENCH = Rule("CE-Bench", "normalised score", "low", ">=", 0.0)
+SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">=", levels.MIN_SAEBENCH_DELTA)
+CEBENCH = Rule("CE-Bench", "normalised score", "low", ">=", levels.MIN_CEBENCH_DELTA)
 
 
 def enough_families(of: Iterable[str]) -> None:
@@ -337,7 +335,7 @@ def only_cebench(benchmark: str) -> None:
 def reachable(reference: float, minimum: float) -> None:
     """Raise Missing where no SAE can be better than the reference by a minimum."""
     why = f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
-    require(reference + minimum <= LARGEST_SCORE, why)
+    require(levels.within_reach(reference, minimum), why)
 
 
 def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
@@ -358,7 +356,7 @@ def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
 
 
 BETTER = Rule("gain", "gain over each required null", "low", ">", 0.0)
-KEPT = Rule("explained variance lost", "held-out explained variance lost", "high", "<=", 0.05)
+KEPT = Rule("explained variance lost", "held-out explained variance lost", "high", "<=", levels.MAX_EV_LOST)
 
 
 def at_rest(moved: Mapping) -> bool | None:
@@ -372,7 +370,7 @@ def better(found: Mapping) -> bool:
 
 
 def gain_verdict(found: Mapping, seeds: int) -> str:
-    """What a gain shows: `better`, `worse`, `not shown to differ`, or `inconclusive` with too few seeds."""
+    """The outcome of a gain: `better`, `worse`, `not shown to differ`, or `inconclusive` with too few seeds."""
     if seeds < MINIMUM_SEEDS or found["observed"]["low"] is None:
         return "inconclusive"
     if better(found):
@@ -381,16 +379,16 @@ def gain_verdict(found: Mapping, seeds: int) -> str:
 
 
 def choose_k(candidates: list[dict], floor: float) -> int | None:
-    """Of sections with `k`: that with the largest `contrast.lower_bound`, of those whose held-out explained variance is
-    surely at least `floor`; ties go to the sparser. None where there is none."""
+    """The k with the largest `contrast.lower_bound` among sections whose held-out explained variance is surely at
+    least `floor`. Ties go to the sparser k. None if no section qualifies."""
     surely = [(s, contrast.heldout(s).low) for s in candidates]
     allowed = [s for s, low in surely if low is not None and low >= floor]
     return max(allowed, key=lambda s: (contrast.lower_bound(s), -s["k"]))["k"] if allowed else None
 
 
 def choose_weight(arms: list[dict], max_drop: float) -> float | None:
-    """Of arms with `lambda`, `gain` and `ev_drop`: that with the largest lower end of its least gain, of those that
-    surely lose at most `max_drop` of the explained variance. None where there is none."""
+    """The λ with the largest lower end of its least gain among arms that surely lose at most `max_drop` of the
+    explained variance. Arms hold `lambda`, `gain` and `ev_drop`. None if no arm qualifies."""
     kept = [a for a in arms if KEPT.met_by(a["ev_drop"], max_drop)]
     return max(kept, key=lambda a: a["gain"][a["gain"]["least"]]["low"])["lambda"] if kept else None
 
@@ -440,7 +438,7 @@ def table() -> str:
         f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
         "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "
         f"the matched reference is at least the minimum ({CEBENCH.threshold:g} where none is set); refused where that "
-        f"reference's score plus the minimum exceeds {LARGEST_SCORE:g}",
+        f"reference's score plus the minimum exceeds {levels.LARGEST_SCORE:g}",
         "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
         f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
         f"{RANDOM_MODEL.threshold:g}",

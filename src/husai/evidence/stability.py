@@ -1,4 +1,4 @@
-"""What may be said of pairs of dictionaries and their nulls over all seeds. Pure functions of the pairs' scores."""
+"""Estimates and the verdict over all seeds, from pairs of dictionaries and their nulls. Pure functions of scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from the figures of the transcoder stress test, and which setting was fixed in advance."""
+"""Conclusions from the figures of the transcoder stress test, and the setting that was fixed in advance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from husai.runs.cli import DEFAULT_SEEDS, int_list
 from husai.runs.errors import BadInput
 
 MODULAR_ADDITION = {"d_sae": 256, "k": 8, "tokens": 1_000_000, "batch_size": 1024, "seeds": int_list(DEFAULT_SEEDS)}
-"""What is gated where there is no candidate."""
+"""The judged setting, if there is no candidate."""
 MODULAR_ADDITION_HOOKS = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"  # no LayerNorm between them
 
 
@@ -43,14 +43,14 @@ def mlp_hooks(layer: int) -> tuple[str, str]:
 
 
 def verdict(setting: dict, transcoder: dict, sae: dict) -> dict[str, str]:
-    """What the rule says of the sections of both arms."""
+    """The outcome of the rule for the sections of both arms."""
     made, arms = Setting.model_validate(setting), [Section.model_validate(s) for s in (transcoder, sae)]
     return rules.verdict(lambda: rules.transcoder(made, *arms))
 
 
 def decisions(results: dict) -> dict:
-    """What follows from the sections of both arms: place in the results -> value. Of the setting, what the SAEs say
-    themselves; gain, explained variance, whether the setting is the one fixed in advance, and the verdict."""
+    """Conclusions from the sections of both arms: place in the results -> value. They are the setting as the SAEs'
+    records give it, the gain, the explained variance, and the verdict."""
     arms = {arm: results[arm] for arm in rules.ARMS}
     said = [{"subject_digest": s["subject_digest"], "hook_out": s["hook_name"]} for s in arms.values()]
     for section, about in zip(arms.values(), said, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from husai.evidence import deltas, rules, transcoder
+from husai.evidence import deltas, levels, rules, transcoder
 from husai.evidence.binding import block, places
 from husai.evidence.data_sets import DATA_SETS, families
 from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
@@ -77,7 +77,7 @@ class Thresholds:
     max_ood_drop: float = rules.OOD.threshold
     min_saebench_delta: float = rules.SAEBENCH.threshold
     min_cebench_delta: float = rules.CEBENCH.threshold
-    alpha: float = 0.05
+    alpha: float = levels.ALPHA
     """Two-sided; intervals are of level 1 − alpha."""
 
     def looser(self) -> list[str]:
@@ -117,7 +117,7 @@ UNREADABLE = (Missing, ValidationError, BadInput)
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with the evidence."""
+    """The fault of the evidence, in words."""
     return (
         f"the evidence is not what it should be: {refusal(error)}" if isinstance(error, ValidationError) else str(error)
     )
@@ -480,7 +480,7 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
 
 
 def _of(script: str, judge: Callable[[], Shown]) -> Shown:
-    """What a rule says of the results of a script, which is named where it does not answer."""
+    """The result of a rule. If the evidence does not count, the reason names the script that made it."""
     try:
         return judge()
     except Missing as missing:

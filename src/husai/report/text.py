@@ -17,7 +17,7 @@ def interval(e: dict, sign: str = "") -> str:
 
 
 GAINS = ("observed", "isotropic", "untrained", "spectral")
-"""What `evidence.contrast.gain` estimates: of `mcc_alive` itself, and of its excess over each required null."""
+"""Estimates of `evidence.contrast.gain`: of `mcc_alive` itself, and of its excess over each required null."""
 GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in GAINS[1:])]
 
 

@@ -18,7 +18,7 @@ import husai
 
 PACKAGE = Path(husai.__file__).resolve().parent
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
-"""Where a statement holds other statements."""
+"""Fields of a statement that hold other statements."""
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Package -> its distribution, where the names differ. To ask the environment takes half a second."""
 
@@ -64,10 +64,10 @@ def closure(roots: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
             continue
         files.add(path)
         for name in parsed(path)[1]:
-            found = modules(name, path)
-            left += found
-            if not found and name.split(".")[0] not in (*sys.stdlib_module_names, "husai"):
-                packages.add(name.split(".")[0])
+            imported, package = modules(name, path), name.split(".")[0]
+            left += imported
+            if not imported and package not in (*sys.stdlib_module_names, PACKAGE.name):
+                packages.add(package)
     return frozenset(files), frozenset(packages)
 
 

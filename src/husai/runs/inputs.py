@@ -1,4 +1,4 @@
-"""What of a command line enters the key of a phase's cell.
+"""Key of a phase's cell, from its command line.
 
 Each flag says once how it counts (`Parser.add_argument(..., counts=...)`): by its value, by the content of what it
 names, or not at all. By default a path counts by content and anything else by value.
@@ -74,8 +74,8 @@ def key_of(args: argparse.Namespace) -> dict[str, Any]:
         BadInput: what an argument names is not there.
     """
     counts = getattr(args, "counts", {})
-    found = {}
+    key = {}
     for name, given in vars(args).items():
         if given is not None:
-            found[name] = counts.get(name, by_value)(given, f"--{name.replace('_', '-')}")
-    return {name: value for name, value in found.items() if value is not None}
+            key[name] = counts.get(name, by_value)(given, f"--{name.replace('_', '-')}")
+    return {name: value for name, value in key.items() if value is not None}

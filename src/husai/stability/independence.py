@@ -1,4 +1,4 @@
-"""What is refused: dictionaries that were not trained each by itself, whose agreement says nothing."""
+"""Refusal of dictionaries that were not trained independently. Their agreement says nothing."""
 
 from __future__ import annotations
 
