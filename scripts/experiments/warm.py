@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+from typing import NoReturn
 
 SOME = ("torch", "numpy", "scipy.stats", "scipy.optimize", "scipy.sparse.csgraph", "pydantic", "jinja2", "markdown_it")
 ALL = (
@@ -193,9 +194,15 @@ def _end_with(parent: int) -> None:
         os._exit(KILLED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, as in every other script (whose parser costs an import)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.usage = argparse.SUPPRESS  # an error is one line; the description shows the commands
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["serve", "run"])
     parser.add_argument("socket", help="file that the server listens on")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="serve: process id of the parent; run: the command")
