@@ -138,7 +138,7 @@ def core(args, subject, saes) -> dict:
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from sae_lens import SAE
 
-    from husai.evals.candidates import to_saelens
+    from husai.evals.loaded import to_saelens
     from husai.subjects import text
     from husai.training.recovered import cross_entropies
 
@@ -172,7 +172,7 @@ def probing(args, subject, saes) -> dict:
     from husai.activations.language_model import harvest_prompts
     from husai.dictionaries.checkpoints import checkpoint_digest
     from husai.evals import sae_probes
-    from husai.evals.candidates import to_saelens
+    from husai.evals.loaded import to_saelens
 
     with tempfile.TemporaryDirectory() as shared:
         cache = Path(shared)

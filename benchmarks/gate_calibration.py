@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from husai.evidence.contrast import score_matrix
+from husai.evidence.contrast import Arm
 from husai.evidence.estimates import pair_values
 from husai.evidence.names import GATED_NULLS
 from husai.release.gate import GATES, Bundle, Thresholds, decide
@@ -69,11 +69,11 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
     null = GATED_NULLS[0]  # the drawn ones are alike
     sign, at = (-1, Thresholds().max_ood_drop) if gate == "ood" else (1, 0.0)
     if gate == "transcoder":
-        x = pair_values(score_matrix(stress["transcoder"], null) - score_matrix(stress["sae"], null))
+        x = pair_values(Arm.of(stress["transcoder"]).scores(null) - Arm.of(stress["sae"]).scores(null))
     elif gate in simulate.OF_PAIRS:
         place = {"positive_control": files["phase4a"]["husai"], "stability": bank["sections"][0]}
         section = place.get(gate, files["random_model"]["section"])
-        x = pair_values(score_matrix(section, "random_model" if gate == "random_model" else null))
+        x = pair_values(Arm.of(section).scores("random_model" if gate == "random_model" else null))
     elif gate == "ood":
         sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
         itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]

@@ -40,15 +40,15 @@ def main() -> None:
     device = prepare(args.device, args.threads)
     from husai.activations.language_model import harvest_prompts
     from husai.dictionaries.checkpoints import checkpoint_digest
-    from husai.evals import candidates, sae_probes
+    from husai.evals import loaded, sae_probes
     from husai.subjects import pretrained
 
     sets = sae_probes.check_data_sets(args.dataset_names)
     subject = pretrained.load("husai-tiny", device=device)
     where = args.artifact_root / "experiments" / "probing"
-    trained = candidates.train_default(where, args.artifact_root, subject.name, HOOK, device, args.threads, args.force)
+    trained = loaded.train_default(where, args.artifact_root, subject.name, HOOK, device, args.threads, args.force)
     saes = sorted(f for f in trained.iterdir() if f.name.endswith(tuple(f"seed{s}" for s in args.seeds)))
-    places = candidates.Places(where, args.artifact_root, args.device, args.threads)
+    places = loaded.Places(where, args.artifact_root, args.device, args.threads)
     cache = places.probe_activations(subject)
     harvest_prompts(subject, [HOOK], [*dict.fromkeys([*sets, *args.timed])], cache)
 

@@ -16,9 +16,10 @@ from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
-from husai.evals import baselines, candidates, contrastive, feature_examples, sae_probes
+from husai.evals import baselines, contrastive, feature_examples, loaded, sae_probes
 from husai.evidence import data_sets, deltas, references
 from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
+from husai.evidence.schemas import Facts, Heldout, Reference
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed
 from husai.subjects import pretrained, text
@@ -125,15 +126,38 @@ def test_two_runs_rarely_differ_by_the_minimum_detectable_difference():
 # Matched baselines
 
 
-def facts(**changed) -> dict:
-    same = {"subject_digest": "s", "hook_name": HOOK, "d_sae": 64, "tokens": 1000, "store_digest": "d", "training": "t"}
-    return same | {"family": "topk", "l0": 8.0, "k": 8, "seed": 1} | changed
+OWN = Facts(
+    source="husai",
+    subject_digest="a" * 64,
+    hook_name=HOOK,
+    family="topk",
+    d_in=16,
+    d_sae=64,
+    k=8,
+    l0=8.0,
+    learning_rate=1e-3,
+    tokens=1000,
+    store_digest="d" * 64,
+    training="t",
+    seed=1,
+    control=None,
+)
+
+
+def facts(**changed) -> Facts:
+    return OWN.model_copy(update=changed)
+
+
+def record(condition: str, identity: str = "", **changed) -> Reference:
+    """A record with these facts; its identity is no digest where one is given."""
+    found = Reference(condition=condition, facts=facts(**changed), identity="0" * 64, normalised_of_pairs=[])
+    return found.model_copy(update={"identity": identity or condition})
 
 
 def test_a_reference_matches_only_where_every_fact_does():
     assert references.unmatched(facts(), facts(family="relu", seed=9, l0=8.7)) is None
     for name in references.ALIKE:
-        other = 65 if isinstance(facts()[name], int) else "other"
+        other = 65 if isinstance(getattr(OWN, name), int) else "other"
         assert name in references.unmatched(facts(), facts(**{name: other}))
         assert f"{name} of the reference is not known" == references.unmatched(facts(), facts(**{name: None}))
     assert "more than 10 %" in references.unmatched(facts(), facts(l0=8.9))
@@ -142,9 +166,6 @@ def test_a_reference_matches_only_where_every_fact_does():
 
 
 def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
-    def record(condition, **changed):
-        return {"condition": condition, "facts": facts(**changed), "identity": condition}
-
     near, far = record("near", family="relu", l0=8.1), record("far", family="relu", l0=8.6)
     assert references.matched([record("c")], [far, near, record("t")]).records == [near]
     assert references.matched([near], [record("t"), far]).records == [record("t")]
@@ -159,24 +180,22 @@ def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
 def test_a_single_reference_gives_no_interval_over_seeds():
     """Five seeds against one SAE: what one reference is worth is not known, and its like is not made up."""
 
-    def record(name, family, seed):
-        return {"condition": family, "facts": facts(family=family, seed=seed), "identity": name}
-
-    group = [record(f"c{s}", "topk", s) for s in range(5)]
-    values = {r["identity"]: np.arange(4.0) + i for i, r in enumerate(group)} | {"r": np.zeros(4), "r2": np.ones(4)}
+    group = [record("topk", f"c{s}", seed=s) for s in range(5)]
+    first, second = (record("relu", name, family="relu", seed=s) for s, name in enumerate(("r", "r2")))
+    values = {r.identity: np.arange(4.0) + i for i, r in enumerate(group)} | {"r": np.zeros(4), "r2": np.ones(4)}
     families = ["a", "a", "b", "c"]
-    one = deltas.against_reference(group, [record("r", "relu", 0)], values, families)
+    one = deltas.against_reference(group, [first], values, families)
     assert (one["n_seeds"], one["estimate"]) == (1, 1.5)
     assert "not over seeds" in one["method"]
-    two = deltas.against_reference(group, [record("r", "relu", 0), record("r2", "relu", 1)], values, families)
+    two = deltas.against_reference(group, [first, second], values, families)
     assert two["n_seeds"] == 2, "the other three have no partner"
 
 
 def test_controls_must_be_alike():
-    def control(**changed):
-        return {"condition": str(changed), "facts": facts(seed=1, **changed), "identity": "k"}
+    def control(**changed) -> Reference:
+        return record(str(changed), "k", **changed)
 
-    group = [{"condition": "c", "facts": facts(), "identity": "c"}]
+    group = [record("c")]
     values = {"c": np.ones(3), "k": np.zeros(3)}
     families = ["a", "b", "b"]
     assert deltas.against_controls(group, [control()], values, families)["estimate"] == 1
@@ -196,21 +215,22 @@ def test_untrained_saes_have_the_l0_that_was_reached():
 
 
 def test_damaged_summaries(tmp_path):
-    record = {"facts": facts(), "condition": "c", "identity": "i", "normalised": 0.5, "normalised_of_pairs": [0.5]}
+    whole = record("c", "1" * 64).model_copy(update={"normalised_of_pairs": [0.5]})
+    written = whole.to_json() | {"normalised": 0.5}
     path = tmp_path / "summary.json"
     for damaged in (
         [],
         {"saes": 3},
         {"saes": [{}], "n_pairs": 1},
-        *({"saes": [{k: v for k, v in record.items() if k != name}], "n_pairs": 1} for name in record),
-        {"saes": [record], "n_pairs": 2},
-        {"saes": [record | {"facts": {}}], "n_pairs": 1},
+        *({"saes": [{k: v for k, v in written.items() if k != name}], "n_pairs": 1} for name in written),
+        {"saes": [written], "n_pairs": 2},
+        {"saes": [written | {"facts": {}}], "n_pairs": 1},
     ):
         path.write_text(json.dumps(damaged))
         with pytest.raises(BadInput, match="baseline summary"):
             baselines.read_summary(path)
-    path.write_text(json.dumps({"saes": [record], "n_pairs": 1}))
-    assert baselines.read_summary(path)["saes"] == [record]
+    path.write_text(json.dumps({"saes": [written], "n_pairs": 1}))
+    assert baselines.read_summary(path) == baselines.Summary([whole], {"1" * 64: 0.5}, None)
 
 
 def test_baseline_map(tmp_path):
@@ -236,8 +256,7 @@ def test_the_published_map_and_summary_give_no_difference_but_a_reason():
     path = PUBLISHED / "cebench_baseline_map.json"
     assert baselines.lookup(path, HOOK) == (None, f"{path.name} names no baseline for {HOOK}")
     summary = baselines.read_summary(PUBLISHED / "cebench_matched200_summary.json")
-    group = [{"condition": "c", "facts": facts(), "identity": "c"}]
-    assert deltas.against_reference(group, summary["saes"], {}, [])["reason"].startswith("no relu reference")
+    assert deltas.against_reference([record("c")], summary.references, {}, [])["reason"].startswith("no relu reference")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +368,7 @@ def test_core_metrics_are_saebenchs(subject, few, tmp_path):
     ours = cross_entropies(subject, HOOK, [sae], texts)
 
     tokens = torch.tensor([ids[:32] for ids in encoded if len(ids) >= 32][:8])
-    theirs = TheirSAE.load_from_disk(candidates.to_saelens(sae, subject, HOOK, tmp_path))
+    theirs = TheirSAE.load_from_disk(loaded.to_saelens(sae, subject, HOOK, tmp_path))
     load_and_format_sae("husai", theirs, "cpu")  # brings its cfg into the form that core reads
     with torch.no_grad():
         losses = get_recons_loss(
@@ -409,23 +428,24 @@ def test_an_sae_is_told_by_how_it_encodes_too(make_store, subject, tmp_path):
     sae = baselines.untrained(store, 24, 4, seed=0)
     for k in (2, 4):
         checkpoints.save(SAE(sae.weights, "topk", k), tmp_path / "saes" / str(k))
-    found = candidates.open_all([tmp_path / "saes"], store, "checkpoint", subject, tmp_path / "root")
+    found = loaded.open_all([tmp_path / "saes"], store, "checkpoint", subject, tmp_path / "root")
     assert len({c.identity for c in found}) == len({c.label for c in found}) == 2
-    assert len({c.sha256 for c in found}) == 1
+    assert len({c.record.checkpoint_sha256 for c in found}) == 1
     other = {"model_name": "gpt2", "hook_name": HOOK}
     checkpoints.save(SAE(sae.weights, "topk", 2, True, other), tmp_path / "other")
     with pytest.raises(BadInput, match="was made for gpt2; the subject is miniature"):
-        candidates.open_all([tmp_path / "other"], store, "checkpoint", subject, tmp_path / "root")
+        loaded.open_all([tmp_path / "other"], store, "checkpoint", subject, tmp_path / "root")
 
 
 def test_two_saes_of_one_condition_and_seed_are_refused(trained, make_store, subject, tmp_path):
     store = make_store(torch.randn(500, 16), subject_digest=subject.digest, hook_name=HOOK)
-    found = candidates.open_all([trained["own"]], store, "checkpoint", subject, tmp_path / "root")
-    candidates.refuse_twins(found)
+    found = loaded.open_all([trained["own"]], store, "checkpoint", subject, tmp_path / "root")
+    loaded.refuse_twins(found)
     from dataclasses import replace
 
+    other = found[0].record.model_copy(update={"identity": "1" * 64})
     with pytest.raises(BadInput, match="of one condition and seed"):
-        candidates.refuse_twins([*found, replace(found[0], identity="other")])
+        loaded.refuse_twins([*found, replace(found[0], record=other)])
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +455,7 @@ def task(subject, few, tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
     sae = SAE({"W_enc": W.T.contiguous(), "b_enc": torch.zeros(24), "W_dec": W, "b_dec": torch.zeros(16)}, "topk", 4)
-    path = candidates.to_saelens(sae, subject, HOOK, root / "sae")
+    path = loaded.to_saelens(sae, subject, HOOK, root / "sae")
     lm.harvest_prompts(subject, [HOOK], SETS, root / "cache")
     settings = sae_probes.Settings(subject.digest, subject.name, HOOK, tuple(SETS), (1, 5))
     sha = checkpoints.checkpoint_digest(path)
@@ -546,11 +566,11 @@ def test_partners_are_one_to_one_whatever_their_order_and_sign():
     order = torch.randperm(12, generator=g)
     signs = torch.where(torch.arange(12) < 6, -1.0, 2.0)[:, None]
 
-    def with_decoder(W_dec) -> candidates.LoadedSAE:
+    def with_decoder(W_dec) -> loaded.LoadedSAE:
         sae = SAE({"W_enc": W_dec.T, "b_enc": torch.zeros(12), "W_dec": W_dec, "b_dec": torch.zeros(16)}, "topk", 2)
-        return candidates.LoadedSAE(
-            Path("a"), "", "", sae, {"source": "SAELens", "seed": None}, {}, torch.ones(12, dtype=torch.bool)
-        )
+        heldout = Heldout(explained_variance=0.5, mse=0.5, l0=2.0, dead_share=0.0)
+        about = loaded.record_of(Path("a"), sae, "0" * 64, heldout)
+        return loaded.LoadedSAE(Path("a"), sae, about, torch.ones(12, dtype=torch.bool))
 
     moved = (W * signs)[order]
     moved[0] = torch.randn(16, generator=g)  # the partner of one is lost

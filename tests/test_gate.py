@@ -13,12 +13,13 @@ from scipy import stats
 
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
-from husai.evals import candidates
-from husai.evals.candidates import identity
-from husai.evidence.binding import block
+from husai.evals import loaded
+from husai.evals.loaded import identity
+from husai.evidence.levels import FRESH_SEEDS
 from husai.evidence.names import GATED_NULLS
+from husai.evidence.schemas import ScoredRecord, SeedGroup
 from husai.release import bundle as reading
-from husai.release import decisions, recompute, selection
+from husai.release import decisions, recompute
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import REPOSITORY, digest, sha256_file, write_json, write_text
 from husai.testing import damage, simulate
@@ -212,35 +213,35 @@ def test_fewer_than_five_seeds_are_no_evidence():
 
 
 def test_a_study_used_the_seeds(good):
-    used = with_results(good, "selection", lambda r: r["seeds_used"].append(selection.FRESH_SEEDS[0]))
+    used = with_results(good, "selection", lambda r: r["seeds_used"].append(FRESH_SEEDS[0]))
     _, gates = judged(used)
     assert "not fresh" in gates["stability"]["reason"]
     assert gates["positive_control"]["status"] == "PASS"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SAEs that were brought
+# SAEs that a user supplies
 
 
 @pytest.fixture(scope="module")
-def brought(good) -> Bundle:
-    return simulate.brought(good)
+def supplied(good) -> Bundle:
+    return simulate.supplied(good)
 
 
-def test_brought_saes_never_get_more_than_provisional(good, brought):
+def test_supplied_saes_never_get_more_than_provisional(good, supplied):
     """All gates are judged, on the same bounds; nobody knows what the SAEs were chosen from."""
-    assert recompute.results_problems(brought.files["confirmation"].results) == []
-    decision, gates = judged(brought)
+    assert recompute.results_problems(supplied.files["confirmation"].results) == []
+    decision, gates = judged(supplied)
     assert {n: g["status"] for n, g in gates.items()} == dict.fromkeys(GATES, "PASS")
     assert (decision["pass_all"], decision["provisional"], decision["outcome"]) == (False, True, "provisional")
-    assert "what they were chosen from is not known" in decision["unconfirmed"]
+    assert decision["unconfirmed"]
     _, confirmed = judged(good)
     for name in set(GATES) - {"saebench"}:
         assert [gates[name][end] for end in ("low", "high")] == [confirmed[name][end] for end in ("low", "high")]
-    decision, gates = judged(simulate.brought(made(derived=False, ood=-SIZE)))
+    decision, gates = judged(simulate.supplied(made(derived=False, ood=-SIZE)))
     assert (gates["ood"]["status"], decision["outcome"]) == ("FAIL", "not passed")
-    assert judged(brought, ood="not needed here")[0]["outcome"] == "provisional"
-    assert judged(simulate.brought(made(4)))[0]["outcome"] == "not passed"
+    assert judged(supplied, ood="not needed here")[0]["outcome"] == "provisional"
+    assert judged(simulate.supplied(made(4)))[0]["outcome"] == "not passed"
 
 
 def facts_unknown(results):
@@ -248,7 +249,8 @@ def facts_unknown(results):
     records = [*results["bank"]["saes"], *results["bank"]["saebench"]["saes"], *results["bank"]["cebench"]["saes"]]
     own = sorted((r for r in results["bank"]["saes"] if r["candidate"]), key=lambda r: r["identity"])
     unknown = dict.fromkeys(("subject_digest", "learning_rate", "tokens", "store_digest", "training", "seed"))
-    results["candidate"] = block([r | {"facts": r["facts"] | unknown | {"source": "sparsify"}} for r in own])
+    own_now = [ScoredRecord(**r | {"facts": r["facts"] | unknown | {"source": "sparsify"}}) for r in own]
+    results["candidate"] = SeedGroup.of(own_now).to_json()
     for r in records:
         if r["candidate"]:
             r["facts"] |= unknown | {"source": "sparsify"}
@@ -264,8 +266,8 @@ def facts_unknown(results):
     results["inputs"] = results["bank"]["inputs"] | {f"untrained {s}": v for s, v in results["untrained"].items()}
 
 
-def test_what_is_not_known_of_brought_saes_is_missing_and_says_which_flag_would_say_it(brought):
-    foreign_saes = with_results(brought, "confirmation", facts_unknown)
+def test_what_is_not_known_of_supplied_saes_is_missing_and_says_which_flag_would_say_it(supplied):
+    foreign_saes = with_results(supplied, "confirmation", facts_unknown)
     own = foreign_saes.files["confirmation"].results["candidate"]
 
     def of_them(results):
@@ -295,19 +297,19 @@ def test_what_is_not_known_of_brought_saes_is_missing_and_says_which_flag_would_
         results["section"]["stability"]["missing_nulls"]["untrained"] = "not there"
         results["inputs"], results["untrained"] = results["bank"]["inputs"], None
 
-    _, gates = judged(with_results(brought, "confirmation", change))
+    _, gates = judged(with_results(supplied, "confirmation", change))
     assert "--untrained names the SAEs before training" in gates["stability"]["reason"]
-    fewer = with_results(brought, "confirmation", lambda r: r["bank"]["saebench"]["data_sets"].__setitem__(0, "x"))
+    fewer = with_results(supplied, "confirmation", lambda r: r["bank"]["saebench"]["data_sets"].__setitem__(0, "x"))
     assert "--dataset-names holds by default" in judged(fewer)[1]["saebench"]["reason"]
-    local = with_results(brought, "confirmation", lambda r: r["bank"]["cebench"].update(benchmark="contrastive_local"))
+    local = with_results(supplied, "confirmation", lambda r: r["bank"]["cebench"].update(benchmark="contrastive_local"))
     assert "--stories names those on the hub" in judged(local)[1]["cebench"]["reason"]
 
 
-def test_no_damage_of_brought_evidence_gets_through(brought):
+def test_no_damage_of_supplied_evidence_gets_through(supplied):
     rng = np.random.default_rng(0)
-    files = {"confirmation": brought.files["confirmation"]}
-    cases = [c for c in damage.of_values(replace(brought, files=files), rng) if rng.random() < 0.03]
-    cases = [replace(c, bundle=Bundle(brought.files | c.bundle.files, brought.on_disk)) for c in cases]
+    files = {"confirmation": supplied.files["confirmation"]}
+    cases = [c for c in damage.of_values(replace(supplied, files=files), rng) if rng.random() < 0.03]
+    cases = [replace(c, bundle=Bundle(supplied.files | c.bundle.files, supplied.on_disk)) for c in cases]
     assert len(cases) > 60
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
 
@@ -379,20 +381,20 @@ def test_checkpoints_on_the_disk(tmp_path):
     for seed in (1, 2):
         checkpoints.save(SAE(weights | {"b_dec": torch.full((4,), float(seed))}, "topk", 2), tmp_path / f"sae{seed}")
     paths = {"1": "sae1", "2": "sae2", "3": "sae3", "4": None}
-    found = candidates.on_disk(tmp_path / "results.json", {"paths": paths})
+    found = loaded.on_disk(tmp_path / "results.json", {"paths": paths})
     sha = sha256_file(foreign.weights_file(tmp_path / "sae1"))
     assert found["1"] == identity(foreign.open_checkpoint(tmp_path / "sae1"), sha)
     assert found["2"] not in (None, found["1"])
     assert (found["3"], found["4"]) == (None, None)
-    assert candidates.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
+    assert loaded.on_disk(tmp_path / "results.json", ["no", "paths"]) == {}
 
 
-def test_a_decision_on_brought_saes_is_made_again(brought, tmp_path):
+def test_a_decision_on_supplied_saes_is_made_again(supplied, tmp_path):
     evidence = tmp_path / "docs" / "evidence"
-    paths = {label: run_folder(evidence, label, f.results) for label, f in brought.files.items() if f}
-    files = {label: paths.get(label) and reading.read(paths[label]) for label in brought.files}
+    paths = {label: run_folder(evidence, label, f.results) for label, f in supplied.files.items() if f}
+    files = {label: paths.get(label) and reading.read(paths[label]) for label in supplied.files}
     decision = {"phase": "release_gate", "inputs": {}, "policy": "strict"}
-    decision |= decide(Bundle(files, brought.on_disk), Thresholds(), {}) | {"on_disk": brought.on_disk}
+    decision |= decide(Bundle(files, supplied.on_disk), Thresholds(), {}) | {"on_disk": supplied.on_disk}
     assert decision["outcome"] == "provisional"
     decision["read"] = {n: {"path": f"{n}.json", "sha256": f and f.sha256} for n, f in files.items()}
     problem = decisions.problem(run_folder(evidence, "gate", decision), decision, tmp_path)

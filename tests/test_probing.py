@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from husai.dictionaries.checkpoints import checkpoint_digest
 from husai.dictionaries.sae import SAE
-from husai.evals import candidates, sae_probes, sae_probes_exact
+from husai.evals import loaded, sae_probes, sae_probes_exact
 from husai.subjects import pretrained, text
 from miniature import few_texts, save_miniature
 
@@ -92,7 +92,7 @@ def tasks(tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
     sae = SAE({"W_enc": W.T.contiguous(), "b_enc": torch.zeros(24), "W_dec": W, "b_dec": torch.zeros(16)}, "topk", 4)
-    path = candidates.to_saelens(sae, subject, HOOK, root / "sae")
+    path = loaded.to_saelens(sae, subject, HOOK, root / "sae")
     from husai.activations.language_model import harvest_prompts
 
     harvest_prompts(subject, [HOOK], list(SETS), root / "cache")

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
-from husai.evals import brought
+from husai.evals import supplied
 from husai.evidence import data_sets
-from husai.evidence.schemas import Brought, OODStress, RandomModelStress, TranscoderStress
-from husai.release import recompute
+from husai.evidence.schemas import OODStress, RandomModelStress, Supplied, TranscoderStress
+from husai.release import gate, recompute
+from husai.report.card import SUPPLIED
 from husai.runs.cells import Cells
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
@@ -29,7 +30,7 @@ from husai.training.trainer import TrainingConfig
 from miniature import few_texts, save_miniature
 
 CHECK = "scripts/experiments/run_release_check.py"
-BROUGHT = "scripts/experiments/run_brought_candidate.py"
+CONFIRMATION = "scripts/experiments/run_candidate_confirmation.py"
 HOOK, HOOK_0, CPU = "blocks.1.hook_resid_pre", "blocks.0.hook_resid_pre", torch.device("cpu")
 PHASE4A = ROOT / "docs" / "evidence" / "phase4a" / "results.json"
 SIZES = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--features", 4, "--threads", 1]
@@ -42,8 +43,8 @@ def few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "corpus", lambda: corpus)
         patch.setitem(data_sets.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
-        patch.setattr(brought, "NOISE_SEEDS", (43,))
-        patch.setattr(brought, "KS", [5])
+        patch.setattr(supplied, "NOISE_SEEDS", (43,))
+        patch.setattr(supplied, "KS", [5])
         yield corpus
 
 
@@ -155,34 +156,34 @@ def test_three_saes_from_the_command_line_to_the_page(check, root, saes):
     code, results, said = check("own", saes)
     assert code == 0, said
     assert [p["name"] for p in results["parts"]] == check.started
-    assert check.started[:4] == ["brought_candidate", "random_model_stress", "transcoder_stress", "ood_stress"]
+    assert check.started[:4] == ["candidate_confirmation", "random_model_stress", "transcoder_stress", "ood_stress"]
     assert {p["reason"] for p in results["parts"]} == {None}
     assert str(root / "own" / "report.html") in said
     page = (root / "own" / "report.html").read_text()
-    assert "The SAEs that were brought" in page
-    assert "what they were chosen from is not known" in page
+    assert SUPPLIED[0] in page
+    assert gate.UNCONFIRMED in page
 
-    brought = part(root, "own", "brought_candidate")
-    Brought.model_validate(brought)
-    assert recompute.results_problems(brought) == []
-    assert list(brought["candidate"]["checkpoints"]) == ["1", "2", "3"]
-    assert set(brought["untrained"]) == {"1", "2", "3"}
-    assert not set(brought["section"]["stability"]["missing_nulls"]) & {"untrained", "spectral", "isotropic"}
-    for seed, path in brought["paths"].items():
-        weights = root / "own" / "parts" / "brought_candidate" / path / "sae_weights.safetensors"
-        assert sha256_file(weights) == brought["candidate"]["checkpoints"][seed]
+    confirmed = part(root, "own", "candidate_confirmation")
+    Supplied.model_validate(confirmed)
+    assert recompute.results_problems(confirmed) == []
+    assert list(confirmed["candidate"]["checkpoints"]) == ["1", "2", "3"]
+    assert set(confirmed["untrained"]) == {"1", "2", "3"}
+    assert not set(confirmed["section"]["stability"]["missing_nulls"]) & {"untrained", "spectral", "isotropic"}
+    for seed, path in confirmed["paths"].items():
+        weights = root / "own" / "parts" / "candidate_confirmation" / path / "sae_weights.safetensors"
+        assert sha256_file(weights) == confirmed["candidate"]["checkpoints"][seed]
     for phase, model in zip(check.started[1:4], (RandomModelStress, TranscoderStress, OODStress), strict=True):
         stress = part(root, "own", phase)
         model.model_validate(stress)
-        assert stress["candidate"] == brought["candidate"]
-    assert str(root) not in json.dumps({**brought, "subject": None, "bank": brought["bank"] | {"cebench": None}})
+        assert stress["candidate"] == confirmed["candidate"]
+    assert str(root) not in json.dumps({**confirmed, "subject": None, "bank": confirmed["bank"] | {"cebench": None}})
 
     decision = part(root, "own", "release_gate")
     assert (decision["pass_all"], decision["provisional"], decision["outcome"]) == (False, True, "not passed")
     assert gates(results)["positive_control"]["status"] == "PASS"
     assert gates(results)["stability"]["reason"] == "there is no candidate: 3 seeds; a verdict needs 5"
     policy = (root / "own" / "parts" / "release_gate" / "release_policy.md").read_text()
-    assert "**Not confirmed**: these SAEs were brought" in policy
+    assert gate.UNCONFIRMED in policy
 
     # The same again: every part reads what is finished. Then one that fails, while the others go on.
     before = {p["name"]: p["sha256"] for p in results["parts"] if p["name"] not in ("release_gate", "report")}
@@ -207,32 +208,39 @@ def test_five_saes_of_another_library(check, root, foreign, saes, controls):
     more = ["--untrained", before, "--random-model-checkpoint", *controls]
     code, results, said = check("foreign", [foreign[0].parent], *more, failing=("ood_stress",))
     assert code == 1, said
-    parts = ["brought_candidate", "random_model_stress", "ood_stress", "feature_examples", "release_gate", "report"]
+    parts = [
+        "candidate_confirmation",
+        "random_model_stress",
+        "ood_stress",
+        "feature_examples",
+        "release_gate",
+        "report",
+    ]
     assert check.started == parts
     assert of(results, "transcoder_stress")["reason"] == "the SAEs do not say how they were trained"
-    brought = part(root, "foreign", "brought_candidate")
-    Brought.model_validate(brought)
-    assert recompute.results_problems(brought) == []
-    own = brought["candidate"]
+    confirmed = part(root, "foreign", "candidate_confirmation")
+    Supplied.model_validate(confirmed)
+    assert recompute.results_problems(confirmed) == []
+    own = confirmed["candidate"]
     assert own["facts"]["training"] is None
-    assert list(own["checkpoints"]) == [*"01234"] == list(brought["untrained"])
-    assert {r["condition"] for r in brought["bank"]["saebench"]["saes"]} == {own["condition"]}
-    assert [len(c["seeds"]) for c in brought["bank"]["saebench"]["conditions"]] == [5]
+    assert list(own["checkpoints"]) == [*"01234"] == list(confirmed["untrained"])
+    assert {r["condition"] for r in confirmed["bank"]["saebench"]["saes"]} == {own["condition"]}
+    assert [len(c["seeds"]) for c in confirmed["bank"]["saebench"]["conditions"]] == [5]
     assert part(root, "foreign", "random_model_stress")["candidate"] == own
 
     found = gates(results)
     assert part(root, "foreign", "release_gate")["candidate"] == own
     assert found["stability"]["status"] in ("PASS", "FAIL"), found["stability"]["reason"]
     assert found["random_model"]["status"] in ("PASS", "FAIL"), found["random_model"]["reason"]
-    for gate, why in {
+    for name, why in {
         "transcoder": "no transcoders can be trained alike",
         "ood": "no results of run_ood_stress_eval.py",
         "saebench": "--dataset-names holds by default",
         "cebench": "--stories names those on the hub",
     }.items():
-        assert found[gate]["status"] == "MISSING"
-        assert why in found[gate]["reason"], found[gate]["reason"]
-    assert found["saebench"]["to_pass"] == "evidence that counts, of run_brought_candidate.py"
+        assert found[name]["status"] == "MISSING"
+        assert why in found[name]["reason"], found[name]["reason"]
+    assert found["saebench"]["to_pass"] == "evidence that counts, of run_candidate_confirmation.py"
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(
@@ -273,7 +281,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     no("is truncated", "--checkpoint", *saes, "--reference", damaged)
     assert not (tmp_path / "activations").exists()
     assert not (tmp_path / "x").exists()
-    refused("2 SAEs; one each of", BROUGHT, "--checkpoint", *saes[:2], *where)
+    refused("2 SAEs; one each of", CONFIRMATION, "--checkpoint", *saes[:2], *where)
 
 
 def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from husai.evidence import random_model, rules, transcoder
 from husai.evidence.estimates import Estimate
-from husai.evidence.schemas import Section, Setting, Shifted
+from husai.evidence.schemas import Control, OwnSection, Section, Setting, Shifted, TranscoderStress
 from husai.release import gate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import REPOSITORY
@@ -35,9 +35,11 @@ def results(label: str, change=lambda r: None, **how) -> dict:
 def page(label: str, found: dict) -> str:
     """The outcome on the page of a stress test."""
     if label == "random_model":
-        return random_model.verdict(found["section"], found["random_model"])["outcome"]
+        own, control = OwnSection.model_validate(found["section"]), Control.model_validate(found["random_model"])
+        return random_model.verdict(own, control)["outcome"]
     if label == "transcoder":
-        return transcoder.verdict(found["setting"], found["transcoder"], found["sae"])["outcome"]
+        stress = TranscoderStress.model_validate(found)
+        return rules.verdict(lambda: rules.transcoder(stress.setting, stress.transcoder, stress.sae))["outcome"]
     return rules.verdict(lambda: rules.ood(Shifted.model_validate(found["shifted"]), found["skipped"]))["outcome"]
 
 

@@ -64,7 +64,6 @@ RUN_ELSEWHERE = {
     "scripts/experiments/run_transcoder_stress_eval.py": "test_stress.py",
     "scripts/experiments/run_ood_stress_eval.py": "test_stress_ood.py",
     "scripts/experiments/run_release_check.py": "test_release_check.py",
-    "scripts/experiments/run_brought_candidate.py": "test_release_check.py",
     "scripts/analysis/plan_scale.py": "test_studies.py",
     "scripts/analysis/verify_experiment_consistency.py": "test_claims.py",
     "scripts/analysis/collect_feature_examples.py": "test_benchmarks.py",

@@ -302,7 +302,7 @@ def test_gains_pair_the_seeds():
     np.fill_diagonal(base, 0)
     np.fill_diagonal(more, 0)
     a, b = arm(base + more), arm(base)
-    np.testing.assert_allclose(contrast.score_matrix(b, "spectral"), base, atol=1e-12)
+    np.testing.assert_allclose(contrast.Arm.of(b).scores("spectral"), base, atol=1e-12)
     found, expected = contrast.gain([a], [b]), jackknife(more)
     for name in ("observed", "isotropic", "untrained", "spectral"):
         assert found[name]["estimate"] == pytest.approx(expected.estimate)

@@ -11,7 +11,7 @@ from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evidence import contrast, rules, transcoder
-from husai.evidence.schemas import RandomModelStress, TranscoderStress
+from husai.evidence.schemas import Facts, RandomModelStress, SeedGroup, Setting, TranscoderStress
 from husai.release import recompute
 from husai.runs.cells import Cells
 from husai.subjects import text
@@ -146,7 +146,7 @@ def test_a_subject_that_has_learned_nothing_does_not_exceed_it(stress, train, me
     assert abs(excess["estimate"]) < 0.05
 
 
-def test_brought_controls_must_have_been_trained_alike(stress, refused, train, structured, saes, root, tmp_path):
+def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, structured, saes, root, tmp_path):
     here = [RANDOM_MODEL, *common(structured, saes, root, tmp_path), "--random-model-checkpoint"]
     refused("tokens differs", *here, train(structured, "shorter", random_seed=0, tokens=2000))
     refused("seed differs", *here, train(structured, "others", [1, 2, 3, 4, 6], 0))
@@ -159,7 +159,7 @@ def test_brought_controls_must_have_been_trained_alike(stress, refused, train, s
     assert "shuffled" in results["section"]["stability"]["missing_nulls"]
 
 
-def test_saes_trained_elsewhere_need_brought_controls(stress, refused, train, structured, saes, root, tmp_path):
+def test_saes_trained_elsewhere_need_supplied_controls(stress, refused, train, structured, saes, root, tmp_path):
     foreign = tmp_path / "foreign"
     for i, folder in enumerate(sorted(saes.iterdir())):
         sae = checkpoints.load(folder)
@@ -252,20 +252,26 @@ def test_transcoders_of_modular_addition_and_a_repeat_without_torch(stress, smal
 
 
 def test_only_the_setting_fixed_in_advance_is_judged():
+    sha = {"a": "a" * 64, "b": "b" * 64}
     hooks = dict(zip(("hook_in", "hook_out"), transcoder.MODULAR_ADDITION_HOOKS, strict=True))
-    setting = transcoder.MODULAR_ADDITION | hooks | {"own_subject": False}
+    about = {"layer": 0, "learning_rate": 3e-3, "subject_digest": sha["a"], "own_subject": False}
+    setting = Setting(**transcoder.MODULAR_ADDITION, **hooks, **about, preregistered=False)
     assert transcoder.preregistered(setting, None)
     for change in ({"own_subject": True}, {"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"seeds": [1, 2, 3, 4, 5]}):
-        assert not transcoder.preregistered(setting | change, None), change
-    facts = {"subject_digest": "a", "d_sae": 256, "k": 8, "learning_rate": 3e-3, "tokens": 9}
-    candidate = {"facts": facts | {"hook_name": HOOK}, "checkpoints": dict.fromkeys("12345", "sha")}
-    own = facts | dict(zip(hooks, transcoder.mlp_hooks(1), strict=True)) | {"seeds": SEEDS, "own_subject": True}
+        assert not transcoder.preregistered(setting.model_copy(update=change), None), change
+    made = {"subject_digest": sha["a"], "d_sae": 256, "k": 8, "learning_rate": 3e-3, "tokens": 9}
+    unknown = {"source": "husai", "family": "topk", "d_in": 8, "store_digest": None, "training": None, "control": None}
+    names = {seed: f"{int(seed):064x}" for seed in "12345"}
+    facts = Facts(**made, **unknown, hook_name=HOOK)
+    candidate = SeedGroup(condition="c", facts=facts, checkpoints=names, identities=names)
+    hooks = dict(zip(hooks, transcoder.mlp_hooks(1), strict=True))
+    own = setting.model_copy(update=made | hooks | {"seeds": SEEDS, "own_subject": True, "layer": 1})
     assert transcoder.preregistered(own, candidate)
     for change in (
-        *({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"learning_rate": 1e-3}, {"subject_digest": "b"}),
+        *({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"learning_rate": 1e-3}, {"subject_digest": sha["b"]}),
         *({"seeds": [1, 2, 3, 4, 6]}, {"seeds": [1, 2, 3, 4]}, {"hook_in": "blocks.0.mlp.hook_in"}),
     ):
-        assert not transcoder.preregistered(own | change, candidate), change
+        assert not transcoder.preregistered(own.model_copy(update=change), candidate), change
 
 
 def test_bad_input(refused, structured, root, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from husai.evals import bank
 from husai.evidence import conditions
+from husai.evidence.schemas import Bank, ConditionSection, Contrastive, PairRecord, Stability
 from husai.release import recompute
 from husai.runs.errors import BadInput
 from husai.subjects import text
@@ -20,7 +21,7 @@ SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 SEEDS = [1, 2, 3]
 
 
-def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) -> list[dict]:
+def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) -> list[Bank]:
     """A bank whose figures of a seed are `function(budget, d_sae, seed)`, of a data set that and its number."""
     conditions_of, sections, saes = [], [], []
     labels = ["seed1", "seed2", "seed3"]
@@ -30,7 +31,7 @@ def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) 
             values = [float(function(b, d, s)) for s in SEEDS]
             own = {str(s): f"{b}/{d}/{s}" for s in SEEDS}
             saes += [
-                {"checkpoint_sha256": own[str(s)], "normalised_of_pairs": [v, v + 1, v + 2]}
+                PairRecord.model_construct(checkpoint_sha256=own[str(s)], normalised_of_pairs=[v, v + 1, v + 2])
                 for s, v in zip(SEEDS, values, strict=True)
             ]
             row = {"budget": b, "layer": 1, "d_sae": d, "k": 4, "family": "topk", "seeds": SEEDS, "checkpoints": own}
@@ -41,9 +42,12 @@ def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) 
                 {"a": labels[i], "b": labels[j], "observed": {"mcc_alive": b / 10}} | nulls
                 for i, j in ((0, 1), (0, 2), (1, 2))
             ]
-            sections.append({"stability": {"labels": labels}, "pairs": pairs})
-    contrastive = {"saes": saes, "clusters": ["a", "b", "b"]}
-    return [{"conditions": conditions_of, "sections": sections, "saebench": None, "cebench": contrastive}]
+            sections.append(
+                ConditionSection.model_construct(stability=Stability.model_construct(labels=labels), pairs=pairs)
+            )
+    contrastive = Contrastive.model_construct(saes=saes, clusters=["a", "b", "b"])
+    about = {"conditions": conditions_of, "sections": sections, "saebench": None, "cebench": contrastive}
+    return [Bank.model_construct(**about)]
 
 
 def test_contrasts_are_paired_by_seed_setting_and_data_set():
@@ -66,7 +70,7 @@ def test_contrasts_are_paired_by_seed_setting_and_data_set():
 
 def test_settings_that_do_not_match_are_not_compared():
     (bank_,) = banks_of(lambda b, d, s: b, budgets=(1, 2), widths=(32,))
-    bank_["conditions"][1]["seeds"] = [7, 8, 9]
+    bank_.conditions[1]["seeds"] = [7, 8, 9]
     (entry,) = conditions.contrasts([bank_])
     assert (entry["settings"], entry["reason"]) == (0, "no setting has both with the same seeds")
     (entry,) = (c for c in conditions.contrasts(banks_of(lambda b, d, s: b, (1,), l0=lambda d: d / 8)))
@@ -74,7 +78,7 @@ def test_settings_that_do_not_match_are_not_compared():
 
 
 def test_power_laws_are_recovered_and_need_four_values():
-    rows = banks_of(lambda b, d, s: 1 - 0.5 * s * b**-0.3 * d**-0.1)[0]["conditions"]
+    rows = banks_of(lambda b, d, s: 1 - 0.5 * s * b**-0.3 * d**-0.1)[0].conditions
     laws = conditions.power_laws(rows)
     assert [(law["axis"], law["setting"]["d_sae"], law["values"]) for law in laws] == [
         ("budget", d, [1, 2, 4, 8]) for d in (32, 64)
@@ -83,10 +87,10 @@ def test_power_laws_are_recovered_and_need_four_values():
         assert law["exponent"]["estimate"] == pytest.approx(-0.3)
         assert law["largest_residual"] < 1e-9
         assert law["epochs"] == 4
-    assert conditions.power_laws(banks_of(lambda b, d, s: 1 - b**-0.3, budgets=(1, 2, 4))[0]["conditions"]) == []
+    assert conditions.power_laws(banks_of(lambda b, d, s: 1 - b**-0.3, budgets=(1, 2, 4))[0].conditions) == []
     rows.pop()  # one width lacks a budget: the other is still fitted
     assert [law["setting"]["d_sae"] for law in conditions.power_laws(rows)] == [32]
-    bent = banks_of(lambda b, d, s: 1 - 0.5 * b ** (-0.1 * b))[0]["conditions"]
+    bent = banks_of(lambda b, d, s: 1 - 0.5 * b ** (-0.1 * b))[0].conditions
     assert conditions.power_laws(bent)[0]["largest_residual"] > 0.1
 
 
@@ -230,9 +234,9 @@ def test_bad_input(refused, common, tmp_path):
 
 
 def test_an_empty_product_is_refused():
-    settings = dict.fromkeys(bank.Bank.__dataclass_fields__)
+    settings = dict.fromkeys(bank.Plan.__dataclass_fields__)
     with pytest.raises(BadInput, match="the product of families, seeds, widths, sparsities and budgets is empty"):
-        bank.check(bank.Bank(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]}))
+        bank.check(bank.Plan(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]}))
 
 
 def test_the_scaling_page_is_what_the_benchmarks_say(run_script, tmp_path):

@@ -62,8 +62,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "budgets": [args.tokens],
     }
     banks = bank.run_all([settings], args)
-    results = {"phase": "architecture_frontier", "inputs": banks[0]["inputs"], "subject": str(args.subject)}
-    results |= {"banks": banks, "pareto": conditions.pareto(banks[0]["conditions"])}
+    results = {"phase": "architecture_frontier", "inputs": banks[0].inputs, "subject": str(args.subject)}
+    results |= {"banks": [b.to_json() for b in banks], "pareto": conditions.pareto(banks[0].conditions)}
     return results, draw(results, args.output_dir / "figures")
 
 

@@ -1,20 +1,26 @@
-"""The selected recipe on fresh seeds: what the gate reads of a candidate.
+"""What the gate reads of a candidate: stability against every null, and both benchmarks.
 
     python scripts/experiments/run_candidate_confirmation.py
     python scripts/experiments/run_candidate_confirmation.py --candidate SELECTED.json \\
       --stories GulkoA/contrastive-stories-v3
+    python scripts/experiments/run_candidate_confirmation.py --checkpoint SEED1 SEED2 SEED3 SEED4 SEED5 \\
+      --model-name husai-tiny --hook-name blocks.1.hook_resid_pre --untrained BEFORE_TRAINING --reference RELU_SAES
 
-Choosing the best of several and then testing it on the same seeds and data sets would count luck as merit. So the
-recipe is trained again, with seeds that no study used, and its SAEs are held against their nulls, against their matched
-reference, and against the benchmarks on the families that selection did not read. Exit 2: nothing was selected, or a
-seed is not fresh.
+Choosing the best of several and then testing it on the same seeds and data sets would count luck as merit. Therefore a
+selected recipe is trained again on seeds that no study used, and the benchmarks read the data-set families that
+selection did not. SAEs of your own (`--checkpoint`) are evaluated as they are: at least three that differ in their seed
+alone, five for a verdict. HUSAI cannot see how those were selected, and the gate gives them no more than a provisional
+decision. `run_release_check.py` runs this and all that follows. Exit 2: nothing was selected, a seed is not fresh, or
+the SAEs do not belong together.
 """
 
 from pathlib import Path
 
 from husai.evals.flags import Parser
-from husai.evidence.data_sets import DATA_SETS, PAIR_SETS, families
-from husai.runs.cli import name_list, run_main, seed_list
+from husai.runs.cli import prepare, run_main, seed_list
+
+OF_SUPPLIED = ("untrained", "reference", "random_model_checkpoint", "probing", "max_rows", "null_draws", "rows")
+"""Flags that go with --checkpoint: a selection names its own recipe."""
 
 
 def parse():
@@ -29,154 +35,123 @@ def parse():
     p.add_argument(
         "--seeds", type=seed_list, help="that no study used (default: five that are fixed; the gate takes no others)"
     )
-    p.add_argument(
-        "--dataset-names", type=name_list, help="probing data sets (default: those of the studies that selection left)"
-    )
-    p.add_cebench()
+    p.add_supplied(required=False)
+    p.set_defaults(dataset_names=None)
     p.add_baseline_map()
-    args = p.parse_args()
+    args = p.parse_benchmark()
     if args.seeds is not None and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
+    if args.checkpoint:
+        p.refuse_unheard(args, ("candidate", "seeds"), "goes with a selection, not with --checkpoint")
+        p.refuse_unheard(args, ("cebench_matched_baseline_map",), "--reference names the references of --checkpoint")
+        args.candidate = None
+    else:
+        p.refuse_unheard(args, OF_SUPPLIED, "goes with --checkpoint; the selection names its own")
     return args
 
 
 def main() -> None:
     args = parse()
     from husai.runs.errors import BadInput
+    from husai.runs.files import relative
     from husai.runs.phase import run_phase
 
-    if not args.candidate.is_file():
+    if args.candidate and not args.candidate.is_file():
         raise BadInput(f"--candidate: {args.candidate} does not exist; select_release_candidate.py makes it")
+    # The gate looks for the checkpoints where the results say that they lie: a move is another result.
+    args.lie_at = [relative(p, args.output_dir) for p in args.checkpoint]
     run_phase(args, "candidate_confirmation", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Train the recipe again; stability and benchmarks of what comes out."""
-    from pydantic import ValidationError
+    """Train the recipe again, or take the SAEs as they are; compare, probe and draw."""
+    device = prepare(args.device, args.threads)
+    from husai.evals import retrained, supplied
 
-    from husai.evals import bank, sae_probes
-    from husai.evidence.binding import block
-    from husai.evidence.schemas import Facts, Recipe, Selection, refusal
-    from husai.release.selection import fresh_seeds
-    from husai.runs.cli import prepare
-    from husai.runs.errors import BadInput, CheckFailed
-    from husai.runs.files import read_json, sha256_file
-    from husai.stability.study import checkpoint_files
-
-    read_sha256 = sha256_file(args.candidate)
-    try:
-        selection = Selection.model_validate(read_json(args.candidate, "candidate"))
-        chosen, split, used = selection.selected, selection.split.model_dump(), selection.seeds_used
-        facts, recipe, subject = (
-            Facts(**chosen["facts"]).model_dump(),
-            Recipe(**chosen["recipe"]).model_dump(),
-            chosen["subject"],
-        )
-    except ValidationError as error:
-        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({refusal(error)})") from None
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({error})") from None
-    args.seeds = args.seeds or fresh_seeds(used, 5)
-    if old := sorted(set(args.seeds) & set(used)):
-        raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
-    names = args.dataset_names or split["gate_data_sets"] or DATA_SETS.split(",")
-    read = set(split["selection_families"])
-
-    def left(sets: list[str]) -> list[str]:
-        sets = sae_probes.check_data_sets(sets)
-        return [n for n, f in zip(sets, families(sets), strict=True) if f not in read]
-
-    if not (data_sets := left(names)):
-        raise BadInput("--dataset-names: selection has read the families of all of them; others expected")
-    settings = recipe | {
-        "subject": subject,
-        "hook_name": facts["hook_name"],
-        "families": [facts["family"]],
-        "seeds": args.seeds,
-        "d_saes": [facts["d_sae"]],
-        "ks": [facts["k"]],
-        "budgets": [facts["tokens"]],
-        "saebench": True,
-        "data_sets": data_sets,
-        "cebench": True,
-        "pair_sets": left(PAIR_SETS.split(",")),
-        **bank.places_of(args),
-    }
-    prepare(args.device, args.threads)
-    bank.check(bank.Bank(**settings))
-    found = bank.run(**settings)
-    candidate = block([r for r in found["saes"] if r["candidate"]])
-    if other := [n for n, v in candidate["facts"].items() if v != facts[n]]:
-        why = "(--threads, device and packages as in the study expected)"
-        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
-    members = found["sections"][0]["members"]
-    results = {
-        "phase": "candidate_confirmation",
-        "inputs": found["inputs"] | {"selection": read_sha256},
-        "subject": subject,
-        "candidate": candidate,
-        "paths": {str(m["seed"]): m["checkpoint"] for m in members},
-        "selection": {"sha256": read_sha256, "id": chosen["id"]},
-        "bank": found,
-    }
-    return results, checkpoint_files(cells, members) + draw(results, args.output_dir / "figures")
+    found = supplied.evaluate(args, cells, device) if args.checkpoint else retrained.evaluate(args)
+    return found.to_json(), draw(found, args.output_dir / "figures")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(results: dict, folder: Path) -> list[Path]:
-    """The candidate against each null and its reference: what is above zero is above them."""
+def draw(found, folder: Path) -> list[Path]:
+    """The candidate against each null and each baseline of the benchmarks: what is above zero is above them."""
     from husai.report import figures
 
-    (row,), section = results["bank"]["conditions"], results["bank"]["sections"][0]
-    excess = section["stability"]["scores"]["mcc_alive"]["excess"]
-    panels = [
-        figures.Panel(
-            "mcc of alive features", "above the null", "", list(excess), {row["condition"]: list(excess.values())}
-        )
-    ]
-    names = {"saebench": "SAEBench, AUC", "cebench": f"{results['bank']['cebench']['benchmark']}, of its bound"}
-    external = {label: row[f"{n}_delta"] for n, label in names.items() if row[f"{n}_delta"]["estimate"] is not None}
-    if external:
-        series = {row["condition"]: list(external.values())}
-        panels.append(figures.Panel("Benchmarks", "above the matched reference", "", list(external), series))
+    excess, name = found.section.stability.scores["mcc_alive"].excess, found.candidate.condition
+    over = {name: [e.to_json() for e in excess.values()]}
+    panels = [figures.Panel("mcc of alive features", "above the null", "", list(excess), over)]
+    for title, label, _, delta in benchmarks(found):
+        if known := {arm: d for arm, d in delta.items() if d["estimate"] is not None}:
+            series = {name: list(known.values())}
+            panels.append(figures.Panel(f"{title}: less a baseline", label, "", list(known), series))
     return [figures.panels(folder / "confirmation.png", panels)]
 
 
+def benchmarks(found) -> list[tuple[str, str, dict, dict]]:
+    """(name, figure, the candidate's estimate, baseline -> difference) of each benchmark."""
+    rows = []
+    for part in (found.bank.saebench, found.bank.cebench):
+        (row,) = [c for c in part.conditions if c["condition"] == found.candidate.condition]
+        if part is found.bank.saebench:
+            rows.append((part.probing, "test AUC, k = 5", row["auc"]["5"], row["delta"]))
+        else:
+            rows.append((part.benchmark, "normalised score", row["normalised"], row["delta"]))
+    return rows
+
+
 def summary(results: dict) -> str:
+    from husai.evidence.estimates import mean_over_seeds
+    from husai.evidence.schemas import read_evaluation
     from husai.report.text import interval, table
 
-    found, section = results["bank"], results["bank"]["sections"][0]
-    (row,) = found["conditions"]
-    excess = section["stability"]["scores"]["mcc_alive"]["excess"]
+    found = read_evaluation(results)
+    section, own = found.section, [r for r in found.bank.saes if r.candidate]
+    verdict, score = section.stability.verdict, section.stability.scores["mcc_alive"]
+    reached = {
+        "L0": [r.heldout.l0 for r in own],
+        "held-out explained variance": [r.heldout.explained_variance for r in own],
+        "dead features": [r.heldout.dead_share for r in own],
+        "CE loss score": [r.core.ce_loss_score for r in own],
+    }
+    rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
+    rows.append(["`mcc_alive`", interval(score.observed.to_json())])
+    rows += [[f"excess over {null}", interval(e.to_json(), "+")] for null, e in score.excess.items()]
+    for name, figure, estimate, delta in benchmarks(found):
+        rows.append([f"`{name}`, {figure}", interval(estimate)])
+        rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in delta.items()]
     lines = [
-        "# Confirmation of the candidate",
+        "# Confirmation of the candidate" if found.origin == "retrained" else "# SAEs of your own",
         "",
-        f"**{row['condition']}** of {results['subject']}, {found['hook_name']}: trained again with seeds "
-        f"{', '.join(map(str, row['seeds']))}, that no study used. Stability: {row['outcome']}"
-        f"{', still moving at the end of training' if row['converged'] is False else ''}.",
+        f"**{verdict['outcome']}**: {verdict['reason']}{still_moving(section)}.",
         "",
-        *table(
-            ["figure", "95 % interval"],
-            [
-                ["L0", interval(row["l0"])],
-                ["held-out explained variance", interval(row["explained_variance"])],
-                ["CE loss score", interval(row["ce_loss_score"])],
-                ["`mcc_alive`", interval(row["mcc_alive"])],
-                *([f"excess over {null}", interval(e, "+")] for null, e in excess.items()),
-                [f"`{found['saebench']['probing']}` AUC, k = 5", interval(row["saebench"])],
-                ["− matched reference", interval(row["saebench_delta"], "+")],
-                [f"contrastive, normalised ({found['cebench']['benchmark']})", interval(row["cebench"])],
-                ["− matched reference", interval(row["cebench_delta"], "+")],
-            ],
-        ),
+        f"{found.candidate.condition} of {found.subject}, {found.bank.hook_name}: {where_from(found)}.",
         "",
-        f"Probing data sets, of families that selection did not read: {', '.join(found['saebench']['data_sets'])}.",
+        *table(["figure", "95 % interval"], rows),
+        "",
+        *[f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()],
+        "",
+        f"Probing data sets: {', '.join(found.bank.saebench.data_sets)}.",
         "",
     ]
+    if found.origin == "supplied":
+        lines += ["HUSAI cannot see how you selected these SAEs, so the result cannot support an external claim.", ""]
     return "\n".join(lines)
+
+
+def still_moving(section) -> str:
+    convergence = getattr(section, "convergence", None)
+    return ", still moving at the end of training" if convergence and convergence.converged is False else ""
+
+
+def where_from(found) -> str:
+    n, seeds = len(found.candidate.checkpoints), ", ".join(found.candidate.checkpoints)
+    if found.origin == "retrained":
+        return f"trained again with seeds {seeds}, which no study used"
+    source = found.candidate.facts.source
+    return f"{n} SAEs " + ("as HUSAI trained them" if source == "husai" else f"of {source}, their training not known")
 
 
 if __name__ == "__main__":

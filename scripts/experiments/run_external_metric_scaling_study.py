@@ -68,11 +68,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     banks = bank.run_all(settings, args)
     results = {
         "phase": "external_metric_scaling",
-        "inputs": {f"{found['hook_name']}, {k}": v for found in banks for k, v in found["inputs"].items()},
+        "inputs": {f"{b.hook_name}, {label}": sha256 for b in banks for label, sha256 in b.inputs.items()},
         "subject": str(args.subject),
-        "banks": banks,
+        "banks": [b.to_json() for b in banks],
         "contrasts": conditions.contrasts(banks),
-        "power_laws": conditions.power_laws([row for found in banks for row in found["conditions"]]),
+        "power_laws": conditions.power_laws([row for b in banks for row in b.conditions]),
     }
     return results, draw(results, args.output_dir / "figures")
 

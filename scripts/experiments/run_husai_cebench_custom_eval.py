@@ -79,22 +79,23 @@ def check(results: dict) -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all that is brought, then read the stories once for all SAEs, and compare."""
+    """Check all input, then read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
-    from husai.evals import baselines, candidates, cebench, contrastive, sae_probes
+    from husai.evals import baselines, cebench, contrastive, loaded, sae_probes
 
     references = args.matched_baseline_summary and baselines.read_summary(args.matched_baseline_summary)
     data_sets = [] if args.stories else sae_probes.check_data_sets(args.dataset_names)
     seeds = (args.random_seed, *args.noise_seeds)
     pairs, *others = (contrastive.drawn(args.stories, data_sets, args.max_rows, seed) for seed in seeds)
     repeats = dict(zip(args.noise_seeds, others, strict=True))
-    lineup = candidates.lineup(args, device)
+    saes = loaded.load(args, device)
     if args.min_delta is not None and references:
-        cebench.refuse_unreachable(lineup, args.min_delta, references)
-    places = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
+        cebench.refuse_unreachable(saes, args.min_delta, references)
+    places = loaded.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     no_reference = getattr(args, "no_reference", None)
-    given = (lineup, pairs, repeats, places, references, no_reference, args.cebench_repo, args.subject)
-    results = cebench.evaluate(*given) | {"random_seed": args.random_seed, "min_delta": args.min_delta}
+    found = cebench.evaluate(saes, pairs, repeats, places, references, no_reference, args.cebench_repo)
+    asked = {"random_seed": args.random_seed, "min_delta": args.min_delta}
+    results = found.model_copy(update=asked).to_json()
     files = draw(results, args.output_dir / "figures")
     if args.as_baseline:
         files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))

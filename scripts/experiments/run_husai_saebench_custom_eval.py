@@ -60,13 +60,13 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all that is brought, then harvest, probe, measure and compare."""
+    """Check all input, then harvest, probe, measure and compare."""
     device = prepare(args.device, args.threads)
-    from husai.evals import candidates, sae_probes, saebench
+    from husai.evals import loaded, sae_probes, saebench
     from husai.report.text import write_csv
 
     sae_probes.versions(args.probing)
-    probing = saebench.Probing(
+    setup = saebench.Setup(
         sae_probes.check_data_sets(args.dataset_names),
         args.ks,
         args.random_seed,
@@ -76,10 +76,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         args.results_path,
         args.probing,
     )
-    places = candidates.Places(
+    places = loaded.Places(
         args.output_dir, args.artifact_root, args.device, args.threads, args.force, args.model_cache_path
     )
-    results, rows = saebench.evaluate(candidates.lineup(args, device), probing, places, cells)
+    found, rows = saebench.evaluate(loaded.load(args, device), setup, places, cells)
+    results = found.to_json()
     files = [write_csv(args.output_dir / "per_data_set.csv", rows), *draw(results, args.output_dir / "figures")]
     return results, files
 

@@ -41,27 +41,27 @@ def parse():
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    from husai.evals import candidates, cebench_checkout, official, sae_probes
+    from husai.evals import cebench_checkout, loaded, official, sae_probes
     from husai.runs.errors import CheckFailed
     from husai.runs.files import content_or_name
     from husai.runs.folder import Run
     from husai.subjects import pretrained
 
-    # Everything that a user brings is looked at before anything runs.
+    # All input is checked before anything runs.
     data_sets = sae_probes.check_data_sets(args.dataset_names)
     subject = pretrained.describe(pretrained.open_folder(args.subject))
     if args.cebench_repo:
         cebench_checkout.code_digest(args.cebench_repo)
-    lineup = candidates.lineup(args, device) if args.checkpoint else None
-    brought = lineup.saes if lineup else []
-    plan = [{"name": n, "seconds": guess(n, len(brought) or 10, len(data_sets))} for n in args.evals or EVALS]
+    given = loaded.load(args, device) if args.checkpoint else None
+    supplied = given.saes if given else []
+    plan = [{"name": n, "seconds": guess(n, len(supplied) or 10, len(data_sets))} for n in args.evals or EVALS]
 
     config = {"subject": subject, "hook_name": args.hook_name, "data_sets": data_sets, "execute": args.execute}
-    config |= {"checkpoints": [c.identity for c in brought], "stories": content_or_name(args.stories)}
+    config |= {"checkpoints": [c.identity for c in supplied], "stories": content_or_name(args.stories)}
     with Run(args.output_dir, config, args.device, args.threads) as run:
         run.add_input("subject", subject)
-        for c in brought:
-            run.add_input(f"checkpoint {c.label}", c.sha256)
+        for c in supplied:
+            run.add_input(f"checkpoint {c.label}", c.record.checkpoint_sha256)
         results = {
             "phase": "official_external_benchmarks",
             "inputs": run.inputs,
@@ -69,11 +69,11 @@ def main() -> None:
             "preflight": [{**p, "runs": True, "reason": None} for p in plan]
             + [{"name": n, "seconds": None, "runs": False, "reason": why} for n, why in official.NOT_HERE.items()],
             "data": data_at_hand(args, data_sets),
-            "checkpoints": [c.label for c in brought] or "the embedded default, trained with --execute",
+            "checkpoints": [c.label for c in supplied] or "the embedded default, trained with --execute",
             "executed": [],
         }
         if args.execute:
-            results["executed"] = execute(args, run, device, data_sets, lineup)
+            results["executed"] = execute(args, run, device, data_sets, given)
         run.write(results, summary(results))
         print(summary(results))
         failed = [e for e in results["executed"] if e["return_code"] != 0 or e["reason"]]
@@ -101,19 +101,19 @@ def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
     return {"sae-probes": probing, "CE-Bench stories": stories, "CE-Bench checkout": checkout}
 
 
-def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
+def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
     """Run the plan, command after command; returns a record of each."""
-    from husai.evals import candidates, official
+    from husai.evals import loaded, official
     from husai.evidence import deltas
 
-    if lineup is None:
+    if saes is None:
         given = (args.output_dir, args.artifact_root, args.subject, args.hook_name, device, args.threads, args.force)
-        args.checkpoint = [candidates.train_default(*given)]
-        lineup = candidates.lineup(args, device)
-    for label, sha256 in lineup.inputs().items():
+        args.checkpoint = [loaded.train_default(*given)]
+        saes = loaded.load(args, device)
+    for label, sha256 in saes.inputs().items():
         run.add_input(label, sha256)
-    subject = lineup.subject
-    places = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads)
+    subject = saes.subject
+    places = loaded.Places(args.output_dir, args.artifact_root, args.device, args.threads)
     cache = places.probe_activations(subject)
     common = ["--device", args.device]
     shared = ["--checkpoint", *map(str, args.checkpoint), "--model-name", args.subject, *common]
@@ -136,9 +136,9 @@ def execute(args, run, device, data_sets: list[str], lineup) -> list[dict]:
         custom("cebench_custom", *stories, *checkout),
     ]
     commands = [c for c in commands if c[0] in (args.evals or EVALS)]
-    for group in deltas.by_condition([c.to_json() for c in lineup.saes]).values():  # one SAE a condition
-        c = next(c for c in lineup.saes if c.identity == group[0]["identity"])
-        layout = candidates.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
+    for group in deltas.by_condition([c.record for c in saes.saes]).values():  # one SAE a condition
+        c = next(c for c in saes.saes if c.record is group[0])
+        layout = loaded.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
         for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
             command = [sys.executable, "-m", "husai.evals.official", name, "--checkpoint", str(layout)]

@@ -51,16 +51,16 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all that is brought, then probe, measure and draw."""
+    """Check all input, then probe, measure and draw."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, ood, sae_probes
-    from husai.evals.candidates import Places
+    from husai.evals.loaded import Places
 
     sae_probes.versions(args.probing)
     chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)
     places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     how = args.probing, tuple(args.probe_ks)
-    results = ood.evaluate(candidate.find(args, device), chosen, *how, places, cells)
+    results = ood.evaluate(candidate.find(args, device), chosen, *how, places, cells).to_json()
     return results, draw(results, args.output_dir / "figures")
 
 
@@ -72,6 +72,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     """Of each data set: AUC of SAE and model on its own test rows and on its shifted version; the drop."""
     from husai.evidence.drop import CHANCE, drops
     from husai.evidence.estimates import mean_over_seeds
+    from husai.evidence.schemas import Shifted
     from husai.report import figures
 
     shifted = results["shifted"]
@@ -85,7 +86,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
         series[f"activations, {label}"] = [{"estimate": v, "low": None, "high": None} for v in shifted["llm"][side]]
         of_saes = [sae["test_auc"][k][side] for sae in shifted["saes"]]
         series[f"SAE, {label}"] = over_saes(zip(*of_saes, strict=True))
-    each = over_saes(drops(shifted, k).T)
+    each = over_saes(drops(Shifted.model_validate(shifted), k).T)
     label = f"test AUC (SAE: {k} features; line: chance)"
     auc = figures.Panel("Probes under shift", label, "", names, series, line=CHANCE)
     loss = {"drop": [*each, shifted["drop"][k]]}
@@ -148,11 +149,13 @@ def per_data_set(shifted: dict) -> list[list]:
     import numpy as np
 
     from husai.evidence.drop import drops
+    from husai.evidence.schemas import Shifted
 
     k, llm = shifted["k"], shifted["llm"]
     saes = {side: np.mean([sae["test_auc"][k][side] for sae in shifted["saes"]], 0) for side in ("id", "ood")}
     columns = saes["id"], saes["ood"], llm["id"], llm["ood"]
-    rows = zip(shifted["data_sets"], *columns, drops(shifted, k).mean(0), shifted["prompts"], strict=True)
+    lost = drops(Shifted.model_validate(shifted), k).mean(0)
+    rows = zip(shifted["data_sets"], *columns, lost, shifted["prompts"], strict=True)
     return [[name, *(f"{v:.4f}" for v in auc), f"{drop:+.4f}", n] for name, *auc, drop, n in rows]
 
 

@@ -58,7 +58,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.stability import study
 
-    sections = {"husai": brought(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))}
+    sections = {"husai": external(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))}
     if args.protocol == "published":
         sections["published"] = trained(args, cells, device, published(args))
     ours = sections["husai"]
@@ -207,7 +207,7 @@ def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
 # Checkpoints that a user brings
 
 
-def brought(args, cells, device) -> dict:
+def external(args, cells, device) -> dict:
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
     from husai.runs.files import sha256_file
@@ -220,7 +220,7 @@ def brought(args, cells, device) -> dict:
     for folder in foreign.find(args.sae_root):
         name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None
-        dictionary, figures = study.brought_dictionary(folder, store, heldout, before)
+        dictionary, figures = study.external_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
         records.append({"label": name, "checkpoint_sha256": digest, "heldout": figures})

@@ -47,37 +47,41 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, random_model
     from husai.evidence import random_model as rule
-    from husai.stability import study
+    from husai.evidence.schemas import RandomModelStress
 
     tested = candidate.find(args, device)
     store, control, shuffled = controls(args, cells, device, tested)
-    section = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
-    labels = section["stability"]["labels"]
+    section, compared = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
+    meaningless = random_model.control_of(cells, control, section.stability.labels, args.null_draws, args.threads)
 
-    arms = {"random_model": random_model.control_of(cells, control, labels, args.null_draws, args.threads)}
-    arms["shuffled"] = shuffled and shuffled.results
     inputs = tested.inputs() | {"activation store": store.digest}
-    for name, arm in arms.items():
-        if arm:
-            inputs |= {f"{name}: subject": arm["subject_digest"], f"{name}: activations": arm["store_digest"]}
-            inputs |= {f"{name}: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(arm["members"], 1)}
-    results = {"phase": "random_model_stress", "inputs": inputs, "subject": tested.subject.name}
-    results |= {"candidate": tested.block, **arms, "section": study.brief(section)}
-    both = results["section"], results["random_model"]
-    results |= {"gain": rule.gain(*both), "verdict": rule.verdict(*both)}
-    made = [m for arm in arms.values() if arm for m in arm["members"] if m["checkpoint"]]
-    return results, [*draw(section, args.output_dir), *study.checkpoint_files(cells, made)]
+    for name, arm in (("random_model", meaningless), ("shuffled", shuffled and shuffled.alike)):
+        if arm is not None:
+            inputs |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
+            inputs |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
+    results = RandomModelStress(
+        phase="random_model_stress",
+        inputs=inputs,
+        subject=tested.subject.name,
+        candidate=tested.group,
+        random_model=meaningless,
+        shuffled=shuffled and shuffled.alike,
+        section=section,
+        gain=rule.gain(section, meaningless),
+        verdict=rule.verdict(section, meaningless),
+    )
+    return results.to_json(), draw(compared, args.output_dir)
 
 
 def controls(args, cells, device, tested) -> tuple:
     """(whose principal components the spectral null is drawn in; SAEs of the random-weights model; SAEs of shuffled
-    coordinates, None where the first were brought)."""
+    coordinates, None where the user supplies the first)."""
     from husai.evals import random_model
     from husai.runs.errors import BadInput
 
     machine = device, args.threads
     if paths := args.random_model_checkpoint:
-        return tested.store, random_model.brought_arm(tested, paths, args.artifact_root, args.rows, *machine), None
+        return tested.store, random_model.supplied_arm(tested, paths, args.artifact_root, args.rows, *machine), None
     if tested.made is None:
         raise BadInput(
             f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "

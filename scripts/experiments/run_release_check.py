@@ -21,7 +21,7 @@ from husai.runs.cli import positive_int, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 STRESS = ("random_model_stress", "transcoder_stress", "ood_stress")
-GATE_FLAGS = {"brought_candidate": "confirmation", "positive_control": "phase4a"} | {
+GATE_FLAGS = {"candidate_confirmation": "confirmation", "positive_control": "phase4a"} | {
     name: name.removesuffix("_stress").replace("_", "-") for name in STRESS
 }
 """Part -> how the gate calls its results."""
@@ -43,7 +43,7 @@ class Part:
 def parse():
     p = Parser(__doc__)
     p.add_common("results/experiments/release_check")
-    p.add_brought()
+    p.add_supplied()
     p.add_train_rows()
     p.add_argument(
         "--phase4a-results",
@@ -58,13 +58,13 @@ def parse():
 def main() -> None:
     args = parse()
     prepare(args.device, args.threads)
-    from husai.evals import brought, cebench_checkout, sae_probes
+    from husai.evals import cebench_checkout, sae_probes, supplied
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import content_or_name, read_json
     from husai.runs.folder import Run
     from husai.subjects import pretrained
 
-    # Everything that a user brings is looked at before anything runs.
+    # All input is checked before anything runs.
     sae_probes.versions(args.probing)
     data_sets = sae_probes.check_data_sets(args.dataset_names)
     content_or_name(args.stories)
@@ -74,18 +74,18 @@ def main() -> None:
         phase = read_json(args.phase4a_results, "--phase4a-results")
         if not isinstance(phase, dict) or phase.get("phase") != "4a":
             raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
-    found = brought.look_over(args)
+    group = supplied.look_over(args)
     make_folder(args.artifact_root)
     subject = pretrained.describe(pretrained.open_folder(args.subject))
 
     root = args.output_dir / "parts"
-    config = {"subject": subject, "hook_name": args.hook_name, "candidate": found.block, "data_sets": data_sets}
+    config = {"subject": subject, "hook_name": args.hook_name, "candidate": group.to_json(), "data_sets": data_sets}
     with Run(args.output_dir, config, args.device, args.threads) as run:
         run.add_input("subject", subject)
-        for seed, sha256 in found.block["checkpoints"].items():
+        for seed, sha256 in group.checkpoints.items():
             run.add_input(f"checkpoint {seed}", sha256)
         done: list[dict] = []
-        for part in [*evidence(args, root, found), gate(args, root)]:
+        for part in [*evidence(args, root, group), gate(args, root)]:
             done.append(record(run, part, root, done))
         report = args.output_dir / "report.html"
         page = Part("report", "analysis/build_report.py", ["--results-root", str(root), "--output", str(report)])
@@ -95,7 +95,7 @@ def main() -> None:
         decision = read_json(decided, "decision") if decided.is_file() else None
         kept = ("pass_all", "outcome", "unconfirmed", "gates")
         results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
-        results |= {"candidate": found.block, "parts": done}
+        results |= {"candidate": group.to_json(), "parts": done}
         results["decision"] = decision and {name: decision[name] for name in kept}
         text = summary(results)
         run.write(results, text)
@@ -112,7 +112,7 @@ def main() -> None:
 # What is run
 
 
-def evidence(args, root: Path, found) -> list[Part]:
+def evidence(args, root: Path, group) -> list[Part]:
     """The parts that the gate and the page read, in order."""
     machine = ["--artifact-root", str(args.artifact_root), "--device", args.device, "--threads", str(args.threads)]
     machine += ["--force"] if args.force else []
@@ -124,14 +124,20 @@ def evidence(args, root: Path, found) -> list[Part]:
         own += given(flag, getattr(args, flag))
     for flag in ("stories", "cebench_repo"):
         own += given(flag, getattr(args, flag))
-    candidate = ["--candidate", str(root / "brought_candidate" / "results.json"), "--rows", str(args.rows), *machine]
+    candidate = [
+        "--candidate",
+        str(root / "candidate_confirmation" / "results.json"),
+        "--rows",
+        str(args.rows),
+        *machine,
+    ]
     trained = [*candidate, *draws, *given("train_rows", args.train_rows)]
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
-    no_recipe = None if found.trained_here else "the SAEs do not say how they were trained"
+    no_recipe = None if group.facts.source == "husai" else "the SAEs do not say how they were trained"
     no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
 
     parts = [
-        Part("brought_candidate", "experiments/run_brought_candidate.py", [*own, *draws, *machine]),
+        Part("candidate_confirmation", "experiments/run_candidate_confirmation.py", [*own, *draws, *machine]),
         Part(
             "random_model_stress",
             "experiments/run_random_model_stress_eval.py",
@@ -146,7 +152,7 @@ def evidence(args, root: Path, found) -> list[Part]:
             [*candidate, "--features", str(args.features)],
         ),
     ]
-    if positive_control(args) is None:  # of no SAE that was brought: what is wrong with those is seen sooner
+    if positive_control(args) is None:  # last: what is wrong with the SAEs is seen sooner
         parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws]))
     return [Part(p.name, p.script, [*p.arguments, "--output-dir", str(root / p.name)], p.not_run) for p in parts]
 
@@ -192,8 +198,8 @@ def record(run, part: Part, root: Path, done: list[dict]) -> dict:
     folder = root / part.name
     about = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
     reason = part.not_run
-    if "--candidate" in part.arguments and next(p for p in done if p["name"] == "brought_candidate")["reason"]:
-        reason = reason or "it takes what brought_candidate leaves"
+    if "--candidate" in part.arguments and next(p for p in done if p["name"] == "candidate_confirmation")["reason"]:
+        reason = reason or "it takes what candidate_confirmation leaves"
     if reason is None:
         code = run.command(part.name, [sys.executable, str(SCRIPTS / part.script), *part.arguments])
         about |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}

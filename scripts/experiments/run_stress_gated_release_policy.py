@@ -12,8 +12,8 @@
 Fail-closed: each gate is PASS, FAIL or MISSING, and `pass_all` is true only where every one is PASS on its bound
 (docs/methods.md, Rules). All is required, whatever the --require flags say; a waiver, a mode other than joint, or a
 threshold looser than the registered one is written down and makes the decision provisional, which is no pass. Evidence
-about other SAEs than the candidate's, or that does not follow from its own figures, counts as missing. SAEs that were
-brought (`--confirmation-results` of run_brought_candidate.py) are judged alike, and never get more than provisional.
+about other SAEs than the candidate's, or that does not follow from its own figures, counts as missing. SAEs of your own
+(`run_candidate_confirmation.py --checkpoint`) are judged alike, and never get more than provisional.
 `--policy published` gives the earlier study's verdicts on its files, and says where the strict rules differ. Writes
 `release_policy.json` and `.md`. Exit 0 passed (or no --fail-on-gate-fail), 1 not passed, 2 bad usage.
 """
@@ -42,7 +42,7 @@ def parse():
         "--external-candidate-json",
         type=Path,
         default=EXPERIMENTS / "candidate_selection" / "results.json",
-        help="results of select_release_candidate.py (default: %(default)s); SAEs that were brought need none",
+        help="results of select_release_candidate.py (default: %(default)s); SAEs of your own need none",
     )
     studies = [EXPERIMENTS / n / "results.json" for n in ("architecture_frontier", "external_metric_scaling")]
     p.add_argument(
@@ -116,9 +116,9 @@ def main() -> None:
     config = {k: v if isinstance(v, str | bool | float) else str(v) for k, v in vars(args).items() if k != "output_dir"}
 
     def on_disk(path: Path, results: object) -> dict[str, str | None]:
-        from husai.evals import candidates  # imports torch, which only an SAE on the disk needs
+        from husai.evals import loaded  # imports torch, which only an SAE on the disk needs
 
-        return candidates.on_disk(path, results)
+        return loaded.on_disk(path, results)
 
     with Run(args.output_dir, config, "cpu", 1) as run:
         results = (
@@ -162,8 +162,8 @@ def summary(results: dict) -> str:
     }[results["outcome"]]
     if results["unconfirmed"] and results["outcome"] == "provisional" and counts["PASS"] == len(gates):
         verdict = (
-            "**NOT PASSED, provisional.** Every gate holds; what these SAEs were chosen from is not known, so no "
-            "external claim may be made."
+            "**NOT PASSED, provisional.** Every gate holds. HUSAI cannot see how you selected these SAEs, so the "
+            "result cannot support an external claim."
         )
     lines = [
         "# Release gate",

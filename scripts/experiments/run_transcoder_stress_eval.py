@@ -12,7 +12,6 @@ rows. That one setting is judged (docs/methods.md, Rules); another, by `--d-sae`
 reported and decides nothing.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 from husai.evals.flags import Parser
@@ -47,22 +46,29 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
     device = prepare(args.device, args.threads)
     from husai.evals import transcoder
-    from husai.evidence.transcoder import decisions
+    from husai.evidence.schemas import TranscoderStress
+    from husai.evidence.transcoder import concluded
     from husai.stability import study
 
     tested, task = task_of(args, device)
     arms = transcoder.sections(cells, task, args.null_draws, device, args.threads)
-    block = tested and tested.block
     inputs = tested.inputs() if tested else {"subject": task.setting.subject_digest}
     inputs |= {"MLP input": task.read.digest, "MLP output": task.written.digest}
     inputs |= {f"{arm} {m['label']}": m["checkpoint_sha256"] for arm in arms for m in arms[arm]["members"]}
-    results = {"phase": "transcoder_stress", "inputs": inputs, "subject": task.read.manifest.subject}
-    results |= {"candidate": block, "setting": asdict(task.setting)}
-    results |= {arm: study.brief(section) for arm, section in arms.items()}
-    found = decisions(results)
-    results |= {name: found[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")}
-    made = [path for section in arms.values() for path in study.checkpoint_files(cells, section["members"])]
-    return results, [*draw(results, arms, args.output_dir), *made]
+    stress = TranscoderStress(
+        phase="transcoder_stress",
+        inputs=inputs,
+        subject=task.read.manifest.subject,
+        candidate=tested and tested.group,
+        setting=task.setting,
+        transcoder=study.brief(arms["transcoder"]),
+        sae=study.brief(arms["sae"]),
+        gain={},
+        explained_variance={},
+        verdict={},
+    )
+    results = concluded(stress).to_json()
+    return results, draw(results, arms, args.output_dir)
 
 
 def task_of(args, device) -> tuple:

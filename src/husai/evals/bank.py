@@ -4,7 +4,6 @@ nulls, and held against the external benchmarks. One bank is one task of an exec
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,12 +11,15 @@ from pathlib import Path
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.dictionaries.families import SAE_FAMILIES
-from husai.evals import baselines, candidates, cebench, cebench_checkout, contrastive, sae_probes, saebench
+from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, sae_probes, saebench
+from husai.evals.baselines import Summary
+from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import K
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
+from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, Recipe, ScoredRecord
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -32,14 +34,9 @@ from husai.training.trainer import TrainingConfig
 
 SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
 
-RECIPE = (
-    *("rows", "batch_size", "learning_rate", "null_draws", "heldout_rows"),
-    *("probe_ks", "noise_seeds", "max_pairs", "probing", "core_texts"),
-)
-
 
 @dataclass(frozen=True)
-class Bank:
+class Plan:
     """A study's part on one bank. JSON: it travels to wherever the task runs."""
 
     subject: str
@@ -78,8 +75,8 @@ class Bank:
     force: bool = False
 
     @property
-    def places(self) -> candidates.Places:
-        return candidates.Places(Path(self.output_dir), Path(self.artifact_root), self.device, self.threads, self.force)
+    def places(self) -> Places:
+        return Places(Path(self.output_dir), Path(self.artifact_root), self.device, self.threads, self.force)
 
 
 def shared(args: argparse.Namespace) -> dict:
@@ -132,32 +129,32 @@ class Trained:
     """Trained only to be a reference."""
 
 
-def check(bank: Bank) -> None:
+def check(plan: Plan) -> None:
     """Raise BadInput, before anything is computed, for a grid that cannot be trained or evaluated."""
-    if not all((bank.families, bank.seeds, bank.d_saes, bank.ks, bank.budgets)):
+    if not all((plan.families, plan.seeds, plan.d_saes, plan.ks, plan.budgets)):
         raise BadInput("the product of families, seeds, widths, sparsities and budgets is empty")
-    for k, d_sae in product(bank.ks, bank.d_saes):
+    for k, d_sae in product(plan.ks, plan.d_saes):
         if k > d_sae:
             raise BadInput(f"an L0 of {k} cannot be reached with {d_sae} features")
-    if unknown := sorted(set(bank.families) - set(SAE_FAMILIES)):
+    if unknown := sorted(set(plan.families) - set(SAE_FAMILIES)):
         raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
-    if bank.saebench:
-        if K not in bank.probe_ks:
-            raise BadInput(f"--probe-ks {','.join(map(str, bank.probe_ks))}: {K}, which is judged, is missing")
-        sae_probes.versions(bank.probing)
-        sae_probes.check_data_sets(bank.data_sets)
-    if bank.cebench:
-        if not bank.stories and bank.max_pairs < len(bank.pair_sets):
+    if plan.saebench:
+        if K not in plan.probe_ks:
+            raise BadInput(f"--probe-ks {','.join(map(str, plan.probe_ks))}: {K}, which is judged, is missing")
+        sae_probes.versions(plan.probing)
+        sae_probes.check_data_sets(plan.data_sets)
+    if plan.cebench:
+        if not plan.stories and plan.max_pairs < len(plan.pair_sets):
             raise BadInput(
-                f"--max-rows {bank.max_pairs}: one of each of {len(bank.pair_sets)} data sets at least expected"
+                f"--max-rows {plan.max_pairs}: one of each of {len(plan.pair_sets)} data sets at least expected"
             )
-        sae_probes.check_data_sets(bank.pair_sets)
-        pairs(bank, SEED)
-        references(bank)
+        sae_probes.check_data_sets(plan.pair_sets)
+        drawn_pairs(plan, SEED)
+        references(plan)
 
 
-def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Run a task a bank, by the executor that the command line names, and return what `run` gives of each.
+def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
+    """Run a task a bank, by the executor that the command line names, and return the bank of each.
 
     Raises:
         BadInput: a bank that cannot be trained or evaluated, or, with --require-matched, one without a reference.
@@ -171,110 +168,124 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[dict]:
     for each in settings:
         check_hooks(subject, [each["hook_name"]])
         Site.of(subject, each["hook_name"])
-        check(Bank(**each))
+        check(Plan(**each))
     gpus = float(args.device != "cpu")
     tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]
     outcomes = executor.run(tasks, args.executor, args.ray_address, args.threads, what="banks")
     failed = [f"{o.name}: {o.reason}" for o in outcomes if o.reason is not None]
     if failed:
         raise CheckFailed("; ".join(failed))
-    found: list[dict] = [o.value for o in outcomes if o.value is not None]
-    if args.require_matched and (why := conditions.unmatched([row for f in found for row in f["conditions"]])):
+    banks = [Bank.model_validate(o.value) for o in outcomes]
+    if args.require_matched and (why := conditions.unmatched([row for bank in banks for row in bank.conditions])):
         raise BadInput(f"--require-matched: {why}")
-    return found
+    return banks
 
 
 def run(**settings) -> dict:
-    """The bank's results: {"hook_name", "store_digest", "rows", "train_rows", "inputs", "saes": records with held-out
-    and core figures, "saebench", "cebench": results of the benchmarks, or None, "sections": the stability studies,
-    "conditions": rows in their order (`conditions.conditions`), "recipe": what of `Bank` it takes to do it again}."""
-    bank = Bank(**settings)
-    device = prepare(bank.device, bank.threads)
-    cells = Cells(Path(bank.output_dir) / "cells", bank.force)
+    """JSON of what `evaluated` gives: the task of an executor."""
+    return evaluated(Plan(**settings)).to_json()
+
+
+def evaluated(plan: Plan) -> Bank:
+    """Train the bank's SAEs, compare them over seeds, and hold them against the benchmarks."""
+    device = prepare(plan.device, plan.threads)
+    cells = Cells(Path(plan.output_dir) / "cells", plan.force)
     store = open_store(
-        Path(bank.artifact_root), device, bank.threads, subject=bank.subject, hook_name=bank.hook_name, rows=bank.rows
+        Path(plan.artifact_root), device, plan.threads, subject=plan.subject, hook_name=plan.hook_name, rows=plan.rows
     )
-    groups, sections = train(bank, cells, store, device), []
+    groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
-        arguments = cells, store, g.members, g.snapshot_steps, bank.null_draws, bank.threads
+        arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
         section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
         about = {"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget}
-        sections.append(about | study.brief(section))
+        sections.append(ConditionSection(**about, **study.brief(section)))
 
-    subject = pretrained.load(bank.subject, device=device)
-    heldout = candidates.heldout_store(
-        subject, bank.hook_name, Path(bank.artifact_root), bank.heldout_rows, bank.threads
-    )
+    subject = pretrained.load(plan.subject, device=device)
+    heldout = loaded.heldout_store(subject, plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads)
 
-    def opened(reference: bool) -> list[candidates.LoadedSAE]:
-        paths = [Path(bank.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
-        return candidates.open_all(paths, heldout, "checkpoint", subject, Path(bank.artifact_root))
+    def opened(reference: bool) -> list[LoadedSAE]:
+        paths = [Path(plan.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
+        return loaded.open_all(paths, heldout, "checkpoint", subject, Path(plan.artifact_root))
 
-    lineup = candidates.Lineup(subject, bank.hook_name, heldout, opened(False), opened(True), None, [])
-    found = {"saebench": None, "cebench": None}
-    if bank.saebench:
-        noise_seeds = tuple(bank.noise_seeds)
-        how = {"noise_seeds": noise_seeds, "probing": bank.probing, "core_texts": bank.core_texts}
-        probing = saebench.Probing(bank.data_sets, bank.probe_ks, **how)
-        found["saebench"] = evaluate(
-            cells, "saebench", bank, lineup, lambda: saebench.evaluate(lineup, probing, bank.places, cells)[0]
+    saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), loaded.as_references(opened(True)))
+    probing = pairs = None
+    if plan.saebench:
+        how = {"noise_seeds": tuple(plan.noise_seeds), "probing": plan.probing, "core_texts": plan.core_texts}
+        setup = saebench.Setup(plan.data_sets, plan.probe_ks, **how)
+        key = key_of(plan, saes)
+        found = cells.get(
+            "saebench", key, lambda: (saebench.evaluate(saes, setup, plan.places, cells)[0].to_json(), [])
         )
-    if bank.cebench:
-        found["cebench"] = evaluate(cells, "cebench", bank, lineup, lambda: contrastive_scores(bank, lineup))
-    core = saebench.core_metrics(lineup, bank.core_texts, cells, bank.threads)
-    found |= {"hook_name": bank.hook_name, "store_digest": store.digest, "rows": store.rows}
-    found["train_rows"] = len(store.split(TrainingConfig.heldout_fraction)[0])
-    found |= {"inputs": lineup.inputs(), "saes": [r | {"core": core[r["identity"]]} for r in lineup.records()]}
-    found |= {"sections": sections, "recipe": {name: getattr(bank, name) for name in RECIPE}}
-    return found | {"conditions": conditions.conditions(found)}
+        probing = Probing.model_validate(found)
+    if plan.cebench:
+        key = key_of(plan, saes) | references_key(plan)
+        pairs = Contrastive.model_validate(
+            cells.get("cebench", key, lambda: (contrastive_scores(plan, saes).to_json(), []))
+        )
+    core = saebench.core_metrics(saes, plan.core_texts, cells, plan.threads)
+    bank = Bank(
+        saebench=probing,
+        cebench=pairs,
+        hook_name=plan.hook_name,
+        store_digest=store.digest,
+        rows=store.rows,
+        train_rows=len(store.split(TrainingConfig.heldout_fraction)[0]),
+        inputs=saes.inputs(),
+        saes=[ScoredRecord(**dict(r), core=core[r.identity]) for r in saes.records],
+        sections=sections,
+        recipe=Recipe(**{name: getattr(plan, name) for name in Recipe.model_fields}),
+        conditions=[],
+    )
+    return bank.model_copy(update={"conditions": conditions.conditions(bank)})
 
 
-def train(bank: Bank, cells: Cells, store, device) -> list[Trained]:
+def train(plan: Plan, cells: Cells, store, device) -> list[Trained]:
     """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
-    wanted = list(bank.families)
-    needed = {reference_family(f) for f in wanted} if bank.saebench or bank.cebench else set()
+    wanted = list(plan.families)
+    needed = {reference_family(f) for f in wanted} if plan.saebench or plan.cebench else set()
     missing = sorted(needed - set(wanted))
     groups = []
-    for budget in bank.budgets:
-        grid = members(bank.seeds, bank.d_saes, bank.ks, [bank.learning_rate], (*wanted, *missing))
-        recipe = TrainingConfig(tokens=budget, batch_size=min(bank.batch_size, budget))
-        result = train_or_find(cells, store, grid, recipe, device, bank.threads)
-        for family, d_sae, k in product((*wanted, *missing), bank.d_saes, bank.ks):
+    for budget in plan.budgets:
+        grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*wanted, *missing))
+        recipe = TrainingConfig(tokens=budget, batch_size=min(plan.batch_size, budget))
+        result = train_or_find(cells, store, grid, recipe, device, plan.threads)
+        for family, d_sae, k in product((*wanted, *missing), plan.d_saes, plan.ks):
             of = [m for m in result["members"] if (m["family"], m["d_sae"], m["k"]) == (family, d_sae, k)]
             groups.append(Trained(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
     return groups
 
 
-def evaluate(cells: Cells, name: str, bank: Bank, lineup, compute: Callable[[], dict]) -> dict:
-    """A benchmark's results as a cell."""
+def key_of(plan: Plan, saes: LoadedSAEs) -> dict:
+    """The key of a benchmark's cell."""
     named = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
     named += ("pair_sets", "max_pairs", "device", "threads")
-    key = {n: getattr(bank, n) for n in named} | {"inputs": lineup.inputs(), "code": code_version(run)}
-    key["candidates"] = [c.identity for c in lineup.saes]
-    if name == "cebench":
-        path, reason = baseline(bank)
-        key |= {"stories": content_or_name(bank.stories), "baseline": reason if path is None else sha256_file(path)}
-        key["checkout"] = bank.cebench_repo and cebench_checkout.code_digest(Path(bank.cebench_repo))
-    return cells.get(name, key, lambda: (compute(), []))
+    key = {n: getattr(plan, n) for n in named} | {"inputs": saes.inputs(), "code": code_version(evaluated)}
+    return key | {"candidates": [c.identity for c in saes.saes]}
 
 
-def pairs(bank: Bank, seed: int) -> contrastive.Pairs:
-    return contrastive.drawn(bank.stories, bank.pair_sets, bank.max_pairs, seed)
+def references_key(plan: Plan) -> dict:
+    """What CE-Bench reads beside the SAEs."""
+    path, reason = baseline(plan)
+    key = {"stories": content_or_name(plan.stories), "baseline": reason if path is None else sha256_file(path)}
+    return key | {"checkout": plan.cebench_repo and cebench_checkout.code_digest(Path(plan.cebench_repo))}
 
 
-def baseline(bank: Bank) -> tuple[Path | None, str | None]:
+def drawn_pairs(plan: Plan, seed: int) -> contrastive.Pairs:
+    return contrastive.drawn(plan.stories, plan.pair_sets, plan.max_pairs, seed)
+
+
+def baseline(plan: Plan) -> tuple[Path | None, str | None]:
     """(the summary that the map names for the hook, None), or (None, why it names none; None without a map)."""
-    return baselines.lookup(Path(bank.baseline_map), bank.hook_name) if bank.baseline_map else (None, None)
+    return baselines.lookup(Path(plan.baseline_map), plan.hook_name) if plan.baseline_map else (None, None)
 
 
-def references(bank: Bank) -> tuple[dict | None, str | None]:
+def references(plan: Plan) -> tuple[Summary | None, str | None]:
     """(the summary's results, None), or (None, why there are none)."""
-    path, reason = baseline(bank)
+    path, reason = baseline(plan)
     return (None if path is None else baselines.read_summary(path)), reason
 
 
-def contrastive_scores(bank: Bank, lineup) -> dict:
-    checkout = bank.cebench_repo and Path(bank.cebench_repo)
-    repeats = {seed: pairs(bank, seed) for seed in bank.noise_seeds}
-    given = (bank.places, *references(bank), checkout, bank.subject)
-    return cebench.evaluate(lineup, pairs(bank, SEED), repeats, *given)
+def contrastive_scores(plan: Plan, saes: LoadedSAEs) -> Contrastive:
+    checkout = plan.cebench_repo and Path(plan.cebench_repo)
+    repeats = {seed: drawn_pairs(plan, seed) for seed in plan.noise_seeds}
+    return cebench.evaluate(saes, drawn_pairs(plan, SEED), repeats, plan.places, *references(plan), checkout)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries.family import unit_rows
 from husai.dictionaries.sae import SAE
+from husai.evidence.schemas import Reference, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, read_json, write_json
 from husai.runs.seeds import generator
@@ -58,24 +61,35 @@ def lookup(path: Path, hook_name: str) -> tuple[Path | None, str | None]:
     return found, None
 
 
-def read_summary(path: Path) -> dict:
+@dataclass(frozen=True)
+class Summary:
+    """What an earlier CE-Bench run gives as references."""
+
+    references: list[Reference]
+    normalised: dict[str, float]
+    """identity -> its mean normalised score."""
+    pairs_digest: str | None
+
+
+def read_summary(path: Path) -> Summary:
     """The results of an earlier CE-Bench run whose SAEs serve as references.
 
     Raises:
         BadInput: damaged. A summary that names no SAEs is read: nothing will match it.
     """
     summary = read_json(path, "baseline summary")
-    if not isinstance(summary, dict):
-        raise BadInput(f"baseline summary: {path}: an object expected")
-    saes = summary.get("saes", [])
-    kinds = {"facts": dict, "condition": str, "identity": str, "normalised": float, "normalised_of_pairs": list}
-    if not isinstance(saes, list) or not all(
-        isinstance(r, dict) and all(isinstance(r.get(name), kind) for name, kind in kinds.items()) for r in saes
-    ):
-        raise BadInput(f"baseline summary: {path}: saes: records with {', '.join(kinds)} expected")
-    if any("seed" not in r["facts"] or len(r["normalised_of_pairs"]) != summary.get("n_pairs") for r in saes):
+    if not isinstance(summary, dict) or not isinstance(saes := summary.get("saes", []), list):
+        raise BadInput(f"baseline summary: {path}: an object with a list `saes` expected")
+    try:
+        references = [Reference(**{name: r[name] for name in Reference.model_fields}) for r in saes]
+        normalised = {r["identity"]: float(r["normalised"]) for r in saes}
+    except ValidationError as error:
+        raise BadInput(f"baseline summary: {path}: saes: {refusal(error)}") from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"baseline summary: {path}: saes: records expected ({type(error).__name__}: {error})") from None
+    if any(not r.facts.whole or len(r.normalised_of_pairs) != summary.get("n_pairs") for r in references):
         raise BadInput(f"baseline summary: {path}: saes: a seed, and a score for each of n_pairs pairs expected")
-    return summary | {"saes": saes}
+    return Summary(references, normalised, summary.get("pairs_digest"))
 
 
 def write_map(path: Path, hook_name: str, summary: str) -> Path:

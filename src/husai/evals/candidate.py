@@ -5,86 +5,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from husai.activations import source
 from husai.activations.store import ActivationStore
-from husai.evals import candidates
-from husai.evals.candidates import heldout_store, open_all, refuse_twins
-from husai.evidence.binding import block
+from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
+from husai.evidence.schemas import SeedGroup
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json
 from husai.subjects import pretrained
-from husai.subjects.pretrained import LanguageModel
-from husai.training.trainer import TrainingConfig
 
 log = logging.getLogger("husai")
 
 
-@dataclass(frozen=True)
-class Tested:
-    """The SAEs under test, and the model that they are of."""
-
-    name: str
-    """The subject as it was named."""
-    subject: LanguageModel
-    store: ActivationStore
-    """Held-out activations at the hook."""
-    saes: list[candidates.LoadedSAE]
-    """In order of seeds."""
-
-    @property
-    def hook_name(self) -> str:
-        return self.store.manifest.hook_name
-
-    @property
-    def members(self) -> list[dict]:
-        """Their records in a stability study."""
-        return [
-            {
-                "label": c.label if c.facts["seed"] is None else f"seed{c.facts['seed']}",
-                "seed": c.facts["seed"],
-                "checkpoint_sha256": c.sha256,
-                "heldout": c.heldout,
-            }
-            for c in self.saes
-        ]
-
-    @property
-    def block(self) -> dict:
-        return block([sae.to_json() for sae in self.saes])
-
-    @property
-    def made(self) -> dict | None:
-        """How the SAEs were trained (`training.grid`); None where it is not known."""
-        return self.saes[0].sae.metadata.get("husai") if self.saes[0].facts["source"] == "husai" else None
-
-    @property
-    def recipe(self) -> TrainingConfig:
-        """Their training.
-
-        Raises:
-            BadInput: it is not known, for they were trained elsewhere.
-        """
-        if self.made is None:
-            raise BadInput(f"checkpoint: {self.saes[0].folder} does not say how it was trained, as HUSAI's own do")
-        return TrainingConfig(**self.made["training"] | {"betas": tuple(self.made["training"]["betas"])})
-
-    def inputs(self) -> dict[str, str]:
-        """What the results rest on: label -> sha256."""
-        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
-        return found | {f"checkpoint {c.label}": c.sha256 for c in self.saes}
-
-
-def in_order(saes: list[candidates.LoadedSAE]) -> list[candidates.LoadedSAE]:
-    """In order of seeds; where these are not known, of identities, which nobody chooses."""
-    return sorted(saes, key=lambda c: (c.facts["seed"] or 0, c.identity))
-
-
-def find(args: argparse.Namespace, device: torch.device) -> Tested:
+def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     """The SAEs that the command line means, after `evals.inputs.look_up`, opened and checked.
 
     Raises:
@@ -94,34 +31,34 @@ def find(args: argparse.Namespace, device: torch.device) -> Tested:
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
-            expected, name = results["candidate"], results["subject"]
-            hook_name = expected["facts"]["hook_name"] or results["hook_name"]
+            expected, name = SeedGroup.model_validate(results["candidate"]), results["subject"]
+            hook_name = expected.facts.hook_name or results["bank"]["hook_name"]
             paths = [args.candidate.parent / path for path in results["paths"].values()]
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValidationError):
             raise BadInput(
-                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py or "
-                "run_brought_candidate.py (candidate, paths, subject expected)"
+                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py (candidate, paths, "
+                "subject, bank expected)"
             ) from None
-        log.info("candidate: %s of %s", expected["condition"], args.candidate)
+        log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
         log.info("candidate: the SAEs of --checkpoint")
     else:
         log.info("candidate: none was confirmed or named; the embedded default (TopK on husai-tiny) stands in")
         place = args.output_dir / "default", args.artifact_root, name, hook_name, device, args.threads, args.force
-        root = candidates.train_default(*place)
+        root = train_default(*place)
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     subject = pretrained.load(str(name), device=device)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads)
     saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root))
     refuse_twins(saes)
-    tested = Tested(str(name), subject, store, saes)
-    if expected is not None and tested.block != expected:
+    tested = LoadedSAEs(str(name), subject, store, saes)
+    if expected is not None and tested.group != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
 
 
 def training_store(
-    tested: Tested, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+    tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
 ) -> ActivationStore:
     """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
     harvested again.
@@ -133,7 +70,7 @@ def training_store(
         BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
             trained on a control, not on what the subject computes.
     """
-    wanted, control = (tested.saes[0].facts[name] for name in ("store_digest", "control"))
+    wanted, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
     if control is not None:
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
     if rows is None:

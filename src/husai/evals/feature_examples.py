@@ -9,7 +9,7 @@ import torch
 
 from husai.activations.language_model import Inputs, batches, run
 from husai.activations.store import ActivationStore
-from husai.evals.candidates import LoadedSAE
+from husai.evals.loaded import LoadedSAE
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
@@ -38,7 +38,7 @@ class Partners:
 
 def one_condition(candidates: list[LoadedSAE]) -> None:
     """Raise BadInput unless these are SAEs of one width that differ in their seed alone, two at least."""
-    conditions = sorted({c.condition for c in candidates if c.facts["source"] == "husai"})
+    conditions = sorted({c.record.condition for c in candidates if c.facts.source == "husai"})
     widths = sorted({c.sae.d_sae for c in candidates})
     if len(conditions) > 1 or len(widths) > 1:
         raise BadInput(f"--checkpoint: {', '.join(conditions) or f'widths {widths}'}: SAEs of one condition expected")
@@ -148,9 +148,9 @@ def collect(
         raise BadInput(f"--checkpoint: no feature of {first.folder} fires on {store.rows} held-out tokens")
     inputs = Inputs.of(subject, documents, store.rows, 0)
     contexts = strongest_contexts(subject, hook_name, first, chosen, inputs)
-    seeds = [c.facts["seed"] if c.facts["seed"] is not None else c.label for c in candidates]
+    seeds = [c.label if c.facts.seed is None else c.facts.seed for c in candidates]
     return {
-        "condition": first.condition,
+        "condition": first.record.condition,
         "labels": [c.label for c in candidates],
         "seeds": seeds,
         "hook_name": hook_name,

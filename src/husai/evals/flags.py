@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from husai.evals.inputs import by_baseline_map, by_checkout
@@ -167,14 +168,14 @@ class Parser(cli.Parser):
         self.add_argument(
             "--candidate",
             type=Path,
-            help="results of run_candidate_confirmation.py or run_brought_candidate.py (default: a confirmation below "
-            "--artifact-root, where there is one; else the embedded default is trained)",
+            help="results of run_candidate_confirmation.py (default: those below --artifact-root, if there "
+            "are any; else the embedded default is trained)",
         )
         self.add_checkpoints(required=False)
 
-    def add_brought(self) -> None:
-        """SAEs that a user brings to be judged: the flags of `add_benchmark`, and what its evidence wants."""
-        self.add_benchmark()
+    def add_supplied(self, required: bool = True) -> None:
+        """SAEs that a user supplies to be judged: the flags of `add_benchmark`, and what their evidence needs."""
+        self.add_benchmark(required)
         self.add_argument(
             "--untrained",
             type=Path,
@@ -183,14 +184,24 @@ class Parser(cli.Parser):
             default=[],
             help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
         )
-        self.add_argument(
-            "--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes; fewer than these give no verdict"
-        )
+        self.add_dataset_names()
         self.add_probing("sae_probes_exact")
         self.add_cebench()
-        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+        self.add_max_rows()
         self.add_null_draws()
-        self.set_defaults(cebench_matched_baseline_map=None)  # references are brought, too
+
+    def add_dataset_names(self) -> None:
+        """--dataset-names."""
+        self.add_argument(
+            "--dataset-names",
+            type=name_list,
+            default=DATA_SETS,
+            help="of sae-probes: names or sides; fewer than the default give no verdict",
+        )
+
+    def add_max_rows(self) -> None:
+        """--max-rows."""
+        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
 
     def add_study(self) -> None:
         """A study of whole sets of SAEs: subject, sizes, benchmarks, executor."""
@@ -203,17 +214,23 @@ class Parser(cli.Parser):
             "--heldout-rows", type=positive_int, default=50_000, help="for L0 and explained variance (%(default)s)"
         )
         self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
-        self.add_argument("--dataset-names", type=name_list, default=DATA_SETS, help="of sae-probes: names or sides")
+        self.add_dataset_names()
         self.add_probing()
         self.add_probe_ks()
         self.add_core_texts()
         self.add_argument("--run-cebench", action="store_true", help="CE-Bench's score, against matched references")
         self.add_cebench()
-        self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
+        self.add_max_rows()
         self.add_baseline_map()
         self.add_argument(
             "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
         )
+
+    def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """Exit 2 where one of these arguments was given and would not be used."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                self.error(f"--{name.replace('_', '-')}: {why}")
 
     def parse_benchmark(self) -> argparse.Namespace:
         """The arguments, with --hook-name filled in."""

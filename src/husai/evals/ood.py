@@ -19,10 +19,10 @@ from threadpoolctl import threadpool_limits
 from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
 from husai.evals import sae_probes, shift
-from husai.evals.candidate import Tested
-from husai.evals.candidates import Places, to_saelens
+from husai.evals.loaded import LoadedSAEs, Places, to_saelens
 from husai.evals.sae_probes_exact import Split, auc, one_thread
 from husai.evidence import data_sets, deltas, drop, rules
+from husai.evidence.schemas import OODStress, Shifted, ShiftedSAE
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
@@ -212,7 +212,9 @@ def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id",
 # The stress test
 
 
-def evaluate(tested: Tested, chosen: Chosen, probing: str, ks: tuple[int, ...], places: Places, cells: Cells) -> dict:
+def evaluate(
+    tested: LoadedSAEs, chosen: Chosen, probing: str, ks: tuple[int, ...], places: Places, cells: Cells
+) -> OODStress:
     """The results of the phase.
 
     Args:
@@ -223,7 +225,7 @@ def evaluate(tested: Tested, chosen: Chosen, probing: str, ks: tuple[int, ...], 
         BadInput: SAEs of several conditions.
         CheckFailed: sae-probes' own code failed.
     """
-    subject, hook_name, block = tested.subject, tested.hook_name, tested.block
+    subject, hook_name, group = tested.subject, tested.hook_name, tested.group
     versions = [f"{name}_OOD" for name in chosen.shifted]
     cache = places.probe_activations(subject)
     harvest_prompts(subject, [hook_name], [*chosen.shifted, *versions, *chosen.probe, *chosen.heldout], cache)
@@ -237,24 +239,24 @@ def evaluate(tested: Tested, chosen: Chosen, probing: str, ks: tuple[int, ...], 
     inputs["probed texts"] = digest(
         {n: sha256_file(text.path_of(n)) for n in (*chosen.shifted, *versions, *chosen.probe, *chosen.heldout)}
     )
-    return {
-        "phase": "ood_stress",
-        "inputs": tested.inputs() | inputs,
-        "subject": tested.name,
-        "candidate": block,
-        "rule": {"max_drop": rules.OOD.threshold},
-        "shifted": shifted | {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)},
-        "families": on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
-        "activations": shift.activations(tested, store, cells, places.threads),
-        "probing": probing,
-        "versions": sae_probes.versions(probing),
-        "skipped": chosen.skipped,
-    }
+    return OODStress(
+        phase="ood_stress",
+        inputs=tested.inputs() | inputs,
+        subject=tested.name,
+        candidate=group,
+        rule={"max_drop": rules.OOD.threshold},
+        shifted=shifted,
+        families=on_families(tested, chosen, prompts, encoders, places) if chosen.probe else None,
+        activations=shift.activations(tested, store, cells, places.threads),
+        probing=probing,
+        versions=sae_probes.versions(probing),
+        skipped=chosen.skipped,
+    )
 
 
 def on_shifted(
-    tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], ks: tuple[int, ...], cells: Cells
-) -> dict:
+    tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: list[str], ks: tuple[int, ...], cells: Cells
+) -> Shifted:
     """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
     names = chosen.shifted
     about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
@@ -287,19 +289,23 @@ def on_shifted(
                 return {str(k): by_data_set([f[str(k)] for f in figures]) for k in ks}, []
 
             auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(ks)}, compute)
-            records.append({"identity": c.identity, "seed": c.facts["seed"], "test_auc": auc})
-    return {
-        "data_sets": names,
-        "families": data_sets.families(names),
-        "prompts": [int(unseen(f"{name}_OOD").sum()) for name in names],
-        "k": deltas.K,
-        "random_seed": prompts.seed,
-        "llm": llm,
-        "saes": records,
-    }
+            records.append(ShiftedSAE(identity=c.identity, seed=c.facts.seed, test_auc=auc))
+    shifted = Shifted(
+        data_sets=names,
+        families=data_sets.families(names),
+        prompts=[int(unseen(f"{name}_OOD").sum()) for name in names],
+        k=deltas.K,
+        random_seed=prompts.seed,
+        llm=llm,
+        saes=records,
+        drop={},
+        drop_where_kept={},
+    )
+    lost = {"drop": drop.drop(shifted), "drop_where_kept": drop.drop_where_kept(shifted)}
+    return shifted.model_copy(update=lost)
 
 
-def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list[str], places: Places) -> dict:
+def on_families(tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: list[str], places: Places) -> dict:
     """Official probing on probe sets and on the held-out family: SAEs and the model, by sae-probes' workers."""
     names = chosen.probe, chosen.heldout
     settings = sae_probes.Settings(
@@ -321,7 +327,7 @@ def on_families(tested: Tested, chosen: Chosen, prompts: Prompts, encoders: list
     }
     found |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
     found["saes"] = [
-        {"identity": c.identity, "seed": c.facts["seed"], "test_auc": sides(figures[deltas.K]["test_auc"])}
+        {"identity": c.identity, "seed": c.facts.seed, "test_auc": sides(figures[deltas.K]["test_auc"])}
         for c, figures in zip(tested.saes, saes, strict=True)
     ]
     return found | {"gap": drop.gap(found)}

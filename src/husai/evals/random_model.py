@@ -11,10 +11,12 @@ import torch
 from husai.activations import source
 from husai.activations.harvest import shuffled_coordinates
 from husai.activations.store import ActivationStore
-from husai.evals import candidates
-from husai.evals.candidate import Tested, in_order, training_store
+from husai.evals import loaded
+from husai.evals.candidate import training_store
+from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
 from husai.evidence.names import ALIVE
 from husai.evidence.references import same_l0
+from husai.evidence.schemas import Alike, AlikeMember, Control, OwnMember, OwnSection
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import study
@@ -23,22 +25,21 @@ from husai.training.grid import SNAPSHOTS, train_or_find
 from husai.training.stack import Member
 
 ALIKE = ("family", "d_sae", "k", "learning_rate", "tokens", "training")
-"""Facts in which SAEs of the random-weights model that a user brings must equal a candidate that HUSAI trained."""
+"""Facts in which SAEs of the random-weights model that a user supplies must equal a candidate that HUSAI trained."""
 
 
 @dataclass(frozen=True)
-class Arm:
+class ControlArm:
     """SAEs of a meaningless subject, one for each of the candidate's, in its order."""
 
     store: ActivationStore
     """Whose principal components its own spectral null is drawn in."""
     dictionaries: list[Dictionary]
-    results: dict
-    """{"subject_digest", "store_digest", "members": [{seed, checkpoint: its folder below the output folder, None where
-    it was brought; checkpoint_sha256; heldout}]}"""
+    alike: Alike
+    """What evidence says of them."""
 
 
-def grid_of(tested: Tested) -> list[Member]:
+def grid_of(tested: LoadedSAEs) -> list[Member]:
     """What it takes to train the candidate's SAEs again, one member each, in order of seeds.
 
     Raises:
@@ -53,7 +54,7 @@ def grid_of(tested: Tested) -> list[Member]:
     return grid
 
 
-def own_dictionaries(tested: Tested, before: list[Path] | None = None) -> tuple[list[Dictionary], dict[str, str]]:
+def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> tuple[list[Dictionary], dict[str, str]]:
     """(the candidate's dictionaries, null -> why it is not there).
 
     Args:
@@ -68,15 +69,15 @@ def own_dictionaries(tested: Tested, before: list[Path] | None = None) -> tuple[
 
 def section_of(
     cells: Cells,
-    tested: Tested,
+    tested: LoadedSAEs,
     store: ActivationStore,
-    random_model: Arm,
-    shuffled: Arm | None,
+    random_model: ControlArm,
+    shuffled: ControlArm | None,
     draws: int,
     threads: int,
-) -> dict:
-    """The stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed: {"members":
-    [{label, seed, checkpoint_sha256, heldout}], **`study.compare_all`}.
+) -> tuple[OwnSection, dict]:
+    """(the stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed; what
+    `study.compare_all` gives).
 
     Args:
         store: whose principal components the spectral null is drawn in.
@@ -84,14 +85,19 @@ def section_of(
     dictionaries, missing = own_dictionaries(tested)
     if shuffled is None:
         missing["shuffled"] = "the SAEs were not trained here"
-    members = tested.members
+    members = [c.member for c in tested.saes]
     controls = (shuffled and shuffled.dictionaries, draws, threads, missing, random_model.dictionaries)
-    found = study.compare_all(cells, store, [m["label"] for m in members], dictionaries, *controls)
-    return {"members": members, **found}
+    found = study.compare_all(cells, store, [m.label for m in members], dictionaries, *controls)
+    return own_section(members, found), found
 
 
-def control_of(cells: Cells, random_model: Arm, labels: list[str], draws: int, threads: int) -> dict:
-    """The results of the random-weights subject's SAEs, with a study of their own: `stability` and `pairs`.
+def own_section(members: list[OwnMember], found: dict) -> OwnSection:
+    """What `study.compare_all` found, without what only its own figures need."""
+    return OwnSection(members=members, **{n: v for n, v in found.items() if n in OwnSection.model_fields})
+
+
+def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws: int, threads: int) -> Control:
+    """The SAEs of the random-weights subject, with a study of their own.
 
     Args:
         labels: the candidate's.
@@ -101,18 +107,18 @@ def control_of(cells: Cells, random_model: Arm, labels: list[str], draws: int, t
         missing["untrained"] = "the SAEs' untrained states are not beside them"
     arguments = random_model.store, labels, random_model.dictionaries, None, draws, threads, missing
     found = study.compare_all(cells, *arguments, scores=ALIVE)
-    return random_model.results | {name: found[name] for name in ("stability", "pairs")}
+    return Control(**dict(random_model.alike), stability=found["stability"], pairs=found["pairs"])
 
 
-def _external(saes: list[candidates.LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
+def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
     """Dictionaries of SAEs, with their untrained states where the user gives them."""
     pairs = zip(saes, before or [None] * len(saes), strict=True)
     return [Dictionary(c.sae.W_dec, c.alive, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
 def trained_arms(
-    cells: Cells, tested: Tested, artifact_root: Path, rows: int | None, device: torch.device, threads: int
-) -> tuple[ActivationStore, Arm, Arm]:
+    cells: Cells, tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+) -> tuple[ActivationStore, ControlArm, ControlArm]:
     """(the store that the candidate was trained on; SAEs trained alike on the random-weights model's activations of the
     same text; SAEs trained alike on shuffled coordinates).
 
@@ -130,14 +136,17 @@ def trained_arms(
     shuffled = ActivationStore.open(shuffled_coordinates(store, artifact_root / "activations"))
     root = cells.folder.parent
 
-    def arm(control: ActivationStore) -> Arm:
+    def arm(control: ActivationStore) -> ControlArm:
         records = train_or_find(cells, control, grid, config, device, threads)["members"]
-        kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
-        about = {"subject_digest": control.manifest.subject_digest, "store_digest": control.digest}
-        about["members"] = [{name: r[name] for name in kept} for r in records]
-        return Arm(control, [study.own_dictionary(root / r["checkpoint"]) for r in records], about)
+        members = [AlikeMember(**{name: r[name] for name in AlikeMember.model_fields}) for r in records]
+        dictionaries = [study.own_dictionary(root / r["checkpoint"]) for r in records]
+        return ControlArm(control, dictionaries, alike(control.manifest.subject_digest, control.digest, members))
 
     return store, arm(random_store), arm(shuffled)
+
+
+def alike(subject_digest: str, store_digest: str, members: list[AlikeMember]) -> Alike:
+    return Alike(subject_digest=subject_digest, store_digest=store_digest, members=members)
 
 
 def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
@@ -150,10 +159,10 @@ def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
         )
 
 
-def brought_arm(
-    tested: Tested, paths: list[Path], artifact_root: Path, rows: int, device: torch.device, threads: int
-) -> Arm:
-    """SAEs of the random-weights model that a user brings, each checked against its partner.
+def supplied_arm(
+    tested: LoadedSAEs, paths: list[Path], artifact_root: Path, rows: int, device: torch.device, threads: int
+) -> ControlArm:
+    """SAEs of the random-weights model that a user supplies, each checked against its partner.
 
     Args:
         rows: of the random-weights model's held-out activations.
@@ -162,32 +171,32 @@ def brought_arm(
         BadInput: another number of SAEs, other seeds, or trained otherwise than the candidate's, as far as is known.
     """
     flag = "--random-model-checkpoint"
-    where = tested.name, tested.hook_name, artifact_root, rows, device, threads
-    model, controls = candidates.open_controls(paths, *where)
-    controls = in_order(controls)
-    if len(controls) != len(tested.saes):
-        raise BadInput(f"{flag}: {len(controls)} SAEs for the {len(tested.saes)} of the candidate; as many expected")
-    for ours, theirs in zip(tested.saes, controls, strict=True):
+    controls = loaded.open_controls(paths, tested.name, tested.hook_name, artifact_root, rows, device, threads)
+    saes = in_order(controls.saes)
+    if len(saes) != len(tested.saes):
+        raise BadInput(f"{flag}: {len(saes)} SAEs for the {len(tested.saes)} of the candidate; as many expected")
+    for ours, theirs in zip(tested.saes, saes, strict=True):
         if (reason := unlike(ours, theirs, tested.made is not None)) is not None:
             raise BadInput(f"{flag}: {theirs.label} was not trained as {ours.label} was: {reason}")
-    store = candidates.heldout_store(model, tested.hook_name, artifact_root, rows, threads)
     members = [
-        {"seed": c.facts["seed"], "checkpoint": None, "checkpoint_sha256": c.sha256, "heldout": c.heldout}
-        for c in controls
+        AlikeMember(
+            seed=c.facts.seed, checkpoint=None, checkpoint_sha256=c.record.checkpoint_sha256, heldout=c.record.heldout
+        )
+        for c in saes
     ]
-    about = {"subject_digest": model.digest, "store_digest": controls[0].facts["store_digest"], "members": members}
-    return Arm(store, _external(controls), about)
+    named = alike(controls.subject.digest, saes[0].facts.store_digest, members)
+    return ControlArm(controls.store, _external(saes), named)
 
 
-def unlike(ours: candidates.LoadedSAE, theirs: candidates.LoadedSAE, recipe_known: bool) -> str | None:
+def unlike(ours: LoadedSAE, theirs: LoadedSAE, recipe_known: bool) -> str | None:
     """In what an SAE of the random-weights model differs from its partner; None if in nothing that counts. Where the
     partner's recipe is not known, width, activation and L0 (within 10 %) count."""
     if recipe_known:
-        differing = [n for n in (*ALIKE, "seed") if ours.facts[n] != theirs.facts[n]]
+        differing = [n for n in (*ALIKE, "seed") if getattr(ours.facts, n) != getattr(theirs.facts, n)]
         return f"{differing[0]} differs" if differing else None
     for name in ("d_sae", "architecture"):
         a, b = getattr(ours.sae, name), getattr(theirs.sae, name)
         if a != b:
             return f"{name} {b}, {a} expected"
-    a, b = ours.facts["l0"], theirs.facts["l0"]
+    a, b = ours.record.heldout.l0, theirs.record.heldout.l0
     return None if same_l0(a, b) else f"L0 differs by more than 10 %: {a:.1f} and {b:.1f}"

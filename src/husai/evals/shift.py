@@ -10,7 +10,7 @@ from torch import Tensor
 from husai.activations.language_model import Inputs, harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
-from husai.evals.candidate import Tested
+from husai.evals.loaded import LoadedSAEs
 from husai.evidence.drop import change
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
@@ -73,7 +73,7 @@ def outside(directions: Tensor, store: ActivationStore) -> float:
     return float(1 - (directions.T @ covariance @ directions).trace() / covariance.trace())
 
 
-def activations(tested: Tested, shifted: ActivationStore, cells: Cells, threads: int) -> dict:
+def activations(tested: LoadedSAEs, shifted: ActivationStore, cells: Cells, threads: int) -> dict:
     """{"rows", "shifted_rows", "compared_rows", "saes": [{"identity", "seed", "rank", "id", "ood": figures}],
     "change": figure -> the estimate of ood − id}.
 
@@ -95,6 +95,6 @@ def activations(tested: Tested, shifted: ActivationStore, cells: Cells, threads:
         key = {"sae": c.identity, "stores": [tested.store.digest, shifted.digest], "threads": threads}
         key |= {"code": code_version(subspace), "held": HELD}
         found = cells.get("activations", key, lambda sae=c.sae: (measure(sae), []))
-        records.append({"identity": c.identity, "seed": c.facts["seed"], **found})
+        records.append({"identity": c.identity, "seed": c.facts.seed, **found})
     rows = {"rows": tested.store.rows, "shifted_rows": shifted.rows, "compared_rows": n}
     return rows | {"saes": records, "change": change(records)}

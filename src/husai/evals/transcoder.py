@@ -11,8 +11,10 @@ import torch
 from husai.activations import source
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
-from husai.evals.candidate import Tested, training_store
+from husai.evals.candidate import training_store
+from husai.evals.loaded import LoadedSAEs
 from husai.evidence.rules import ARMS
+from husai.evidence.schemas import Setting
 from husai.evidence.transcoder import MODULAR_ADDITION, MODULAR_ADDITION_HOOKS, layer_of, mlp_hooks
 from husai.runs.cells import Cells
 from husai.stability import study
@@ -24,33 +26,11 @@ LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How both arms are trained."""
-
-    hook_in: str
-    """What the MLP reads: after LayerNorm, where there is one."""
-    hook_out: str
-    layer: int
-    d_sae: int
-    k: int
-    tokens: int
-    batch_size: int
-    learning_rate: float
-    seeds: list[int]
-    subject_digest: str
-    own_subject: bool
-    """Whether a subject was named in place of the default one."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is trained, on what
-
-
-@dataclass(frozen=True)
 class Task:
     """A setting with what it is trained on."""
 
     setting: Setting
+    """Whether it was fixed in advance, the conclusions say (`evidence.transcoder.concluded`)."""
     config: TrainingConfig
     read: ActivationStore
     """What goes into the MLP."""
@@ -59,7 +39,7 @@ class Task:
 
 
 def of_candidate(
-    tested: Tested, overrides: dict, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+    tested: LoadedSAEs, overrides: dict, artifact_root: Path, rows: int | None, device: torch.device, threads: int
 ) -> Task:
     """The MLP of the block whose hook the candidate reads, at the candidate's width, k, tokens, batch size and seeds.
 
@@ -81,17 +61,19 @@ def of_candidate(
         "d_sae": made["d_sae"],
         "k": made["k"],
         "tokens": config.tokens,
-        "seeds": [c.facts["seed"] for c in tested.saes],
+        "seeds": [c.facts.seed for c in tested.saes],
     }
     chosen = own | {name: value for name, value in overrides.items() if value is not None}
     setting = Setting(
-        *hooks,
-        layer,
+        hook_in=hooks[0],
+        hook_out=hooks[1],
+        layer=layer,
         **chosen,
         batch_size=config.batch_size,
         learning_rate=made["learning_rate"],
         subject_digest=tested.subject.digest,
         own_subject=True,
+        preregistered=False,
     )
     return Task(setting, replace(config, tokens=setting.tokens), read, written)
 
@@ -110,12 +92,14 @@ def of_modular_addition(
     )
     chosen = MODULAR_ADDITION | {name: value for name, value in overrides.items() if value is not None}
     setting = Setting(
-        *MODULAR_ADDITION_HOOKS,
+        hook_in=MODULAR_ADDITION_HOOKS[0],
+        hook_out=MODULAR_ADDITION_HOOKS[1],
         layer=0,
         **chosen,
         learning_rate=LEARNING_RATE,
         subject_digest=read.manifest.subject_digest,
         own_subject=subject is not None,
+        preregistered=False,
     )
     return Task(setting, TrainingConfig(tokens=setting.tokens, batch_size=setting.batch_size), read, written)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from husai.evidence import contrast, deltas, references
 from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
+from husai.evidence.schemas import Bank, Condition
 
 AXES = ("budget", "layer", "d_sae", "k", "family")
 FIGURES = ("l0", "explained_variance", "ce_loss_score")
@@ -19,43 +20,39 @@ POINTS = 4
 """That a power law is fitted to, at least."""
 
 
-def conditions(bank: dict) -> list[dict]:
+def conditions(bank: Bank) -> list[dict]:
     """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals.
-
-    Args:
-        bank: `sections` (stability studies with family, d_sae, k, budget and members), `saes` (records with heldout and
-            core figures), `saebench` and `cebench` (their results, or None), `train_rows`, `hook_name`.
 
     Raises:
         ValueError: a benchmark was run and says nothing of a condition.
     """
-    recipe = ("family", "d_sae", "k")
-    records = {(r["checkpoint_sha256"], *(r["facts"][name] for name in recipe)): r for r in bank["saes"]}
-    parts = bank["hook_name"].split(".")
+    records = {(r.checkpoint_sha256, r.facts.family, r.facts.d_sae, r.facts.k): r for r in bank.saes}
+    parts = bank.hook_name.split(".")
     rows = []
-    for s in bank["sections"]:
-        own = [records[m["checkpoint_sha256"], *(s[name] for name in recipe)] for m in s["members"]]
-        verdict = s["stability"]["verdict"]
+    for s in bank.sections:
+        own = [records[m.checkpoint_sha256, s.family, s.d_sae, s.k] for m in s.members]
         row = {
-            "condition": own[0]["condition"],
-            "facts": own[0]["facts"],
+            "condition": own[0].condition,
+            "facts": own[0].facts.to_json(),
             "layer": int(parts[1]) if parts[0] == "blocks" else None,
-            **{name: s[name] for name in ("family", "d_sae", "k", "budget")},
-            "epochs": s["budget"] / bank["train_rows"],
-            "seeds": [m["seed"] for m in s["members"]],
-            "checkpoints": {str(m["seed"]): m["checkpoint_sha256"] for m in s["members"]},
-            **{n: over_seeds([r["heldout"][n] for r in own]) for n in ("l0", "explained_variance", "dead_share")},
-            "ce_loss_score": over_seeds([r["core"]["ce_loss_score"] for r in own]),
-            "mcc_alive": s["stability"]["scores"]["mcc_alive"]["observed"],
-            "excess": verdict["claimable_excess"],
-            "outcome": verdict["outcome"],
-            "converged": s["convergence"]["converged"],
+            **{name: getattr(s, name) for name in Condition.model_fields},
+            "epochs": s.budget / bank.train_rows,
+            "seeds": [m.seed for m in s.members],
+            "checkpoints": {str(m.seed): m.checkpoint_sha256 for m in s.members},
+            "l0": over_seeds([r.heldout.l0 for r in own]),
+            "explained_variance": over_seeds([r.heldout.explained_variance for r in own]),
+            "dead_share": over_seeds([r.heldout.dead_share for r in own]),
+            "ce_loss_score": over_seeds([r.core.ce_loss_score for r in own]),
+            "mcc_alive": s.stability.scores["mcc_alive"].observed.to_json(),
+            "excess": s.stability.verdict["claimable_excess"],
+            "outcome": s.stability.verdict["outcome"],
+            "converged": s.convergence.converged,
         }
         for name in BENCHMARKS:
             row[name], row[f"{name}_delta"] = None, deltas.none("not run")
-            if bank[name] is None:
+            if (part := getattr(bank, name)) is None:
                 continue
-            of = next((c for c in bank[name]["conditions"] if c["condition"] == row["condition"]), None)
+            of = next((c for c in part.conditions if c["condition"] == row["condition"]), None)
             if of is None:
                 raise ValueError(f"{name} says nothing of {row['condition']}")
             row[name] = of["auc"][deltas.K] if name == "saebench" else of["normalised"]
@@ -97,7 +94,7 @@ def pareto(rows: list[dict]) -> list[str]:
 # Axes
 
 
-def contrasts(banks: list[dict]) -> list[dict]:
+def contrasts(banks: list[Bank]) -> list[dict]:
     """Of each axis with several values, each step from one to the next (of families: each pair): the change of each
     figure, the same seeds and other settings on both sides, averaged over these settings; then over seeds, and on
     benchmarks over data sets too. Settings whose L0 differs by more than 10 % are left out, unless the axis is k.
@@ -109,7 +106,7 @@ def contrasts(banks: list[dict]) -> list[dict]:
     rows = [
         row | {"bank": bank, "section": section}
         for bank in banks
-        for row, section in zip(bank["conditions"], bank["sections"], strict=True)
+        for row, section in zip(bank.conditions, bank.sections, strict=True)
     ]
     found = []
     for axis in AXES:
@@ -128,11 +125,12 @@ def contrasts(banks: list[dict]) -> list[dict]:
                 entry[name] = mean_over_seeds(np.mean(steps, axis=0)).to_json()
             for name, clusters in BENCHMARKS.items():
                 entry[name] = deltas.none("not run")
-                if all(r["bank"][name] for pair in alike for r in pair):
+                if all(getattr(r["bank"], name) is not None for pair in alike for r in pair):
                     steps = [_figures(b, name) - _figures(a, name) for a, b in alike]
-                    of = alike[0][0]["bank"][name][clusters]
+                    of = getattr(getattr(alike[0][0]["bank"], name), clusters)
                     entry[name] = mean_over_seeds_and_sets(np.mean(steps, axis=0), of).to_json()
-            entry["stability"] = contrast.gain([b["section"] for _, b in alike], [a["section"] for a, _ in alike])
+            before, after = ([pair[side]["section"].arm for pair in alike] for side in (0, 1))
+            entry["stability"] = contrast.gain_of(after, before)
             found.append(entry)
     return found
 
@@ -143,9 +141,9 @@ def _same_l0(a: dict, b: dict) -> bool:
 
 def _figures(row: dict, name: str) -> np.ndarray:
     """`[seeds, data sets or pairs]` of a condition on a benchmark."""
-    records = {r["checkpoint_sha256"]: r for r in row["bank"][name]["saes"]}
+    records = {r.checkpoint_sha256: r for r in getattr(row["bank"], name).saes}
     own = [records[sha] for sha in row["checkpoints"].values()]
-    return np.array([r["test_auc"][deltas.K] if name == "saebench" else r["normalised_of_pairs"] for r in own])
+    return np.array([r.test_auc[deltas.K] if name == "saebench" else r.normalised_of_pairs for r in own])
 
 
 def _matched(rows: list[dict], axis: str, low, high) -> list[tuple[dict, dict]]:

@@ -1,10 +1,13 @@
 """One arm of SAEs against another, and what is decided by it. Both arms have the same seeds; their pairs are matched.
 
-An arm is a section of results as `study.score_trained` gives it. Decisions are pure functions of sections, so that the
-audit can make them again from the evidence.
+Decisions are pure functions of sections of results (`study.score_trained`), because the audit makes them again from
+the evidence.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,19 +15,24 @@ from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 
 
-def score_matrix(section: dict, null: str | None = None) -> np.ndarray:
-    """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
-    return score_matrix_of(section["stability"]["labels"], section["pairs"], null)
+class Arm(NamedTuple):
+    """SAEs of several seeds, and the scores of their pairs."""
 
+    labels: list[str]
+    pairs: list[dict]
 
-def score_matrix_of(labels: list[str], pairs: list[dict], null: str | None = None) -> np.ndarray:
-    """The same, from the parts of a section."""
-    matrix = np.zeros((len(labels), len(labels)))
-    for pair in pairs:
-        i, j = labels.index(pair["a"]), labels.index(pair["b"])
-        below = pair[null][PRIMARY_SCORE] if null else 0.0
-        matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
-    return matrix
+    @classmethod
+    def of(cls, section: dict) -> Arm:
+        return cls(section["stability"]["labels"], section["pairs"])
+
+    def scores(self, null: str | None = None) -> np.ndarray:
+        """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
+        matrix = np.zeros((len(self.labels), len(self.labels)))
+        for pair in self.pairs:
+            i, j = self.labels.index(pair["a"]), self.labels.index(pair["b"])
+            below = pair[null][PRIMARY_SCORE] if null else 0.0
+            matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
+        return matrix
 
 
 def lower_bound(section: dict) -> float | None:
@@ -34,13 +42,18 @@ def lower_bound(section: dict) -> float | None:
     return None if None in ends else min(ends)
 
 
-def gain(arms: list[dict], controls: list[dict]) -> dict:
+def gain(arms: Sequence[dict], controls: Sequence[dict]) -> dict:
+    """`gain_of` the arms that these sections hold."""
+    return gain_of([Arm.of(a) for a in arms], [Arm.of(c) for c in controls])
+
+
+def gain_of(arms: Sequence[Arm], controls: Sequence[Arm]) -> dict:
     """How much more an arm has than its control: of PRIMARY_SCORE itself, and of its excess over each required null.
 
-    A gain over a null alone can come of the null's fall; so a gain counts as shown only if it is over each of them.
+    A gain over one null can come from that null's fall. Therefore a gain counts as shown only over each of them.
 
     Args:
-        arms, controls: sections in pairs; with several, the mean of their gains over the same seeds is taken.
+        arms, controls: in pairs; with several pairs, the mean of their gains over the same seeds is taken.
 
     Returns:
         {"observed": estimate, null: estimate for each required null, "least": the null with the lowest lower end}
@@ -49,11 +62,11 @@ def gain(arms: list[dict], controls: list[dict]) -> dict:
         ValueError: an arm and its control have other seeds.
     """
     for arm, control in zip(arms, controls, strict=True):
-        if arm["stability"]["labels"] != control["stability"]["labels"]:
+        if arm.labels != control.labels:
             raise ValueError("two arms of the same seeds, in the same order, expected")
 
     def estimate(null: str | None) -> Estimate:
-        differences = [score_matrix(a, null) - score_matrix(c, null) for a, c in zip(arms, controls, strict=True)]
+        differences = [a.scores(null) - c.scores(null) for a, c in zip(arms, controls, strict=True)]
         return jackknife(np.mean(differences, axis=0))
 
     over = {null: estimate(null) for null in GATED_NULLS}

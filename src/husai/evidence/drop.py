@@ -10,6 +10,7 @@ import numpy as np
 from husai.evidence import deltas
 from husai.evidence.data_sets import FAMILIES
 from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
+from husai.evidence.schemas import OODStress, Shifted, SideBySide
 
 CHANCE = 0.5
 UNUSABLE = ("90_glue_qnli_OOD",)
@@ -17,36 +18,32 @@ UNUSABLE = ("90_glue_qnli_OOD",)
 ACTIVATION_FIGURES = ("explained_variance", "l0", "dead_share", "outside")
 
 
-def lost(auc: dict) -> np.ndarray:
+def lost(auc: SideBySide) -> np.ndarray:
     """AUC on a data set's own test rows − AUC on its shifted version, `[data sets]`."""
-    return np.array(auc["id"]) - np.array(auc["ood"])
+    return np.array(auc.id) - np.array(auc.ood)
 
 
-def drops(shifted: dict, k: str) -> np.ndarray:
-    """What each SAE loses less what the model loses, `[SAEs, data sets]`; positive: the SAE loses more.
-
-    Args:
-        shifted: `llm` ({"id", "ood"}: an AUC a data set) and `saes` (records with `test_auc`: k -> the same).
-    """
-    return np.array([lost(sae["test_auc"][k]) for sae in shifted["saes"]]) - lost(shifted["llm"])
+def drops(shifted: Shifted, k: str) -> np.ndarray:
+    """What each SAE loses less what the model loses, `[SAEs, data sets]`; positive: the SAE loses more."""
+    return np.array([lost(sae.test_auc[k]) for sae in shifted.saes]) - lost(shifted.llm)
 
 
-def drop(shifted: dict) -> dict[str, dict]:
+def drop(shifted: Shifted) -> dict[str, dict]:
     """k -> the estimate of the mean drop over training seeds and data sets, clustered by `families`."""
-    ks = shifted["saes"][0]["test_auc"]
-    return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted["families"]).to_json() for k in ks}
+    ks = shifted.saes[0].test_auc
+    return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted.families).to_json() for k in ks}
 
 
-def kept(shifted: dict) -> list[int]:
-    """Places of the data sets whose shifted version the model's own probe tells apart (`ood_low` of `llm` above 0.5):
-    where the model keeps nothing, an SAE has nothing to lose beyond it, and one that is behind seems to lose less."""
-    return [i for i, low in enumerate(shifted["llm"]["ood_low"]) if low > CHANCE]
+def kept(shifted: Shifted) -> list[int]:
+    """Places of the data sets whose shifted version the model's own probe tells apart (`ood_low` above 0.5). If the
+    probe falls to chance, the SAE's relative drop is uninformative."""
+    return [i for i, low in enumerate(shifted.llm.ood_low) if low > CHANCE]
 
 
-def drop_where_kept(shifted: dict) -> dict[str, dict]:
+def drop_where_kept(shifted: Shifted) -> dict[str, dict]:
     """The drop on these data sets alone."""
     places = kept(shifted)
-    ks, families = shifted["saes"][0]["test_auc"], [shifted["families"][i] for i in places]
+    ks, families = shifted.saes[0].test_auc, [shifted.families[i] for i in places]
     if not places:
         return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
     return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, places], families).to_json() for k in ks}
@@ -84,11 +81,11 @@ def change(saes: list[dict]) -> dict[str, dict]:
     }
 
 
-def decisions(results: dict) -> dict[str, dict]:
+def decisions(stress: OODStress) -> dict[str, dict]:
     """Every estimate of a run, made again from its figures: place in the results -> value."""
     again = {
-        "/shifted/drop": drop(results["shifted"]),
-        "/shifted/drop_where_kept": drop_where_kept(results["shifted"]),
-        "/activations/change": change(results["activations"]["saes"]),
+        "/shifted/drop": drop(stress.shifted),
+        "/shifted/drop_where_kept": drop_where_kept(stress.shifted),
+        "/activations/change": change(stress.activations["saes"]),
     }
-    return again if results["families"] is None else again | {"/families/gap": gap(results["families"])}
+    return again if stress.families is None else again | {"/families/gap": gap(stress.families)}

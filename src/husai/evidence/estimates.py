@@ -138,6 +138,12 @@ def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> 
     return float(special.stdtrit(len(x) - 1, 0.5 + level / 2) * np.sqrt(2) * x.std(ddof=1))
 
 
+def noise(means: list[float]) -> dict:
+    """How far an SAE's mean figure moves between runs of a benchmark that differ in the benchmark's own seed."""
+    spread = {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": minimum_detectable_difference(means)}
+    return {"means": means} | spread
+
+
 def permutation_test(matrix: np.ndarray, first: int) -> float:
     """Exact two-sided p-value that two arms of seeds have the same mean within-arm score.
 

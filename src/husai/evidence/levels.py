@@ -1,9 +1,11 @@
-"""Registered levels: `rules` compares with them, flags show them as their defaults. Imports nothing.
+"""Registered levels and seeds: `rules` compares with them, flags show them as their defaults. Imports nothing heavy.
 
 docs/methods.md states them before the runs that they judge.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 K = 5
 """Number of features of a probe at which differences are taken."""
@@ -23,3 +25,12 @@ LARGEST_SCORE = 1.0
 def within_reach(reference: float, minimum: float) -> bool:
     """Whether an SAE can lie a minimum above a reference's normalised score."""
     return reference + minimum <= LARGEST_SCORE
+
+
+FRESH_SEEDS = (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099, 2111, 2113, 2129, 2131, 2137, 2141, 2143)
+"""Seeds of a confirmation, in this order. Fixed, so that nobody can pick the seed with the best result."""
+
+
+def fresh_seeds(used: Iterable[int], n: int) -> list[int]:
+    """The first n of FRESH_SEEDS that no study used."""
+    return [seed for seed in FRESH_SEEDS if seed not in set(used)][:n]

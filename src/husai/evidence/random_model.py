@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from husai.evidence import contrast, rules
-from husai.evidence.binding import places
 from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import Control, OwnSection
+from husai.evidence.schemas import Control, OwnSection, RandomModelStress, seed_names
 
 
-def decisions(results: dict) -> dict:
-    """The verdict, and of which SAEs it speaks, from the section: place in the results -> value."""
-    members = results["section"]["members"]
-    seeds = places([m["seed"] for m in members])
-    own = dict(zip(seeds, (m["checkpoint_sha256"] for m in members), strict=True))
-    again = {"/verdict": verdict(results["section"], results["random_model"]), "/candidate/checkpoints": own}
-    return again | {"/gain": gain(results["section"], results["random_model"])}
+def decisions(stress: RandomModelStress) -> dict:
+    """The verdict, the gain, and the SAEs that they are about: place in the results -> value."""
+    members = stress.section.members
+    shas = dict(zip(seed_names([m.seed for m in members]), (m.checkpoint_sha256 for m in members), strict=True))
+    again = {"/verdict": verdict(stress.section, stress.random_model), "/candidate/checkpoints": shas}
+    return again | {"/gain": gain(stress.section, stress.random_model)}
 
 
-def verdict(section: dict, control: dict) -> dict[str, str]:
+def verdict(section: OwnSection, control: Control) -> dict[str, str]:
     """The outcome of the rule for the candidate's section and its control."""
-    own, other = OwnSection.model_validate(section), Control.model_validate(control)
-    return rules.verdict(lambda: rules.random_model(own, other))
+    return rules.verdict(lambda: rules.random_model(section, control))
 
 
-def gain(section: dict, control: dict) -> dict | None:
-    """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs
-    (`contrast.gain`); None where a required null is missing. Reported, for activations of a lower rank give
-    a higher `mcc_alive` whatever they mean."""
-    if any(null in s["stability"]["missing_nulls"] for s in (section, control) for null in GATED_NULLS):
+def gain(section: OwnSection, control: Control) -> dict | None:
+    """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs; None
+    where a required null is missing. It is only reported: activations of a lower rank give a higher `mcc_alive`,
+    whatever the features mean."""
+    if any(null in s.stability.missing_nulls for s in (section, control) for null in GATED_NULLS):
         return None
-    return contrast.gain([section], [control])
+    return contrast.gain_of([section.arm], [control.arm])

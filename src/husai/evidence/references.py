@@ -6,7 +6,11 @@ trained with the same settings; otherwise there is none, and the reason is said.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from husai.evidence.schemas import Facts, Reference, SAERecord
 
 L0_TOLERANCE = 0.1
 ALIKE = ("subject_digest", "hook_name", "d_sae", "tokens", "store_digest", "training")
@@ -17,19 +21,19 @@ def same_l0(a: float, b: float) -> bool:
     return max(a, b) <= (1 + L0_TOLERANCE) * min(a, b)
 
 
-def untrained_like(facts: dict) -> tuple[int, int, int]:
+def untrained_like(facts: Facts) -> tuple[int, int, int]:
     """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0 (its k, where it reached that
     within 10 %)."""
-    reached = facts["k"] and same_l0(facts["k"], facts["l0"])
-    return facts["d_sae"], facts["k"] if reached else max(1, round(facts["l0"])), facts["seed"] or 0
+    k = facts.k if facts.k and same_l0(facts.k, facts.l0) else max(1, round(facts.l0))
+    return facts.d_sae, k, facts.seed or 0
 
 
-def untrained_name(facts: dict) -> str:
+def untrained_name(facts: Facts) -> str:
     return "untrained_d{}_k{}_seed{}".format(*untrained_like(facts))
 
 
-def pca_name(facts: dict) -> str:
-    return f"pca_{min(facts['d_sae'], facts['d_in'])}"
+def pca_name(facts: Facts) -> str:
+    return f"pca_{min(facts.d_sae, facts.d_in)}"
 
 
 def reference_family(family: str) -> str:
@@ -37,17 +41,16 @@ def reference_family(family: str) -> str:
     return "topk" if family in ("relu", "standard") else "relu"
 
 
-def unmatched(candidate: dict, reference: dict) -> str | None:
-    """Why a reference (its facts, `candidates.facts_of`) is no match for a candidate; None if it is one."""
+def unmatched(candidate: Facts, reference: Facts) -> str | None:
+    """Why a reference is no match for a candidate; None if it is one."""
     for name in ALIKE:
-        for who, facts in (("candidate", candidate), ("reference", reference)):
-            if facts.get(name) is None:
-                return f"{name} of the {who} is not known"
-        if candidate[name] != reference[name]:
-            return f"{name} differs: {_short(candidate[name])} and {_short(reference[name])}"
-    a, b = candidate.get("l0"), reference.get("l0")
-    if not (a and b and same_l0(a, b)):
-        return f"L0 differs by more than 10 %: {_short(a)} and {_short(b)}"
+        values = [getattr(facts, name) for facts in (candidate, reference)]
+        if None in values:
+            return f"{name} of the {'candidate' if values[0] is None else 'reference'} is not known"
+        if values[0] != values[1]:
+            return f"{name} differs: {_short(values[0])} and {_short(values[1])}"
+    if not (candidate.l0 and reference.l0 and same_l0(candidate.l0, reference.l0)):
+        return f"L0 differs by more than 10 %: {_short(candidate.l0)} and {_short(reference.l0)}"
     return None
 
 
@@ -57,36 +60,39 @@ def _short(value) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
+R = TypeVar("R", bound=SAERecord | Reference)
+
+
 @dataclass(frozen=True)
-class Match:
+class Match(Generic[R]):
     """The records of a reference condition, or why there is none."""
 
-    records: list[dict]
+    records: list[R]
     reason: str | None = None
 
 
-def matched(candidates: list[dict], references: list[dict]) -> Match:
+def matched(candidates: Sequence[SAERecord], references: Sequence[R]) -> Match[R]:
     """The reference condition that matches a candidate's condition; of several, the nearest in L0.
 
     Args:
-        candidates: records of one condition (with `facts`); references: records of any, with `condition` and `facts`.
-            Each seed's facts must match those of its partner, in order of seeds.
+        candidates: of one condition. references: of any conditions. The facts of each seed must match those of its
+            partner, in order of seeds.
     """
-    wanted = reference_family(candidates[0]["facts"]["family"])
-    groups: dict[str, list[dict]] = {}
+    wanted = reference_family(candidates[0].facts.family)
+    groups: dict[str, list[R]] = {}
     for r in references:
-        if r["facts"].get("family") in ((wanted, "standard") if wanted == "relu" else (wanted,)):
-            groups.setdefault(r["condition"], []).append(r)
+        if r.facts.family in ((wanted, "standard") if wanted == "relu" else (wanted,)):
+            groups.setdefault(r.condition, []).append(r)
     if not groups:
         return Match([], f"no {wanted} reference whose facts are known is at hand")
     fitting, reasons = [], []
     for name in sorted(groups):
-        pairs = list(zip(candidates, sorted(groups[name], key=lambda r: r["facts"]["seed"] or 0), strict=False))
-        reason = next((why for c, r in pairs if (why := unmatched(c["facts"], r["facts"]))), None)
+        pairs = list(zip(candidates, sorted(groups[name], key=lambda r: r.facts.seed or 0), strict=False))
+        reason = next((why for c, r in pairs if (why := unmatched(c.facts, r.facts))), None)
         reasons.append(reason)
         if reason is None:
-            distance = abs(sum(c["facts"]["l0"] - r["facts"]["l0"] for c, r in pairs))
+            distance = abs(sum(c.facts.l0 - r.facts.l0 for c, r in pairs))
             fitting.append((distance / len(pairs), name, [r for _, r in pairs]))
     if fitting:
-        return Match(min(fitting)[2])
+        return Match(min(fitting, key=lambda each: each[:2])[2])
     return Match([], max(reasons, key=lambda why: why.startswith("L0")))  # what came nearest

@@ -188,7 +188,7 @@ def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], leve
         spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
         draws = spectral.draws if spectral else 0
         require(draws >= SPECTRAL_DRAWS, f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected")
-    return {null: jackknife(contrast.score_matrix_of(labels, section.pairs, null), level) for null in nulls}
+    return {null: jackknife(section.arm.scores(null), level) for null in nulls}
 
 
 def stability(section: Section | OwnSection, level: float = 0.95) -> Shown:
@@ -271,12 +271,8 @@ def transcoder(
     shas = [{m.checkpoint_sha256 for m in arm.members} for arm in (transcoders, saes)]
     once = not shas[0] & shas[1] and all(len(s) == len(setting.seeds) for s in shas)
     require(once, "an SAE stands twice")
-    gain = {null: jackknife(_matrix(transcoders, null) - _matrix(saes, null), level) for null in GATED_NULLS}
+    gain = {null: jackknife(transcoders.arm.scores(null) - saes.arm.scores(null), level) for null in GATED_NULLS}
     return TRANSCODER.shown(gain, len(setting.seeds), minimum)
-
-
-def _matrix(section: Section, null: str) -> np.ndarray:
-    return contrast.score_matrix_of(section.stability.labels, section.pairs, null)
 
 
 def own_training(section: Section) -> None:
@@ -302,8 +298,7 @@ def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: 
     require(shifted.k == K, f"k = {K} expected")
     require(shifted.families == families(shifted.data_sets), "families of other data sets")
     enough_families(shifted.families)
-    raw = shifted.model_dump()
-    lost, of, kept = drop.drops(raw, shifted.k), np.array(shifted.families), drop.kept(raw)
+    lost, of, kept = drop.drops(shifted, shifted.k), np.array(shifted.families), drop.kept(shifted)
     require(bool(kept), "the model's own probe is above chance under no shift")
     n = len(set(of[kept]))
     require(n >= MINIMUM_KEPT, f"the model's own probe survives the shift in {n} families; {MINIMUM_KEPT} expected")

@@ -1,28 +1,38 @@
-"""Typed evidence: what selection and gate read of a phase's results. Strict: an unknown key, a string or boolean for a
-number, NaN or null where a figure belongs is refused, with the place."""
+"""Types of evidence. A phase constructs the schema of its results; selection, gate, audit and report load the same
+class. Strict: an unknown key, a string or boolean for a number, NaN or null where a figure belongs is refused, with the
+place. The order of fields is the order of keys in results."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from husai.evidence import deltas
+from husai.evidence.contrast import Arm
+from husai.evidence.estimates import noise
+from husai.evidence.levels import K
 from husai.evidence.names import ALIVE, GAP, SCORES
+from husai.runs.errors import BadInput
+from husai.runs.files import digest
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
 Place = Annotated[str, Field(pattern=r"^[0-9]+$")]
-"""A seed, or where seeds are not known the place of an SAE (`binding.places`)."""
+"""A seed, or the place of an SAE in its group if seeds are not known (`seed_names`)."""
 ProbingName = Literal["sae_probes", "sae_probes_exact"]
 """What fitted the probes (`evals.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON of the fields that were given: what is written into results."""
+        return self.model_dump(exclude_unset=True)
 
 
 def same(a: float, b: float) -> bool:
@@ -37,7 +47,7 @@ def refusal(error: ValidationError) -> str:
 
 
 class Facts(Strict):
-    """How an SAE was made (`evals.candidates.facts_of`), but for its seed and L0."""
+    """How an SAE was made; None: not known. Facts of a group lack `l0` and `seed`, in which its SAEs differ."""
 
     source: str
     subject_digest: Sha256 | None
@@ -46,16 +56,28 @@ class Facts(Strict):
     d_in: int
     d_sae: int
     k: int | None
+    l0: Number | None = None
     learning_rate: Number | None
     tokens: int | None
     store_digest: Sha256 | None
     training: str | None
+    """Digest of the settings of training."""
+    seed: int | None = None
     control: str | None
 
+    @property
+    def shared(self) -> Facts:
+        """The facts that SAEs of other seeds share."""
+        return Facts(**{name: value for name, value in self if name not in OF_ONE_SEED})
 
-class SeedFacts(Facts):
-    l0: Number
-    seed: int | None
+    @property
+    def whole(self) -> bool:
+        """Whether these are the facts of one SAE."""
+        return self.l0 is not None and "seed" in self.model_fields_set
+
+
+OF_ONE_SEED = ("seed", "l0")
+"""Facts in which the SAEs of one group differ."""
 
 
 class Heldout(Strict):
@@ -65,16 +87,78 @@ class Heldout(Strict):
     dead_share: Share
 
 
-class Record(Strict):
-    """One SAE (`evals.candidates.LoadedSAE.to_json`)."""
+class SAERecord(Strict):
+    """One SAE: its digests, how it was made, and its figures on held-out rows."""
 
     candidate: bool
+    """False: the SAE serves as a reference alone."""
     label: str
     condition: str
+    """Name that it shares with its siblings of other seeds."""
     checkpoint_sha256: Sha256
     identity: Sha256
-    facts: SeedFacts
+    """Digest of the weights and of what else encode and decode depend on. Figures are kept and compared under it."""
+    facts: Facts
     heldout: Heldout
+
+    @model_validator(mode="after")
+    def _whole(self) -> SAERecord:
+        if not self.facts.whole:
+            raise ValueError("facts: l0 and seed expected")
+        return self
+
+
+def seed_names(seeds: Sequence[int | None]) -> list[str]:
+    """Names of SAEs in evidence: their seeds, or their places if the seeds are not known."""
+    return [str(i if seed is None else seed) for i, seed in enumerate(seeds)]
+
+
+class SeedGroup(Strict):
+    """n seeds of one configuration, named by content: a candidate, its control, its reference or its siblings."""
+
+    condition: str
+    facts: Facts
+    """The facts that its SAEs share."""
+    checkpoints: dict[Place, Sha256]
+    """seed -> sha256 of the weights."""
+    identities: dict[Place, Sha256]
+    """seed -> digest of the weights and of how they are used."""
+
+    @model_validator(mode="after")
+    def _same_seeds(self) -> SeedGroup:
+        if not self.checkpoints or self.checkpoints.keys() != self.identities.keys():
+            raise ValueError("a checkpoint and an identity of each seed expected")
+        if len(set(self.identities.values())) != len(self.identities):
+            raise ValueError("identities: one SAE stands for several seeds")
+        if not self.facts.model_fields_set.isdisjoint(OF_ONE_SEED):
+            raise ValueError("facts: those that all of its SAEs share expected")
+        return self
+
+    @classmethod
+    def of(cls, records: Sequence[SAERecord]) -> SeedGroup:
+        """The group that these SAEs are.
+
+        Raises:
+            BadInput: no SAE, SAEs of several configurations, or two of one seed.
+        """
+        if not records:
+            raise BadInput("checkpoint: no SAE of a candidate")
+        shared, seeds = [r.facts.shared for r in records], seed_names([r.facts.seed for r in records])
+        if other := next((i for i, facts in enumerate(shared) if facts != shared[0]), None):
+            names = [name for name, value in shared[other] if getattr(shared[0], name) != value]
+            raise BadInput(
+                f"checkpoint: {records[0].label} and {records[other].label} differ in {', '.join(names)}: SAEs that "
+                "differ in their seed alone expected"
+            )
+        if len(set(seeds)) < len(seeds):
+            raise BadInput(f"checkpoint: two SAEs of one seed among {', '.join(seeds)}")
+        ours = shared[0].source == "husai"
+        return cls(
+            condition=records[0].condition if ours else f"SAEs ({digest(shared[0].to_json())[:6]})",
+            facts=shared[0],
+            checkpoints=dict(zip(seeds, (r.checkpoint_sha256 for r in records), strict=True)),
+            identities=dict(zip(seeds, (r.identity for r in records), strict=True)),
+        )
 
 
 class Core(Strict):
@@ -99,7 +183,7 @@ class Core(Strict):
         return self
 
 
-class ScoredRecord(Record):
+class ScoredRecord(SAERecord):
     core: Core
 
 
@@ -130,7 +214,7 @@ class Figures(Strict):
         return self
 
 
-class ProbedRecord(ScoredRecord, Figures):
+class ProbedRecord(Figures, ScoredRecord):
     """An SAE's probing figures."""
 
 
@@ -159,7 +243,7 @@ class PairScores(Strict):
         return self
 
 
-class PairRecord(Record, PairScores):
+class PairRecord(PairScores, SAERecord):
     """An SAE's contrastive scores."""
 
     checkout: dict[str, Any] | None
@@ -173,7 +257,7 @@ class PairRecord(Record, PairScores):
 
 
 class Repeats(Strict):
-    """An SAE's mean figure at further seeds of the benchmark (`deltas.noise`)."""
+    """An SAE's mean figure at further seeds of the benchmark (`estimates.noise`)."""
 
     means: Annotated[list[Number], Field(min_length=1)]
     sd: Number | None
@@ -182,7 +266,7 @@ class Repeats(Strict):
     @model_validator(mode="after")
     def _own_spread(self) -> Repeats:
         if self.sd is not None:
-            made = deltas.noise(self.means)
+            made = noise(self.means)
             there = (self.sd, self.minimum_detectable_difference)
             if None in there or not all(map(same, there, (made["sd"], made["minimum_detectable_difference"]))):
                 raise ValueError("sd and minimum_detectable_difference: those of the means expected")
@@ -197,17 +281,23 @@ class ProbingNoise(Strict):
     auc: dict[str, Repeats]
 
 
-class PairNoise(Repeats):
+class Draws(Strict):
     label: str
     seeds: list[int | None]
+    """Of each draw of pairs; None: the run's own."""
     reason: str | None
+    """Why the draws say nothing of the noise."""
 
 
-class ProbedControl(Record, Figures):
+class PairNoise(Repeats, Draws):
+    """An SAE's mean score at further draws of pairs."""
+
+
+class ProbedControl(Figures, SAERecord):
     """An SAE of the random-weights model."""
 
 
-class PairControl(Record, PairScores):
+class PairControl(PairScores, SAERecord):
     """An SAE of the random-weights model."""
 
 
@@ -215,7 +305,7 @@ class Reference(Strict):
     """What is kept of a baseline summary's record."""
 
     condition: str
-    facts: SeedFacts
+    facts: Facts
     identity: Sha256
     normalised_of_pairs: list[Number]
 
@@ -247,8 +337,8 @@ class Probing(Strict):
             raise ValueError("data_sets: distinct names, and a family of each, expected")
         records: list[ProbedRecord | ProbedControl] = [*self.saes, *self.controls]
         for record in records:
-            if deltas.K not in record.test_auc or any(len(v) != n for v in record.test_auc.values()):
-                raise ValueError(f"{record.label}: an AUC at k = {deltas.K} of each of {n} data sets expected")
+            if str(K) not in record.test_auc or any(len(v) != n for v in record.test_auc.values()):
+                raise ValueError(f"{record.label}: an AUC at k = {K} of each of {n} data sets expected")
         if any(len(v) != n for b in self.baselines.values() for v in b.test_auc.values()):
             raise ValueError(f"baselines: an AUC of each of {n} data sets expected")
         first = next((r for r in self.saes if r.label == self.noise.label), None)
@@ -282,8 +372,13 @@ class Contrastive(Strict):
     references: list[Reference]
     summary_refused: str | None
     no_reference: str | None
+    """Why no SAE shall serve as a reference."""
     conditions: list[Any]
     noise: PairNoise
+    random_seed: int | None = None
+    """Seed of the drawn pairs, of a run by itself."""
+    min_delta: Number | None = None
+    """Minimum that was asked for, of a run by itself."""
 
     @model_validator(mode="after")
     def _one_a_pair(self) -> Contrastive:
@@ -303,14 +398,9 @@ class Contrastive(Strict):
 
 
 class Member(Strict):
-    """An SAE of a stability study."""
+    """An SAE that a stability study trained (`training.grid`)."""
 
-    label: str
     seed: int
-    checkpoint_sha256: Sha256
-    heldout: Heldout
-    # how it was trained (`training.grid`)
-    checkpoint: str
     d_sae: int
     k: int
     learning_rate: Number
@@ -318,7 +408,11 @@ class Member(Strict):
     family: str
     assignment_weight: Number
     reference: str | None
+    checkpoint: str
+    checkpoint_sha256: Sha256
+    heldout: Heldout
     l0_miss: Number
+    label: str
 
 
 class Interval(Strict):
@@ -409,6 +503,10 @@ class Section(Strict):
     over_training: list[Snapshot]
     convergence: Convergence
 
+    @property
+    def arm(self) -> Arm:
+        return Arm(self.stability.labels, self.pairs)
+
     @model_validator(mode="after")
     def _own_labels(self) -> Section:
         labels = [m.label for m in self.members]
@@ -453,8 +551,8 @@ class PositiveControl(Strict):
     published_figures: dict[str, Any]
 
 
-class ConditionSection(Section):
-    """The study of one condition of a bank."""
+class Condition(Strict):
+    """What the axes of a study fix."""
 
     family: str
     d_sae: int
@@ -462,8 +560,12 @@ class ConditionSection(Section):
     budget: int
 
 
+class ConditionSection(Section, Condition):
+    """The study of one condition of a bank."""
+
+
 class Recipe(Strict):
-    """What it takes, beside a condition, to train on a bank again (`evals.bank.RECIPE`)."""
+    """What it takes, beside a condition, to train on a bank again."""
 
     rows: int
     batch_size: int
@@ -487,34 +589,20 @@ class Evaluated(Strict):
     saes: list[ScoredRecord]
 
 
-class Bank(Evaluated):
+class Bank(Strict):
     """One bank of a study (`evals.bank.run`)."""
 
+    saebench: Probing | None
+    cebench: Contrastive | None
+    hook_name: str
     store_digest: Sha256
     rows: int
     train_rows: int
+    inputs: dict[str, Sha256]
+    saes: list[ScoredRecord]
     sections: list[ConditionSection]
     recipe: Recipe
     conditions: list[Any]
-
-
-class Binding(Strict):
-    """Which SAEs evidence is about (`binding.block`)."""
-
-    condition: str
-    facts: Facts
-    checkpoints: dict[Place, Sha256]
-    """seed -> sha256 of the weights."""
-    identities: dict[Place, Sha256]
-    """seed -> digest of the weights and of how they are used."""
-
-    @model_validator(mode="after")
-    def _same_seeds(self) -> Binding:
-        if not self.checkpoints or self.checkpoints.keys() != self.identities.keys():
-            raise ValueError("a checkpoint and an identity of each seed expected")
-        if len(set(self.identities.values())) != len(self.identities):
-            raise ValueError("identities: one SAE stands for several seeds")
-        return self
 
 
 class Selected(Strict):
@@ -522,22 +610,32 @@ class Selected(Strict):
     id: Sha256
 
 
-class Confirmation(Strict):
-    """Results of `run_candidate_confirmation.py`: the candidate on fresh seeds."""
+class Evaluation(Strict):
+    """A candidate with the figures that the gate reads (`run_candidate_confirmation.py`)."""
 
     phase: Literal["candidate_confirmation"]
+    origin: Literal["retrained", "supplied"] = "retrained"
     inputs: dict[str, Sha256]
     subject: str
-    candidate: Binding
+    candidate: SeedGroup
     paths: dict[str, str]
     """seed -> checkpoint, from the folder of these results."""
+
+
+class Retrained(Evaluation):
+    """The selected recipe, trained again on fresh seeds."""
+
     selection: Selected
     bank: Bank
+
+    @property
+    def section(self) -> ConditionSection:
+        return self.bank.sections[0]
 
 
 class AlikeMember(Strict):
     seed: int | None
-    """None: not known, of SAEs that were brought."""
+    """None: not known, of SAEs that a user supplies."""
     checkpoint: str | None
     checkpoint_sha256: Sha256
     heldout: Heldout
@@ -556,6 +654,10 @@ class Control(Alike):
 
     stability: Stability
     pairs: Pairs
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(self.stability.labels, self.pairs)
 
     @model_validator(mode="after")
     def _whole(self) -> Control:
@@ -585,6 +687,10 @@ class OwnSection(Strict):
     stability: Stability
     pairs: Pairs
 
+    @property
+    def arm(self) -> Arm:
+        return Arm(self.stability.labels, self.pairs)
+
     @model_validator(mode="after")
     def _own_labels(self) -> OwnSection:
         whole(self.pairs, self.stability.mcc_gap_bound)
@@ -595,20 +701,23 @@ class OwnSection(Strict):
         return self
 
 
-class Brought(Strict):
-    """Results of `run_brought_candidate.py`: SAEs that a user brings. Nothing says what they were chosen from."""
+class Supplied(Evaluation):
+    """SAEs that a user supplies. HUSAI cannot see how they were selected."""
 
-    phase: Literal["brought_candidate"]
-    inputs: dict[str, Sha256]
-    subject: str
-    hook_name: str
-    candidate: Binding
-    paths: dict[str, str]
-    """seed -> checkpoint, from the folder of these results."""
     untrained: dict[str, Sha256] | None
-    """seed -> sha256 of what holds its untrained state."""
+    """seed -> sha256 of the file that holds its untrained state."""
     section: OwnSection
     bank: Evaluated
+
+
+def read_evaluation(results: Any) -> Retrained | Supplied:
+    """The evaluation that these results are.
+
+    Raises:
+        ValidationError.
+    """
+    supplied = isinstance(results, dict) and results.get("origin") == "supplied"
+    return Supplied.model_validate(results) if supplied else Retrained.model_validate(results)
 
 
 class RandomModelStress(Strict):
@@ -617,7 +726,7 @@ class RandomModelStress(Strict):
     phase: Literal["random_model_stress"]
     inputs: dict[str, Sha256]
     subject: str
-    candidate: Binding
+    candidate: SeedGroup
     random_model: Control
     shuffled: Alike | None
     section: OwnSection
@@ -628,9 +737,10 @@ class RandomModelStress(Strict):
 class Setting(Strict):
     """What transcoders and SAEs were trained on, and how."""
 
-    preregistered: bool
     hook_in: str
+    """What the MLP reads: after LayerNorm, where there is one."""
     hook_out: str
+    layer: int
     d_sae: int
     k: int
     tokens: int
@@ -640,7 +750,8 @@ class Setting(Strict):
     subject_digest: Sha256
     own_subject: bool
     """Whether a subject was named in place of the default one."""
-    layer: int
+    preregistered: bool
+    """Whether this is the setting that was fixed in advance (`transcoder.preregistered`)."""
 
 
 class TranscoderStress(Strict):
@@ -649,7 +760,7 @@ class TranscoderStress(Strict):
     phase: Literal["transcoder_stress"]
     inputs: dict[str, Sha256]
     subject: str
-    candidate: Binding | None
+    candidate: SeedGroup | None
     setting: Setting
     transcoder: Section
     sae: Section
@@ -681,9 +792,9 @@ class ShiftedSAE(Strict):
 class Shifted(Strict):
     data_sets: Names
     families: Names
-    k: str
     prompts: list[int]
     """Of each shifted version."""
+    k: str
     random_seed: int
     llm: Model
     saes: Annotated[list[ShiftedSAE], Field(min_length=1)]
@@ -709,7 +820,7 @@ class OODStress(Strict):
     phase: Literal["ood_stress"]
     inputs: dict[str, Sha256]
     subject: str
-    candidate: Binding
+    candidate: SeedGroup
     rule: dict[str, Number]
     shifted: Shifted
     families: dict[str, Any] | None

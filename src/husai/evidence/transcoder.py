@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from husai.evidence import contrast, rules
-from husai.evidence.schemas import Section, Setting
+from husai.evidence.estimates import mean_over_seeds
+from husai.evidence.schemas import Section, SeedGroup, Setting, TranscoderStress
 from husai.runs.cli import DEFAULT_SEEDS, int_list
 from husai.runs.errors import BadInput
 
@@ -14,16 +15,17 @@ MODULAR_ADDITION = {"d_sae": 256, "k": 8, "tokens": 1_000_000, "batch_size": 102
 MODULAR_ADDITION_HOOKS = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"  # no LayerNorm between them
 
 
-def preregistered(setting: dict, candidate: dict | None) -> bool:
-    """Whether a setting is the one that was fixed in advance: the candidate's (its block, `evidence.binding.block`)
-    subject, block, width, k, tokens and seeds; MODULAR_ADDITION on the default subject where there is none."""
-    hooks = setting["hook_in"], setting["hook_out"]
+def preregistered(setting: Setting, candidate: SeedGroup | None) -> bool:
+    """Whether a setting is the one that was fixed in advance: the candidate's subject, block, width, k, tokens and
+    seeds; MODULAR_ADDITION on the default subject where there is no candidate."""
+    hooks = setting.hook_in, setting.hook_out
     if candidate is None:
-        alike = all(setting[name] == value for name, value in MODULAR_ADDITION.items())
-        return alike and hooks == MODULAR_ADDITION_HOOKS and not setting["own_subject"]
-    facts, seeds = candidate["facts"], sorted(map(int, candidate["checkpoints"]))
-    alike = all(setting[name] == facts[name] for name in ("subject_digest", "d_sae", "k", "learning_rate", "tokens"))
-    return alike and hooks == mlp_hooks(layer_of(facts["hook_name"] or "")) and sorted(setting["seeds"]) == seeds
+        alike = all(getattr(setting, name) == value for name, value in MODULAR_ADDITION.items())
+        return alike and hooks == MODULAR_ADDITION_HOOKS and not setting.own_subject
+    facts, seeds = candidate.facts, sorted(map(int, candidate.checkpoints))
+    names = ("subject_digest", "d_sae", "k", "learning_rate", "tokens")
+    alike = all(getattr(setting, name) == getattr(facts, name) for name in names)
+    return alike and hooks == mlp_hooks(layer_of(facts.hook_name or "")) and sorted(setting.seeds) == seeds
 
 
 def layer_of(hook_name: str) -> int:
@@ -42,27 +44,36 @@ def mlp_hooks(layer: int) -> tuple[str, str]:
     return f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
 
 
-def verdict(setting: dict, transcoder: dict, sae: dict) -> dict[str, str]:
-    """The outcome of the rule for the sections of both arms."""
-    made, arms = Setting.model_validate(setting), [Section.model_validate(s) for s in (transcoder, sae)]
-    return rules.verdict(lambda: rules.transcoder(made, *arms))
-
-
-def decisions(results: dict) -> dict:
-    """Conclusions from the sections of both arms: place in the results -> value. They are the setting as the SAEs'
-    records give it, the gain, the explained variance, and the verdict."""
-    arms = {arm: results[arm] for arm in rules.ARMS}
-    said = [{"subject_digest": s["subject_digest"], "hook_out": s["hook_name"]} for s in arms.values()]
-    for section, about in zip(arms.values(), said, strict=True):
-        about["seeds"] = [m["seed"] for m in section["members"]]
-        for name in ("d_sae", "k", "learning_rate"):
-            (about[name],) = {m[name] for m in section["members"]}
-    setting = results["setting"] | said[0]
-    setting["preregistered"] = preregistered(setting, results["candidate"]) and said[0] == said[1]
-    gain = contrast.gain([arms["transcoder"]], [arms["sae"]])
-    return {
-        "/setting": setting,
-        "/gain": gain,
-        "/explained_variance": {arm: contrast.heldout(section).to_json() for arm, section in arms.items()},
-        "/verdict": verdict(setting, **arms),
+def concluded(stress: TranscoderStress) -> TranscoderStress:
+    """The same test with every conclusion made from its sections: the setting as the SAEs' records give it, the gain,
+    the explained variance, and the verdict."""
+    arms = {arm: getattr(stress, arm) for arm in rules.ARMS}
+    said = [_of_members(section) for section in arms.values()]
+    setting = stress.setting.model_copy(update=said[0])
+    judged = preregistered(setting, stress.candidate) and said[0] == said[1]
+    setting = setting.model_copy(update={"preregistered": judged})
+    made = {
+        "setting": setting,
+        "gain": contrast.gain_of([stress.transcoder.arm], [stress.sae.arm]),
+        "explained_variance": {
+            arm: mean_over_seeds([m.heldout.explained_variance for m in section.members]).to_json()
+            for arm, section in arms.items()
+        },
+        "verdict": rules.verdict(lambda: rules.transcoder(setting, stress.transcoder, stress.sae)),
     }
+    return stress.model_copy(update=made)
+
+
+def _of_members(section: Section) -> dict:
+    """What the records of an arm say of its setting."""
+    said = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
+    said["seeds"] = [m.seed for m in section.members]
+    for name in ("d_sae", "k", "learning_rate"):
+        (said[name],) = {getattr(m, name) for m in section.members}
+    return said
+
+
+def decisions(stress: TranscoderStress) -> dict:
+    """What is concluded from both arms: place in the results -> value."""
+    made = concluded(stress).to_json()
+    return {f"/{name}": made[name] for name in ("setting", "gain", "explained_variance", "verdict")}

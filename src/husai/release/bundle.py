@@ -62,7 +62,7 @@ def strict(
 
     Args:
         paths: of `gate.MAKES`. studies: results that the selection was made from.
-        on_disk: reads what lies beside a confirmation (`evals.candidates.on_disk`).
+        on_disk: reads what lies beside a confirmation (`evals.loaded.on_disk`).
     """
     files = {label: read(path) for label, path in paths.items()}
     if files["selection"]:

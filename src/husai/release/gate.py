@@ -6,7 +6,7 @@ evidence itself says of intervals and verdicts counts for nothing. The rules are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,14 +14,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from husai.evidence import deltas, levels, rules, transcoder
-from husai.evidence.binding import block, places
 from husai.evidence.data_sets import DATA_SETS, families
 from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
+from husai.evidence.levels import fresh_seeds
 from husai.evidence.references import matched
 from husai.evidence.rules import FAIL, MISSING, PASS, Missing, Shown, require
 from husai.evidence.schemas import (
-    Brought,
-    Confirmation,
+    Bank,
     Evaluated,
     OODStress,
     OwnSection,
@@ -29,14 +28,18 @@ from husai.evidence.schemas import (
     Probing,
     RandomModelStress,
     Recipe,
-    Record,
+    Retrained,
+    SAERecord,
     Section,
+    SeedGroup,
     Selection,
     Strict,
+    Supplied,
     TranscoderStress,
+    read_evaluation,
     refusal,
+    seed_names,
 )
-from husai.release.selection import fresh_seeds
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -61,11 +64,9 @@ MAKES = {
     "ood": "run_ood_stress_eval.py",
 }
 """Evidence -> the script that makes it."""
-BRINGS = "run_brought_candidate.py"
-"""Makes what stands in the confirmation's place where SAEs were brought."""
-UNCONFIRMED = "these SAEs were brought: what they were chosen from is not known, nor whether their seeds are fresh"
-BROUGHT_SEED = 42
-"""Of the probing, where no selection says it."""
+UNCONFIRMED = "HUSAI cannot see how these SAEs were selected, nor whether their seeds are fresh"
+SUPPLIED_SEED = 42
+"""Seed of the probing of user-supplied SAEs, for which no selection fixes it."""
 UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
 
 
@@ -145,8 +146,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "saebench": lambda: _saebench(candidate, level, thresholds.min_saebench_delta),
         "cebench": lambda: _cebench(candidate, level, thresholds.min_cebench_delta),
     }
-    maker = MAKES["confirmation"] if candidate.unconfirmed is None else BRINGS
-    gates = [_judge(name, judges[name], maker) | {"waived": waived.get(name)} for name in GATES]
+    gates = [_judge(name, judges[name]) | {"waived": waived.get(name)} for name in GATES]
     looser = thresholds.looser()
     held = all(g["status"] == PASS for g in gates)
     provisional = bool(waived) or bool(looser) or candidate.unconfirmed is not None
@@ -168,16 +168,16 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
 # One gate
 
 
-def _judge(name: str, judge: Callable[[], Shown], maker: str) -> dict:
-    """The gate's record; `maker`: the script that makes the candidate's own evidence."""
-    to_find = f"evidence that counts, of {MAKES[OF[name]] if name in OF else maker}"
+def _judge(name: str, judge: Callable[[], Shown]) -> dict:
+    """The gate's record."""
+    to_find = f"evidence that counts, of {MAKES[OF.get(name, 'confirmation')]}"
     empty = dict.fromkeys(("estimate", "low", "high", "bound", "relation", "threshold", "n"))
     about = {"gate": name, "question": GATES[name]}
     try:
         shown = rules.checked(judge)
     except UNREADABLE as error:
         if isinstance(error, NoCandidate):
-            to_find = f"a candidate that counts, of {maker}"
+            to_find = f"a candidate that counts, of {MAKES['confirmation']}"
         return about | {"status": MISSING, "figure": None, **empty, "reason": _why(error), "to_pass": to_find}
     failing, (which, worst) = shown.failing(), shown.worst()
     rule, against = shown.rule, f" ({which})" if len(shown.estimates) > 1 else ""
@@ -225,16 +225,13 @@ def _read(bundle: Bundle, label: str, model: type[T]) -> T:
     return model.model_validate(_whole(bundle, label).results)
 
 
-def _whole(bundle: Bundle, label: str, maker: str | None = None) -> File:
+def _whole(bundle: Bundle, label: str) -> File:
     """A file without problems.
-
-    Args:
-        maker: the script that makes it, where it is not that of MAKES.
 
     Raises:
         Missing.
     """
-    file, maker = bundle.files.get(label), maker or MAKES[label]
+    file, maker = bundle.files.get(label), MAKES[label]
     if file is None:
         raise Missing(f"no results of {maker} were given")
     if file.problems:
@@ -245,106 +242,99 @@ def _whole(bundle: Bundle, label: str, maker: str | None = None) -> File:
 
 
 class _Candidate:
-    """The candidate, confirmed or brought, checked once: each gate about it raises what is wrong with it."""
+    """The candidate, checked once. Each gate about it raises what is wrong with it."""
 
     unconfirmed: str | None = None
-    """Why it is none, of SAEs that were brought."""
+    """Why the candidate is not confirmed, for user-supplied SAEs."""
 
     def __init__(self, bundle: Bundle):
         self._reason: Exception | None = None
         try:
             confirmation = bundle.files.get("confirmation")
             results = None if confirmation is None else confirmation.results
-            if isinstance(results, dict) and results.get("phase") == "brought_candidate":
+            if isinstance(results, dict) and results.get("origin") == "supplied":
                 self.unconfirmed = UNCONFIRMED
-                self._check_brought(bundle)
-            else:
-                self._check(bundle)
+            self._check(bundle)
         except UNREADABLE as error:
             self._reason = error
 
     def _check(self, bundle: Bundle) -> None:
-        chosen = _read(bundle, "selection", Selection)
-        found = _read(bundle, "confirmation", Confirmation)
-        own = found.candidate
-        sections, records = found.bank.sections, [r.model_dump() for r in found.bank.saes if r.candidate]
-        seeds = [int(seed) for seed in own.checkpoints]
-        facts = own.facts.model_dump()
-        sha256 = bundle.files["selection"].sha256
+        chosen = None if self.unconfirmed else _read(bundle, "selection", Selection)
+        found = read_evaluation(_whole(bundle, "confirmation").results)
+        own, bank, records = found.candidate, found.bank, [r for r in found.bank.saes if r.candidate]
+        rules.enough_seeds(len(records))
+        require(own == SeedGroup.of(records), "the candidate's SAEs are not those that its bank evaluated")
+        if isinstance(found, Retrained):
+            require(len(found.bank.sections) == 1, "one condition, confirmed, expected")
+        section = found.section
+        require(_members(section) == own.checkpoints, "its stability is that of other SAEs")
+        _one_account(bank)
+        require(own.facts.control is None, f"its SAEs were trained on {own.facts.control}")
+        subject, hook_name = bank.inputs["subject"], bank.hook_name
+        require(own.facts.subject_digest in (None, subject), "its bank is of another subject")
+        require(own.facts.hook_name in (None, hook_name), "its bank is of another hook")
+        self.about = {"subject_digest": subject, "hook_name": hook_name, "d_in": own.facts.d_in}
+        if isinstance(found, Retrained):
+            self._check_retrained(found, chosen, bundle.files["selection"].sha256)
+        else:
+            self._check_supplied(found)
+        _on_disk(bundle, found)
+        self.own, self.facts, self.seeds = own, own.facts, [int(seed) for seed in own.checkpoints]
+        self.bank, self.section = bank, section
+        labels = (f"checkpoint {r.label}" for r in records)
+        self.labels = dict(zip(own.checkpoints, labels, strict=True))
+
+    def _check_retrained(self, found: Retrained, chosen: Selection, sha256: str) -> None:
+        """The selected recipe, and no other, trained again on seeds that are fresh and fixed."""
+        facts, section, bank = found.candidate.facts, found.section, found.bank
+        made_of, seeds = facts.to_json(), [int(seed) for seed in found.candidate.checkpoints]
         require(found.selection.sha256 == sha256 == found.inputs.get("selection"), "confirmed is another selection")
-        require(facts == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
-        require(found.selection.id == chosen.selected.get("id") == digest(facts), "its configuration's digest differs")
+        require(made_of == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
+        name = found.selection.id
+        require(name == chosen.selected.get("id") == digest(made_of), "its configuration's digest differs")
         require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
         require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
         fixed = fresh_seeds(chosen.seeds_used, len(seeds))
         require(seeds == fixed, f"its seeds are not those that are fixed for a confirmation: {fixed}")
-        rules.enough_seeds(len(seeds))
-        require(own.model_dump() == block(records), "the candidate's SAEs are not those that its bank evaluated")
-        require(len(sections) == 1, "one condition, confirmed, expected")
-        require(_members(sections[0]) == own.checkpoints, "its stability is that of other SAEs")
-        self.about = {n: facts[n] for n in ("subject_digest", "hook_name", "d_in")}
-        self.stores = {facts["store_digest"]}
-        _about(sections[0], self)
-        rules.own_training(sections[0])
-        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in sections[0].members}
-        require(made == {tuple(facts[n] for n in ("family", "d_sae", "k", "learning_rate"))}, "members made otherwise")
-        _one_account(found.bank)
-        require(sections[0].rows == found.bank.rows, "its stability is of other rows than its bank")
-        require(found.inputs == found.bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
+        self.stores = {facts.store_digest}
+        _about(section, self)
+        rules.own_training(section)
+        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
+        require(made == {(facts.family, facts.d_sae, facts.k, facts.learning_rate)}, "members made otherwise")
+        require(section.rows == bank.rows, "its stability is of other rows than its bank")
+        require(found.inputs == bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
         recipe = Recipe.model_validate(chosen.selected.get("recipe"))  # an older one lacks fields that have defaults
-        require(recipe == found.bank.recipe, "it was trained by another recipe than the selected one")
+        require(recipe == bank.recipe, "it was trained by another recipe than the selected one")
         require(found.subject == chosen.selected.get("subject"), "its subject has another name than at selection")
         require({"probing_seed", "versions"} <= chosen.cohort.keys(), "selection does not say what it compared")
-        require(found.bank.inputs.get("subject") == facts["subject_digest"], "its bank is of another subject")
-        require(found.bank.store_digest == facts["store_digest"], "its bank is of other activations")
-        require(found.bank.hook_name == facts["hook_name"], "its bank is of another hook")
+        require(bank.store_digest == facts.store_digest, "its bank is of other activations")
         require(
-            {"d_sae": sections[0].d_sae, "k": sections[0].k, "budget": sections[0].budget, "family": sections[0].family}
-            == {"d_sae": facts["d_sae"], "k": facts["k"], "budget": facts["tokens"], "family": facts["family"]},
+            (section.d_sae, section.k, section.budget, section.family)
+            == (facts.d_sae, facts.k, facts.tokens, facts.family),
             "its stability is that of another configuration",
         )
-        _on_disk(bundle, found)
-        self.own, self.facts, self.seeds, self.bank, self.section = own, facts, seeds, found.bank, sections[0]
         self.cohort, self.data_sets = chosen.cohort, set(chosen.split.gate_data_sets)
         self.read = set(chosen.split.selection_families)
-        self.labels = {str(r["facts"]["seed"]): f"checkpoint {r['label']}" for r in records}
 
-    def _check_brought(self, bundle: Bundle) -> None:
-        found = Brought.model_validate(_whole(bundle, "confirmation", BRINGS).results)
-        own, bank, section = found.candidate, found.bank, found.section
-        records, facts = [r.model_dump() for r in bank.saes if r.candidate], own.facts.model_dump()
-        rules.enough_seeds(len(records))
-        require(own.model_dump() == block(records), "the candidate's SAEs are not those that its benchmarks evaluated")
-        require(all(r["condition"] == own.condition for r in records), "its records are of another condition")
-        require(_members(section) == own.checkpoints, "its stability is that of other SAEs")
-        require(facts["control"] is None, f"its SAEs were trained on {facts['control']}")
-        _one_account(bank)
-        inputs, subject = dict(bank.inputs), bank.inputs["subject"]
+    def _check_supplied(self, found: Supplied) -> None:
+        """SAEs that a user supplies: what they are said to rest on is what they rest on."""
+        own, bank = found.candidate, found.bank
+        require(all(r.condition == own.condition for r in bank.saes if r.candidate), "records of another condition")
+        inputs = dict(bank.inputs)
         for part in (bank.saebench, bank.cebench):
             inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls} if part else {}
         inputs |= {f"untrained {seed}": sha256 for seed, sha256 in (found.untrained or {}).items()}
         require(found.inputs == inputs, "its inputs are not its subject, activations, checkpoints and untrained states")
-        untrained = set(own.checkpoints) if "untrained" not in section.stability.missing_nulls else set()
+        untrained = set(own.checkpoints) if "untrained" not in found.section.stability.missing_nulls else set()
         require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
-        require(facts["subject_digest"] in (None, subject), "its SAEs are of another subject")
-        require(facts["hook_name"] in (None, found.hook_name) and bank.hook_name == found.hook_name, "another hook")
-        self.about = {"subject_digest": subject, "hook_name": found.hook_name, "d_in": facts["d_in"]}
         heldout = bank.inputs["held-out activations"]
         self.stores = {heldout}
-        _about(section, self)
-        self.stores = {heldout, facts["store_digest"]} - {None}
-        _on_disk(bundle, found)
-        self.own, self.facts, self.bank, self.section = own, facts, bank, section
-        self.seeds, self.read, self.data_sets = (
-            [int(seed) for seed in own.checkpoints],
-            set(),
-            set(DATA_SETS.split(",")),
-        )
+        _about(found.section, self)
+        self.stores = {heldout, own.facts.store_digest} - {None}
+        self.read, self.data_sets = set(), set(DATA_SETS.split(","))
         probing = bank.saebench
-        self.cohort = {"probing_seed": BROUGHT_SEED, "probing": probing and probing.probing}
+        self.cohort = {"probing_seed": SUPPLIED_SEED, "probing": probing and probing.probing}
         self.cohort["versions"] = probing and probing.versions
-        labels = (f"checkpoint {r['label']}" for r in records)
-        self.labels = dict(zip(own.checkpoints, labels, strict=True))
 
     def known(self) -> _Candidate:
         """The candidate.
@@ -358,7 +348,7 @@ class _Candidate:
         return self
 
     def block(self) -> dict | None:
-        return None if self._reason is not None else self.own.model_dump()
+        return None if self._reason is not None else self.own.to_json()
 
     def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
         require(found.candidate == self.own, f"{script}: it is about other SAEs than the candidate's")
@@ -371,7 +361,7 @@ class _Candidate:
         require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
 
 
-def _on_disk(bundle: Bundle, found: Confirmation | Brought) -> None:
+def _on_disk(bundle: Bundle, found: Retrained | Supplied) -> None:
     identities = found.candidate.identities
     require(found.paths.keys() == identities.keys(), "a path of each checkpoint expected")
     for seed, identity in identities.items():
@@ -397,7 +387,7 @@ def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str
     return named
 
 
-def _one_account(bank: Evaluated) -> None:
+def _one_account(bank: Bank | Evaluated) -> None:
     """Each SAE of a bank has one record, which its benchmarks repeat, and the inputs are the SAEs'."""
     saes = {r.identity: _kept(r) for r in bank.saes}
     require(len(saes) == len(bank.saes), "its bank has two records of an SAE")
@@ -419,12 +409,12 @@ def _one_account(bank: Evaluated) -> None:
         require(all(r.core == cores[r.identity] for r in bank.saebench.saes), "SAEBench has other core metrics")
 
 
-def _kept(record: Record) -> dict:
-    return {name: getattr(record, name) for name in Record.model_fields}
+def _kept(record: SAERecord) -> dict:
+    return {name: getattr(record, name) for name in SAERecord.model_fields}
 
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
-    seeds = places([m.seed for m in section.members])
+    seeds = seed_names([m.seed for m in section.members])
     require(len(set(seeds)) == len(seeds), "a seed stands twice")
     return dict(zip(seeds, (m.checkpoint_sha256 for m in section.members), strict=True))
 
@@ -465,7 +455,7 @@ def _stability(candidate: _Candidate, level: float) -> Shown:
 
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     c = candidate.known()
-    if c.facts["training"] is None and bundle.files.get("random_model") is None:
+    if c.facts.training is None and bundle.files.get("random_model") is None:
         raise Missing(
             f"{UNKNOWN_TRAINING}: --random-model-checkpoint names SAEs trained alike on the random-weights model"
         )
@@ -475,7 +465,7 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c)
     seeds, own = ([m.seed for m in arm.members] for arm in (found.random_model, found.section))
-    require(c.facts["training"] is None or seeds == own, f"{script}: its controls have other seeds")
+    require(c.facts.training is None or seeds == own, f"{script}: its controls have other seeds")
     return _of(script, lambda: rules.random_model(found.section, found.random_model, level))
 
 
@@ -489,14 +479,13 @@ def _of(script: str, judge: Callable[[], Shown]) -> Shown:
 
 def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
-    if c.facts["training"] is None:
+    if c.facts.training is None:
         raise Missing(f"{UNKNOWN_TRAINING}, and so no transcoders can be trained alike; no flag says it")
     found = _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
     require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
     c.is_that_of(found, script)
-    made = setting.model_dump(exclude={"preregistered"})
-    require(transcoder.preregistered(made, c.own.model_dump()), f"{script}: another setting than the candidate's own")
+    require(transcoder.preregistered(setting, c.own), f"{script}: another setting than the candidate's own")
     require(setting.layer == transcoder.layer_of(c.about["hook_name"]), f"{script}: another layer than the candidate's")
     return _of(script, lambda: rules.transcoder(setting, found.transcoder, found.sae, level, minimum))
 
@@ -505,7 +494,7 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
     c, found = candidate.known(), _read(bundle, "ood", OODStress)
     script, shifted = MAKES["ood"], found.shifted
     c.is_that_of(found, script)
-    seeds = places([s.seed for s in shifted.saes])
+    seeds = seed_names([s.seed for s in shifted.saes])
     identities = dict(zip(seeds, (s.identity for s in shifted.saes), strict=True))
     require(identities == c.own.identities and len(shifted.saes) == len(identities), f"{script}: figures of other SAEs")
     _seed(c, shifted.random_seed)
@@ -528,9 +517,8 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     keep = [i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read]  # no more than those
     of = [probing.families[i] for i in keep]
     rules.enough_families(of)
-    records = [r.model_dump() for r in probing.saes]
-    values = {r["identity"]: np.array(r["test_auc"][deltas.K])[keep] for r in records}
-    estimate, _ = _against_reference(c, records, values, of, level)
+    values = {r.identity: np.array(r.test_auc[deltas.K])[keep] for r in probing.saes}
+    estimate, _ = _against_reference(c, probing.saes, values, of, level)
     by = "" if probing.probing == "sae_probes" else f" ({probing.probing})"
     more = {"families": len(set(of)), "note": f"{by} less the matched reference's"}
     return rules.SAEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
@@ -545,37 +533,34 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.read]
     clusters = [pairs.clusters[i] for i in keep]
     rules.enough_families(clusters)
-    own = [r.model_dump() for r in pairs.saes]
-    values = {r["identity"]: np.array(r["normalised_of_pairs"], dtype=float)[keep] for r in own}
-    estimate, reference = _against_reference(c, own, values, clusters, level)  # a summary's references are not bound
+    values = {r.identity: np.array(r.normalised_of_pairs, dtype=float)[keep] for r in pairs.saes}
+    # The references of a baseline summary are bound to nothing here and do not count.
+    estimate, reference = _against_reference(c, pairs.saes, values, clusters, level)
     rules.reachable(reference, minimum)
     more = {"families": len(set(clusters)), "note": " less the matched reference's"}
     return rules.CEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
 
 
 def _against_reference(
-    c: _Candidate, records: list[dict], values: dict, families: list[str], level: float
+    c: _Candidate, records: Sequence[SAERecord], values: deltas.Values, families: list[str], level: float
 ) -> tuple[Estimate, float]:
     """(the difference to the matched reference, that reference's mean)."""
-    group = [r for r in records if r.get("candidate") and r["identity"] in set(c.own.identities.values())]
     order = list(c.own.identities.values())
-    group.sort(key=lambda r: order.index(r["identity"]))
-    seeds = places([r["facts"]["seed"] for r in group])
-    own = dict(zip(seeds, (r["identity"] for r in group), strict=True)) == c.own.identities
+    group = [r for r in records if r.candidate and r.identity in order]
+    group.sort(key=lambda r: order.index(r.identity))
+    seeds = seed_names([r.facts.seed for r in group])
+    own = dict(zip(seeds, (r.identity for r in group), strict=True)) == c.own.identities
     require(own and len(group) == len(order), "figures of other SAEs than the candidate's")
-    require(
-        all({k: v for k, v in r["facts"].items() if k not in ("seed", "l0")} == c.facts for r in group),
-        "facts of other SAEs than the candidate's",
-    )
+    require(all(r.facts.shared == c.facts for r in group), "facts of other SAEs than the candidate's")
     match = matched(group, records)
     hint = "" if c.unconfirmed is None else "; --reference names SAEs to compare with"
-    if c.facts["training"] is None:
-        hint = f". {UNKNOWN_TRAINING[0].upper()}{UNKNOWN_TRAINING[1:]}, so that --reference can name none that matches"
+    if c.facts.training is None:
+        hint = f". {UNKNOWN_TRAINING[0].upper()}{UNKNOWN_TRAINING[1:]}: --reference can name none that matches"
     require(match.reason is None, f"no matched reference: {match.reason}{hint}")
     require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
-    against = [values[r["identity"]] for r in match.records]
-    require(len({r["identity"] for r in match.records}) == len(group), "a reference stands for several seeds")
-    difference = np.array([values[r["identity"]] for r in group]) - np.array(against)
+    against = [values[r.identity] for r in match.records]
+    require(len({r.identity for r in match.records}) == len(group), "a reference stands for several seeds")
+    difference = np.array([values[r.identity] for r in group]) - np.array(against)
     return mean_over_seeds_and_sets(difference, families, level), float(np.mean(against))
 
 

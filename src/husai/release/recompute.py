@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,19 @@ from pydantic import ValidationError
 
 from husai.evidence import conditions, contrast, deltas, drop, random_model, rules, transcoder
 from husai.evidence.names import GAP
+from husai.evidence.schemas import (
+    Bank,
+    Contrastive,
+    Evaluated,
+    OODStress,
+    Probing,
+    RandomModelStress,
+    Retrained,
+    Strict,
+    TranscoderStress,
+    read_evaluation,
+    refusal,
+)
 from husai.evidence.stability import summarise
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
@@ -129,40 +142,51 @@ def study_problems(study: dict) -> list[str]:
     return list(differences(published, recomputed, "stability"))
 
 
+STRESS: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
+    "random_model_stress": (RandomModelStress, random_model.decisions),
+    "transcoder_stress": (TranscoderStress, transcoder.decisions),
+    "ood_stress": (OODStress, drop.decisions),
+}
+"""Phase -> its schema, and what follows from its figures."""
+
+
 def decisions(results: dict) -> dict[str, Any]:
     """What a phase decided, made again from its sections: place in the results -> value."""
     phase, again = results.get("phase"), {}
 
-    def of_bank(at: str, bank: dict) -> None:
-        for name, function in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
-            if bank[name] is not None:
-                again[f"{at}/{name}/conditions"] = function(bank[name])
+    def of_parts(at: str, bank: Evaluated | Bank) -> None:
+        if bank.saebench is not None:
+            again[f"{at}/saebench/conditions"] = deltas.saebench(bank.saebench)
+        if bank.cebench is not None:
+            again[f"{at}/cebench/conditions"] = deltas.contrastive(bank.cebench)
+
+    def of_bank(at: str, bank: Bank) -> None:
+        of_parts(at, bank)
         again[f"{at}/conditions"] = conditions.conditions(bank)
 
     if phase == "saebench_custom":
-        again["/conditions"] = deltas.saebench(results)
+        again["/conditions"] = deltas.saebench(Probing.model_validate(results))
     elif phase == "cebench_custom":
-        again["/conditions"] = deltas.contrastive(results)
+        again["/conditions"] = deltas.contrastive(Contrastive.model_validate(results))
     elif phase == "candidate_confirmation":
-        of_bank("/bank", results["bank"])
-    elif phase == "brought_candidate":
-        again["/bank/saebench/conditions"] = deltas.saebench(results["bank"]["saebench"])
-        again["/bank/cebench/conditions"] = deltas.contrastive(results["bank"]["cebench"])
+        evaluation = read_evaluation(results)
+        if isinstance(evaluation, Retrained):
+            of_bank("/bank", evaluation.bank)
+        else:
+            of_parts("/bank", evaluation.bank)
     elif phase in ("architecture_frontier", "external_metric_scaling"):
-        for at, bank in enumerate(results["banks"]):
+        banks = [Bank.model_validate(bank) for bank in results["banks"]]
+        for at, bank in enumerate(banks):
             of_bank(f"/banks/{at}", bank)
-        rows = [row for bank in results["banks"] for row in bank["conditions"]]
+        rows = [row for bank in banks for row in bank.conditions]
         if phase == "architecture_frontier":
             again["/pareto"] = conditions.pareto(rows)
         else:
-            again["/contrasts"] = conditions.contrasts(results["banks"])
+            again["/contrasts"] = conditions.contrasts(banks)
             again["/power_laws"] = conditions.power_laws(rows)
-    elif phase == "random_model_stress":
-        again |= random_model.decisions(results)
-    elif phase == "transcoder_stress":
-        again |= transcoder.decisions(results)
-    elif phase == "ood_stress":
-        again |= drop.decisions(results)
+    elif phase in STRESS:
+        schema, function = STRESS[phase]
+        again |= function(schema.model_validate(results))
     for at, study in studies(results):
         if "convergence" in study:
             again[f"{at}/convergence/converged"] = rules.at_rest(study["convergence"]["moved"])
@@ -215,6 +239,8 @@ def phase_problems(results: Any) -> list[str]:
             for at, value in decisions(results).items()
             for problem in differences(resolve(results, at), value, at)
         ]
+    except ValidationError as error:
+        return [f"the phase's results are not what they should be: {refusal(error)}"]
     except (BadInput, LookupError, TypeError, ValueError, AttributeError) as error:
         return [f"the phase's decisions cannot be made again ({type(error).__name__}: {error})"]
 

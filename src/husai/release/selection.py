@@ -9,14 +9,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from husai.evidence import conditions, contrast, deltas, references
-from husai.evidence.binding import block
+from husai.evidence import conditions, deltas, references
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
-from husai.evidence.schemas import Bank, ConditionSection, PairRecord, ProbedRecord, ScoredRecord, Strict, refusal
+from husai.evidence.schemas import (
+    Bank,
+    ConditionSection,
+    Contrastive,
+    Figures,
+    Interval,
+    PairRecord,
+    PairScores,
+    ProbedRecord,
+    Probing,
+    Reference,
+    ScoredRecord,
+    SeedGroup,
+    Strict,
+    refusal,
+)
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -24,8 +38,9 @@ STUDIES = ("architecture_frontier", "external_metric_scaling")
 SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
 """What counts as one unit of each figure: fixed, so that who else is a candidate changes no score."""
 EXTERNAL = ("saebench", "cebench")
-FRESH_SEEDS = (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099, 2111, 2113, 2129, 2131, 2137, 2141, 2143)
-"""Of a confirmation, in this order: fixed, so that nobody looks for lucky ones."""
+
+F = TypeVar("F", bound=Figures)
+P = TypeVar("P", bound=PairScores | Reference)
 
 
 @dataclass(frozen=True)
@@ -62,16 +77,16 @@ class Cohort:
     pairs_digest: str | None
 
     @classmethod
-    def of(cls, bank: dict) -> Cohort:
-        probing, pairs = bank["saebench"] or {}, bank["cebench"] or {}
+    def of(cls, bank: Bank) -> Cohort:
+        probing, pairs = bank.saebench, bank.cebench
         return cls(
-            subject_digest=bank["inputs"]["subject"],
-            data_sets=probing.get("data_sets"),
-            probing_seed=probing.get("random_seed"),
-            probing=probing.get("probing", "sae_probes") if probing else None,  # older evidence names no other
-            versions=probing.get("versions"),
-            benchmark=pairs.get("benchmark"),
-            pairs_digest=pairs.get("pairs_digest"),
+            subject_digest=bank.inputs["subject"],
+            data_sets=probing and probing.data_sets,
+            probing_seed=probing and probing.random_seed,
+            probing=probing and probing.probing,
+            versions=probing and probing.versions,
+            benchmark=pairs and pairs.benchmark,
+            pairs_digest=pairs and pairs.pairs_digest,
         )
 
     def to_json(self) -> dict:
@@ -94,53 +109,59 @@ class Cohort:
         return None
 
 
-def fresh_seeds(used: Iterable[int], n: int) -> list[int]:
-    """The first n of FRESH_SEEDS that no study used."""
-    return [seed for seed in FRESH_SEEDS if seed not in set(used)][:n]
-
-
 def half(names: Iterable[str]) -> list[str]:
     """The families that selection reads: every second one in the order of their hashes."""
     return sorted(sorted(set(names), key=digest)[::2])
 
 
-def restricted(bank: dict, families: Iterable[str], inside: bool = True) -> dict:
-    """A bank whose benchmarks have only the data sets (and pairs) of these families, or only the others."""
-    bank, families = copy.deepcopy(bank), set(families)
-    if bank["saebench"]:
-        probing = bank["saebench"]
-        keep = [i for i, f in enumerate(probing["families"]) if (f in families) == inside]
-        for name in ("data_sets", "families"):
-            probing[name] = [probing[name][i] for i in keep]
-        for record in [*probing["saes"], *probing["controls"], *probing["baselines"].values()]:
-            record["test_auc"] = {k: [v[i] for i in keep] for k, v in record["test_auc"].items()}
-    if bank["cebench"]:
-        pairs = bank["cebench"]
-        keep = [i for i, f in enumerate(pairs["clusters"]) if (f in families) == inside]
-        pairs["clusters"] = [pairs["clusters"][i] for i in keep]
-        for record in [*pairs["saes"], *pairs["controls"], *pairs["untrained"], *pairs["references"]]:
-            record["normalised_of_pairs"] = [record["normalised_of_pairs"][i] for i in keep]
-    return bank
+def on_families(probing: Probing, families: set[str], inside: bool) -> Probing:
+    """The probing on the data sets of these families alone, or on the others."""
+    keep = [i for i, f in enumerate(probing.families) if (f in families) == inside]
+
+    def cut(records: list[F]) -> list[F]:
+        return [r.model_copy(update={"test_auc": {k: _at(keep, v) for k, v in r.test_auc.items()}}) for r in records]
+
+    return probing.model_copy(
+        update={
+            "data_sets": _at(keep, probing.data_sets),
+            "families": _at(keep, probing.families),
+            "saes": cut(probing.saes),
+            "controls": cut(probing.controls),
+            "baselines": dict(zip(probing.baselines, cut([*probing.baselines.values()]), strict=True)),
+        }
+    )
 
 
-def differences(bank: dict, families: Iterable[str], inside: bool = True) -> dict[str, dict[str, dict]]:
+def on_clusters(pairs: Contrastive, clusters: set[str], inside: bool) -> Contrastive:
+    """The contrastive score on the pairs of these clusters alone, or on the others."""
+    keep = [i for i, c in enumerate(pairs.clusters) if (c in clusters) == inside]
+
+    def cut(records: list[P]) -> list[P]:
+        return [r.model_copy(update={"normalised_of_pairs": _at(keep, r.normalised_of_pairs)}) for r in records]
+
+    scored = {name: cut(getattr(pairs, name)) for name in ("saes", "controls", "untrained", "references")}
+    return pairs.model_copy(update={"clusters": _at(keep, pairs.clusters), **scored})
+
+
+def _at(places: list[int], values: list) -> list:
+    return [values[i] for i in places]
+
+
+def differences(bank: Bank, families: Iterable[str], inside: bool = True) -> dict[str, dict[str, dict]]:
     """{benchmark: {condition: the difference to its matched reference}} on these families, or on the others."""
-    part = restricted(bank, families, inside)
-    found: dict[str, dict[str, dict]] = {}
-    for name, function, axis in (
-        ("saebench", deltas.saebench, "families"),
-        ("cebench", deltas.contrastive, "clusters"),
-    ):
-        if part[name] and part[name][axis]:
-            found[name] = {row["condition"]: row["delta"]["reference"] for row in function(part[name])}
-    return found
+    chosen, rows = set(families), {}
+    if bank.saebench is not None and (probing := on_families(bank.saebench, chosen, inside)).data_sets:
+        rows["saebench"] = deltas.saebench(probing)
+    if bank.cebench is not None and (pairs := on_clusters(bank.cebench, chosen, inside)).clusters:
+        rows["cebench"] = deltas.contrastive(pairs)
+    return {name: {row["condition"]: row["delta"]["reference"] for row in found} for name, found in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What of a study can be read
 
 
-def cleaned(bank: Any) -> tuple[dict | None, dict[str, str]]:
+def cleaned(bank: Any) -> tuple[Bank | None, dict[str, str]]:
     """(the bank without records that are not what they should be, {condition: why it lost one}); (None, {"": why})
     where the rest does not hold together."""
     bank, damaged = copy.deepcopy(bank), {}
@@ -162,8 +183,7 @@ def cleaned(bank: Any) -> tuple[dict | None, dict[str, str]]:
             except ValidationError as error:
                 bank["sections"].remove(section)
                 damaged.setdefault(f"{section['family']} d{section['d_sae']} k{section['k']}", refusal(error))
-        Bank.model_validate(bank)
-        return bank, damaged
+        return Bank.model_validate(bank), damaged
     except ValidationError as error:
         return None, {"": refusal(error)}
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -199,7 +219,7 @@ def select(studies: list[Study], rules: Rules) -> dict:
     comparable = []
     for study, bank, damaged in banks:
         if why := cohort.differs(Cohort.of(bank)):
-            excluded += [_out(study, row["condition"], why) for row in bank["conditions"]]
+            excluded += [_out(study, row["condition"], why) for row in bank.conditions]
         else:
             comparable.append((study, bank, damaged))
 
@@ -265,17 +285,17 @@ def _seeds_in(banks: Any) -> set[int]:
     return found
 
 
-def _seeds(section: dict) -> list[int]:
-    return [m["seed"] for m in section["members"]]
+def _seeds(section: ConditionSection) -> list[int]:
+    return [m.seed for m in section.members]
 
 
-def _split(banks: list[dict]) -> dict:
+def _split(banks: list[Bank]) -> dict:
     """Families of data sets and of pairs, halved alike, so that what one benchmark is read on no other is gated on."""
     families, sets = set(), {}
     for bank in banks:
-        if probing := bank["saebench"]:
-            sets |= dict(zip(probing["data_sets"], probing["families"], strict=True))
-        families |= set(bank["cebench"]["clusters"]) if bank["cebench"] else set()
+        if bank.saebench is not None:
+            sets |= dict(zip(bank.saebench.data_sets, bank.saebench.families, strict=True))
+        families |= set() if bank.cebench is None else set(bank.cebench.clusters)
     read = half(families | set(sets.values()))
     return {
         "selection_families": read,
@@ -284,25 +304,25 @@ def _split(banks: list[dict]) -> dict:
     }
 
 
-def _rows(study: Study, bank: dict, damaged: set[str], families: list[str], rules: Rules) -> tuple[list, list]:
+def _rows(study: Study, bank: Bank, damaged: set[str], families: list[str], rules: Rules) -> tuple[list, list]:
     """(candidates of a bank, what is excluded of it)."""
     try:
         external = differences(bank, families)
     except (LookupError, TypeError, ValueError) as error:
         why = f"the benchmarks' differences cannot be computed ({type(error).__name__}: {error})"
-        return [], [_out(study, row.get("condition"), why) for row in bank["conditions"]]
+        return [], [_out(study, row.get("condition"), why) for row in bank.conditions]
     found, lost = [], []
-    records = {r["checkpoint_sha256"]: r for r in bank["saes"]}
-    for section in bank["sections"]:
-        own = [records.get(m["checkpoint_sha256"]) for m in section["members"]]
-        name = next((r["condition"] for r in own if r), f"{section['family']} d{section['d_sae']} k{section['k']}")
+    records = {r.checkpoint_sha256: r for r in bank.saes}
+    for section in bank.sections:
+        own = [r for m in section.members if (r := records.get(m.checkpoint_sha256))]
+        name = own[0].condition if own else f"{section.family} d{section.d_sae} k{section.k}"
         if name in damaged:
             continue  # said already
-        if None in own:
+        if len(own) < len(section.members):
             lost.append(_out(study, name, "an SAE of it has no record"))
             continue
         try:
-            bound = block(own)
+            group = SeedGroup.of(own)
             row = _figures(bank, section, own, name, external, rules)
         except (BadInput, LookupError, TypeError, ValueError) as error:
             lost.append(_out(study, name, f"it does not hold together ({error})"))
@@ -310,22 +330,21 @@ def _rows(study: Study, bank: dict, damaged: set[str], families: list[str], rule
         if len(set(_seeds(section))) < rules.min_seeds:
             lost.append(_out(study, name, f"{len(set(_seeds(section)))} seeds; at least {rules.min_seeds} expected"))
             continue
-        facts = bound["facts"]
         about = {"study": study.label, "study_sha256": study.sha256, "subject": study.results.get("subject")}
-        about |= {"id": digest(facts), **bound}
-        found.append(about | {"seeds": _seeds(section), "recipe": bank["recipe"], **row})
+        about |= {"id": digest(group.facts.to_json()), **group.to_json()}
+        found.append(about | {"seeds": _seeds(section), "recipe": bank.recipe.to_json(), **row})
     return found, lost
 
 
-def _figures(bank: dict, section: dict, own: list[dict], name: str, external: dict, rules: Rules) -> dict:
+def _figures(
+    bank: Bank, section: ConditionSection, own: list[ScoredRecord], name: str, external: dict, rules: Rules
+) -> dict:
     """Estimates, and the values that are ranked; why one is missing."""
-    excess = section["stability"]["scores"][PRIMARY_SCORE]["excess"]
-    least = min(
-        GATED_NULLS, key=lambda null: excess[null]["estimate"] if excess[null]["low"] is None else excess[null]["low"]
-    )
+    excess = section.stability.scores[PRIMARY_SCORE].excess
+    least = excess[min(GATED_NULLS, key=lambda null: _sure(excess[null]))]
     figures = {
-        "stability": excess[least],
-        "train_ev": conditions.over_seeds([r["heldout"]["explained_variance"] for r in own]),
+        "stability": least.to_json(),
+        "train_ev": conditions.over_seeds([r.heldout.explained_variance for r in own]),
     }
     missing = {}
     for benchmark in EXTERNAL:
@@ -340,13 +359,15 @@ def _figures(bank: dict, section: dict, own: list[dict], name: str, external: di
             missing[figure] = f"{figure}: {e['reason']}"
         else:
             value[figure] = found
-    published = next((r for r in bank["conditions"] if r.get("condition") == name), None)
-    if published is None or published["checkpoints"] != {str(r["facts"]["seed"]): r["checkpoint_sha256"] for r in own}:
+    published = next((r for r in bank.conditions if r.get("condition") == name), None)
+    if published is None or published["checkpoints"] != {str(r.facts.seed): r.checkpoint_sha256 for r in own}:
         raise ValueError("the study's table names other checkpoints")
-    if contrast.lower_bound(section) != excess[least]["low"]:
-        raise ValueError("the required nulls are not all there")
-    l0 = sum(r["heldout"]["l0"] for r in own) / len(own)
-    return {"family": section["family"], "l0": l0, "figures": figures, "value": value, "missing": missing}
+    l0 = sum(r.heldout.l0 for r in own) / len(own)
+    return {"family": section.family, "l0": l0, "figures": figures, "value": value, "missing": missing}
+
+
+def _sure(excess: Interval) -> float:
+    return excess.estimate if excess.low is None else excess.low
 
 
 def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:

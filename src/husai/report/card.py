@@ -35,7 +35,6 @@ PHASES = {
     "official_external_benchmarks": ("The libraries' own benchmarks", "What do the benchmarks' own programs say?"),
     "candidate_selection": ("Selection", "Which condition goes to the gate?"),
     "candidate_confirmation": ("Confirmation", "Does the selected recipe hold on fresh seeds?"),
-    "brought_candidate": ("The SAEs that were brought", "How stable and how useful are SAEs that no study selected?"),
     "random_model_stress": ("Random-model stress", "Would a model of random weights have given the same?"),
     "transcoder_stress": ("Transcoder stress", "Are transcoders' features as stable?"),
     "ood_stress": ("Out-of-distribution stress", "What is left on text unlike that of training?"),
@@ -43,6 +42,8 @@ PHASES = {
     "feature_examples": ("Features to read", "What do single features respond to, and were they found again?"),
 }
 """Known phases in the order of the page: title, and what each asks."""
+SUPPLIED = ("SAEs of your own", "How stable and how useful are SAEs that no study selected?")
+"""The confirmation of user-supplied SAEs."""
 ALT = {
     "matches": "Histogram of the absolute cosine of matched features: trained SAEs beside each null",
     "over_training": "Stability against training steps with its interval, and the levels of the nulls",
@@ -56,8 +57,7 @@ ALT = {
     "gain": "Stability and reconstruction of transcoders and SAEs, and the gain of the former, with intervals",
     "ood_drop": "Probes under shift, and what the SAE loses beyond the model itself, with intervals",
     "selection": "Candidates against each other: stability and benchmarks, with intervals",
-    "confirmation": "The candidate on fresh seeds: stability over each null, benchmarks against the reference",
-    "brought": "The SAEs that were brought: stability over each null, benchmarks over each baseline, with intervals",
+    "confirmation": "The candidate: stability over each null, benchmarks over each baseline, with intervals",
     "scaling": "Stability and benchmarks against tokens, layer and width, with intervals",
     "saebench_deltas": "Probing AUC of each condition less its baselines, with intervals",
     "cebench_deltas": "Contrastive score of each condition less its baselines, with intervals",
@@ -151,6 +151,8 @@ class Section:
         self.run = run
         self.anchor = f"run-{quote(run.name, safe='')}"
         self.title, self.asks = PHASES.get(run.phase, (run.name, None))
+        if isinstance(run.results, dict) and run.results.get("origin") == "supplied":
+            self.title, self.asks = SUPPLIED
         self.heading = markup.title(run.summary) if run.summary else None
         self.outcome = markup.outcome(run.summary) if run.summary and run.results else None
         self.text = markup.html(run.summary) if run.summary else None

@@ -69,10 +69,10 @@ def refuse_unfitting(folder: Path, sae: SAE, hook_name: str, subject_digest: str
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
 
 
-def brought_dictionary(
+def external_dictionary(
     folder: Path, store: ActivationStore, heldout: range, untrained: Path | None
 ) -> tuple[Dictionary, dict]:
-    """(a checkpoint that a user brings, its held-out figures).
+    """(a checkpoint that a user supplies, its held-out figures).
 
     Args:
         untrained: folder of the same SAE before training, if there is one.

@@ -76,7 +76,7 @@ OPEN = {
     "whatever they hold; the rule that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
-    r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where it was brought",
+    r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where the user supplied it",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
 }

@@ -11,16 +11,30 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from husai.evidence import conditions, contrast, data_sets, deltas, drop, random_model, references, rules, transcoder
-from husai.evidence.binding import block
+from husai.evidence import conditions, data_sets, deltas, drop, levels, random_model, references, rules, transcoder
+from husai.evidence.contrast import Arm
 from husai.evidence.data_sets import DATA_SETS
-from husai.evidence.estimates import Estimate
+from husai.evidence.estimates import Estimate, noise
 from husai.evidence.names import ALIVE, GAP, GATED_NULLS
 from husai.evidence.rules import POSITIVE_CONTROL, SPECTRAL_DRAWS
-from husai.evidence.schemas import Evaluated, OwnSection
+from husai.evidence.schemas import (
+    Bank,
+    Contrastive,
+    Control,
+    Evaluated,
+    Facts,
+    OODStress,
+    OwnSection,
+    Probing,
+    ScoredRecord,
+    SeedGroup,
+    Strict,
+    TranscoderStress,
+)
 from husai.evidence.stability import summarise
 from husai.release import recompute, selection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
@@ -83,15 +97,22 @@ def measured(evidence: Path) -> Noise:
         "positive_control": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / control)),
         "stability": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / tiny)),
         "random_model": _pooled(_of_pairs(s, "random_model") for s in _sections(evidence / tiny)),
-        "saebench": _pooled(_differences(evidence / "saebench_husai_tiny", "families")),
-        "cebench": _pooled(_differences(evidence / "phase4e_cebench_matched200", "clusters")),
+        "saebench": _pooled(_differences(_results(evidence / "saebench_husai_tiny", Probing))),
+        "cebench": _pooled(_differences(_results(evidence / "phase4e_cebench_matched200", Contrastive))),
     }
-    arms = read_json(evidence / "transcoder_stress" / "results.json", "evidence")
-    gain = contrast.score_matrix(arms["transcoder"], "spectral") - contrast.score_matrix(arms["sae"], "spectral")
-    shift = read_json(evidence / "ood_stress" / "results.json", "evidence")["shifted"]
+    arms = _results(evidence / "transcoder_stress", TranscoderStress)
+    gain = arms.transcoder.arm.scores("spectral") - arms.sae.arm.scores("spectral")
+    shift = _results(evidence / "ood_stress", OODStress).shifted
     found["transcoder"] = _pooled([_of_matrix(gain)])
-    found["ood"] = _pooled([_of_sets(drop.drops(shift, shift["k"]), shift["families"])])
+    found["ood"] = _pooled([_of_sets(drop.drops(shift, shift.k), shift.families)])
     return {gate: found[gate] for gate in GATES}
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def _results(folder: Path, schema: type[T]) -> T:
+    return schema.model_validate(read_json(folder / "results.json", "evidence"))
 
 
 def _sections(folder: Path) -> list[dict]:
@@ -100,7 +121,7 @@ def _sections(folder: Path) -> list[dict]:
 
 
 def _of_pairs(section: dict, null: str) -> dict[str, float]:
-    return _of_matrix(contrast.score_matrix(section, null))
+    return _of_matrix(Arm.of(section).scores(null))
 
 
 def _of_matrix(x: np.ndarray) -> dict[str, float]:
@@ -112,15 +133,18 @@ def _of_matrix(x: np.ndarray) -> dict[str, float]:
     return {"seed": max(0.0, float(of_seed.var(ddof=1)) - cell / (s - 2)), "cell": cell}
 
 
-def _differences(folder: Path, axis: str):
+def _differences(results: Probing | Contrastive):
     """Variances of each condition's difference to its reference."""
-    results = read_json(folder / "results.json", "evidence")
-    figure = (lambda r: r["test_auc"][deltas.K]) if axis == "families" else (lambda r: r["normalised_of_pairs"])
-    for group in deltas.by_condition(results["saes"]).values():
-        match = references.matched(group, results["saes"])
+    probed = isinstance(results, Probing)
+    families = results.families if probed else results.clusters
+
+    def figures(records) -> np.ndarray:
+        return np.array([r.test_auc[deltas.K] if probed else r.normalised_of_pairs for r in records])
+
+    for group in deltas.by_condition(results.saes).values():
+        match = references.matched(group, results.saes)
         if len(match.records) == len(group) >= 5:
-            x = np.array([figure(r) for r in group]) - np.array([figure(r) for r in match.records])
-            yield _of_sets(x, results[axis])
+            yield _of_sets(figures(group) - figures(match.records), families)
 
 
 def _of_sets(x: np.ndarray, families: list[str]) -> dict[str, float]:
@@ -233,8 +257,8 @@ def bundle(
     return Bundle({label: File(f"{label}.json", sha256[label], files[label]) for label in MAKES}, on_disk)
 
 
-def brought(of: Bundle) -> Bundle:
-    """The same figures and the same SAEs, which nobody selected: a user brings them."""
+def supplied(of: Bundle) -> Bundle:
+    """The same figures and the same SAEs, supplied by a user: no selection is known."""
     files = json.loads(json.dumps({label: f.results for label, f in of.files.items()}))
     confirmed = files["confirmation"]
     own, heldout = confirmed["candidate"], confirmed["bank"]["inputs"]["held-out activations"]
@@ -249,14 +273,13 @@ def brought(of: Bundle) -> Bundle:
     section |= {"store_digest": heldout, "members": [{n: m[n] for n in kept} for m in section["members"]]}
     _summarise(section)
     _means(bank)
-    for name, again in (("saebench", deltas.saebench), ("cebench", deltas.contrastive)):
-        bank[name]["conditions"] = again(bank[name])
+    _derive_benchmarks(bank)
     untrained = {seed: _sha("untrained", seed) for seed in own["checkpoints"]}
     files["confirmation"] = {
-        "phase": "brought_candidate",
+        "phase": "candidate_confirmation",
+        "origin": "supplied",
         "inputs": bank["inputs"] | {f"untrained {seed}": sha for seed, sha in untrained.items()},
         "subject": confirmed["subject"],
-        "hook_name": HOOK,
         "candidate": own,
         "paths": confirmed["paths"],
         "untrained": untrained,
@@ -332,8 +355,8 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
     about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
     names = [
         "llm",
-        references.pca_name(own[0]["facts"]),
-        *dict.fromkeys(references.untrained_name(r["facts"]) for r in saes),
+        references.pca_name(Facts(**own[0]["facts"])),
+        *dict.fromkeys(references.untrained_name(Facts(**r["facts"])) for r in saes),
     ]
     probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": data_sets.families(sets)}
     probing |= {"random_seed": 42, "probing": "sae_probes_exact", "versions": VERSIONS, "controls": []}
@@ -383,12 +406,12 @@ def _frame(seeds: int) -> str:
     ranking = selection.Rules(weights, require_both_external=True)
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], ranking)
     left = set(chosen["split"]["gate_families"])
-    fresh = selection.fresh_seeds(STUDY_SEEDS, seeds)
+    fresh = levels.fresh_seeds(STUDY_SEEDS, seeds)
     sets = [n for n, family in zip(SETS, data_sets.families(SETS), strict=True) if family in left]
     bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
     picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
     own = [r for r in bank["saes"] if r["candidate"]]
-    named, subject = block(own), "simulated"
+    named, subject = SeedGroup.of([ScoredRecord(**r) for r in own]).to_json(), "simulated"
     confirmation = {"phase": "candidate_confirmation", "subject": subject, "candidate": named, "bank": bank}
     confirmation |= {"inputs": bank["inputs"] | {"selection": digest(picked)}}
     confirmation |= {"paths": {str(s): f"checkpoints/topk_seed{s}" for s in fresh}}
@@ -471,24 +494,29 @@ def _derive(files: dict) -> None:
     sections = (meaningless["section"], meaningless["random_model"], other["transcoder"], other["sae"])
     for section in (files["phase4a"]["husai"], *sections):
         _summarise(section)
-    meaningless |= {
-        "gain": random_model.gain(sections[0], sections[1]),
-        "verdict": random_model.verdict(sections[0], sections[1]),
-    }
-    other |= {
-        name: transcoder.decisions(other)[f"/{name}"] for name in ("setting", "gain", "explained_variance", "verdict")
-    }
-    ood["shifted"] |= {"drop": drop.drop(ood["shifted"]), "drop_where_kept": drop.drop_where_kept(ood["shifted"])}
+    own, control = OwnSection.model_validate(sections[0]), Control.model_validate(sections[1])
+    meaningless |= {"gain": random_model.gain(own, control), "verdict": random_model.verdict(own, control)}
+    open_ones = {"gain": {}, "explained_variance": {}, "verdict": {}}
+    made = transcoder.concluded(TranscoderStress.model_validate(other | open_ones)).to_json()
+    other |= {name: made[name] for name in ("setting", *open_ones)}
     ood["activations"]["change"] = drop.change(ood["activations"]["saes"])
+    shifted = ood["shifted"]
+    shifted |= {"drop": {}, "drop_where_kept": {}}
+    typed = OODStress.model_validate(ood).shifted
+    shifted |= {"drop": drop.drop(typed), "drop_where_kept": drop.drop_where_kept(typed)}
 
 
 def _derive_bank(bank: dict) -> None:
     for section in bank["sections"]:
         _summarise(section)
     _means(bank)
-    bank["saebench"]["conditions"] = deltas.saebench(bank["saebench"])
-    bank["cebench"]["conditions"] = deltas.contrastive(bank["cebench"])
-    bank["conditions"] = conditions.conditions(bank)
+    _derive_benchmarks(bank)
+    bank["conditions"] = conditions.conditions(Bank.model_validate(bank | {"conditions": []}))
+
+
+def _derive_benchmarks(bank: dict) -> None:
+    for name, schema, again in (("saebench", Probing, deltas.saebench), ("cebench", Contrastive, deltas.contrastive)):
+        bank[name]["conditions"] = again(schema.model_validate(bank[name] | {"conditions": []}))
 
 
 def _means(bank: dict) -> None:
@@ -506,7 +534,7 @@ def _means(bank: dict) -> None:
 
 
 def _repeats(own: float) -> dict:
-    return deltas.noise([own, own + 0.01, own - 0.01])
+    return noise([own, own + 0.01, own - 0.01])
 
 
 def _summarise(section: dict) -> None:

@@ -1,24 +1,32 @@
-"""SAEs that a user brings to be judged: what is refused before anything is computed, and what the gate reads of them.
+"""SAEs that a user supplies to be judged: what is refused before anything is computed, and what the gate reads of them.
 
-Nothing was selected and nothing confirmed, so that the gate gives such SAEs no more than a provisional decision."""
+HUSAI cannot see how they were selected. Therefore the gate gives them no more than a provisional decision."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
-from husai.evals import candidates, cebench, contrastive, random_model, sae_probes, saebench
-from husai.evals.candidate import Tested, in_order
-from husai.evidence import deltas
-from husai.evidence.binding import block, places
+from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
+from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
+from husai.evidence.schemas import (
+    Evaluated,
+    Heldout,
+    OwnSection,
+    SAERecord,
+    ScoredRecord,
+    SeedGroup,
+    Supplied,
+    seed_names,
+)
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
@@ -33,27 +41,11 @@ SEED, NOISE_SEEDS, KS = 42, (43, 44), [1, 5, 16]
 """Of splits, probes and drawn pairs, as in the studies. Fixed: who may choose them may choose among results."""
 
 
-@dataclass(frozen=True)
-class Brought:
-    """The SAEs of a command line, read and found fit to be judged together."""
-
-    folders: list[Path]
-    """As they were named."""
-    block: dict
-    before: dict[Path, Path]
-    """Folder -> checkpoint of the same SAE before training, where the user gives them."""
-
-    @property
-    def trained_here(self) -> bool:
-        """Whether it is known how they were trained, which decides what a gate can be judged on."""
-        return self.block["facts"]["source"] == "husai"
-
-
-def look_over(args: argparse.Namespace) -> Brought:
-    """Read all that is brought, and compute nothing.
+def look_over(args: argparse.Namespace) -> SeedGroup:
+    """Read all that is supplied, and compute nothing.
 
     Args:
-        args: of `evals.flags.Parser.add_brought`.
+        args: of `evals.flags.Parser.add_supplied`.
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
@@ -72,7 +64,7 @@ def look_over(args: argparse.Namespace) -> Brought:
     references = _found(args.reference, "--reference")
     for flag, these in (("checkpoint", zip(folders, saes, strict=True)), ("reference", _opened(references))):
         for folder, sae in these:
-            candidates.refuse_other_model(folder, sae, name, flag)
+            loaded.refuse_other_model(folder, sae, name, flag)
             study.refuse_unfitting(folder, sae, args.hook_name, subject, width)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
@@ -83,19 +75,13 @@ def look_over(args: argparse.Namespace) -> Brought:
                 f"--random-model-checkpoint: {len(controls)} SAEs for the {len(folders)} of --checkpoint; as many "
                 "expected"
             )
-        candidates.seed_of_control(sae for _, sae in _opened(controls))
+        loaded.seed_of_control(sae for _, sae in _opened(controls))
     contrastive.refuse_unknown(args.stories)
-    before = _found(args.untrained, "--untrained")
     initial = [_initial(*each) for each in zip(folders, saes, strict=True)]
-    if before:
-        if len(before) != len(folders):
-            raise BadInput(
-                f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in "
-                "the order of --checkpoint"
-            )
+    if before := untrained_of(args):
         if None not in initial:
             raise BadInput("--untrained: the SAEs of --checkpoint keep their untrained states themselves")
-        initial = [foreign.open_checkpoint(folder).W_dec for folder in before]
+        initial = [foreign.open_checkpoint(before[folder]).W_dec for folder in folders]
     if torch.device(args.device).type == "cpu":
         torch.set_num_threads(args.threads)
     dictionaries = [
@@ -104,8 +90,22 @@ def look_over(args: argparse.Namespace) -> Brought:
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_one_training(labels, [sae.W_dec for sae in saes])
-    records = [_record(*each) for each in zip(folders, saes, strict=True)]
-    return Brought(folders, block(records), dict(zip(folders, before, strict=True)) if before else {})
+    return SeedGroup.of([_record(*each) for each in zip(folders, saes, strict=True)])
+
+
+def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
+    """Checkpoint -> the same SAE before training; empty where the user gives none.
+
+    Raises:
+        BadInput: not one for each.
+    """
+    folders, before = _found(args.checkpoint, "--checkpoint"), _found(args.untrained, "--untrained")
+    if before and len(before) != len(folders):
+        raise BadInput(
+            f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in the "
+            "order of --checkpoint"
+        )
+    return dict(zip(folders, before, strict=True)) if before else {}
 
 
 def _found(paths: list[Path], flag: str) -> list[Path]:
@@ -134,7 +134,7 @@ def _width(hook_name: str, model: Path) -> int | None:
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
     """What HUSAI keeps of an SAE before training."""
-    path, ours = _snapshots(folder), candidates.facts_of(sae, 0.0)["source"] == "husai"
+    path, ours = _snapshots(folder), loaded.facts_of(sae).source == "husai"
     return study.own_dictionary(path.parent).untrained if ours and path.is_file() else None
 
 
@@ -150,70 +150,83 @@ def _refuse_pulled(folder: Path, sae: SAE) -> None:
         raise BadInput(f"checkpoint: {folder} was pulled towards a reference: independently trained SAEs expected")
 
 
-def _record(folder: Path, sae: SAE) -> dict:
-    sha256 = sha256_file(foreign.weights_file(folder))
-    about = {"label": str(folder), "condition": "", "facts": candidates.facts_of(sae, 0.0)}
-    return about | {"checkpoint_sha256": sha256, "identity": candidates.identity(sae, sha256)}
+def _record(folder: Path, sae: SAE) -> SAERecord:
+    """The record of an SAE of which nothing has been measured yet; its label is its folder, as messages name it."""
+    nothing = Heldout(explained_variance=0.0, mse=0.0, l0=0.0, dead_share=0.0)
+    record = loaded.record_of(folder, sae, sha256_file(foreign.weights_file(folder)), nothing)
+    return record.model_copy(update={"label": str(folder)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the gate reads
 
 
-def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> dict:
+def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Supplied:
     """Stability against every null, and both benchmarks: the results of the phase.
 
     Raises:
         BadInput: as `look_over`, or whatever does not fit the subject and the hook.
         CheckFailed: a benchmark's own code failed.
     """
-    brought = look_over(args)
-    data_sets = sae_probes.check_data_sets(args.dataset_names)
+    look_over(args)
+    names = sae_probes.check_data_sets(args.dataset_names)
     sae_probes.versions(args.probing)
     stories = None if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
     pairs, *others = (contrastive.drawn(args.stories, stories, args.max_rows, s) for s in (SEED, *NOISE_SEEDS))
 
-    lineup = candidates.lineup(args, device)
-    lineup = replace(lineup, saes=in_order(lineup.saes))
-    tested = Tested(str(args.subject), lineup.subject, lineup.store, lineup.saes)
-    section, untrained = stability(cells, tested, brought, args.null_draws, args.threads)
-    where = candidates.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    asked = saebench.Probing(data_sets, KS, SEED, NOISE_SEEDS, probing=args.probing)
-    probing, _ = saebench.evaluate(lineup, asked, where, cells)
-    given = (lineup, pairs, dict(zip(NOISE_SEEDS, others, strict=True)), where)
-    contrast = cebench.evaluate(*given, checkout=args.cebench_repo, subject_name=str(args.subject))
+    saes = loaded.load(args, device)
+    saes = replace(saes, saes=in_order(saes.saes))
+    group = saes.group
+    if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
+        saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
+    section, untrained = stability(cells, saes, untrained_of(args), args.null_draws, args.threads)
+    where = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
+    setup = saebench.Setup(names, KS, SEED, NOISE_SEEDS, probing=args.probing)
+    probing, _ = saebench.evaluate(saes, setup, where, cells)
+    repeats = dict(zip(NOISE_SEEDS, others, strict=True))
+    contrast = cebench.evaluate(saes, pairs, repeats, where, checkout=args.cebench_repo)
 
-    core = {r["identity"]: r["core"] for r in probing["saes"]}
-    records = [r | {"core": core[r["identity"]]} for r in lineup.records()]
-    own = tested.block
-    for each in (records, probing["saes"], contrast["saes"]):  # nothing says of SAEs from elsewhere that they are one
-        for r in each:
-            r["condition"] = own["condition"] if r["candidate"] else r["condition"]
-    probing["conditions"], contrast["conditions"] = deltas.saebench(probing), deltas.contrastive(contrast)
-    bank = {"hook_name": lineup.hook_name, "inputs": replace(lineup, controls=[]).inputs(), "saes": records}
-    return {
-        "phase": "brought_candidate",
-        "inputs": lineup.inputs() | {f"untrained {seed}": sha256 for seed, sha256 in (untrained or {}).items()},
-        "subject": str(args.subject),
-        "hook_name": lineup.hook_name,
-        "candidate": own,
-        "paths": dict(zip(own["checkpoints"], (relative(c.folder, args.output_dir) for c in tested.saes), strict=True)),
-        "untrained": untrained,
-        "section": section,
-        "bank": bank | {"saebench": probing, "cebench": contrast},
-    }
+    core = {r.identity: r.core for r in probing.saes}
+    bank = Evaluated(
+        saebench=probing,
+        cebench=contrast,
+        hook_name=saes.hook_name,
+        inputs=replace(saes, controls=None).inputs(),
+        saes=[ScoredRecord(**dict(r), core=core[r.identity]) for r in saes.records],
+    )
+    paths = (relative(c.folder, args.output_dir) for c in saes.saes)
+    return Supplied(
+        phase="candidate_confirmation",
+        origin="supplied",
+        inputs=saes.inputs() | {f"untrained {seed}": sha256 for seed, sha256 in (untrained or {}).items()},
+        subject=saes.name,
+        candidate=group,
+        paths=dict(zip(group.checkpoints, paths, strict=True)),
+        untrained=untrained,
+        section=section,
+        bank=bank,
+    )
 
 
-def stability(cells: Cells, tested: Tested, brought: Brought, draws: int, threads: int) -> tuple[dict, dict | None]:
-    """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them)."""
-    before = [brought.before[c.folder] for c in tested.saes] if brought.before else None
-    dictionaries, missing = random_model.own_dictionaries(tested, before)
+def _of_condition(c: LoadedSAE, condition: str) -> LoadedSAE:
+    return replace(c, record=c.record.model_copy(update={"condition": condition}))
+
+
+def stability(
+    cells: Cells, saes: LoadedSAEs, untrained: dict[Path, Path], draws: int, threads: int
+) -> tuple[OwnSection, dict[str, str] | None]:
+    """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them).
+
+    Args:
+        untrained: checkpoint -> the same SAE before training, where the user gives them.
+    """
+    before = [untrained[c.folder] for c in saes.saes] if untrained else None
+    dictionaries, missing = random_model.own_dictionaries(saes, before)
     missing["shuffled"] = "the SAEs were not trained here"
-    members, untrained = tested.members, None
+    members, states = [c.member for c in saes.saes], None
     if "untrained" not in missing:
-        files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in tested.saes]
-        seeds = places([m["seed"] for m in members])
-        untrained = dict(zip(seeds, map(sha256_file, files), strict=True))
-    labels = [m["label"] for m in members]
-    found = study.compare_all(cells, tested.store, labels, dictionaries, None, draws, threads, missing)
-    return study.brief({"members": members, **found}), untrained
+        files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
+        states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
+    labels = [m.label for m in members]
+    found = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
+    return random_model.own_section(members, found), states

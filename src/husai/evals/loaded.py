@@ -1,11 +1,11 @@
-"""The SAEs that a benchmark is run on, with the facts that decide what each may be compared with."""
+"""SAEs opened on a subject's activations: the one opener, and what it gives."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
+from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
@@ -25,7 +26,7 @@ from husai.runs.files import digest, sha256_file, write_bytes
 from husai.stability.study import open_fitting
 from husai.subjects import pretrained, text
 from husai.subjects.pretrained import LanguageModel
-from husai.training.trainer import evaluate
+from husai.training.trainer import TrainingConfig, evaluate
 
 
 @dataclass(frozen=True)
@@ -33,67 +34,139 @@ class LoadedSAE:
     """A checkpoint that fits the subject and the hook."""
 
     folder: Path
-    sha256: str
-    """Of its weights file."""
-    identity: str
-    """Digest of the weights and of what else encode and decode depend on: figures are kept and compared under it."""
     sae: SAE
-    facts: dict
-    """How it was made (`facts_of`)."""
-    heldout: dict
-    """Figures of `training.trainer.evaluate` on documents that neither the subject nor an SAE was trained on."""
+    record: SAERecord
+    """Its held-out figures are of documents that neither the subject nor an SAE was trained on."""
     alive: Tensor
     """Features that fire on these rows, bool `[d_sae]`."""
 
     @property
-    def label(self) -> str:
-        folder = self.folder.parent if self.folder.is_file() else self.folder
-        return f"{folder.name}-{self.identity[:8]}"
+    def identity(self) -> str:
+        return self.record.identity
 
     @property
-    def condition(self) -> str:
-        """What its siblings with other seeds share."""
-        f = self.facts
-        if f["source"] != "husai":
-            return self.label
-        name = f"{f['family']} d{f['d_sae']} k{f['k']}" + ("" if f["control"] is None else f" on {f['control']}")
-        return f"{name} ({digest({k: v for k, v in f.items() if k not in ('seed', 'l0')})[:6]})"
+    def label(self) -> str:
+        return self.record.label
 
-    def to_json(self, candidate: bool = True) -> dict:
-        """Its record in the results; `candidate` False: it serves as a reference alone."""
-        return {
-            "candidate": candidate,
-            "label": self.label,
-            "condition": self.condition,
-            "checkpoint_sha256": self.sha256,
-            "identity": self.identity,
-            "facts": self.facts,
-            "heldout": self.heldout,
-        }
+    @property
+    def facts(self) -> Facts:
+        return self.record.facts
+
+    @property
+    def member(self) -> OwnMember:
+        """Its record in a stability study."""
+        r, seed = self.record, self.facts.seed
+        label = r.label if seed is None else f"seed{seed}"
+        return OwnMember(label=label, seed=seed, checkpoint_sha256=r.checkpoint_sha256, heldout=r.heldout)
 
 
-def facts_of(sae: SAE, l0: float) -> dict:
-    """What matching goes by; None where a checkpoint does not say."""
+@dataclass(frozen=True)
+class LoadedSAEs:
+    """SAEs of one hook of a subject."""
+
+    name: str
+    """The subject as it was named."""
+    subject: LanguageModel
+    store: ActivationStore
+    """Held-out activations at the hook."""
+    saes: list[LoadedSAE]
+    references: list[LoadedSAE] = field(default_factory=list)
+    """SAEs that a difference may be taken against, and nothing else."""
+    controls: LoadedSAEs | None = None
+    """SAEs trained on the random-weights model."""
+
+    @property
+    def hook_name(self) -> str:
+        return self.store.manifest.hook_name
+
+    @property
+    def opened(self) -> list[LoadedSAE]:
+        """The SAEs of the subject itself."""
+        return [*self.saes, *self.references]
+
+    @property
+    def records(self) -> list[SAERecord]:
+        """One for each of `opened`."""
+        return [c.record for c in self.opened]
+
+    @property
+    def control_saes(self) -> list[LoadedSAE]:
+        return [] if self.controls is None else self.controls.saes
+
+    @property
+    def group(self) -> SeedGroup:
+        """The SAEs as evidence names them.
+
+        Raises:
+            BadInput: they are of several configurations.
+        """
+        return SeedGroup.of([c.record for c in self.saes])
+
+    @property
+    def made(self) -> dict | None:
+        """How the SAEs were trained (`training.grid`); None where it is not known."""
+        return self.saes[0].sae.metadata.get("husai") if self.saes[0].facts.source == "husai" else None
+
+    @property
+    def recipe(self) -> TrainingConfig:
+        """Their training.
+
+        Raises:
+            BadInput: it is not known, because they were trained elsewhere.
+        """
+        if self.made is None:
+            raise BadInput(f"checkpoint: {self.saes[0].folder} does not say how it was trained, as HUSAI's own do")
+        return TrainingConfig(**self.made["training"] | {"betas": tuple(self.made["training"]["betas"])})
+
+    def inputs(self) -> dict[str, str]:
+        """What the results rest on: label -> sha256."""
+        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
+        records = [*self.records, *(c.record for c in self.control_saes)]
+        return found | {f"checkpoint {r.label}": r.checkpoint_sha256 for r in records}
+
+
+def facts_of(sae: SAE, l0: float | None = None) -> Facts:
+    """How an SAE was made; None where a checkpoint does not say.
+
+    Args:
+        l0: on held-out rows; None: the facts that SAEs of other seeds share.
+    """
     made = sae.metadata.get("husai") or {}
     training = made.get("training")
     ours = training is not None
     settings = {k: v for k, v in (training or {}).items() if k not in ("tokens", "propose")}
-    return {
-        "source": "husai" if ours else made.get("source", "SAELens"),
-        "subject_digest": made.get("subject_digest"),
-        "hook_name": sae.metadata.get("hook_name"),
-        "family": made.get("family", sae.architecture),
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "k": made.get("k", sae.k),
-        "l0": l0,
-        "learning_rate": made.get("learning_rate"),
-        "tokens": training["tokens"] if ours else None,
-        "store_digest": made.get("store_digest"),
-        "training": digest(settings) if ours else None,
-        "seed": made.get("seed"),
-        "control": made.get("control"),
-    }
+    facts = Facts(
+        source="husai" if ours else made.get("source", "SAELens"),
+        subject_digest=made.get("subject_digest"),
+        hook_name=sae.metadata.get("hook_name"),
+        family=made.get("family", sae.architecture),
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        k=made.get("k", sae.k),
+        learning_rate=made.get("learning_rate"),
+        tokens=training["tokens"] if ours else None,
+        store_digest=made.get("store_digest"),
+        training=digest(settings) if ours else None,
+        control=made.get("control"),
+    )
+    return facts if l0 is None else facts.model_copy(update={"l0": l0, "seed": made.get("seed")})
+
+
+def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecord:
+    """The record of an SAE.
+
+    Args:
+        sha256: of its weights file. heldout: its figures on held-out rows.
+    """
+    facts, name = facts_of(sae, heldout.l0), identity(sae, sha256)
+    label = f"{(folder.parent if folder.is_file() else folder).name}-{name[:8]}"
+    condition, shared = label, facts.shared
+    if facts.source == "husai":
+        condition = f"{facts.family} d{facts.d_sae} k{facts.k}"
+        condition += "" if facts.control is None else f" on {facts.control}"
+        condition += f" ({digest(shared.to_json())[:6]})"
+    about = {"candidate": True, "label": label, "condition": condition, "checkpoint_sha256": sha256, "identity": name}
+    return SAERecord(**about, facts=facts, heldout=heldout)
 
 
 def heldout_store(
@@ -116,8 +189,8 @@ def identity(sae: SAE, sha256: str) -> str:
 
 
 def on_disk(path: Path, results: Any) -> dict[str, str | None]:
-    """seed -> identity of the checkpoints that a confirmation, or what was brought in its place, names, as they lie
-    beside it; None where one does not."""
+    """seed -> identity of the checkpoints that an evaluation of the candidate names, as they lie beside it; None where
+    one does not."""
 
     def one(place: Any) -> str | None:
         try:
@@ -130,7 +203,7 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
     return {seed: one(place) for seed, place in paths.items()} if isinstance(paths, dict) else {}
 
 
-def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) -> tuple[dict, Tensor]:
+def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) -> tuple[Heldout, Tensor]:
     """(held-out figures, features that fire) of an SAE on all rows of a store; computed once for all phases.
 
     Args:
@@ -145,18 +218,18 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
         write_bytes(file, to_bytes({"firing_rate": firing_rate.contiguous()}))
         return figures, [file]
 
-    return cells.get("heldout", key, compute), load_file(file)["firing_rate"] > 0
+    return Heldout(**cells.get("heldout", key, compute)), load_file(file)["firing_rate"] > 0
 
 
 def open_all(
     paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel, artifact_root: Path
 ) -> list[LoadedSAE]:
-    """All checkpoints at or below these paths, of any kind that can be read, each once.
+    """All checkpoints at or below these paths, of any kind that can be read, each once, in order of seeds.
 
     Raises:
         BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
-    found: dict[str, LoadedSAE] = {}
+    opened: dict[str, LoadedSAE] = {}
     for path in paths:
         if not path.exists():
             raise BadInput(f"--{flag}: {path} does not exist")
@@ -164,25 +237,37 @@ def open_all(
             sha = sha256_file(foreign.weights_file(folder))
             sae = open_fitting(folder, store)
             refuse_other_model(folder, sae, subject.name, flag)
-            one, facts = identity(sae, sha), facts_of(sae, 0.0)
-            if (key := digest([one, facts])) not in found:  # two recipes may give one SAE, which then stands for both
-                figures, alive = measure(sae, one, store, artifact_root)
-                found[key] = LoadedSAE(folder, sha, one, sae, facts | {"l0": figures["l0"]}, figures, alive)
-    return sorted(found.values(), key=lambda c: (c.condition, c.facts["seed"] or 0, c.identity))
+            name = identity(sae, sha)
+            if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
+                continue
+            heldout, alive = measure(sae, name, store, artifact_root)
+            opened[key] = LoadedSAE(folder, sae, record_of(folder, sae, sha, heldout), alive)
+    return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
+
+
+def as_references(saes: list[LoadedSAE]) -> list[LoadedSAE]:
+    """The same SAEs, which serve as references alone."""
+    return [replace(c, record=c.record.model_copy(update={"candidate": False})) for c in saes]
+
+
+def in_order(saes: list[LoadedSAE]) -> list[LoadedSAE]:
+    """In order of seeds; where these are not known, of identities, which nobody chooses."""
+    return sorted(saes, key=lambda c: (c.facts.seed or 0, c.identity))
 
 
 def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str) -> None:
     """Raise BadInput for an SAE without a subject's digest that names another model."""
     made_for = sae.metadata.get("model_name")
-    if facts_of(sae, 0.0)["subject_digest"] is None and made_for and Path(made_for).name != subject:
+    if facts_of(sae).subject_digest is None and made_for and Path(made_for).name != subject:
         raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject}")
 
 
-def refuse_twins(candidates: list[LoadedSAE]) -> None:
+def refuse_twins(saes: list[LoadedSAE]) -> None:
     """Raise BadInput for two SAEs of one condition and seed: which of them is meant?"""
     seeds: dict[tuple, LoadedSAE] = {}
-    for c in candidates:
-        if c.facts["source"] == "husai" and (other := seeds.setdefault((c.condition, c.facts["seed"]), c)) is not c:
+    for c in saes:
+        other = seeds.setdefault((c.record.condition, c.facts.seed), c)
+        if c.facts.source == "husai" and other is not c:
             raise BadInput(f"checkpoint: {c.folder} and {other.folder} are of one condition and seed; one expected")
 
 
@@ -203,22 +288,22 @@ def seed_of_control(saes: Iterable[SAE]) -> int:
 
 
 def open_controls(
-    paths: list[Path], subject: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
-) -> tuple[LanguageModel | None, list[LoadedSAE]]:
-    """(the random-weights model, the SAEs trained on it); (None, []) where no path is given.
+    paths: list[Path], name: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
+) -> LoadedSAEs | None:
+    """The SAEs trained on the random-weights model of a subject; None where no path is given.
 
     Raises:
         BadInput: an SAE of the model itself, or of several random models.
     """
     if not paths:
-        return None, []
+        return None
     flag = "--random-model-checkpoint"
     folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))]
-    random_model = pretrained.load(subject, seed_of_control(map(foreign.open_checkpoint, folders)), device)
+    random_model = pretrained.load(name, seed_of_control(map(foreign.open_checkpoint, folders)), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
     controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root)
     refuse_twins(controls)
-    return random_model, controls
+    return LoadedSAEs(name, random_model, store, controls)
 
 
 @dataclass(frozen=True)
@@ -238,38 +323,8 @@ class Places:
         return self.model_cache_path or self.artifact_root / "probe_activations" / model.digest[:16]
 
 
-@dataclass(frozen=True)
-class Lineup:
-    """What a benchmark is run on."""
-
-    subject: LanguageModel
-    hook_name: str
-    store: ActivationStore
-    """Held-out activations of the subject."""
-    saes: list[LoadedSAE]
-    references: list[LoadedSAE]
-    """Further SAEs, that a difference may be taken against."""
-    random_model: LanguageModel | None
-    controls: list[LoadedSAE]
-    """SAEs trained on the random-weights model."""
-
-    @property
-    def opened(self) -> list[LoadedSAE]:
-        """The SAEs of the subject itself."""
-        return [*self.saes, *self.references]
-
-    def inputs(self) -> dict[str, str]:
-        """What the results rest on: label -> sha256."""
-        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
-        return found | {f"checkpoint {c.label}": c.sha256 for c in [*self.opened, *self.controls]}
-
-    def records(self) -> list[dict]:
-        """Of `opened`."""
-        return [c.to_json() for c in self.saes] + [c.to_json(candidate=False) for c in self.references]
-
-
-def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
-    """What a benchmark's command line names (`evals.flags.Parser.add_benchmark`).
+def load(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
+    """The SAEs that a benchmark's command line names (`evals.flags.Parser.add_benchmark`).
 
     Raises:
         BadInput: whatever does not fit the subject and the hook.
@@ -280,10 +335,10 @@ def lineup(args: argparse.Namespace, device: torch.device) -> Lineup:
     saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root)
     known = {c.identity for c in saes}
     references = open_all(args.reference, store, "reference", subject, args.artifact_root)
-    references = [c for c in references if c.identity not in known]
+    references = as_references([c for c in references if c.identity not in known])
     refuse_twins([*saes, *references])
     controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads)
-    return Lineup(subject, args.hook_name, store, saes, references, *controls)
+    return LoadedSAEs(str(args.subject), subject, store, saes, references, controls)
 
 
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
@@ -304,7 +359,6 @@ def train_default(
     from husai.activations.source import open_store
     from husai.runs.cli import DEFAULT_SEEDS, int_list
     from husai.training.grid import members, train_or_find
-    from husai.training.trainer import TrainingConfig
 
     store = open_store(artifact_root, device, threads, subject=subject, hook_name=hook_name, rows=200_000)
     grid = members(int_list(DEFAULT_SEEDS), [512], [16], [3e-3], ("topk", "relu"))

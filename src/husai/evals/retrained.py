@@ -1,0 +1,81 @@
+"""The selected recipe, trained again on fresh seeds: what the gate reads of a candidate that a study selected."""
+
+from __future__ import annotations
+
+import argparse
+
+from pydantic import ValidationError
+
+from husai.evals import bank, sae_probes
+from husai.evidence.data_sets import DATA_SETS, PAIR_SETS, families
+from husai.evidence.levels import fresh_seeds
+from husai.evidence.schemas import Facts, Recipe, Retrained, SeedGroup, Selected, Selection, refusal
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import read_json, sha256_file
+
+SEEDS = 5
+"""Number of fresh seeds, fixed in advance."""
+
+
+def evaluate(args: argparse.Namespace) -> Retrained:
+    """Train the recipe again; stability and benchmarks of the SAEs that come out.
+
+    Args:
+        args: of `run_candidate_confirmation.py`; `candidate` names the selection.
+
+    Raises:
+        BadInput: nothing was selected, a seed is not fresh, or selection has read all data sets.
+        CheckFailed: the recipe gives other facts here than it gave in the study.
+    """
+    sha256 = sha256_file(args.candidate)
+    try:
+        selection = Selection.model_validate(read_json(args.candidate, "candidate"))
+        chosen = selection.selected
+        facts, recipe = Facts.model_validate(chosen["facts"]), Recipe.model_validate(chosen["recipe"])
+        subject, name = chosen["subject"], chosen["id"]
+    except ValidationError as error:
+        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({refusal(error)})") from None
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({error})") from None
+    seeds = args.seeds or fresh_seeds(selection.seeds_used, SEEDS)
+    if old := sorted(set(seeds) & set(selection.seeds_used)):
+        raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
+    names = args.dataset_names or selection.split.gate_data_sets or DATA_SETS.split(",")
+    read = set(selection.split.selection_families)
+
+    def left(sets: list[str]) -> list[str]:
+        sets = sae_probes.check_data_sets(sets)
+        return [n for n, family in zip(sets, families(sets), strict=True) if family not in read]
+
+    if not (data_sets := left(names)):
+        raise BadInput("--dataset-names: selection has read the families of all of them; others expected")
+    plan = bank.Plan(
+        **dict(recipe),
+        subject=subject,
+        hook_name=facts.hook_name,
+        families=[facts.family],
+        seeds=seeds,
+        d_saes=[facts.d_sae],
+        ks=[facts.k],
+        budgets=[facts.tokens],
+        saebench=True,
+        data_sets=data_sets,
+        cebench=True,
+        pair_sets=left(PAIR_SETS.split(",")),
+        **bank.places_of(args),
+    )
+    bank.check(plan)
+    found = bank.evaluated(plan)
+    candidate = SeedGroup.of([r for r in found.saes if r.candidate])
+    if other := [n for n, value in candidate.facts if value != getattr(facts, n)]:
+        why = "(--threads, device and packages as in the study expected)"
+        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
+    return Retrained(
+        phase="candidate_confirmation",
+        inputs=found.inputs | {"selection": sha256},
+        subject=subject,
+        candidate=candidate,
+        paths={str(m.seed): m.checkpoint for m in found.sections[0].members},
+        selection=Selected(sha256=sha256, id=name),
+        bank=found,
+    )
