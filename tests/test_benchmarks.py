@@ -671,7 +671,7 @@ def test_bad_input_from_the_shell(refused, trained, common, small_activations, t
         (SAEBENCH, [*own, "--hook-name", "blocks.7.hook_resid_pre", "--hook-layer", 7], "no such hook point"),
         (SAEBENCH, [*own, "--hook-name", "blocks.0.hook_mlp_out"], "--hook-layer 1 with --hook-name"),
         (SAEBENCH, [*own, "--dataset-names", "nothing"], "data set 'nothing'"),
-        (SAEBENCH, [*own, "--ks", "1,2"], "5 must be among them"),
+        (SAEBENCH, [*own, "--ks", "1,2"], "--ks"),
         (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], "is not a folder"),
         (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], "has d_in 8; the activations have 16"),
         (SAEBENCH, ["--checkpoint", trained["random"], *common], "trained on another subject"),

@@ -14,9 +14,9 @@ advance, is the one that counts.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import Parser, probe_ks
 from husai.evidence.levels import K
-from husai.runs.cli import int_list, name_list, prepare, run_main, seed_list
+from husai.runs.cli import name_list, prepare, run_main, seed_list
 from husai.runs.inputs import not_at_all
 
 
@@ -25,7 +25,7 @@ def parse():
     p.add_common("results/experiments/saebench_custom")
     p.add_benchmark()
     p.add_argument("--dataset-names", type=name_list, default="probe", help="names or sides (default: %(default)s)")
-    p.add_argument("--ks", type=int_list, default="1,2,5,16", help="features a probe may use (default: %(default)s)")
+    p.add_argument("--ks", type=probe_ks, default="1,2,5,16", help="features a probe may use (default: %(default)s)")
     p.add_argument("--reg-type", choices=["l1", "l2"], default="l1", help="of probes (default: %(default)s)")
     p.add_argument("--binarize", action="store_true", help="probes see only whether a feature is active")
     p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
@@ -43,8 +43,6 @@ def parse():
         "--model-cache-path", type=Path, counts=not_at_all, help="prompts' activations (default: below ARTIFACT_ROOT)"
     )
     args = p.parse_benchmark()
-    if K not in args.ks:
-        p.error(f"--ks {','.join(map(str, args.ks))}: {K} must be among them, at which differences are taken")
     if args.probing == "sae_probes_exact" and args.reg_type != "l1":
         p.error(f"--reg-type {args.reg_type}: exact probes are L1; --probing sae_probes expected")
     if args.random_seed in args.noise_seeds:

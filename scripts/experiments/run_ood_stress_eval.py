@@ -16,7 +16,6 @@ from pathlib import Path
 
 from husai.evals.flags import Parser
 from husai.evidence.data_sets import DATA_SETS
-from husai.evidence.levels import K
 from husai.runs.cli import name_list, prepare, run_main
 
 
@@ -37,10 +36,7 @@ def parse():
     p.add_probe_ks()
     p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
     p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
-    args = p.parse_benchmark()
-    if K not in args.probe_ks:
-        p.error(f"--probe-ks {','.join(map(str, args.probe_ks))}: {K}, which is judged, is missing")
-    return args
+    return p.parse_benchmark()
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from husai.evals.baselines import Summary
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
-from husai.evidence.levels import K
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
 from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, Recipe, ScoredRecord
@@ -139,8 +138,6 @@ def check(plan: Plan) -> None:
     if unknown := sorted(set(plan.families) - set(SAE_FAMILIES)):
         raise BadInput(f"family {unknown[0]!r}: one of {', '.join(SAE_FAMILIES)} expected")
     if plan.saebench:
-        if K not in plan.probe_ks:
-            raise BadInput(f"--probe-ks {','.join(map(str, plan.probe_ks))}: {K}, which is judged, is missing")
         sae_probes.versions(plan.probing)
         sae_probes.check_data_sets(plan.data_sets)
     if plan.cebench:

@@ -14,6 +14,14 @@ from husai.runs.cli import int_list, name_list, positive_float, positive_int
 from husai.runs.inputs import by_checkpoint, by_content_or_name, by_subject, not_at_all
 
 
+def probe_ks(text: str) -> list[int]:
+    """Numbers of features of a probe, with the one that is judged."""
+    ks = int_list(text)
+    if K not in ks:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks {K}, which is judged")
+    return ks
+
+
 class Parser(cli.Parser):
     """The flags of subjects, SAEs, benchmarks and studies."""
 
@@ -106,7 +114,7 @@ class Parser(cli.Parser):
         """--probe-ks."""
         self.add_argument(
             "--probe-ks",
-            type=int_list,
+            type=probe_ks,
             default="1,5,16",
             help=f"features of a probe; {K} is judged (default: %(default)s)",
         )

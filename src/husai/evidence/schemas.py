@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -488,10 +488,14 @@ def whole(pairs: list[dict], gap: float) -> None:
         raise ValueError(f"pairs: a {GAP} beyond the one that is said")
 
 
-class Section(Strict):
-    """A stability study (`stability.study.score_trained`, brief); the audit makes `stability` again from `pairs`."""
+M = TypeVar("M", bound="Member | OwnMember")
 
-    members: Annotated[list[Member], Field(min_length=1)]
+
+class Compared(Strict, Generic[M]):
+    """SAEs of several seeds, compared with each other and with their nulls (`stability.study.compare_all`). The audit
+    makes `stability` again from `pairs`."""
+
+    members: Annotated[list[M], Field(min_length=1)]
     subject_digest: Sha256
     hook_name: str
     store_digest: Sha256
@@ -500,25 +504,46 @@ class Section(Strict):
     effective_rank: Number
     stability: Stability
     pairs: Pairs
-    over_training: list[Snapshot]
-    convergence: Convergence
 
     @property
     def arm(self) -> Arm:
         return Arm(self.stability.labels, self.pairs)
 
     @model_validator(mode="after")
-    def _own_labels(self) -> Section:
-        labels = [m.label for m in self.members]
+    def _own_labels(self) -> Compared:
         whole(self.pairs, self.stability.mcc_gap_bound)
-        if self.convergence.moved.n_seeds != len(labels) or any(
-            each.n_seeds != len(labels) for s in self.over_training for each in (s.mcc, s.pwmcc)
-        ):
-            raise ValueError(f"over_training, convergence: of {len(labels)} seeds expected")
-        if labels != self.stability.labels or len(set(labels)) != len(labels):
-            raise ValueError("members: the labels of the stability study, each once, expected")
-        if labels != [f"seed{m.seed}" for m in self.members]:
-            raise ValueError("members: a label seed<seed> of each expected")
+        labels, seeds = [m.label for m in self.members], [m.seed for m in self.members]
+        named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
+        if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
+            raise ValueError("members: the labels of the stability study, seed<seed> of each whose seed is known")
+        return self
+
+
+class OwnMember(Strict):
+    """An SAE under test."""
+
+    label: str
+    seed: int | None
+    checkpoint_sha256: Sha256
+    heldout: Heldout
+
+
+class OwnSection(Compared[OwnMember]):
+    """The SAEs under test."""
+
+
+class Section(Compared[Member]):
+    """SAEs that a study trained (`stability.study.score_trained`), followed over training."""
+
+    over_training: list[Snapshot]
+    convergence: Convergence
+
+    @model_validator(mode="after")
+    def _own_seeds(self) -> Section:
+        n = len(self.members)
+        followed = [self.convergence.moved, *(e for s in self.over_training for e in (s.mcc, s.pwmcc))]
+        if any(e.n_seeds != n for e in followed):
+            raise ValueError(f"over_training, convergence: of {n} seeds expected")
         return self
 
 
@@ -662,42 +687,6 @@ class Control(Alike):
     @model_validator(mode="after")
     def _whole(self) -> Control:
         whole(self.pairs, self.stability.mcc_gap_bound)
-        return self
-
-
-class OwnMember(Strict):
-    """An SAE under test."""
-
-    label: str
-    seed: int | None
-    checkpoint_sha256: Sha256
-    heldout: Heldout
-
-
-class OwnSection(Strict):
-    """Stability of the SAEs under test (`stability.study.compare_all`)."""
-
-    members: Annotated[list[OwnMember], Field(min_length=1)]
-    subject_digest: Sha256
-    hook_name: str
-    store_digest: Sha256
-    rows: int
-    d_in: int
-    effective_rank: Number
-    stability: Stability
-    pairs: Pairs
-
-    @property
-    def arm(self) -> Arm:
-        return Arm(self.stability.labels, self.pairs)
-
-    @model_validator(mode="after")
-    def _own_labels(self) -> OwnSection:
-        whole(self.pairs, self.stability.mcc_gap_bound)
-        labels, seeds = [m.label for m in self.members], [m.seed for m in self.members]
-        named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
-        if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
-            raise ValueError("members: the labels of the stability study, seed<seed> of each whose seed is known")
         return self
 
 

@@ -51,13 +51,16 @@ class Parser(argparse.ArgumentParser):
             counts: how the argument enters the key of a phase's cell (`runs.inputs`).
         """
         action = super().add_argument(*flags, **about)
-        self.counts[action.dest] = counts or (by_content if about.get("type") is Path else by_value)
+        if counts is not None:
+            self.counts[action.dest] = counts
         return action
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
         """The arguments, with how each counts."""
         found = super().parse_args(args, namespace or Arguments())
-        found.counts = self.counts
+        # Arguments of groups are added past `add_argument`, and count by the default too.
+        by_default = {a.dest: by_content if a.type is Path else by_value for a in self._actions}
+        found.counts = by_default | self.counts
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -24,7 +24,7 @@ log = logging.getLogger("husai")
 SNAPSHOTS = "snapshots.safetensors"
 
 
-L0_TOLERANCE = 0.1  # a penalised family that misses its target by more than this share is reported
+MISSED_AT_MOST = 0.1  # a penalised family that misses its target by more than this share is reported
 
 
 def members(
@@ -78,10 +78,10 @@ def train_or_find(
     results = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
     records = [record for result in results for record in result["members"]]
     for r in records:
-        if abs(r["l0_miss"]) > L0_TOLERANCE:
+        if abs(r["l0_miss"]) > MISSED_AT_MOST:
             log.warning(
                 "%s, d_sae %d, seed %d: L0 %.1f misses its target %d by more than %.0f %%",
-                *(r["family"], r["d_sae"], r["seed"], r["heldout"]["l0"], r["k"], 100 * L0_TOLERANCE),
+                *(r["family"], r["d_sae"], r["seed"], r["heldout"]["l0"], r["k"], 100 * MISSED_AT_MOST),
             )
     return results[0] | {"members": records}
 
