@@ -241,12 +241,30 @@ def test_a_second_queue_on_one_output_is_refused(tmp_path):
 # What stands
 
 
+SCRIPT = """
+from pathlib import Path
+from husai.evals.flags import Parser
+from husai.evals.inputs import by_baseline_map
+from husai.runs.inputs import not_at_all
+
+def parse():
+    p = Parser("A stage.")
+    p.add_argument("--given", type=Path)
+    p.add_argument("--map", type=Path, counts=by_baseline_map)
+    p.add_argument("--output-dir", type=Path, counts=not_at_all)
+    p.add_model_name()
+    return p.parse_args()
+"""
+
+
 class Stages:
     """A queue of stages that leave a file each."""
 
     def __init__(self, root):
         self.root = root / "out"
-        self.outside = root / "brought.json"
+        self.script = root / "stage.py"
+        self.script.write_text(SCRIPT)
+        self.outside = root / "mine.json"
         self.outside.write_text("{}")
         self.commands = {"environment": ["true"]}
         self.record("environment", "-")
@@ -274,7 +292,7 @@ class Stages:
     def add(self, name, code=0, *more):
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         self.path(name).write_text(name)
-        self.commands[name] = ["python", f"{name}.py", *map(str, more)]
+        self.commands[name] = ["python", str(self.script), *map(str, more)]
         self.record(name, self.path(name).parent, code)
 
     def finished(self):
@@ -320,28 +338,30 @@ def test_gate_and_report_are_made_each_time_and_hold_up_nothing(queued):
 
 
 @pytest.mark.parametrize("place", ["mine", "experiments", "experiments/of_my_own", "experiments/first/mine"])
-def test_what_is_brought_counts_wherever_it_lies_and_with_what_it_names(queued, place):
+def test_a_file_counts_wherever_it_lies_and_with_what_it_names(queued, place):
     """Also where a stage leaves its own files."""
     below = queued.root / place
     below.mkdir(exist_ok=True)
     (below / "map.json").write_text('{"hook": "summary.json"}')
     for changed in (below / "summary.json", below / "map.json"):
         (below / "summary.json").write_text("{}")
-        queued.add("third", 0, "--map", below / "map.json", "x" * 300)
+        queued.add("third", 0, "--map", below / "map.json")
         assert queued.finished()[0][-1] == "third 0"
         changed.write_text('{"other": 1}')
         assert queued.finished()[0][-1] == "second 1"
 
 
-def test_a_folder_that_holds_the_output_counts_by_what_lies_beside_it(queued):
-    weights = queued.root.parent / "model.safetensors"
+def test_each_argument_counts_as_its_flag_says(queued):
+    """The output folder does not count, a subject by its weights, an argument that the script refuses not at all."""
+    subject = queued.root.parent / "subject"
+    subject.mkdir()
     for content, stands in (("a", "third 0"), ("b", "second 1")):
-        weights.write_text(content)
+        (subject / "model.safetensors").write_text(content)
         if content == "a":
-            queued.add("third", 0, "--subject", queued.root.parent)
+            queued.add("third", 0, "--model-name", subject, "--output-dir", queued.path("third").parent)
         assert queued.finished()[0][-1] == stands
-    queued.add("third", 0, "--subject", queued.root.parent)
-    (queued.root / "experiments/first/new").write_text("")
+    (queued.path("third").parent / ".hidden").write_text("")
+    queued.add("third", 0, "--no-such-flag", "x" * 300)
     assert queued.finished()[0][-1] == "third 0"
 
 
@@ -373,7 +393,7 @@ def test_another_command_or_another_input_does_not_stand(queued):
     stands, said = queued.finished()
     assert stands == ["first 0"]
     assert "second: the code, the packages or what its command names is another" in said
-    queued.commands["first"].append("--more")
+    queued.commands["first"] += ["--given", str(queued.outside)]
     stands, said = queued.finished()
     assert stands == []
     assert "first: its command is another" in said

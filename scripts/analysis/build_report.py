@@ -13,6 +13,7 @@ and its exit code is 0 whatever the verdict.
 from pathlib import Path
 
 from husai.runs.cli import Parser, run_main
+from husai.runs.inputs import not_at_all
 
 
 def parse():
@@ -21,10 +22,11 @@ def parse():
         "--results-root",
         type=Path,
         default=Path("results/experiments"),
+        counts=not_at_all,
         help="holds a folder a phase (default: %(default)s)",
     )
     p.add_argument("--gate", type=Path, help="a gate's results.json (default: that of the gate run below RESULTS_ROOT)")
-    p.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    p.add_argument("--output", type=Path, default=Path("report.html"), counts=not_at_all, help="default: %(default)s")
     return p.parse_args()
 
 

@@ -6,8 +6,8 @@
 
 There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
 every file below PLACE (a folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows
-from beside earlier stages: the code, the packages, and every file and folder that the command names and no stage has
-made, by content. `inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile.
+from: the code, the packages, and the key that the script's flags give (`runs.inputs`: a file counts by its content).
+`inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile.
 
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
 was when it ended, and every stage before it ran before it and stands too. What is not as it was is named on stderr.
@@ -16,11 +16,12 @@ runs, and so do the gate and the report.
 """
 
 import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ import husai
 from husai.runs.cli import Parser, run_main
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_json
+from husai.runs.inputs import key_of
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
@@ -56,7 +58,7 @@ def parse():
 def main() -> None:
     args = parse()
     if args.verb == "inputs":
-        print(follows_from(args.command, left_by(args.manifest, args.about[0])))
+        print(follows_from(args.command))
     elif args.verb == "record":
         record(args.manifest, args.command, *args.about)
     else:
@@ -75,7 +77,7 @@ def record(
         stages = {}
     stages.pop(stage, None)  # to the end
     commit, dirty, _ = git_state()
-    after = follows_from(command, left_by(manifest, place))
+    after = follows_from(command)
     stages[stage] = {
         "stage": stage,
         "command": shlex.join(command),
@@ -113,7 +115,7 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
         noted = stages[stage]
         if noted["place"] == NO_PLACE:
             continue
-        problems = changed(noted, line, manifest)
+        problems = changed(noted, line)
         if stage not in ALWAYS:
             if ran.index(stage) < last:
                 problems.append("a stage before it was run since it ended")
@@ -126,7 +128,7 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     return found
 
 
-def changed(noted: dict, line: str, manifest: Path) -> list[str]:
+def changed(noted: dict, line: str) -> list[str]:
     """Why a stage does not stand; empty where it does."""
     code, kept = noted["return_code"], noted["files"]
     results = str(Path(noted["place"], "results.json"))
@@ -137,7 +139,7 @@ def changed(noted: dict, line: str, manifest: Path) -> list[str]:
     command = shlex.split(line)
     if noted["command"] != shlex.join(command):
         return ["its command is another"]
-    if noted["follows_from"] != follows_from(command, left_by(manifest, noted["place"])):
+    if noted["follows_from"] != follows_from(command):
         return ["the code, the packages or what its command names is another"]
     damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
     return [
@@ -184,64 +186,24 @@ def files(place: str) -> list[Path]:
     return [p for p in below if not any(part in WORKING or part[0] == "." for part in p.relative_to(path).parts)]
 
 
-def left_by(manifest: Path, place: str) -> Callable[[Path], bool]:
-    """Whether a file, or all of a folder, was left by the queue itself: by a stage that is noted, or by the one whose
-    place is given; its output as a whole, and `experiments`, are named as places alone."""
-    root = manifest.parents[1]
-    whole, noted = {root, root / "experiments"}, recorded(manifest)
-    own = None if place == NO_PLACE else Path(place).resolve()
-
-    def left(path: Path) -> bool:
-        path = path.resolve()
-        return path in whole or path in noted or (own is not None and path.is_relative_to(own))
-
-    return left
+def follows_from(command: list[str]) -> str:
+    """Digest of the code, the packages, the cores, and the key of the command's arguments."""
+    return digest([own_code(), key(command)])
 
 
-@cache
-def recorded(manifest: Path) -> frozenset[Path]:
-    """All files that stages have left."""
-    try:
-        return frozenset(Path(name).resolve() for stage in read(manifest).values() for name in stage["files"])
-    except BadInput:
-        return frozenset()
-
-
-def follows_from(command: list[str], left: Callable[[Path], bool]) -> str:
-    """Digest of the code, the packages, the cores, and what the command names and the queue has not left, by content: a
-    file, a folder, a subject by its name, and the files that a JSON file (a baseline map) names in its turn."""
-    places = {a: place_of(a) for a in command if not a.endswith(".py")}  # scripts count as code
-    named = {a: content(path, left) for a, path in places.items() if path is not None}
-    return digest([own_code(), {a: files for a, files in named.items() if files}])
-
-
-def content(path: Path, left: Callable[[Path], bool]) -> dict[str, str]:
-    """File -> sha256, of a file with those that it names, or of all files below a folder, hidden ones aside."""
-    from husai.evals.inputs import summaries
-
-    if left(path):
-        return {}
-    found = [path]
-    if path.is_dir():
-        found = []
-        for folder, below, names in os.walk(path):
-            below[:] = [b for b in below if b[0] != "." and not left(Path(folder, b))]
-            found += [Path(folder, name) for name in names if name[0] != "."]
-    elif path.suffix == ".json":
-        with contextlib.suppress(BadInput):  # the stage itself will refuse it
-            found += summaries(path)
-    return {os.path.relpath(p, path): sha256_file(p) for p in found if p.is_file() and not left(p)}
-
-
-def place_of(argument: str) -> Path | None:
-    """The file or folder that an argument names; None for any other word."""
-    from husai.runs.subjects import folder_of
-
-    try:
-        path = folder_of(argument) or Path(argument)
-        return path if argument and path.exists() else None
-    except OSError:  # too long for a name
+def key(command: list[str]) -> dict | None:
+    """The key that a script's own flags give its arguments; None for arguments that the script itself will refuse, and
+    for a command without a `parse`."""
+    if len(command) < 2 or (parse := runpy.run_path(command[1]).get("parse")) is None:
         return None
+    own, sys.argv = sys.argv, command[1:]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return key_of(parse())
+    except (BadInput, SystemExit):
+        return None
+    finally:
+        sys.argv = own
 
 
 @cache

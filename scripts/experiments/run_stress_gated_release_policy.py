@@ -22,13 +22,15 @@ from pathlib import Path
 
 from husai.evidence import levels
 from husai.runs.cli import Parser, finite_float, fraction, nonnegative_float, run_main
+from husai.runs.inputs import not_at_all
 
 EXPERIMENTS = Path("results/experiments")
 
 
 def parse():
     p = Parser(__doc__)
-    p.add_argument("--output-dir", type=Path, default=EXPERIMENTS / "release_gate", help="default: %(default)s")
+    default = EXPERIMENTS / "release_gate"
+    p.add_argument("--output-dir", type=Path, default=default, counts=not_at_all, help="default: %(default)s")
     for name, folder in (
         ("phase4a", "phase4a_trained_vs_random"),
         ("random-model", "random_model_stress"),
