@@ -180,7 +180,7 @@ def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], leve
     """
     labels = section.stability.labels
     enough_seeds(len(labels))
-    named = sorted(sorted((p["a"], p["b"])) for p in section.pairs)
+    named = sorted(sorted((str(p["a"]), str(p["b"]))) for p in section.pairs)
     require(named == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected")
     require(all(null in p for p in section.pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
     require(PRIMARY_SCORE in section.stability.scores, f"no summary of {PRIMARY_SCORE}")
