@@ -395,9 +395,9 @@ def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
     else:
         failed = [f"{seeds} seeds; {MINIMUM_SEEDS} needed"] if seeds < MINIMUM_SEEDS else []
-        if not better(found):
+        if not better(found):  # type: ignore[arg-type]  # a chosen weight is confirmed
             failed.append("the gain is not shown to be above 0")
-        if not KEPT.met_by(lost, max_drop):
+        if not KEPT.met_by(lost, max_drop):  # type: ignore[arg-type]
             failed.append("the explained variance is not shown to be kept")
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"

@@ -543,7 +543,7 @@ class ControlMember(Member):
 class ControlSection(Section):
     """The study of phase 4a, trained there."""
 
-    members: Annotated[list[ControlMember], Field(min_length=1)]
+    members: Annotated[list[ControlMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
     curve_steps: list[int]
     snapshot_steps: list[int]
     spectral_groups: list[int]
