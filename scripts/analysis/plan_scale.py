@@ -67,7 +67,7 @@ def costs(study: Study, speed: dict, evals: dict, peak: float, utilisation: floa
     }
     each = {name: found[name] for name in ("training", "harvest", "sending the bank to a node")}
     each["probing on 16 cores"] = found["probing, core-hours"] / 16
-    return found | {"bottleneck": max(each, key=each.get)}
+    return found | {"bottleneck": max(each, key=lambda name: each[name])}
 
 
 def width(row: dict) -> int:

@@ -94,7 +94,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     if chosen is not None:
         confirmed = arms(list(dict.fromkeys([chosen, args.control_k])), args.confirmation_seeds)
         outcome = "the chosen k is the control's"
-    if len(confirmed) == 2:
+    if chosen is not None and len(confirmed) == 2:
         gain = contrast.gain([confirmed[chosen]], [confirmed[args.control_k]])
         drop = contrast.drop(confirmed[chosen], confirmed[args.control_k]).to_json()
         outcome = rules.gain_verdict(gain, len(args.confirmation_seeds))

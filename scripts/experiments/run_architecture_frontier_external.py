@@ -11,6 +11,7 @@ used, and without `--stories` its pairs are not CE-Bench's.
 """
 
 from pathlib import Path
+from typing import Any
 
 from husai.evals.flags import Parser
 from husai.runs.cli import DEFAULT_SEEDS, int_list, name_list, positive_int, run_main, seed_list
@@ -62,7 +63,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         "budgets": [args.tokens],
     }
     banks = bank.run_all([settings], args)
-    results = {"phase": "architecture_frontier", "inputs": banks[0].inputs, "subject": str(args.subject)}
+    results: dict[str, Any] = {
+        "phase": "architecture_frontier",
+        "inputs": banks[0].inputs,
+        "subject": str(args.subject),
+    }
     results |= {"banks": [b.to_json() for b in banks], "pareto": conditions.pareto(banks[0].conditions)}
     return results, draw(results, args.output_dir / "figures")
 

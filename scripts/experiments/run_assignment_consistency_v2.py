@@ -88,6 +88,8 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Subject -> activations -> references -> own and shared arms at each λ -> choice -> confirmation."""
     device = prepare(args.device, args.threads)
+    from torch import Tensor
+
     from husai.activations import source
     from husai.dictionaries import checkpoints
     from husai.dictionaries.foreign import weights_file
@@ -102,7 +104,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     store = source.of_arguments(args, device)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
-    decoders = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
+    decoders: dict[str, Tensor] = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
 
     def train(grid: list) -> tuple[list[dict], list[int]]:
         pull = References(decoders, partners, args.assign_every)

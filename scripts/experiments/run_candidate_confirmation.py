@@ -122,6 +122,8 @@ def summary(results: dict) -> str:
     for name, figure, estimate, delta in benchmarks(found):
         rows.append([f"`{name}`, {figure}", interval(estimate)])
         rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in delta.items()]
+    probing = found.bank.saebench
+    assert probing is not None  # a confirmation probes
     lines = [
         "# Confirmation of the candidate" if found.origin == "retrained" else "# SAEs of your own",
         "",
@@ -133,7 +135,7 @@ def summary(results: dict) -> str:
         "",
         *[f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()],
         "",
-        f"Probing data sets: {', '.join(found.bank.saebench.data_sets)}.",
+        f"Probing data sets: {', '.join(probing.data_sets)}.",
         "",
     ]
     if found.origin == "supplied":

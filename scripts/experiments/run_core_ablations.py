@@ -108,7 +108,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # ----------------------------------------------------------------------------------------------------------------
     # Methods credited with higher stability, and controls that must be refused: the first family, at --d-sae and --k
 
-    methods, controls = [], []
+    methods: list[dict] = []
+    controls: list[dict] = []
     if not args.no_methods:
         quarter, half = max(1, args.batch_size // 4), args.d_sae // 2
         variants = {

@@ -153,8 +153,8 @@ def summary(results: dict) -> str:
     for r in results["saes"]:
         p, c = r["published"], r["corrected"]
         values = (p["contrastive"], p["independence"], p["interpretability"], c["independence"], c["interpretability"])
-        cells = " | ".join(f"{v:.4f}" for v in (*values, r["bound"]))
-        lines.append(f"| {r['label']} | {r['facts']['d_sae']} | {r['facts']['l0']:.2f} | {cells} |")
+        printed = " | ".join(f"{v:.4f}" for v in (*values, r["bound"]))
+        lines.append(f"| {r['label']} | {r['facts']['d_sae']} | {r['facts']['l0']:.2f} | {printed} |")
     for r in results["saes"]:
         if r["checkout"]:
             o = r["checkout"]

@@ -13,6 +13,7 @@ ReLU SAEs of husai-tiny, five seeds.
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from husai.evals.flags import Parser
 from husai.runs.cli import name_list, prepare, run_main
@@ -62,7 +63,7 @@ def main() -> None:
         run.add_input("subject", subject)
         for c in supplied:
             run.add_input(f"checkpoint {c.label}", c.record.checkpoint_sha256)
-        results = {
+        results: dict[str, Any] = {
             "phase": "official_external_benchmarks",
             "inputs": run.inputs,
             "versions": sae_probes.versions(),

@@ -17,12 +17,13 @@ you bring.
 """
 
 from pathlib import Path
+from typing import Any
 
 from husai.evals.flags import Parser
 from husai.runs.cli import DEFAULT_SEEDS, positive_int, prepare, run_main, seed_list
 
 # What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
-PUBLISHED = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
+PUBLISHED: dict[str, Any] = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
 
 
 def parse():
@@ -151,8 +152,8 @@ def trained(args, cells, device, protocol: dict) -> dict:
     grid = members(args.seeds, [protocol["d_sae"]], [protocol["k"]], [protocol["learning_rate"]])
     arms = [train_or_find(cells, store, grid, protocol["recipe"], device, args.threads)]
     if protocol["shuffled"]:
-        control = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
-        arms.append(train_or_find(cells, control, grid, protocol["recipe"], device, args.threads))
+        shuffled_store = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
+        arms.append(train_or_find(cells, shuffled_store, grid, protocol["recipe"], device, args.threads))
 
     language_model = is_language_model(protocol["subject"])
     if language_model and protocol["store"] is None:
@@ -216,7 +217,8 @@ def external(args, cells, device) -> dict:
     protocol = own(args)
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
-    records, dictionaries = [], []
+    records: list[dict[str, Any]] = []
+    dictionaries = []
     for folder in foreign.find(args.sae_root):
         name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None

@@ -46,7 +46,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
     device = prepare(args.device, args.threads)
     from husai.evals import transcoder
-    from husai.evidence.schemas import TranscoderStress
+    from husai.evidence.schemas import Section, TranscoderStress
     from husai.evidence.transcoder import concluded
     from husai.stability import study
 
@@ -61,8 +61,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         subject=task.read.manifest.subject,
         candidate=tested and tested.group,
         setting=task.setting,
-        transcoder=study.brief(arms["transcoder"]),
-        sae=study.brief(arms["sae"]),
+        transcoder=Section.model_validate(study.brief(arms["transcoder"])),
+        sae=Section.model_validate(study.brief(arms["sae"])),
         gain={},
         explained_variance={},
         verdict={},

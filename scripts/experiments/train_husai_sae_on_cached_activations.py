@@ -14,6 +14,7 @@ loss curves. An interrupted run resumes with the same command; a finished one is
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from husai.runs.cli import (
     DEFAULT_SEEDS,
@@ -95,8 +96,8 @@ def main() -> None:
         tied_init=not args.untied_init,
         freeze_decoder=args.freeze_decoder,
     )
-    settings = {"members": [asdict(m) for m in grid], "training": asdict(config), "store": store.digest}
-    settings |= {"target": target and target.digest, "dtype": args.dtype}
+    settings: dict[str, Any] = {"members": [asdict(m) for m in grid], "training": asdict(config)}
+    settings |= {"store": store.digest, "target": target and target.digest, "dtype": args.dtype}
 
     with Run(args.output_dir, settings, args.device, args.threads) as run:
         run.inputs["activation store"] = store.digest

@@ -92,8 +92,8 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _end_with(os.getppid())
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
+    for standard, stream in enumerate(streams):
+        os.dup2(stream, standard)
         os.close(stream)
     sys.stdin, sys.stdout, sys.stderr = (
         open(n, mode, buffering, errors=errors, closefd=False)  # noqa: SIM115
@@ -171,8 +171,8 @@ def run(path: str, arguments: list[str]) -> int:
         if waiting:
             return 130
         os.execvp("python", ["python", *arguments])
-    for number in waiting:
-        forward(number)
+    for received in waiting:
+        forward(received)
     code = answer.readline()
     return int(code) if code else KILLED
 

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from husai.activations.harvest import check_hook
-from husai.activations.store import StoreWriter
+from husai.activations.store import DType, StoreWriter
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
@@ -82,9 +82,10 @@ def where_to_stop(hook_names: list[str]) -> tuple[int | None, str | None]:
     What stands before the last block asked for is there without running it.
     """
     layers = {hook: int(m[1]) if (m := re.match(r"blocks\.(\d+)\.", hook)) else None for hook in hook_names}
-    if None in layers.values():
+    known = [layer for layer in layers.values() if layer is not None]
+    if len(known) < len(layers):
         return None, None
-    last = max(layers.values())
+    last = max(known)
     at_stop = f"blocks.{last}.hook_resid_pre"
     if last > 0 and [hook for hook, layer in layers.items() if layer == last] == [at_stop]:
         return last, at_stop
@@ -194,7 +195,7 @@ def harvest_tokens(
     rows: int,
     row_seed: int = 0,
     heldout_fraction: float = 0.2,
-    dtype: str = "float32",
+    dtype: DType = "float32",
     threads: int = 1,
     force: bool = False,
 ) -> dict[str, Path]:
@@ -239,7 +240,7 @@ def harvest_tokens(
     return folders
 
 
-def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dtype: str, work: Path) -> None:
+def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dtype: DType, work: Path) -> None:
     """Run all parts whose files are missing."""
     began, done = time.monotonic(), 0
     with progress(f"harvesting {', '.join(plans)} (rows)", int(inputs.rows.sum())) as advance:
@@ -296,7 +297,7 @@ class Plan:
 
 
 def _harvest_part(
-    subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: str, work: Path
+    subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: DType, work: Path
 ) -> None:
     """Run the inputs of a part; one file a hook, its rows ordered by bucket."""
     of_part = inputs.tokens(part)
@@ -323,7 +324,7 @@ def _harvest_part(
         write_bytes(work / f"{hook}-{number:05d}.safetensors", save(tensors))
 
 
-def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int, dtype: str, folder: Path) -> None:
+def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int, dtype: DType, folder: Path) -> None:
     """Gather each bucket from all parts, shuffle it, and append it to the store."""
     writer = None
     for bucket in range(plan.buckets):
@@ -341,6 +342,7 @@ def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int
         writer = writer or StoreWriter(folder, x.shape[1], dtype)
         writer.append(x, {name: label[order] for name, label in rows.items()})
     position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
+    assert writer is not None  # a harvest has rows
     writer.finish(
         subject.name, subject.digest, hook, position, plan.seed, subject.control, heldout_rows=plan.heldout_rows
     )

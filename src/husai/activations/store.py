@@ -29,6 +29,9 @@ def _sha256(path: Path, size: int, changed_ns: int) -> str:
     return sha256_file(path)
 
 
+DType = Literal["float32", "bfloat16"]
+
+
 class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid")
     file: str
@@ -49,7 +52,7 @@ class StoreManifest(BaseModel):
     position: str
     rows: int
     d_in: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: DType
     row_seed: int
     control: str | None  # e.g. "shuffled_coordinates"; null for what the model really computed
     shards: list[Shard]
@@ -69,7 +72,7 @@ class StoreWriter:
         shard_rows: rows of a shard.
     """
 
-    def __init__(self, folder: Path, d_in: int, dtype: str = "float32", shard_rows: int = 65_536):
+    def __init__(self, folder: Path, d_in: int, dtype: DType = "float32", shard_rows: int = 65_536):
         self.folder, self.d_in, self.dtype, self.shard_rows = folder, d_in, dtype, shard_rows
         self.shards: list[Shard] = []
         self.pending: list[Tensor] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -112,7 +113,7 @@ def load(folder: Path) -> SAE:
     if not isinstance(subtract, bool) or (subtract and transcoder):
         raise BadInput(f"{where}: apply_b_dec_to_input is {subtract!r}; true or false expected, false for transcoders")
     needed = ["d_in", "d_sae", *(["k"] if architecture == "topk" else []), *(["d_out"] if transcoder else [])]
-    sizes = {name: config.get(name) for name in needed}
+    sizes: dict[str, Any] = {name: config.get(name) for name in needed}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise BadInput(f"{where}: {name} is {size!r}; a positive whole number expected")
@@ -121,7 +122,7 @@ def load(folder: Path) -> SAE:
         raise BadInput(f"{where}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
     weights = read_tensors(folder / WEIGHTS)
     d_out = sizes.get("d_out", d_in)
-    shapes = dict.fromkeys(ENCODER[ARCHITECTURES[architecture]], (d_sae,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ENCODER[ARCHITECTURES[architecture]], (d_sae,))
     shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
     sae = checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)

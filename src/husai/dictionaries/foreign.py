@@ -80,7 +80,7 @@ def _dictionary_learning(folder: Path) -> SAE:
     path, config = folder / "ae.pt", read_json(folder / "config.json", "checkpoint")
     trainer = config.get("trainer") if isinstance(config, dict) else None
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    if not isinstance(name, str) or name not in DICTIONARY_LEARNING:
+    if not isinstance(trainer, dict) or not isinstance(name, str) or name not in DICTIONARY_LEARNING:
         known = ", ".join(DICTIONARY_LEARNING)
         raise BadInput(f"checkpoint: {folder / 'config.json'}: trainer.dict_class {name!r}; one of {known} expected")
     architecture, subtract, names = DICTIONARY_LEARNING[name]
@@ -209,7 +209,7 @@ def _finished(
         weights["threshold"] = weights["threshold"].expand(d_sae)
     if k is not None and k > d_sae:
         raise BadInput(f"checkpoint: {path}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
-    shapes = dict.fromkeys(weights, (d_sae,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(weights, (d_sae,))
     shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {"W_skip": (d_out, d_in)} if "W_skip" in weights else {}
     weights = {name: t.contiguous() for name, t in weights.items()}

@@ -18,7 +18,7 @@ from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
-from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, Recipe, ScoredRecord
+from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, ProbingName, Recipe, ScoredRecord
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -54,7 +54,7 @@ class Plan:
     heldout_rows: int
     saebench: bool
     data_sets: list[str]
-    probing: str
+    probing: ProbingName
     """Whose probes: one of sae_probes.PROBINGS."""
     core_texts: int
     """Held-out documents for the cross-entropy with an SAE spliced in."""
@@ -194,8 +194,9 @@ def evaluated(plan: Plan) -> Bank:
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
         section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
-        about = {"family": g.family, "d_sae": g.d_sae, "k": g.k, "budget": g.budget}
-        sections.append(ConditionSection(**about, **study.brief(section)))
+        sections.append(
+            ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **study.brief(section))
+        )
 
     subject = pretrained.load(plan.subject, device=device)
     heldout = loaded.heldout_store(subject, plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads)
@@ -207,8 +208,13 @@ def evaluated(plan: Plan) -> Bank:
     saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), loaded.as_references(opened(True)))
     probing = pairs = None
     if plan.saebench:
-        how = {"noise_seeds": tuple(plan.noise_seeds), "probing": plan.probing, "core_texts": plan.core_texts}
-        setup = saebench.Setup(plan.data_sets, plan.probe_ks, **how)
+        setup = saebench.Setup(
+            plan.data_sets,
+            plan.probe_ks,
+            noise_seeds=tuple(plan.noise_seeds),
+            probing=plan.probing,
+            core_texts=plan.core_texts,
+        )
         key = key_of(plan, saes)
         found = cells.get(
             "saebench", key, lambda: (saebench.evaluate(saes, setup, plan.places, cells)[0].to_json(), [])
@@ -254,8 +260,8 @@ def train(plan: Plan, cells: Cells, store, device) -> list[Trained]:
 
 def key_of(plan: Plan, saes: LoadedSAEs) -> dict:
     """The key of a benchmark's cell."""
-    named = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
-    named += ("pair_sets", "max_pairs", "device", "threads")
+    probing_settings = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
+    named = (*probing_settings, "pair_sets", "max_pairs", "device", "threads")
     key = {n: getattr(plan, n) for n in named} | {"inputs": saes.inputs(), "code": code_version(evaluated)}
     return key | {"candidates": [c.identity for c in saes.saes]}
 
@@ -283,6 +289,6 @@ def references(plan: Plan) -> tuple[Summary | None, str | None]:
 
 
 def contrastive_scores(plan: Plan, saes: LoadedSAEs) -> Contrastive:
-    checkout = plan.cebench_repo and Path(plan.cebench_repo)
+    checkout = Path(plan.cebench_repo) if plan.cebench_repo else None
     repeats = {seed: drawn_pairs(plan, seed) for seed in plan.noise_seeds}
     return cebench.evaluate(saes, drawn_pairs(plan, SEED), repeats, plan.places, *references(plan), checkout)

@@ -73,6 +73,7 @@ def training_store(
     wanted, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
     if control is not None:
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
+    assert wanted is not None  # SAEs that HUSAI trained name their store
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:
@@ -84,8 +85,9 @@ def training_store(
             f"candidate: the activations that it was trained on (digest {wanted[:12]}) are not below "
             f"{artifact_root / 'activations'}; --train-rows says how many to harvest"
         )
-    where = {"subject": tested.name, "hook_name": tested.hook_name, "rows": rows}
-    store = source.open_store(artifact_root, device, threads, **where)
+    store = source.open_store(
+        artifact_root, device, threads, subject=tested.name, hook_name=tested.hook_name, rows=rows
+    )
     if store.digest != wanted:
         raise BadInput(
             f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; the candidate was trained on "

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from husai.runs.errors import BadInput, CheckFailed
@@ -123,7 +124,7 @@ def read_scores(work: Path, rows: int) -> dict:
         raise CheckFailed(f"CE-Bench: {found[0]} is not a result of {rows} pairs; log: {work / LOG}")
     scores = {}
     for name in SCORES:
-        value = result.get(name)
+        value: Any = result.get(name)
         value = value.get("max") if isinstance(value, dict) else value
         if type(value) not in (int, float) or not math.isfinite(value):
             raise CheckFailed(f"CE-Bench: {name} is {value!r} in {found[0]}; log: {work / LOG}")
@@ -181,6 +182,8 @@ def main() -> None:
 
     write_json(Path(STAND_INS), add_stand_ins())
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, repo / SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None  # Python knows how to load a .py file
     ce_bench = sys.modules[SCRIPT.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ce_bench)
 

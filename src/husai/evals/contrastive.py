@@ -11,6 +11,7 @@ are compared at one width only; `normalised` divides by that bound.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from husai.activations.language_model import batches, run
 from husai.dictionaries.sae import SAE
 from husai.evidence import data_sets
 from husai.evidence.levels import within_reach
+from husai.evidence.schemas import ContrastiveName
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 from husai.runs.progress import progress
@@ -39,7 +41,7 @@ AT_ONCE = 2**26  # features held at a time, tokens x d_sae
 class Pairs:
     """Story pairs."""
 
-    benchmark: str
+    benchmark: ContrastiveName
     """`cebench` where they came from CE-Bench's own place on the hub; `cebench_local_copy` where they are said to come
     from there, unverified; else `contrastive_local`, another metric. No gate counts the last two as CE-Bench."""
     source: str
@@ -126,7 +128,7 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
         raise BadInput(f"--stories {name}: column {missing[0]} is missing; {', '.join(COLUMNS)} expected")
     if len(table) == 0:
         raise BadInput(f"--stories {name}: no row")
-    chosen = range(len(table))
+    chosen: Sequence[int] = range(len(table))
     if rows is not None and rows < len(table):
         chosen = sorted(torch.randperm(len(table), generator=generator(seed, "stories"))[:rows].tolist())
     found = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]

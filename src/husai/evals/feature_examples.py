@@ -115,7 +115,8 @@ def strongest_contexts(
 def _context(tokenizer, tokens: np.ndarray, values: np.ndarray) -> dict:
     peak = int(values.argmax())
     first = max(0, min(peak - 2 * WINDOW // 3, len(tokens) - WINDOW))  # more of what came before, which it has seen
-    text, kept = [], []
+    text: list[str] = []
+    kept: list[float] = []
     for token, value in zip(tokens[first : first + WINDOW], values[first : first + WINDOW], strict=True):
         piece = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
         if value <= 0 and kept and kept[-1] == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from husai.evals.inputs import by_baseline_map, by_checkout
 from husai.evidence.data_sets import DATA_SETS
@@ -28,8 +29,8 @@ class Parser(cli.Parser):
     def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:
         """--model-name, which --subject stands for as well."""
         about = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
-        more = {"help": about, "counts": by_subject} | more
-        self.add_argument("--model-name", "--subject", dest="subject", default=default, **more)
+        settings: dict[str, Any] = {"help": about, "counts": by_subject} | more
+        self.add_argument("--model-name", "--subject", dest="subject", default=default, **settings)
 
     def add_source(self, hook: str) -> None:
         """The subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""

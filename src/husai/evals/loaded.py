@@ -144,7 +144,7 @@ def facts_of(sae: SAE, l0: float | None = None) -> Facts:
         d_sae=sae.d_sae,
         k=made.get("k", sae.k),
         learning_rate=made.get("learning_rate"),
-        tokens=training["tokens"] if ours else None,
+        tokens=None if training is None else training["tokens"],
         store_digest=made.get("store_digest"),
         training=digest(settings) if ours else None,
         control=made.get("control"),
@@ -165,8 +165,15 @@ def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecor
         condition = f"{facts.family} d{facts.d_sae} k{facts.k}"
         condition += "" if facts.control is None else f" on {facts.control}"
         condition += f" ({digest(shared.to_json())[:6]})"
-    about = {"candidate": True, "label": label, "condition": condition, "checkpoint_sha256": sha256, "identity": name}
-    return SAERecord(**about, facts=facts, heldout=heldout)
+    return SAERecord(
+        candidate=True,
+        label=label,
+        condition=condition,
+        checkpoint_sha256=sha256,
+        identity=name,
+        facts=facts,
+        heldout=heldout,
+    )
 
 
 def heldout_store(

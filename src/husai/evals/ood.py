@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from husai.evals import sae_probes, shift
 from husai.evals.loaded import LoadedSAEs, Places, to_saelens
 from husai.evals.sae_probes_exact import Split, auc, one_thread
 from husai.evidence import data_sets, deltas, drop, rules
-from husai.evidence.schemas import OODStress, Shifted, ShiftedSAE
+from husai.evidence.schemas import OODStress, ProbingName, Shifted, ShiftedSAE
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
@@ -129,7 +130,7 @@ class Prompts:
     cache: str
     device: str = "cpu"
     seed: int = 42
-    probing: str = sae_probes.OFFICIAL
+    probing: ProbingName = sae_probes.OFFICIAL
     """Whose probes: one of sae_probes.PROBINGS."""
 
     def shifted(self, data_set: str) -> tuple[torch.Tensor, np.ndarray]:
@@ -213,7 +214,7 @@ def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id",
 
 
 def evaluate(
-    tested: LoadedSAEs, chosen: Chosen, probing: str, ks: tuple[int, ...], places: Places, cells: Cells
+    tested: LoadedSAEs, chosen: Chosen, probing: ProbingName, ks: tuple[int, ...], places: Places, cells: Cells
 ) -> OODStress:
     """The results of the phase.
 
@@ -259,7 +260,7 @@ def on_shifted(
 ) -> Shifted:
     """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
     names = chosen.shifted
-    about = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
+    about: dict[str, Any] = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
     about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
     about["probing"] = prompts.probing
     about["code"] = code_version(of_sae)

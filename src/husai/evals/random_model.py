@@ -3,6 +3,7 @@ and on its activations with their coordinates shuffled across rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -86,8 +87,17 @@ def section_of(
     if shuffled is None:
         missing["shuffled"] = "the SAEs were not trained here"
     members = [c.member for c in tested.saes]
-    controls = (shuffled and shuffled.dictionaries, draws, threads, missing, random_model.dictionaries)
-    found = study.compare_all(cells, store, [m.label for m in members], dictionaries, *controls)
+    found = study.compare_all(
+        cells,
+        store,
+        [m.label for m in members],
+        dictionaries,
+        None if shuffled is None else shuffled.dictionaries,
+        draws,
+        threads,
+        missing,
+        random_model.dictionaries,
+    )
     return own_section(members, found), found
 
 
@@ -112,7 +122,8 @@ def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws:
 
 def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
     """Dictionaries of SAEs, with their untrained states where the user gives them."""
-    pairs = zip(saes, before or [None] * len(saes), strict=True)
+    states: Sequence[Path | None] = before or [None] * len(saes)
+    pairs = zip(saes, states, strict=True)
     return [Dictionary(c.sae.W_dec, c.alive, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
@@ -130,8 +141,15 @@ def trained_arms(
     """
     config, grid = tested.recipe, grid_of(tested)
     store = training_store(tested, artifact_root, rows, device, threads)
-    where = {"subject": tested.name, "hook_name": tested.hook_name, "rows": store.rows}
-    random_store = source.open_store(artifact_root, device, threads, **where, random_seed=0)
+    random_store = source.open_store(
+        artifact_root,
+        device,
+        threads,
+        subject=tested.name,
+        hook_name=tested.hook_name,
+        rows=store.rows,
+        random_seed=0,
+    )
     check_same_text(store, random_store)
     shuffled = ActivationStore.open(shuffled_coordinates(store, artifact_root / "activations"))
     root = cells.folder.parent
@@ -172,6 +190,7 @@ def supplied_arm(
     """
     flag = "--random-model-checkpoint"
     controls = loaded.open_controls(paths, tested.name, tested.hook_name, artifact_root, rows, device, threads)
+    assert controls is not None  # paths are given
     saes = in_order(controls.saes)
     if len(saes) != len(tested.saes):
         raise BadInput(f"{flag}: {len(saes)} SAEs for the {len(tested.saes)} of the candidate; as many expected")
@@ -184,7 +203,9 @@ def supplied_arm(
         )
         for c in saes
     ]
-    named = alike(controls.subject.digest, saes[0].facts.store_digest, members)
+    store_digest = saes[0].facts.store_digest
+    assert store_digest is not None  # SAEs that HUSAI trained name their store
+    named = alike(controls.subject.digest, store_digest, members)
     return ControlArm(controls.store, _external(saes), named)
 
 

@@ -37,6 +37,12 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({refusal(error)})") from None
     except (KeyError, TypeError) as error:
         raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({error})") from None
+    hook_name, k, tokens = facts.hook_name, facts.k, facts.tokens
+    if hook_name is None or k is None or tokens is None:
+        raise BadInput(
+            f"--candidate: {args.candidate}: hook_name, k and tokens of the candidate expected; found {hook_name}, {k} "
+            f"and {tokens}"
+        )
     seeds = args.seeds or fresh_seeds(selection.seeds_used, SEEDS)
     if old := sorted(set(seeds) & set(selection.seeds_used)):
         raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
@@ -52,12 +58,12 @@ def evaluate(args: argparse.Namespace) -> Retrained:
     plan = bank.Plan(
         **dict(recipe),
         subject=subject,
-        hook_name=facts.hook_name,
+        hook_name=hook_name,
         families=[facts.family],
         seeds=seeds,
         d_saes=[facts.d_sae],
-        ks=[facts.k],
-        budgets=[facts.tokens],
+        ks=[k],
+        budgets=[tokens],
         saebench=True,
         data_sets=data_sets,
         cebench=True,

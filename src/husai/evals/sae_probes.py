@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 from husai.evidence.data_sets import FAMILIES
 from husai.runs.code import code_version
@@ -30,7 +31,9 @@ from husai.runs.files import digest, locked, read_json, write_json
 from husai.runs.progress import progress
 from husai.subjects import text
 
-OFFICIAL, EXACT = PROBINGS = "sae_probes", "sae_probes_exact"
+OFFICIAL: Final = "sae_probes"
+EXACT: Final = "sae_probes_exact"
+PROBINGS = OFFICIAL, EXACT
 """Names of what made a figure: sae-probes' own code, or the same probes solved to their optimum (`sae_probes_exact`).
 Selection and gate never compare figures of two names."""
 PACKAGES = ("sae-bench", "sae-probes", "sae-lens", "scikit-learn", "torch", "numpy")
@@ -80,6 +83,12 @@ class Task:
     """Holds `model_activations_<model_name>/<data set>_<hook>.pt`."""
     root: str
     device: str
+
+    @property
+    def encoder(self) -> str:
+        """The path of an SAE or another encoder; the model itself has none."""
+        assert self.path is not None
+        return self.path
 
     @cached_property
     def key(self) -> dict:
@@ -267,7 +276,7 @@ def _work(task: Task) -> None:
             include_llm_baseline=False,
             **shared,
         )
-        sae = SAE.load_from_disk(task.path, device=task.device)
+        sae = SAE.load_from_disk(task.encoder, device=task.device)
         run_eval(config, [("sae", sae)], task.device, where, force_rerun=True)
         return
     common = {"hook_name": s.hook_name, "setting": "normal", "datasets": list(s.data_sets), "seed": task.seed}
@@ -276,7 +285,7 @@ def _work(task: Task) -> None:
         run_baseline_evals(results_path=where, method="logreg", **common)
     else:
         run_sae_evals(
-            sae=Linear(task.path, task.device),
+            sae=Linear(task.encoder, task.device),
             reg_type=s.reg_type,
             ks=list(s.ks),
             binarize=s.binarize,

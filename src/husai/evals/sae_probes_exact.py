@@ -168,8 +168,8 @@ def _encoder(task: Task):
     if task.kind == "llm":
         return None
     if task.kind == "encoder":
-        return Linear(task.path, task.device)
-    return checkpoints.load(Path(task.path)).to(torch.device(task.device))
+        return Linear(task.encoder, task.device)
+    return checkpoints.load(Path(task.encoder)).to(torch.device(task.device))
 
 
 def _of_sae(task: Task, data_set: str, encoder) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -14,7 +15,16 @@ from husai.evals import baselines, sae_probes
 from husai.evals.loaded import LoadedSAEs, Places, to_saelens
 from husai.evals.sae_probes import Settings, Task
 from husai.evidence import data_sets, deltas, estimates, references
-from husai.evidence.schemas import Core, Figures, ProbedControl, ProbedRecord, Probing, ProbingNoise, Repeats
+from husai.evidence.schemas import (
+    Core,
+    Figures,
+    ProbedControl,
+    ProbedRecord,
+    Probing,
+    ProbingName,
+    ProbingNoise,
+    Repeats,
+)
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.files import sha256_file, write_bytes
@@ -39,7 +49,7 @@ class Setup:
     binarize: bool = False
     results_path: Path | None = None
     """A file of figures for each SAE and data set; by default below the artifact root, where studies share them."""
-    probing: str = sae_probes.OFFICIAL
+    probing: ProbingName = sae_probes.OFFICIAL
     """Whose probes: one of sae_probes.PROBINGS."""
     core_texts: int = 200
     """Held-out documents of the core metrics."""
@@ -96,14 +106,22 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
         return str(folder)
 
     subject, store, hook_name = loaded.subject, loaded.store, loaded.hook_name
-    lists = tuple(setup.data_sets), tuple(setup.ks)
-    how = setup.reg_type, setup.binarize, setup.probing
-    settings = Settings(subject.digest, subject.name, hook_name, *lists, *how)
+    settings = Settings(
+        subject.digest,
+        subject.name,
+        hook_name,
+        tuple(setup.data_sets),
+        tuple(setup.ks),
+        setup.reg_type,
+        setup.binarize,
+        setup.probing,
+    )
     root = str(setup.results_path or places.artifact_root / "probes")  # controls of one store serve every study
     where = {"cache": cache(subject), "root": root, "device": places.device}
 
     def task(name: str, kind: str, path: Path | None, identity: str) -> Task:
-        return Task(name, kind, path and str(path), identity, setup.seed, settings, **where)
+        place = None if path is None else str(path)
+        return Task(name, kind, place, identity, setup.seed, settings, **where)
 
     tasks = {"llm": task("llm", "llm", None, subject.digest)}
     for c in loaded.opened:
@@ -119,10 +137,10 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
     if loaded.controls is not None:
         model = loaded.controls.subject
         on_random = replace(settings, subject_digest=model.digest, model_name=model.name)
-        of_random = {"settings": on_random, "cache": cache(model)}
+        on_random_cache = cache(model)
         for c in loaded.controls.saes:
             own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.identity)
-            tasks[c.identity] = replace(own, **of_random)
+            tasks[c.identity] = replace(own, settings=on_random, cache=on_random_cache)
     again = [replace(tasks[loaded.saes[0].identity], seed=seed) for seed in setup.noise_seeds]
     found = sae_probes.run([*tasks.values(), *again], places.threads, places.output_dir / "workers", places.force)
     return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
@@ -153,8 +171,8 @@ def core_metrics(loaded: LoadedSAEs, documents: int, cells: Cells, threads: int)
     """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
     texts = text.corpus().heldout[:documents]
     saes = loaded.opened
-    key = {"subject": loaded.subject.digest, "hook_name": loaded.hook_name, "saes": [c.identity for c in saes]}
-    key |= {"texts": [*map(text.document_id, texts)], "threads": threads}
+    key: dict[str, Any] = {"subject": loaded.subject.digest, "hook_name": loaded.hook_name}
+    key |= {"saes": [c.identity for c in saes], "texts": [*map(text.document_id, texts)], "threads": threads}
     key["code"] = code_version(cross_entropies)
     key["device"] = next(loaded.subject.model.parameters()).device.type
 

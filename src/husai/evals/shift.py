@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,19 +83,20 @@ def activations(tested: LoadedSAEs, shifted: ActivationStore, cells: Cells, thre
     """
     n = min(tested.store.rows, shifted.rows)
 
-    def measure(sae: SAE) -> dict:
+    def measure(sae: SAE) -> tuple[dict, list[Path]]:
         directions = subspace(sae, tested.store)
         sides = {"id": tested.store, "ood": shifted}
-        return {"rank": directions.shape[1]} | {
+        figures = {
             side: evaluate(sae, store, range(n))[0] | {"outside": outside(directions, store)}
             for side, store in sides.items()
         }
+        return {"rank": directions.shape[1]} | figures, []
 
     records = []
     for c in tested.saes:
         key = {"sae": c.identity, "stores": [tested.store.digest, shifted.digest], "threads": threads}
         key |= {"code": code_version(subspace), "held": HELD}
-        found = cells.get("activations", key, lambda sae=c.sae: (measure(sae), []))
+        found = cells.get("activations", key, partial(measure, c.sae))
         records.append({"identity": c.identity, "seed": c.facts.seed, **found})
     rows = {"rows": tested.store.rows, "shifted_rows": shifted.rows, "compared_rows": n}
     return rows | {"saes": records, "change": change(records)}

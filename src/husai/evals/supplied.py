@@ -171,8 +171,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     look_over(args)
     names = sae_probes.check_data_sets(args.dataset_names)
     sae_probes.versions(args.probing)
-    stories = None if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
-    pairs, *others = (contrastive.drawn(args.stories, stories, args.max_rows, s) for s in (SEED, *NOISE_SEEDS))
+    pair_sets = [] if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
+    pairs, *others = (contrastive.drawn(args.stories, pair_sets, args.max_rows, s) for s in (SEED, *NOISE_SEEDS))
 
     saes = loaded.load(args, device)
     saes = replace(saes, saes=in_order(saes.saes))

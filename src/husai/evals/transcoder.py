@@ -51,6 +51,7 @@ def of_candidate(
         BadInput: the hook is of no block, or the candidate's training is not known.
     """
     config, made = tested.recipe, tested.made
+    assert made is not None  # `recipe` would have refused
     layer = layer_of(tested.hook_name)
     hooks = mlp_hooks(layer)
     rows = training_store(tested, artifact_root, rows, device, threads).rows

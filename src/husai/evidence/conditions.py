@@ -4,6 +4,7 @@ it again."""
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,8 @@ def power_laws(rows: list[dict]) -> list[dict]:
             y = np.log([1 - np.array(r["explained_variance"]["of_seeds"]) for r in of])  # [values, seeds]
             slope, level = np.polyfit(x, y, 1)
             residual = float(np.abs((y - np.outer(x, slope) - level).mean(1)).max())
-            about = {"axis": axis, "figure": "1 - explained_variance", "values": [r[axis] for r in of]}
-            about |= {"setting": dict(setting), "exponent": mean_over_seeds(slope).to_json()}
+            about: dict[str, Any] = {"axis": axis, "figure": "1 - explained_variance"}
+            about |= {"values": [r[axis] for r in of], "setting": dict(setting)}
+            about |= {"exponent": mean_over_seeds(slope).to_json()}
             found.append(about | {"largest_residual": residual, "epochs": max(r["epochs"] for r in of)})
     return found

@@ -66,8 +66,9 @@ def contrastive(pairs: Contrastive) -> list[dict]:
     rows = []
     for name, group in by_condition([r for r in pairs.saes if r.candidate]).items():
         of = [values[r.identity] for r in group]
-        reference = none(pairs.no_reference)
-        if pairs.no_reference is None:
+        if pairs.no_reference is not None:
+            reference = none(pairs.no_reference)
+        else:
             reference = against_reference(group, references, values, clusters, others)
             if reference["estimate"] is None and pairs.summary_refused:
                 reference = none(f"{reference['reason']}; {pairs.summary_refused}")
@@ -139,7 +140,7 @@ def against_controls(
     within 10 %; none, with the reason, where there are none."""
     if not controls:
         return none("no checkpoint was given (--random-model-checkpoint)")
-    first, reason = group[0].facts, None
+    first, reason = group[0].facts, ""
     for condition in by_condition(controls).values():
         for name in ("family", "d_sae", "tokens", "training"):
             if getattr(condition[0].facts, name) != getattr(first, name):
@@ -147,7 +148,7 @@ def against_controls(
                 break
         else:
             pairs = list(zip(group, condition, strict=False))
-            if all(same_l0(a.facts.l0, b.facts.l0) for a, b in pairs):
+            if all(same_l0(a.facts.known_l0, b.facts.known_l0) for a, b in pairs):
                 of = [values[a.identity] for a, _ in pairs]
                 estimate = paired(of, [values[b.identity] for _, b in pairs], clusters)
                 return estimate | {"reference": condition[0].condition}

@@ -24,7 +24,7 @@ def same_l0(a: float, b: float) -> bool:
 def untrained_like(facts: Facts) -> tuple[int, int, int]:
     """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0 (its k, where it reached that
     within 10 %)."""
-    k = facts.k if facts.k and same_l0(facts.k, facts.l0) else max(1, round(facts.l0))
+    k = facts.k if facts.k and same_l0(facts.k, facts.known_l0) else max(1, round(facts.known_l0))
     return facts.d_sae, k, facts.seed or 0
 
 
@@ -85,13 +85,15 @@ def matched(candidates: Sequence[SAERecord], references: Sequence[R]) -> Match[R
             groups.setdefault(r.condition, []).append(r)
     if not groups:
         return Match([], f"no {wanted} reference whose facts are known is at hand")
-    fitting, reasons = [], []
+    fitting: list[tuple[float, str, list[R]]] = []
+    reasons: list[str] = []
     for name in sorted(groups):
         pairs = list(zip(candidates, sorted(groups[name], key=lambda r: r.facts.seed or 0), strict=False))
         reason = next((why for c, r in pairs if (why := unmatched(c.facts, r.facts))), None)
-        reasons.append(reason)
-        if reason is None:
-            distance = abs(sum(c.facts.l0 - r.facts.l0 for c, r in pairs))
+        if reason is not None:
+            reasons.append(reason)
+        else:
+            distance = abs(sum(c.facts.known_l0 - r.facts.known_l0 for c, r in pairs))
             fitting.append((distance / len(pairs), name, [r for _, r in pairs]))
     if fitting:
         return Match(min(fitting, key=lambda each: each[:2])[2])

@@ -180,7 +180,7 @@ def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], leve
     """
     labels = section.stability.labels
     enough_seeds(len(labels))
-    named = sorted(sorted((p["a"], p["b"])) for p in section.pairs)
+    named = sorted(sorted((str(p["a"]), str(p["b"]))) for p in section.pairs)
     require(named == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected")
     require(all(null in p for p in section.pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
     require(PRIMARY_SCORE in section.stability.scores, f"no summary of {PRIMARY_SCORE}")
@@ -395,9 +395,9 @@ def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
     else:
         failed = [f"{seeds} seeds; {MINIMUM_SEEDS} needed"] if seeds < MINIMUM_SEEDS else []
-        if not better(found):
+        if not better(found):  # type: ignore[arg-type]  # a chosen weight is confirmed
             failed.append("the gain is not shown to be above 0")
-        if not KEPT.met_by(lost, max_drop):
+        if not KEPT.met_by(lost, max_drop):  # type: ignore[arg-type]
             failed.append("the explained variance is not shown to be kept")
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"

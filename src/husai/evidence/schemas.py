@@ -23,6 +23,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
 Place = Annotated[str, Field(pattern=r"^[0-9]+$")]
 """A seed, or the place of an SAE in its group if seeds are not known (`seed_names`)."""
+ContrastiveName = Literal["cebench", "cebench_local_copy", "contrastive_local"]
+"""Where story pairs came from (`evals.contrastive.Pairs`)."""
 ProbingName = Literal["sae_probes", "sae_probes_exact"]
 """What fitted the probes (`evals.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
 
@@ -74,6 +76,12 @@ class Facts(Strict):
     def whole(self) -> bool:
         """Whether these are the facts of one SAE."""
         return self.l0 is not None and "seed" in self.model_fields_set
+
+    @property
+    def known_l0(self) -> float:
+        """L0 of one SAE, whose facts are whole."""
+        assert self.l0 is not None
+        return self.l0
 
 
 OF_ONE_SEED = ("seed", "l0")
@@ -266,9 +274,10 @@ class Repeats(Strict):
     @model_validator(mode="after")
     def _own_spread(self) -> Repeats:
         if self.sd is not None:
-            made = noise(self.means)
-            there = (self.sd, self.minimum_detectable_difference)
-            if None in there or not all(map(same, there, (made["sd"], made["minimum_detectable_difference"]))):
+            made, least = noise(self.means), self.minimum_detectable_difference
+            if least is None or not all(
+                map(same, (self.sd, least), (made["sd"], made["minimum_detectable_difference"]))
+            ):
                 raise ValueError("sd and minimum_detectable_difference: those of the means expected")
         elif self.minimum_detectable_difference is not None:
             raise ValueError("minimum_detectable_difference: none without sd expected")
@@ -360,7 +369,7 @@ class Contrastive(Strict):
     subject: str
     subject_digest: Sha256
     hook_name: str
-    benchmark: Literal["cebench", "cebench_local_copy", "contrastive_local"]
+    benchmark: ContrastiveName
     source: str
     pairs_digest: Sha256
     n_pairs: int
@@ -428,8 +437,12 @@ class Interval(Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> Interval:
-        ends, none = (self.low, self.high, self.standard_error), (None, None, None)
-        if ends != none and (None in ends or not self.low <= self.estimate <= self.high):
+        low, high, error = self.low, self.high, self.standard_error
+        if low is None or high is None or error is None:
+            fits = (low, high, error) == (None, None, None)
+        else:
+            fits = low <= self.estimate <= high
+        if not fits:
             raise ValueError("an interval around the estimate, or none, expected")
         return self
 
@@ -555,7 +568,7 @@ class ControlMember(Member):
 class ControlSection(Section):
     """The study of phase 4a, trained there."""
 
-    members: Annotated[list[ControlMember], Field(min_length=1)]
+    members: Annotated[list[ControlMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
     curve_steps: list[int]
     snapshot_steps: list[int]
     spectral_groups: list[int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from husai.evidence import contrast, rules
 from husai.evidence.estimates import mean_over_seeds
@@ -66,7 +67,7 @@ def concluded(stress: TranscoderStress) -> TranscoderStress:
 
 def _of_members(section: Section) -> dict:
     """What the records of an arm say of its setting."""
-    said = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
+    said: dict[str, Any] = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
     said["seeds"] = [m.seed for m in section.members]
     for name in ("d_sae", "k", "learning_rate"):
         (said[name],) = {getattr(m, name) for m in section.members}

@@ -206,7 +206,7 @@ def as_float(bits, count, out):
     """bfloat16 bits (int16) to float32; negative numbers to 0."""
     raw = out.view(np.int32)
     for i in range(count):
-        raw[i] = max(np.int32(bits[i]), 0) << 16
+        raw[i] = max(np.int32(bits[i]), 0) << 16  # type: ignore[operator]  # numpy's types are not read
 
 
 @kernel

@@ -221,7 +221,7 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
     except LookupError as error:
         return f"{figure.text!r}: {error.args[0]}"
     if isinstance(found, str):
-        holds, found = " ".join(figure.text.split()).casefold() == found.casefold(), [found]
+        holds = " ".join(figure.text.split()).casefold() == found.casefold()
     else:
         printed, percent = NUMBER.findall(figure.text), PERCENT.search(figure.text) is not None
         try:
@@ -230,7 +230,10 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
             )
         except ArithmeticError:
             return f"{figure.text!r}: the number printed, or that at {figure.pointer}, is too large"
-    return None if holds else f"{figure.text!r} printed, {', '.join(map(str, found))} at {figure.pointer}"
+    if holds:
+        return None
+    shown = found if isinstance(found, str) else ", ".join(map(str, found))
+    return f"{figure.text!r} printed, {shown} at {figure.pointer}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
     for claim in claims.claims:
         document, problem = _text(root / claim.document, claim.document)
         problems = [problem] if problem else []
-        problems += [opened[path][1] for path in claim.files() if opened[path][1]]
+        problems += [fault for path in claim.files() if (fault := opened[path][1])]
         problems += claim_problems(claim, document, opened[claim.artefact][0])
         if claim.tier == "external":
             gate = opened[claim.gate][0] if claim.gate else None
@@ -364,6 +367,7 @@ def _open(path: Path, name: str, expected: str | None) -> tuple[Any, str | None]
     """(content or None, what is wrong with the file or None)."""
     if not path.is_file():
         return None, f"{name} is missing"
+    problem: str | None
     if expected is None:
         problem = f"{name} has no sha256 among the artefacts"
     else:

@@ -21,6 +21,7 @@ from husai.evidence.references import matched
 from husai.evidence.rules import FAIL, MISSING, PASS, Missing, Shown, require
 from husai.evidence.schemas import (
     Bank,
+    Contrastive,
     Evaluated,
     OODStress,
     OwnSection,
@@ -107,6 +108,12 @@ class Bundle:
     """Of MAKES; None: not given."""
     on_disk: dict[str, str | None]
     """seed -> identity of the candidate's checkpoint as it lies on the disk; None: it is not there, or unreadable."""
+
+    def given(self, label: str) -> File:
+        """A file that is known to be given."""
+        file = self.files[label]
+        assert file is not None
+        return file
 
 
 class NoCandidate(Missing):
@@ -273,9 +280,12 @@ class _Candidate:
         subject, hook_name = bank.inputs["subject"], bank.hook_name
         require(own.facts.subject_digest in (None, subject), "its bank is of another subject")
         require(own.facts.hook_name in (None, hook_name), "its bank is of another hook")
-        self.about = {"subject_digest": subject, "hook_name": hook_name, "d_in": own.facts.d_in}
+        self.about: dict[str, Any] = {"subject_digest": subject, "hook_name": hook_name, "d_in": own.facts.d_in}
         if isinstance(found, Retrained):
-            self._check_retrained(found, chosen, bundle.files["selection"].sha256)
+            sha256 = bundle.given("selection").sha256
+            assert chosen is not None  # `unconfirmed` is for SAEs that a user supplies alone
+            assert sha256 is not None  # `_read` refuses a file without a digest
+            self._check_retrained(found, chosen, sha256)
         else:
             self._check_supplied(found)
         _on_disk(bundle, found)
@@ -397,7 +407,7 @@ def _one_account(bank: Bank | Evaluated) -> None:
     for name, part in (("SAEBench", bank.saebench), ("CE-Bench", bank.cebench)):
         if part is not None:
             controls = {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls}
-            more = {"pairs": part.pairs_digest} if name == "CE-Bench" else {}
+            more = {"pairs": part.pairs_digest} if isinstance(part, Contrastive) else {}
             require({r.identity: _kept(r) for r in part.saes} == saes, f"{name} has other records of the SAEs")
             require(len(part.saes) == len(saes), f"{name} has two records of an SAE")
             require(part.noise.label in {r.label for r in part.saes}, f"{name}: noise of another SAE")
@@ -505,7 +515,8 @@ def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) ->
 def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     probing = c.bank.saebench
-    require(probing is not None, "SAEBench was not run")
+    if probing is None:
+        raise Missing("SAEBench was not run")
     absent = sorted(c.data_sets - set(probing.data_sets))
     whose = "selection left" if c.unconfirmed is None else "--dataset-names holds by default"
     require(not absent, f"SAEBench: data sets that {whose} are missing: {', '.join(absent[:3])}")
@@ -527,7 +538,8 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
 def _cebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     pairs = c.bank.cebench
-    require(pairs is not None, "CE-Bench was not run")
+    if pairs is None:
+        raise Missing("CE-Bench was not run")
     rules.only_cebench(pairs.benchmark)
     require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.read]

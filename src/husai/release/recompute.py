@@ -152,7 +152,8 @@ STRESS: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
 
 def decisions(results: dict) -> dict[str, Any]:
     """What a phase decided, made again from its sections: place in the results -> value."""
-    phase, again = results.get("phase"), {}
+    phase = results.get("phase")
+    again: dict[str, Any] = {}
 
     def of_parts(at: str, bank: Evaluated | Bank) -> None:
         if bank.saebench is not None:
@@ -176,8 +177,8 @@ def decisions(results: dict) -> dict[str, Any]:
             of_parts("/bank", evaluation.bank)
     elif phase in ("architecture_frontier", "external_metric_scaling"):
         banks = [Bank.model_validate(bank) for bank in results["banks"]]
-        for at, bank in enumerate(banks):
-            of_bank(f"/banks/{at}", bank)
+        for i, bank in enumerate(banks):
+            of_bank(f"/banks/{i}", bank)
         rows = [row for bank in banks for row in bank.conditions]
         if phase == "architecture_frontier":
             again["/pareto"] = conditions.pareto(rows)

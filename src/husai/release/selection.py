@@ -40,7 +40,6 @@ SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
 EXTERNAL = ("saebench", "cebench")
 
 F = TypeVar("F", bound=Figures)
-P = TypeVar("P", bound=PairScores | Reference)
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,12 @@ class Cohort:
         probing, pairs = bank.saebench, bank.cebench
         return cls(
             subject_digest=bank.inputs["subject"],
-            data_sets=probing and probing.data_sets,
-            probing_seed=probing and probing.random_seed,
-            probing=probing and probing.probing,
-            versions=probing and probing.versions,
-            benchmark=pairs and pairs.benchmark,
-            pairs_digest=pairs and pairs.pairs_digest,
+            data_sets=None if probing is None else probing.data_sets,
+            probing_seed=None if probing is None else probing.random_seed,
+            probing=None if probing is None else probing.probing,
+            versions=None if probing is None else probing.versions,
+            benchmark=None if pairs is None else pairs.benchmark,
+            pairs_digest=None if pairs is None else pairs.pairs_digest,
         )
 
     def to_json(self) -> dict:
@@ -136,7 +135,7 @@ def on_clusters(pairs: Contrastive, clusters: set[str], inside: bool) -> Contras
     """The contrastive score on the pairs of these clusters alone, or on the others."""
     keep = [i for i, c in enumerate(pairs.clusters) if (c in clusters) == inside]
 
-    def cut(records: list[P]) -> list[P]:
+    def cut(records: list[PairScores | Reference]) -> list[PairScores | Reference]:
         return [r.model_copy(update={"normalised_of_pairs": _at(keep, r.normalised_of_pairs)}) for r in records]
 
     scored = {name: cut(getattr(pairs, name)) for name in ("saes", "controls", "untrained", "references")}
@@ -164,7 +163,8 @@ def differences(bank: Bank, families: Iterable[str], inside: bool = True) -> dic
 def cleaned(bank: Any) -> tuple[Bank | None, dict[str, str]]:
     """(the bank without records that are not what they should be, {condition: why it lost one}); (None, {"": why})
     where the rest does not hold together."""
-    bank, damaged = copy.deepcopy(bank), {}
+    bank = copy.deepcopy(bank)
+    damaged: dict[str, str] = {}
     try:
         parts: list[tuple[Any, type[Strict]]] = [(bank, ScoredRecord)]
         parts += [(bank["saebench"], ProbedRecord), (bank["cebench"], PairRecord)]
@@ -211,14 +211,14 @@ def select(studies: list[Study], rules: Rules) -> dict:
             excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
             continue
         for i, raw in enumerate(found):
-            bank, damaged = cleaned(raw)
-            excluded += [_out(study, name or f"bank {i}", why) for name, why in damaged.items()]
-            if bank is not None:
-                banks.append((study, bank, set(damaged)))
+            usable, reasons = cleaned(raw)
+            excluded += [_out(study, name or f"bank {i}", why) for name, why in reasons.items()]
+            if usable is not None:
+                banks.append((study, usable, set(reasons)))
     cohort = Cohort.of(banks[0][1]) if banks else None
     comparable = []
     for study, bank, damaged in banks:
-        if why := cohort.differs(Cohort.of(bank)):
+        if cohort is not None and (why := cohort.differs(Cohort.of(bank))):
             excluded += [_out(study, row["condition"], why) for row in bank.conditions]
         else:
             comparable.append((study, bank, damaged))
@@ -291,7 +291,8 @@ def _seeds(section: ConditionSection) -> list[int]:
 
 def _split(banks: list[Bank]) -> dict:
     """Families of data sets and of pairs, halved alike, so that what one benchmark is read on no other is gated on."""
-    families, sets = set(), {}
+    families: set[str] = set()
+    sets: dict[str, str] = {}
     for bank in banks:
         if bank.saebench is not None:
             sets |= dict(zip(bank.saebench.data_sets, bank.saebench.families, strict=True))
@@ -377,9 +378,9 @@ def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
     for c in sorted(candidates, key=lambda c: -len(set(c["seeds"]))):
         same = next((k for k in kept if k["id"] == c["id"]), None)
         shared = next((k for k in kept if set(k["identities"].values()) & set(c["identities"].values())), None)
-        if same or shared:
+        if other := same or shared:
             what = "the same configuration" if same else "an SAE of it"
-            why = f"a duplicate: {what} stands in {(same or shared)['study']}"
+            why = f"a duplicate: {what} stands in {other['study']}"
             lost.append({"study": c["study"], "condition": c["condition"], "reason": why})
         else:
             kept.append(c)

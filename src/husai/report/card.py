@@ -137,7 +137,7 @@ def _where_read(
     if decision is None:
         return []
     anchors = {s.run.sha256: s.anchor for s in sections if s.run.sha256}
-    return [(label, r.path, r.sha256, anchors.get(r.sha256)) for label, r in decision.read.items()]
+    return [(label, r.path, r.sha256, anchors.get(r.sha256 or "")) for label, r in decision.read.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +150,7 @@ class Section:
     def __init__(self, run: Phase, output: Path):
         self.run = run
         self.anchor = f"run-{quote(run.name, safe='')}"
+        self.asks: str | None
         self.title, self.asks = PHASES.get(run.phase, (run.name, None))
         if isinstance(run.results, dict) and run.results.get("origin") == "supplied":
             self.title, self.asks = SUPPLIED
@@ -182,7 +183,9 @@ class Section:
 
     @property
     def took(self) -> str:
+        """Of a run that has a manifest."""
         seconds = self.run.seconds
+        assert seconds is not None
         if seconds < 90:
             return f"{seconds:.0f} s"
         return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

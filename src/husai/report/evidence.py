@@ -139,9 +139,9 @@ def _later_run(phase: Phase) -> None:
         )
 
 
-def _seconds(phase: Phase) -> float:
+def _seconds(phase: Phase, manifest: Manifest) -> float:
     """Over all run folders of the same results."""
-    sha, found = phase.manifest.outputs.get("results.json"), [phase.manifest.wall_seconds]
+    sha, found = manifest.outputs.get("results.json"), [manifest.wall_seconds]
     for path in phase.folder.glob("run_*/manifest.json"):
         run = _manifest(path, [])
         if run is not None and run.outputs.get("results.json") == sha:
@@ -154,7 +154,7 @@ def _about(phase: Phase) -> None:
     manifest = phase.manifest
     if manifest is None:
         return
-    phase.seconds = _seconds(phase)
+    phase.seconds = _seconds(phase, manifest)
     if manifest.return_code != 0 and manifest.status == "complete" and phase.phase != "release_gate":
         phase.notes.append(f"a check of this phase did not hold (return code {manifest.return_code})")
     if manifest.git_dirty:

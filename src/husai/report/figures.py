@@ -180,13 +180,11 @@ def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
             own = sorted((p for p in panel.points if p[1] == family), key=lambda p: p[2]["estimate"])
             if not own:
                 continue
-            values = [[p[i]["estimate"] for p in own] for i in (2, 3)]
+            sides = [[p[2] for p in own], [p[3] for p in own]]
+            values = [[e["estimate"] for e in side] for side in sides]
             errors = [
-                [
-                    [np.nan if p[i][end] is None else abs(p[i][end] - p[i]["estimate"]) for p in own]
-                    for end in ("low", "high")
-                ]
-                for i in (2, 3)
+                [[np.nan if e[end] is None else abs(e[end] - e["estimate"]) for e in side] for end in ("low", "high")]
+                for side in sides
             ]
             line = "-" if panel.x_label == "L0" and len(own) > 1 else "none"
             style = {"xerr": errors[0], "yerr": errors[1], "fmt": "o", "ls": line, "capsize": 3, "lw": 1.3}
@@ -195,7 +193,7 @@ def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
             axis.axhline(0, color="#5f5f5f", lw=1)
             axis.axvline(0, color="#5f5f5f", lw=1)
             ringed = [p for p in panel.points if p[0] in front]
-            xs, ys = ([p[i]["estimate"] for p in ringed] for i in (2, 3))
+            xs, ys = [p[2]["estimate"] for p in ringed], [p[3]["estimate"] for p in ringed]
             axis.plot(xs, ys, "o", ms=13, mfc="none", mec="#5f5f5f", label="not beaten on both")
         elif panel.y_label.startswith("excess"):
             axis.axhline(0, color="#5f5f5f", lw=1)

@@ -43,7 +43,7 @@ class Forest:
         """One set of SAEs, or the one of LEAD: its excess over each null. Several: each one's over its highest."""
         try:
             found = [*stability_sections(results)]
-            lead, null = LEAD.get(results.get("phase"), (None, None))
+            lead, null = LEAD.get(results.get("phase", ""), (None, None))
             if lead or len(found) == 1:
                 stability = results[lead]["stability"] if lead else found[0][1]
                 score, null = stability["verdict"]["score"], null or stability["verdict"]["highest_null"]

@@ -81,7 +81,7 @@ class Gate(BaseModel):
 
     @property
     def by_how_much(self) -> str | None:
-        if self.margin is None:
+        if self.margin is None or self.relation is None:
             return None
         relation = {">": "above", ">=": "at least", "<=": "at most"}[self.relation]
         end = "lower end" if self.bound == "low" else "upper end"
@@ -102,7 +102,11 @@ class Gate(BaseModel):
 
     @property
     def strip(self) -> Strip:
-        return Strip.of(self.scale, self.estimate, self.low, self.high)
+        """Of a gate that has a scale."""
+        scale, estimate = self.scale, self.estimate
+        assert scale is not None
+        assert estimate is not None
+        return Strip.of(scale, estimate, self.low, self.high)
 
 
 class Read(BaseModel):

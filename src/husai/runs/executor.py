@@ -168,11 +168,21 @@ def _on_ray(tasks: list[Task], address: str | None, threads: int, retries: int) 
             ray.wait(list(pending), num_returns=len(pending), timeout=SECONDS_TO_STOP)
 
 
+class _Kept(logging.Handler):
+    """Keeps warnings as (level, message)."""
+
+    def __init__(self, lines: list[tuple[int, str]]):
+        super().__init__(logging.WARNING)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelno, record.getMessage()))
+
+
 def _call_on_worker(function: str, arguments: dict, threads: int, folder: str) -> dict:
     """`_call` in the caller's folder, with the warnings that it logs."""
     lines: list[tuple[int, str]] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append((record.levelno, record.getMessage()))
+    handler = _Kept(lines)
     log.addHandler(handler)
     try:
         os.chdir(folder)

@@ -24,13 +24,16 @@ log = logging.getLogger("husai")
 RECORDED_PACKAGES = ("husai", "torch", "numpy", "scipy", "pandas", "safetensors", "transformer-lens", "sae-lens")
 
 
+Status = Literal["complete", "failed", "interrupted"]
+
+
 class Manifest(BaseModel):
     """What it takes to judge a run: which command, which code, which inputs, on what, and how it ended."""
 
     model_config = ConfigDict(extra="forbid")
 
     run_id: str
-    status: Literal["complete", "failed", "interrupted"]
+    status: Status
     return_code: int
     command: str
     started_utc: str
@@ -144,7 +147,12 @@ class Run:
         write_text(self.folder / "summary.md", summary)
 
     def __exit__(self, kind, error, traceback) -> None:
-        codes = {BadInput: ("failed", 2), CheckFailed: ("failed", 1), KeyboardInterrupt: ("interrupted", 130)}
+        codes: dict[type[BaseException], tuple[Status, int]] = {
+            BadInput: ("failed", 2),
+            CheckFailed: ("failed", 1),
+            KeyboardInterrupt: ("interrupted", 130),
+        }
+        status: Status
         status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", CRASHED))
         if kind is CheckFailed and (self.folder / "results.json").exists():
             status = "complete"  # the work was done; what it found does not pass, which the return code says
@@ -163,7 +171,7 @@ class Run:
             self._handler.close()
             self._lock.__exit__(None, None, None)
 
-    def _write_manifest(self, status: str, code: int) -> None:
+    def _write_manifest(self, status: Status, code: int) -> None:
         commit, dirty, reason = git_state()
         outputs = {p.relative_to(self.folder): p for p in self.folder.rglob("*") if p.parent.name != "logs"}
         if status == "complete":

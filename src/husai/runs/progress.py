@@ -19,8 +19,12 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
     if sys.stderr.isatty():
         with _bars() as bars:
             task = bars.add_task(description, total=total, completed=done)
+
+            def advance_bar(n: int = 1) -> None:
+                bars.advance(task, n)
+
             try:
-                yield lambda n=1: bars.advance(task, n)
+                yield advance_bar
             finally:
                 bars.remove_task(task)
         return

@@ -47,7 +47,8 @@ def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, scores: tuple[
 
     With them `mcc_gap_bound`: by how much the two `mcc` may fall short of the best assignment's.
     """
-    values, gap = {}, 0.0
+    values: dict[str, float] = {}
+    gap = 0.0
     everything = alive_a.all() and alive_b.all() and scores == SCORES
     parts = (("", a, b), ("_alive", a[alive_a], b[alive_b]))
     for suffix, first, second in parts if scores == SCORES else parts[1:]:

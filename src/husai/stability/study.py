@@ -197,8 +197,7 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
             for step in steps
         ]
         first, last = steps[-2:]
-        moved = jackknife(found["mcc", last] - found["mcc", first])
-        moved = moved.to_json()
+        moved = jackknife(found["mcc", last] - found["mcc", first]).to_json()
         convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": rules.at_rest(moved)}
         return {"over_training": points, "convergence": convergence}, []
 
@@ -237,11 +236,11 @@ def score_trained(
         store,
         [m["label"] for m in members],
         [own_dictionary(folder) for folder in folders],
-        control and [own_dictionary(root / m["checkpoint"]) for m in control],
+        None if control is None else [own_dictionary(root / m["checkpoint"]) for m in control],
         draws,
         threads,
         {} if control else {"shuffled": no_control},
-        random_model and [own_dictionary(root / m["checkpoint"]) for m in random_model],
+        None if random_model is None else [own_dictionary(root / m["checkpoint"]) for m in random_model],
         scores,
     )
     digests = [m["checkpoint_sha256"] for m in records]

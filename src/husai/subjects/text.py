@@ -131,7 +131,7 @@ def corpus() -> Corpus:
     data_folder()  # says what to do without the package
     known = importlib.metadata.version("sae-probes") in SIDES_APART
     elsewhere = set() if known else documents_elsewhere()
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for family, members in FAMILIES["train"].items():
         for name in members:
             found |= {document_id(text): (text, family) for text in documents(name)}

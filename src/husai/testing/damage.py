@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -163,6 +163,7 @@ VALUES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
 
 def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
     """Every place below a JSON value; of a list the first, the last, and one in the middle."""
+    keys: Sequence[Any]
     if isinstance(value, dict):
         keys = list(value)
     elif isinstance(value, list):
@@ -186,7 +187,8 @@ def changed(results: dict, at: tuple, change: Callable[[Any, Any], None]) -> dic
 
 def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
     """Each kind of damage at each place of each file."""
-    for label, file in bundle.files.items():
+    for label in bundle.files:
+        file = bundle.given(label)
         for at in places(file.results):
             place = "/".join((label, *map(str, at)))
             if _any(OPEN, place):
@@ -246,7 +248,7 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
         return Case(kind, label, there, gates, **given)
 
     for label, gates in OF_FILE.items():
-        file = bundle.files[label]
+        file = bundle.given(label)
         yield case("file not given", label, gates, file=None)
         yield case("file unreadable", label, gates, file=replace(file, results=None, problems=["unreadable"]))
         yield case("no digest", label, gates, file=replace(file, sha256=None))
@@ -260,7 +262,7 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
                 yield case(what, label, rest, file=replace(file, results=results, sha256=digest([what, label, new])))
         for what, results in _swaps(file.results, label):
             yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
-    stale = replace(bundle.files["selection"], sha256=digest("another selection"))
+    stale = replace(bundle.given("selection"), sha256=digest("another selection"))
     yield case("stale selection", "selection", OF_FILE["selection"], file=stale)
     for seed in bundle.on_disk:
         for what, there in (("absent", None), ("another", digest("another checkpoint"))):
@@ -276,10 +278,11 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
 
 def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
     """(kind, text, other text) of what one file says throughout."""
-    facts = bundle.files["confirmation"].results["candidate"]["facts"]
+    candidate = bundle.given("confirmation").results["candidate"]
+    facts = candidate["facts"]
     other = digest("another")
     if label == "phase4a":
-        own = bundle.files["phase4a"].results["husai"]["subject_digest"]
+        own = bundle.given("phase4a").results["husai"]["subject_digest"]
         yield "the candidate's own subject", own, facts["subject_digest"]
         return
     yield "another subject", facts["subject_digest"], other
@@ -289,19 +292,19 @@ def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
     if label != "transcoder":
         yield "another store", facts["store_digest"], other
         yield "another recipe", facts["training"], other
-    for sha in bundle.files["confirmation"].results["candidate"]["checkpoints"].values():
+    for sha in candidate["checkpoints"].values():
         yield "another checkpoint", sha, other
     if label in ("confirmation", "ood"):
         yield "another version", '"sae-probes": "0.4.2"', '"sae-probes": "0.4.1"'
     if label == "confirmation":
-        sets = bundle.files["confirmation"].results["bank"]["saebench"]
+        sets = bundle.given("confirmation").results["bank"]["saebench"]
         yield "another data set", f'"{sets["data_sets"][0]}"', '"2_hist_fig_birthyear"'
         yield "a family that selection read", f'"{sets["families"][0]}"', f'"{_read_family(bundle)}"'
         yield "local pairs", '"benchmark": "cebench"', '"benchmark": "contrastive_local"'
 
 
 def _read_family(bundle: Bundle) -> str:
-    return bundle.files["selection"].results["split"]["selection_families"][0]
+    return bundle.given("selection").results["split"]["selection_families"][0]
 
 
 def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
@@ -318,5 +321,9 @@ def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
     for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
         first, *rest = _at(results, at)
         for kind, pairs in (("duplicate pair", [first, *rest[:-1], first]), ("a seed paired with itself", None)):
-            new = [first | {"a": first["b"]}, *rest] if pairs is None else pairs
-            yield kind, changed(results, at, lambda parent, key, new=new: parent.__setitem__(key, new))
+            changed_pairs = [first | {"a": first["b"]}, *rest] if pairs is None else pairs
+
+            def put(parent: Any, key: Any, value: list = changed_pairs) -> None:
+                parent[key] = value
+
+            yield kind, changed(results, at, put)

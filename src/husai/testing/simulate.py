@@ -7,11 +7,12 @@ that make it in a run, so that `recompute.results_problems` finds nothing. Nothi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -136,7 +137,7 @@ def _of_matrix(x: np.ndarray) -> dict[str, float]:
 def _differences(results: Probing | Contrastive):
     """Variances of each condition's difference to its reference."""
     probed = isinstance(results, Probing)
-    families = results.families if probed else results.clusters
+    families = results.families if isinstance(results, Probing) else results.clusters
 
     def figures(records) -> np.ndarray:
         return np.array([r.test_auc[deltas.K] if probed else r.normalised_of_pairs for r in records])
@@ -259,7 +260,7 @@ def bundle(
 
 def supplied(of: Bundle) -> Bundle:
     """The same figures and the same SAEs, supplied by a user: no selection is known."""
-    files = json.loads(json.dumps({label: f.results for label, f in of.files.items()}))
+    files = json.loads(json.dumps({label: of.given(label).results for label in of.files}))
     confirmed = files["confirmation"]
     own, heldout = confirmed["candidate"], confirmed["bank"]["inputs"]["held-out activations"]
     clusters = confirmed["bank"]["cebench"]["clusters"]
@@ -286,7 +287,7 @@ def supplied(of: Bundle) -> Bundle:
         "section": section,
         "bank": {n: v for n, v in bank.items() if n in Evaluated.model_fields},
     }
-    there = replace(of.files["confirmation"], results=files["confirmation"], sha256=digest(files["confirmation"]))
+    there = replace(of.given("confirmation"), results=files["confirmation"], sha256=digest(files["confirmation"]))
     return Bundle(of.files | {"confirmation": there, "selection": None}, of.on_disk)
 
 
@@ -344,7 +345,7 @@ def _section(members: list[dict], subject: str, hook_name: str, store: str, null
     return about | {"pairs": [{"a": a, "b": b, "observed": _scores(0.4)} | below for a, b in combinations(labels, 2)]}
 
 
-def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
+def _bank(seeds: Sequence[int], sets: list[str], clusters: list[str]) -> dict:
     own, others = ([_record(f, s, f == "topk") for s in seeds] for f in ("topk", "relu"))
     saes, n, draws = own + others, len(sets), 0.5 + np.random.default_rng(0).normal(0, 0.01, (2, 2 * len(seeds), 1))
 
@@ -352,14 +353,16 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
         means = {k: dict.fromkeys(("test_auc", "test_acc", "test_f1", "val_auc"), value) for k in ks}
         return {"means": means, "test_auc": {k: [value] * n for k in ks}}
 
-    about = {"inputs": _inputs(saes), "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
+    inputs = _inputs(saes)
+    about = {"inputs": inputs, "subject": "simulated", "subject_digest": _sha("subject"), "hook_name": HOOK}
     names = [
         "llm",
         references.pca_name(Facts(**own[0]["facts"])),
         *dict.fromkeys(references.untrained_name(Facts(**r["facts"])) for r in saes),
     ]
-    probing = {"phase": "saebench_custom", **about, "data_sets": sets, "families": data_sets.families(sets)}
-    probing |= {"random_seed": 42, "probing": "sae_probes_exact", "versions": VERSIONS, "controls": []}
+    probing: dict[str, Any] = {"phase": "saebench_custom", **about}
+    probing |= {"data_sets": sets, "families": data_sets.families(sets), "random_seed": 42}
+    probing |= {"probing": "sae_probes_exact", "versions": VERSIONS, "controls": []}
     probing["saes"] = [
         r | probed(float(v)) | {"auc_by_validation": 0.5} for r, v in zip(saes, draws[0, :, 0], strict=True)
     ]
@@ -375,8 +378,9 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
         given = {"published": means, "corrected": means, "bound": bound, "normalised": value}
         return given | {"normalised_of_pairs": [value] * len(clusters)}
 
-    stories = {"phase": "cebench_custom", **about, "benchmark": "cebench", "source": "simulated stories"}
-    stories |= {"inputs": about["inputs"] | {"pairs": _sha("pairs")}, "pairs_digest": _sha("pairs")}
+    stories: dict[str, Any] = {"phase": "cebench_custom", **about}
+    stories |= {"benchmark": "cebench", "source": "simulated stories"}
+    stories |= {"inputs": inputs | {"pairs": _sha("pairs")}, "pairs_digest": _sha("pairs")}
     stories |= {"n_pairs": len(clusters), "stories_cut": 0, "clusters": clusters, "controls": [], "references": []}
     core = [{k: v for k, v in r.items() if k != "core"} for r in saes]
     stories["saes"] = [r | told(float(v)) | {"checkout": None} for r, v in zip(core, draws[1, :, 0], strict=True)]
@@ -389,19 +393,26 @@ def _bank(seeds: list[int], sets: list[str], clusters: list[str]) -> dict:
         _sha("store"),
     )
     section = {"family": "topk", "d_sae": D_SAE, "k": K, "budget": TOKENS} | section
-    recipe = {"rows": ROWS, "batch_size": 512, "learning_rate": 0.003, "null_draws": 100, "heldout_rows": 50_000}
+    recipe: dict[str, Any] = {
+        "rows": ROWS,
+        "batch_size": 512,
+        "learning_rate": 0.003,
+        "null_draws": 100,
+        "heldout_rows": 50_000,
+    }
     recipe |= {"probe_ks": [1, 5, 16], "noise_seeds": [43, 44], "max_pairs": 200}
     recipe |= {"probing": "sae_probes_exact", "core_texts": 50}  # not the default, so that a missing key is seen
     found = {"hook_name": HOOK, "store_digest": _sha("store"), "rows": ROWS, "train_rows": ROWS * 4 // 5}
-    found |= {"saebench": probing, "cebench": stories, "inputs": about["inputs"], "saes": saes, "sections": [section]}
+    found |= {"saebench": probing, "cebench": stories, "inputs": inputs, "saes": saes, "sections": [section]}
     return json.loads(json.dumps(found | {"recipe": recipe}))  # no list stands twice
 
 
 @cache
 def _frame(seeds: int) -> str:
     """JSON of every file with constant figures; the selection is made of a study, by the real rules."""
-    study = {"phase": selection.STUDIES[0], "subject": "simulated", "banks": [_bank(STUDY_SEEDS, SETS, CLUSTERS)]}
-    _derive_bank(study["banks"][0])
+    bank = _bank(STUDY_SEEDS, SETS, CLUSTERS)
+    _derive_bank(bank)
+    study = {"phase": selection.STUDIES[0], "subject": "simulated", "banks": [bank]}
     weights = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
     ranking = selection.Rules(weights, require_both_external=True)
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], ranking)
@@ -445,18 +456,19 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     section = _section(kept, *of_subject, ("random_model",))
     section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
     made = [{"seed": s, "checkpoint": f"random{s}", "checkpoint_sha256": _sha("random", s)} for s in seeds]
-    control = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
+    control: dict[str, Any] = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
     control |= {"members": [m | {"heldout": heldout} for m in made], "pairs": _section(kept, *of_subject)["pairs"]}
     inputs = {"activation store": of_subject[2], "random_model: subject": control["subject_digest"]}
     inputs |= {"random_model: activations": control["store_digest"]}
     inputs |= {f"random_model: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(made, 1)}
-    meaningless = {"phase": "random_model_stress", "inputs": tested | inputs, **about, "random_model": control}
-    meaningless |= {"shuffled": None, "section": section}
+    meaningless: dict[str, Any] = {"phase": "random_model_stress", "inputs": tested | inputs, **about}
+    meaningless |= {"random_model": control, "shuffled": None, "section": section}
 
-    setting = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(1), strict=True)) | {"layer": 1, "seeds": seeds}
+    setting: dict[str, Any] = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(1), strict=True))
+    setting |= {"layer": 1, "seeds": seeds}
     setting |= {"preregistered": True, "d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512}
     setting |= {"learning_rate": 0.003, "subject_digest": of_subject[0], "own_subject": True}
-    other = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
+    other: dict[str, Any] = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
     other["inputs"] = tested | {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
     for arm, family in rules.ARMS.items():
         trained = [_member(_sha(arm, s), s, heldout, family) for s in seeds]
@@ -478,7 +490,7 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
         "compared_rows": 20_000,
         "saes": [s | {"rank": 50} | sides for s in each],
     }
-    ood = {
+    ood: dict[str, Any] = {
         "phase": "ood_stress",
         "inputs": tested | {"shifted activations": _sha("shift"), "probed texts": _sha("texts")},
     }
@@ -496,7 +508,7 @@ def _derive(files: dict) -> None:
         _summarise(section)
     own, control = OwnSection.model_validate(sections[0]), Control.model_validate(sections[1])
     meaningless |= {"gain": random_model.gain(own, control), "verdict": random_model.verdict(own, control)}
-    open_ones = {"gain": {}, "explained_variance": {}, "verdict": {}}
+    open_ones: dict[str, dict] = {"gain": {}, "explained_variance": {}, "verdict": {}}
     made = transcoder.concluded(TranscoderStress.model_validate(other | open_ones)).to_json()
     other |= {name: made[name] for name in ("setting", *open_ones)}
     ood["activations"]["change"] = drop.change(ood["activations"]["saes"])
@@ -515,8 +527,9 @@ def _derive_bank(bank: dict) -> None:
 
 
 def _derive_benchmarks(bank: dict) -> None:
-    for name, schema, again in (("saebench", Probing, deltas.saebench), ("cebench", Contrastive, deltas.contrastive)):
-        bank[name]["conditions"] = again(schema.model_validate(bank[name] | {"conditions": []}))
+    probing, pairs = bank["saebench"], bank["cebench"]
+    probing["conditions"] = deltas.saebench(Probing.model_validate(probing | {"conditions": []}))
+    pairs["conditions"] = deltas.contrastive(Contrastive.model_validate(pairs | {"conditions": []}))
 
 
 def _means(bank: dict) -> None:

@@ -62,7 +62,8 @@ def passes(members: list[Member], sizes: Sizes, device: torch.device) -> list[li
         BadInput: a member does not fit by itself.
     """
     available = budget(device)
-    out, used = [[]], 0
+    out: list[list[int]] = [[]]
+    used = 0
     for i, m in enumerate(members):
         need = state_bytes(m, sizes, device)
         if need + step_bytes(m, sizes) > available:

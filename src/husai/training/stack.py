@@ -119,6 +119,7 @@ class Stack:
         self.aux_steps = torch.zeros(n, dtype=torch.long, device=device)
         self.consistency: Consistency | None = None
         if any(m.reference for m in members):
+            assert references is not None  # `check_references` saw them
             weights = [m.assignment_weight for m in members]
             like = self.params["W_dec"].detach()
             self.consistency = Consistency([m.reference for m in members], weights, references, like)

@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -199,9 +200,10 @@ def train(
         shape = Shape(store.d_in, target.d_in, members[chosen[0]].d_sae)
         stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype, *apart)))
 
-    key = {"members": [asdict(m) for m in members], "config": asdict(config), "settings": asdict(settings)}
-    key |= {"every": references and references.every, "stacks": divided}
-    key = digest(key | {"store": store.digest, "target": target.digest})
+    settled: dict[str, Any] = {"members": [asdict(m) for m in members]}
+    settled |= {"config": asdict(config), "settings": asdict(settings)}
+    settled |= {"every": None if references is None else references.every, "stacks": divided}
+    key = digest(settled | {"store": store.digest, "target": target.digest})
     curve_steps = sorted(
         {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
     )
@@ -286,7 +288,7 @@ def check_references(store: ActivationStore, members: list[Member], references: 
             raise BadInput(f"seed {m.seed}: assignment weight {m.assignment_weight} without a reference")
         if m.reference is None:
             continue
-        reference = references and references.decoders.get(m.reference)
+        reference = None if references is None else references.decoders.get(m.reference)
         shape = None if reference is None else tuple(reference.shape)
         if shape != (m.d_sae, store.d_in) or "transcoder" in m.family:
             raise BadInput(f"seed {m.seed}: reference of shape {shape}; an SAE's ({m.d_sae}, {store.d_in}) expected")
