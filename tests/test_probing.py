@@ -36,7 +36,7 @@ def objective(x, y, w, b, C) -> float:
     return C * np.logaddexp(0, -(2 * y - 1) * (x @ w + b)).sum() + np.abs(w).sum()
 
 
-@pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # then it is no better than ours, which is the claim
+@pytest.mark.filterwarnings("ignore:Liblinear failed to converge")  # ours is at least as good, converged or not
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6), k=st.sampled_from([1, 3, 8]))
 def test_every_fit_of_the_path_is_the_optimum(seed, k):
