@@ -678,7 +678,7 @@ def test_bad_input_from_the_shell(refused, trained, common, small_activations, t
         (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], ["--checkpoint", tmp_path / "none"]),
         (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], [tmp_path / "wide", "d_in 8", "16"]),
         (SAEBENCH, ["--checkpoint", trained["random"], *common], ["checkpoint: ", trained["random"]]),
-        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], "--random-model-checkpoint: "),
+        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], ["--random-model-checkpoint: ", ": none;"]),
         (CEBENCH, [*own, "--cebench-matched-baseline-map", nowhere], [f"{nowhere}: 'default'", "nowhere.json"]),
         (CEBENCH, [*own, "--stories", tmp_path / "stories.csv"], [tmp_path / "stories.csv", "story2"]),
         (CEBENCH, [*own, "--min-delta", 1.5], "--min-delta 1.5: "),

@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     beyond = ["blocks.7.hook_x" if w == HOOK else w for w in where]
     no("--hook-name blocks.7.hook_x: ", "--checkpoint", *foreign, where=beyond)
     for others in (foreign, saes):
-        no("--random-model-checkpoint: ", "--checkpoint", *saes, "--random-model-checkpoint", *others)
+        no(["--random-model-checkpoint: ", ": none;"], "--checkpoint", *saes, "--random-model-checkpoint", *others)
     no("--stories nobody/stories: ", "--checkpoint", *saes, "--stories", "nobody/stories")
     no(f"--artifact-root: {saes[0] / 'cfg.json'} ", "--checkpoint", *saes, "--artifact-root", saes[0] / "cfg.json")
     damaged = tmp_path / "damaged"

@@ -151,7 +151,7 @@ def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, 
     refused(["--random-model-checkpoint: ", "tokens"], *here, train(structured, "shorter", random_seed=0, tokens=2000))
     refused(["--random-model-checkpoint: ", "seed6", "seed "], *here, train(structured, "others", [1, 2, 3, 4, 6], 0))
     refused(["--random-model-checkpoint: 3 ", "5"], *here, train(structured, "fewer", SEEDS[:3], 0))
-    refused("--random-model-checkpoint: ", *here, saes)
+    refused(["--random-model-checkpoint: ", ": none;"], *here, saes)
     alike = train(structured, "alike", random_seed=0)
     results = stress(RANDOM_MODEL, structured, saes, "--random-model-checkpoint", alike)
     assert results["verdict"]["outcome"] == "holds"

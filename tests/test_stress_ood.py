@@ -320,9 +320,9 @@ def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path)
 def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
     own = ["--checkpoint", trained["own"], *common]
     transcoder = {"W_enc": torch.eye(16), "b_enc": torch.zeros(16), "W_dec": torch.eye(16), "b_dec": torch.zeros(16)}
-    checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "transcoder")
+    checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "other")
     for arguments, named in (
-        (["--checkpoint", tmp_path / "transcoder", *common], f"{tmp_path / 'transcoder'} "),
+        (["--checkpoint", tmp_path / "other", *common], [tmp_path / "other", "transcoder"]),
         (["--checkpoint", trained["own"], trained["other"], *common], ["checkpoint: ", "d32", "d_sae"]),
         (["--checkpoint", tmp_path / "none", *common], ["--checkpoint: ", tmp_path / "none"]),
         (
