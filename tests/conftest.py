@@ -117,15 +117,18 @@ def run_script(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run_script):
-    """`refused(message, script, *arguments)`: exit code 2 and one line on stderr that holds the message."""
+    """`refused(named, script, *arguments)`: exit code 2 and one line, the last on stderr, that names each of `named`.
 
-    def check(message, script, *arguments):
+    `named` is a flag, a place or what the user gave, or several of these; `test_wording.py` holds the sentences.
+    """
+
+    def check(named, script, *arguments):
         code, _, err = run_script(script, *arguments)
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code == 2, err
-        assert len(lines) == 1
-        assert err.splitlines()[-1] == lines[0]
-        assert message in lines[0]
-        assert sum(message in line for line in err.splitlines()) == 1
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert err.splitlines()[-1] == line
+        assert err.count(line.removeprefix("error: ")) == 1, "it is said once"
+        for name in named if isinstance(named, list | tuple) else [named]:
+            assert str(name) in line, line
 
     return check

@@ -1,6 +1,7 @@
 """The store and the order of its rows."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_non_finite_rows_are_refused_with_their_place(tmp_path, bad):
     x[1234, 2] = bad
     writer = StoreWriter(tmp_path, 5)
     writer.append(x[:1000])
-    with pytest.raises(BadInput, match="row 1234 holds a NaN"):
+    with pytest.raises(BadInput, match=r"row 1234 .*NaN"):
         writer.append(x[1000:])
 
 
@@ -62,31 +63,31 @@ def edit_manifest(change):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "place"),
     [
-        (lambda f: (f / "manifest.json").unlink(), "does not exist"),
-        (lambda f: (f / "manifest.json").write_text("{"), "not readable as strict JSON"),
-        (edit_manifest(lambda m: m.update(rows="many")), "rows: "),
-        (edit_manifest(lambda m: m.update(surprise=1)), "surprise: Extra inputs"),
-        (edit_manifest(lambda m: m.pop("hook_name")), "hook_name: Field required"),
-        (lambda f: (f / "shard-00001.safetensors").unlink(), "missing or truncated"),
-        (lambda f: (f / "shard-00001.safetensors").write_bytes(b"x"), "missing or truncated"),
-        (lambda f: flip(f / "shard-00001.safetensors"), "sha256 differs"),
-        (lambda f: flip(f / "stats.safetensors"), "sha256 differs"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json"),
+        (edit_manifest(lambda m: m.update(rows="many")), "manifest.json: rows:"),
+        (edit_manifest(lambda m: m.update(surprise=1)), "manifest.json: surprise:"),
+        (edit_manifest(lambda m: m.pop("hook_name")), "manifest.json: hook_name:"),
+        (lambda f: (f / "shard-00001.safetensors").unlink(), "shard-00001.safetensors"),
+        (lambda f: (f / "shard-00001.safetensors").write_bytes(b"x"), "shard-00001.safetensors"),
+        (lambda f: flip(f / "shard-00001.safetensors"), "shard-00001.safetensors"),
+        (lambda f: flip(f / "stats.safetensors"), "stats.safetensors"),
     ],
 )
-def test_damaged_stores_are_refused(make_store, damage, message):
+def test_damaged_stores_are_refused(make_store, damage, place):
     store = make_store(rows(), shard_rows=1000)
     damage(store.folder)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=f"{store.folder}/{re.escape(place)}"):
         ActivationStore.open(store.folder)
 
 
 def test_a_store_of_another_subject_or_hook_is_refused(make_store):
     folder = make_store(rows()).folder
-    with pytest.raises(BadInput, match="was harvested from subject 0000"):
+    with pytest.raises(BadInput, match=r"0{64}.* 1{64}"):
         ActivationStore.open(folder, subject_digest="1" * 64)
-    with pytest.raises(BadInput, match="was harvested from hook hook; other expected"):
+    with pytest.raises(BadInput, match=r"\bhook\b.* other\b"):
         ActivationStore.open(folder, hook_name="other")
     assert ActivationStore.open(folder, subject_digest="0" * 64, hook_name="hook").rows == 2500
 
@@ -114,16 +115,16 @@ def test_another_hook_position_or_subject_is_another_store(small_subject):
 
 
 @pytest.mark.parametrize(
-    ("hook", "position", "message"),
+    ("hook", "position", "named"),
     [
-        ("blocks.7.hook_resid_post", None, "no such hook point; among those it has: blocks.0.hook_resid_pre"),
-        ("blocks.0.attn.hook_q", None, r"shape \[529, 3, 2, 8\]; \[batch, position, d_in\] expected"),
-        ("blocks.0.hook_resid_post", 3, "--position 3: the sequence has positions 0 to 2"),
+        ("blocks.7.hook_resid_post", None, "--hook-name blocks.7.hook_resid_post: .*blocks.0.hook_resid_pre"),
+        ("blocks.0.attn.hook_q", None, r"--hook-name blocks.0.attn.hook_q: .*\[529, 3, 2, 8\]"),
+        ("blocks.0.hook_resid_post", 3, "--position 3: .*2"),
     ],
 )
-def test_impossible_harvests_are_refused(small_subject, hook, position, message):
+def test_impossible_harvests_are_refused(small_subject, hook, position, named):
     root, folder = small_subject
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=named):
         harvest_modular_addition(folder, root / "activations", hook, position)
     assert not list((root / "activations").glob(".*.partial/manifest.json"))
 
@@ -196,5 +197,5 @@ def test_a_non_finite_shard_is_refused_when_read(make_store):
     x = rows()
     x[7, 0] = float("nan")
     save_file({"activations": x}, store.folder / "shard-00000.safetensors")
-    with pytest.raises(BadInput, match="NaN or infinite value"):
+    with pytest.raises(BadInput, match=f"{store.folder}, rows 0 to 100: NaN"):
         store.read(0, 100)

@@ -1,6 +1,7 @@
 """External benchmarks: SAEBench's probing, CE-Bench's score, matched baselines, inference over seeds and data sets."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -87,12 +88,12 @@ def test_interval_over_seeds_and_data_sets_against_its_formula():
     assert e.standard_error == pytest.approx(np.sqrt(variance))
     assert e.high - e.estimate == pytest.approx(4.302653 * np.sqrt(variance), rel=1e-5)  # t(2)
     one = mean_over_seeds_and_sets(x[:1], families)
-    assert (one.n_seeds, one.low is not None, "not over seeds" in one.method) == (1, True, True)
+    assert (one.n_seeds, one.low is not None, one.method != e.method) == (1, True, True)
     alone = mean_over_seeds_and_sets(x, ["a"] * 6)
     assert alone.low is None
     assert "2 families" in alone.reason
     for bad in (np.full((2, 6), np.nan), np.zeros((0, 6)), np.zeros((3, 5))):
-        with pytest.raises(ValueError, match="finite figures expected"):
+        with pytest.raises(ValueError, match="finite"):
             mean_over_seeds_and_sets(bad, families)
 
 
@@ -158,11 +159,11 @@ def test_a_reference_matches_only_where_every_fact_does():
     assert references.unmatched(facts(), facts(family="relu", seed=9, l0=8.7)) is None
     for name in references.ALIKE:
         other = 65 if isinstance(getattr(OWN, name), int) else "other"
-        assert name in references.unmatched(facts(), facts(**{name: other}))
-        assert f"{name} of the reference is not known" == references.unmatched(facts(), facts(**{name: None}))
-    assert "more than 10 %" in references.unmatched(facts(), facts(l0=8.9))
-    assert "more than 10 %" in references.unmatched(facts(l0=8.9), facts())
-    assert "more than 10 %" in references.unmatched(facts(), facts(l0=0.0))
+        assert {name, str(other)} <= set(references.unmatched(facts(), facts(**{name: other})).split())
+        assert {name, "reference"} <= set(references.unmatched(facts(), facts(**{name: None})).split())
+    assert {"L0", "8.0", "8.9"} <= set(references.unmatched(facts(), facts(l0=8.9)).split())
+    assert {"L0", "8.0", "8.9"} <= set(references.unmatched(facts(l0=8.9), facts()).split())
+    assert {"L0", "8.0", "0.0"} <= set(references.unmatched(facts(), facts(l0=0.0)).split())
 
 
 def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
@@ -170,11 +171,11 @@ def test_the_matched_reference_is_relu_or_for_relu_topk_and_the_nearest():
     assert references.matched([record("c")], [far, near, record("t")]).records == [near]
     assert references.matched([near], [record("t"), far]).records == [record("t")]
     none = references.matched([record("c")], [record("t")])
-    assert (none.records, none.reason) == ([], "no relu reference whose facts are known is at hand")
+    assert (none.records, "relu" in none.reason) == ([], True)
     wide = references.matched([record("c")], [record("w", family="relu", d_sae=128)])
-    assert wide.reason == "d_sae differs: 64 and 128"
+    assert all(word in wide.reason for word in ("d_sae", "64", "128"))
     delta = deltas.against_reference([record("c")], [record("w", family="relu", d_sae=128)], {}, [])
-    assert delta == {"estimate": None, "low": None, "high": None, "reason": "d_sae differs: 64 and 128"}
+    assert delta == {"estimate": None, "low": None, "high": None, "reason": wide.reason}
 
 
 def test_a_single_reference_gives_no_interval_over_seeds():
@@ -186,9 +187,10 @@ def test_a_single_reference_gives_no_interval_over_seeds():
     families = ["a", "a", "b", "c"]
     one = deltas.against_reference(group, [first], values, families)
     assert (one["n_seeds"], one["estimate"]) == (1, 1.5)
-    assert "not over seeds" in one["method"]
     two = deltas.against_reference(group, [first, second], values, families)
     assert two["n_seeds"] == 2, "the other three have no partner"
+    methods = [mean_over_seeds_and_sets(np.arange(4.0 * n).reshape(n, 4), families).method for n in (1, 5)]
+    assert (one["method"], methods[0] == methods[1]) == (methods[0], False), "an interval over data sets alone"
 
 
 def test_controls_must_be_alike():
@@ -200,12 +202,12 @@ def test_controls_must_be_alike():
     families = ["a", "b", "b"]
     assert deltas.against_controls(group, [control()], values, families)["estimate"] == 1
     for changed, why in (
-        ({"family": "relu"}, "none was trained alike: family differs"),
-        ({"tokens": 7}, "none was trained alike: tokens differs"),
-        ({"l0": 9.0}, "L0 differs by more than 10 %"),
+        ({"family": "relu"}, "family"),
+        ({"tokens": 7}, "tokens"),
+        ({"l0": 9.0}, "L0"),
     ):
-        assert deltas.against_controls(group, [control(**changed)], values, families)["reason"] == why
-    assert deltas.against_controls(group, [], values, families)["reason"].startswith("no checkpoint was given")
+        assert why in deltas.against_controls(group, [control(**changed)], values, families)["reason"].split()
+    assert "--random-model-checkpoint" in deltas.against_controls(group, [], values, families)["reason"]
 
 
 def test_untrained_saes_have_the_l0_that_was_reached():
@@ -227,7 +229,7 @@ def test_damaged_summaries(tmp_path):
         {"saes": [written | {"facts": {}}], "n_pairs": 1},
     ):
         path.write_text(json.dumps(damaged))
-        with pytest.raises(BadInput, match="baseline summary"):
+        with pytest.raises(BadInput, match=str(path)):
             baselines.read_summary(path)
     path.write_text(json.dumps({"saes": [written], "n_pairs": 1}))
     assert baselines.read_summary(path) == baselines.Summary([whole], {"1" * 64: 0.5}, None)
@@ -241,22 +243,23 @@ def test_baseline_map(tmp_path):
     other = baselines.write_map(tmp_path / "other.json", "hook_embed", "results.json")
     assert baselines.lookup(other, "hook_embed")[0] == tmp_path / "results.json"
     found, reason = baselines.lookup(path, "blocks.2.hook_resid_pre")
-    assert (found, reason) == (None, f"{baselines.MAP} names no baseline for blocks.2.hook_resid_pre")
+    assert (found, {baselines.MAP, "blocks.2.hook_resid_pre"} <= set(reason.split())) == (None, True)
     path.write_text('{"default": "nowhere.json"}')
-    with pytest.raises(BadInput, match=r"'default' names nowhere\.json, which does not exist"):
+    with pytest.raises(BadInput, match=rf"{path}: 'default' .*nowhere\.json"):
         baselines.lookup(path, HOOK)
     for wrong in ("[]", '{"default": 3}'):
         path.write_text(wrong)
-        with pytest.raises(BadInput, match="an object of paths or nulls expected"):
+        with pytest.raises(BadInput, match=str(path)):
             baselines.lookup(path, HOOK)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published cycle-3 files are not on this machine")
 def test_the_published_map_and_summary_give_no_difference_but_a_reason():
     path = PUBLISHED / "cebench_baseline_map.json"
-    assert baselines.lookup(path, HOOK) == (None, f"{path.name} names no baseline for {HOOK}")
+    found, reason = baselines.lookup(path, HOOK)
+    assert (found, {path.name, HOOK} <= set(reason.split())) == (None, True)
     summary = baselines.read_summary(PUBLISHED / "cebench_matched200_summary.json")
-    assert deltas.against_reference([record("c")], summary.references, {}, [])["reason"].startswith("no relu reference")
+    assert "relu" in deltas.against_reference([record("c")], summary.references, {}, [])["reason"].split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,9 +280,9 @@ def test_the_bound_is_reached_by_one_active_feature():
 def test_an_unreachable_minimum_is_refused():
     contrastive.refuse_unreachable(0.0)
     contrastive.refuse_unreachable(0.3, reference=0.7)
-    with pytest.raises(BadInput, match="cannot be reached; a normalised score is at most 1"):
+    with pytest.raises(BadInput, match=r"--min-delta 1\.5: "):
         contrastive.refuse_unreachable(1.5)
-    with pytest.raises(BadInput, match=r"a reference already reaches 0\.7500"):
+    with pytest.raises(BadInput, match=r"--min-delta 0\.3: .*0\.7500"):
         contrastive.refuse_unreachable(0.3, reference=0.75)
 
 
@@ -319,7 +322,7 @@ def test_local_pairs_are_of_two_classes_and_seeded():
     ours = [p for p in a.rows if p["subject"] == SETS[1]]
     assert len(ours) == 3
     assert all(label[p["story1"]] != label[p["story2"]] for p in ours)
-    with pytest.raises(BadInput, match=r"--max-rows 100000: 95_toxic_is holds \d+ pairs"):
+    with pytest.raises(BadInput, match=r"--max-rows 100000: 95_toxic_is .*\b364\b.*\b50000\b"):
         contrastive.local_pairs(SETS, 100_000, 0)
 
 
@@ -342,9 +345,9 @@ def test_bad_stories(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"story1": "a", "subject": "s"}\n')
     (tmp_path / "empty").mkdir()
     for name, message in (
-        (str(tmp_path / "a.jsonl"), "column story2 is missing"),
-        (str(tmp_path / "empty"), "holds no .jsonl"),
-        ("nowhere", "neither a path nor a data set"),
+        (str(tmp_path / "a.jsonl"), r"a\.jsonl: .*story2"),
+        (str(tmp_path / "empty"), r"empty .*\.jsonl"),
+        ("nowhere", f"--stories nowhere: .*{contrastive.PUBLISHED}"),
     ):
         with pytest.raises(BadInput, match=message):
             contrastive.published_pairs(name, None, 0)
@@ -407,17 +410,17 @@ def test_data_sets_that_are_trained_on_or_unknown_are_refused(few, monkeypatch):
     assert sae_probes.check_data_sets(SETS) == SETS
     assert len(sae_probes.check_data_sets(["probe"])) == 94
     for names, message in (
-        (["100_news_fake"], "is text that language model and SAEs are trained on"),
-        (["2_hist_fig_birthyear"], "is not one of sae-probes' 113 binary data sets"),
-        (["nothing"], "data set 'nothing'"),
-        (["95_toxic_is", "probe"], "95_toxic_is is named twice"),
+        (["100_news_fake"], "--dataset-names: 100_news_fake "),
+        (["2_hist_fig_birthyear"], r"--dataset-names: 2_hist_fig_birthyear .*\b113\b"),
+        (["nothing"], "'nothing'"),
+        (["95_toxic_is", "probe"], r"--dataset-names: 95_toxic_is \D*$"),
     ):
         with pytest.raises(BadInput, match=message):
             sae_probes.check_data_sets(names)
     assert len(set(data_sets.families(sae_probes.check_data_sets(["probe"])))) > 20
     seen = text.Corpus(train=text.documents(SETS[0])[:7], heldout=[], heldout_families=[], dropped=0)
     monkeypatch.setattr(text, "corpus", lambda: seen)
-    with pytest.raises(BadInput, match=r"95_toxic_is shares \d+ documents with the training text"):
+    with pytest.raises(BadInput, match=r"--dataset-names: 95_toxic_is .*\b10\b"):
         sae_probes.check_data_sets(SETS)
 
 
@@ -433,7 +436,7 @@ def test_an_sae_is_told_by_how_it_encodes_too(make_store, subject, tmp_path):
     assert len({c.record.checkpoint_sha256 for c in found}) == 1
     other = {"model_name": "gpt2", "hook_name": HOOK}
     checkpoints.save(SAE(sae.weights, "topk", 2, True, other), tmp_path / "other")
-    with pytest.raises(BadInput, match="was made for gpt2; the subject is miniature"):
+    with pytest.raises(BadInput, match=f"{tmp_path / 'other'} .*gpt2.* miniature"):
         loaded.open_all([tmp_path / "other"], store, "checkpoint", subject, tmp_path / "root")
 
 
@@ -444,7 +447,7 @@ def test_two_saes_of_one_condition_and_seed_are_refused(trained, make_store, sub
     from dataclasses import replace
 
     other = found[0].record.model_copy(update={"identity": "1" * 64})
-    with pytest.raises(BadInput, match="of one condition and seed"):
+    with pytest.raises(BadInput, match=f"{found[0].folder} "):
         loaded.refuse_twins([*found, replace(found[0], record=other)])
 
 
@@ -504,10 +507,10 @@ def test_probing_is_the_librarys_own_and_never_stale(task, tmp_path):
     rows = json.loads(before)
     rows[0]["test_auc"] = float("nan")
     task.file(SETS[0]).write_text(json.dumps(rows))
-    with pytest.raises(CheckFailed, match="left no whole result for 95_toxic_is"):
+    with pytest.raises(CheckFailed, match=f"95_toxic_is .*{task.file(SETS[0])}"):
         sae_probes.figures(task)
     (task.folder / "key.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds other results than its name says"):
+    with pytest.raises(BadInput, match=f"{task.folder} "):
         sae_probes.run([task], 1, tmp_path)
 
 
@@ -541,9 +544,9 @@ def test_saebench_from_the_shell(run_script, trained, common, tmp_path):
     random_model = [np.mean(r["test_auc"]["5"]) for r in results["controls"]]
     assert topk["delta"]["random_model"]["estimate"] == pytest.approx(np.mean(of) - np.mean(random_model))
     assert topk["delta"]["llm"]["low"] < topk["delta"]["llm"]["estimate"] < topk["delta"]["llm"]["high"]
-    assert topk["delta"]["reference"]["reason"].startswith("L0 differs by more than 10 %"), "ReLU was hardly trained"
+    assert topk["delta"]["reference"]["reason"].startswith("L0 "), "ReLU was hardly trained"
     assert results["noise"]["auc"]["5"]["minimum_detectable_difference"] > 0
-    assert "none: L0 differs" in out
+    assert f"none: {topk['delta']['reference']['reason']}" in out
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(SAEBENCH, *arguments)[0] == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == before
@@ -610,8 +613,8 @@ def test_feature_examples_from_the_shell(run_script, refused, trained, common, f
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(EXAMPLES, "--checkpoint", *topk, "--features", 10, *common, "--force")[0] == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == before
-    refused("SAEs of one condition expected", EXAMPLES, "--checkpoint", trained["own"], *common)
-    refused("at least 2 expected", EXAMPLES, "--checkpoint", topk[0], *common)
+    refused(("--checkpoint", "relu d24 k3", "topk d24 k3"), EXAMPLES, "--checkpoint", trained["own"], *common)
+    refused("--checkpoint: 1 SAE", EXAMPLES, "--checkpoint", topk[0], *common)
 
 
 def test_cebench_from_the_shell(run_script, trained, common, tmp_path):
@@ -621,7 +624,7 @@ def test_cebench_from_the_shell(run_script, trained, common, tmp_path):
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["benchmark"], results["n_pairs"]) == ("contrastive_local", 12)
-    assert "these figures are not CE-Bench's" in out
+    assert "not CE-Bench" in out.splitlines()[0]
     for r in results["saes"]:
         assert r["normalised"] == pytest.approx(r["corrected"]["interpretability"] / r["bound"])
         assert 0 < r["normalised"] <= 1
@@ -630,7 +633,7 @@ def test_cebench_from_the_shell(run_script, trained, common, tmp_path):
     code, _, err = run_script(CEBENCH, *arguments, "--output-dir", tmp_path / "second", *again)
     assert code == 1
     assert "inconclusive" in err
-    assert "contrastive_local, provisional" in err, "a minimum is met on CE-Bench's own stories alone"
+    assert "contrastive_local" in err, "a minimum is met on CE-Bench's own stories alone"
     second = json.loads((tmp_path / "second" / "results.json").read_text())
     assert len(second["references"]) == 6
     assert second["conditions"] == results["conditions"], "the same SAEs as references once more"
@@ -650,7 +653,7 @@ def test_stories_count_by_their_content(run_script, trained, common, tmp_path):
         digests.append(results["pairs_digest"])
         assert results["benchmark"] == "cebench_local_copy"
         assert results["noise"]["minimum_detectable_difference"] is None
-        assert "noise is not known" in out
+        assert results["noise"]["reason"] in out
     assert digests[0] != digests[1]
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
     stories.write_text('{"story1": "", "story2": "b", "subject": "s"}\n')
@@ -667,31 +670,31 @@ def test_bad_input_from_the_shell(refused, trained, common, small_activations, t
         {"W_enc": torch.eye(8), "b_enc": torch.zeros(8), "W_dec": torch.eye(8), "b_dec": torch.zeros(8)}, "standard"
     )
     checkpoints.save(wide, tmp_path / "wide")
-    for script, arguments, message in (
-        (SAEBENCH, [*own, "--hook-name", "blocks.7.hook_resid_pre", "--hook-layer", 7], "no such hook point"),
-        (SAEBENCH, [*own, "--hook-name", "blocks.0.hook_mlp_out"], "--hook-layer 1 with --hook-name"),
-        (SAEBENCH, [*own, "--dataset-names", "nothing"], "data set 'nothing'"),
-        (SAEBENCH, [*own, "--ks", "1,2"], "--ks"),
-        (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], "is not a folder"),
-        (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], "has d_in 8; the activations have 16"),
-        (SAEBENCH, ["--checkpoint", trained["random"], *common], "trained on another subject"),
-        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], "trained on one random-weights model expected"),
-        (CEBENCH, [*own, "--cebench-matched-baseline-map", nowhere], "names nowhere.json, which does not exist"),
-        (CEBENCH, [*own, "--stories", tmp_path / "stories.csv"], "column story2 is missing"),
-        (CEBENCH, [*own, "--min-delta", 1.5], "cannot be reached"),
-        (CEBENCH, [*own, "--max-rows", 0], "is not a whole number of at least 1"),
-        (CEBENCH, [*own, "--cebench-repo", tmp_path], "a checkout of Yusen-Peng/CE-Bench expected"),
-        (OFFICIAL, [*common, "--cebench-repo", tmp_path], "a checkout of Yusen-Peng/CE-Bench expected"),
-        (OFFICIAL, [*common, "--checkpoint", tmp_path / "wide"], "has d_in 8"),
+    for script, arguments, named in (
+        (SAEBENCH, [*own, "--hook-name", "blocks.7.hook_resid_pre", "--hook-layer", 7], "blocks.7.hook_resid_pre: "),
+        (SAEBENCH, [*own, "--hook-name", "blocks.0.hook_mlp_out"], ["--hook-layer 1", "blocks.0.hook_mlp_out"]),
+        (SAEBENCH, [*own, "--dataset-names", "nothing"], "'nothing'"),
+        (SAEBENCH, [*own, "--ks", "1,2"], ["--ks", "5"]),
+        (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], ["--checkpoint", tmp_path / "none"]),
+        (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], [tmp_path / "wide", "d_in 8", "16"]),
+        (SAEBENCH, ["--checkpoint", trained["random"], *common], ["checkpoint: ", trained["random"]]),
+        (SAEBENCH, [*own, "--random-model-checkpoint", trained["own"]], ["--random-model-checkpoint: ", ": none;"]),
+        (CEBENCH, [*own, "--cebench-matched-baseline-map", nowhere], [f"{nowhere}: 'default'", "nowhere.json"]),
+        (CEBENCH, [*own, "--stories", tmp_path / "stories.csv"], [tmp_path / "stories.csv", "story2"]),
+        (CEBENCH, [*own, "--min-delta", 1.5], "--min-delta 1.5: "),
+        (CEBENCH, [*own, "--max-rows", 0], ["--max-rows: ", "'0'"]),
+        (CEBENCH, [*own, "--cebench-repo", tmp_path], tmp_path / "ce_bench" / "CE_Bench.py"),
+        (OFFICIAL, [*common, "--cebench-repo", tmp_path], tmp_path / "ce_bench" / "CE_Bench.py"),
+        (OFFICIAL, [*common, "--checkpoint", tmp_path / "wide"], [tmp_path / "wide", "d_in 8"]),
     ):
-        refused(message, script, *arguments)
+        refused(named, script, *arguments)
         assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_preflight_says_what_would_run(run_script, common, tmp_path):
     code, out, err = run_script(OFFICIAL, *common)
     assert code == 0, err
-    assert "Nothing was run" in out
+    assert "--execute" in out.strip().splitlines()[-1]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {p["name"] for p in results["preflight"] if p["runs"]} >= {"saebench_custom", "cebench_custom", "core"}
     assert all(p["reason"] for p in results["preflight"] if not p["runs"])
@@ -706,7 +709,7 @@ def test_a_failed_command_fails_the_run_after_the_others(run_script, trained, co
     arguments = [*common, "--execute", "--checkpoint", one, "--evals", "cebench_custom,core"]
     code, _, err = run_script(OFFICIAL, *arguments, "--cebench-repo", tmp_path / "repo")
     assert code == 1, err
-    assert "1 of 2 commands failed: cebench_custom (return code 1" in err
+    assert re.search(r"^error: 1 of 2 .*: cebench_custom \(.*\b1\b", err, re.M)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     failed, core = results["executed"]
     assert (failed["return_code"], core["return_code"], core["metric"]) == (1, 0, "ce_loss_score")

@@ -142,7 +142,7 @@ def test_a_later_version_gets_the_subject_and_gives_dicts(dictionary, pairs, tmp
 
 
 def test_no_checkout(dictionary, tmp_path):
-    with pytest.raises(BadInput, match=r"CE_Bench\.py does not exist"):
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / cebench_checkout.SCRIPT))):
         cebench_checkout.run(tmp_path, "husai-tiny", None, dictionary[1], [], tmp_path / "work", "cpu")
     assert not (tmp_path / "work").exists()
 
@@ -155,27 +155,27 @@ def test_an_exit_code_is_told_with_the_last_line_and_the_log(dictionary, tmp_pat
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(CheckFailed) as failed:
         cebench_checkout.run(repo, "husai-tiny", None, dictionary[1], [], tmp_path / "work", "cpu")
-    message = str(failed.value)
-    assert message == f"CE-Bench: exit code 3 (ValueError: no such thing); log: {tmp_path}/work/cebench.log"
+    for told in ("3", "ValueError: no such thing", f"{tmp_path}/work/cebench.log"):
+        assert told in str(failed.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (None, "0 results.json"),
-        ('{"total_rows": 2', "not a result of 2 pairs"),
-        ('{"total_rows": 3}', "not a result of 2 pairs"),
-        ('{"total_rows": 2, "contrastive_score_mean": NaN}', "contrastive_score_mean is nan"),
-        ('{"total_rows": 2, "contrastive_score_mean": {"mean": 0.0}}', "contrastive_score_mean is None"),
-        ('{"total_rows": 2, "contrastive_score_mean": {"max": Infinity}}', "contrastive_score_mean is inf"),
+        (None, r"\b0 results\.json"),
+        ('{"total_rows": 2', r"results\.json .*\b2\b"),
+        ('{"total_rows": 3}', r"results\.json .*\b2\b"),
+        ('{"total_rows": 2, "contrastive_score_mean": NaN}', "contrastive_score_mean .*nan"),
+        ('{"total_rows": 2, "contrastive_score_mean": {"mean": 0.0}}', "contrastive_score_mean .*None"),
+        ('{"total_rows": 2, "contrastive_score_mean": {"max": Infinity}}', "contrastive_score_mean .*inf"),
     ],
 )
-def test_a_result_that_cannot_be_used(content, message, tmp_path):
+def test_a_result_that_cannot_be_used(content, named, tmp_path):
     results = tmp_path / "interpretability_eval" / "husai" / "custom_sae" / "results.json"
     results.parent.mkdir(parents=True)
     if content is not None:
         results.write_text(content)
-    with pytest.raises(CheckFailed, match=message) as failed:
+    with pytest.raises(CheckFailed, match=named) as failed:
         cebench_checkout.read_scores(tmp_path, 2)
     assert str(failed.value).endswith("cebench.log")
 

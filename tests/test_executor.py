@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -73,12 +74,12 @@ def test_a_repeat_finds_the_cells(make_store, planted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["executor_tasks:nothing", "no_such_module:f", "executor_tasks", ":f", ""])
 def test_an_unknown_function_is_refused(name):
-    with pytest.raises(BadInput, match=r"package\.module:function expected"):
+    with pytest.raises(BadInput, match=re.escape(f" {name}: ")):
         run([task("good"), Task("bad", name, {})])
 
 
 def test_an_address_belongs_to_ray():
-    with pytest.raises(BadInput, match="--executor ray expected with it"):
+    with pytest.raises(BadInput, match=r"--ray-address auto: .*--executor ray"):
         run([task("good")], ray_address="auto")
 
 
@@ -92,7 +93,7 @@ def test_flags():
 
 def test_without_ray_the_requirements_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(BadInput, match=r"pip install -r requirements-cluster\.txt"):
+    with pytest.raises(BadInput, match=r"--executor ray: .*requirements-cluster\.txt"):
         run([task("good")], "ray")
 
 
@@ -103,7 +104,7 @@ def test_an_address_that_does_not_answer_is_refused():
         unused = free.getsockname()[1]
     for address in (f"127.0.0.1:{unused}", "no.such.host.invalid:6379", "nonsense", "local", "127.0.0.1:99999999"):
         start = time.monotonic()
-        with pytest.raises(BadInput, match=f"--ray-address {address}: no answer") as refusal:
+        with pytest.raises(BadInput, match=f"--ray-address {address}: ") as refusal:
             run([task("good")], "ray", address)
         assert "\n" not in str(refusal.value)
         assert time.monotonic() - start < 15
@@ -136,7 +137,7 @@ def test_ray_gives_the_same_bytes_and_makes_lost_workers_good(make_store, plante
         assert outcomes[4] == Outcome("bad", None, "RuntimeError: no")
         assert outcomes[5].value == {"torch": 2, "here": os.getcwd()}
         assert "here: a word from the task" in caplog.text
-        with pytest.raises(BadInput, match="no node has the 1 cores and 64 GPUs"):
+        with pytest.raises(BadInput, match=r"--executor ray: .*\b64 GPUs"):
             run([Task("large", "executor_tasks:threads", {}, gpus=64)], "ray")
     finally:
         started = family()
@@ -187,7 +188,7 @@ def test_an_interrupted_run_exits_130_and_resumes(executor, tmp_path, tests_impo
     process.send_signal(signal.SIGINT)
     _, err = processes.end(process, 120)
     assert process.returncode == 130, err
-    assert err.splitlines() == ["interrupted: the same command resumes"]
+    assert [line.split(":")[0] for line in err.splitlines()] == ["interrupted"]
     assert psutil.wait_procs(started, timeout=60)[1] == []
     paths[1].write_text("finished")
     assert [o.value for o in run([task(p.name, "write_once", path=str(p)) for p in paths])] == ["finished"] * 2

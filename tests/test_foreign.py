@@ -142,7 +142,7 @@ def test_a_malicious_pickle_runs_nothing(name, write, tmp_path):
     trap = tmp_path / "trap"
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
     write({"encoder.weight": Malicious(trap)}, tmp_path / name)
-    with pytest.raises(BadInput, match="more than tensors and plain values"):
+    with pytest.raises(BadInput, match=f"{tmp_path / name} "):
         open_checkpoint(tmp_path)
     assert not trap.exists()
     torch.load(tmp_path / name, weights_only=False) if write.__class__ is partial else pickle.loads(
@@ -161,65 +161,65 @@ def learned(tmp_path, change=lambda state, trainer: None, cls="AutoEncoderTopK")
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
         (
             partial(learned, change=lambda s, t: t.update(dict_class="IdentityDict")),
-            "'IdentityDict'; one of AutoEncoder",
+            "'IdentityDict'.*AutoEncoder",
         ),
-        (partial(learned, change=lambda s, t: s.pop("b_dec")), "b_dec is missing"),
-        (partial(learned, change=lambda s, t: s.update(scale=torch.ones(1))), "scale is not known"),
-        (partial(learned, change=lambda s, t: (t.update(k=31), s.pop("k"))), "k 31 with d_sae 30"),
-        (partial(learned, change=lambda s, t: t.update(k=4)), "k is 4 in its configuration and 3 among"),
-        (partial(learned, change=lambda s, t: t.update(dict_size=31)), "dict_size is 31 in its configuration"),
+        (partial(learned, change=lambda s, t: s.pop("b_dec")), r"ae\.pt: b_dec "),
+        (partial(learned, change=lambda s, t: s.update(scale=torch.ones(1))), r"ae\.pt: scale "),
+        (partial(learned, change=lambda s, t: (t.update(k=31), s.pop("k"))), r"\bk 31 .*\b30\b"),
+        (partial(learned, change=lambda s, t: t.update(k=4)), r"\bk .*\b4\b.*\b3\b"),
+        (partial(learned, change=lambda s, t: t.update(dict_size=31)), r"dict_size .*\b31\b.*\b30\b"),
         (partial(learned, change=lambda s, t: t.update(dict_class=["x"])), "dict_class .'x'."),
-        (partial(learned, change=lambda s, t: s.update(b_dec=s["b_dec"].int())), "vectors of floats"),
+        (partial(learned, change=lambda s, t: s.update(b_dec=s["b_dec"].int())), r"ae\.pt: .*floats"),
         (
             lambda f: torch.save({"k": 3, "W_enc": X, "threshold": X[0]}, f / "sae_final.pt"),
-            "both k and a threshold and no architecture",
+            r"\bk\b.*\bthreshold\b.*\barchitecture\b",
         ),
-        (partial(learned, change=lambda s, t: t.update(k="many")), "k is 'many'"),
-        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(2.5)))), "k is 2.5"),
-        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(torch.nan)))), "k is nan"),
+        (partial(learned, change=lambda s, t: t.update(k="many")), "k .*'many'"),
+        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(2.5)))), r"k .*\b2\.5\b"),
+        (partial(learned, change=lambda s, t: (t.pop("k"), s.update(k=torch.tensor(torch.nan)))), r"k .*\bnan\b"),
         (
             lambda f: torch.save(
                 {n: torch.ones(()) for n in ("encoder.weight", "encoder.bias", "decoder.weight")}, f / "sae_final.pt"
             ),
-            "no dense matrices",
+            r"sae_final\.pt: .*matrices",
         ),
-        (partial(learned, change=lambda s, t: s["b_dec"].fill_(torch.nan)), "NaN or infinite"),
-        (partial(learned, change=lambda s, t: s.update(b_dec=torch.ones(11))), "holds .* expected"),
-        (partial(learned, change=lambda s, t: s.update(note="hello")), "dictionary of tensors expected"),
+        (partial(learned, change=lambda s, t: s["b_dec"].fill_(torch.nan)), "NaN"),
+        (partial(learned, change=lambda s, t: s.update(b_dec=torch.ones(11))), r"'b_dec': \(11,"),
+        (partial(learned, change=lambda s, t: s.update(note="hello")), r"ae\.pt: .*\btensors\b"),
         (
             partial(learned, change=lambda s, t: s["threshold"].fill_(-1), cls="BatchTopKSAE"),
-            "threshold was never learned",
+            "threshold",
         ),
-        (lambda f: (f / "sae_final.pt").write_bytes(b"PK\x03\x04 cut off"), "cannot be read|no torch file"),
-        (lambda f: (f / "sae_final.pt").write_bytes(b""), "cannot be read|no torch file"),
-        (lambda f: (f / "sae_final.pt").write_text("<html>not found</html>"), "cannot be read|no torch file"),
-        (lambda f: torch.save([1, 2], f / "sae_final.pt"), "dictionary of tensors expected"),
-        (lambda f: torch.save({"architecture": "vq", "model_state_dict": {}}, f / "sae_final.pt"), "'vq'; one of topk"),
-        (lambda f: torch.save({"W_enc": X}, f / "sae_final.pt"), "W_dec is missing|b_dec is missing"),
-        (lambda f: None, "cfg.json does not exist"),
+        (lambda f: (f / "sae_final.pt").write_bytes(b"PK\x03\x04 cut off"), r"sae_final\.pt "),
+        (lambda f: (f / "sae_final.pt").write_bytes(b""), r"sae_final\.pt "),
+        (lambda f: (f / "sae_final.pt").write_text("<html>not found</html>"), r"sae_final\.pt "),
+        (lambda f: torch.save([1, 2], f / "sae_final.pt"), r"sae_final\.pt: .*\btensors\b"),
+        (lambda f: torch.save({"architecture": "vq", "model_state_dict": {}}, f / "sae_final.pt"), "'vq'.*topk"),
+        (lambda f: torch.save({"W_enc": X}, f / "sae_final.pt"), r"sae_final\.pt: (W_dec|b_dec) "),
+        (lambda f: None, "cfg.json"),
     ],
 )
-def test_what_is_damaged_or_unknown_is_refused_in_one_line(make, message, tmp_path):
+def test_what_is_damaged_or_unknown_is_refused_in_one_line(make, named, tmp_path):
     make(tmp_path)
-    with pytest.raises(BadInput, match=message) as refused:
+    with pytest.raises(BadInput, match=named) as refused:
         open_checkpoint(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"activation": "groupmax"}, "'topk', not signed"), ({"whitening": True}, "whitening is not known")],
+    ("change", "named"),
+    [({"activation": "groupmax"}, "activation 'groupmax'"), ({"whitening": True}, "whitening")],
 )
-def test_unknown_settings_of_sparsify_are_refused(change, message, tmp_path):
+def test_unknown_settings_of_sparsify_are_refused(change, named, tmp_path):
     pytest.importorskip("sparsify", reason=INSTALL)
     from sparsify import SparseCoder, SparseCoderConfig
 
     SparseCoder(12, SparseCoderConfig(num_latents=30, k=4)).save_to_disk(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | change))
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=rf"cfg\.json: {named}\W"):
         open_checkpoint(tmp_path)

@@ -1,6 +1,7 @@
 """The strict release gate: right figures, no pass without all of it, and none on damaged evidence."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -189,7 +190,7 @@ def test_a_looser_threshold_never_passes_and_a_stricter_one_may(good, name):
 def test_a_minimum_that_no_sae_can_reach_is_refused(good):
     _, gates = judged(good, Thresholds(min_cebench_delta=0.6))
     assert gates["cebench"]["status"] == "MISSING"
-    assert "refused: no SAE can reach 0.6" in gates["cebench"]["reason"]
+    assert re.search(r"\b0\.6 ", gates["cebench"]["reason"])
     _, gates = judged(good, Thresholds(min_cebench_delta=0.45))
     assert gates["cebench"]["status"] == "FAIL"
 
@@ -207,15 +208,15 @@ def test_other_stories_never_count_as_cebench(good, benchmark):
 def test_fewer_than_five_seeds_are_no_evidence():
     decision, gates = judged(made(4))
     assert {g["status"] for g in gates.values()} == {"MISSING"}
-    assert "4 seeds; a verdict needs 5" in gates["stability"]["reason"]
-    assert "4 seeds; a verdict needs 5" in gates["positive_control"]["reason"]
+    assert re.search(r"\b4 seeds\b.*\b5\b", gates["stability"]["reason"])
+    assert re.search(r"\b4 seeds\b.*\b5\b", gates["positive_control"]["reason"])
     assert not decision["pass_all"]
 
 
 def test_a_study_used_the_seeds(good):
     used = with_results(good, "selection", lambda r: r["seeds_used"].append(FRESH_SEEDS[0]))
     _, gates = judged(used)
-    assert "not fresh" in gates["stability"]["reason"]
+    assert re.search(r"\bseeds\b.*\bfresh\b", gates["stability"]["reason"])
     assert gates["positive_control"]["status"] == "PASS"
 
 
@@ -234,7 +235,7 @@ def test_supplied_saes_never_get_more_than_provisional(good, supplied):
     decision, gates = judged(supplied)
     assert {n: g["status"] for n, g in gates.items()} == dict.fromkeys(GATES, "PASS")
     assert (decision["pass_all"], decision["provisional"], decision["outcome"]) == (False, True, "provisional")
-    assert decision["unconfirmed"]
+    assert (judged(good)[0]["unconfirmed"], bool(decision["unconfirmed"])) == (None, True)
     _, confirmed = judged(good)
     for name in set(GATES) - {"saebench"}:
         assert [gates[name][end] for end in ("low", "high")] == [confirmed[name][end] for end in ("low", "high")]
@@ -286,9 +287,9 @@ def test_what_is_not_known_of_supplied_saes_is_missing_and_says_which_flag_would
     assert set(decision["candidate"]["checkpoints"]) == set("01234")
     for name, words in {
         "random_model": "--random-model-checkpoint",
-        "transcoder": "no flag says it",
-        "saebench": "--reference can name none",
-        "cebench": "--reference can name none",
+        "transcoder": "transcoders",
+        "saebench": "--reference",
+        "cebench": "--reference",
     }.items():
         assert gates[name]["status"] == "MISSING"
         assert words in gates[name]["reason"], gates[name]["reason"]
@@ -298,11 +299,11 @@ def test_what_is_not_known_of_supplied_saes_is_missing_and_says_which_flag_would
         results["inputs"], results["untrained"] = results["bank"]["inputs"], None
 
     _, gates = judged(with_results(supplied, "confirmation", change))
-    assert "--untrained names the SAEs before training" in gates["stability"]["reason"]
+    assert "--untrained" in gates["stability"]["reason"]
     fewer = with_results(supplied, "confirmation", lambda r: r["bank"]["saebench"]["data_sets"].__setitem__(0, "x"))
-    assert "--dataset-names holds by default" in judged(fewer)[1]["saebench"]["reason"]
+    assert "--dataset-names" in judged(fewer)[1]["saebench"]["reason"]
     local = with_results(supplied, "confirmation", lambda r: r["bank"]["cebench"].update(benchmark="contrastive_local"))
-    assert "--stories names those on the hub" in judged(local)[1]["cebench"]["reason"]
+    assert "--stories" in judged(local)[1]["cebench"]["reason"]
 
 
 def test_no_damage_of_supplied_evidence_gets_through(supplied):
@@ -401,10 +402,10 @@ def test_a_decision_on_supplied_saes_is_made_again(supplied, tmp_path):
     assert problem is None
     for change in ({"unconfirmed": None}, {"pass_all": True}, {"provisional": False}, {"outcome": "passed"}):
         path = run_folder(tmp_path / str(*change), "gate", decision | change)
-        assert "made again from docs/evidence it is another" in decisions.problem(path, decision | change, tmp_path)
+        assert f"/{next(iter(change))} " in decisions.problem(path, decision | change, tmp_path)
     del decision["unconfirmed"]
     path = run_folder(tmp_path / "without", "gate", decision)
-    assert "it is another" in decisions.problem(path, decision, tmp_path)
+    assert "/unconfirmed " in decisions.problem(path, decision, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Language models as subjects: loading, the random-weights control, harvests, probes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -89,17 +90,17 @@ def test_pythia_70m_as_it_is_configured(tmp_path, documents):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "named"),
     [
-        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped could not be downloaded .* husai-tiny"),
-        ("gpt2", "could not be downloaded"),
-        ("no-such-model", "neither a folder nor a name that TransformerLens knows; husai-tiny"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped .*LocalEntryNotFoundError"),
+        ("gpt2", "LocalEntryNotFoundError"),
+        ("no-such-model", "TransformerLens"),
     ],
 )
-def test_without_a_network_a_hub_name_names_the_offline_choices(name, message, monkeypatch, tmp_path):
+def test_without_a_network_a_hub_name_names_the_offline_choices(name, named, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=f"subject {name}: .*{named}.* husai-tiny"):
         pretrained.load(name)
 
 
@@ -110,19 +111,19 @@ def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(BadInput, match=r"holds neither config\.json"):
+    with pytest.raises(BadInput, match=rf"{empty} .*config\.json.*subject\.json"):
         pretrained.load(str(empty))
     weightless = copy("weightless")
     (weightless / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match=r"holds no \*\.safetensors"):
+    with pytest.raises(BadInput, match=rf"{weightless} .*\*\.safetensors"):
         pretrained.load(str(weightless))
     changed = copy("changed")
     (changed / "digests.json").write_text(json.dumps({"files": {"config.json": "0" * 64}}))
-    with pytest.raises(BadInput, match=r"config\.json is not the file that digests\.json names"):
+    with pytest.raises(BadInput, match=rf"{changed}/config\.json .*digests\.json.*sha256"):
         pretrained.load(str(changed))
     damaged = copy("damaged")
     (damaged / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match="transformers cannot open"):
+    with pytest.raises(BadInput, match=f"transformers .*{damaged} .*model_type"):
         pretrained.load(str(damaged))
 
 
@@ -250,7 +251,8 @@ def test_no_more_than_a_part_or_a_shard_is_held(subject, documents, tmp_path, mo
 def test_the_embedding_is_warned_of_and_held_out_by_token(subject, documents, tmp_path, caplog):
     hooks = ["blocks.0.hook_resid_pre", HOOKS[0]]
     folders = lm.harvest_tokens(subject, hooks, documents, tmp_path, rows=2000)
-    assert "is the token embedding" in caplog.text
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [hooks[0] in warning for warning in warned] == [True]
     store = ActivationStore.open(folders[hooks[0]])
     train, heldout = store.split(0.5)
     tokens = store.labels("token", 0, 2000)
@@ -261,16 +263,16 @@ def test_the_embedding_is_warned_of_and_held_out_by_token(subject, documents, tm
 
 
 @pytest.mark.parametrize(
-    ("hooks", "rows", "message"),
+    ("hooks", "rows", "named"),
     [
-        (["blocks.9.hook_resid_pre"], 100, "no such hook point; among those it has: blocks.0.hook_resid_pre"),
-        (["blocks.1.attn.hook_pattern"], 1000, r"\[batch, position, d_in\] expected"),
-        (HOOKS[:1], 10**9, "--rows 1000000000: the chosen documents give"),
-        (HOOKS[:1], 2, "too few documents to hold some out"),
+        (["blocks.9.hook_resid_pre"], 100, "--hook-name blocks.9.hook_resid_pre: .* blocks.0.hook_resid_pre"),
+        (["blocks.1.attn.hook_pattern"], 1000, r"--hook-name blocks.1.attn.hook_pattern: .*\[\d+, 2, 32, 32\]"),
+        (HOOKS[:1], 10**9, r"--rows 1000000000: .*\b\d{4}\b"),
+        (HOOKS[:1], 2, "--rows 2: "),
     ],
 )
-def test_impossible_harvests_are_refused(subject, documents, tmp_path, hooks, rows, message):
-    with pytest.raises(BadInput, match=message):
+def test_impossible_harvests_are_refused(subject, documents, tmp_path, hooks, rows, named):
+    with pytest.raises(BadInput, match=named):
         lm.harvest_tokens(subject, hooks, documents, tmp_path, rows=rows)
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
 
@@ -329,7 +331,7 @@ def test_a_cache_of_another_subject_is_refused(subject, folder, tmp_path):
     again = torch.load(tmp_path / "model_activations_miniature-random3" / file.name, weights_only=True)
     assert not torch.equal(again, torch.load(file, weights_only=True))
     (tmp_path / "model_activations_miniature" / "subject.json").write_text('{"subject": "other", "n_ctx": 32}')
-    with pytest.raises(BadInput, match="holds the activations of another subject"):
+    with pytest.raises(BadInput, match=f"{file.parent} "):
         lm.harvest_prompts(subject, HOOKS[:1], ["95_toxic_is"], tmp_path)
 
 
@@ -405,7 +407,7 @@ def test_evaluation_from_the_shell(folder, run_script, tmp_path, monkeypatch, do
     arguments += ["--hook-name", ",".join(HOOKS[:2]), "--data-sets", "95_toxic_is,96_spam_is"]
     code, out, err = run_script(EVALUATE, *arguments)
     assert code == 1, "an untrained model misses the bars"
-    assert "is not 20 % below the bigram" in err
+    assert {"bigram", "trigram"} <= set(re.findall(r"\w+", err.splitlines()[-1]))
     (results,) = (json.loads(p.read_text()) for p in (tmp_path / "out").glob("run_*/results.json"))
     assert set(results["probes"]) == set(HOOKS[:2])
     for records in (*results["probes"].values(), *results["control"].values()):
@@ -417,18 +419,15 @@ def test_evaluation_from_the_shell(folder, run_script, tmp_path, monkeypatch, do
         assert (tmp_path / "out" / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_from_the_shell(run_script, folder, tmp_path):
-    for arguments, message in (
-        (["--subject", "no-such-model"], "neither a folder nor a name"),
-        (["--subject", folder, "--hook-name", "blocks.7.hook_resid_pre"], "no such hook point"),
-        (["--subject", folder, "--data-sets", "nothing"], "data set 'nothing': train, probe, ood or a name"),
-        (["--subject", folder, "--data-sets", "95_toxic_is", "--rows", 10**8], "the chosen documents give"),
-        (["--subject", folder, "--layout", "sae-probes", "--data-sets", "x"], "data set 'x'"),
+def test_bad_input_from_the_shell(refused, folder, tmp_path):
+    for arguments, named in (
+        (["--subject", "no-such-model"], "no-such-model"),
+        (["--subject", folder, "--hook-name", "blocks.7.hook_resid_pre"], "--hook-name blocks.7.hook_resid_pre: "),
+        (["--subject", folder, "--data-sets", "nothing"], "'nothing'"),
+        (["--subject", folder, "--data-sets", "95_toxic_is", "--rows", 10**8], "--rows 100000000: "),
+        (["--subject", folder, "--layout", "sae-probes", "--data-sets", "x"], "'x'"),
     ):
-        code, _, err = run_script(EXTRACT, "--artifact-root", tmp_path, "--threads", 1, *arguments)
-        assert code == 2, err
-        assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
-        assert message in err.splitlines()[-1]
+        refused(named, EXTRACT, "--artifact-root", tmp_path, "--threads", 1, *arguments)
 
 
 def test_the_random_model_flag_gives_another_store(run_script, folder, small_subject, tmp_path):

@@ -105,7 +105,7 @@ def test_a_small_transformer_solves_the_task_and_the_kept_model_is_the_one_that_
 
 
 def test_an_unsolved_model_is_not_published(tmp_path):
-    with pytest.raises(CheckFailed, match="did not solve its task: held-out accuracy"):
+    with pytest.raises(CheckFailed, match=r"\b2 epochs\b.*\b0\.999\b"):
         ma.train_or_find(SMALL, tmp_path, CPU, 1)
     assert not [p for p in tmp_path.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
@@ -144,27 +144,27 @@ def rewrite(change, signed=True):
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("edit", "named"),
     [
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
-            "sha256 differs",
+            r"model\.safetensors .*sha256",
         ),
-        (lambda f: (f / "model.safetensors").unlink(), "is missing or is not the file"),
-        (lambda f: (f / "subject.json").unlink(), "does not exist"),
-        (lambda f: (f / "subject.json").write_text("[]"), "does not describe a modular-addition transformer"),
-        (rewrite(lambda d: d.update(kind="gpt2")), "does not describe a modular-addition transformer"),
-        (rewrite(lambda d: d.pop("training")), "is damaged"),
-        (rewrite(lambda d: d["training"].update(epochs=3), signed=False), "was changed after it was written"),
-        (rewrite(lambda d: d.pop("sha256"), signed=False), "is damaged"),
-        (rewrite(lambda d: d["config"].update(surprise=1)), "is damaged"),
-        (rewrite(lambda d: d["config"].update(d_model="x")), "is damaged .*valid integer"),
-        (rewrite(lambda d: d["config"].update(d_model=-4)), "does not fit its config"),
-        (rewrite(lambda d: d.update(training=[])), "is damaged"),
-        (rewrite(lambda d: d["config"].update(d_mlp=64)), "does not fit its config"),
-        (rewrite(lambda d: d["training"].update(solved=False)), "held-out accuracy .* is required"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors .*sha256"),
+        (lambda f: (f / "subject.json").unlink(), r"subject\.json [^(]*$"),
+        (lambda f: (f / "subject.json").write_text("[]"), r"subject\.json [^(]*$"),
+        (rewrite(lambda d: d.update(kind="gpt2")), r"subject\.json [^(]*$"),
+        (rewrite(lambda d: d.pop("training")), r"subject\.json .*\('training'\)"),
+        (rewrite(lambda d: d["training"].update(epochs=3), signed=False), r"subject\.json .*\([^']*\)$"),
+        (rewrite(lambda d: d.pop("sha256"), signed=False), r"subject\.json .*\('sha256'\)"),
+        (rewrite(lambda d: d["config"].update(surprise=1)), r"subject\.json .*'surprise'"),
+        (rewrite(lambda d: d["config"].update(d_model="x")), r"subject\.json .*\bd_model\b.*'x'"),
+        (rewrite(lambda d: d["config"].update(d_model=-4)), r"model\.safetensors .*-4\b"),
+        (rewrite(lambda d: d.update(training=[])), r"subject\.json .*\("),
+        (rewrite(lambda d: d["config"].update(d_mlp=64)), r"(?s)model\.safetensors .*\b64\b"),
+        (rewrite(lambda d: d["training"].update(solved=False)), r"copy .*\b0\.\d{4}\b.*\b0\.0\b"),
     ],
 )
-def test_bad_subjects_are_refused(small_subject, tmp_path, edit, message):
-    with pytest.raises(BadInput, match=message):
+def test_bad_subjects_are_refused(small_subject, tmp_path, edit, named):
+    with pytest.raises(BadInput, match=named):
         ma.load(edited(small_subject[1], tmp_path, edit))

@@ -1,6 +1,7 @@
 """The internal phases as a user runs them, at tiny sizes: what they compute, repeats, interruptions, bad input."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -77,28 +78,28 @@ def more(results, *path, by=0.01):
 
 
 @pytest.mark.parametrize(
-    ("script", "change", "reason"),
+    ("script", "change", "place"),
     [
-        (ABLATIONS, lambda r: more(r, "methods", 1, "gain", "spectral", "low"), "/methods/1/gain/spectral/low is"),
+        (ABLATIONS, lambda r: more(r, "methods", 1, "gain", "spectral", "low"), "/methods/1/gain/spectral/low "),
         (ABLATIONS, lambda r: more(r, "rows", 0, "explained_variance", "estimate"), "/rows/0/explained_variance"),
-        (ABLATIONS, lambda r: more(r, "rows", 0, "members", 0, "heldout", "l0"), "/rows/0/l0/estimate is"),
-        (ABLATIONS, lambda r: r["rows"][0]["convergence"].update(converged="yes"), "/rows/0/convergence/converged is"),
-        (ADAPTIVE, lambda r: r.update(chosen_k=6), "/chosen_k is 6, computed again"),
-        (ADAPTIVE, lambda r: r.update(outcome="better"), "/outcome is 'better', computed again 'inconclusive'"),
-        (ADAPTIVE, lambda r: more(r, "selection", 0, "lower_bound"), "/selection/0/lower_bound is"),
-        (ADAPTIVE, lambda r: more(r, "ev_drop", "high"), "/ev_drop/high is"),
-        (ASSIGNMENT, lambda r: r["acceptance"].update(accepted=True), "/acceptance/accepted is True"),
-        (ASSIGNMENT, lambda r: more(r, "own", 0, "gain", "observed", "estimate"), "/own/0/gain/observed/estimate is"),
+        (ABLATIONS, lambda r: more(r, "rows", 0, "members", 0, "heldout", "l0"), "/rows/0/l0/estimate "),
+        (ABLATIONS, lambda r: r["rows"][0]["convergence"].update(converged="yes"), "/rows/0/convergence/converged "),
+        (ADAPTIVE, lambda r: r.update(chosen_k=6), "/chosen_k "),
+        (ADAPTIVE, lambda r: r.update(outcome="better"), "/outcome "),
+        (ADAPTIVE, lambda r: more(r, "selection", 0, "lower_bound"), "/selection/0/lower_bound "),
+        (ADAPTIVE, lambda r: more(r, "ev_drop", "high"), "/ev_drop/high "),
+        (ASSIGNMENT, lambda r: r["acceptance"].update(accepted=True), "/acceptance/accepted "),
+        (ASSIGNMENT, lambda r: more(r, "own", 0, "gain", "observed", "estimate"), "/own/0/gain/observed/estimate "),
         (ASSIGNMENT, lambda r: r["shared"][0].update(leave_one_reference_out=[]), "/shared/0/leave_one_reference_out"),
         (ASSIGNMENT, lambda r: more(r, "confirmation", 1, "ev_drop", "estimate"), "/confirmation/1/ev_drop/estimate"),
     ],
 )
-def test_what_a_phase_decided_is_decided_again_by_the_audit(finished, script, change, reason):
+def test_what_a_phase_decided_is_decided_again_by_the_audit(finished, script, change, place):
     results = json.loads((finished(script)[1] / "results.json").read_text())
     assert recompute.phase_problems(results) == []
     assert [p for at, s in recompute.studies(results) for p in recompute.study_problems(s)] == []
     change(results)
-    assert any(reason in problem for problem in recompute.phase_problems(results)), recompute.phase_problems(results)
+    assert any(p.startswith(place) for p in recompute.phase_problems(results)), recompute.phase_problems(results)
 
 
 @pytest.mark.nightly  # the chaos tests kill these phases in the queue
@@ -142,8 +143,8 @@ def test_ablations_hold_axes_methods_and_refused_controls(finished):
         (8, 3, ["d_sae"]),
     ]
     assert [c["refused"] is not None for c in results["controls"]] == [True, True]
-    assert "share their initialisation" in results["controls"][0]["refused"]
-    assert "share their decoder" in results["controls"][1]["refused"]
+    assert "initialisation" in results["controls"][0]["refused"]
+    assert "decoder" in results["controls"][1]["refused"]
     base, untied = results["methods"][:2]
     assert "gain" not in base
     for null in ("isotropic", "untrained", "spectral"):
@@ -196,7 +197,7 @@ def test_adaptive_without_a_candidate_above_the_floor_says_so_and_exits_1(finish
     command = [*command, "--ev-floor", "0.9999", "--output-dir", str(tmp_path)]
     done = processes.run(command, check=False)
     assert done.returncode == 1
-    assert "no candidate keeps the held-out explained variance above 0.9999" in done.stderr
+    assert "0.9999" in done.stderr.splitlines()[-1]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["chosen_k"] is None
     assert results["confirmation"] == []
@@ -210,7 +211,7 @@ def test_adaptive_runs_the_control_alone(finished, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["chosen_k"], results["gain"]) == (6, None)
     assert len(results["confirmation"]) == 1
-    assert results["outcome"] == "the chosen k is the control's"
+    assert "control" in results["outcome"]
 
 
 def test_assignment_never_scores_a_reference(finished):
@@ -229,14 +230,14 @@ def test_assignment_never_scores_a_reference(finished):
         assert {m["reference"] for m in r["members"]} == {r["sha256"]}
     assert len(results["shared"][0]["leave_one_reference_out"]) == 2
     assert not results["acceptance"]["accepted"], "three seeds are never enough"
-    assert "5 needed" in results["acceptance"]["reason"]
+    assert re.search(r"\b3 seeds\b.*\b5\b", results["acceptance"]["reason"])
 
 
 def test_assignment_fails_on_request(finished, tmp_path):
     command, out = finished(ASSIGNMENT)
     done = processes.run([*command, "--output-dir", str(out), "--fail-on-acceptance-fail"], check=False)
     assert done.returncode == 1
-    assert "not accepted: 3 seeds; 5 needed" in done.stderr
+    assert re.search(r"^error: .*\b3 seeds\b.*\b5\b", done.stderr, re.M)
 
 
 def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, make_store, tmp_path):
@@ -245,7 +246,7 @@ def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, ma
     checkpoint = out / results["control"]["members"][0]["checkpoint"]
     own = command[2:]
     refused(
-        "a reference needs d_sae 20",
+        [checkpoint, "24", "20"],
         ASSIGNMENT,
         *own,
         "--d-sae",
@@ -258,10 +259,8 @@ def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, ma
     other = make_store(torch.randn(600, 16), hook_name="blocks.0.hook_resid_post")
     arguments = [c for i, c in enumerate(own) if "--subject" not in (c, own[i - 1])]
     arguments += ["--activation-cache-dir", other.folder, "--reference", checkpoint, "--output-dir", tmp_path]
-    refused("trained on another subject", ASSIGNMENT, *arguments)
-    refused(
-        "trained with seed 1, which is scored", ASSIGNMENT, *own, "--reference", checkpoint, "--output-dir", tmp_path
-    )
+    refused([checkpoint, "subject"], ASSIGNMENT, *arguments)
+    refused([checkpoint, "seed 1"], ASSIGNMENT, *own, "--reference", checkpoint, "--output-dir", tmp_path)
     copy = tmp_path / "copy"
     trained = next(out.glob("checkpoints/*/*_seed21"))
     shutil.copytree(trained, copy)
@@ -342,39 +341,46 @@ def test_an_interrupted_pull_resumes_bit_identically(make_store, planted, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "message"),
+    ("script", "arguments", "named"),
     [
-        (ABLATIONS, ["--ks", "300"], "k 300 with d_sae 256"),
-        (ABLATIONS, ["--d-saes", "4"], "k 8 with d_sae 4"),
-        (ABLATIONS, ["--d-saes", "0"], "'0' is not a whole number of at least 1"),
-        (ABLATIONS, ["--ks", ""], "'' is not a whole number"),
-        (ABLATIONS, ["--architectures", "vq"], "family 'vq': one of topk"),
-        (ABLATIONS, ["--seeds", "1"], "at least 2 expected, 5 for a verdict"),
-        (ADAPTIVE, ["--k-candidates", "8,512"], "k 512: at most --d-sae 256"),
-        (ADAPTIVE, ["--confirmation-seeds", "42,2,3"], "--seeds and --confirmation-seeds share seed 42"),
-        (ADAPTIVE, ["--ev-floor", "1.5"], "between 0 and 1"),
-        (ADAPTIVE, ["--seeds", "1,2"], "--seeds: at least 3 expected"),
-        (ABLATIONS, ["--k", "9", "--d-sae", "16", "--ks", "8", "--d-saes", "16"], "the methods halve --d-sae"),
-        (ABLATIONS, ["--architectures", "transcoder"], "transcoders need a second store"),
-        (ASSIGNMENT, ["--lambdas", "0.1,0.2"], "0, the control"),
-        (ASSIGNMENT, ["--lambdas", "0,-1"], "'-1' is not a finite number of at least 0"),
-        (ASSIGNMENT, ["--reference-seeds", "1,2,3"], "one for each of --seeds"),
-        (ASSIGNMENT, ["--reference-seeds", "42,1,2,3,4"], "--seeds and --reference-seeds share seed 42"),
-        (ASSIGNMENT, ["--shared-references", "9"], "at most the 5 references"),
+        (ABLATIONS, ["--ks", "300"], ["k 300", "256"]),
+        (ABLATIONS, ["--d-saes", "4"], ["k 8", "d_sae 4"]),
+        (ABLATIONS, ["--d-saes", "0"], ["--d-saes: ", "'0'"]),
+        (ABLATIONS, ["--ks", ""], ["--ks: ", "''"]),
+        (ABLATIONS, ["--architectures", "vq"], ["'vq'", "topk"]),
+        (ABLATIONS, ["--seeds", "1"], ["--seeds 1: ", "5"]),
+        (ADAPTIVE, ["--k-candidates", "8,512"], ["k 512", "--d-sae 256"]),
+        (ADAPTIVE, ["--confirmation-seeds", "42,2,3"], ["--seeds", "--confirmation-seeds", "42"]),
+        (ADAPTIVE, ["--ev-floor", "1.5"], ["--ev-floor: ", "'1.5'"]),
+        (ADAPTIVE, ["--seeds", "1,2"], ["--seeds: ", "3"]),
+        (ABLATIONS, ["--k", "9", "--d-sae", "16", "--ks", "8", "--d-saes", "16"], ["--d-sae", "--no-methods"]),
+        (ABLATIONS, ["--architectures", "transcoder"], ["--architectures: ", "transcoders"]),
+        (ASSIGNMENT, ["--lambdas", "0.1,0.2"], ["--lambdas: 0,"]),
+        (ASSIGNMENT, ["--lambdas", "0,-1"], ["--lambdas: ", "'-1'"]),
+        (ASSIGNMENT, ["--reference-seeds", "1,2,3"], ["--reference-seeds: ", "--seeds"]),
+        (ASSIGNMENT, ["--reference-seeds", "42,1,2,3,4"], ["--seeds", "--reference-seeds", "42"]),
+        (ASSIGNMENT, ["--shared-references", "9"], ["--shared-references 9: ", "5"]),
     ],
 )
-def test_bad_arguments(refused, script, arguments, message, tmp_path):
-    refused(message, script, *arguments, "--output-dir", tmp_path / "out")
+def test_bad_arguments(refused, script, arguments, named, tmp_path):
+    refused(named, script, *arguments, "--output-dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", OWN)
 def test_stores_that_do_not_fit_are_refused(refused, script, small_activations, tmp_path):
     out = ["--output-dir", tmp_path / "out"]
-    refused("does not exist", script, "--activation-cache-dir", tmp_path / "none", *out)
+    refused(tmp_path / "none", script, "--activation-cache-dir", tmp_path / "none", *out)
     hook = ["--hook-name", "blocks.0.hook_mlp_out"]
-    refused("harvested from hook", script, "--activation-cache-dir", small_activations, *hook, *out)
+    refused(
+        [small_activations, "blocks.0.hook_resid_post", hook[1]],
+        script,
+        "--activation-cache-dir",
+        small_activations,
+        *hook,
+        *out,
+    )
     damaged = tmp_path / "damaged"
     shutil.copytree(small_activations, damaged)
     shard = next(damaged.glob("shard-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-5])
-    refused("missing or truncated", script, "--activation-cache-dir", damaged, *out)
+    refused(shard, script, "--activation-cache-dir", damaged, *out)

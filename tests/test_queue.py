@@ -100,30 +100,30 @@ def test_from_and_only():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "said"),
+    ("arguments", "variables", "named"),
     [
-        (["--only", "nothing"], {}, "--only nothing: one of"),
-        (["--from"], {}, "--from : one of"),
-        (["--only", "ood gate"], {}, "--only ood gate: one of"),
-        ([], {"SEEDS": "1,2"}, "SEEDS=1,2: three different whole numbers or more expected"),
-        (["--only", "gate", "--only", "ood"], {}, "--only ood: one of --from and --only expected, once"),
-        ([], {"HOOK": "a\tb"}, "a name of printable characters expected"),
-        ([], {"CEBENCH_STORIES": "nowhere/stories"}, "CEBENCH_STORIES=nowhere/stories: there is no such file"),
-        ([], {"SEEDS": "1,02,3,2"}, "SEEDS=1,02,3,2: three different whole numbers or more expected"),
-        ([], {"MIN_CEBENCH_DELTA": "much"}, "MIN_CEBENCH_DELTA=much: a number expected"),
-        ([], {"CEBENCH_BASELINE_MAP": "none.json"}, "CEBENCH_BASELINE_MAP=none.json: there is no such file or folder"),
-        ([], {"SUBJECT": "a\nb"}, "a name of printable characters expected"),
-        ([], {"PATH": "/usr/bin:/bin"}, "python does not find the package: make setup"),
-        ([], {"EXECUTOR": "slurm"}, "EXECUTOR=slurm: local or ray expected"),
-        (["--fast"], {}, "--fast: --dry-run"),
-        ([], {"OUTPUT": "/proc/nothing"}, "OUTPUT=/proc/nothing: no folder can be made there"),
-        ([], {"PROFILE": "huge"}, "PROFILE=huge: embedded, b200 or smoke expected"),
+        (["--only", "nothing"], {}, "--only nothing: "),
+        (["--from"], {}, "--from : "),
+        (["--only", "ood gate"], {}, "--only ood gate: "),
+        ([], {"SEEDS": "1,2"}, "SEEDS=1,2: "),
+        (["--only", "gate", "--only", "ood"], {}, "--only ood: .*--from"),
+        ([], {"HOOK": "a\tb"}, ".*HOOK: "),
+        ([], {"CEBENCH_STORIES": "nowhere/stories"}, "CEBENCH_STORIES=nowhere/stories: "),
+        ([], {"SEEDS": "1,02,3,2"}, "SEEDS=1,02,3,2: "),
+        ([], {"MIN_CEBENCH_DELTA": "much"}, "MIN_CEBENCH_DELTA=much: "),
+        ([], {"CEBENCH_BASELINE_MAP": "none.json"}, "CEBENCH_BASELINE_MAP=none.json: "),
+        ([], {"SUBJECT": "a\nb"}, ".*SUBJECT "),
+        ([], {"PATH": "/usr/bin:/bin"}, "python .*make setup"),
+        ([], {"EXECUTOR": "slurm"}, "EXECUTOR=slurm: "),
+        (["--fast"], {}, "--fast: "),
+        ([], {"OUTPUT": "/proc/nothing"}, "OUTPUT=/proc/nothing: "),
+        ([], {"PROFILE": "huge"}, "PROFILE=huge: "),
     ],
 )
-def test_bad_usage_is_one_line(tmp_path, arguments, variables, said):
+def test_bad_usage_is_one_line(tmp_path, arguments, variables, named):
     done = queue(*arguments, **{"OUTPUT": str(tmp_path)} | variables)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert re.match(f"error: {named}", done.stderr)
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
     assert "torch" in done.stdout
     failed = queue("--only", "selection", OUTPUT=str(tmp_path))
     assert failed.returncode == 2
-    assert "failed: selection (exit 2)" in failed.stdout
+    assert re.search(r"^failed: selection .*\b2\b", failed.stdout, re.M)
     noted = {s["stage"]: s for s in json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]}
     assert {name: s["return_code"] for name, s in noted.items()} == {"environment": 0, "selection": 2}
     assert "select_release_candidate.py" in noted["selection"]["command"]
@@ -154,7 +154,7 @@ def test_an_earlier_report_is_set_aside_where_none_can_be_made(tmp_path):
     (tmp_path / "report.html").write_text("of an earlier run")
     done = queue("--only", "report", OUTPUT=str(tmp_path))
     assert done.returncode == 2
-    assert "failed: report" in done.stdout
+    assert re.search(r"^failed: report\b", done.stdout, re.M)
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html.stale"]
     queue("--only", "gate", OUTPUT=str(tmp_path))
     assert queue("--only", "report", OUTPUT=str(tmp_path)).returncode == 0
@@ -172,7 +172,7 @@ def test_a_phase_that_leaves_no_results_has_failed_whatever_its_exit_code(tmp_pa
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out")}
     done = processes.run(["bash", QUEUE, "--only", "ablations"], 120, check=False, env=environment)
     assert done.returncode == 2
-    assert "failed: ablations (exit 0)" in done.stdout
+    assert re.search(r"^failed: ablations .*\b0\b", done.stdout, re.M)
 
 
 def test_what_the_environment_check_refuses_ends_the_queue(tmp_path):
@@ -198,7 +198,7 @@ def test_a_signal_ends_the_stage_in_order(tmp_path, send, part):
     send(process.pid)
     _, said = processes.end(process, 60)
     assert process.returncode == 130
-    assert "interrupted in subject: the same command resumes" in said
+    assert re.search(r"^interrupted .*\bsubject: ", said, re.M)
     (noted,) = json.loads((tmp_path / "queue/manifest.json").read_text())["stages"]
     assert noted["return_code"] == 130
     with open(tmp_path / "queue/.lock") as f:
@@ -210,7 +210,7 @@ def test_part_of_the_stages_says_what_does_not_stand(tmp_path):
     decision = tmp_path / "experiments/release_gate/release_policy.json"
     decision.write_text("{}")
     done = queue("--only", "environment", OUTPUT=str(tmp_path))
-    assert f"gate: {decision} was changed after it ended" in done.stderr
+    assert f"gate: {decision} " in done.stderr
 
 
 def test_help_says_what_the_variables_are():
@@ -222,7 +222,7 @@ def test_help_says_what_the_variables_are():
 def test_the_gate_without_evidence_fails_closed(tmp_path):
     done = queue("--only", "gate", OUTPUT=str(tmp_path))
     assert done.returncode == 1
-    assert "the gate is not passed" in done.stdout
+    assert str(tmp_path / "experiments/release_gate/release_policy.md") in done.stdout
     decision = json.loads((tmp_path / "experiments/release_gate/release_policy.json").read_text())
     assert decision["pass_all"] is False
     assert {g["status"] for g in decision["gates"]} == {"MISSING"}
@@ -234,7 +234,7 @@ def test_a_second_queue_on_one_output_is_refused(tmp_path):
         fcntl.flock(f, fcntl.LOCK_EX)
         done = queue("--only", "environment", OUTPUT=str(tmp_path))
     assert done.returncode == 2
-    assert "another queue works there" in done.stderr
+    assert done.stderr.startswith(f"error: OUTPUT={tmp_path}: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,9 +320,9 @@ def test_what_was_changed_or_is_gone_is_named_and_nothing_after_it_stands(queued
     queued.path("third").unlink()
     stands, said = queued.finished()
     assert stands == ["first 0"]
-    assert said.splitlines() == [
-        f"second: {queued.path('second')} was changed after it ended",
-        f"third: {queued.path('third')} is gone",
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["second:", str(queued.path("second"))],
+        ["third:", str(queued.path("third"))],
     ]
 
 
@@ -334,7 +334,7 @@ def test_gate_and_report_are_made_each_time_and_hold_up_nothing(queued):
     queued.path("gate").write_text("another")
     stands, said = queued.finished()
     assert stands == ["first 0", "second 1", "third 0", "later 0"]
-    assert said == f"gate: {queued.path('gate')} was changed after it ended\n"
+    assert [line.split()[:2] for line in said.splitlines()] == [["gate:", str(queued.path("gate"))]]
 
 
 @pytest.mark.parametrize("place", ["mine", "experiments", "experiments/of_my_own", "experiments/first/mine"])
@@ -392,11 +392,13 @@ def test_another_command_or_another_input_does_not_stand(queued):
     queued.outside.write_text("[]")
     stands, said = queued.finished()
     assert stands == ["first 0"]
-    assert "second: the code, the packages or what its command names is another" in said
+    assert said.startswith("second: ")
+    changed_input = said.splitlines()[0].removeprefix("second: ")
     queued.commands["first"] += ["--given", str(queued.outside)]
     stands, said = queued.finished()
     assert stands == []
-    assert "first: its command is another" in said
+    assert said.startswith("first: ")
+    assert not said.startswith(f"first: {changed_input}"), "another command is told from another input"
 
 
 def test_a_failed_or_interrupted_stage_does_not_stand(queued):
@@ -407,13 +409,15 @@ def test_a_failed_or_interrupted_stage_does_not_stand(queued):
     queued.record("second", queued.path("second").parent, 1)
     stands, said = queued.finished()
     assert stands == ["first 0"]
-    assert said.startswith("second: it ended with exit code 1\n")
+    assert re.match(r"second: .*\b1\n", said)
 
 
 def test_what_comes_after_a_stage_that_was_run_again_does_not_stand(queued):
     """`--only STAGE` with another setting: what had been made of its old results is no longer true."""
     queued.add("second", 0, "--given", queued.outside)
-    assert queued.finished() == (["first 0", "second 0"], "third: a stage before it was run since it ended\n")
+    stands, said = queued.finished()
+    assert stands == ["first 0", "second 0"]
+    assert [line.split()[0] for line in said.splitlines()] == ["third:"]
 
 
 def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):

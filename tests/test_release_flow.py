@@ -4,6 +4,7 @@ The subject is a miniature that has learned nothing: what is tested is that each
 The study has no probing, which takes most of the time."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
     code, decision, said = gate(run, "gate", flow, "--fail-on-gate-fail")
     gates = by_name(decision)
     assert code == 1
-    assert "the gate is not passed: positive_control" in said
+    assert re.search(r"^error: .*\bpositive_control\b", said, re.M)
     assert decision["pass_all"] is False
     assert decision["candidate"]["checkpoints"]
     bank = json.loads(flow["confirmed"].read_text())["bank"]
@@ -113,7 +114,7 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
         least[n] for n in ("estimate", "low", "high")
     ]
     assert gates["saebench"]["status"] == "MISSING"
-    assert "selection read no probing figures" in gates["saebench"]["reason"], "the study was made without"
+    assert "probing" in gates["saebench"]["reason"], "the study was made without"
     assert (gates["cebench"]["status"], gates["ood"]["status"]) == ("MISSING", "MISSING")
     assert "contrastive_local" in gates["cebench"]["reason"]
     assert "run_ood_stress_eval.py" in gates["ood"]["reason"]
@@ -124,12 +125,12 @@ def test_another_checkpoint_on_the_disk(run, flow, work, tmp_path):
     """The folder as it is, but for one weights file: nothing about the candidate counts any more."""
     copy = tmp_path / "confirmed"
     shutil.copytree(flow["confirmed"].parent, copy)
-    first, second, *_ = json.loads((copy / "results.json").read_text())["paths"].values()
+    (seed, first), (_, second), *_ = json.loads((copy / "results.json").read_text())["paths"].items()
     shutil.copy(copy / second / "sae_weights.safetensors", copy / first / "sae_weights.safetensors")
     _, decision, _ = gate(run, "gate_other", flow | {"confirmed": copy / "results.json"})
     assert decision["candidate"] is None
     assert all(g["status"] == "MISSING" for g in decision["gates"])
-    assert "on the disk is another" in by_name(decision)["stability"]["reason"]
+    assert re.search(rf"\bseed {seed}\b.* disk\b", by_name(decision)["stability"]["reason"])
 
 
 def test_a_selection_that_does_not_follow_from_its_study(run, flow, tmp_path):
@@ -148,7 +149,7 @@ def test_a_selection_that_does_not_follow_from_its_study(run, flow, tmp_path):
     assert decision["candidate"] is None
     assert "selection/split/selection_families" in by_name(decision)["stability"]["reason"]
     _, decision, _ = run(GATE, "gate_alone", "--external-candidate-json", flow["selected"])
-    assert "the study that it calls frontier 1 is not at hand" in by_name(decision)["stability"]["reason"]
+    assert "frontier 1" in by_name(decision)["stability"]["reason"]
 
 
 def sign(path, change):
@@ -167,7 +168,7 @@ def test_an_edited_result(run, flow, tmp_path):
     edited = (copy / "results.json").read_text().replace('"condition": "topk', '"condition":  "topk', 1)
     (copy / "results.json").write_text(edited)
     _, decision, _ = gate(run, "gate_edited", flow | {"confirmed": copy / "results.json"})
-    assert "results.json is not the file that the manifest names" in by_name(decision)["stability"]["reason"]
+    assert re.search(r"results\.json .*sha256", by_name(decision)["stability"]["reason"])
 
 
 def test_a_waiver_and_a_loose_threshold_are_no_pass(run, flow):
@@ -181,15 +182,14 @@ def test_a_waiver_and_a_loose_threshold_are_no_pass(run, flow):
 
 def test_refusals(refused, flow, work, tmp_path):
     places = ["--output-dir", tmp_path, "--artifact-root", work / "artifacts"]
-    refused("does not exist", SELECT, "--frontier-results", tmp_path / "no.json", *places)
-    refused("a study to select from expected", SELECT, *places)
+    refused(["--frontier-results", tmp_path / "no.json"], SELECT, "--frontier-results", tmp_path / "no.json", *places)
+    refused(["--frontier-results", "--scaling-results"], SELECT, *places)
+    absent = tmp_path / "no.json"
+    refused([f"--candidate: {absent} ", "select_release_candidate.py"], CONFIRM, "--candidate", absent, *places)
+    refused(f"--candidate: {flow['study']} ", CONFIRM, "--candidate", flow["study"], *places)
+    refused("--seeds 2: ", CONFIRM, "--candidate", flow["selected"], "--seeds", "2,7,8,9,10", *places)
     refused(
-        "does not exist; select_release_candidate.py makes it", CONFIRM, "--candidate", tmp_path / "no.json", *places
-    )
-    refused("is no selection with a candidate", CONFIRM, "--candidate", flow["study"], *places)
-    refused("--seeds 2: a study used it", CONFIRM, "--candidate", flow["selected"], "--seeds", "2,7,8,9,10", *places)
-    refused(
-        "selection has read the families",
+        "--dataset-names: ",
         CONFIRM,
         "--candidate",
         flow["selected"],
@@ -198,9 +198,9 @@ def test_refusals(refused, flow, work, tmp_path):
         *places,
     )
     gate_places = ["--output-dir", tmp_path]
-    refused("--waive nothing: one of positive_control", GATE, "--waive", "nothing", "--reason", "x", *gate_places)
-    refused("a --reason for each", GATE, "--waive", "ood", *gate_places)
-    refused("is not a finite number", GATE, "--min-cebench-delta", "nan", *gate_places)
+    refused(["--waive nothing: ", "positive_control"], GATE, "--waive", "nothing", "--reason", "x", *gate_places)
+    refused(["--waive ood: ", "--reason"], GATE, "--waive", "ood", *gate_places)
+    refused(["--min-cebench-delta: ", "'nan'"], GATE, "--min-cebench-delta", "nan", *gate_places)
 
 
 def _read_set(flow) -> str:
@@ -215,12 +215,12 @@ def test_selection_refuses_a_study_that_was_edited(refused, flow, work, tmp_path
     (tmp_path / "results.json").write_text(json.dumps(study))
     shutil.copy(flow["study"].with_name("manifest.json"), tmp_path / "manifest.json")
     places = ["--output-dir", tmp_path / "out", "--artifact-root", work / "artifacts"]
-    refused("is not the file that the manifest names", SELECT, "--frontier-results", tmp_path / "results.json", *places)
+    refused(["results.json", "sha256"], SELECT, "--frontier-results", tmp_path / "results.json", *places)
 
 
 def test_no_candidate_is_exit_code_1(run, flow):
     code, results, said = run(SELECT, "none", "--frontier-results", flow["study"], "--min-seeds-per-group", 4)
     assert code == 1
     assert results["selected"] is None
-    assert "no candidate" in said
-    assert {e["reason"] for e in results["excluded"]} == {"3 seeds; at least 4 expected"}
+    assert re.search(r"^error: .*\bcandidate\b", said, re.M)
+    assert all(re.search(r"\b3 seeds\b.*\b4\b", e["reason"]) for e in results["excluded"])

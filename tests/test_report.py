@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import defaultdict
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -29,29 +30,47 @@ class Page(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.tags, self.text, self.open = [], "", []
+        self.inside = defaultdict(str)
+        """Id or class of an element -> its visible text."""
         self.feed(html)
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
-            self.open.append(tag)
+            self.open.append((tag, dict(attrs)))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"{tag} closed out of turn"
+        assert self.open.pop()[0] == tag, f"{tag} closed out of turn"
 
     def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
+        if not {"style", "script"} & {tag for tag, _ in self.open}:
             self.text += data
+            names = [f"{attrs.get('id', '')} {attrs.get('class', '')}".split() for _, attrs in self.open]
+            for name in {name for both in names for name in both}:
+                self.inside[name] += data
 
     def all(self, tag) -> list[dict]:
         return [attrs for name, attrs in self.tags if name == tag]
 
     def says(self, words: str) -> bool:
         return words in " ".join(self.text.split())
+
+    def states(self, name: str) -> set[str]:
+        """The classes of the element with an id."""
+        (attrs,) = (attrs for _, attrs in self.tags if attrs.get("id") == name)
+        return set(attrs["class"].split())
+
+    @property
+    def verdict(self) -> str:
+        """pass, fail, waived or none; nothing but a pass lets anything be claimed."""
+        (state,) = self.states("verdict") - {"verdict"}
+        forbids = verdict.NOTHING.lower() in self.inside["verdict"].lower()
+        assert forbids == (state != "pass"), self.inside["verdict"]
+        return state
 
 
 LEFT_OUT = ("release_gate", "cycle3_queue_final", "embedded_queue", "*_stress")
@@ -146,7 +165,7 @@ def test_a_page_of_the_evidence(everything):
     html = card.render(everything, None, everything.parent / "report.html")
     page = Page(html)
     assert len(page.all("h1")) == 1
-    assert page.says("No gate decision: nothing may be claimed externally.")
+    assert page.verdict == "none"
     assert len(html.encode()) < 3e6
     for tag, attrs in page.tags:  # no request leaves the page
         assert not attrs.get("src", "data:").startswith(("http", "//", "/")), (tag, attrs)
@@ -169,9 +188,8 @@ def test_a_page_of_the_evidence(everything):
         assert page.says(manifest["git_commit"][:12])
     assert page.says("+0.2191 [+0.2124, +0.2259]"), "in a line of intervals"
     assert page.says("0.2191 [0.2124, 0.2259]"), "in a table"
-    assert page.says("What was not run")
-    assert page.says("Transcoder stress")
-    assert not page.says("Damaged or incomplete")
+    assert "Transcoder stress" in page.inside["absent"]
+    assert page.inside["note"] == "", "nothing is damaged or incomplete"
 
 
 def test_the_same_folder_gives_the_same_page(root):
@@ -193,10 +211,10 @@ def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
     for row in forest.rows:
         assert 0 < row.strip.low < row.strip.estimate < row.strip.high < 100
         assert row.strip.estimate == forest.scale.at(row.estimate)
-    assert forest.claim == "mcc_alive +0.2191 [+0.2124, +0.2259] over spectral"
+    assert {"mcc_alive", "+0.2191", "[+0.2124,", "+0.2259]", "spectral"} <= set(forest.claim.split())
     ablations = Forest.of(json.loads((root / "core_ablations/results.json").read_text()))
     assert (len(ablations.rows), ablations.claim) == (13, None)
-    assert ablations.outcomes == "10 of 13 above chance, 3 of 13 not above chance"
+    assert re.findall(r"(\d+) of 13 ([^,]+)", ablations.outcomes) == [("10", "above chance"), ("3", "not above chance")]
     for broken in ({"husai": {"stability": {"verdict": {}}}}, {"a": {"stability": {"verdict": 3}}}, {}):
         assert Forest.of(broken) is None
 
@@ -208,9 +226,9 @@ def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
 def test_a_pass_is_a_pass(root):
     add_run(root, "release_gate", decision())
     page = render(root)
-    assert page.says("Passed 7 of 7 gates passed. What may be claimed externally is what these gates tested")
-    assert not page.says("Nothing may be claimed externally")
-    assert page.says("lower end must be above 0: clears it by 0.0100")
+    assert page.verdict == "pass"
+    assert "7 of 7" in page.inside["verdict"]
+    assert page.inside["margin"].count("0.0100") == 7
     assert page.says("topk d512 k16")
 
 
@@ -219,33 +237,39 @@ def test_what_failed_by_how_much_and_what_it_would_take(root):
     change(found, "cebench", status="MISSING", estimate=None, low=None, high=None, to_pass="its own stories")
     add_run(root, "release_gate", found, return_code=1)
     page = render(root)
-    assert page.says("Not passed 5 of 7 gates passed. Nothing may be claimed externally.")
-    assert page.says("falls short by 0.0100")
-    assert page.says("To pass: more seeds")
-    assert page.says("Gates without evidence CE-Bench To pass: its own stories")
-    assert not page.says("a check of this phase did not hold")
+    assert page.verdict == "fail"
+    assert "5 of 7" in page.inside["verdict"]
+    assert page.states("gate-saebench") == {"gate", "fail"}
+    assert "0.0100" in page.inside["gate-saebench"]
+    assert "more seeds" in page.inside["gate-saebench"]
+    assert page.states("gate-cebench") == {"gate", "missing"}
+    for words in ("CE-Bench", "its own stories"):
+        assert words in page.inside["absent"]
+    assert page.inside["note"] == "", "return code 1 is a decision and no note"
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "named"),
     [
-        ({"gates": decision()["gates"][:6]}, "it says that all passed, and these did not: CE-Bench"),
-        ({"gates": decision()["gates"] * 2}, "the gate ood stands twice"),
-        (change(decision(), "ood", **FAILS), "these did not: Out of distribution"),
-        (change(decision(), "ood", low=-0.01), "its own figures do not pass"),
-        (change(decision(), "ood", low=0.0), "its own figures do not pass"),
-        (change(decision(), "ood", bound="high", relation="<=", threshold=0.02), "its own figures do not pass"),
-        ({"read": {}}, "it names nothing that it read"),
-        ({"read": {"ood": {"path": "x/elsewhere/results.json", "sha256": "0" * 64}}}, "what the gate read is not here"),
-        ({"read": {"stability": {"path": "x/phase4a/results.json", "sha256": "0" * 64}}}, "has changed since the gate"),
+        ({"gates": decision()["gates"][:6]}, ": CE-Bench"),
+        ({"gates": decision()["gates"] * 2}, "gate ood"),
+        (change(decision(), "ood", **FAILS), ": Out of distribution"),
+        (change(decision(), "ood", low=-0.01), "Out of distribution: "),
+        (change(decision(), "ood", low=0.0), "Out of distribution: "),
+        (change(decision(), "ood", bound="high", relation="<=", threshold=0.02), "Out of distribution: "),
+        ({"read": {}}, " read"),
+        ({"read": {"ood": {"path": "x/elsewhere/results.json", "sha256": "0" * 64}}}, "ood: "),
+        (
+            {"read": {"stability": {"path": "x/phase4a/results.json", "sha256": "0" * 64}}},
+            "stability: phase4a/results.json",
+        ),
     ],
 )
-def test_a_pass_that_does_not_follow_from_its_own_figures_is_none(root, changed, words):
+def test_a_pass_that_does_not_follow_from_its_own_figures_is_none(root, changed, named):
     add_run(root, "release_gate", decision() | changed)
     page = render(root)
-    assert page.says("Not established")
-    assert page.says("Nothing may be claimed externally")
-    assert page.says(words)
+    assert page.verdict == "none"
+    assert named in page.inside["alarm"]
 
 
 @pytest.mark.parametrize("damage", ["results", "manifest", "unfinished", "json", "pass_all", "gates"])
@@ -260,8 +284,8 @@ def test_a_damaged_decision_is_no_pass(root, damage):
     elif damage == "manifest":
         (folder / "manifest.json").unlink()
     for page in (render(root), render(root, folder / "results.json")):
-        assert page.says("Nothing may be claimed externally")
-        assert page.says("does not hold up")
+        assert page.verdict == "none"
+        assert page.inside["alarm"]
         assert page.says("Phase 4a")
 
 
@@ -269,13 +293,13 @@ def test_waivers_and_provisional_marks_are_loud(root):
     waived = "transcoders are not part of the claim"
     add_run(root, "release_gate", change(decision(), "transcoder", **FAILS, waived=waived))
     page = render(root)
-    assert page.says("Not established")
-    assert page.says("is provisional, waived or loosened, which is no pass")
-    assert page.says(f"1 gate waived. A waiver is no pass: Transcoder: {waived}")
+    assert page.verdict == "none"
+    assert page.states("gate-transcoder") == {"gate", "waived"}
+    assert f"Transcoder: {waived}" in page.inside["alarm"]
     for changed in ({"provisional": True}, {"policy": "lenient"}):
         add_run(root, "release_gate", decision(**changed))
-        assert render(root).says("Not established")
-        assert render(root).says("Nothing may be claimed externally")
+        assert render(root).verdict == "none"
+        assert render(root).inside["alarm"]
 
 
 def test_what_the_gate_itself_writes_can_be_read(root, run_script):
@@ -287,15 +311,17 @@ def test_what_the_gate_itself_writes_can_be_read(root, run_script):
     gate = "scripts/experiments/run_stress_gated_release_policy.py"
     assert run_script(gate, *arguments, "--output-dir", root / "release_gate")[0] == 0
     page = render(root)
-    assert page.says("Not passed 1 of 7 gates passed. Nothing may be claimed externally. No candidate is confirmed.")
-    assert page.says("lower end must be above 0: clears it by 0.0121")
+    assert page.verdict == "fail"
+    assert "1 of 7" in page.inside["verdict"]
+    assert len(page.inside["candidate"].splitlines()) == 1, "there is none"
+    assert "0.0121" in page.inside["gate-positive_control"]
     assert page.says("not there")
     waive = [a for g in verdict.GATES if g != "positive_control" for a in ("--waive", g, "--reason", "not claimed")]
     assert run_script(gate, *arguments, *waive, "--output-dir", root / "release_gate")[0] == 0
     page = render(root)
-    assert page.says("No pass: provisional 1 of 7 gates passed")
-    assert page.says("6 gates waived. A waiver is no pass:")
-    assert page.says("Nothing may be claimed externally")
+    assert page.verdict == "waived"
+    assert "1 of 7" in page.inside["verdict"]
+    assert page.inside["alarm"].count("not claimed") == 6
 
 
 def test_a_candidate_is_named_as_the_gate_names_it(root):
@@ -311,16 +337,17 @@ def test_the_earlier_studys_policy_decides_nothing(root):
     gates = [{"gate": "ood", "published": True, "figure": 0.1, "status": "MISSING", "reason": "a point"}]
     published = decision(policy="published", pass_all=False, candidate=None, gates=gates)
     folder = add_run(root, "earlier", published)
-    assert render(root).says("No gate decision: nothing may be claimed externally.")
-    assert render(root, folder / "results.json").says("Not passed 0 of 7 gates passed")
+    assert render(root).verdict == "none"
+    page = render(root, folder / "results.json")
+    assert (page.verdict, "0 of 7" in page.inside["verdict"]) == ("fail", True)
     add_run(root, "release_gate", decision())
-    assert render(root).says("7 of 7 gates passed")
+    assert render(root).verdict == "pass"
 
 
 def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, tmp_path):
     add_run(root, "release_gate", decision())
     other = add_run(tmp_path, "other", change(decision(pass_all=False), "ood", **FAILS))
-    assert render(root, other / "results.json").says("Not passed")
+    assert render(root, other / "results.json").verdict == "fail"
     for bad in (tmp_path / "none.json", other / "summary.md"):
         with pytest.raises(BadInput, match="--gate"):
             render(root, bad)
@@ -345,17 +372,20 @@ def test_damage_is_named_and_the_rest_is_shown(everything):
     later = everything / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
     later.mkdir()
     page = render(everything)
-    for words in (
-        "What lies in phase4a is not",
-        "results.json is not the file that the manifest names (sha256 differs)",
-        "manifest.json is not a manifest",
-        "adaptive_l0.png is not the file that the manifest names; it is not shown",
-        "summary.md is not the file that the manifest names",
-        "run_20261125T000000Z_00000000: failed, return code 2",
-        "run_20261125T000001Z_00000000: no manifest: running, or killed",
-        "run_20991125T000000Z_00000000: no manifest: running, or killed; shown: run_",
-    ):
-        assert page.says(words), words
+    for phase, named in {
+        "phase4a": r"results\.json .*sha256",
+        "phase4a_mlp": r"results\.json .*sha256",
+        "core_ablations": r"manifest\.json ",
+        "adaptive_l0": r"adaptive_l0\.png ",
+        "language_model": r"summary\.md .*sha256",
+        "ood_stress": r"run_20261125T000000Z_00000000: failed\b.* 2\b",
+        "cut": "run_20261125T000001Z_00000000: (?!failed)",
+        "saebench_husai_tiny": "run_20991125T000000Z_00000000: (?!failed).*: run_",
+    }.items():
+        problems = read_phase(everything / phase).problems
+        assert any(re.search(named, problem) for problem in problems), problems
+        for words in (phase, *problems):
+            assert words in page.inside["note"]
     assert page.says("0.2191 [0.2124, 0.2259]"), "the whole runs are shown"
     assert read_phase(everything / "phase4a").results == {}
 
@@ -366,14 +396,14 @@ def test_a_file_that_is_no_image_is_not_embedded(everything):
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["outputs"]["figures/adaptive_l0.png"] = sha256_file(path)
     write_json(path.parent / "manifest.json", manifest)
-    assert render(everything).says("adaptive_l0.png is no image; it is not shown")
+    assert "adaptive_l0.png " in render(everything).inside["note"]
 
 
 def test_features_in_another_shape_are_named(root):
     broken = feature(1, True)
     broken["contexts"][0]["values"] = [1.0]
     add_run(root, "feature_examples", examples(broken))
-    assert render(root).says("results.json holds no features in the shape that is expected")
+    assert "results.json " in render(root).inside["note"]
 
 
 def test_a_repeat_does_not_hide_what_the_results_took(root):
@@ -441,7 +471,7 @@ def test_features_are_a_list_that_needs_no_script(root):
     page = render(root)
     lines = [a["data-stable"] for a in page.all("li") if "data-stable" in a]
     assert lines == ["yes", "yes", "no"], "stable ones first"
-    assert page.says("Fires on 2.00 % of 1,000 held-out tokens")
+    assert {"2.00", "1,000"} <= set(page.inside["detail"].split())
     (controls,) = [a for a in page.all("form") if a.get("id") == "controls"]
     assert "hidden" in controls, "what needs the script is hidden without it"
     assert {a["title"] for a in page.all("mark") if "title" in a} == {"3.5"}
@@ -468,8 +498,8 @@ def test_from_the_shell(root, tmp_path, run_script, refused):
     page = Page((tmp_path / "sub" / "r.html").read_text())
     assert any(a["href"] == "../results/phase4a/results.json" for a in page.all("a"))
     (tmp_path / "empty" / "folder").mkdir(parents=True)
-    refused("is not a folder", REPORT, "--results-root", tmp_path / "none")
-    refused("holds no run", REPORT, "--results-root", tmp_path / "empty")
+    refused(f"--results-root: {tmp_path}/none ", REPORT, "--results-root", tmp_path / "none")
+    refused(f"--results-root: {tmp_path}/empty ", REPORT, "--results-root", tmp_path / "empty")
     run_without_torch(REPORT, "--results-root", root, "--output", tmp_path / "r.html")
 
 

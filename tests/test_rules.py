@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -170,18 +171,19 @@ def test_a_fault_of_the_gates_own_code_is_no_missing_evidence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("delta", "reason"),
+    ("delta", "told"),
     [
         ({"low": 0.01}, None),
-        ({"low": -0.01}, "lower bound -0.0100 < 0"),
+        ({"low": -0.01}, r"(?!inconclusive).*-0\.0100\b.*\b0"),
         ({"low": None, "reason": "why"}, "inconclusive: why"),
-        ({"low": 0.01, "n_seeds": 4}, "inconclusive: 4 seeds; a verdict needs 5"),
-        ({"estimate": None, "reason": "no match"}, "inconclusive: no match"),
+        ({"low": 0.01, "n_seeds": 4}, r"inconclusive: 4 seeds\b.*\b5\b"),
+        ({"estimate": None, "reason": "unmatched"}, "inconclusive: unmatched"),
     ],
 )
-def test_a_difference_on_cebench(delta, reason):
+def test_a_difference_on_cebench(delta, told):
     whole = {"estimate": 0.1, "low": 0.01, "n_seeds": 5, "reference_mean": 0.5, "reason": None} | delta
-    assert rules.cebench_delta("cebench", whole, 0.0) == reason
-    assert "provisional" in rules.cebench_delta("contrastive_local", whole, 0.0)
-    if reason is None:
-        assert "refused" in rules.cebench_delta("cebench", whole, 0.6)
+    found = rules.cebench_delta("cebench", whole, 0.0)
+    assert found is None if told is None else re.match(told, found)
+    assert "contrastive_local" in rules.cebench_delta("contrastive_local", whole, 0.0)
+    if told is None:
+        assert re.match(r"inconclusive: .*\b0\.6\b", rules.cebench_delta("cebench", whole, 0.6))

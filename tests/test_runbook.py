@@ -49,31 +49,6 @@ PLACEHOLDERS = {
 }
 """Words in capitals that stand for something of the reader's."""
 
-RUN_ELSEWHERE = {
-    "scripts/analysis/mirror_evidence.py": "test_scripts.py",
-    "scripts/training/train_modular_addition.py": "test_scripts.py",
-    "scripts/experiments/run_phase4a_reproduction.py": "test_scripts.py",
-    "scripts/experiments/run_core_ablations.py": "test_phases.py",
-    "scripts/experiments/run_adaptive_l0_calibration.py": "test_phases.py",
-    "scripts/experiments/run_assignment_consistency_v2.py": "test_phases.py",
-    "scripts/analysis/evaluate_language_model.py": "test_language_models.py",
-    "scripts/experiments/run_official_external_benchmarks.py": "test_benchmarks.py",
-    "scripts/experiments/run_architecture_frontier_external.py": "test_studies.py",
-    "scripts/experiments/run_external_metric_scaling_study.py": "test_kill_studies.py",
-    "scripts/experiments/run_random_model_stress_eval.py": "test_stress.py",
-    "scripts/experiments/run_transcoder_stress_eval.py": "test_stress.py",
-    "scripts/experiments/run_ood_stress_eval.py": "test_stress_ood.py",
-    "scripts/experiments/run_release_check.py": "test_release_check.py",
-    "scripts/analysis/plan_scale.py": "test_studies.py",
-    "scripts/analysis/verify_experiment_consistency.py": "test_claims.py",
-    "scripts/analysis/collect_feature_examples.py": "test_benchmarks.py",
-    "scripts/analysis/build_report.py": "test_report.py",
-    "scripts/experiments/select_release_candidate.py": "test_release_flow.py",
-    "scripts/experiments/run_candidate_confirmation.py": "test_release_flow.py",
-    "scripts/experiments/run_stress_gated_release_policy.py": "test_release_flow.py",
-}
-"""Script -> the tests that run it to its end."""
-
 SMALL = {
     "scripts/analysis/extract_activations.py": "--rows 3000",
     "scripts/experiments/train_husai_sae_on_cached_activations.py": "--architecture topk,relu --seeds 1,2 --d-sae 64 "
@@ -82,8 +57,6 @@ SMALL = {
     "scripts/experiments/run_husai_cebench_custom_eval.py": "--max-rows 16 --noise-seeds 43 --rows 1000",
 }
 """Script -> what makes it take seconds; it is run here. Of a flag that is given twice the last one counts."""
-
-NEVER_RUN = {"benchmarks/training_speed.py": "measures, for minutes, beside libraries that are not required"}
 
 
 def commands(name: str, section: str = "") -> list[list[str]]:
@@ -181,13 +154,6 @@ def test_a_wrong_command_is_noticed(parsed, capsys):
         with pytest.raises(SystemExit, match="2"):
             parsed(words)
     assert len(capsys.readouterr().err.splitlines()) == 3
-
-
-def test_every_script_is_run_somewhere():
-    named = {word for words in EVERY.values() for word in words if re.match(r"(scripts|benchmarks)/.*\.py$", word)}
-    assert named == {*RUN_ELSEWHERE, *SMALL, *NEVER_RUN}
-    for script, test in RUN_ELSEWHERE.items():
-        assert f'"{script}"' in (ROOT / "tests" / test).read_text()
 
 
 @pytest.mark.slow

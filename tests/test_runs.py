@@ -39,9 +39,9 @@ def test_json_is_strict(tmp_path):
             write_json(tmp_path / "x.json", value)
     assert not (tmp_path / "x.json").exists()
     (tmp_path / "x.json").write_text('{"a": NaN}')
-    with pytest.raises(BadInput, match=r"x\.json.*NaN is not strict JSON"):
+    with pytest.raises(BadInput, match=rf"{tmp_path}/x\.json .*NaN"):
         read_json(tmp_path / "x.json")
-    with pytest.raises(BadInput, match="does not exist"):
+    with pytest.raises(BadInput, match=rf"{tmp_path}/y\.json "):
         read_json(tmp_path / "y.json")
 
 
@@ -98,7 +98,7 @@ with locked(pathlib.Path({str(lock)!r})):
         ],
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(BadInput, match="in use by another run"), locked(lock, wait=False):
+    with pytest.raises(BadInput, match=rf"{tmp_path} .*\.lock"), locked(lock, wait=False):
         pass
     processes.kill(holder)
     with locked(lock, wait=False):
@@ -112,7 +112,7 @@ def test_tree_digest_names_and_contents_count(tmp_path):
     assert tree_digest(tmp_path, "--x") == first
     (tmp_path / "a").rename(tmp_path / "b")
     assert tree_digest(tmp_path, "--x") != first
-    with pytest.raises(BadInput, match=r"--x: .* is not a folder"):
+    with pytest.raises(BadInput, match=f"--x: {tmp_path / 'none'} "):
         tree_digest(tmp_path / "none", "--x")
 
 
@@ -317,7 +317,7 @@ def test_a_check_that_does_not_hold_is_a_finished_run_with_return_code_1(tmp_pat
 def test_second_run_into_the_same_folder_is_refused_while_the_first_lasts(tmp_path):
     with (
         Run(tmp_path, {"a": 1}, "cpu", 2),
-        pytest.raises(BadInput, match="in use by another run"),
+        pytest.raises(BadInput, match=rf"{tmp_path} .*\.lock"),
         Run(tmp_path, {"a": 2}, "cpu", 2),
     ):
         pass
@@ -326,7 +326,7 @@ def test_second_run_into_the_same_folder_is_refused_while_the_first_lasts(tmp_pa
 def test_unwritable_output_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(BadInput, match=r"--output-dir: .* cannot be written"),
+        pytest.raises(BadInput, match=f"--output-dir: {tmp_path}/file/x "),
         Run(tmp_path / "file" / "x", {}, "cpu", 1),
     ):
         pass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file)
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     done = processes.run([*command, "--output-dir", copy])
-    assert "was changed after it was written" in done.stderr
+    assert f"{weights.relative_to(copy)} " in done.stderr
     assert weights.read_bytes() == whole
     assert (copy / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
@@ -144,7 +145,7 @@ def test_interrupt_exits_130_and_says_so_in_the_manifest(phase4a, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = processes.end(process, 60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted: the same command resumes"
+    assert err.splitlines()[-1].startswith("interrupted: ")
     (manifest,) = tmp_path.glob("run_*/manifest.json")
     assert json.loads(manifest.read_text())["status"] == "interrupted"
 
@@ -168,13 +169,13 @@ def test_published_protocol_puts_its_figures_beside_ours(phase4a, run_script, tm
     published = json.loads((tmp_path / "results.json").read_text())["published"]
     assert published["hook_name"] == "blocks.1.hook_resid_post"
     assert {m["d_sae"] for m in published["members"]} == {1024}
-    assert published["stability"]["missing_nulls"] == {"shuffled": "not part of this protocol"}
+    assert set(published["stability"]["missing_nulls"]) == {"shuffled"}
     pwmcc = published["stability"]["scores"]["pwmcc"]
     assert pwmcc["nulls"]["isotropic"]["mean"] == pytest.approx(0.2988, abs=5e-4)
     assert "| random (pwmcc) | 0.2988 |" in out
 
 
-def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, tmp_path):
+def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, refused, tmp_path):
     _, out = phase4a
     saes = next(iter((out / "checkpoints").iterdir()))
     arguments = ["--activation-cache-dir", small_activations, "--null-draws", 5, "--threads", 1, "--output-dir"]
@@ -192,7 +193,7 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
             own["stability"]["scores"][name]["observed"]["estimate"], abs=1e-9
         )
     assert section["stability"]["verdict"]["outcome"] == "inconclusive", "the untrained null is not known"
-    assert "untrained-root gives them" in text
+    assert "--untrained-root" in text
 
     # Another untrained state is another null, not the one that was computed before.
     verdicts = []
@@ -214,23 +215,21 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     assert verdicts[0] != verdicts[1]
 
     shutil.copytree(next(root.iterdir()), root / "twin")
-    code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
-    assert (code, "share their decoder" in err) == (2, True)
+    refused(["twin", "decoder"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
     later = load_file(root / "twin" / "sae_weights.safetensors")
     later["W_dec"] += 0.1 * torch.randn(24, 16, generator=g)
     save_file(later, root / "twin" / "sae_weights.safetensors")
-    code, _, err = run_script(PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
-    assert (code, "seem to be of one training" in err) == (2, True)
+    refused(["twin", "|cos|"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
 
 
 def test_transformer_and_activations_scripts(run_script, small_subject, tmp_path):
     _, subject = small_subject
     code, out, err = run_script(EXTRACT, "--artifact-root", tmp_path, "--subject", subject, "--threads", 1)
     assert code == 0, err
-    assert "rows    529 x 16, blocks.0.hook_resid_post at position 2" in out
+    assert re.search(r"\b529 x 16\b.*\bblocks\.0\.hook_resid_post\b.*\b2$", out, re.M)
     code, _, err = run_script(SUBJECT, "--artifact-root", tmp_path, "--modulus", 11, "--epochs", 1, "--threads", 1)
     assert code == 1
-    assert err.splitlines()[-1].startswith("error: the transformer did not solve its task")
+    assert re.match(r"error: .*\b1 epochs\b.*\b0\.999\b", err.splitlines()[-1])
 
 
 def test_grid_script(run_script, small_activations, tmp_path):
@@ -280,7 +279,7 @@ def test_every_family_from_the_shell(run_script, small_activations, tmp_path):
         theirs = SAE.load_from_disk(tmp_path / m["checkpoint"])
         assert theirs.W_dec.shape == (16, 16)
         assert m["l0_miss"] == pytest.approx(m["heldout"]["l0"] / 3 - 1)
-        assert (f"{m['heldout']['l0']:.2f} (misses 3 by" in summary) == (abs(m["l0_miss"]) > 0.1)
+        assert (f"{m['heldout']['l0']:.2f} (" in summary) == (abs(m["l0_miss"]) > 0.1)
 
 
 def test_transcoders_from_the_shell(run_script, refused, small_subject, small_activations, tmp_path):
@@ -296,7 +295,7 @@ def test_transcoders_from_the_shell(run_script, refused, small_subject, small_ac
     results = json.loads((tmp_path / "results.json").read_text())
     assert [m["family"] for m in results["members"]] == ["transcoder"] * 2 + ["skip_transcoder"] * 2
     assert all(m["heldout"]["explained_variance"] > 0 for m in results["members"])
-    refused("a second activation store", TRAIN, *arguments)
+    refused("transcoders", TRAIN, *arguments)
 
 
 HOOKS = ("hook_resid_mid", "hook_mlp_out")
@@ -307,54 +306,60 @@ HOOKS = ("hook_resid_mid", "hook_mlp_out")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["--seeds", "42"], "one seed says nothing about stability"),
-        (["--seeds", "42,42"], "names 42 twice"),
-        (["--seeds", "a,b"], "not a list of whole numbers"),
-        (["--seeds", "1,-2"], "negative seed"),
-        (["--k", "300"], "--k 300: at most --d-sae 256 expected"),
-        (["--k", "0"], "at least 1"),
-        (["--tokens", "many"], "at least 1"),
-        (["--learning-rate", "nan"], "not a finite number above 0"),
-        (["--learning-rate", "0"], "above 0"),
-        (["--sead", "1"], "unrecognized arguments: --sead"),
-        (["--untrained-root", "x"], "goes with --sae-root"),
-        (["--protocol", "published", "--sae-root", "x"], "trains its own SAEs"),
-        (["--rows", "9"], "--rows 9: goes with a language model"),
-        (["--rows", "9", "--subject", "husai-tiny", "--activation-cache-dir", "x"], "--rows 9: goes with"),
-        (["--layer", "1", "--hook-name", "blocks.1.hook_resid_pre"], "--layer 1 means blocks.1.hook_resid_post"),
-        (["--sae-root", "nowhere"], "--sae-root: nowhere does not exist"),
-        (["--subject", "nowhere"], "subject nowhere: neither a folder nor a name that TransformerLens knows"),
-        (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere does not exist"),
+        (["--seeds", "42"], ["--seeds 42: ", "5"]),
+        (["--seeds", "42,42"], ["--seeds: ", "'42,42'"]),
+        (["--seeds", "a,b"], ["--seeds: ", "'a,b'"]),
+        (["--seeds", "1,-2"], ["--seeds: ", "'1,-2'"]),
+        (["--k", "300"], ["--k 300: ", "--d-sae 256"]),
+        (["--k", "0"], ["--k: ", "'0'"]),
+        (["--tokens", "many"], ["--tokens: ", "'many'"]),
+        (["--learning-rate", "nan"], ["--learning-rate: ", "'nan'"]),
+        (["--learning-rate", "0"], ["--learning-rate: ", "'0'"]),
+        (["--sead", "1"], "--sead"),
+        (["--untrained-root", "x"], ["--untrained-root", "--sae-root"]),
+        (["--protocol", "published", "--sae-root", "x"], ["--protocol published", "--sae-root"]),
+        (["--rows", "9"], ["--rows 9: ", "--model-name"]),
+        (["--rows", "9", "--subject", "husai-tiny", "--activation-cache-dir", "x"], ["--rows 9: ", "--model-name"]),
+        (
+            ["--layer", "1", "--hook-name", "blocks.1.hook_resid_pre"],
+            ["--layer 1", "blocks.1.hook_resid_post", "blocks.1.hook_resid_pre"],
+        ),
+        (["--sae-root", "nowhere"], "--sae-root: nowhere "),
+        (["--subject", "nowhere"], ["nowhere: ", "TransformerLens"]),
+        (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere "),
     ],
 )
-def test_bad_arguments(refused, arguments, message, tmp_path):
-    refused(message, PHASE4A, "--output-dir", tmp_path, *arguments)
+def test_bad_arguments(refused, arguments, named, tmp_path):
+    refused(named, PHASE4A, "--output-dir", tmp_path, *arguments)
     assert not (tmp_path / "results.json").exists()
 
 
 def test_bad_inputs_of_phase4a(refused, small_subject, small_activations, phase4a, tmp_path):
     root, subject = small_subject
     common = ["--artifact-root", root, "--output-dir", tmp_path / "out", *TINY]
-    refused("no such hook point", PHASE4A, *common, "--subject", subject, "--hook-name", "blocks.9.hook_resid_post")
-    refused("no such hook point", PHASE4A, *common, "--subject", subject, "--layer", "9")
-    refused("--device cuda:77: not available here", PHASE4A, *common, "--device", "cuda:77")
+    refused(
+        "blocks.9.hook_resid_post: ", PHASE4A, *common, "--subject", subject, "--hook-name", "blocks.9.hook_resid_post"
+    )
+    refused("blocks.9.hook_resid_post: ", PHASE4A, *common, "--subject", subject, "--layer", "9")
+    refused("--device cuda:77: ", PHASE4A, *common, "--device", "cuda:77")
     (tmp_path / "file").write_text("")
-    refused("cannot be written", PHASE4A, *common, "--output-dir", tmp_path / "file" / "out")
+    refused(f"--output-dir: {tmp_path}/file/out ", PHASE4A, *common, "--output-dir", tmp_path / "file" / "out")
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
-    refused("weights of another format are not read", PHASE4A, *common, "--subject", foreign)
+    refused([foreign, "*.safetensors"], PHASE4A, *common, "--subject", foreign)
 
     store = tmp_path / "store"
     shutil.copytree(small_activations, store)
     shard = store / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused("missing or truncated", PHASE4A, *common, "--activation-cache-dir", store)
+    refused(shard, PHASE4A, *common, "--activation-cache-dir", store)
     given = ["--activation-cache-dir", small_activations]
-    refused("was harvested from hook", PHASE4A, *common, *given, "--hook-name", "blocks.0.mlp.hook_post")
+    hooks = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
+    refused([small_activations, *hooks], PHASE4A, *common, *given, "--hook-name", hooks[1])
 
     saes = tmp_path / "saes"
     made = json.loads((phase4a[1] / "results.json").read_text())["husai"]["members"]
@@ -364,12 +369,12 @@ def test_bad_inputs_of_phase4a(refused, small_subject, small_activations, phase4
     weights = saes / "1" / "sae_weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:500])
-    refused("truncated or not safetensors", PHASE4A, *common, *scored)
+    refused(weights, PHASE4A, *common, *scored)
     weights.write_bytes(whole)
     (saes / "1" / "cfg.json").write_text(json.dumps({"architecture": "gpt2"}))
-    refused("one of standard, topk, jumprelu", PHASE4A, *common, *scored)
+    refused([saes / "1" / "cfg.json", "'gpt2'"], PHASE4A, *common, *scored)
     shutil.rmtree(saes / "1")
-    refused("1 SAE given", PHASE4A, *common, *scored)
+    refused(["1 SAE ", "2", "5"], PHASE4A, *common, *scored)
 
 
 def test_nan_activations_are_refused(refused, small_activations, tmp_path):
@@ -385,25 +390,25 @@ def test_nan_activations_are_refused(refused, small_activations, tmp_path):
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["shards"][0] |= {"sha256": sha256_file(shard), "bytes": os.path.getsize(shard)}
     (store / "manifest.json").write_text(json.dumps(manifest))
-    refused(
-        "NaN or infinite value", TRAIN, "--activation-cache-dir", store, "--output-dir", tmp_path / "o", "--threads", 1
-    )
+    arguments = ["--activation-cache-dir", store, "--output-dir", tmp_path / "o", "--threads", 1]
+    refused([store, "NaN"], TRAIN, *arguments)
     assert not (tmp_path / "o" / "results.json").exists()
 
 
 def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
     grid = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path, "--threads", 1]
-    refused("k 9 with d_sae 8", TRAIN, *grid, "--d-sae", "8", "--k", "9")
-    refused("names 8 twice", TRAIN, *grid, "--d-sae", "8,8")
-    refused("family 'vq': one of topk", TRAIN, *grid, "--architecture", "topk,vq")
-    refused("a second activation store", TRAIN, *grid, "--target-activation-cache-dir", small_activations)
-    refused("arguments are required: --activation-cache-dir", TRAIN)
+    refused(["k 9", "d_sae 8"], TRAIN, *grid, "--d-sae", "8", "--k", "9")
+    refused(["--d-sae: ", "'8,8'"], TRAIN, *grid, "--d-sae", "8,8")
+    refused(["'vq'", "topk"], TRAIN, *grid, "--architecture", "topk,vq")
+    refused("transcoders", TRAIN, *grid, "--target-activation-cache-dir", small_activations)
+    refused("--activation-cache-dir", TRAIN)
+    absent = tmp_path / "none"
+    refused(absent / "manifest.json", TRAIN, "--activation-cache-dir", absent, "--output-dir", tmp_path)
+    refused(["--modulus 10: ", "11"], SUBJECT, "--modulus", "10")
+    refused(["--train-fraction: ", "'1.5'"], SUBJECT, "--train-fraction", "1.5")
     refused(
-        "manifest.json does not exist", TRAIN, "--activation-cache-dir", tmp_path / "none", "--output-dir", tmp_path
+        [f"{tmp_path} ", "config.json", "subject.json"], EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path
     )
-    refused("odd number", SUBJECT, "--modulus", "10")
-    refused("between 0 and 1", SUBJECT, "--train-fraction", "1.5")
-    refused("holds neither config.json", EXTRACT, "--subject", tmp_path, "--artifact-root", tmp_path)
 
 
 @pytest.fixture
@@ -432,8 +437,15 @@ def test_the_mirror_of_a_run_is_what_the_audit_takes(run_script, run_folder, tmp
 def test_what_is_not_as_its_manifest_says_is_not_copied(refused, run_folder, tmp_path):
     given = (MIRROR, "--results-root", run_folder, "--output", tmp_path / "kept")
     (run_folder / "phase/figures/drawn.png").write_bytes(b"another")
-    refused("figures/drawn.png is missing or is not what its manifest says", *given)
+    refused("phase/figures/drawn.png", *given)
     (run_folder / "phase/manifest.json").write_text("{}")
-    refused("manifest.json is damaged", *given)
-    refused("holds no run", MIRROR, "--results-root", tmp_path / "nothing", "--output", tmp_path / "kept")
+    refused("phase/manifest.json", *given)
+    refused(
+        f"--results-root: {tmp_path}/nothing ",
+        MIRROR,
+        "--results-root",
+        tmp_path / "nothing",
+        "--output",
+        tmp_path / "kept",
+    )
     assert not (tmp_path / "kept").exists()

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -136,39 +137,37 @@ def test_an_excluded_candidate_changes_no_score(frontier, value, part):
 def test_a_duplicate_is_left_out(frontier):
     found = chosen(frontier, frontier)
     assert scores(found) == scores(chosen(frontier))
-    assert all(
-        "a duplicate: the same configuration" in e["reason"] for e in found["excluded"] if "study 2" in e["study"]
-    )
+    assert all("duplicate" in e["reason"] for e in found["excluded"] if "study 2" in e["study"])
     assert {e["condition"] for e in found["excluded"] if e["study"] == "study 2"} >= set(scores(found))
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "named"),
     [
-        (lambda b: b["inputs"].update(subject="0" * 64), "another subject"),
-        (lambda b: b["saebench"]["versions"].update(torch="0.1"), "other versions"),
-        (lambda b: b["saebench"].update(probing="sae_probes_exact"), "probes of another name"),
-        (lambda b: b["saebench"]["data_sets"].reverse(), "other probing data sets"),
-        (lambda b: b["cebench"].update(pairs_digest="0" * 64), "other story pairs"),
-        (lambda b: b["cebench"].update(benchmark="cebench"), "another contrastive benchmark"),
+        (lambda b: b["inputs"].update(subject="0" * 64), "subject"),
+        (lambda b: b["saebench"]["versions"].update(torch="0.1"), "versions"),
+        (lambda b: b["saebench"].update(probing="sae_probes_exact"), "probes"),
+        (lambda b: b["saebench"]["data_sets"].reverse(), "data sets"),
+        (lambda b: b["cebench"].update(pairs_digest="0" * 64), "pairs"),
+        (lambda b: b["cebench"].update(benchmark="cebench"), "benchmark"),
     ],
 )
-def test_what_cannot_be_compared_is_left_out(frontier, change, why):
+def test_what_cannot_be_compared_is_left_out(frontier, change, named):
     other = trained_longer(frontier)
     change(other["banks"][0])
     found = chosen(frontier, other)
     assert scores(found) == scores(chosen(frontier))
     left = [e for e in found["excluded"] if e["study"] == "study 2"]
     assert left
-    assert all(why in e["reason"] for e in left)
+    assert all(named in e["reason"] for e in left)
 
 
 def test_too_few_seeds_and_no_study(frontier):
     found = chosen(frontier, {"phase": "4a"}, rules=Rules(RULES.weights, min_seeds=4))
     assert found["selected"] is None
     assert found["candidates"] == []
-    assert sum("3 seeds; at least 4 expected" in e["reason"] for e in found["excluded"]) == 4
-    assert "no result of a frontier or scaling study" in found["excluded"][0]["reason"]
+    assert sum(re.search(r"\b3 seeds\b.*\b4\b", e["reason"]) is not None for e in found["excluded"]) == 4
+    assert "study" in found["excluded"][0]["reason"]
     assert chosen()["selected"] is None
 
 

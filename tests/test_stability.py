@@ -1,5 +1,6 @@
 """Scores, nulls and inference, against oracles, brute force and published figures."""
 
+import re
 import sys
 from itertools import combinations, permutations
 
@@ -273,7 +274,7 @@ def test_mean_over_seeds_is_the_t_interval(values, level):
 def test_mean_over_seeds_needs_three_for_an_interval_and_finite_figures():
     assert mean_over_seeds([1.0, 2.0]).low is None
     for bad in ([], [1.0, np.nan]):
-        with pytest.raises(ValueError, match="finite figures"):
+        with pytest.raises(ValueError, match="finite"):
             mean_over_seeds(bad)
 
 
@@ -310,7 +311,7 @@ def test_gains_pair_the_seeds():
     both = contrast.gain([a, arm(base - more)], [b, b])
     assert both["observed"]["estimate"] == pytest.approx(0, abs=1e-12)
     assert contrast.lower_bound(a) == -0.05
-    with pytest.raises(ValueError, match="same seeds"):
+    with pytest.raises(ValueError, match="seeds"):
         contrast.gain([a], [arm(base, seeds=(1, 2, 4))])
 
 
@@ -346,20 +347,20 @@ def test_verdict_of_a_gain(low, high, seeds, outcome):
 
 
 @pytest.mark.parametrize(
-    ("weight", "low", "lost", "seeds", "accepted", "reason"),
+    ("weight", "low", "lost", "seeds", "accepted", "named"),
     [
-        (0.1, 0.01, 0.04, 5, True, "all hold"),
-        (0.1, 0.0, 0.04, 5, False, "the gain is not shown to be above 0"),
-        (0.1, 0.01, 0.06, 5, False, "the explained variance is not shown to be kept"),
-        (0.1, 0.01, 0.04, 4, False, "4 seeds; 5 needed"),
-        (None, 0.01, 0.04, 5, False, "no λ keeps the explained variance"),
+        (0.1, 0.01, 0.04, 5, True, ""),
+        (0.1, 0.0, 0.04, 5, False, r"\bgain\b"),
+        (0.1, 0.01, 0.06, 5, False, r"^(?!.*λ).*\bvariance\b"),
+        (0.1, 0.01, 0.04, 4, False, r"\b4 seeds\b.*\b5\b"),
+        (None, 0.01, 0.04, 5, False, "λ"),
     ],
 )
-def test_acceptance(weight, low, lost, seeds, accepted, reason):
+def test_acceptance(weight, low, lost, seeds, accepted, named):
     found = rules.acceptance(weight, estimates(low, 0.1), {"low": -0.1, "high": lost}, seeds, 0.05)
     assert found["accepted"] is accepted
     assert found["outcome"] == ("accepted" if accepted else "not accepted")
-    assert reason in found["reason"]
+    assert re.search(named, found["reason"])
     one_null_short = estimates(0.01, 0.1) | {"spectral": {"low": -0.01, "high": 0.1}}
     assert not rules.acceptance(0.1, one_null_short, {"high": 0.0}, 5, 0.05)["accepted"]
 
@@ -434,12 +435,12 @@ def test_alive_scores_alone_are_those_of_all_scores():
 def test_two_seeds_have_no_interval_and_one_is_refused():
     e = jackknife(symmetric(0, 2))
     assert (e.low, e.high, e.standard_error) == (None, None, None)
-    assert "at least 3 seeds" in e.reason
-    with pytest.raises(ValueError, match="at least 2 seeds"):
+    assert "3 seeds" in e.reason
+    with pytest.raises(ValueError, match="2 seeds"):
         jackknife(np.zeros((1, 1)))
-    with pytest.raises(ValueError, match="finite and symmetric"):
+    with pytest.raises(ValueError, match="symmetric"):
         jackknife(np.triu(symmetric(0, 4)))
-    with pytest.raises(ValueError, match="finite and symmetric"):
+    with pytest.raises(ValueError, match="symmetric"):
         jackknife(np.full((4, 4), np.nan))
 
 
@@ -461,7 +462,7 @@ def test_permutation_test_sees_a_difference_and_refuses_tiny_arms():
     m = symmetric(1, 10) * 0.01
     m[:5, :5] += 1
     assert permutation_test(m, 5) == pytest.approx(2 / 252), "the observed split and its mirror image"
-    with pytest.raises(ValueError, match="at least two seeds"):
+    with pytest.raises(ValueError, match="seeds"):
         permutation_test(m, 9)
     with pytest.raises(ValueError, match="relabellings"):
         permutation_test(np.zeros((40, 40)), 20)
@@ -473,9 +474,9 @@ def test_tost():
     assert tost(e, 0.05).p_value == pytest.approx(expected)
     assert tost(e, 0.05).equivalent
     assert not tost(e, 0.02).equivalent, "not different from 0 is not the same as equal"
-    with pytest.raises(ValueError, match="positive number"):
+    with pytest.raises(ValueError, match="positive"):
         tost(e, 0)
-    with pytest.raises(ValueError, match="no equivalence test"):
+    with pytest.raises(ValueError, match="equivalence"):
         tost(jackknife(symmetric(0, 2)), 0.1)
 
 
@@ -520,16 +521,16 @@ def test_shared_decoders_and_initialisations_are_refused():
     a, b = rows(1, 5), rows(2, 5)
     ok = [Dictionary(a, alive, rows(3, 5)), Dictionary(b, alive, rows(4, 5))]
     independence.refuse_shared(["a", "b"], ok)
-    with pytest.raises(BadInput, match="a and b share their decoder"):
+    with pytest.raises(BadInput, match=r"^a and b\b.* decoder\b"):
         independence.refuse_shared(["a", "b"], [ok[0], Dictionary(a.clone(), alive, rows(4, 5))])
-    with pytest.raises(BadInput, match="a and b share their initialisation"):
+    with pytest.raises(BadInput, match=r"^a and b\b.* initialisation\b"):
         independence.refuse_shared(["a", "b"], [ok[0], Dictionary(b, alive, rows(3, 5))])
     turned = -2 * a[[3, 1, 0, 4, 2]]
-    with pytest.raises(BadInput, match="a and b share their decoder"):
+    with pytest.raises(BadInput, match=r"^a and b\b.* decoder\b"):
         independence.refuse_shared(["a", "b"], [ok[0], Dictionary(turned, alive, rows(4, 5))])
     with pytest.raises(BadInput, match="d_in 12 and 3"):
         independence.refuse_shared(["a", "b"], [ok[0], Dictionary(rows(1, 5, 3), alive)])
-    with pytest.raises(BadInput, match="1 SAE given"):
+    with pytest.raises(BadInput, match=r"^1 SAE\b.*\b2\b.*\b5\b"):
         independence.refuse_shared(["a"], ok[:1])
 
 

@@ -1,6 +1,7 @@
 """Out-of-distribution stress: figures of own test rows are the official ones, and the drop is what it is said to be."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_classes_are_those_of_the_original(monkeypatch):
         shifted, plain = text.table(name), text.table(ood.original(name))
         label = np.unique(plain["target"])
         assert (label[ood.classes(name)].astype(str) == shifted["target"].astype(str)).all()
-    with pytest.raises(BadInput, match=r"90_glue_qnli_OOD: its labels are 1 and not_entailment; 0 and 1 expected"):
+    with pytest.raises(BadInput, match=r"^90_glue_qnli_OOD: .*\b1\b.*\bnot_entailment\b"):
         ood.classes("90_glue_qnli_OOD")
     assert ood.unseen("67_social-security_OOD").sum() == 299, "one prompt of the original is among them"
 
@@ -122,24 +123,22 @@ def test_classes_are_those_of_the_original(monkeypatch):
 def test_what_is_chosen(monkeypatch):
     chosen = ood.choose(None, [], 42)
     assert len(chosen.shifted) == 7
-    assert chosen.skipped == {
-        "90_glue_qnli_OOD": "its labels are 1 and not_entailment; 0 and 1 expected, as in 90_glue_qnli"
-    }
+    assert [(name, "not_entailment" in why) for name, why in chosen.skipped.items()] == [("90_glue_qnli_OOD", True)]
     assert (chosen.probe, chosen.heldout) == ([], [])
     both = ood.choose(SHIFTED, ["95_toxic_is"], 42)
     assert (both.shifted, both.probe, len(both.heldout)) == (SETS, ["95_toxic_is"], 9)
     for shifted, probe, message in (
-        (["66_living-room_translations"], [], "--shifted 66_living-room_translations: of 5_hist_fig_ismale_OOD"),
-        (["90_glue_qnli_OOD"], [], "--shifted 90_glue_qnli_OOD: its labels are 1 and not_entailment"),
-        (None, ["100_news_fake"], "is text that language model and SAEs are trained on"),
-        (None, ["161_agnews_0"], "161_agnews_0 is named twice"),
+        (["66_living-room_translations"], [], "--shifted 66_living-room_translations: .*5_hist_fig_ismale_OOD"),
+        (["90_glue_qnli_OOD"], [], "--shifted 90_glue_qnli_OOD: .*not_entailment"),
+        (None, ["100_news_fake"], "--dataset-names: 100_news_fake "),
+        (None, ["161_agnews_0"], "--dataset-names: 161_agnews_0 "),
     ):
         with pytest.raises(BadInput, match=message):
             ood.choose(shifted, probe, 42)
     seen = text.Corpus(train=text.documents(SETS[1])[:7], heldout=[], heldout_families=[], dropped=0)
     monkeypatch.setattr(text, "corpus", lambda: seen)
-    why = "66_living-room shares 12 documents with the training text"
-    assert ood.unusable(SHIFTED) == {SHIFTED[1]: why}
+    ((name, why),) = ood.unusable(SHIFTED).items()
+    assert (name, {"66_living-room", "12"} <= set(why.split())) == (SHIFTED[1], True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,14 +201,17 @@ def test_the_rule():
         verdict = rules.verdict(lambda: rules.ood(Shifted.model_validate(section), skipped))
         return verdict["outcome"], verdict["reason"]
 
-    assert outcome(loss=0.05)[0] == "holds"
-    assert outcome(loss=0.12)[0] == "does not hold"
-    nowhere = outcome(loss=0.05, alive=(0.5,) * 7)
-    assert nowhere == ("inconclusive", "the model's own probe is above chance under no shift")
-    assert outcome(seeds=4) == ("inconclusive", "SAEs: 4; a verdict needs 5 training seeds")
-    partial = outcome(skipped=())
-    assert partial == ("inconclusive", "a verdict takes all shifted versions; 90_glue_qnli_OOD was left out")
-    assert outcome(only=[0, 1, 2])[1] == "a verdict takes all shifted versions; 66_living-room_OOD was left out"
+    assert outcome(loss=0.05)[0] == rules.PAGE[rules.PASS]
+    assert outcome(loss=0.12)[0] == rules.PAGE[rules.FAIL]
+    for changed, named in (
+        ({"loss": 0.05, "alive": (0.5,) * 7}, r"\bprobe\b"),
+        ({"seeds": 4}, r"\b4\b.*\b5\b.* seeds"),
+        ({"skipped": ()}, r"\b90_glue_qnli_OOD\b"),
+        ({"only": [0, 1, 2]}, r"\b66_living-room_OOD\b"),
+    ):
+        found, why = outcome(**changed)
+        assert found == rules.PAGE[rules.MISSING]
+        assert re.search(named, why), why
 
 
 def test_the_gap_of_a_held_out_family_is_over_seeds():
@@ -223,7 +225,7 @@ def test_the_gap_of_a_held_out_family_is_over_seeds():
     assert found["id"]["estimate"] == pytest.approx(-0.095)
     assert found["ood"]["estimate"] == pytest.approx(-0.01)
     assert found["difference"]["estimate"] == pytest.approx(0.085)
-    assert found["ood"]["method"].startswith("mean over seeds, t(S-1)")
+    assert "t(S-1)" in found["ood"]["method"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,14 +252,14 @@ def test_the_share_outside_the_subspace(make_store):
     bias[1] = -100
     assert shift.subspace(sae, store).shape == (4, 1)
     bias[0] = -100
-    with pytest.raises(BadInput, match="are all equal"):
+    with pytest.raises(BadInput, match=f"{store.folder} "):
         shift.subspace(sae, store)
 
 
 def test_all_tokens_give_rows(subject):
     store_rows = shift.token_rows(subject, texts := text.distinct(SHIFTED[1:]))
     assert lm.Inputs.of(subject, texts, store_rows, 0).rows.sum() == store_rows
-    with pytest.raises(BadInput, match=f"give {store_rows} rows"):
+    with pytest.raises(BadInput, match=rf"--rows {store_rows + 1}: .*\b{store_rows}\b"):
         lm.Inputs.of(subject, texts, store_rows + 1, 0)
 
 
@@ -284,7 +286,7 @@ def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     assert (shifted["data_sets"], shifted["families"]) == (SETS, ["historical_figures", "phrases"])
     assert [sae["seed"] for sae in shifted["saes"]] == [1, 2]
     assert list(results["candidate"]["checkpoints"]) == ["1", "2"]
-    assert "**inconclusive**: SAEs: 2; a verdict needs 5 training seeds." in out
+    assert re.search(r"^\*\*inconclusive\*\*: .*\b2\b.*\b5\b", out, re.M)
     assert OODStress.model_validate(results).shifted.prompts == [299, 300], "as the gate reads it"
     official = results["families"]
     assert official["ood"]["data_sets"] == ["161_agnews_0"]
@@ -311,22 +313,25 @@ def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["families"] is None
-    assert "**inconclusive**: SAEs: 1;" in out
+    assert re.search(r"^\*\*inconclusive\*\*: .*\b1\b.*\b5\b", out, re.M)
     assert phase_problems(results) == []
 
 
 def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
     own = ["--checkpoint", trained["own"], *common]
     transcoder = {"W_enc": torch.eye(16), "b_enc": torch.zeros(16), "W_dec": torch.eye(16), "b_dec": torch.zeros(16)}
-    checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "transcoder")
-    for arguments, message in (
-        (["--checkpoint", tmp_path / "transcoder", *common], "is a transcoder"),
-        (["--checkpoint", trained["own"], trained["other"], *common], "differ in d_sae: SAEs that differ in"),
-        (["--checkpoint", tmp_path / "none", *common], "is not a folder"),
-        (["--checkpoint", trained["own"], *common, "--model-name", "husai-tiny", "--rows", 500], "has d_in 16"),
-        (["--candidate", tmp_path / "none.json", *common], "does not exist"),
-        ([*own, "--candidate", tmp_path / "none.json"], "one of them expected"),
-        ([*own, "--shifted", "90_glue_qnli_OOD"], "its labels are 1 and not_entailment"),
+    checkpoints.save(SAE(transcoder, "transcoder", None, False), tmp_path / "other")
+    for arguments, named in (
+        (["--checkpoint", tmp_path / "other", *common], [tmp_path / "other", "transcoder"]),
+        (["--checkpoint", trained["own"], trained["other"], *common], ["checkpoint: ", "d32", "d_sae"]),
+        (["--checkpoint", tmp_path / "none", *common], ["--checkpoint: ", tmp_path / "none"]),
+        (
+            ["--checkpoint", trained["own"], *common, "--model-name", "husai-tiny", "--rows", 500],
+            [trained["own"], "d_in 16", "256"],
+        ),
+        (["--candidate", tmp_path / "none.json", *common], f"--candidate: {tmp_path}/none.json "),
+        ([*own, "--candidate", tmp_path / "none.json"], ["--candidate", "--checkpoint"]),
+        ([*own, "--shifted", "90_glue_qnli_OOD"], ["--shifted 90_glue_qnli_OOD: ", "not_entailment"]),
     ):
-        refused(message, SCRIPT, *arguments)
+        refused(named, SCRIPT, *arguments)
         assert not (tmp_path / "out" / "results.json").exists()

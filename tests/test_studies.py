@@ -1,6 +1,7 @@
 """The frontier and the scaling study: banks, contrasts, power laws."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,9 +60,9 @@ def test_contrasts_are_paired_by_seed_setting_and_data_set():
     for name in ("explained_variance", "cebench"):
         assert budget[4, 8][name]["estimate"] == pytest.approx(4 + 0.01 * 2 * 4)
         assert budget[4, 8][name]["standard_error"] < 0.1
-    assert "3 data sets of 2 families" in budget[4, 8]["cebench"]["method"]
+    assert {"3", "2"} <= set(budget[4, 8]["cebench"]["method"].split())
     assert budget[2, 4]["stability"]["observed"]["estimate"] == pytest.approx(0.2)
-    assert budget[1, 2]["saebench"] == {"estimate": None, "low": None, "high": None, "reason": "not run"}
+    assert [budget[1, 2]["saebench"][end] for end in ("estimate", "low", "high")] == [None] * 3
     (width,) = (c for c in found if c["axis"] == "d_sae")
     assert (width["from"], width["to"], width["settings"]) == (32, 64, 4)
     assert width["explained_variance"]["estimate"] == pytest.approx(1)
@@ -72,9 +73,9 @@ def test_settings_that_do_not_match_are_not_compared():
     (bank_,) = banks_of(lambda b, d, s: b, budgets=(1, 2), widths=(32,))
     bank_.conditions[1]["seeds"] = [7, 8, 9]
     (entry,) = conditions.contrasts([bank_])
-    assert (entry["settings"], entry["reason"]) == (0, "no setting has both with the same seeds")
+    assert (entry["settings"], "seeds" in entry["reason"]) == (0, True)
     (entry,) = (c for c in conditions.contrasts(banks_of(lambda b, d, s: b, (1,), l0=lambda d: d / 8)))
-    assert (entry["axis"], entry["reason"]) == ("d_sae", "L0 differs by more than 10 %")
+    assert (entry["axis"], entry["settings"], "L0" in entry["reason"]) == ("d_sae", 0, True)
 
 
 def test_power_laws_are_recovered_and_need_four_values():
@@ -159,8 +160,8 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     assert row["explained_variance"]["estimate"] == pytest.approx(
         np.mean([r["heldout"]["explained_variance"] for r in records])
     )
-    assert row["saebench_delta"]["reason"] == "not run"
-    assert "not run" in out
+    assert row["saebench_delta"]["estimate"] is None
+    assert row["saebench_delta"]["reason"] in out
     assert (tmp_path / "out" / "figures" / "frontier.png").exists()
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(FRONTIER, *arguments)[0] == 0
@@ -174,7 +175,7 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     (tmp_path / "map.json").write_text('{"default": null}')
     code, out, err = run_script(FRONTIER, *arguments, "--cebench-matched-baseline-map", tmp_path / "map.json")
     assert code == 0, err
-    assert "none: map.json names no baseline for blocks.1.hook_resid_pre" in out
+    assert re.search(r"\bnone: map\.json .*\bblocks\.1\.hook_resid_pre\b", out)
     code, _, err = run_script(FRONTIER, *arguments, "--require-matched")
     assert code == 2
     assert "--require-matched: topk d24 k3" in err.splitlines()[-1]
@@ -204,7 +205,7 @@ def test_scaling_from_the_shell(run_script, common, tmp_path):
         ("layer", 1)
     }
     assert [law["axis"] for law in results["power_laws"]] == ["budget"] * 2
-    assert "goes with budget to the power" in out
+    assert f"{results['power_laws'][0]['exponent']['estimate']:.4f}" in out
     assert recompute.phase_problems(results) == []
     results["banks"][0]["conditions"][0]["excess"]["estimate"] += 0.01
     assert recompute.phase_problems(results) != []
@@ -214,28 +215,32 @@ def test_scaling_from_the_shell(run_script, common, tmp_path):
 def test_bad_input(refused, common, tmp_path):
     nowhere = tmp_path / "map.json"
     nowhere.write_text('{"default": "nowhere.json"}')
-    for script, arguments, message in (
-        (FRONTIER, ["--architectures", "topk,magic"], "--architectures magic"),
-        (FRONTIER, ["--ks", 600], "an L0 that --d-sae 512 cannot reach"),
-        (FRONTIER, ["--seeds", 1], "one seed says nothing about stability"),
-        (FRONTIER, ["--hook-name", "blocks.9.hook_resid_pre", "--d-sae", 24, "--ks", 3], "no such hook point"),
-        (FRONTIER, ["--run-saebench", "--dataset-names", "nothing"], "data set 'nothing'"),
-        (FRONTIER, ["--run-cebench", "--cebench-matched-baseline-map", nowhere], "names nowhere.json"),
-        (FRONTIER, ["--cebench-repo", tmp_path], "a checkout of Yusen-Peng/CE-Bench expected"),
-        (SCALING, ["--k", 600], "an L0 that 512 features cannot reach"),
-        (SCALING, ["--architectures", "magic"], "family 'magic'"),
-        (SCALING, ["--device", "cuda:9"], "not available here"),
-        (SCALING, ["--device", "cuda:1", "--executor", "ray"], "a task on Ray sees the GPU it is given"),
-        (SCALING, ["--run-cebench", "--max-rows", 3], "at least expected"),
-        (SCALING, ["--run-cebench", "--stories", tmp_path / "nowhere"], "neither a path nor a data set"),
-        (SCALING, ["--token-budgets", ""], "is not a whole number of at least 1"),
+    for script, arguments, named in (
+        (FRONTIER, ["--architectures", "topk,magic"], "--architectures magic: "),
+        (FRONTIER, ["--ks", 600], ["--ks 600: ", "--d-sae 512"]),
+        (FRONTIER, ["--seeds", 1], "--seeds 1: "),
+        (FRONTIER, ["--hook-name", "blocks.9.hook_resid_pre", "--d-sae", 24, "--ks", 3], "blocks.9.hook_resid_pre: "),
+        (FRONTIER, ["--run-saebench", "--dataset-names", "nothing"], "'nothing'"),
+        (
+            FRONTIER,
+            ["--run-cebench", "--cebench-matched-baseline-map", nowhere],
+            [f"{nowhere}: 'default'", "nowhere.json"],
+        ),
+        (FRONTIER, ["--cebench-repo", tmp_path], tmp_path / "ce_bench" / "CE_Bench.py"),
+        (SCALING, ["--k", 600], ["--k 600: ", "512"]),
+        (SCALING, ["--architectures", "magic"], "'magic'"),
+        (SCALING, ["--device", "cuda:9"], "--device cuda:9: "),
+        (SCALING, ["--device", "cuda:1", "--executor", "ray"], ["--device cuda:1: ", "Ray"]),
+        (SCALING, ["--run-cebench", "--max-rows", 3], ["--max-rows 3: ", "8"]),
+        (SCALING, ["--run-cebench", "--stories", tmp_path / "nowhere"], f"--stories {tmp_path}/nowhere: "),
+        (SCALING, ["--token-budgets", ""], ["--token-budgets: ", "''"]),
     ):
-        refused(message, script, *common, *arguments)
+        refused(named, script, *common, *arguments)
 
 
 def test_an_empty_product_is_refused():
     settings = dict.fromkeys(bank.Plan.__dataclass_fields__)
-    with pytest.raises(BadInput, match="the product of families, seeds, widths, sparsities and budgets is empty"):
+    with pytest.raises(BadInput, match="families"):
         bank.check(bank.Plan(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]}))
 
 

@@ -112,7 +112,7 @@ def test_state_of_another_run_is_not_used(make_store, planted, tmp_path, caplog)
         train(store, [member(1)], CONFIG, CPU, tmp_path / "state", seconds_between_saves=-1)
     assert (tmp_path / "state").exists()
     other, _ = train(store, [member(2)], CONFIG, CPU, tmp_path / "state")
-    assert "belongs to another run" in caplog.text
+    assert [str(tmp_path / "state") in r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [True]
     fresh, _ = train(store, [member(2)], CONFIG, CPU, tmp_path / "fresh")
     assert torch.equal(state(other), state(fresh))
 
@@ -196,38 +196,38 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("members", "named"),
     [
         ([], "empty"),
-        ([member(1, k=25)], "k 25 with d_sae 24"),
+        ([member(1, k=25)], "k 25 .*d_sae 24"),
         ([member(1), member(1)], "identical"),
-        ([member(1, family="vq")], "family 'vq': one of topk, .* expected"),
-        ([member(1, family="transcoder")], "a second activation store"),
+        ([member(1, family="vq")], "'vq'.* topk"),
+        ([member(1, family="transcoder")], "transcoders"),
     ],
 )
-def test_impossible_members_are_refused(make_store, planted, tmp_path, members, message):
-    with pytest.raises(BadInput, match=message):
+def test_impossible_members_are_refused(make_store, planted, tmp_path, members, named):
+    with pytest.raises(BadInput, match=named):
         train(make_store(planted[0]), members, CONFIG, CPU, tmp_path / "s")
 
 
 def test_constant_activations_and_divergence_are_refused(make_store, planted, tmp_path):
-    with pytest.raises(BadInput, match="all rows are equal"):
+    with pytest.raises(BadInput, match=f"{tmp_path / 'constant'}: "):
         train(make_store(torch.ones(300, 4), name="constant"), [member(1)], CONFIG, CPU, tmp_path / "s")
     store, target = make_store(planted[0]), make_store(planted[0], name="target")
     for family in FAMILIES:
         other = target if "transcoder" in family else None
-        with pytest.raises(BadInput, match="seed 1 diverged"):
+        with pytest.raises(BadInput, match=r"\bseed 1\b.*--learning-rate"):
             train(store, [member(1, rate=1e30, family=family)], CONFIG, CPU, tmp_path / "s", target=other)
     x = planted[0].clone()
     x[-1200:] = 1.0
     constant = make_store(x, name="constant heldout")
     trained, _ = train(constant, [member(1)], CONFIG, CPU, tmp_path / "s")
-    with pytest.raises(BadInput, match="held-out rows are all equal"):
+    with pytest.raises(BadInput, match=rf"{constant.folder}: .*\b1200\b"):
         evaluate(trained[0].sae, constant, constant.split(0.2)[1])
 
 
 def test_an_sae_too_large_for_the_machine_is_refused():
-    with pytest.raises(BadInput, match="GiB to train"):
+    with pytest.raises(BadInput, match=r"d_sae 400000000: .*GiB"):
         memory.passes([member(1, d_sae=4 * 10**8)], memory.Sizes(128, 128, 1024, 8), CPU)
 
 
@@ -261,12 +261,12 @@ def test_transcoders_learn_a_map_between_two_hooks(make_store, planted, tmp_path
     explained = [evaluate(t.sae, source, rows, target)[0]["explained_variance"] for t in trained]
     assert min(explained[:2]) > 0.5
     assert min(explained[2:]) > max(explained[:2]), "a skip connection can only help here"
-    with pytest.raises(BadInput, match="same inputs"):
+    with pytest.raises(BadInput, match=f"{tmp_path / 'short'} "):
         train(source, members, config, CPU, tmp_path / "s", target=make_store(y[:-1], name="short"))
     other_order = make_store(y, name="other order", row_seed=7)
-    with pytest.raises(BadInput, match="in the same order"):
+    with pytest.raises(BadInput, match=f"{other_order.folder} "):
         train(source, members, config, CPU, tmp_path / "s", target=other_order)
-    with pytest.raises(BadInput, match="only they"):
+    with pytest.raises(BadInput, match="transcoders"):
         train(source, [member(1)], config, CPU, tmp_path / "s", target=target)
 
 

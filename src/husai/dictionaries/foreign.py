@@ -186,7 +186,8 @@ def _renamed(state: dict[str, Tensor], names: dict[str, str], path: Path) -> dic
         raise BadInput(f"checkpoint: {path}: {missing[0]} is missing")
     if unknown := sorted(set(state) - set(names) - BESIDE):
         raise BadInput(f"checkpoint: {path}: {unknown[0]} is not known; it may change what the SAE computes")
-    turned = {"encoder.weight", "decoder.weight"}
+    linear = {"encoder.weight", "decoder.weight"} & set(names)
+    turned = {theirs for theirs in linear if state[theirs].ndim == 2}  # torch deprecates `.T` of any other shape
     return {ours: state[theirs].T if theirs in turned else state[theirs] for theirs, ours in names.items()}
 
 
