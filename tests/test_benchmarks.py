@@ -224,7 +224,7 @@ def test_damaged_summaries(tmp_path):
         [],
         {"saes": 3},
         {"saes": [{}], "n_pairs": 1},
-        *({"saes": [{k: v for k, v in written.items() if k != name}], "n_pairs": 1} for name in written),
+        *({"saes": [{k: v for k, v in written.items() if k != name}], "n_pairs": 1} for name in whole.to_json()),
         {"saes": [written], "n_pairs": 2},
         {"saes": [written | {"facts": {}}], "n_pairs": 1},
     ):
@@ -232,7 +232,7 @@ def test_damaged_summaries(tmp_path):
         with pytest.raises(BadInput, match=str(path)):
             baselines.read_summary(path)
     path.write_text(json.dumps({"saes": [written], "n_pairs": 1}))
-    assert baselines.read_summary(path) == baselines.Summary([whole], {"1" * 64: 0.5}, None)
+    assert baselines.read_summary(path) == baselines.Summary([whole], None)
 
 
 def test_baseline_map(tmp_path):

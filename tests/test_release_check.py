@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
+from husai.dictionaries.sae import SAE
 from husai.evals import supplied
+from husai.evals.loaded import facts_of
 from husai.evidence import data_sets
 from husai.evidence.schemas import OODStress, RandomModelStress, Supplied, TranscoderStress
 from husai.release import gate, recompute
 from husai.report.card import SUPPLIED
 from husai.runs.cells import Cells
+from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
 from husai.subjects import text
@@ -309,3 +312,35 @@ def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_pat
     no("later", replace(step, weights=step.weights | {"W_dec": later}), foreign[1], "|cos|")
     narrow = w | {"W_enc": w["W_enc"][:8], "W_dec": w["W_dec"][:, :8], "b_dec": w["b_dec"][:8]}
     no("narrow", replace(sae, weights=narrow), "d_in 8", "16")
+
+
+def test_flags_of_the_confirmation_go_with_what_it_evaluates(monkeypatch, capsys):
+    parse = runpy.run_path(str(ROOT / CONFIRMATION))["parse"]
+
+    def parsed(*arguments: str):
+        monkeypatch.setattr(sys, "argv", [CONFIRMATION, *arguments])
+        return parse()
+
+    chosen, own = parsed(), parsed("--checkpoint", "a", "b", "--hook-layer", "0")
+    assert chosen.dataset_names is None, "the selection says which it left"
+    assert (own.dataset_names, own.candidate) == (data_sets.DATA_SETS.split(","), None)
+    assert own.hook_name == "blocks.0.hook_resid_pre"
+    assert own.output_dir != chosen.output_dir, "a confirmed candidate is not replaced"
+    for arguments in (
+        ["--checkpoint", "a", "--seeds", "1,2"],
+        ["--checkpoint", "a", "--candidate", "b.json"],
+        ["--model-name", "gpt2"],
+        ["--hook-name", "blocks.0.hook_resid_pre"],
+        ["--untrained", "a"],
+    ):
+        with pytest.raises(SystemExit) as refused:
+            parsed(*arguments)
+        assert refused.value.code == 2
+        assert arguments[-2] in capsys.readouterr().err
+
+
+def test_metadata_that_husai_did_not_write_is_refused():
+    weights = {"W_enc": torch.ones(2, 4), "b_enc": torch.zeros(4), "W_dec": torch.ones(4, 2), "b_dec": torch.zeros(2)}
+    for made in ({"training": {"tokens": 1000.5}}, {"source": 5}, {"seed": "1"}, {"training": {}}, [1]):
+        with pytest.raises(BadInput):
+            facts_of(SAE(weights, "topk", 2, metadata={"husai": made}), 2.0)

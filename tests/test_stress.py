@@ -11,7 +11,15 @@ from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evidence import contrast, rules, transcoder
-from husai.evidence.schemas import Facts, RandomModelStress, SeedGroup, Setting, TranscoderStress
+from husai.evidence.schemas import (
+    Facts,
+    OwnMember,
+    OwnSection,
+    RandomModelStress,
+    SeedGroup,
+    Setting,
+    TranscoderStress,
+)
 from husai.release import recompute
 from husai.runs.cells import Cells
 from husai.subjects import text
@@ -227,7 +235,12 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
     paths = {
         m: str(folder) for m, folder in zip(results["candidate"]["checkpoints"], sorted(saes.iterdir()), strict=True)
     }
-    confirmed = {"candidate": results["candidate"], "subject": str(structured), "paths": paths}
+    kept = {name: v for name, v in results["sae"].items() if name in OwnSection.model_fields}
+    members = [{name: m[name] for name in OwnMember.model_fields} for m in results["sae"]["members"]]
+    bank = {"saebench": None, "cebench": None, "hook_name": HOOK, "inputs": {}, "saes": []}
+    confirmed = {"phase": "candidate_confirmation", "origin": "supplied", "inputs": {}, "subject": str(structured)}
+    confirmed |= {"candidate": results["candidate"], "paths": paths, "untrained": None}
+    confirmed |= {"section": kept | {"members": members}, "bank": bank}
     (tmp_path / "confirmed.json").write_text(json.dumps(confirmed))
     other = stress(TRANSCODER, None, None, "--candidate", tmp_path / "confirmed.json", "--k", 3)
     assert other["candidate"] == results["candidate"]

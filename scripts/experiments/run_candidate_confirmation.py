@@ -17,9 +17,14 @@ the SAEs do not belong together.
 from pathlib import Path
 
 from husai.evals.flags import Parser
+from husai.evidence.data_sets import DATA_SETS
 from husai.runs.cli import prepare, run_main, seed_list
 
-OF_SUPPLIED = ("untrained", "reference", "random_model_checkpoint", "probing", "max_rows", "null_draws", "rows")
+OF_SELECTION = ("candidate", "seeds", "cebench_matched_baseline_map")
+OF_SUPPLIED = (
+    *("subject", "hook_name", "hook_layer", "rows", "untrained", "reference", "random_model_checkpoint"),
+    *("probing", "max_rows", "null_draws"),
+)
 """Flags that go with --checkpoint: a selection names its own recipe."""
 
 
@@ -36,18 +41,20 @@ def parse():
         "--seeds", type=seed_list, help="that no study used (default: five that are fixed; the gate takes no others)"
     )
     p.add_supplied(required=False)
-    p.set_defaults(dataset_names=None)
+    p.set_defaults(dataset_names=None)  # a selection says which data sets it left
     p.add_baseline_map()
-    args = p.parse_benchmark()
+    args = p.parse_args()
     if args.seeds is not None and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
-    if args.checkpoint:
-        p.refuse_unheard(args, ("candidate", "seeds"), "goes with a selection, not with --checkpoint")
-        p.refuse_unheard(args, ("cebench_matched_baseline_map",), "--reference names the references of --checkpoint")
-        args.candidate = None
-    else:
+    if not args.checkpoint:
         p.refuse_unheard(args, OF_SUPPLIED, "goes with --checkpoint; the selection names its own")
-    return args
+        return args
+    p.refuse_unheard(args, OF_SELECTION, "goes with a selection, not with --checkpoint")
+    args.candidate = None
+    args.dataset_names = args.dataset_names or DATA_SETS.split(",")
+    if args.output_dir == p.get_default("output_dir"):  # a confirmed candidate is not replaced
+        args.output_dir = Path("results/experiments/supplied_candidate")
+    return p.with_hook(args)
 
 
 def main() -> None:

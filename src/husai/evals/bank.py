@@ -16,6 +16,7 @@ from husai.evals.baselines import Summary
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
+from husai.evidence.levels import PROBING_SEED
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
 from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, ProbingName, Recipe, ScoredRecord
@@ -30,8 +31,6 @@ from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
 from husai.training.trainer import TrainingConfig
-
-SEED = 42  # of the drawn pairs, as in run_husai_cebench_custom_eval.py
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def check(plan: Plan) -> None:
                 f"--max-rows {plan.max_pairs}: one of each of {len(plan.pair_sets)} data sets at least expected"
             )
         sae_probes.check_data_sets(plan.pair_sets)
-        drawn_pairs(plan, SEED)
+        drawn_pairs(plan, PROBING_SEED)
         references(plan)
 
 
@@ -291,4 +290,4 @@ def references(plan: Plan) -> tuple[Summary | None, str | None]:
 def contrastive_scores(plan: Plan, saes: LoadedSAEs) -> Contrastive:
     checkout = Path(plan.cebench_repo) if plan.cebench_repo else None
     repeats = {seed: drawn_pairs(plan, seed) for seed in plan.noise_seeds}
-    return cebench.evaluate(saes, drawn_pairs(plan, SEED), repeats, plan.places, *references(plan), checkout)
+    return cebench.evaluate(saes, drawn_pairs(plan, PROBING_SEED), repeats, plan.places, *references(plan), checkout)

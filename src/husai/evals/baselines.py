@@ -63,11 +63,9 @@ def lookup(path: Path, hook_name: str) -> tuple[Path | None, str | None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What an earlier CE-Bench run gives as references."""
+    """References of an earlier CE-Bench run."""
 
     references: list[Reference]
-    normalised: dict[str, float]
-    """identity -> its mean normalised score."""
     pairs_digest: str | None
 
 
@@ -82,14 +80,13 @@ def read_summary(path: Path) -> Summary:
         raise BadInput(f"baseline summary: {path}: an object with a list `saes` expected")
     try:
         references = [Reference(**{name: r[name] for name in Reference.model_fields}) for r in saes]
-        normalised = {r["identity"]: float(r["normalised"]) for r in saes}
     except ValidationError as error:
         raise BadInput(f"baseline summary: {path}: saes: {refusal(error)}") from None
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError) as error:
         raise BadInput(f"baseline summary: {path}: saes: records expected ({type(error).__name__}: {error})") from None
-    if any(not r.facts.whole or len(r.normalised_of_pairs) != summary.get("n_pairs") for r in references):
-        raise BadInput(f"baseline summary: {path}: saes: a seed, and a score for each of n_pairs pairs expected")
-    return Summary(references, normalised, summary.get("pairs_digest"))
+    if any(not r.normalised_of_pairs or len(r.normalised_of_pairs) != summary.get("n_pairs") for r in references):
+        raise BadInput(f"baseline summary: {path}: saes: a score for each of n_pairs pairs expected")
+    return Summary(references, summary.get("pairs_digest"))
 
 
 def write_map(path: Path, hook_name: str, summary: str) -> Path:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from husai.activations import source
 from husai.activations.store import ActivationStore
 from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
-from husai.evidence.schemas import SeedGroup
+from husai.evidence.schemas import read_evaluation, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json
 from husai.subjects import pretrained
@@ -31,14 +31,13 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
-            expected, name = SeedGroup.model_validate(results["candidate"]), results["subject"]
-            hook_name = expected.facts.hook_name or results["bank"]["hook_name"]
-            paths = [args.candidate.parent / path for path in results["paths"].values()]
-        except (KeyError, TypeError, AttributeError, ValidationError):
+            found = read_evaluation(results)
+        except ValidationError as error:
             raise BadInput(
-                f"candidate: {args.candidate} is no result of run_candidate_confirmation.py (candidate, paths, "
-                "subject, bank expected)"
+                f"--candidate: {args.candidate} is no result of run_candidate_confirmation.py ({refusal(error)})"
             ) from None
+        expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
+        paths = [args.candidate.parent / path for path in found.paths.values()]
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
         log.info("candidate: the SAEs of --checkpoint")

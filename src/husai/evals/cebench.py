@@ -52,9 +52,6 @@ def evaluate(
     elif summary is not None:
         references = summary.references
 
-    def own(c: LoadedSAE) -> dict | None:
-        return run_checkout(loaded, c, pairs, places, checkout)
-
     drawn = len({p.digest for p in (pairs, *repeats.values())}) == 1 + len(repeats)
     why = None if drawn else "there are no more pairs than are taken: every draw is the same"
     results = Contrastive(
@@ -133,5 +130,5 @@ def refuse_unreachable(loaded: LoadedSAEs, minimum: float, summary: Summary) -> 
     for group in deltas.by_condition([c.record for c in loaded.saes]).values():
         match = matched(group, summary.references)
         if match.records:
-            reference = float(np.mean([summary.normalised[r.identity] for r in match.records]))
+            reference = float(np.mean([r.normalised_of_pairs for r in match.records]))
             contrastive.refuse_unreachable(minimum, reference)

@@ -237,13 +237,17 @@ class Parser(cli.Parser):
 
     def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
         """Exit 2 where one of these arguments was given and would not be used."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions}
         for name in names:
             if getattr(args, name) != self.get_default(name):
-                self.error(f"--{name.replace('_', '-')}: {why}")
+                self.error(f"{flags[name]}: {why}")
 
     def parse_benchmark(self) -> argparse.Namespace:
         """The arguments, with --hook-name filled in."""
-        args = self.parse_args()
+        return self.with_hook(self.parse_args())
+
+    def with_hook(self, args: argparse.Namespace) -> argparse.Namespace:
+        """The arguments with --hook-name filled in; exit 2 where --hook-layer names another layer."""
         if args.hook_name is None:
             args.hook_name = f"blocks.{1 if args.hook_layer is None else args.hook_layer}.hook_resid_pre"
         elif args.hook_layer is not None and not args.hook_name.startswith(f"blocks.{args.hook_layer}."):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -18,7 +19,7 @@ from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
-from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup
+from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup, refusal
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
@@ -130,12 +131,24 @@ def facts_of(sae: SAE, l0: float | None = None) -> Facts:
 
     Args:
         l0: on held-out rows; None: the facts that SAEs of other seeds share.
+
+    Raises:
+        BadInput: its metadata is not what HUSAI writes.
     """
+    try:
+        return _facts_of(sae, l0)
+    except (ValidationError, LookupError, TypeError, AttributeError) as error:
+        why = refusal(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise BadInput(f"checkpoint: its metadata is not what HUSAI writes ({why})") from None
+
+
+def _facts_of(sae: SAE, l0: float | None) -> Facts:
     made = sae.metadata.get("husai") or {}
     training = made.get("training")
     ours = training is not None
     settings = {k: v for k, v in (training or {}).items() if k not in ("tokens", "propose")}
-    facts = Facts(
+    of_one_seed: dict[str, Any] = {} if l0 is None else {"l0": l0, "seed": made.get("seed")}
+    return Facts(
         source="husai" if ours else made.get("source", "SAELens"),
         subject_digest=made.get("subject_digest"),
         hook_name=sae.metadata.get("hook_name"),
@@ -148,8 +161,8 @@ def facts_of(sae: SAE, l0: float | None = None) -> Facts:
         store_digest=made.get("store_digest"),
         training=digest(settings) if ours else None,
         control=made.get("control"),
+        **of_one_seed,
     )
-    return facts if l0 is None else facts.model_copy(update={"l0": l0, "seed": made.get("seed")})
 
 
 def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecord:
@@ -246,7 +259,7 @@ def open_all(
             refuse_other_model(folder, sae, subject.name, flag)
             name = identity(sae, sha)
             if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
-                continue
+                continue  # the same SAE again; two recipes that give one SAE are two
             heldout, alive = measure(sae, name, store, artifact_root)
             opened[key] = LoadedSAE(folder, sae, record_of(folder, sae, sha, heldout), alive)
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
@@ -258,7 +271,7 @@ def as_references(saes: list[LoadedSAE]) -> list[LoadedSAE]:
 
 
 def in_order(saes: list[LoadedSAE]) -> list[LoadedSAE]:
-    """In order of seeds; where these are not known, of identities, which nobody chooses."""
+    """The SAEs in order of seeds. Unknown seeds are replaced by identities, which nobody can choose."""
     return sorted(saes, key=lambda c: (c.facts.seed or 0, c.identity))
 
 

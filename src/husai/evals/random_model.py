@@ -37,7 +37,7 @@ class ControlArm:
     """Whose principal components its own spectral null is drawn in."""
     dictionaries: list[Dictionary]
     alike: Alike
-    """What evidence says of them."""
+    """Their record in evidence."""
 
 
 def grid_of(tested: LoadedSAEs) -> list[Member]:

@@ -32,7 +32,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         selection = Selection.model_validate(read_json(args.candidate, "candidate"))
         chosen = selection.selected
         facts, recipe = Facts.model_validate(chosen["facts"]), Recipe.model_validate(chosen["recipe"])
-        subject, name = chosen["subject"], chosen["id"]
+        subject, selected = chosen["subject"], Selected(sha256=sha256, id=chosen["id"])
     except ValidationError as error:
         raise BadInput(f"--candidate: {args.candidate} is no selection with a candidate ({refusal(error)})") from None
     except (KeyError, TypeError) as error:
@@ -82,6 +82,6 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         subject=subject,
         candidate=candidate,
         paths={str(m.seed): m.checkpoint for m in found.sections[0].members},
-        selection=Selected(sha256=sha256, id=name),
+        selection=selected,
         bank=found,
     )

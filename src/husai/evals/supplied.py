@@ -17,6 +17,7 @@ from husai.dictionaries.sae import SAE
 from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
+from husai.evidence.levels import PROBING_SEED
 from husai.evidence.schemas import (
     Evaluated,
     Heldout,
@@ -37,8 +38,8 @@ from husai.training.grid import SNAPSHOTS
 
 MINIMUM = 3
 """SAEs, for an interval over seeds; five for a verdict."""
-SEED, NOISE_SEEDS, KS = 42, (43, 44), [1, 5, 16]
-"""Of splits, probes and drawn pairs, as in the studies. Fixed: who may choose them may choose among results."""
+NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
+"""Further seeds of probes and drawn pairs, and numbers of features, as in the studies."""
 
 
 def look_over(args: argparse.Namespace) -> SeedGroup:
@@ -49,7 +50,8 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
-            or an initialisation, that are of one training, or that were trained on a control or towards a reference;
+            or an initialisation, that are two checkpoints of one run, or that were trained on a control or towards a
+            reference;
             references, controls, stories or a positive control that could not be read later.
     """
     folders = _found(args.checkpoint, "--checkpoint")
@@ -172,7 +174,9 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     names = sae_probes.check_data_sets(args.dataset_names)
     sae_probes.versions(args.probing)
     pair_sets = [] if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
-    pairs, *others = (contrastive.drawn(args.stories, pair_sets, args.max_rows, s) for s in (SEED, *NOISE_SEEDS))
+    pairs, *others = (
+        contrastive.drawn(args.stories, pair_sets, args.max_rows, s) for s in (PROBING_SEED, *NOISE_SEEDS)
+    )
 
     saes = loaded.load(args, device)
     saes = replace(saes, saes=in_order(saes.saes))
@@ -181,7 +185,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
     section, untrained = stability(cells, saes, untrained_of(args), args.null_draws, args.threads)
     where = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    setup = saebench.Setup(names, KS, SEED, NOISE_SEEDS, probing=args.probing)
+    setup = saebench.Setup(names, KS, PROBING_SEED, NOISE_SEEDS, probing=args.probing)
     probing, _ = saebench.evaluate(saes, setup, where, cells)
     repeats = dict(zip(NOISE_SEEDS, others, strict=True))
     contrast = cebench.evaluate(saes, pairs, repeats, where, checkout=args.cebench_repo)

@@ -30,7 +30,7 @@ class Task:
     """A setting with what it is trained on."""
 
     setting: Setting
-    """Whether it was fixed in advance, the conclusions say (`evidence.transcoder.concluded`)."""
+    """`preregistered` is filled in later, from the results (`evidence.transcoder.concluded`)."""
     config: TrainingConfig
     read: ActivationStore
     """What goes into the MLP."""

@@ -102,7 +102,7 @@ def contrasts(banks: list[Bank]) -> list[dict]:
 
     Returns:
         [{"axis", "from", "to", "settings": how many were averaged, figure: estimate, "stability": the gain of
-        `contrast.gain`}, or "reason" in place of figures]
+        `contrast.gain_of`}, or "reason" in place of figures]
     """
     rows = [
         row | {"bank": bank, "section": section}

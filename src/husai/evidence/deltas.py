@@ -100,8 +100,8 @@ def mean(figures: list[np.ndarray], clusters: list[str]) -> dict:
 
 
 def paired(of: list[np.ndarray], against: list[np.ndarray], clusters: list[str]) -> dict:
-    """The estimate of a mean difference: the first less the first, as far as both go. Seeds of two families are labels,
-    so that any pairing is as good; what is only on one side says nothing of the difference."""
+    """The estimate of a mean difference. Pairs replicates by position, up to the shorter list: seeds of two
+    architectures are labels, therefore any pairing is as good as another."""
     return mean([a - b for a, b in zip(of, against, strict=False)], clusters)
 
 

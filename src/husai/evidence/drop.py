@@ -41,7 +41,7 @@ def kept(shifted: Shifted) -> list[int]:
 
 
 def drop_where_kept(shifted: Shifted) -> dict[str, dict]:
-    """The drop on these data sets alone."""
+    """The drop on the data sets that `kept` names."""
     places = kept(shifted)
     ks, families = shifted.saes[0].test_auc, [shifted.families[i] for i in places]
     if not places:

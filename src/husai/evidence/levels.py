@@ -27,6 +27,8 @@ def within_reach(reference: float, minimum: float) -> bool:
     return reference + minimum <= LARGEST_SCORE
 
 
+PROBING_SEED = 42
+"""Seed of splits, probes and drawn pairs. Fixed, so that nobody can pick the seed with the best result."""
 FRESH_SEEDS = (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099, 2111, 2113, 2129, 2131, 2137, 2141, 2143)
 """Seeds of a confirmation, in this order. Fixed, so that nobody can pick the seed with the best result."""
 

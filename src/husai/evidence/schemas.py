@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from husai.evidence.contrast import Arm
 from husai.evidence.estimates import noise
@@ -88,6 +88,16 @@ OF_ONE_SEED = ("seed", "l0")
 """Facts in which the SAEs of one group differ."""
 
 
+def _whole(facts: Facts) -> Facts:
+    if not facts.whole:
+        raise ValueError("l0 and seed expected")
+    return facts
+
+
+WholeFacts = Annotated[Facts, AfterValidator(_whole)]
+"""The facts of one SAE."""
+
+
 class Heldout(Strict):
     explained_variance: Number
     mse: Number
@@ -106,14 +116,8 @@ class SAERecord(Strict):
     checkpoint_sha256: Sha256
     identity: Sha256
     """Digest of the weights and of what else encode and decode depend on. Figures are kept and compared under it."""
-    facts: Facts
+    facts: WholeFacts
     heldout: Heldout
-
-    @model_validator(mode="after")
-    def _whole(self) -> SAERecord:
-        if not self.facts.whole:
-            raise ValueError("facts: l0 and seed expected")
-        return self
 
 
 def seed_names(seeds: Sequence[int | None]) -> list[str]:
@@ -147,7 +151,7 @@ class SeedGroup(Strict):
         """The group that these SAEs are.
 
         Raises:
-            BadInput: no SAE, SAEs of several configurations, or two of one seed.
+            BadInput: no SAE, SAEs of several configurations, two of one seed, or one SAE twice.
         """
         if not records:
             raise BadInput("checkpoint: no SAE of a candidate")
@@ -161,12 +165,16 @@ class SeedGroup(Strict):
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"checkpoint: two SAEs of one seed among {', '.join(seeds)}")
         ours = shared[0].source == "husai"
-        return cls(
-            condition=records[0].condition if ours else f"SAEs ({digest(shared[0].to_json())[:6]})",
-            facts=shared[0],
-            checkpoints=dict(zip(seeds, (r.checkpoint_sha256 for r in records), strict=True)),
-            identities=dict(zip(seeds, (r.identity for r in records), strict=True)),
-        )
+        try:
+            return cls(
+                condition=records[0].condition if ours else f"SAEs ({digest(shared[0].to_json())[:6]})",
+                facts=shared[0],
+                checkpoints=dict(zip(seeds, (r.checkpoint_sha256 for r in records), strict=True)),
+                identities=dict(zip(seeds, (r.identity for r in records), strict=True)),
+            )
+        except ValidationError as error:
+            labels = ", ".join(r.label for r in records)
+            raise BadInput(f"checkpoint: {labels} are no seeds of one configuration ({refusal(error)})") from None
 
 
 class Core(Strict):
@@ -293,9 +301,9 @@ class ProbingNoise(Strict):
 class Draws(Strict):
     label: str
     seeds: list[int | None]
-    """Of each draw of pairs; None: the run's own."""
+    """Seed of each draw of pairs; None: the run's own draw."""
     reason: str | None
-    """Why the draws say nothing of the noise."""
+    """Reason for which the draws measure no noise."""
 
 
 class PairNoise(Repeats, Draws):
@@ -314,7 +322,7 @@ class Reference(Strict):
     """What is kept of a baseline summary's record."""
 
     condition: str
-    facts: Facts
+    facts: WholeFacts
     identity: Sha256
     normalised_of_pairs: list[Number]
 
@@ -635,7 +643,7 @@ class Bank(Strict):
     hook_name: str
     store_digest: Sha256
     rows: int
-    train_rows: int
+    train_rows: Annotated[int, Field(gt=0)]
     inputs: dict[str, Sha256]
     saes: list[ScoredRecord]
     sections: list[ConditionSection]
@@ -663,6 +671,7 @@ class Evaluation(Strict):
 class Retrained(Evaluation):
     """The selected recipe, trained again on fresh seeds."""
 
+    origin: Literal["retrained"] = "retrained"
     selection: Selected
     bank: Bank
 
@@ -706,6 +715,7 @@ class Control(Alike):
 class Supplied(Evaluation):
     """SAEs that a user supplies. HUSAI cannot see how they were selected."""
 
+    origin: Literal["supplied"]
     untrained: dict[str, Sha256] | None
     """seed -> sha256 of the file that holds its untrained state."""
     section: OwnSection

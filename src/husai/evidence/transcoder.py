@@ -66,7 +66,7 @@ def concluded(stress: TranscoderStress) -> TranscoderStress:
 
 
 def _of_members(section: Section) -> dict:
-    """What the records of an arm say of its setting."""
+    """The setting as the records of an arm give it."""
     said: dict[str, Any] = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
     said["seeds"] = [m.seed for m in section.members]
     for name in ("d_sae", "k", "learning_rate"):

@@ -66,8 +66,6 @@ MAKES = {
 }
 """Evidence -> the script that makes it."""
 UNCONFIRMED = "HUSAI cannot see how these SAEs were selected, nor whether their seeds are fresh"
-SUPPLIED_SEED = 42
-"""Seed of the probing of user-supplied SAEs, for which no selection fixes it."""
 UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
 
 
@@ -164,7 +162,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "provisional": provisional,
         "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
         "unconfirmed": candidate.unconfirmed,
-        "candidate": candidate.block(),
+        "candidate": candidate.to_json(),
         "thresholds": vars(thresholds),
         "looser_than_registered": looser,
         "gates": gates,
@@ -289,14 +287,15 @@ class _Candidate:
         else:
             self._check_supplied(found)
         _on_disk(bundle, found)
-        self.own, self.facts, self.seeds = own, own.facts, [int(seed) for seed in own.checkpoints]
-        self.bank, self.section = bank, section
-        labels = (f"checkpoint {r.label}" for r in records)
-        self.labels = dict(zip(own.checkpoints, labels, strict=True))
+        self.own, self.facts, self.bank, self.section = own, own.facts, bank, section
+        seeds = seed_names([r.facts.seed for r in records])
+        self.labels = {seed: f"checkpoint {r.label}" for seed, r in zip(seeds, records, strict=True)}
 
     def _check_retrained(self, found: Retrained, chosen: Selection, sha256: str) -> None:
         """The selected recipe, and no other, trained again on seeds that are fresh and fixed."""
         facts, section, bank = found.candidate.facts, found.section, found.bank
+        where = self.about["subject_digest"], self.about["hook_name"]
+        require((facts.subject_digest, facts.hook_name) == where, "its bank is of another subject or hook")
         made_of, seeds = facts.to_json(), [int(seed) for seed in found.candidate.checkpoints]
         require(found.selection.sha256 == sha256 == found.inputs.get("selection"), "confirmed is another selection")
         require(made_of == chosen.selected.get("facts"), "the confirmed candidate is not the selected one")
@@ -338,12 +337,12 @@ class _Candidate:
         untrained = set(own.checkpoints) if "untrained" not in found.section.stability.missing_nulls else set()
         require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
         heldout = bank.inputs["held-out activations"]
-        self.stores = {heldout}
+        self.stores = {heldout}  # the candidate's own study is on held-out activations
         _about(found.section, self)
-        self.stores = {heldout, own.facts.store_digest} - {None}
+        self.stores = {heldout, own.facts.store_digest} - {None}  # a stress test's may be on those of training
         self.read, self.data_sets = set(), set(DATA_SETS.split(","))
         probing = bank.saebench
-        self.cohort = {"probing_seed": SUPPLIED_SEED, "probing": probing and probing.probing}
+        self.cohort = {"probing_seed": levels.PROBING_SEED, "probing": probing and probing.probing}
         self.cohort["versions"] = probing and probing.versions
 
     def known(self) -> _Candidate:
@@ -357,7 +356,7 @@ class _Candidate:
             raise NoCandidate(f"there is no candidate: {why}")
         return self
 
-    def block(self) -> dict | None:
+    def to_json(self) -> dict | None:
         return None if self._reason is not None else self.own.to_json()
 
     def is_that_of(self, found: RandomModelStress | TranscoderStress | OODStress, script: str) -> None:
@@ -442,7 +441,7 @@ def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     found = _read(bundle, "phase4a", PositiveControl)
     section, members = found.husai, _members(found.husai)
-    subject = candidate.about["subject_digest"] if candidate.block() else None
+    subject = candidate.about["subject_digest"] if candidate.to_json() else None
     require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
     inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
     inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}

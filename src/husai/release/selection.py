@@ -343,6 +343,8 @@ def _figures(
     """Estimates, and the values that are ranked; why one is missing."""
     excess = section.stability.scores[PRIMARY_SCORE].excess
     least = excess[min(GATED_NULLS, key=lambda null: _sure(excess[null]))]
+    if least.low is not None and any(excess[null].low is None for null in GATED_NULLS):
+        raise ValueError("an excess over a required null has no interval")
     figures = {
         "stability": least.to_json(),
         "train_ev": conditions.over_seeds([r.heldout.explained_variance for r in own]),
