@@ -8,13 +8,10 @@ import re
 from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
 HEADINGS = 2
 """Levels by which a summary's headings go down on the page; its first, the title, is left out."""
@@ -61,14 +58,12 @@ class Picture:
 def few_colours(image: Image.Image) -> bytes:
     """A small PNG of an image."""
     buffer = io.BytesIO()
-    image.convert("RGB").quantize(COLOURS, dither=0).save(buffer, "PNG", optimize=True)
+    image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def picture(path: Path) -> Picture | None:
     """A PNG as a data URI, with few colours; None where it is no whole image."""
-    from PIL import Image
-
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
