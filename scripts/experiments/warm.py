@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -24,18 +25,20 @@ import threading
 import traceback
 from typing import NoReturn
 
-SOME = ("torch", "numpy", "scipy.stats", "scipy.optimize", "scipy.sparse.csgraph", "pydantic", "jinja2", "markdown_it")
+PAGE = ("numpy", "pydantic", "scipy.special", "jinja2", "markdown_it", "yaml", "PIL.Image")
+SOME = ("torch", *PAGE, "scipy.optimize", "scipy.sparse.csgraph")
+SUBJECT = (*SOME, "transformer_lens")
 ALL = (
-    *SOME,
-    *("pandas", "sklearn.linear_model", "sklearn.metrics", "numba", "matplotlib.pyplot", "rich.progress", "psutil"),
-    *("transformers.models.auto", "transformers.models.gpt_neox", "transformer_lens.model_bridge", "sae_lens"),
-    "sae_probes",
+    *(*SUBJECT, "scipy.stats", "pandas", "sklearn.linear_model", "sklearn.metrics", "numba", "matplotlib.pyplot"),
+    *("rich.progress", "psutil", "transformers.models.auto", "transformers.models.gpt_neox"),
+    *("transformer_lens.model_bridge", "sae_lens", "sae_probes"),
 )
 NEEDS = {
     "queue_manifest.py": (),
+    "train_modular_addition.py": SUBJECT,
     "run_stress_gated_release_policy.py": SOME,
-    "verify_experiment_consistency.py": SOME,
-    "build_report.py": SOME,
+    "verify_experiment_consistency.py": PAGE,
+    "build_report.py": PAGE,
 }
 """Script -> libraries that it is worth waiting for; ALL for every other one. A repeat of a finished queue needs few."""
 KILLED = 137
@@ -55,22 +58,33 @@ def serve(path: str, parent: int) -> None:
     _end_with(parent)
     os.environ.setdefault("MPLBACKEND", "agg")
     importlib.import_module("husai")  # alone, for its environment variables: torch reads them at its first allocation
+    ahead = [*SOME]
     while True:
+        while ahead and not select.select([listener], [], [], 0)[0]:  # nobody asks: there is time for the next one
+            load(ahead.pop(0))
         connection, _ = listener.accept()
         try:
             asked, streams = _request(connection)
         except (OSError, ValueError):  # the caller is gone
             connection.close()
             continue
-        for name in NEEDS.get(os.path.basename(asked["arguments"][0]), ALL):
-            with contextlib.suppress(ImportError):  # the environment check names it
-                importlib.import_module(name)
+        needs = NEEDS.get(os.path.basename(asked["arguments"][0]), ALL)
+        for name in needs:
+            load(name)
+        if len(needs) > len(SOME):  # no repeat: the other stages will need them all
+            ahead = [*ALL]
         if os.fork() == 0:
             listener.close()
             os._exit(_child(connection, asked, streams))
         connection.close()
         for stream in streams:
             os.close(stream)
+
+
+def load(library: str) -> None:
+    """Import a library, where it is installed."""
+    with contextlib.suppress(ImportError):  # the environment check names it
+        importlib.import_module(library)
 
 
 def _request(connection: socket.socket) -> tuple[dict, list[int]]:

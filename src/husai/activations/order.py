@@ -24,6 +24,7 @@ class BatchReader:
         seed: of the order.
         position: rows of the stream already seen; the stream goes on there.
         window_rows, block_rows: rows buffered at a time, and rows that stay neighbours on disk.
+        held: all of `rows`, where they lie in memory already.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class BatchReader:
         position: int = 0,
         window_rows: int = 65_536,
         block_rows: int = 1_024,
+        held: Tensor | None = None,
     ):
-        self.store, self.rows, self.seed = store, rows, seed
+        self.store, self.rows, self.seed, self.held = store, rows, seed, held
         self.block_rows = min(block_rows, window_rows)
         self.blocks_per_window = window_rows // self.block_rows
         self.epoch, self.offset = divmod(position, len(rows))
@@ -55,9 +57,13 @@ class BatchReader:
         return [self.rows[int(b) * self.block_rows : (int(b) + 1) * self.block_rows] for b in chosen]
 
     def _load_window(self) -> None:
-        buffer = torch.cat([self.store.read(block.start, block.stop) for block in self._window_blocks()])
-        order = torch.randperm(len(buffer), generator=generator(self.seed, "window", self.epoch, self.window))
-        self.buffer = buffer[order]
+        blocks = self._window_blocks()
+        numbers = torch.cat([torch.arange(block.start, block.stop) for block in blocks])
+        order = torch.randperm(len(numbers), generator=generator(self.seed, "window", self.epoch, self.window))
+        if self.held is not None:
+            self.buffer = self.held[numbers[order] - self.rows.start]
+        else:
+            self.buffer = torch.cat([self.store.read(block.start, block.stop) for block in blocks])[order]
 
     def take(self, n: int) -> Tensor:
         """The next `n` rows `[n, d_in]`; a batch may reach into the next epoch, and each epoch shows each row once."""

@@ -100,8 +100,10 @@ class Task:
         about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
         exact = [sae_probes_exact.run] if self.settings.probing == EXACT else []
         about["code"] = code_version(harvest_prompts, checkpoints.save, *exact)
-        versions_used = versions(self.settings.probing)
-        return json.loads(json.dumps(about | {"settings": asdict(self.settings), "versions": versions_used}))
+        settings = asdict(self.settings)
+        if exact:  # a file a data set, which depends on no other one: studies of different lists share the files
+            del settings["data_sets"]
+        return json.loads(json.dumps(about | {"settings": settings, "versions": versions(self.settings.probing)}))
 
     @cached_property
     def folder(self) -> Path:

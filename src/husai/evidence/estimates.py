@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from math import comb
@@ -27,7 +27,7 @@ class Estimate:
     """Why there is no interval."""
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def pair_values(matrix: np.ndarray) -> np.ndarray:
@@ -38,6 +38,14 @@ def pair_values(matrix: np.ndarray) -> np.ndarray:
 @cache
 def _upper(s: int) -> tuple[np.ndarray, np.ndarray]:
     return np.triu_indices(s, 1)
+
+
+@cache
+def _without_one(s: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pairs that are left without each seed, `[S, (S−1)(S−2)/2]` both."""
+    pairs = np.stack(_upper(s), 1)
+    left = np.stack([pairs[(pairs != i).all(1)] for i in range(s)])
+    return left[..., 0], left[..., 1]
 
 
 @cache
@@ -62,14 +70,14 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     s = len(matrix)
     if matrix.shape != (s, s) or s < 2:
         raise ValueError(f"a square matrix over at least 2 seeds expected, got shape {matrix.shape}")
-    off = ~np.eye(s, dtype=bool)
-    if not np.isfinite(matrix[off]).all() or not np.allclose(matrix[off], matrix.T[off], rtol=0, atol=1e-12):
+    above, below = pair_values(matrix), pair_values(matrix.T)
+    if not (np.isfinite(above).all() and (np.abs(above - below) <= 1e-12).all()):
         raise ValueError("pairwise scores must be finite and symmetric")
-    mean = float(pair_values(matrix).mean())
+    mean = float(above.mean())
     method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {level:.0%}"
     if s < 3:
         return Estimate(mean, None, None, None, s, method, "at least 3 seeds are needed for an interval")
-    deleted = np.array([pair_values(np.delete(np.delete(matrix, i, 0), i, 1)).mean() for i in range(s)])
+    deleted = matrix[_without_one(s)].mean(1)
     error = float(np.sqrt((s - 1) / s * ((deleted - deleted.mean()) ** 2).sum()))
     half = _quantile(level, s - 1) * error
     return Estimate(mean, mean - half, mean + half, error, s, method)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -240,9 +241,15 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
 # A statement and its document
 
 
+@cache
+def number_spans(text: str) -> list[tuple[int, int]]:
+    """Where the numbers of a text stand; kept, because each figure is looked for in the same document."""
+    return [m.span() for m in NUMBER.finditer(text)]
+
+
 def places(text: str, within: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
     """Where `text` stands in `within[start:end]`, its words apart by any white space, no number or unit cut off."""
-    numbers = [m.span() for m in NUMBER.finditer(within)]
+    numbers = number_spans(within)
     expected = len(NUMBER.findall(text))
     words = r"\s+".join(map(re.escape, text.split())) + (r"(?![^\W_])" if text[-1:].isdigit() else "")
     for m in re.compile(words).finditer(within, start, end or len(within)):

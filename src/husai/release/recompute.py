@@ -111,11 +111,13 @@ def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str |
 
 def studies(value: Any, at: str = "") -> Iterator[tuple[str, dict]]:
     """(JSON pointer, object) of every object that has both `stability` and `pairs`."""
-    if isinstance(value, dict) and {"stability", "pairs"} <= value.keys():
-        yield at or "/", value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from studies(item, f"{at}/{key}")
+    left = [(at, value)]
+    while left:
+        at, value = left.pop()
+        if isinstance(value, dict) and {"stability", "pairs"} <= value.keys():
+            yield at or "/", value
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left += [(f"{at}/{key}", item) for key, item in items if isinstance(item, dict | list)][::-1]
 
 
 def study_problems(study: dict) -> list[str]:

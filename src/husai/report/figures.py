@@ -10,6 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+
+from husai.report.markup import few_colours
+from husai.report.names import NAMES
 
 COLOURS = {
     "observed": "#0b6e99",
@@ -23,20 +27,14 @@ COLOURS = {
     "llm": "#ad1a72",
     "pca": "#d9730d",
 }
-NAMES = {
-    "observed": "trained with different seeds",
-    "covariance_matched": "covariance-matched",
-    "random_model": "random-weights model",
-    "reference": "matched reference",
-    "llm": "the activations' own probe",
-    "pca": "PCA",
-}
 
 
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.set_dpi(150)
+    figure.canvas.draw()
+    path.write_bytes(few_colours(Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))))
     plt.close(figure)
     return path
 

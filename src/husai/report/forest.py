@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from husai.report import markup
-from husai.report.figures import NAMES
 from husai.report.markup import Scale, Strip
+from husai.report.names import NAMES
 
 
 @dataclass

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+from PIL import Image
 
 HEADINGS = 2
 """Levels by which a summary's headings go down on the page; its first, the title, is left out."""
 COLOURS = 96
-"""Of an embedded figure: lines and text need no more, and a page of many figures stays small."""
+"""Colours of a figure: lines and text need no more, and a page of many figures stays small."""
 
 
 def html(markdown: str) -> Markup:
@@ -54,18 +55,23 @@ class Picture:
     height: int
 
 
-def picture(path: Path) -> Picture | None:
-    """A PNG as a data URI with few colours; None where it is no image."""
-    from PIL import Image
+def few_colours(image: Image.Image) -> bytes:
+    """A small PNG of an image."""
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
+
+def picture(path: Path) -> Picture | None:
+    """A PNG as a data URI, with few colours; None where it is no whole image."""
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            small = data if image.mode == "P" else few_colours(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return Picture(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", *small.size)
+    return Picture(f"data:image/png;base64,{base64.b64encode(small).decode()}", *image.size)
 
 
 def number(x: float, sign: bool = False) -> str:

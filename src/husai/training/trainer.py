@@ -216,8 +216,11 @@ def train(
 
     def readers(of: ActivationStore, scaling: Scaling) -> dict[int, Reader]:
         seeds = dict.fromkeys(m.order_seed for m in members)
-        at = start * config.batch_size
-        return {s: Reader(BatchReader(of, train_rows, s, at, config.window_rows), scaling, device) for s in seeds}
+        at, window = start * config.batch_size, config.window_rows
+        # Rows that fit into one window are read once for all data orders and epochs.
+        held = of.read(train_rows.start, train_rows.stop) if len(train_rows) <= window else None
+        rows = {s: BatchReader(of, train_rows, s, at, window, held=held) for s in seeds}
+        return {s: Reader(of_seed, scaling, device) for s, of_seed in rows.items()}
 
     x_readers = readers(store, x_scaling)
     y_readers = x_readers if target is store else readers(target, y_scaling)

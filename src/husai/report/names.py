@@ -1,0 +1,10 @@
+"""What a reader sees in place of the names in the results. Imports nothing: the page needs no matplotlib."""
+
+NAMES = {
+    "observed": "trained with different seeds",
+    "covariance_matched": "covariance-matched",
+    "random_model": "random-weights model",
+    "reference": "matched reference",
+    "llm": "the activations' own probe",
+    "pca": "PCA",
+}
