@@ -72,7 +72,8 @@ def training_store(
     wanted, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
     if control is not None:
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
-    assert wanted is not None  # SAEs that HUSAI trained name their store
+    if wanted is None:
+        raise BadInput(f"checkpoint: {tested.saes[0].folder} does not name the activations that it was trained on")
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:

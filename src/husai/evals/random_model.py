@@ -204,7 +204,8 @@ def supplied_arm(
         for c in saes
     ]
     store_digest = saes[0].facts.store_digest
-    assert store_digest is not None  # SAEs that HUSAI trained name their store
+    if store_digest is None:
+        raise BadInput(f"{flag}: {saes[0].label} does not name the activations that it was trained on")
     named = alike(controls.subject.digest, store_digest, members)
     return ControlArm(controls.store, _external(saes), named)
 

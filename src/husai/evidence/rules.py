@@ -389,15 +389,21 @@ def choose_weight(arms: list[dict], max_drop: float) -> float | None:
 
 
 def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None, seeds: int, max_drop: float) -> dict:
-    """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds."""
+    """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds.
+
+    Raises:
+        ValueError: a weight was chosen and its confirmation is missing.
+    """
     rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
     if weight is None:
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
+    elif found is None or lost is None:
+        raise ValueError(f"λ = {weight}: a confirmation on fresh seeds expected")
     else:
         failed = [f"{seeds} seeds; {MINIMUM_SEEDS} needed"] if seeds < MINIMUM_SEEDS else []
-        if not better(found):  # type: ignore[arg-type]  # a chosen weight is confirmed
+        if not better(found):
             failed.append("the gain is not shown to be above 0")
-        if not KEPT.met_by(lost, max_drop):  # type: ignore[arg-type]
+        if not KEPT.met_by(lost, max_drop):
             failed.append("the explained variance is not shown to be kept")
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"
