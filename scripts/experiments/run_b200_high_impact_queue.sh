@@ -141,8 +141,7 @@ if [[ -z $DRY$ONLY$HUSAI_SERVER && $DEVICE == cpu ]]; then
   OWN=$!
   trap 'kill "$OWN" 2> /dev/null || true; wait "$OWN" 2> /dev/null || true' EXIT
 fi
-WARM=(python)
-[[ -z $HUSAI_SERVER ]] || WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
+WARM=(python) # until the environment is checked, while the server imports
 
 NOTES=scripts/experiments/queue_manifest.py
 manifest() { "${WARM[@]}" "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }
@@ -193,7 +192,7 @@ trap 'STOPPED=yes; [[ -z $CHILD ]] || kill -TERM "$CHILD" 2> /dev/null || true' 
 
 perform() { # COMMAND…
   local code=0
-  if [[ $1 == python && $2 != */check_environment.py ]]; then set -- "${WARM[@]}" "${@:2}"; fi
+  if [[ $1 == python ]]; then set -- "${WARM[@]}" "${@:2}"; fi
   (trap - INT && exec "$@") & # in the background, where a signal is seen at once; which ignores Ctrl-C if it isn't told
   CHILD=$!
   wait "$CHILD" || code=$?
@@ -237,6 +236,7 @@ run() { # NAME FOLDER SCRIPT ARGUMENTS…: a phase, with what all phases take
 
 stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --executor "$EXECUTOR" "${ASKED[@]}"
 ((${#FAILED[@]} == 0)) || refuse "${FAILED[*]}: nothing after it could end well"
+[[ -z $HUSAI_SERVER ]] || WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
 stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --model-name "$SUBJECT" --hook-name "$HOOK" \
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
