@@ -674,7 +674,7 @@ def test_bad_input_from_the_shell(refused, trained, common, small_activations, t
         (SAEBENCH, [*own, "--hook-name", "blocks.7.hook_resid_pre", "--hook-layer", 7], "blocks.7.hook_resid_pre: "),
         (SAEBENCH, [*own, "--hook-name", "blocks.0.hook_mlp_out"], ["--hook-layer 1", "blocks.0.hook_mlp_out"]),
         (SAEBENCH, [*own, "--dataset-names", "nothing"], "'nothing'"),
-        (SAEBENCH, [*own, "--ks", "1,2"], ["--ks", "5"]),
+        (SAEBENCH, [*own, "--ks", "1,2"], ["--ks: ", "'1,2'"]),
         (SAEBENCH, ["--checkpoint", tmp_path / "none", *common], ["--checkpoint", tmp_path / "none"]),
         (SAEBENCH, ["--checkpoint", tmp_path / "wide", *common], [tmp_path / "wide", "d_in 8", "16"]),
         (SAEBENCH, ["--checkpoint", trained["random"], *common], ["checkpoint: ", trained["random"]]),
