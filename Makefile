@@ -54,7 +54,7 @@ test: setup $(PEERS) ## the test suite without its slow parts, four minutes
 	@$(BIN)/python -m pytest tests -n 2 -m "not slow and not nightly"
 
 test-slow: setup $(PEERS) ## whole studies and killed ones, a Ray cluster, six minutes
-	@$(BIN)/python -m pytest tests -n 2 -m slow
+	@$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "slow and not nightly"
 
 test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, six minutes
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs

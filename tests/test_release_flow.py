@@ -22,7 +22,7 @@ GATE = "scripts/experiments/run_stress_gated_release_policy.py"
 SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
 SIZES = ["--d-sae", 24, "--ks", 11, "--tokens", 20000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
 SIZES += ["--null-draws", 100, "--max-rows", 24, "--threads", 1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("release flow")]  # one worker makes the study once
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def flow(run, work, subject):
     paths = {name: work / name / "results.json" for name in ("study", "selected", "confirmed")}
     if not paths["confirmed"].exists():
         given = ["--subject", subject, "--seeds", "1,2,3", "--architectures", "topk", *SIZES]
+        given += ["--probing", "sae_probes_exact"]  # the official code is tested in test_benchmarks.py
         code, _, said = run(FRONTIER, "study", *given, "--run-cebench")
         assert code == 0, said
         code, _, said = run(SELECT, "selected", "--frontier-results", paths["study"])

@@ -156,7 +156,7 @@ def test_a_wrong_command_is_noticed(parsed, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # test_benchmarks.py runs the same scripts with other arguments
 def test_the_external_benchmarks_as_written(run_script, tmp_path, monkeypatch):
     """Each command finds what those before it left, on the language model that ships. Where relative paths lead, there
     is nothing at first but the documents."""

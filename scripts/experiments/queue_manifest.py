@@ -7,7 +7,8 @@
 There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
 every file below PLACE (a folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows
 from: the code, the packages, and the key that the script's flags give (`runs.inputs`: a file counts by its content).
-`inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile.
+`inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile. INPUTS are empty
+for a stage that always runs.
 
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
 was when it ended, and every stage before it ran before it and stands too. What is not as it was is named on stderr.
@@ -86,7 +87,7 @@ def record(
         "ended_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         "git_commit": commit,
         "git_dirty": dirty,
-        "follows_from": after if after == before else f"changed while it ran: {before}, then {after}",
+        "follows_from": after if before in ("", after) else f"changed while it ran: {before}, then {after}",
         "place": place,
         "files": {str(path): sha256_file(path) for path in files(place)},
     }
@@ -139,10 +140,11 @@ def changed(noted: dict, line: str) -> list[str]:
     command = shlex.split(line)
     if noted["command"] != shlex.join(command):
         return ["its command is another"]
+    found = []
     if noted["follows_from"] != follows_from(command):
-        return ["the code, the packages or what its command names is another"]
+        found.append("the code, the packages or what its command names is another")
     damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
-    return [
+    return found + [
         f"{name} {'was changed after it ended' if path.is_file() else 'is gone'}"
         for name, path, sha256 in damaged
         if not path.is_file() or sha256_file(path) != sha256

@@ -159,7 +159,7 @@ fi
 # stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails, what says its outcome
 # is set aside until it succeeds, so that neither a later stage nor a reader takes that of an earlier run for its own.
 stage() {
-  local name=$1 place=$2 code=0 noted=0 began=$SECONDS before
+  local name=$1 place=$2 code=0 noted=0 began=$SECONDS before=''
   shift 2
   [[ -n $ONLY && $ONLY != "$name" ]] && return
   if [[ -n $FROM ]]; then
@@ -174,8 +174,10 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
-  before=$(manifest inputs "$place" -- "$@") || noted=$?
-  unless_interrupted "$name" "$noted"
+  if [[ $place != - && ! $name =~ ^(gate|report)$ ]]; then # the others run always, whatever their inputs
+    before=$(manifest inputs "$place" -- "$@") || noted=$?
+    unless_interrupted "$name" "$noted"
+  fi
   touch "$QUEUE/.began"
   perform "$@" || code=$?
   if ! interrupted "$code"; then settle "$name" "$place" "$code"; fi
