@@ -184,7 +184,8 @@ def probing(args, subject, saes) -> dict:
             def run(folder: Path) -> None:
                 places = {"cache": str(cache), "root": str(folder), "device": args.device}
                 tasks = [
-                    sae_probes.Task(p.name, "sae", str(p), checkpoint_digest(p), 42, settings, **places) for p in paths
+                    sae_probes.ProbeTask(p.name, "sae", str(p), checkpoint_digest(p), 42, settings, **places)
+                    for p in paths
                 ]
                 sae_probes.run(tasks, workers, folder)
 

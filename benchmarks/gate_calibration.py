@@ -52,12 +52,12 @@ def noise_in(regime: str) -> simulate.Noise:
     found = simulate.measured(REPOSITORY / "docs" / "evidence")
     for gate, spread in found.items():
         if regime == "unequal arms":
-            found[gate] = simulate.Spread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)
+            found[gate] = simulate.NoiseSpread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)
         elif regime == "seeds alone":
-            found[gate] = simulate.Spread(max(spread.seed, 0.005), 0.0, other=spread.other)
+            found[gate] = simulate.NoiseSpread(max(spread.seed, 0.005), 0.0, other=spread.other)
         elif regime == "pairs or families alone":
             cell = spread.cell if gate in simulate.OF_PAIRS else 0.0
-            found[gate] = simulate.Spread(0.0, cell, spread.family, other=spread.other)
+            found[gate] = simulate.NoiseSpread(0.0, cell, spread.family, other=spread.other)
     return found
 
 

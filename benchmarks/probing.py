@@ -55,7 +55,7 @@ def main() -> None:
     def probed(name: str, names: list[str], root: Path, ks: tuple) -> list:
         settings = sae_probes.Settings(subject.digest, subject.name, HOOK, tuple(names), ks, probing=name)
         paths = {"cache": str(cache), "root": str(root), "device": args.device}
-        tasks = [sae_probes.Task(s.name, "sae", str(s), checkpoint_digest(s), 42, settings, **paths) for s in saes]
+        tasks = [sae_probes.ProbeTask(s.name, "sae", str(s), checkpoint_digest(s), 42, settings, **paths) for s in saes]
         return sae_probes.run(tasks, args.threads, root)
 
     figures = {}

@@ -463,7 +463,7 @@ def task(subject, few, tmp_path_factory):
     settings = sae_probes.Settings(subject.digest, subject.name, HOOK, tuple(SETS), (1, 5))
     sha = checkpoints.checkpoint_digest(path)
     places = {"cache": str(root / "cache"), "root": str(root / "results"), "device": "cpu"}
-    return sae_probes.Task("sae", "sae", str(path), sha, 42, settings, **places)
+    return sae_probes.ProbeTask("sae", "sae", str(path), sha, 42, settings, **places)
 
 
 @pytest.mark.slow

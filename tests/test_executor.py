@@ -18,7 +18,7 @@ import processes
 from conftest import ROOT
 from husai.runs.cli import Parser
 from husai.runs.errors import BadInput
-from husai.runs.executor import Outcome, Task, run
+from husai.runs.executor import Task, TaskOutcome, run
 from husai.runs.files import sha256_file
 
 needs_ray = pytest.mark.skipif(
@@ -54,8 +54,8 @@ def test_a_failing_task_is_reported_and_the_others_finish(caplog):
     with caplog.at_level(logging.INFO, "husai"):
         outcomes = run([*tasks, task("odd", "not_json")])
     assert outcomes[:2] == [
-        Outcome("bad", None, "RuntimeError: two lines"),
-        Outcome("user's", None, "no such file"),
+        TaskOutcome("bad", None, "RuntimeError: two lines"),
+        TaskOutcome("user's", None, "no such file"),
     ]
     assert outcomes[2].value["torch"] == 1
     assert outcomes[2].reason is None
@@ -129,12 +129,12 @@ def test_ray_gives_the_same_bytes_and_makes_lost_workers_good(make_store, plante
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert outcomes[:2] == local
         assert contents(tmp_path / "ray") == contents(tmp_path / "local")
-        assert outcomes[2] == Outcome("lost once", "alive", None)
+        assert outcomes[2] == TaskOutcome("lost once", "alive", None)
         assert outcomes[3].value is None
         assert "WorkerCrashedError" in outcomes[3].reason
         assert "\n" not in outcomes[3].reason
         assert (tmp_path / "always").read_text() == ".."
-        assert outcomes[4] == Outcome("bad", None, "RuntimeError: no")
+        assert outcomes[4] == TaskOutcome("bad", None, "RuntimeError: no")
         assert outcomes[5].value == {"torch": 2, "here": os.getcwd()}
         assert "here: a word from the task" in caplog.text
         with pytest.raises(BadInput, match=r"--executor ray: .*\b64 GPUs"):

@@ -72,7 +72,7 @@ def test_simulated_evidence_follows_from_its_figures_and_passes(seeds):
 
 def test_noise_is_what_the_evidence_shows():
     """Moments give back the sizes that figures were drawn with."""
-    rng, spread = np.random.default_rng(0), simulate.Spread(0.3, 0.1)
+    rng, spread = np.random.default_rng(0), simulate.NoiseSpread(0.3, 0.1)
     found = []
     for _ in range(400):
         labels = [f"seed{i}" for i in range(5)]

@@ -98,7 +98,7 @@ def tasks(tmp_path_factory):
     patch.undo()
     official = sae_probes.Settings(subject.digest, subject.name, HOOK, SETS, (1, 5))
     places = {"cache": str(root / "cache"), "root": str(root / "results"), "device": "cpu"}
-    task = sae_probes.Task("sae", "sae", str(path), checkpoint_digest(path), 42, official, **places)
+    task = sae_probes.ProbeTask("sae", "sae", str(path), checkpoint_digest(path), 42, official, **places)
     return task, replace(task, settings=replace(official, probing="sae_probes_exact"))
 
 

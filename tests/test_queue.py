@@ -243,12 +243,12 @@ def test_a_second_queue_on_one_output_is_refused(tmp_path):
 
 SCRIPT = """
 from pathlib import Path
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.evals.inputs import by_baseline_map
 from husai.runs.inputs import not_at_all
 
 def parse():
-    p = Parser("A stage.")
+    p = EvalParser("A stage.")
     p.add_argument("--given", type=Path)
     p.add_argument("--map", type=Path, counts=by_baseline_map)
     p.add_argument("--output-dir", type=Path, counts=not_at_all)

@@ -239,9 +239,11 @@ def test_bad_input(refused, common, tmp_path):
 
 
 def test_an_empty_product_is_refused():
-    settings = dict.fromkeys(bank.Plan.__dataclass_fields__)
+    settings = dict.fromkeys(bank.BankPlan.__dataclass_fields__)
     with pytest.raises(BadInput, match="families"):
-        bank.check(bank.Plan(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]}))
+        bank.check(
+            bank.BankPlan(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]})
+        )
 
 
 def test_the_scaling_page_is_what_the_benchmarks_say(run_script, tmp_path):

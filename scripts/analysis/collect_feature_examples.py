@@ -13,12 +13,12 @@ sample illustrates and proves nothing: the figures on stability are phase 4a's.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import positive_int, prepare, run_main
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/feature_examples")
     p.add_candidate()
     p.add_argument("--features", type=positive_int, default=60, help="to sample (default: %(default)s)")

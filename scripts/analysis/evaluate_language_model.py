@@ -13,12 +13,12 @@ missed.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import name_list, prepare, run_main
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/language_model")
     p.add_model_name(help="name or folder (default: %(default)s)")
     p.add_argument(

@@ -18,12 +18,12 @@ harvest resumes.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import fraction, name_list, positive_int, prepare, run_main
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_shared()
     p.add_model_name(None, help="folder or name (default: the modular-addition transformer)")
     p.add_argument(

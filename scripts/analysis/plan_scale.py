@@ -23,7 +23,7 @@ BYTES = 2  # of a stored activation, bfloat16
 
 
 @dataclass(frozen=True)
-class Study:
+class ScaleStudy:
     """What is trained and evaluated."""
 
     name: str
@@ -39,13 +39,13 @@ class Study:
 
 
 STUDIES = (
-    Study("Pythia-160M, 16k wide, 1 layer", 768, 16_384, 42e6),
-    Study("Pythia-160M, 16k wide, 12 layers", 768, 16_384, 85e6, layers=12),
-    Study("Gemma-2-2B, 65k wide, 1 layer", 2304, 65_536, 1.0e9),
+    ScaleStudy("Pythia-160M, 16k wide, 1 layer", 768, 16_384, 42e6),
+    ScaleStudy("Pythia-160M, 16k wide, 12 layers", 768, 16_384, 85e6, layers=12),
+    ScaleStudy("Gemma-2-2B, 65k wide, 1 layer", 2304, 65_536, 1.0e9),
 )
 
 
-def costs(study: Study, speed: dict, evals: dict, peak: float, utilisation: float, gigabits: float) -> dict:
+def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation: float, gigabits: float) -> dict:
     """Of one study; hours unless the name says otherwise."""
     widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
     rates = widest["medians"]

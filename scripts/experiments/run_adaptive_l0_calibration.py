@@ -12,12 +12,12 @@ and the same number of rows in both, with a paired interval. A single candidate 
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import DEFAULT_SEEDS, fraction, int_list, positive_int, prepare, run_main, seed_list
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/adaptive_l0_calibration")
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--k-candidates", type=int_list, default="4,8,12,16,24,32,48,64", help="default: %(default)s")

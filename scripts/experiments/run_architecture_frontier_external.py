@@ -13,14 +13,14 @@ used, and without `--stories` its pairs are not CE-Bench's.
 from pathlib import Path
 from typing import Any
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import DEFAULT_SEEDS, int_list, name_list, positive_int, run_main, seed_list
 
 FAMILIES = ("topk", "relu", "batchtopk", "jumprelu", "gated", "matryoshka")
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/architecture_frontier")
     p.add_study()
     p.add_executor()

@@ -18,7 +18,7 @@ study counted them.
 from dataclasses import replace
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.evidence import levels
 from husai.runs.cli import DEFAULT_SEEDS, float_list, positive_float, positive_int, prepare, run_main, seed_list
 from husai.runs.inputs import by_checkpoint, not_at_all
@@ -31,7 +31,7 @@ SEEDS = {
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/assignment_consistency_v2")
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--lambdas", type=float_list, default="0,0.01,0.05,0.1,0.2", help="default: %(default)s")

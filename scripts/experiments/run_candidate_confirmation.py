@@ -16,7 +16,7 @@ the SAEs do not belong together.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.evidence.data_sets import DATA_SETS
 from husai.runs.cli import prepare, run_main, seed_list
 
@@ -29,7 +29,7 @@ OF_SUPPLIED = (
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/candidate_confirmation")
     p.add_argument(
         "--candidate",

@@ -13,7 +13,7 @@ stability, under the same protocol, and two controls that share what must not be
 from dataclasses import replace
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import (
     DEFAULT_SEEDS,
     int_list,
@@ -27,7 +27,7 @@ from husai.runs.cli import (
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/core_ablations")
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")

@@ -12,7 +12,7 @@ layer whose baseline is missing in the map gets no difference, and the study goe
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import DEFAULT_SEEDS, int_list, name_list, positive_int, run_main, seed_list
 
 
@@ -22,7 +22,7 @@ def layer_list(text: str) -> list[int]:
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/external_metric_scaling")
     p.add_study()
     p.add_executor()

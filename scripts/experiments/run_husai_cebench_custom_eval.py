@@ -15,13 +15,13 @@ unmodified, on the same pairs.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.evidence.data_sets import PAIR_SETS
 from husai.runs.cli import name_list, nonnegative_float, positive_int, prepare, run_main, seed_list
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/cebench_custom")
     p.add_benchmark()
     p.add_cebench()

@@ -14,14 +14,14 @@ advance, is the one that counts.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser, probe_ks
+from husai.evals.flags import EvalParser, probe_ks
 from husai.evidence.levels import K
 from husai.runs.cli import name_list, prepare, run_main, seed_list
 from husai.runs.inputs import not_at_all
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/saebench_custom")
     p.add_benchmark()
     p.add_argument("--dataset-names", type=name_list, default="probe", help="names or sides (default: %(default)s)")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import name_list, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ eval's start, of a story pair and SAE. docs/benchmarks/eval_speed.md measures th
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/official_external_benchmarks")
     p.add_benchmark(needs_checkpoint=False)
     p.add_argument("--execute", action="store_true", help="run what can run; without it, only say so")

@@ -14,13 +14,13 @@ there is one, else the embedded default.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.evidence.data_sets import DATA_SETS
 from husai.runs.cli import name_list, prepare, run_main
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/ood_stress")
     p.add_candidate()
     p.add_argument(

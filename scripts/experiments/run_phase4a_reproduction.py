@@ -19,7 +19,7 @@ you bring.
 from pathlib import Path
 from typing import Any
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import DEFAULT_SEEDS, positive_int, prepare, run_main, seed_list
 
 # What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
@@ -27,7 +27,7 @@ PUBLISHED: dict[str, Any] = {"trained": [0.300, 0.302], "random": 0.2988, "diffe
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/phase4a_trained_vs_random")
     p.add_argument("--protocol", choices=["husai", "published"], default="husai", help="default: %(default)s")
     p.add_source("blocks.0.hook_resid_post")

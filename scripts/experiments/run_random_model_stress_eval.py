@@ -13,13 +13,13 @@ that were trained elsewhere have no recipe here: `--random-model-checkpoint` giv
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import prepare, run_main
 from husai.runs.inputs import by_checkpoint
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/random_model_stress")
     p.add_candidate()
     p.add_train_rows()

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import positive_int, prepare, run_main
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ class Part:
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/release_check")
     p.add_supplied()
     p.add_train_rows()

@@ -14,12 +14,12 @@ reported and decides nothing.
 
 from pathlib import Path
 
-from husai.evals.flags import Parser
+from husai.evals.flags import EvalParser
 from husai.runs.cli import positive_int, prepare, run_main, seed_list
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/transcoder_stress")
     p.add_candidate()
     p.set_defaults(subject=None)

@@ -65,7 +65,7 @@ def open_store(
 
 
 def of_arguments(args: argparse.Namespace, device: torch.device) -> ActivationStore:
-    """The store that a phase's command line names (`evals.flags.Parser.add_source`)."""
+    """The store that a phase's command line names (`evals.flags.EvalParser.add_source`)."""
     named = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
     return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows)
 

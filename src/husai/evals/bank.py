@@ -34,7 +34,7 @@ from husai.training.trainer import TrainingConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class BankPlan:
     """A study's part on one bank. JSON: it travels to wherever the task runs."""
 
     subject: str
@@ -78,7 +78,7 @@ class Plan:
 
 
 def shared(args: argparse.Namespace) -> dict:
-    """The settings that all banks of a study share, from `evals.flags.Parser.add_study`: JSON."""
+    """The settings that all banks of a study share, from `evals.flags.EvalParser.add_study`: JSON."""
     return {
         "subject": str(args.subject),
         "rows": args.rows,
@@ -114,7 +114,7 @@ def places_of(args: argparse.Namespace) -> dict:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedGroup:
     """SAEs of a bank that differ in their seed alone."""
 
     family: str
@@ -127,7 +127,7 @@ class Trained:
     """Trained only to be a reference."""
 
 
-def check(plan: Plan) -> None:
+def check(plan: BankPlan) -> None:
     """Raise BadInput, before anything is computed, for a grid that cannot be trained or evaluated."""
     if not all((plan.families, plan.seeds, plan.d_saes, plan.ks, plan.budgets)):
         raise BadInput("the product of families, seeds, widths, sparsities and budgets is empty")
@@ -164,7 +164,7 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
     for each in settings:
         check_hooks(subject, [each["hook_name"]])
         Site.of(subject, each["hook_name"])
-        check(Plan(**each))
+        check(BankPlan(**each))
     gpus = float(args.device != "cpu")
     tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]
     outcomes = executor.run(tasks, args.executor, args.ray_address, args.threads, what="banks")
@@ -179,10 +179,10 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
 
 def run(**settings) -> dict:
     """JSON of what `evaluated` gives: the task of an executor."""
-    return evaluated(Plan(**settings)).to_json()
+    return evaluated(BankPlan(**settings)).to_json()
 
 
-def evaluated(plan: Plan) -> Bank:
+def evaluated(plan: BankPlan) -> Bank:
     """Train the bank's SAEs, compare them over seeds, and hold them against the benchmarks."""
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
@@ -241,7 +241,7 @@ def evaluated(plan: Plan) -> Bank:
     return bank.model_copy(update={"conditions": conditions.conditions(bank)})
 
 
-def train(plan: Plan, cells: Cells, store, device) -> list[Trained]:
+def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
     """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
     wanted = list(plan.families)
     needed = {reference_family(f) for f in wanted} if plan.saebench or plan.cebench else set()
@@ -253,11 +253,11 @@ def train(plan: Plan, cells: Cells, store, device) -> list[Trained]:
         result = train_or_find(cells, store, grid, recipe, device, plan.threads)
         for family, d_sae, k in product((*wanted, *missing), plan.d_saes, plan.ks):
             of = [m for m in result["members"] if (m["family"], m["d_sae"], m["k"]) == (family, d_sae, k)]
-            groups.append(Trained(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
+            groups.append(TrainedGroup(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
     return groups
 
 
-def key_of(plan: Plan, saes: LoadedSAEs) -> dict:
+def key_of(plan: BankPlan, saes: LoadedSAEs) -> dict:
     """The key of a benchmark's cell."""
     probing_settings = ("data_sets", "probing", "core_texts", "probe_ks", "noise_seeds")
     named = (*probing_settings, "pair_sets", "max_pairs", "device", "threads")
@@ -265,29 +265,29 @@ def key_of(plan: Plan, saes: LoadedSAEs) -> dict:
     return key | {"candidates": [c.identity for c in saes.saes]}
 
 
-def references_key(plan: Plan) -> dict:
+def references_key(plan: BankPlan) -> dict:
     """What CE-Bench reads beside the SAEs."""
     path, reason = baseline(plan)
     key = {"stories": content_or_name(plan.stories), "baseline": reason if path is None else sha256_file(path)}
     return key | {"checkout": plan.cebench_repo and cebench_checkout.code_digest(Path(plan.cebench_repo))}
 
 
-def drawn_pairs(plan: Plan, seed: int) -> contrastive.Pairs:
+def drawn_pairs(plan: BankPlan, seed: int) -> contrastive.Pairs:
     return contrastive.drawn(plan.stories, plan.pair_sets, plan.max_pairs, seed)
 
 
-def baseline(plan: Plan) -> tuple[Path | None, str | None]:
+def baseline(plan: BankPlan) -> tuple[Path | None, str | None]:
     """(the summary that the map names for the hook, None), or (None, why it names none; None without a map)."""
     return baselines.lookup(Path(plan.baseline_map), plan.hook_name) if plan.baseline_map else (None, None)
 
 
-def references(plan: Plan) -> tuple[Summary | None, str | None]:
+def references(plan: BankPlan) -> tuple[Summary | None, str | None]:
     """(the summary's results, None), or (None, why there are none)."""
     path, reason = baseline(plan)
     return (None if path is None else baselines.read_summary(path)), reason
 
 
-def contrastive_scores(plan: Plan, saes: LoadedSAEs) -> Contrastive:
+def contrastive_scores(plan: BankPlan, saes: LoadedSAEs) -> Contrastive:
     checkout = Path(plan.cebench_repo) if plan.cebench_repo else None
     repeats = {seed: drawn_pairs(plan, seed) for seed in plan.noise_seeds}
     return cebench.evaluate(saes, drawn_pairs(plan, PROBING_SEED), repeats, plan.places, *references(plan), checkout)

@@ -23,7 +23,7 @@ def probe_ks(text: str) -> list[int]:
     return ks
 
 
-class Parser(cli.Parser):
+class EvalParser(cli.Parser):
     """The flags of subjects, SAEs, benchmarks and studies."""
 
     def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:

@@ -64,7 +64,7 @@ def run_stress(
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
 ) -> None:
-    """A phase (`runs.phase.run_phase`) about a candidate (`evals.flags.Parser.add_candidate`)."""
+    """A phase (`runs.phase.run_phase`) about a candidate (`evals.flags.EvalParser.add_candidate`)."""
     from husai.runs.phase import run_phase
 
     look_up(args)

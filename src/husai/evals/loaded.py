@@ -344,7 +344,7 @@ class Places:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
-    """The SAEs that a benchmark's command line names (`evals.flags.Parser.add_benchmark`).
+    """The SAEs that a benchmark's command line names (`evals.flags.EvalParser.add_benchmark`).
 
     Raises:
         BadInput: whatever does not fit the subject and the hook.

@@ -21,7 +21,7 @@ from husai.activations.language_model import harvest_prompts
 from husai.activations.probes import auc_interval, delong
 from husai.evals import sae_probes, shift
 from husai.evals.loaded import LoadedSAEs, Places, to_saelens
-from husai.evals.sae_probes_exact import Split, auc, one_thread
+from husai.evals.sae_probes_exact import ProbeSplit, auc, one_thread
 from husai.evidence import data_sets, deltas, drop, rules
 from husai.evidence.schemas import OODStress, ProbingName, Shifted, ShiftedSAE
 from husai.runs.cells import Cells
@@ -152,7 +152,7 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
     """
     place = prompts.model_name, prompts.hook_name, prompts.cache, prompts.seed, prompts.device
     with quiet(), one_thread():
-        split = Split.of(encoder, data_set, *place)
+        split = ProbeSplit.of(encoder, data_set, *place)
     raw, y = prompts.shifted(data_set)
     with torch.inference_mode():
         shifted = encoder.encode(raw.to(prompts.device)).cpu().float()
@@ -314,9 +314,9 @@ def on_families(tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: 
         probing=prompts.probing,
     )
     where = {"cache": prompts.cache, "root": str(places.artifact_root / "probes"), "device": places.device}
-    tasks = [sae_probes.Task("llm", "llm", None, tested.subject.digest, prompts.seed, settings, **where)]
+    tasks = [sae_probes.ProbeTask("llm", "llm", None, tested.subject.digest, prompts.seed, settings, **where)]
     for c, path in zip(tested.saes, encoders, strict=True):
-        tasks.append(sae_probes.Task(c.label, "sae", path, c.identity, prompts.seed, settings, **where))
+        tasks.append(sae_probes.ProbeTask(c.label, "sae", path, c.identity, prompts.seed, settings, **where))
     llm, *saes = sae_probes.run(tasks, places.threads, places.output_dir / "workers", places.force)
     split = len(chosen.probe)
 

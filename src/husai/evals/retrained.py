@@ -55,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
 
     if not (data_sets := left(names)):
         raise BadInput("--dataset-names: selection has read the families of all of them; others expected")
-    plan = bank.Plan(
+    plan = bank.BankPlan(
         **dict(recipe),
         subject=subject,
         hook_name=hook_name,

@@ -68,7 +68,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbeTask:
     """One SAE (or other encoder, or the model itself) at one seed of the benchmark."""
 
     label: str
@@ -152,7 +152,7 @@ def check_data_sets(names: list[str]) -> list[str]:
     return found
 
 
-def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> list[dict]:
+def run(tasks: list[ProbeTask], workers: int, work: Path, force: bool = False) -> list[dict]:
     """Run the tasks that are not finished, then read all; returns `figures` of each.
 
     Args:
@@ -190,12 +190,12 @@ def run(tasks: list[Task], workers: int, work: Path, force: bool = False) -> lis
     return found
 
 
-def _missing(tasks: list[Task]) -> int:
+def _missing(tasks: list[ProbeTask]) -> int:
     """How many figures the tasks lack, one a data set."""
     return sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
 
 
-def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
+def _run_workers(tasks: list[ProbeTask], workers: int, work: Path) -> None:
     processes, failed = [], []
     total = _missing(tasks)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
@@ -226,7 +226,7 @@ def _run_workers(tasks: list[Task], workers: int, work: Path) -> None:
         raise CheckFailed(f"sae-probes failed with return code {processes[i].returncode}: {last} (see {log})")
 
 
-def figures(task: Task) -> dict[str, dict[str, list[float]]]:
+def figures(task: ProbeTask) -> dict[str, dict[str, list[float]]]:
     """{k (`llm` for the model): {metric: a figure a data set, in the order of the settings}}.
 
     Raises:
@@ -245,7 +245,7 @@ def figures(task: Task) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _read(task: Task, data_set: str) -> dict[str, dict[str, float]] | None:
+def _read(task: ProbeTask, data_set: str) -> dict[str, dict[str, float]] | None:
     """{k: {metric: figure}} of one data set; None where it is missing, cut off or not finite."""
     try:
         rows = json.loads(task.file(data_set).read_text())
@@ -259,7 +259,7 @@ def _read(task: Task, data_set: str) -> dict[str, dict[str, float]] | None:
 # A worker: one process, one thread
 
 
-def _work(task: Task) -> None:
+def _work(task: ProbeTask) -> None:
     from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
     from sae_bench.evals.sparse_probing_sae_probes.main import run_eval
     from sae_lens import SAE
@@ -316,11 +316,11 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _tasks(path: Path) -> Iterator[Task]:
+def _tasks(path: Path) -> Iterator[ProbeTask]:
     for t in read_json(path, "tasks"):
         s = t.pop("settings")
         settings = Settings(**{**s, "data_sets": tuple(s["data_sets"]), "ks": tuple(s["ks"])})
-        yield Task(**t, settings=settings)
+        yield ProbeTask(**t, settings=settings)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from husai.runs.files import write_json
 from husai.subjects.pretrained import quiet
 
 if TYPE_CHECKING:
-    from husai.evals.sae_probes import Task
+    from husai.evals.sae_probes import ProbeTask
 
 GRID = np.logspace(-5, 5, 10)
 """Values of C, the inverse strength of the penalty."""
@@ -137,7 +137,7 @@ def auc(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
 # sae-probes' data sets
 
 
-def run(tasks: list[Task], advance: Callable[[int], None]) -> None:
+def run(tasks: list[ProbeTask], advance: Callable[[int], None]) -> None:
     """Write the figures of every data set that a task lacks, in sae-probes' layout.
 
     Raises:
@@ -161,7 +161,7 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def _encoder(task: Task):
+def _encoder(task: ProbeTask):
     from husai.dictionaries import checkpoints
     from husai.evals.sae_probes import Linear
 
@@ -172,14 +172,14 @@ def _encoder(task: Task):
     return checkpoints.load(Path(task.encoder)).to(torch.device(task.device))
 
 
-def _of_sae(task: Task, data_set: str, encoder) -> list[dict]:
+def _of_sae(task: ProbeTask, data_set: str, encoder) -> list[dict]:
     """A row each k, as `sae_probes.run_sae_evals` leaves them."""
     s = task.settings
-    split = Split.of(encoder, data_set, s.model_name, s.hook_name, task.cache, task.seed, task.device)
+    split = ProbeSplit.of(encoder, data_set, s.model_name, s.hook_name, task.cache, task.seed, task.device)
     return [{"k": k, **split.metrics(k, s.binarize)} for k in s.ks]
 
 
-def _of_model(task: Task, data_set: str) -> list[dict]:
+def _of_model(task: ProbeTask, data_set: str) -> list[dict]:
     """The model's own probe is sae-probes' (L2, which lbfgs solves to its optimum)."""
     from dataclasses import asdict
 
@@ -195,7 +195,7 @@ def _of_model(task: Task, data_set: str) -> list[dict]:
 
 
 @dataclass(frozen=True)
-class Split:
+class ProbeSplit:
     """An SAE's features on one data set, divided and ranked by sae-probes."""
 
     x_train: torch.Tensor
@@ -209,7 +209,7 @@ class Split:
     @classmethod
     def of(
         cls, encoder, data_set: str, model_name: str, hook_name: str, cache: str, seed: int, device: str = "cpu"
-    ) -> Split:
+    ) -> ProbeSplit:
         """Encode a data set's prompts.
 
         Args:

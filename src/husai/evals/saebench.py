@@ -13,7 +13,7 @@ from husai.activations.language_model import harvest_prompts
 from husai.dictionaries.checkpoints import checkpoint_digest
 from husai.evals import baselines, sae_probes
 from husai.evals.loaded import LoadedSAEs, Places, to_saelens
-from husai.evals.sae_probes import Settings, Task
+from husai.evals.sae_probes import ProbeTask, Settings
 from husai.evidence import data_sets, deltas, estimates, references
 from husai.evidence.schemas import (
     Core,
@@ -119,9 +119,9 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
     root = str(setup.results_path or places.artifact_root / "probes")  # controls of one store serve every study
     where = {"cache": cache(subject), "root": root, "device": places.device}
 
-    def task(name: str, kind: str, path: Path | None, identity: str) -> Task:
+    def task(name: str, kind: str, path: Path | None, identity: str) -> ProbeTask:
         place = None if path is None else str(path)
-        return Task(name, kind, place, identity, setup.seed, settings, **where)
+        return ProbeTask(name, kind, place, identity, setup.seed, settings, **where)
 
     tasks = {"llm": task("llm", "llm", None, subject.digest)}
     for c in loaded.opened:

@@ -46,7 +46,7 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
     """Read all that is supplied, and compute nothing.
 
     Args:
-        args: of `evals.flags.Parser.add_supplied`.
+        args: of `evals.flags.EvalParser.add_supplied`.
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder

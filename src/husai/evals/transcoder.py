@@ -26,7 +26,7 @@ LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
-class Task:
+class TranscoderTask:
     """A setting with what it is trained on."""
 
     setting: Setting
@@ -40,7 +40,7 @@ class Task:
 
 def of_candidate(
     tested: LoadedSAEs, overrides: dict, artifact_root: Path, rows: int | None, device: torch.device, threads: int
-) -> Task:
+) -> TranscoderTask:
     """The MLP of the block whose hook the candidate reads, at the candidate's width, k, tokens, batch size and seeds.
 
     Args:
@@ -76,12 +76,12 @@ def of_candidate(
         own_subject=True,
         preregistered=False,
     )
-    return Task(setting, replace(config, tokens=setting.tokens), read, written)
+    return TranscoderTask(setting, replace(config, tokens=setting.tokens), read, written)
 
 
 def of_modular_addition(
     subject: str | None, overrides: dict, artifact_root: Path, device: torch.device, threads: int
-) -> Task:
+) -> TranscoderTask:
     """The MLP of the transformer that solved modular addition, at MODULAR_ADDITION.
 
     Args:
@@ -102,10 +102,10 @@ def of_modular_addition(
         own_subject=subject is not None,
         preregistered=False,
     )
-    return Task(setting, TrainingConfig(tokens=setting.tokens, batch_size=setting.batch_size), read, written)
+    return TranscoderTask(setting, TrainingConfig(tokens=setting.tokens, batch_size=setting.batch_size), read, written)
 
 
-def sections(cells: Cells, task: Task, draws: int, device: torch.device, threads: int) -> dict[str, dict]:
+def sections(cells: Cells, task: TranscoderTask, draws: int, device: torch.device, threads: int) -> dict[str, dict]:
     """Arm -> its SAEs trained, and their stability study in the space of the MLP's output (`study.score_trained`)."""
     s, found = task.setting, {}
     for arm, family in ARMS.items():

@@ -414,7 +414,7 @@ class Contrastive(Strict):
         return self
 
 
-class Member(Strict):
+class TrainedMember(Strict):
     """An SAE that a stability study trained (`training.grid`)."""
 
     seed: int
@@ -509,7 +509,7 @@ def whole(pairs: list[dict], gap: float) -> None:
         raise ValueError(f"pairs: a {GAP} beyond the one that is said")
 
 
-M = TypeVar("M", bound="Member | OwnMember")
+M = TypeVar("M", bound="TrainedMember | OwnMember")
 
 
 class Compared(Strict, Generic[M]):
@@ -553,7 +553,7 @@ class OwnSection(Compared[OwnMember]):
     """The SAEs under test."""
 
 
-class Section(Compared[Member]):
+class Section(Compared[TrainedMember]):
     """SAEs that a study trained (`stability.study.score_trained`), followed over training."""
 
     over_training: list[Snapshot]
@@ -568,7 +568,7 @@ class Section(Compared[Member]):
         return self
 
 
-class ControlMember(Member):
+class ControlMember(TrainedMember):
     curve: list[Number]
     aux_steps: int
 

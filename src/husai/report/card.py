@@ -94,7 +94,7 @@ def render(root: Path, gate: Path | None, output: Path) -> str:
         (p for p in found if p is not decided and p is not examples),  # these have parts of the page of their own
         key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
     )
-    sections = [Section(p, output) for p in shown]
+    sections = [PageSection(p, output) for p in shown]
     script = (TEMPLATES / "card.js").read_text()
     page = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -105,10 +105,10 @@ def render(root: Path, gate: Path | None, output: Path) -> str:
     ).get_template("card.html")
     return page.render(
         verdict=decision,
-        gate=Section(decided, output) if decided else None,
+        gate=PageSection(decided, output) if decided else None,
         read=_where_read(decision.decision, sections),
         sections=sections,
-        examples=Section(examples, output) if examples else None,
+        examples=PageSection(examples, output) if examples else None,
         browser=Browser.of(examples) if examples else None,
         absent=[
             (PHASES[p][0], PHASES[p][1]) for p in PHASES if all(q.phase != p for q in found) and not _is(p, decided)
@@ -131,7 +131,7 @@ def _is(kind: str, run: Phase | None) -> bool:
 
 
 def _where_read(
-    decision: verdict.Decision | None, sections: list[Section]
+    decision: verdict.Decision | None, sections: list[PageSection]
 ) -> list[tuple[str, str, str | None, str | None]]:
     """(label, path, sha256, anchor of the section that shows it) of what the gate read."""
     if decision is None:
@@ -144,7 +144,7 @@ def _where_read(
 # A phase
 
 
-class Section:
+class PageSection:
     """A run as the page shows it."""
 
     def __init__(self, run: Phase, output: Path):

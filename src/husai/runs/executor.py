@@ -53,7 +53,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """What became of a task: its value, which is JSON, or why there is none, in one line."""
 
     name: str
@@ -68,7 +68,7 @@ def run(
     threads: int = 1,
     retries: int = 2,
     what: str = "tasks",
-) -> list[Outcome]:
+) -> list[TaskOutcome]:
     """Run all tasks, in their order if local; one that fails is reported and the others go on.
 
     Args:
@@ -91,11 +91,11 @@ def run(
     if executor == "local" and ray_address is not None:
         raise BadInput(f"--ray-address {ray_address}: --executor ray expected with it")
     each = _local(tasks, threads) if executor == "local" else _on_ray(tasks, ray_address, threads, retries)
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, TaskOutcome] = {}
     with closing(each), progress(what, len(tasks)) as advance:
         for i, result in each:
             name = tasks[i].name
-            outcomes[i] = Outcome(name, result.get("value"), result.get("reason"))
+            outcomes[i] = TaskOutcome(name, result.get("value"), result.get("reason"))
             for level, line in result.get("log", []):
                 log.log(level, "%s: %s", name, line)
             if outcomes[i].reason is not None:

@@ -53,7 +53,7 @@ VERSIONS = {"sae-bench": "0.6.0", "sae-probes": "0.4.2"}
 
 
 @dataclass(frozen=True)
-class Spread:
+class NoiseSpread:
     """Standard deviations of a gated figure's parts, each drawn on its own."""
 
     seed: float
@@ -66,11 +66,11 @@ class Spread:
     other: float = 0.0
     """The other arm (null, control arm, reference, the model itself) varies by itself, this many times as much."""
 
-    def scaled(self, **factors: float) -> Spread:
+    def scaled(self, **factors: float) -> NoiseSpread:
         return replace(self, **{name: factor * getattr(self, name) for name, factor in factors.items()})
 
 
-Noise = dict[str, Spread]
+Noise = dict[str, NoiseSpread]
 """Gate -> its noise."""
 
 
@@ -165,12 +165,12 @@ def _of_sets(x: np.ndarray, families: list[str]) -> dict[str, float]:
     }
 
 
-def _pooled(variances) -> Spread:
+def _pooled(variances) -> NoiseSpread:
     rows = list(variances)
-    return Spread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
+    return NoiseSpread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
 
 
-def standard_error(gate: str, spread: Spread, seeds: int = 5) -> float:
+def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
     """Of a gate's figure in a bundle with this noise: the unit in which effects are stated."""
     arms = 1 + spread.other**2
     if gate in OF_PAIRS:
@@ -192,13 +192,13 @@ def standard_error(gate: str, spread: Spread, seeds: int = 5) -> float:
 # Draws
 
 
-def of_pairs(rng: np.random.Generator, seeds: int, spread: Spread) -> np.ndarray:
+def of_pairs(rng: np.random.Generator, seeds: int, spread: NoiseSpread) -> np.ndarray:
     """Noise `[S, S]` of pairs of seeds: additive effects of both, and the pair's own; symmetric."""
     a, e = rng.normal(0, 1, seeds) * spread.seed, np.triu(rng.normal(0, 1, (seeds, seeds)), 1) * spread.cell
     return a[:, None] + a[None, :] + e + e.T
 
 
-def of_sets(rng: np.random.Generator, seeds: int, families: list[str], spread: Spread) -> np.ndarray:
+def of_sets(rng: np.random.Generator, seeds: int, families: list[str], spread: NoiseSpread) -> np.ndarray:
     """Noise `[S, D]` of seeds on data sets; one family's sets share a part."""
     names = list(dict.fromkeys(families))
     shared = (rng.normal(0, 1, len(names)) * spread.family)[[names.index(f) for f in families]]
