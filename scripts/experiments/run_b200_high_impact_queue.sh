@@ -174,7 +174,7 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
-  if [[ $place != - && ! $name =~ ^(gate|report)$ ]]; then # the others run always, whatever their inputs
+  if [[ $place != - && ! $name =~ ^(gate|report)$ ]]; then # the others run always (ALWAYS in queue_manifest.py)
     before=$(manifest inputs "$place" -- "$@") || noted=$?
     unless_interrupted "$name" "$noted"
   fi

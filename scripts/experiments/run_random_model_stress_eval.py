@@ -54,14 +54,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     section, compared = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
     meaningless = random_model.control_of(cells, control, section.stability.labels, args.null_draws, args.threads)
 
-    inputs = tested.inputs() | {"activation store": store.digest}
-    for name, arm in (("random_model", meaningless), ("shuffled", shuffled and shuffled.alike)):
-        if arm is not None:
-            inputs |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
-            inputs |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
     results = RandomModelStress(
         phase="random_model_stress",
-        inputs=inputs,
+        inputs=tested.inputs() | rule.inputs(store.digest, meaningless, shuffled and shuffled.alike),
         subject=tested.subject.name,
         candidate=tested.group,
         random_model=meaningless,

@@ -71,7 +71,7 @@ def serve(path: str, parent: int) -> None:
         needs = NEEDS.get(os.path.basename(asked["arguments"][0]), ALL)
         for name in needs:
             load(name)
-        if len(needs) > len(SOME):  # no repeat: the other stages will need them all
+        if not set(needs) <= set(SOME):  # no repeat: the other stages will need them all
             ahead = [*ALL]
         if os.fork() == 0:
             listener.close()

@@ -76,6 +76,23 @@ def find(root: Path, flag: str = "--sae-root") -> list[Path]:
     return folders
 
 
+def find_all(paths: list[Path], flag: str) -> list[Path]:
+    """The checkpoints at or below these paths, in their order, each once.
+
+    Raises:
+        BadInput: a path does not exist, or holds no checkpoint.
+    """
+    for path in paths:
+        if not path.exists():
+            raise BadInput(f"{flag}: {path} does not exist")
+    return list(dict.fromkeys(f for path in paths for f in ([path] if path.is_file() else find(path, flag))))
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint that is named by its folder or by its weights file."""
+    return checkpoint.parent if checkpoint.is_file() else checkpoint
+
+
 def _dictionary_learning(folder: Path) -> SAE:
     path, config = folder / "ae.pt", read_json(folder / "config.json", "checkpoint")
     trainer = config.get("trainer") if isinstance(config, dict) else None

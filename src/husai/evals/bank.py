@@ -19,7 +19,7 @@ from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
-from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, ProbingName, Recipe, ScoredRecord
+from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, ProbingName, Recipe
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -233,7 +233,7 @@ def evaluated(plan: BankPlan) -> Bank:
         rows=store.rows,
         train_rows=len(store.split(TrainingConfig.heldout_fraction)[0]),
         inputs=saes.inputs(),
-        saes=[ScoredRecord(**dict(r), core=core[r.identity]) for r in saes.records],
+        saes=saebench.scored(saes, core),
         sections=sections,
         recipe=Recipe(**{name: getattr(plan, name) for name in Recipe.model_fields}),
         conditions=[],

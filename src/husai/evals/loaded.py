@@ -172,7 +172,7 @@ def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecor
         sha256: of its weights file. heldout: its figures on held-out rows.
     """
     facts, name = facts_of(sae, heldout.l0), identity(sae, sha256)
-    label = f"{(folder.parent if folder.is_file() else folder).name}-{name[:8]}"
+    label = f"{foreign.folder_of(folder).name}-{name[:8]}"
     condition, shared = label, facts.shared
     if facts.source == "husai":
         condition = f"{facts.family} d{facts.d_sae} k{facts.k}"
@@ -250,18 +250,15 @@ def open_all(
         BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
     opened: dict[str, LoadedSAE] = {}
-    for path in paths:
-        if not path.exists():
-            raise BadInput(f"--{flag}: {path} does not exist")
-        for folder in [path] if path.is_file() else foreign.find(path, f"--{flag}"):
-            sha = sha256_file(foreign.weights_file(folder))
-            sae = open_fitting(folder, store)
-            refuse_other_model(folder, sae, subject.name, flag)
-            name = identity(sae, sha)
-            if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
-                continue  # the same SAE again; two recipes that give one SAE are two
-            heldout, alive = measure(sae, name, store, artifact_root)
-            opened[key] = LoadedSAE(folder, sae, record_of(folder, sae, sha, heldout), alive)
+    for folder in foreign.find_all(paths, f"--{flag}"):
+        sha = sha256_file(foreign.weights_file(folder))
+        sae = open_fitting(folder, store)
+        refuse_other_model(folder, sae, subject.name, flag)
+        name = identity(sae, sha)
+        if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
+            continue  # the same SAE again; two recipes that give one SAE are two
+        heldout, alive = measure(sae, name, store, artifact_root)
+        opened[key] = LoadedSAE(folder, sae, record_of(folder, sae, sha, heldout), alive)
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
 
 
@@ -317,8 +314,7 @@ def open_controls(
     """
     if not paths:
         return None
-    flag = "--random-model-checkpoint"
-    folders = [f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))]
+    folders = foreign.find_all(paths, "--random-model-checkpoint")
     random_model = pretrained.load(name, seed_of_control(map(foreign.open_checkpoint, folders)), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
     controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root)

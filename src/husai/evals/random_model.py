@@ -12,6 +12,7 @@ import torch
 from husai.activations import source
 from husai.activations.harvest import shuffled_coordinates
 from husai.activations.store import ActivationStore
+from husai.dictionaries import foreign
 from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
@@ -61,7 +62,7 @@ def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> tu
     Args:
         before: checkpoints of its SAEs before training, in their order, where these do not keep them themselves.
     """
-    folders = [c.folder.parent if c.folder.is_file() else c.folder for c in tested.saes]
+    folders = [foreign.folder_of(c.folder) for c in tested.saes]
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders], {}
     missing = {} if before else {"untrained": "the SAEs' untrained states are not beside them"}
@@ -158,13 +159,10 @@ def trained_arms(
         records = train_or_find(cells, control, grid, config, device, threads)["members"]
         members = [AlikeMember(**{name: r[name] for name in AlikeMember.model_fields}) for r in records]
         dictionaries = [study.own_dictionary(root / r["checkpoint"]) for r in records]
-        return ControlArm(control, dictionaries, alike(control.manifest.subject_digest, control.digest, members))
+        named = Alike(subject_digest=control.manifest.subject_digest, store_digest=control.digest, members=members)
+        return ControlArm(control, dictionaries, named)
 
     return store, arm(random_store), arm(shuffled)
-
-
-def alike(subject_digest: str, store_digest: str, members: list[AlikeMember]) -> Alike:
-    return Alike(subject_digest=subject_digest, store_digest=store_digest, members=members)
 
 
 def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
@@ -206,7 +204,7 @@ def supplied_arm(
     store_digest = saes[0].facts.store_digest
     if store_digest is None:
         raise BadInput(f"{flag}: {saes[0].label} does not name the activations that it was trained on")
-    named = alike(controls.subject.digest, store_digest, members)
+    named = Alike(subject_digest=controls.subject.digest, store_digest=store_digest, members=members)
     return ControlArm(controls.store, _external(saes), named)
 
 

@@ -24,6 +24,7 @@ from husai.evidence.schemas import (
     ProbingName,
     ProbingNoise,
     Repeats,
+    ScoredRecord,
 )
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
@@ -165,6 +166,11 @@ def noise(setup: Setup, label: str, runs: list[PerDataSet]) -> ProbingNoise:
     means = {k: [float(np.mean(f[k]["test_auc"])) for f in runs] for k in map(str, setup.ks)}
     auc = {k: Repeats(**estimates.noise(of)) for k, of in means.items()}
     return ProbingNoise(label=label, seeds=[setup.seed, *setup.noise_seeds], auc=auc)
+
+
+def scored(loaded: LoadedSAEs, core: dict[str, Core]) -> list[ScoredRecord]:
+    """The records of the SAEs with their core metrics (by identity)."""
+    return [ScoredRecord(**dict(r), core=core[r.identity]) for r in loaded.records]
 
 
 def core_metrics(loaded: LoadedSAEs, documents: int, cells: Cells, threads: int) -> dict[str, Core]:

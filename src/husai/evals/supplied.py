@@ -23,7 +23,6 @@ from husai.evidence.schemas import (
     Heldout,
     OwnSection,
     SAERecord,
-    ScoredRecord,
     SeedGroup,
     Supplied,
     seed_names,
@@ -51,10 +50,9 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
             or an initialisation, that are two checkpoints of one run, or that were trained on a control or towards a
-            reference;
-            references, controls, stories or a positive control that could not be read later.
+            reference; references, controls, stories or a positive control that could not be read later.
     """
-    folders = _found(args.checkpoint, "--checkpoint")
+    folders = foreign.find_all(args.checkpoint, "--checkpoint")
     if len(folders) < MINIMUM:
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
@@ -63,14 +61,14 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
     subject, name = pretrained.describe(where), Path(args.subject).name
     width = _width(args.hook_name, where)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
-    references = _found(args.reference, "--reference")
+    references = foreign.find_all(args.reference, "--reference")
     for flag, these in (("checkpoint", zip(folders, saes, strict=True)), ("reference", _opened(references))):
         for folder, sae in these:
             loaded.refuse_other_model(folder, sae, name, flag)
             study.refuse_unfitting(folder, sae, args.hook_name, subject, width)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
-    controls = _found(args.random_model_checkpoint, "--random-model-checkpoint")
+    controls = foreign.find_all(args.random_model_checkpoint, "--random-model-checkpoint")
     if controls:
         if len(controls) != len(folders):
             raise BadInput(
@@ -101,7 +99,7 @@ def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
     Raises:
         BadInput: not one for each.
     """
-    folders, before = _found(args.checkpoint, "--checkpoint"), _found(args.untrained, "--untrained")
+    folders, before = foreign.find_all(args.checkpoint, "--checkpoint"), foreign.find_all(args.untrained, "--untrained")
     if before and len(before) != len(folders):
         raise BadInput(
             f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in the "
@@ -110,19 +108,12 @@ def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
     return dict(zip(folders, before, strict=True)) if before else {}
 
 
-def _found(paths: list[Path], flag: str) -> list[Path]:
-    """The checkpoints at or below these paths, in their order, each once."""
-    if absent := next((path for path in paths if not path.exists()), None):
-        raise BadInput(f"{flag}: {absent} does not exist")
-    return list(dict.fromkeys(f for path in paths for f in ([path] if path.is_file() else foreign.find(path, flag))))
-
-
 def _opened(folders: list[Path]) -> Iterator[tuple[Path, SAE]]:
     return ((folder, foreign.open_checkpoint(folder)) for folder in folders)
 
 
 def _width(hook_name: str, model: Path) -> int | None:
-    """Of the activations at a hook; None where the model's configuration does not say it.
+    """Width of the activations at a hook; None where the model's configuration does not say it.
 
     Raises:
         BadInput: the model has no such block.
@@ -135,13 +126,13 @@ def _width(hook_name: str, model: Path) -> int | None:
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
-    """What HUSAI keeps of an SAE before training."""
+    """The untrained state of an SAE that HUSAI trained; None for any other."""
     path, ours = _snapshots(folder), loaded.facts_of(sae).source == "husai"
     return study.own_dictionary(path.parent).untrained if ours and path.is_file() else None
 
 
 def _snapshots(folder: Path) -> Path:
-    return (folder.parent if folder.is_file() else folder) / SNAPSHOTS
+    return foreign.folder_of(folder) / SNAPSHOTS
 
 
 def _refuse_pulled(folder: Path, sae: SAE) -> None:
@@ -196,7 +187,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         cebench=contrast,
         hook_name=saes.hook_name,
         inputs=replace(saes, controls=None).inputs(),
-        saes=[ScoredRecord(**dict(r), core=core[r.identity]) for r in saes.records],
+        saes=saebench.scored(saes, core),
     )
     paths = (relative(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from husai.evidence import contrast, rules
 from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import Control, OwnSection, RandomModelStress, seed_names
+from husai.evidence.schemas import Alike, Control, OwnSection, RandomModelStress
 
 
 def decisions(stress: RandomModelStress) -> dict:
     """The verdict, the gain, and the SAEs that they are about: place in the results -> value."""
-    members = stress.section.members
-    shas = dict(zip(seed_names([m.seed for m in members]), (m.checkpoint_sha256 for m in members), strict=True))
-    again = {"/verdict": verdict(stress.section, stress.random_model), "/candidate/checkpoints": shas}
+    section = stress.section
+    again = {"/verdict": verdict(section, stress.random_model), "/candidate/checkpoints": section.checkpoints}
     return again | {"/gain": gain(stress.section, stress.random_model)}
+
+
+def inputs(store_digest: str, random_model: Alike, shuffled: Alike | None) -> dict[str, str]:
+    """The inputs of the test beside the candidate: label -> sha256.
+
+    Args:
+        store_digest: of the activations that the candidate's own study is on.
+    """
+    named = {"activation store": store_digest}
+    for name, arm in (("random_model", random_model), ("shuffled", shuffled)):
+        if arm is not None:
+            named |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
+            named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
+    return named
 
 
 def verdict(section: OwnSection, control: Control) -> dict[str, str]:

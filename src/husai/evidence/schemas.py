@@ -530,6 +530,12 @@ class Compared(Strict, Generic[M]):
     def arm(self) -> Arm:
         return Arm(self.stability.labels, self.pairs)
 
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """seed -> sha256 of the weights, as a `SeedGroup` names them."""
+        seeds = seed_names([m.seed for m in self.members])
+        return dict(zip(seeds, (m.checkpoint_sha256 for m in self.members), strict=True))
+
     @model_validator(mode="after")
     def _own_labels(self) -> Compared:
         whole(self.pairs, self.stability.mcc_gap_bound)

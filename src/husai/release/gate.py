@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from husai.evidence import deltas, levels, rules, transcoder
+from husai.evidence import deltas, levels, random_model, rules, transcoder
 from husai.evidence.data_sets import DATA_SETS, families
 from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
 from husai.evidence.levels import fresh_seeds
@@ -381,14 +381,10 @@ def _on_disk(bundle: Bundle, found: Retrained | Supplied) -> None:
 
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
     """What a stress test's inputs say beside the candidate."""
-    named: dict[str, str] = {}
     if isinstance(found, RandomModelStress):
-        named["activation store"] = found.section.store_digest
-        for name, arm in (("random_model", found.random_model), ("shuffled", found.shuffled)):
-            if arm is not None:
-                named |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
-                named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
-    elif isinstance(found, TranscoderStress):
+        return random_model.inputs(found.section.store_digest, found.random_model, found.shuffled)
+    named: dict[str, str] = {}
+    if isinstance(found, TranscoderStress):
         for name, section in (("transcoder", found.transcoder), ("sae", found.sae)):
             require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
             named |= {"MLP output": section.store_digest}
@@ -423,9 +419,9 @@ def _kept(record: SAERecord) -> dict:
 
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
-    seeds = seed_names([m.seed for m in section.members])
-    require(len(set(seeds)) == len(seeds), "a seed stands twice")
-    return dict(zip(seeds, (m.checkpoint_sha256 for m in section.members), strict=True))
+    found = section.checkpoints
+    require(len(found) == len(section.members), "a seed stands twice")
+    return found
 
 
 def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
