@@ -21,8 +21,8 @@ $(STAMP): $(REQUIREMENTS)
 	  || { echo "error: Python 3.11 expected, $(PYTHON) is another; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@echo "installing the pinned requirements into .venv (a minute or two)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	@echo "compiling the training kernels for this machine (half a minute)"
 	@$(BIN)/python -m husai.training.compile
 	@if [ "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)" ]; then \
@@ -32,8 +32,8 @@ $(STAMP): $(REQUIREMENTS)
 
 $(PEERS): requirements-bench.txt requirements-cluster.txt $(STAMP)
 	@echo "installing the libraries that the tests and benchmarks compare with, and Ray"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements-cluster.txt
 	@rm -f .venv/.peers-*
 	@touch $@
 
@@ -51,10 +51,10 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 test test-slow test-chaos test-nightly: export OMP_WAIT_POLICY := passive
 
 test: setup $(PEERS) ## the test suite without its slow parts, six minutes
-	@$(BIN)/python -m pytest tests -n 2 -m "not slow and not nightly"
+	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow and not nightly"
 
 test-slow: setup $(PEERS) ## whole studies and killed ones, a Ray cluster, seven minutes
-	@$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "slow and not nightly"
+	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "slow and not nightly"
 
 test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, six minutes
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs

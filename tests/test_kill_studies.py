@@ -18,7 +18,7 @@ from miniature import few_texts, save_miniature
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 SIZES = ["--seeds", "1,2", "--token-budgets", "1000,2000", "--d-sae-values", 24, "--k", 3, "--batch-size", 128]
 SIZES += ["--rows", 3000, "--heldout-rows", 1000, "--null-draws", 3, "--run-cebench", "--max-rows", 8]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed studies")]  # one worker makes the undisturbed study
+pytestmark = pytest.mark.slow
 
 
 class Study:

@@ -192,22 +192,20 @@ def test_adaptive_chooses_the_surest_and_confirms_on_fresh_seeds(finished):
     assert results["gain"] == contrast.gain(*([s] for s in results["confirmation"]))
 
 
-def test_adaptive_without_a_candidate_above_the_floor_says_so_and_exits_1(finished, tmp_path):
+def test_adaptive_without_a_candidate_above_the_floor_says_so_and_exits_1(finished, run_script, tmp_path):
     command, _ = finished(ADAPTIVE)
-    command = [*command, "--ev-floor", "0.9999", "--output-dir", str(tmp_path)]
-    done = processes.run(command, check=False)
-    assert done.returncode == 1
-    assert "0.9999" in done.stderr.splitlines()[-1]
+    code, _, err = run_script(*command[1:], "--ev-floor", "0.9999", "--output-dir", tmp_path)
+    assert code == 1
+    assert "0.9999" in err.splitlines()[-1]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["chosen_k"] is None
     assert results["confirmation"] == []
     assert json.loads((tmp_path / "manifest.json").read_text())["return_code"] == 1
 
 
-def test_adaptive_runs_the_control_alone(finished, tmp_path):
+def test_adaptive_runs_the_control_alone(finished, run_script, tmp_path):
     command, _ = finished(ADAPTIVE)
-    command = [*command, "--k-candidates", "6", "--output-dir", str(tmp_path)]
-    processes.run(command)
+    assert run_script(*command[1:], "--k-candidates", "6", "--output-dir", tmp_path)[0] == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["chosen_k"], results["gain"]) == (6, None)
     assert len(results["confirmation"]) == 1
@@ -233,14 +231,14 @@ def test_assignment_never_scores_a_reference(finished):
     assert re.search(r"\b3 seeds\b.*\b5\b", results["acceptance"]["reason"])
 
 
-def test_assignment_fails_on_request(finished, tmp_path):
+def test_assignment_fails_on_request(finished, run_script):
     command, out = finished(ASSIGNMENT)
-    done = processes.run([*command, "--output-dir", str(out), "--fail-on-acceptance-fail"], check=False)
-    assert done.returncode == 1
-    assert re.search(r"^error: .*\b3 seeds\b.*\b5\b", done.stderr, re.M)
+    code, _, err = run_script(*command[1:], "--output-dir", out, "--fail-on-acceptance-fail")
+    assert code == 1
+    assert re.search(r"^error: .*\b3 seeds\b.*\b5\b", err, re.M)
 
 
-def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, make_store, tmp_path):
+def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, run_script, make_store, tmp_path):
     command, out = finished(ASSIGNMENT)
     results = json.loads((out / "results.json").read_text())
     checkpoint = out / results["control"]["members"][0]["checkpoint"]
@@ -264,8 +262,7 @@ def test_assignment_takes_a_reference_and_refuses_a_misfit(finished, refused, ma
     copy = tmp_path / "copy"
     trained = next(out.glob("checkpoints/*/*_seed21"))
     shutil.copytree(trained, copy)
-    brought = [*command, "--reference", str(copy), "--output-dir", str(tmp_path / "out")]
-    processes.run(brought)
+    assert run_script(*command[1:], "--reference", copy, "--output-dir", tmp_path / "out")[0] == 0
     shared = json.loads((tmp_path / "out" / "results.json").read_text())["shared"][0]
     assert len(shared["references"]) == 1
     assert shared["leave_one_reference_out"] == []

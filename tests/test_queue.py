@@ -1,6 +1,7 @@
 """The queue: every stage in its order, what is refused, what it leaves behind. The stages have tests of their own."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -260,8 +261,8 @@ def parse():
 class Stages:
     """A queue of stages that leave a file each."""
 
-    def __init__(self, root):
-        self.root = root / "out"
+    def __init__(self, root, run_script):
+        self.root, self.run_script = root / "out", run_script
         self.script = root / "stage.py"
         self.script.write_text(SCRIPT)
         self.outside = root / "mine.json"
@@ -272,22 +273,24 @@ class Stages:
     def path(self, name):
         return self.root / "experiments" / name / "results.json"
 
-    def call(self, *arguments, **more):
-        command = [sys.executable, MANIFEST, *map(str, arguments)]
-        return processes.run(command, check=False, **more)
+    def call(self, *arguments, stdin=""):
+        """(exit code, stdout, stderr)"""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            return self.run_script(MANIFEST, *arguments)
 
     def record(self, name, place, code=0):
         self.note(name, place, code, self.inputs(name, place))
 
     def inputs(self, name, place):
-        done = self.call("inputs", self.root / "queue/manifest.json", place, "--", *self.commands[name])
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        code, out, err = self.call("inputs", self.root / "queue/manifest.json", place, "--", *self.commands[name])
+        assert code == 0, err
+        return out.strip()
 
     def note(self, name, place, code, before):
         about = place, "smoke", name, code, 1, before
-        done = self.call("record", self.root / "queue/manifest.json", *about, "--", *self.commands[name])
-        assert done.returncode == 0, done.stderr
+        code, _, err = self.call("record", self.root / "queue/manifest.json", *about, "--", *self.commands[name])
+        assert code == 0, err
 
     def add(self, name, code=0, *more):
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -297,14 +300,14 @@ class Stages:
 
     def finished(self):
         lines = [f"== {name}\n{' '.join(map(shlex.quote, c))}\n" for name, c in self.commands.items()]
-        done = self.call("finished", self.root / "queue" / "manifest.json", input="\n".join(lines))
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines(), done.stderr
+        code, out, err = self.call("finished", self.root / "queue" / "manifest.json", stdin="\n".join(lines))
+        assert code == 0, err
+        return out.splitlines(), err
 
 
 @pytest.fixture
-def queued(tmp_path):
-    found = Stages(tmp_path)
+def queued(tmp_path, run_script):
+    found = Stages(tmp_path, run_script)
     found.add("first")
     found.add("second", 1, "--given", found.outside)
     found.add("third")
@@ -438,9 +441,9 @@ def test_a_stage_that_was_never_run_stands_in_the_way_of_the_later_ones(queued):
     ],
 )
 def test_bad_usage_of_the_manifest_is_one_line(queued, arguments):
-    done = queued.call(*arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
+    code, _, err = queued.call(*arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"stages": [{}]}', '{"stages": [1]}', "[]"])

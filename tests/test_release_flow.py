@@ -22,7 +22,7 @@ GATE = "scripts/experiments/run_stress_gated_release_policy.py"
 SETS = "41_truthqa_tf,87_glue_cola,91_glue_qqp"
 SIZES = ["--d-sae", 24, "--ks", 11, "--tokens", 20000, "--batch-size", 128, "--rows", 3000, "--heldout-rows", 1000]
 SIZES += ["--null-draws", 100, "--max-rows", 24, "--threads", 1]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("release flow")]  # one worker makes the study once
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -73,9 +73,9 @@ case "$PROFILE" in
     ADAPTIVE=(--tokens 10000 --k-candidates 4,8 --null-draws 5)
     ASSIGNMENT=(--tokens 10000 --lambdas 0,0.1 --shared-references 2 --null-draws 5)
     PROBING=(--probing sae_probes_exact --probe-ks 5)
-    STUDY=(--rows 3000 --batch-size 128 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
-    FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000)
-    SCALING=(--token-budgets 3000 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
+    STUDY=(--rows 3000 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
+    FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 100000 --learning-rate 6e-3)
+    SCALING=(--token-budgets 3000 --batch-size 128 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
     STRESS=(--rows 3000) NULLS=(--null-draws 5) RANDOM_MODEL=(--null-draws 5) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
     BENCHMARKS=()
     ;;
