@@ -336,7 +336,6 @@ def test_a_cache_of_another_subject_is_refused(subject, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # saga ends at its limit of iterations
 def test_sae_probes_own_code_runs_on_the_harvest(subject, run_script, folder, documents, tmp_path, monkeypatch):
     """From the shell to `run_baseline_evals` and `run_sae_evals`, unmodified, without a model or a network."""
     import sae_probes
