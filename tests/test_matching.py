@@ -31,9 +31,14 @@ def dictionaries(kind: str, n: int, m: int, d: int, seed: int) -> tuple[torch.Te
     return a, b
 
 
-def optimum(a: torch.Tensor, b: torch.Tensor) -> float:
-    cosines = (unit_rows(a).double() @ unit_rows(b).double().T).abs().numpy()
-    return cosines[linear_sum_assignment(cosines, maximize=True)].mean()
+def worths(a: torch.Tensor, b: torch.Tensor, signed: bool = False) -> np.ndarray:
+    cosines = (unit_rows(a).double() @ unit_rows(b).double().T).numpy()
+    return np.maximum(cosines, 0) if signed else np.abs(cosines)
+
+
+def optimum(a: torch.Tensor, b: torch.Tensor, signed: bool = False) -> float:
+    found = worths(a, b, signed)
+    return found[linear_sum_assignment(found, maximize=True)].mean()
 
 
 @settings(deadline=None, max_examples=120)
@@ -43,17 +48,19 @@ def optimum(a: torch.Tensor, b: torch.Tensor) -> float:
     m=st.integers(1, 90),
     d=st.sampled_from([2, 5, 40]),
     seed=st.integers(0, 10**6),
+    signed=st.booleans(),
 )
-def test_the_bound_holds_and_the_matching_is_one_to_one(kind, n, m, d, seed):
+def test_the_bound_holds_and_the_matching_is_one_to_one(kind, n, m, d, seed, signed):
     a, b = dictionaries(kind, n, m, d, seed)
-    found, best = match(a, b, exact=False), optimum(a, b)
+    found, best = match(a, b, exact=False, signed=signed), optimum(a, b, signed)
     assert len(found.cosines) == len(set(found.rows)) == len(set(found.columns)) == min(n, m)
-    cosines = (unit_rows(a) @ unit_rows(b).T).abs().numpy()
-    np.testing.assert_allclose(found.cosines, cosines[found.rows, found.columns], atol=1e-5)
+    np.testing.assert_allclose(found.cosines, worths(a, b, signed)[found.rows, found.columns], atol=1e-5)
     assert found.gap_bound >= 0
     assert best - 1e-6 <= found.cosines.mean() + found.gap_bound, "the bound is proven, whatever the input"
     assert found.cosines.mean() <= best + 1e-6
-    assert match(a, b).gap_bound == 0, "small dictionaries are matched exactly"
+    small = match(a, b, signed=signed)
+    assert small.gap_bound == 0, "small dictionaries are matched exactly"
+    assert small.cosines.mean() == pytest.approx(best, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,12 @@ def test_sides_may_be_exchanged_and_signs_flipped():
     one, other = match(a, b, exact=False), match(b, -a, exact=False)
     np.testing.assert_array_equal(np.sort(one.cosines), np.sort(other.cosines))
     assert set(zip(one.rows, one.columns, strict=True)) == set(zip(other.columns, other.rows, strict=True))
+
+
+def test_a_feature_is_not_its_negative():
+    a, _ = dictionaries("random", 40, 40, 64, 3)
+    assert match(a, -a).cosines.min() == pytest.approx(1, abs=1e-6)
+    assert match(a, -a, signed=True).cosines.max() < 0.7
 
 
 def test_the_gap_reaches_the_scores(monkeypatch):

@@ -151,6 +151,18 @@ def test_spectral_null_keeps_what_it_should():
     assert torch.equal(b, rows(2, 20)), "the dictionary itself is left alone"
 
 
+def test_a_mean_direction_that_is_set_apart_stays():
+    mean = rows(7, 1)[0]
+    spectrum = nulls.Spectrum.of(covariance(), 10**9, mean)
+    torch.testing.assert_close(spectrum.components.T @ spectrum.components, torch.eye(12), rtol=0, atol=1e-5)
+    assert spectrum.eigenvalues.sum().item() == pytest.approx(covariance().trace().item(), rel=1e-5)
+    b = rows(2, 20)
+    _, drawn = nulls.spectral(b, b, spectrum, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn @ mean, b @ mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn @ drawn.T, b @ b.T, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn, b, atol=0.1)
+
+
 def test_degenerate_eigenspaces_are_rotated_not_flipped():
     values = torch.tensor([5.0, 5.0, 5.0, 2.0, 1.0, 1.0, 0.0, 0.0])
     spectrum = nulls.Spectrum.of(torch.diag(values), 10_000)

@@ -1,7 +1,11 @@
-"""The best one-to-one assignment between the rows of two dictionaries by |cos|, with a proof of how good it is.
+"""The best one-to-one assignment between the rows of two dictionaries by |cos|, or by the cosine with its sign, with a
+proof of how good it is.
+
+Signed, a pair with a negative cosine is worth 0: features are never negative, so that a feature and its negative are
+two.
 
 Exact: one dense float64 matrix. Bounded: an optimal assignment on a sparse graph of candidates, and by duality of
-linear programming (Kuhn 1955) a bound on every other. With c_ij = |cos(a_i, b_j)|, any prices v_j and
+linear programming (Kuhn 1955) a bound on every other. With c_ij the worth of the pair (a_i, b_j), any prices v_j and
 u_i = max_j (c_ij − v_j), an assignment σ of n rows to distinct columns has
 Σ c_iσ(i) = Σ (c_iσ(i) − v_σ(i)) + Σ v_σ(i) ≤ Σ u_i + (the n largest v_j).
 """
@@ -26,10 +30,10 @@ CANDIDATES = 32
 """Columns that each row first chooses from; later looks add half as many."""
 ROUNDS = 10
 TOLERANCE = 1e-6
-"""A bound on the mean |cos| below which no more candidates are looked for."""
+"""A bound on the mean worth below which no more candidates are looked for."""
 GRID = 2.0**-20
-"""Candidates are matched by |cos| rounded to this, whose sums are exact: rounding errors in near ties can make scipy a
-thousand times slower. The bound is of the cosines themselves, and at most this much looser."""
+"""Candidates are matched by their worth rounded to this, whose sums are exact: rounding errors in near ties can make
+scipy a thousand times slower. The bound is of the cosines themselves, and at most this much looser."""
 JITTER = 1e-7
 """Largest random number added where candidates are chosen, so that equal rows do not all choose the same columns."""
 SLACK = 1e-11
@@ -40,10 +44,10 @@ SLACK = 1e-11
 class Matching:
     """A one-to-one assignment of all k = min(n, m) rows of the smaller dictionary."""
 
-    cosines: np.ndarray  # float64 [k], |cos| of each pair
+    cosines: np.ndarray  # float64 [k], what each pair is worth: |cos|, or max(cos, 0)
     rows: np.ndarray  # int [k], of the first dictionary
     columns: np.ndarray  # int [k], rows of the second dictionary
-    gap_bound: float  # (mean |cos| of the best assignment) − (mean of `cosines`) is at most this; 0 where exact
+    gap_bound: float  # (mean worth of the best assignment) − (mean of `cosines`) is at most this; 0 where exact
 
 
 def unit_rows(W_dec: Tensor) -> Tensor:
@@ -51,10 +55,11 @@ def unit_rows(W_dec: Tensor) -> Tensor:
     return W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
 
 
-def match(a: Tensor, b: Tensor, exact: bool | None = None) -> Matching:
+def match(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = False) -> Matching:
     """Match the rows of `a [n, d]` and `b [m, d]`.
 
     Args:
+        signed: a pair is worth max(cos, 0), in place of |cos|.
         exact: the optimum, with one dense matrix: 2.1 GB at 16,384 × 16,384. Otherwise the largest object is
             LOOK × max(n, m), and the cosines are those of the unit rows in float32. None: exact up to EXACT_UP_TO.
 
@@ -62,13 +67,13 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None) -> Matching:
         ValueError: a value is not finite.
     """
     if len(a) > len(b):
-        swapped = match(b, a, exact)
+        swapped = match(b, a, exact, signed)
         return Matching(swapped.cosines, swapped.columns, swapped.rows, swapped.gap_bound)
     a, b = unit_rows(a), unit_rows(b)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("matching: a dictionary holds a NaN or infinite value")
     exact = len(a) <= EXACT_UP_TO if exact is None else exact
-    return _exact(a, b) if exact or len(a) == 0 else _bounded(a.float(), b.float())
+    return _exact(a, b, signed) if exact or len(a) == 0 else _bounded(a.float(), b.float(), signed)
 
 
 def partners(a: Tensor, b: Tensor) -> Tensor:
@@ -77,56 +82,63 @@ def partners(a: Tensor, b: Tensor) -> Tensor:
     return b[torch.from_numpy(found.columns[np.argsort(found.rows)])]
 
 
-def _exact(a: Tensor, b: Tensor) -> Matching:
+def worth(cosines: Tensor, signed: bool) -> Tensor:
+    """What pairs with these cosines are worth; overwrites them."""
+    return cosines.clamp_min_(0) if signed else cosines.abs_()
+
+
+def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
     """The matrix is filled negated and minimised: scipy would copy it otherwise."""
     cost = np.empty((len(a), len(b)))
     for start in range(0, len(a), BLOCK):
-        cost[start : start + BLOCK] = (a[start : start + BLOCK] @ b.T).abs().neg_().numpy()
+        cost[start : start + BLOCK] = worth(a[start : start + BLOCK] @ b.T, signed).neg_().numpy()
     rows, columns = linear_sum_assignment(cost)
     return Matching(-cost[rows, columns], rows, columns, 0.0)
 
 
-def _bounded(a: Tensor, b: Tensor) -> Matching:
+def _bounded(a: Tensor, b: Tensor, signed: bool) -> Matching:
     """Match among candidates; rows that may be worth more elsewhere get more of them, until the gap closes."""
     n, m = len(a), len(b)
     rows, upper = np.arange(n), np.inf
-    edges, rest = _look(a, b, np.zeros(m), CANDIDATES, both_sides=True)
+    edges, rest = _look(a, b, np.zeros(m), CANDIDATES, signed, both_sides=True)
     edges = np.union1d(edges, rows * (m + 1))  # row i may take column i, so that every row can be matched
-    values = _cosines(a, b, edges)
+    values = _worths(a, b, edges, signed)
     for _ in range(ROUNDS):
         columns, prices = _assign(edges, values, n, m)
         cosines = values[np.searchsorted(edges, rows * m + columns)]
         known = _row_maxima(edges, values, prices, n)
         # The other rows are certain to have their best column among their candidates.
         doubtful = np.flatnonzero(rest - prices.min() > known)
-        found, limit = _look(a[doubtful], b, prices, CANDIDATES // 2)
+        found, limit = _look(a[doubtful], b, prices, CANDIDATES // 2, signed)
         found = np.setdiff1d(doubtful[found // m] * m + found % m, edges)
         place = np.searchsorted(edges, found)
-        edges, values = np.insert(edges, place, found), np.insert(values, place, _cosines(a, b, found))
-        worth = _row_maxima(edges, values, prices, n)
-        nothing_better = (worth <= known + GRID).all()
-        worth[doubtful] = np.maximum(worth[doubtful], limit)
-        upper = min(upper, worth.mean() + np.sort(prices)[-n:].sum() / n)
+        edges, values = np.insert(edges, place, found), np.insert(values, place, _worths(a, b, found, signed))
+        most = _row_maxima(edges, values, prices, n)
+        nothing_better = (most <= known + GRID).all()
+        most[doubtful] = np.maximum(most[doubtful], limit)
+        upper = min(upper, most.mean() + np.sort(prices)[-n:].sum() / n)
         if nothing_better or upper - cosines.mean() <= TOLERANCE:
             break
     return Matching(cosines, rows, columns, float(max(0.0, upper - cosines.mean()) + SLACK))
 
 
-def _look(a: Tensor, b: Tensor, prices: np.ndarray, k: int, both_sides: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The k columns that each row likes best at these prices, by |cos| − price: one pass over all cosines.
+def _look(
+    a: Tensor, b: Tensor, prices: np.ndarray, k: int, signed: bool, both_sides: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k columns that each row likes best at these prices, by worth − price: one pass over all cosines.
 
     Args:
         both_sides: also the row that each column likes best in each block.
 
     Returns:
-        (edges i · m + j, unsorted; for each row a number that |cos| − price of no other column exceeds).
+        (edges i · m + j, unsorted; for each row a number that worth − price of no other column exceeds).
     """
     m = len(b)
     jitter = JITTER * torch.rand(min(LOOK, len(a)), m, generator=torch.Generator().manual_seed(0))
     jitter -= torch.from_numpy(prices).float()
     edges, limits = [np.zeros(0, np.int64)], [np.zeros(0)]
     for start in range(0, len(a), LOOK):
-        net = (a[start : start + LOOK] @ b.T).abs_()
+        net = worth(a[start : start + LOOK] @ b.T, signed)
         net += jitter[: len(net)]
         i = torch.arange(start, start + len(net))
         best, j = net.topk(min(k, m), dim=1)
@@ -138,18 +150,18 @@ def _look(a: Tensor, b: Tensor, prices: np.ndarray, k: int, both_sides: bool = F
     return np.concatenate(edges), np.concatenate(limits)
 
 
-def _cosines(a: Tensor, b: Tensor, edges: np.ndarray) -> np.ndarray:
-    """|cos| of the edges in float64."""
+def _worths(a: Tensor, b: Tensor, edges: np.ndarray, signed: bool) -> np.ndarray:
+    """What the edges are worth, in float64."""
     values = np.empty(len(edges))
     a, b = a.numpy(), b.numpy()
     for start in range(0, len(edges), 256):  # small enough for the cache
         i, j = np.divmod(edges[start : start + 256], len(b))
-        values[start : start + 256] = np.abs(np.einsum("ij,ij->i", a[i].astype(np.float64), b[j].astype(np.float64)))
-    return values
+        values[start : start + 256] = np.einsum("ij,ij->i", a[i].astype(np.float64), b[j].astype(np.float64))
+    return np.maximum(values, 0) if signed else np.abs(values)
 
 
 def _row_maxima(edges: np.ndarray, values: np.ndarray, prices: np.ndarray, n: int) -> np.ndarray:
-    """Largest |cos| − price of each row `[n]` among the edges, which are sorted."""
+    """Largest worth − price of each row `[n]` among the edges, which are sorted."""
     i, j = np.divmod(edges, len(prices))
     return np.maximum.reduceat(values - prices[j], np.searchsorted(i, np.arange(n)))
 

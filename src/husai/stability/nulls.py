@@ -27,14 +27,25 @@ class Spectrum:
     functions", rule of thumb). Eigenvalues at rounding level form one group.
     """
 
-    components: Tensor  # [d, d], a column each, by falling eigenvalue
+    components: Tensor  # [d, d], a column each, by falling eigenvalue; where it is held, the mean direction last
     eigenvalues: Tensor  # [d]
-    groups: list[range]
+    groups: list[range]  # of the columns that are drawn; the mean direction is in none
 
     @classmethod
-    def of(cls, covariance: Tensor, rows: int) -> Spectrum:
-        """From a covariance `[d, d]` estimated on `rows` rows."""
-        values, vectors = torch.linalg.eigh(covariance.double())
+    def of(cls, covariance: Tensor, rows: int, mean: Tensor | None = None) -> Spectrum:
+        """From a covariance `[d, d]` estimated on `rows` rows.
+
+        Args:
+            mean: `[d]`, of the rows. Its direction is then set apart and left as it is: what two dictionaries share
+                with the mean is no feature of either. None: it is drawn with the components that hold it.
+        """
+        held = None if mean is None or not mean.any() else (mean / mean.norm()).double()[:, None]
+        if held is None:
+            space, within = None, covariance.double()
+        else:
+            space = torch.linalg.qr(torch.cat([held, torch.eye(len(held), dtype=torch.float64)], 1))[0][:, 1:]
+            within = space.T @ covariance.double() @ space
+        values, vectors = torch.linalg.eigh(within)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         floor = values[0] * len(values) * torch.finfo(torch.float32).eps
         starts = [0]
@@ -43,6 +54,9 @@ class Spectrum:
             if separate:
                 starts.append(i)
         groups = [range(s, e) for s, e in zip(starts, [*starts[1:], len(values)], strict=True)]
+        if held is not None and space is not None:
+            vectors = torch.cat([space @ vectors, held], 1)
+            values = torch.cat([values, held[:, 0] @ covariance.double() @ held])
         return cls(vectors.float(), values.float(), groups)
 
     @cached_property
@@ -64,7 +78,8 @@ class Spectrum:
 
 
 def spectral(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`a`, and `b` with every principal component's sign flipped at random, groups of components rotated at random.
+    """`a`, and `b` with every principal component's sign flipped at random, groups of components rotated at random; a
+    mean direction that the spectrum sets apart is left as it is.
 
     All cosines inside `b` and the energy of each of its features in each group stay; only what aligned it with `a`
     beyond the spectrum of the activations is gone. A feature that is a single component by itself is left where it
