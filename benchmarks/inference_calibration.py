@@ -9,6 +9,10 @@ positives at 5 % of the exact permutation test between two arms, with equal vari
 arms are not exchangeable and the test is not meant to be used); false positives of the jackknife test of the excess
 of one arm over another with the same seeds; and how often equivalence is declared when the difference equals the
 margin.
+
+Then seeds that are not Gaussian, of mean 0: how often the lower end of the jackknife interval lies above 0; with it the
+mean without each seed in turn; with it the lower end without each seed in turn. The shapes: Gaussian; skewed, one less
+an exponential; a rare bad seed, one in ten nine times as far below 0 as the others are above it.
 """
 
 from pathlib import Path
@@ -64,6 +68,26 @@ def study(rng: np.random.Generator, s: int, seed_effect: float, pair_noise: floa
     }
 
 
+SHAPES = {
+    "Gaussian": lambda rng, s: rng.normal(0, 1, s),
+    "skewed": lambda rng, s: 1 - rng.exponential(1, s),
+    "a rare bad seed": lambda rng, s: np.where(rng.random(s) < 0.1, -2.7, 0.3),
+}
+SHAPE_NOISE = 0.1
+
+
+def shaped(rng: np.random.Generator, s: int, shape: str) -> dict[str, bool]:
+    """One study of seeds of a shape, of mean 0: what lies above 0."""
+    matrix = scores(rng, SHAPES[shape](rng, s), SHAPE_NOISE)
+    without = [jackknife(np.delete(np.delete(matrix, i, 0), i, 1)) for i in range(s)]
+    above = (jackknife(matrix).low or 0) > 0
+    return {
+        "lower end": above,
+        "and each mean without one seed": above and all(e.estimate > 0 for e in without),
+        "and each lower end without one seed": above and all((e.low or 0) > 0 for e in without),
+    }
+
+
 # name -> bounds that the rate must keep for the methods that HUSAI uses; None: reported only.
 BOUNDS = {
     "interval covers (jackknife)": (0.93, 1.0),
@@ -92,6 +116,13 @@ def main() -> None:
                     advance(1)
             rates[column] = {name: float(np.mean([o[name] for o in outcomes])) for name in outcomes[0]}
 
+    shapes: dict[str, dict[str, float]] = {}
+    for number, shape in enumerate(SHAPES):
+        for s in (5, 10):
+            rng = np.random.default_rng([args.seed, 100 + number, s])
+            found = [shaped(rng, s, shape) for _ in range(args.studies)]
+            shapes[f"S = {s}, {shape}"] = {name: float(np.mean([o[name] for o in found])) for name in found[0]}
+
     failures = [
         f"{column}: {name} {rates[column][name]:.3f} outside {low} to {high}"
         for column in rates
@@ -100,7 +131,7 @@ def main() -> None:
     ]
     write_json(
         args.output_dir / "inference_calibration.json",
-        {"studies": args.studies, "seed": args.seed, "regimes": REGIMES, "rates": rates},
+        {"studies": args.studies, "seed": args.seed, "regimes": REGIMES, "rates": rates, "shapes": shapes},
     )
     lines = [
         "# Calibration of the inference over seeds",
@@ -116,6 +147,23 @@ def main() -> None:
     for name in next(iter(rates.values())):
         bounds = f"{BOUNDS[name][0]:.0%} to {BOUNDS[name][1]:.0%}" if name in BOUNDS else "–"
         lines.append(f"| {name} | {' | '.join(f'{r[name]:.1%}' for r in rates.values())} | {bounds} |")
+    lines += [
+        "",
+        "## Seeds that are not Gaussian",
+        "",
+        f"Their mean is 0, pair noise {SHAPE_NOISE}; share of studies whose figures lie above 0 (2.5 % is nominal).",
+        "",
+        f"| above 0 | {' | '.join(shapes)} |",
+        "|---" * (len(shapes) + 1) + "|",
+    ]
+    for name in next(iter(shapes.values())):
+        lines.append(f"| {name} | {' | '.join(f'{r[name]:.1%}' for r in shapes.values())} |")
+    lines += [
+        "",
+        "Where the lower end lies above 0, so does every mean without one seed: with t(S−1) that check adds nothing. "
+        "Lower ends without one seed halve the false passes of skewed seeds. Against a bad seed that no study draws "
+        "nothing helps but more seeds.",
+    ]
     text = "\n".join(lines) + "\n"
     write_text(args.output_dir / "inference_calibration.md", text)
     print(text)

@@ -1,0 +1,655 @@
+"""Does a verdict of stability need features? Dictionaries without any are put through rules; planted ones beside them.
+
+    python benchmarks/impostors.py --part even     # half an hour; thresholds are chosen on these studies
+    python benchmarks/impostors.py                 # and judged on the odd ones: docs/benchmarks/impostors.md
+
+A study is five dictionaries, built afresh. The impostors hold nothing that a sparse code has learned: directions that
+are drawn, single rows, means of tokens, centroids, components, SAEs of Gaussian noise. The real ones are SAEs of
+husai-tiny, and SAEs of rows that are made of planted features, trained for so long that they recover few, some or most
+of them. Each figure is the lower end of the 95 % interval over the five (jackknife over pairs, t over seeds); a rule
+holds where all of its figures exceed their thresholds (`THRESHOLDS`).
+
+  today        |cos|: mcc less isotropic, less spectral, each above 0
+  chance       cosine with its sign: mcc less isotropic, less spectral (the mean direction left as it is; signed and
+               |cos|), less that of SAEs trained alike on Gaussian noise of the same mean and covariance
+  single       share of features matched at 0.7 or more, less the largest of the same nulls
+  prototypes   chance, on features that are not within 0.7 of a token's mean or of a centroid, of other documents
+  code         held-out explained variance less that of the best dictionary of prototypes (rows, token means, centroids)
+               of the same width, coded by its top k with least squares
+
+Dictionaries that are no SAE are coded by their top k with least squares, too. Exit 1: an impostor passes all four new
+rules in more than 5 % of its studies, or planted features that are recovered pass in less than 80 %.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import FastICA
+from torch import Tensor
+
+from husai.activations.source import open_store
+from husai.activations.store import ActivationStore, StoreWriter
+from husai.dictionaries.sae import SAE
+from husai.evidence.estimates import jackknife, mean_over_seeds
+from husai.kernels.workers import one_torch_thread
+from husai.runs.cli import Parser, positive_int, run_main
+from husai.runs.errors import CheckFailed
+from husai.runs.files import write_json, write_text
+from husai.runs.progress import progress
+from husai.runs.seeds import generator
+from husai.stability import nulls
+from husai.stability.matching import match, unit_rows
+from husai.stability.scores import MATCHED
+from husai.training.grid import members
+from husai.training.trainer import TrainingConfig, evaluate, train
+
+SEEDS, DRAWS = 5, 4
+WIDTH, K, TOKENS = 128, 8, 50_000
+PLANTED_FEATURES, PLANTED_IN, PLANTED_K, PLANTED_ROWS = 128, 64, 8, 20_000
+STRUCTURES = ("independent", "correlated", "hierarchical")
+DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 100_000}
+"""Training tokens of an SAE of planted features."""
+SHORT = TOKENS // 100
+NEAR = 0.7
+"""Signed cosine from which a feature is prototype-like."""
+FEWEST = 10
+"""Features that a rule about features needs."""
+MOST, SURELY, POWER = 0.05, 0.1, 0.8
+"""Share of an impostor's studies that may pass, its 95 % upper bound, and that of recovered features that must."""
+RULES = {
+    "today": ("today: isotropic", "today: spectral"),
+    "chance": ("isotropic", "spectral", "spectral, |cos|", "gaussian"),
+    "single": ("single features",),
+    "prototypes": ("others: isotropic", "others: spectral", "others: spectral, |cos|", "others: gaussian"),
+    "code": ("explained variance",),
+}
+NEW = ("chance", "single", "prototypes", "code")
+THRESHOLDS = dict.fromkeys((f for rule in RULES.values() for f in rule), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Data:
+    """Activations of one place, and the controls that all studies there share."""
+
+    store: ActivationStore
+    x: Tensor  # [n, d_in], rows that dictionaries are built from
+    heldout: Tensor  # [m, d_in]
+    mean: Tensor  # [d_in]
+    spectrum: nulls.Spectrum  # the mean direction set apart
+    whole_spectrum: nulls.Spectrum
+    tokens: Tensor | None  # [n]
+    documents: Tensor | None  # [n]
+    prototypes: Tensor  # [p, d_in], unit rows, of other documents than `x`
+    width: int
+    k: int
+    gaussian: list[SAE]  # trained on noise
+    isotropic: tuple[float, float]  # mcc of directions drawn alike: signed, |cos|
+    prototype_variance: float = 0.0
+
+    @classmethod
+    def of(cls, store: ActivationStore, gaussian: list[SAE], width: int, k: int) -> Data:
+        rows, heldout = store.split(0.2)
+        x, held = store.read(0, len(rows)), store.read(heldout.start, heldout.stop)[:4000]
+        mean, covariance = store.stats()
+        tokens = documents = None
+        other = torch.arange(len(x)) % 3 == 0
+        if store.manifest.heldout_rows is not None:  # of a language model
+            tokens, documents = (store.labels(name, 0, len(rows)) for name in ("token", "document"))
+            other = documents % 3 == 0
+        found = cls(
+            store,
+            x[~other],
+            held,
+            mean.float(),
+            nulls.Spectrum.of(covariance, store.rows, mean),
+            nulls.Spectrum.of(covariance, store.rows),
+            None if tokens is None else tokens[~other],
+            None if documents is None else documents[~other],
+            prototypes(x[other], mean.float(), None if tokens is None else tokens[other], width),
+            width,
+            k,
+            gaussian,
+            isotropic(width, store.d_in),
+        )
+        kinds = [rows_of_tokens, centroids] if tokens is None else [rows_of_tokens, centroids, random_token_means]
+        built = [kind(found, generator("prototype code", kind.__name__), 0) for kind in kinds]
+        found.prototype_variance = max(explained(found, W) for W in built)
+        return found
+
+    def centred(self) -> Tensor:
+        return self.x - self.mean
+
+
+def prototypes(x: Tensor, mean: Tensor, tokens: Tensor | None, width: int) -> Tensor:
+    """Centroids of `x` and, where tokens are known, the mean of each that stands there five times; with the mean of all
+    and without it."""
+    found = [clusters(x, width, 0)]
+    if tokens is not None:
+        found.append(means_of(x, tokens, common(tokens, 5)))
+    p = torch.cat(found)
+    return unit_rows(torch.cat([p, p - mean]))
+
+
+def isotropic(width: int, d_in: int) -> tuple[float, float]:
+    draws = []
+    for i in range(20):
+        g = generator("isotropic", width, d_in, i)
+        a, b = torch.randn(width, d_in, generator=g), torch.randn(width, d_in, generator=g)
+        draws.append([match(a, b, signed=signed).cosines.mean() for signed in (True, False)])
+    signed, absolute = np.mean(draws, 0)
+    return float(signed), float(absolute)
+
+
+def written(folder: Path, x: Tensor) -> ActivationStore:
+    """A store of rows `x [n, d_in]`."""
+    folder.mkdir(parents=True)
+    writer = StoreWriter(folder, x.shape[1])
+    writer.append(x)
+    about = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"}
+    writer.finish(**about, row_seed=0, control=None)
+    return ActivationStore.open(folder)
+
+
+def noise_like(store: ActivationStore, folder: Path, seed: int = 0) -> ActivationStore:
+    """As many rows of N(μ, Σ)."""
+    mean, covariance = store.stats()
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp_min(0).sqrt()
+    z = torch.randn(store.rows, store.d_in, generator=generator("noise", seed), dtype=torch.float64)
+    return written(folder, (z @ root.T + mean).float())
+
+
+def saes(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: int) -> list[SAE]:
+    """TopK SAEs, one a seed."""
+    config = TrainingConfig(tokens=tokens, batch_size=256, snapshots=2)
+    with tempfile.TemporaryDirectory() as work:
+        grid = members(seeds, [width], [k], [6e-3])
+        trained, _ = train(store, grid, config, torch.device("cpu"), Path(work) / "state", math.inf)
+    return [t.sae for t in trained]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Impostors: (data, generator, which of the five) -> directions [width, d_in]
+
+
+def drawn(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    return torch.randn(data.width, data.store.d_in, generator=g)
+
+
+def drawn_with_covariance(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    s = data.whole_spectrum
+    return torch.randn(data.width, data.store.d_in, generator=g) @ (s.eigenvalues.sqrt() * s.components).T
+
+
+def drawn_towards_the_mean(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    return unit_rows(drawn(data, g, seed)) + 0.3 * data.mean / data.mean.norm()
+
+
+def rows_of_tokens(data: Data, g: torch.Generator, seed: int, chosen: Tensor | None = None) -> Tensor:
+    """Rows drawn at random, each of another token where tokens are known."""
+    order = torch.randperm(len(data.x), generator=g)
+    if chosen is not None:
+        order = order[chosen[order]]
+    if data.tokens is not None:
+        _, first = np.unique(data.tokens[order].numpy(), return_index=True)
+        order = order[torch.from_numpy(np.sort(first))]
+    return data.centred()[order[: data.width]]
+
+
+def rows_of_disjoint_tokens(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    assert data.tokens is not None
+    return rows_of_tokens(data, g, seed, data.tokens % SEEDS == seed)
+
+
+def outlying_rows(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    """Rows among the twentieth that lies farthest from the mean."""
+    norms = data.centred().norm(dim=1)
+    return rows_of_tokens(data, g, seed, norms >= norms.quantile(0.95))
+
+
+def centroids(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    rows = torch.randperm(len(data.x), generator=g)[:5000]
+    return clusters(data.centred()[rows], data.width, int(torch.randint(2**31, (), generator=g)))
+
+
+def clusters(x: Tensor, n: int, seed: int) -> Tensor:
+    found = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=1024, max_iter=20).fit(x.numpy())
+    return torch.from_numpy(found.cluster_centers_).float()
+
+
+def common(tokens: Tensor, least: int) -> Tensor:
+    """Tokens that stand there `least` times, the commonest first."""
+    values, counts = tokens.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return values[order][counts[order] >= least]
+
+
+def means_of(x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Mean row of each chosen token, `[len(chosen), d]`."""
+    place = torch.full((int(tokens.max()) + 1,), -1)
+    place[chosen] = torch.arange(len(chosen))
+    of = place[tokens]
+    inside = of >= 0
+    sums = torch.zeros(len(chosen), x.shape[1]).index_add_(0, of[inside], x[inside])
+    return sums / of[inside].bincount(minlength=len(chosen))[:, None]
+
+
+def token_means(data: Data, g: torch.Generator, seed: int, at_random: bool) -> Tensor:
+    """Of a fifth of the documents, which is no other seed's."""
+    assert data.tokens is not None
+    assert data.documents is not None
+    part = (data.documents // 3) % SEEDS == seed
+    tokens = data.tokens[part]
+    chosen = common(tokens, 3 if at_random else 1)
+    if at_random:
+        chosen = chosen[torch.randperm(len(chosen), generator=g)]
+    return means_of(data.centred()[part], tokens, chosen[: data.width])
+
+
+def random_token_means(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    return token_means(data, g, seed, True)
+
+
+def common_token_means(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    return token_means(data, g, seed, False)
+
+
+def components(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    """The first principal components of this seed's rows, signed as they come: towards their largest coordinate."""
+    rows = torch.randperm(len(data.x), generator=g)[: len(data.x) // 2]
+    _, vectors = torch.linalg.eigh(torch.cov(data.x[rows].T.double()))
+    W = vectors.flip(1).T[: data.width].float()
+    return W * W.gather(1, W.abs().argmax(1, keepdim=True)).sign()
+
+
+def signed_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    W = components(data, g, seed)
+    return W * torch.where(torch.rand(len(W), 1, generator=g) < 0.5, 1.0, -1.0)
+
+
+def rotated_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    """Rotated among the first, in which they leave the space as it is."""
+    W = components(data, g, seed)
+    return nulls.random_rotation(len(W), g) @ W
+
+
+def dense(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    """Mixtures of eight directions that hold most of the variance."""
+    return torch.randn(data.width, 8, generator=g) @ data.whole_spectrum.components[:, :8].T
+
+
+def independent_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
+    """FastICA's mixing columns, towards where their source is skewed."""
+    rows = torch.randperm(len(data.x), generator=g)[:4000]
+    n = min(data.width, data.store.d_in)
+    ica = FastICA(n, max_iter=40, tol=1e-2, whiten="unit-variance", random_state=0, whiten_solver="eigh")
+    sources = ica.fit_transform(data.centred()[rows].double().numpy())
+    W = torch.from_numpy(ica.mixing_.T * np.sign(stats.skew(sources))[:, None]).float()
+    return torch.cat([W, -W])[: data.width]
+
+
+CHEAP: dict[str, Callable[[Data, torch.Generator, int], Tensor]] = {
+    "isotropic directions": drawn,
+    "directions of the activations' covariance": drawn_with_covariance,
+    "isotropic + 0.3 × mean direction": drawn_towards_the_mean,
+    "rows": rows_of_tokens,
+    "outlying rows": outlying_rows,
+    "centroids (k-means)": centroids,
+    "principal components": components,
+    "principal components, signs at random": signed_components,
+    "principal components, rotated": rotated_components,
+    "mixtures of eight components": dense,
+}
+OF_TOKENS = {
+    "rows of disjoint tokens": rows_of_disjoint_tokens,
+    "means of random tokens": random_token_means,
+    "means of the commonest tokens": common_token_means,
+}
+SLOW = {"independent components (FastICA)": independent_components}
+TRAINED = ("SAEs of Gaussian noise", "SAEs of the random-weights model")
+REPORTED = ("SAEs after 1 % of the training", "SAEs")
+IMPOSTORS = (*CHEAP, *OF_TOKENS, *SLOW, *TRAINED)
+RECOVERED = [f"{structure}, most recovered" for structure in STRUCTURES]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a study finds
+
+
+@torch.no_grad()
+def explained(data: Data, W: Tensor) -> float:
+    """Held-out explained variance of the top k directions of each row, with the least-squares coefficients."""
+    U, error = unit_rows(W), 0.0
+    y = data.heldout - data.heldout.mean(0)
+    for part in y.split(500):
+        projected = part @ U.T
+        chosen = projected.topk(min(data.k, len(U)), dim=1).indices
+        A = U[chosen]  # [rows, k, d_in]
+        gram = A @ A.transpose(1, 2) + 1e-4 * torch.eye(A.shape[1])
+        weights = torch.linalg.solve(gram, projected.gather(1, chosen)[..., None])
+        error += (part - (A * weights).sum(1)).square().sum().item()
+    return 1 - error / y.square().sum().item()
+
+
+def lower(matrix: np.ndarray) -> float:
+    return jackknife(matrix).low or 0.0
+
+
+def study(data: Data, directions: list[Tensor], variances: list[float], number: int) -> dict[str, float]:
+    """Every figure of `RULES`: its lower end."""
+    names = [f for rule in RULES.values() for f in rule if f != "explained variance"]
+    m = {name: np.zeros((SEEDS, SEEDS)) for name in names}
+    far = [(unit_rows(W) @ data.prototypes.T).amax(1) < NEAR for W in directions]
+    enough = min(int(f.sum()) for f in far) >= FEWEST
+    control = [data.gaussian[(SEEDS * number + i) % len(data.gaussian)].W_dec for i in range(SEEDS)]
+    signed, absolute = partial(worth, signed=True), partial(worth, signed=False)
+    for i, j in combinations(range(SEEDS), 2):
+        a, b = directions[i], directions[j]
+        draws = [nulls.spectral(a, b, data.spectrum, generator("zoo null", number, i, j, n))[1] for n in range(DRAWS)]
+        old = [
+            nulls.spectral(a, b, data.whole_spectrum, generator("zoo null", number, i, j, n))[1] for n in range(DRAWS)
+        ]
+        value = {"today: isotropic": absolute(a, b) - data.isotropic[1]}
+        value["today: spectral"] = absolute(a, b) - np.mean([absolute(a, d) for d in old])
+        seen, share = found(a, b)
+        nulls_seen = [found(a, d) for d in draws]
+        noise, noise_share = found(control[i], control[j])
+        value["isotropic"] = seen - data.isotropic[0]
+        value["spectral"] = seen - np.mean([s for s, _ in nulls_seen])
+        value["spectral, |cos|"] = absolute(a, b) - np.mean([absolute(a, d) for d in draws])
+        value["gaussian"] = seen - noise
+        value["single features"] = share - max(np.mean([s for _, s in nulls_seen]), noise_share)
+        if enough:
+            x, y = a[far[i]], b[far[j]]
+            g = generator("zoo isotropic", number, i, j)
+            apart = signed(x, y)
+            value["others: isotropic"] = apart - signed(
+                torch.randn(x.shape, generator=g), torch.randn(y.shape, generator=g)
+            )
+            value["others: spectral"] = apart - np.mean([signed(x, d[far[j]]) for d in draws])
+            value["others: spectral, |cos|"] = absolute(x, y) - np.mean([absolute(x, d[far[j]]) for d in draws])
+            value["others: gaussian"] = apart - signed(control[i][: len(x)], control[j][: len(y)])
+        for name, v in value.items():
+            m[name][i, j] = m[name][j, i] = v
+    ends = {name: lower(values) if enough or not name.startswith("others") else -1.0 for name, values in m.items()}
+    gained = [v - data.prototype_variance for v in variances]
+    return ends | {
+        "explained variance": mean_over_seeds(gained).low or 0.0,
+        "left": float(np.mean([f.double().mean() for f in far])),
+    }
+
+
+def worth(a: Tensor, b: Tensor, signed: bool) -> float:
+    return float(match(a, b, signed=signed).cosines.mean())
+
+
+def found(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """(signed mcc, share of the pairs at MATCHED or more)."""
+    cosines = match(a, b, signed=True).cosines
+    return float(cosines.mean()), float((cosines >= MATCHED).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted features
+
+
+def planted(structure: str, seed: int) -> tuple[Tensor, Tensor]:
+    """(rows `[PLANTED_ROWS, PLANTED_IN]`, features `[PLANTED_FEATURES, PLANTED_IN]`), by SAELens' generators.
+
+    independent; correlated: a low-rank Gaussian copula; hierarchical: a feature of the second half fires only with its
+    parent of the first.
+    """
+    from sae_lens.synthetic import (
+        ActivationGenerator,
+        FeatureDictionary,
+        generate_random_low_rank_correlation_matrix,
+        orthogonal_initializer,
+    )
+
+    n, half = PLANTED_FEATURES, PLANTED_FEATURES // 2
+    torch.manual_seed(seed)
+    features = FeatureDictionary(n, PLANTED_IN, bias=False, initializer=orthogonal_initializer(num_steps=50))
+    probability, more = PLANTED_K / n, {}
+    if structure == "correlated":
+        more["correlation_matrix"] = generate_random_low_rank_correlation_matrix(
+            n, rank=4, correlation_scale=0.3, seed=seed
+        )
+    if structure == "hierarchical":
+        probability *= 4 / 3
+        more["modify_activations"] = lambda f: torch.cat([f[:, :half], f[:, half:] * (f[:, :half] > 0)], 1)
+        firing = torch.cat([torch.full((half,), probability), torch.full((half,), 0.5)])
+    else:
+        firing = torch.full((n,), probability)
+    source = ActivationGenerator(n, firing, std_firing_magnitudes=0.25, mean_firing_magnitudes=1.0, **more)
+    with torch.no_grad():
+        activations = source.sample(PLANTED_ROWS)
+        rows = features(activations) + 0.02 * torch.randn(PLANTED_ROWS, PLANTED_IN)
+    return rows, features.feature_vectors.detach()
+
+
+def planted_study(structure: str, number: int) -> dict[str, dict[str, float]]:
+    """Degree -> the figures of one planted dictionary, and `recovery`: signed mcc with it."""
+    rows, features = planted(structure, number)
+    with tempfile.TemporaryDirectory() as work, one_torch_thread():
+        store = written(Path(work) / "rows", rows)
+        size = PLANTED_FEATURES, PLANTED_K
+        seeds = [1000 * number + i for i in range(SEEDS)]
+        result = {}
+        for degree, tokens in DEGREES.items():
+            noise = saes(noise_like(store, Path(work) / degree, number), [s + 500 for s in seeds], *size, tokens)
+            data = Data.of(store, noise, *size)
+            trained = saes(store, seeds, *size, tokens)
+            _, heldout = store.split(0.2)
+            variances = [evaluate(s, store, heldout)[0]["explained_variance"] for s in trained]
+            directions = [s.W_dec for s in trained]
+            recovery = float(np.mean([worth(W, features, True) for W in directions]))
+            result[degree] = study(data, directions, variances, number) | {"recovery": recovery}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+NAMED: dict[str, dict] = {
+    "husai-tiny, residual stream": {"subject": "husai-tiny", "hook_name": "blocks.1.hook_resid_pre"},
+    "husai-tiny, MLP output": {"subject": "husai-tiny", "hook_name": "blocks.1.hook_mlp_out"},
+    "modular addition": {},
+}
+PLACES: dict[str, Data] = {}
+"""Read by the processes that are forked."""
+ARMS: dict[tuple[str, str, int], list[tuple[Tensor, float]]] = {}
+"""(place, kind, study) -> directions and explained variance of its five SAEs, of the kinds that are trained."""
+
+
+def build_places(root: Path, work: Path, studies: list[int]) -> None:
+    """Read the activations, and train the SAEs of these studies."""
+    device = torch.device("cpu")
+    seeds = [SEEDS * number + i for number in studies for i in range(SEEDS)]
+    for place, named in NAMED.items():
+        sizes = {"rows": 60_000} if named else {}
+        store = open_store(root, device, 2, **named, **sizes)
+        noise = noise_like(store, work / place.replace(" ", "_"))
+        random = open_store(root, device, 2, **named, **sizes, random_seed=0)
+        PLACES[place] = Data.of(store, saes(noise, [10_000 + s for s in seeds], WIDTH, K, TOKENS), WIDTH, K)
+        arms = {
+            "SAEs of Gaussian noise": (noise, TOKENS),
+            "SAEs of the random-weights model": (random, TOKENS),
+            "SAEs after 1 % of the training": (store, SHORT),
+            "SAEs": (store, TOKENS),
+        }
+        _, heldout = store.split(0.2)
+        some = range(heldout.start, min(heldout.start + 4000, heldout.stop))
+        for kind, (source, tokens) in arms.items():
+            group = [(s.W_dec, evaluate(s, store, some)[0]) for s in saes(source, seeds, WIDTH, K, tokens)]
+            for at, number in enumerate(studies):
+                five = group[SEEDS * at : SEEDS * (at + 1)]
+                ARMS[place, kind, number] = [(W, figures["explained_variance"]) for W, figures in five]
+
+
+def one(task: tuple[str, str, int]) -> list[tuple[str, str, dict[str, float]]]:
+    """(place, kind, figures) of one study."""
+    place, kind, number = task
+    torch.set_num_threads(1)
+    if place == "planted features":
+        return [(place, f"{kind}, {degree}", f) for degree, f in planted_study(kind, number).items()]
+    data = PLACES[place]
+    if group := ARMS.get((place, kind, number)):
+        return [(place, kind, study(data, [W for W, _ in group], [v for _, v in group], number))]
+    make = (CHEAP | OF_TOKENS | SLOW)[kind]
+    directions = [make(data, generator("impostor", place, kind, number, i), i) for i in range(SEEDS)]
+    return [(place, kind, study(data, directions, [explained(data, W) for W in directions], number))]
+
+
+def tasks(studies: int, trained_studies: int, planted_studies: int, part: str) -> list[tuple[str, str, int]]:
+    numbers = [range(int(part == "odd"), n, 2) for n in (studies, trained_studies, planted_studies)]
+    found = [("planted features", kind, i) for kind in STRUCTURES for i in numbers[1]]
+    for place, named in NAMED.items():
+        cheap = CHEAP | (OF_TOKENS if named else {})
+        found += [(place, kind, i) for kind in cheap for i in numbers[0]]
+        found += [(place, kind, i) for kind in (*SLOW, *TRAINED, *REPORTED) for i in numbers[1]]
+    return found
+
+
+def passes(figures: dict[str, float], rule: str) -> bool:
+    return all(figures[name] > THRESHOLDS[name] for name in RULES[rule])
+
+
+def rates(studies: list[dict[str, float]]) -> dict[str, float]:
+    """Share of the studies that pass each rule, and all new ones."""
+    by_rule = {rule: np.array([passes(f, rule) for f in studies]) for rule in RULES}
+    n, passed = len(studies), int(np.logical_and.reduce([by_rule[rule] for rule in NEW]).sum())
+    most = 1.0 if passed == n else float(stats.beta.ppf(0.95, passed + 1, n - passed))
+    means = {name: float(np.mean([f[name] for f in studies])) for name in ("left", "recovery") if name in studies[0]}
+    return {
+        "studies": n,
+        **{rule: float(v.mean()) for rule, v in by_rule.items()},
+        "all": passed / n,
+        "most": most,
+    } | means
+
+
+def failures(found: dict[str, dict[str, float]]) -> list[str]:
+    wrong = [f"{kind} pass in {r['all']:.1%}" for kind, r in found.items() if kind in IMPOSTORS and r["all"] > MOST]
+    wrong += [f"{k}: at most {r['most']:.1%}" for k, r in found.items() if k in IMPOSTORS and r["most"] > SURELY]
+    return wrong + [f"{kind}: pass in {found[kind]['all']:.1%}" for kind in RECOVERED if found[kind]["all"] < POWER]
+
+
+def page(found: dict[str, dict[str, float]], places: dict[str, dict[str, dict[str, float]]], args) -> str:
+    shown = ", ".join(f"{value:g} ({name})" for name, value in THRESHOLDS.items() if value)
+    lines = [
+        "# Impostors",
+        "",
+        f"`python benchmarks/impostors.py --studies {args.studies} --trained-studies {args.trained_studies} "
+        f"--planted-studies {args.planted_studies}`: share of the {args.part} studies, over all places, that pass each "
+        "rule. A study is five dictionaries; the rules are described at the head of the script. Thresholds were chosen "
+        f"on the even studies: {shown or 'all 0'}. *At most*: 95 % upper bound (Clopper-Pearson). *Others*: mean share "
+        "of the features that are not near a prototype.",
+        "",
+        "![Which rule stops which impostor](impostors.png)",
+        "",
+        f"| five of | studies | {' | '.join(RULES)} | all new | at most | others |",
+        "|---|" + "---|" * (len(RULES) + 4),
+    ]
+    for kind, r in found.items():
+        cells = [f"{r[rule]:.0%}" for rule in (*RULES, "all", "most", "left")]
+        name = (
+            f"**{kind}**"
+            if kind in IMPOSTORS
+            else f"{kind} (recovery {r['recovery']:.2f})"
+            if "recovery" in r
+            else kind
+        )
+        lines.append(f"| {name} | {r['studies']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Bold: impostors, which must not pass. Recovery: mean signed cosine with the planted features, one to one. The "
+        "SAEs of single places, which pass or not on their merits:",
+        "",
+        "| SAEs of | studies | " + " | ".join(RULES) + " | all new |",
+        "|---|" + "---|" * (len(RULES) + 2),
+    ]
+    for place, r in places.items():
+        if "SAEs" in r:
+            cells = [f"{r['SAEs'][rule]:.0%}" for rule in (*RULES, "all")]
+            lines.append(f"| {place} | {r['SAEs']['studies']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Kinds against rules, each square the share that passes."""
+    import matplotlib.pyplot as plt
+
+    columns = [*RULES, "all"]
+    values = np.array([[r[rule] for rule in columns] for r in found.values()])
+    fig, axes = plt.subplots(figsize=(7.5, 0.28 * len(found) + 1.2), layout="constrained")
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(columns)), [*RULES, "all new"], fontsize=8)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.xaxis.tick_top()
+    axes.set_title("Share of studies that pass", fontsize=9)
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(fig)
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--part", choices=["even", "odd"], default="odd", help="default: %(default)s")
+    p.add_argument("--studies", type=positive_int, default=70, help="of a cheap kind in a place (default: %(default)s)")
+    p.add_argument("--trained-studies", type=positive_int, default=20, help="of each other (default: %(default)s)")
+    p.add_argument("--planted-studies", type=positive_int, default=60, help="of each structure (default: %(default)s)")
+    p.add_argument("--artifact-root", type=Path, default=Path("results"), help="stores (default: %(default)s)")
+    p.add_argument("--workers", type=positive_int, default=2, help="default: %(default)s")
+    p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
+    args = p.parse_args()
+
+    with tempfile.TemporaryDirectory() as work:
+        todo = tasks(args.studies, args.trained_studies, args.planted_studies, args.part)
+        build_places(args.artifact_root, Path(work), sorted({i for _, kind, i in todo if kind == "SAEs"}))
+        found: dict[str, dict[str, list[dict[str, float]]]] = {}
+        with ProcessPoolExecutor(args.workers) as pool, progress("impostors (studies)", len(todo)) as advance:
+            for results in pool.map(one, todo):
+                for place, kind, figures in results:
+                    found.setdefault(place, {}).setdefault(kind, []).append(figures)
+                advance(1)
+    by_place = {place: {kind: rates(studies) for kind, studies in kinds.items()} for place, kinds in found.items()}
+    names = list(
+        dict.fromkeys(kind for kinds in (*list(found.values())[1:], found["planted features"]) for kind in kinds)
+    )
+    whole = {kind: rates([f for kinds in found.values() for f in kinds.get(kind, [])]) for kind in names}
+    listed = {
+        place: {
+            kind: {name: [round(f[name], 4) for f in studies] for name in studies[0]} for kind, studies in kinds.items()
+        }
+        for place, kinds in found.items()
+    }
+    name = "impostors" if args.part == "odd" else "impostors_even"
+    about = {"part": args.part, "thresholds": THRESHOLDS, "rates": whole, "by_place": by_place, "lower_ends": listed}
+    write_json(args.output_dir / f"{name}.json", about)
+    write_text(args.output_dir / f"{name}.md", page(whole, by_place, args))
+    if args.part == "odd":
+        figure(whole, args.output_dir / "impostors.png")
+    print(page(whole, by_place, args))
+    if wrong := failures(whole):
+        raise CheckFailed("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    run_main(main)
