@@ -138,7 +138,8 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
     hook = f"import sys\nsys.path.append({str(ROOT / 'benchmarks')!r})\nimport demo_profile\nfrom pathlib import Path\n"
     hook += f"demo_profile.sample(Path({str(notes)!r}))\n"
     (notes / "sitecustomize.py").write_text(hook)
-    variables = {"PROFILE": profile, "OUTPUT": str(results), "PYTHONPATH": str(notes)}
+    code = f"{notes}:{checkout / 'src'}"  # its own, also where checkouts share an environment
+    variables = {"PROFILE": profile, "OUTPUT": str(results), "PYTHONPATH": code}
     variables["PATH"] = f"{checkout}/.venv/bin:{os.environ['PATH']}"
     began = time.monotonic()
     command = ["bash", "scripts/experiments/run_b200_high_impact_queue.sh"]
