@@ -223,5 +223,5 @@ def stability(
         files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
     labels = [m.label for m in members]
-    found = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
-    return random_model.own_section(members, found), states
+    compared, _ = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
+    return OwnSection(members=members, **dict(compared)), states
