@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from husai.evidence.contrast import Arm
 from husai.evidence.estimates import pair_values
 from husai.evidence.names import GATED_NULLS
+from husai.evidence.schemas import Scored
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.cli import Parser, positive_int, run_main
 from husai.runs.errors import CheckFailed
@@ -69,11 +69,13 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
     null = GATED_NULLS[0]  # the drawn ones are alike
     sign, at = (-1, Thresholds().max_ood_drop) if gate == "ood" else (1, 0.0)
     if gate == "transcoder":
-        x = pair_values(Arm.of(stress["transcoder"]).scores(null) - Arm.of(stress["sae"]).scores(null))
+        arms = (Scored(**{n: stress[arm][n] for n in Scored.model_fields}) for arm in ("transcoder", "sae"))
+        x = pair_values(np.subtract(*(arm.scores(null) for arm in arms)))
     elif gate in simulate.OF_PAIRS:
         place = {"positive_control": files["phase4a"]["husai"], "stability": bank["sections"][0]}
         section = place.get(gate, files["random_model"]["section"])
-        x = pair_values(Arm.of(section).scores("random_model" if gate == "random_model" else null))
+        scored = Scored(**{n: section[n] for n in Scored.model_fields})
+        x = pair_values(scored.scores("random_model" if gate == "random_model" else null))
     elif gate == "ood":
         sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
         itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]

@@ -171,7 +171,7 @@ def test_the_stream_resumes_at_any_row_and_does_not_depend_on_batching(tmp_path_
     folder = tmp_path_factory.mktemp("order")
     writer = StoreWriter(folder, 1, shard_rows=50)
     writer.append(torch.arange(200, dtype=torch.float32).unsqueeze(1))
-    writer.finish("s", "0", "h", "0", 0, None)
+    writer.finish("s", "0" * 64, "h", "0", 0, None)
     store = ActivationStore.open(folder)
     reader = lambda position: BatchReader(store, range(180), 1, position, window, block)  # noqa: E731
     whole = reader(0).take(start + sum(batches))

@@ -622,7 +622,7 @@ def test_what_the_current_code_writes_is_computed_again(seeds, missing):
     kept = [
         {"a": labels[i], "b": labels[j]} | {n: v["mean"] for n, v in value.items()} for (i, j), value in pairs.items()
     ]
-    study = {"stability": stability.summarise(labels, pairs, missing), "pairs": kept}
+    study = {"stability": stability.summarise(labels, pairs, missing).to_json(), "pairs": kept}
     study = json.loads(json.dumps(study))
     assert study_problems(study) == []
     study["stability"][compare.GAP] /= 2

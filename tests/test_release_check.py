@@ -7,6 +7,8 @@ import re
 import runpy
 import shutil
 import sys
+from argparse import Namespace
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
@@ -18,7 +20,7 @@ from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
-from husai.evals import supplied
+from husai.evals import loaded, supplied
 from husai.evals.loaded import facts_of
 from husai.evidence import data_sets
 from husai.evidence.schemas import OODStress, RandomModelStress, Supplied, TranscoderStress
@@ -292,6 +294,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     assert not (tmp_path / "activations").exists()
     assert not (tmp_path / "x").exists()
     refused("--checkpoint: 2 SAEs", CONFIRMATION, "--checkpoint", *saes[:2], *where)
+
+
+def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject, monkeypatch):
+    read = Counter()
+
+    def counted(function):
+        def call(path):
+            read[function.__name__, path] += 1
+            return function(path)
+
+        return call
+
+    monkeypatch.setattr(loaded.foreign, "open_checkpoint", counted(loaded.foreign.open_checkpoint))
+    monkeypatch.setattr(loaded, "sha256_file", counted(sha256_file))
+    about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
+    about |= {"checkpoint": saes[:3], "reference": saes[3:], "random_model_checkpoint": controls[:3]}
+    args = Namespace(**about, threads=1, untrained=[], stories=None)
+    opener = loaded.Opener()
+    group = supplied.look_over(args, opener)
+    assert loaded.load(args, CPU, opener).group.checkpoints == group.checkpoints
+    assert len(read) == 2 * 8
+    assert set(read.values()) == {1}
 
 
 def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_path, monkeypatch):

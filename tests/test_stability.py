@@ -15,6 +15,7 @@ import processes
 from husai.evidence import contrast, names, rules, stability
 from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
 from husai.evidence.names import ALIVE, GAP
+from husai.evidence.schemas import Gain, Interval, OwnSection, PulledSection, SparsitySection
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import compare, independence, nulls, study
@@ -290,23 +291,50 @@ def test_mean_over_seeds_needs_three_for_an_interval_and_finite_figures():
             mean_over_seeds(bad)
 
 
-def arm(excess, null="spectral", seeds=(1, 2, 3)):
-    """A section with these claimable excesses `[S, S]`, and the fields that contrasts read."""
+def interval(estimate, low=None, high=None):
+    fields = {"estimate": estimate, "low": low, "high": high, "standard_error": None if low is None else 0.1}
+    return fields | {"n_seeds": 3, "method": "made up", "reason": None}
+
+
+def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
+    """A section with these excesses over the spectral null `[S, S]`.
+
+    Args:
+        ev: explained variances, one a seed. lows: lower ends of the summary's excess over each required null.
+    """
     labels = [f"seed{s}" for s in seeds]
+    score = lambda value: dict.fromkeys(ALIVE, float(value)) | {GAP: 0.0}  # noqa: E731
     pairs = [
         {
             "a": labels[i],
             "b": labels[j],
-            "observed": {"mcc_alive": 0.5 + excess[i, j]},
-            "isotropic": {"mcc_alive": 0.2},
-            "untrained": {"mcc_alive": 0.2},
-            "spectral": {"mcc_alive": 0.5},
+            "observed": score(0.5 + excess[i, j]),
+            "isotropic": score(0.2),
+            "untrained": score(0.2),
+            "spectral": score(0.5),
         }
         for i, j in combinations(range(len(seeds)), 2)
     ]
-    each = {n: {"low": low} for n, low in (("isotropic", 0.2), ("untrained", 0.1), ("spectral", -0.05))}
-    stability = {"labels": labels, "verdict": {"highest_null": null}, "scores": {"mcc_alive": {"excess": each}}}
-    return {"pairs": pairs, "stability": stability}
+    each = {n: interval(low, low, low) for n, low in zip(names.GATED_NULLS, lows, strict=True)}
+    summary = {"observed": interval(0.5), "nulls": {}, "excess": each}
+    verdict = {"score": "mcc_alive", "outcome": "", "reason": "", "highest_null": "spectral", "equivalence": None}
+    members = [
+        {"label": label, "seed": seed, "checkpoint_sha256": "0" * 64}
+        | {"heldout": {"explained_variance": v, "mse": 0.1, "l0": 1.0, "dead_share": 0.0}}
+        for label, seed, v in zip(labels, seeds, ev or [0.9] * len(seeds), strict=True)
+    ]
+    return OwnSection.model_validate(
+        {
+            "members": members,
+            **{"subject_digest": "0" * 64, "hook_name": "hook", "store_digest": "0" * 64},
+            **{"rows": 10, "d_in": 4, "effective_rank": 1.0},
+            "stability": {
+                **{"labels": labels, "scores": {"mcc_alive": summary}, "mcc_gap_bound": 0.0, "missing_nulls": {}},
+                "verdict": verdict | {"claimable_excess": each["spectral"]},
+            },
+            "pairs": pairs,
+        }
+    )
 
 
 def test_gains_pair_the_seeds():
@@ -315,13 +343,16 @@ def test_gains_pair_the_seeds():
     np.fill_diagonal(base, 0)
     np.fill_diagonal(more, 0)
     a, b = arm(base + more), arm(base)
-    np.testing.assert_allclose(contrast.Arm.of(b).scores("spectral"), base, atol=1e-12)
+    np.testing.assert_allclose(b.scores("spectral"), base, atol=1e-12)
     found, expected = contrast.gain([a], [b]), jackknife(more)
-    for name in ("observed", "isotropic", "untrained", "spectral"):
-        assert found[name]["estimate"] == pytest.approx(expected.estimate)
-        assert found[name]["low"] == pytest.approx(expected.low)
+    for estimate in (found.observed, *found.over.values()):
+        assert estimate.estimate == pytest.approx(expected.estimate)
+        assert estimate.low == pytest.approx(expected.low)
     both = contrast.gain([a, arm(base - more)], [b, b])
-    assert both["observed"]["estimate"] == pytest.approx(0, abs=1e-12)
+    assert both.observed.estimate == pytest.approx(0, abs=1e-12)
+    mean, left_out = contrast.gain_and_left_out([a, arm(base - more)], b)
+    assert (mean, left_out) == (both, [contrast.gain([arm(base - more)], [b]), found])
+    assert contrast.gain_and_left_out([a], b) == (found, [])
     assert contrast.lower_bound(a) == -0.05
     with pytest.raises(ValueError, match="seeds"):
         contrast.gain([a], [arm(base, seeds=(1, 2, 4))])
@@ -332,17 +363,17 @@ def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
     level = np.full((5, 5), 0.1) - np.diag([0.1] * 5)
     noise = np.triu(np.random.default_rng(0).normal(size=(5, 5)) / 1000, 1)
     control, less = arm(level, seeds=range(5)), arm(level - 0.05 + noise + noise.T, seeds=range(5))
-    for pair in less["pairs"]:
+    for pair in less.pairs:
         pair["spectral"]["mcc_alive"] -= 0.1
     found = contrast.gain([less], [control])
-    assert found["spectral"]["low"] > 0 > found["isotropic"]["high"]
-    assert found["least"] in ("isotropic", "untrained")
+    assert found.spectral.low > 0 > found.isotropic.high
+    assert found.least in ("isotropic", "untrained")
     assert rules.gain_verdict(found, 5) == "not shown to differ"
 
 
-def estimates(low, high, observed=0.0):
-    each = {"estimate": (low + high) / 2, "low": low, "high": high}
-    return {"observed": each, "isotropic": each, "untrained": each, "spectral": dict(each), "least": "spectral"}
+def estimates(low, high):
+    each = interval((low + high) / 2, low, high)
+    return Gain.model_validate({"observed": each} | dict.fromkeys(names.GATED_NULLS, each) | {"least": "spectral"})
 
 
 @pytest.mark.parametrize(
@@ -369,19 +400,19 @@ def test_verdict_of_a_gain(low, high, seeds, outcome):
     ],
 )
 def test_acceptance(weight, low, lost, seeds, accepted, named):
-    found = rules.acceptance(weight, estimates(low, 0.1), {"low": -0.1, "high": lost}, seeds, 0.05)
-    assert found["accepted"] is accepted
-    assert found["outcome"] == ("accepted" if accepted else "not accepted")
-    assert re.search(named, found["reason"])
-    one_null_short = estimates(0.01, 0.1) | {"spectral": {"low": -0.01, "high": 0.1}}
-    assert not rules.acceptance(0.1, one_null_short, {"high": 0.0}, 5, 0.05)["accepted"]
+    lost, gain = Interval(**interval(0.0, -0.1, lost)), estimates(low, 0.1)
+    found = rules.acceptance(weight, gain, lost, seeds, 0.05)
+    assert found.accepted is accepted
+    assert found.outcome == ("accepted" if accepted else "not accepted")
+    assert re.search(named, found.reason)
+    one_null_short = gain.model_copy(update={"spectral": Interval(**interval(0.0, -0.01, 0.1))})
+    assert not rules.acceptance(0.1, one_null_short, Interval(**interval(0.0, 0.0, 0.0)), 5, 0.05).accepted
 
 
 def test_choices_by_what_is_sure():
     def candidate(k, ev, low):
-        section = arm(np.zeros((3, 3)))
-        section["stability"]["scores"]["mcc_alive"]["excess"] = {"isotropic": {"low": low}, "spectral": {"low": 1.0}}
-        return section | {"k": k, "members": [{"heldout": {"explained_variance": v}} for v in ev]}
+        section = arm(np.zeros((3, 3)), ev=ev, lows=(low, 1.0, 1.0))
+        return SparsitySection.model_construct(k=k, **dict(section))
 
     fine, straddling = (
         [0.95, 0.951, 0.949],
@@ -397,7 +428,8 @@ def test_choices_by_what_is_sure():
     assert rules.choose_k(candidates, 0.99) is None
 
     def pulled(weight, low, lost):
-        return {"lambda": weight, "gain": estimates(low, 1.0), "ev_drop": {"low": -1.0, "high": lost}}
+        gain, drop = estimates(low, 1.0), Interval(**interval(-0.5, -1.0, lost))
+        return PulledSection.model_construct(weight=weight, gain=gain, ev_drop=drop)
 
     arms = [pulled(0.1, 0.5, 0.06), pulled(0.2, 0.2, 0.05), pulled(0.3, 0.1, 0.0)]
     assert rules.choose_weight(arms, 0.05) == 0.2
@@ -406,10 +438,8 @@ def test_choices_by_what_is_sure():
 
 
 def test_drop_is_what_the_arm_lost():
-    def members(values):
-        return {"members": [{"heldout": {"explained_variance": v}} for v in values]}
-
-    found = contrast.drop(members([0.8, 0.7, 0.9]), members([0.9, 0.85, 0.95]))
+    section, control = (arm(np.zeros((3, 3)), ev=ev) for ev in ([0.8, 0.7, 0.9], [0.9, 0.85, 0.95]))
+    found = contrast.drop(section, control)
     theirs = stats.ttest_rel([0.9, 0.85, 0.95], [0.8, 0.7, 0.9]).confidence_interval()
     assert found.estimate == pytest.approx(0.1)
     assert (found.low, found.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
@@ -419,7 +449,7 @@ def test_drop_is_what_the_arm_lost():
     ("low", "high", "rest"), [(-0.02, 0.02, True), (-0.021, 0.01, False), (0.0, 0.03, False), (None, None, None)]
 )
 def test_at_rest(low, high, rest):
-    assert rules.at_rest({"low": low, "high": high}) is rest
+    assert rules.at_rest(Estimate(0.0, low, high, None, 5, "")) is rest
 
 
 def test_what_counts_as_shared():
@@ -507,25 +537,25 @@ def outcome(seeds=5, excess=0.2, noise=0.02, missing=()):
         for i, j in combinations(range(seeds), 2)
     }
     reasons = {"shuffled": "not run"} | dict.fromkeys(missing, "not given")
-    return stability.summarise([str(i) for i in range(seeds)], pairs, reasons)["verdict"]
+    return stability.summarise([str(i) for i in range(seeds)], pairs, reasons).verdict
 
 
 def test_verdicts():
-    assert outcome()["outcome"] == "above chance"
-    assert outcome()["claimable_excess"]["low"] > 0
-    assert outcome(excess=0.0)["outcome"] == "not above chance"
-    assert outcome(excess=-0.3)["outcome"] == "not above chance"
+    assert outcome().outcome == "above chance"
+    assert outcome().claimable_excess.low > 0
+    assert outcome(excess=0.0).outcome == "not above chance"
+    assert outcome(excess=-0.3).outcome == "not above chance"
     unclear = outcome(excess=0.02, noise=0.2)
-    assert unclear["outcome"] == "not above chance"
-    assert not unclear["equivalence"]["equivalent"], "a wide interval is no evidence of equality"
-    assert outcome(excess=0.0, noise=1e-4)["equivalence"]["equivalent"]
-    assert outcome()["equivalence"] is None
+    assert unclear.outcome == "not above chance"
+    assert not unclear.equivalence["equivalent"], "a wide interval is no evidence of equality"
+    assert outcome(excess=0.0, noise=1e-4).equivalence["equivalent"]
+    assert outcome().equivalence is None
     for n in (2, 3, 4):
-        assert outcome(seeds=n)["outcome"] == "inconclusive", "fewer than five seeds are never a pass"
+        assert outcome(seeds=n).outcome == "inconclusive", "fewer than five seeds are never a pass"
     for null in names.GATED_NULLS:
         verdict = outcome(missing=(null,))
-        assert verdict["outcome"] == "inconclusive"
-        assert null in verdict["reason"]
+        assert verdict.outcome == "inconclusive"
+        assert null in verdict.reason
 
 
 def test_shared_decoders_and_initialisations_are_refused():
@@ -551,5 +581,5 @@ def test_what_a_killed_process_left_beside_a_checkpoint_is_no_part_of_it(tmp_pat
     folder.mkdir(parents=True)
     for name in ("cfg.json", ".cfg.json.8243.tmp", "sae_weights.safetensors"):
         (folder / name).write_text("{}")
-    found = study.checkpoint_files(Cells(tmp_path / "cells"), [{"checkpoint": "checkpoints/a"}, {"untrained": None}])
+    found = study.checkpoint_files(Cells(tmp_path / "cells"), ["checkpoints/a"])
     assert [path.name for path in found] == ["cfg.json", "sae_weights.safetensors"]

@@ -122,12 +122,12 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert str(tmp_path) not in json.dumps(results)
     assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
 
-    assert results["gain"] == contrast.gain([section], [random])
-    RandomModelStress.model_validate(results)  # what the gate reads
+    found = RandomModelStress.model_validate(results)  # what the gate reads
+    assert found.gain == contrast.gain([found.section], [found.random_model])
     assert problems(results) == []
     for change, reason in (
         (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome "),
-        (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low "),
+        (lambda r: r["gain"]["spectral"].update(low=-1.0), "/gain/spectral/low "),
         (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 "),
         (lambda r: r["section"]["pairs"][0]["random_model"].update(mcc_alive=0.0), "excess/random_model"),
     ):
@@ -212,17 +212,17 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
         assert {m["family"] for m in results[arm]["members"]} == {family}
         assert results[arm]["hook_name"] == s["hook_out"]
         assert results[arm]["rows"] == ROWS
-    assert results["gain"] == contrast.gain([results["transcoder"]], [results["sae"]])
+    found = TranscoderStress.model_validate(results)  # what the gate reads
+    assert found.gain == contrast.gain([found.transcoder], [found.sae])
     assert results["verdict"]["outcome"] == "inconclusive", "too few draws of the spectral null"
-    TranscoderStress.model_validate(results)  # what the gate reads
     ev = results["explained_variance"]
     assert ev["sae"]["estimate"] == pytest.approx(
         sum(m["heldout"]["explained_variance"] for m in results["sae"]["members"]) / 5
     )
     assert problems(results) == []
     for change, reason in (
-        (lambda r: r["gain"]["spectral"].update(low=1.0), "/gain/spectral/low "),
-        (lambda r: r["explained_variance"]["sae"].update(estimate=1.0), "/explained_variance/sae/estimate "),
+        (lambda r: r["gain"]["spectral"].update(low=-1.0), "/gain/spectral/low "),
+        (lambda r: r["explained_variance"]["sae"].update(low=-1.0), "/explained_variance/sae/low "),
         (lambda r: r["setting"].update(k=3), "/setting/k "),
         (lambda r: r["setting"].update(tokens=9), "/setting/preregistered "),
         (lambda r: r["verdict"].update(outcome="?"), "/verdict/outcome "),

@@ -17,7 +17,8 @@ from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evals import baselines, sae_probes
 from husai.evidence import rules
-from husai.evidence.names import GATED_NULLS
+from husai.evidence.estimates import Estimate
+from husai.evidence.schemas import Gain, Interval
 from husai.release import claims, recompute
 from husai.release.gate import Bundle, Thresholds, decide
 from husai.report.verdict import Gate
@@ -182,10 +183,11 @@ def test_rules():
     assert rules.cebench_delta("cebench", delta, 0.0) == "lower bound -0.0100 < 0"
     sentence = "inconclusive: refused: no SAE can reach 0.6 above a reference of 0.500 of 1"
     assert rules.cebench_delta("cebench", delta, 0.6) == sentence
-    gain = {null: {"low": 0.0} for null in GATED_NULLS}
-    found = rules.acceptance(0.1, gain, {"high": 1.0}, 4, 0.1)
+    each = Interval.of(Estimate(0.5, 0.0, 1.0, 0.1, 4, ""))
+    gain = Gain(observed=each, isotropic=each, untrained=each, spectral=each, least="spectral")
+    found = rules.acceptance(0.1, gain, each, 4, 0.1)
     sentence = "4 seeds; 5 needed; the gain is not shown to be above 0; the explained variance is not shown to be kept"
-    assert found["reason"] == sentence
+    assert found.reason == sentence
 
 
 def test_the_gate_without_evidence():

@@ -60,6 +60,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.activations import source
     from husai.evidence import contrast, rules
     from husai.evidence.names import ALIVE
+    from husai.evidence.schemas import AdaptiveL0, SparsitySection
     from husai.stability import study
     from husai.training.grid import members, train_or_find
     from husai.training.trainer import TrainingConfig
@@ -67,7 +68,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     store = source.of_arguments(args, device)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
 
-    def arms(ks: list[int], seeds: list[int]) -> dict[int, dict]:
+    def arms(ks: list[int], seeds: list[int]) -> dict[int, SparsitySection]:
         """k -> its section: all of them trained in one pass."""
         grid = members(seeds, [args.d_sae], ks, [args.learning_rate])
         trained = train_or_find(cells, store, grid, recipe, device, args.threads)
@@ -75,10 +76,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         for k in ks:
             alike = [m for m in trained["members"] if m["k"] == k]
             steps = trained["snapshot_steps"]
-            section = study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
+            section, _ = study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
             lower, ev = contrast.lower_bound(section), contrast.heldout(section)
-            figures = {"k": k, "lower_bound": lower, "explained_variance": ev.to_json()}
-            sections[k] = figures | study.brief(section)
+            sections[k] = SparsitySection(k=k, lower_bound=lower, explained_variance=ev, **dict(section))
         return sections
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -90,116 +90,108 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # ----------------------------------------------------------------------------------------------------------------
     # Confirmation on fresh seeds, against the control
 
-    confirmed, gain, drop, outcome = {}, None, None, "no candidate meets the floor"
+    confirmed: dict[int, SparsitySection] = {}
+    gain, drop, outcome = None, None, "no candidate meets the floor"
     if chosen is not None:
         confirmed = arms(list(dict.fromkeys([chosen, args.control_k])), args.confirmation_seeds)
         outcome = "the chosen k is the control's"
     if chosen is not None and len(confirmed) == 2:
         gain = contrast.gain([confirmed[chosen]], [confirmed[args.control_k]])
-        drop = contrast.drop(confirmed[chosen], confirmed[args.control_k]).to_json()
+        drop = contrast.drop(confirmed[chosen], confirmed[args.control_k])
         outcome = rules.gain_verdict(gain, len(args.confirmation_seeds))
 
     both = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
-    results = {
-        "phase": "adaptive_l0_calibration",
-        "inputs": {
+    trained = [(stage, s.k, m) for stage, sections in both.items() for s in sections for m in s.members]
+    results = AdaptiveL0(
+        phase="adaptive_l0_calibration",
+        inputs={
             "activation store": store.digest,
             "subject": store.manifest.subject_digest,
-            **{
-                f"checkpoint {stage}, k {s['k']}, seed {m['seed']}": m["checkpoint_sha256"]
-                for stage, sections in both.items()
-                for s in sections
-                for m in s["members"]
-            },
+            **{f"checkpoint {stage}, k {k}, seed {m.seed}": m.checkpoint_sha256 for stage, k, m in trained},
         },
-        "hook_name": store.manifest.hook_name,
-        "d_sae": args.d_sae,
-        "rows_seen": args.tokens,
-        "ev_floor": args.ev_floor,
-        "control_k": args.control_k,
-        "chosen_k": chosen,
-        "gain": gain,
-        "ev_drop": drop,
-        "outcome": outcome,
+        hook_name=store.manifest.hook_name,
+        d_sae=args.d_sae,
+        rows_seen=args.tokens,
+        ev_floor=args.ev_floor,
+        control_k=args.control_k,
+        chosen_k=chosen,
+        gain=gain,
+        ev_drop=drop,
+        outcome=outcome,
         **both,
-    }
-    everything = [*both["selection"], *both["confirmation"]]
-    files = draw(results, args.output_dir)
-    return results, [*files, *(f for s in everything for f in study.checkpoint_files(cells, s["members"]))]
+    )
+    files = study.checkpoint_files(cells, [m.checkpoint for _, _, m in trained])
+    return results.to_json(), [*draw(results, args.output_dir), *files]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(results: dict, output_dir: Path) -> list[Path]:
+def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
-    from husai.report.text import GAINS, pair_rows, write_csv
+    from husai.report.text import pair_rows, write_csv
 
-    candidates = sorted(results["selection"], key=lambda s: s["k"])
-    ks = [s["k"] for s in candidates]
+    candidates = sorted(results.selection, key=lambda s: s.k)
+    ks = [s.k for s in candidates]
     label = "k, active features a row"
-    series = {"excess over the highest null": [s["stability"]["verdict"]["claimable_excess"] for s in candidates]}
-    unfinished = {next(iter(series)): [s["convergence"]["converged"] is False for s in candidates]}
-    ev = {"held-out": [s["explained_variance"] for s in candidates]}
-    ev["floor"] = [{"estimate": results["ev_floor"], "low": None, "high": None}] * len(ks)
+    series = {"excess over the highest null": [s.stability.verdict.claimable_excess for s in candidates]}
+    unfinished = {next(iter(series)): [s.convergence.converged is False for s in candidates]}
+    floor = {"estimate": results.ev_floor, "low": None, "high": None}
+    ev = {"held-out": [s.explained_variance for s in candidates], "floor": [floor] * len(ks)}
     drawn = [
-        Panel(f"Selection: k {results['chosen_k']} chosen", label, "excess of mcc_alive", ks, series, unfinished),
+        Panel(f"Selection: k {results.chosen_k} chosen", label, "excess of mcc_alive", ks, series, unfinished),
         Panel("Held-out explained variance", label, "explained variance", ks, ev),
     ]
-    if results["gain"] is not None:
-        confirmed = results["confirmation"]
-        names = [f"k {s['k']}" for s in confirmed]
-        excess = [s["stability"]["verdict"]["claimable_excess"] for s in confirmed]
-        for null in GAINS[1:]:
-            names.append(f"k {results['chosen_k']} − k {results['control_k']}, over {null}")
-            excess.append(results["gain"][null])
-        title = f"Fresh seeds: {results['outcome']}"
+    if results.gain is not None:
+        names = [f"k {s.k}" for s in results.confirmation]
+        excess = [s.stability.verdict.claimable_excess for s in results.confirmation]
+        for null, over in results.gain.over.items():
+            names.append(f"k {results.chosen_k} − k {results.control_k}, over {null}")
+            excess.append(over)
+        title = f"Fresh seeds: {results.outcome}"
         drawn.append(Panel(title, "excess of mcc_alive; below, paired gain", "", names, {"excess": excess}))
-    pairs = [
-        row
-        for stage in ("selection", "confirmation")
-        for s in results[stage]
-        for row in pair_rows(s, stage=stage, k=s["k"])
-    ]
+    stages = {"selection": results.selection, "confirmation": results.confirmation}
+    pairs = [row for stage, of in stages.items() for s in of for row in pair_rows(s, stage=stage, k=s.k)]
     return [panels(output_dir / "figures" / "adaptive_l0.png", drawn), write_csv(output_dir / "pairs.csv", pairs)]
 
 
 def summary(results: dict) -> str:
+    from husai.evidence.schemas import AdaptiveL0, SparsitySection
     from husai.report.text import at_rest, gain_sentence, interval, table
 
-    def cells(s: dict) -> list[str]:
-        lower = "none" if s["lower_bound"] is None else f"{s['lower_bound']:+.4f}"
-        verdict = s["stability"]["verdict"]
-        excess = f"{interval(verdict['claimable_excess'], '+')} ({verdict['highest_null']})"
-        return [s["k"], interval(s["explained_variance"]), excess, lower, at_rest(s["convergence"])]
+    phase = AdaptiveL0.model_validate(results)
+
+    def cells(s: SparsitySection) -> list:
+        lower, verdict = "none" if s.lower_bound is None else f"{s.lower_bound:+.4f}", s.stability.verdict
+        excess = f"{interval(verdict.claimable_excess, '+')} ({verdict.highest_null})"
+        return [s.k, interval(s.explained_variance), excess, lower, at_rest(s)]
 
     header = ["k", "held-out EV", "excess over the highest required null", "surest excess", "at rest"]
-    chosen, control = results["chosen_k"], results["control_k"]
-    if chosen is None:
-        outcome = f"**No candidate** keeps the held-out explained variance surely above {results['ev_floor']}."
-    elif results["gain"] is None:
-        outcome = f"k {chosen} runs alone: {results['outcome']}."
+    if phase.chosen_k is None:
+        outcome = f"**No candidate** keeps the held-out explained variance surely above {phase.ev_floor}."
+    elif phase.gain is None or phase.ev_drop is None:
+        outcome = f"k {phase.chosen_k} runs alone: {phase.outcome}."
     else:
         outcome = (
-            f"**k {chosen} against k {control} on fresh seeds: {results['outcome']}**; "
-            f"{gain_sentence(results['gain'])}; held-out EV lost {interval(results['ev_drop'], '+')}."
+            f"**k {phase.chosen_k} against k {phase.control_k} on fresh seeds: {phase.outcome}**; "
+            f"{gain_sentence(phase.gain)}; held-out EV lost {interval(phase.ev_drop, '+')}."
         )
     lines = [
         "# Adaptive L0",
         "",
         outcome,
         "",
-        f"{results['hook_name']}, d_sae {results['d_sae']}, {results['rows_seen']} rows seen by each SAE; floor of the "
-        f"held-out explained variance {results['ev_floor']}.",
+        f"{phase.hook_name}, d_sae {phase.d_sae}, {phase.rows_seen} rows seen by each SAE; floor of the held-out "
+        f"explained variance {phase.ev_floor}.",
         "",
         "## Selection",
         "",
-        *table(header, [cells(s) for s in results["selection"]]),
+        *table(header, [cells(s) for s in phase.selection]),
     ]
-    if results["confirmation"]:
-        lines += ["", "## Confirmation, fresh seeds", "", *table(header, [cells(s) for s in results["confirmation"]])]
+    if phase.confirmation:
+        lines += ["", "## Confirmation, fresh seeds", "", *table(header, [cells(s) for s in phase.confirmation])]
     lines += [
         "",
         "*Surest excess*: the least lower end of the intervals of the excess of `mcc_alive` over the required nulls; "

@@ -95,6 +95,14 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.dictionaries.foreign import weights_file
     from husai.evidence import contrast, rules
     from husai.evidence.names import ALIVE
+    from husai.evidence.schemas import (
+        AssignmentConsistency,
+        PulledSection,
+        ReferenceSection,
+        Section,
+        SharedArm,
+        UnpulledSection,
+    )
     from husai.runs.files import sha256_file
     from husai.stability import study
     from husai.stability.matching import partners
@@ -143,146 +151,136 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     records, steps = train(grid)
     record = dict(zip(grid, records, strict=True))
 
-    def score(alike: list[dict]) -> dict:
-        return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
+    def score(alike: list[dict]) -> Section:
+        return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)[0]
 
     scored = {key: score([record[m] for m in arm]) for key, arm in arms.items()}
     control = scored["control", 0.0, None]
 
-    def compared(s: dict, base: dict, weight: float) -> dict:
-        figures = {"gain": contrast.gain([s], [base]), "ev_drop": contrast.drop(s, base).to_json()}
-        return {"lambda": weight} | figures | study.brief(s)
+    def pulled_section(section: Section, control: Section, weight: float) -> PulledSection:
+        gain, drop = contrast.gain([section], [control]), contrast.drop(section, control)
+        return PulledSection(weight=weight, gain=gain, ev_drop=drop, **dict(section))
 
     # What the score would seem to gain if the reference were among the SAEs, as it was in the earlier study.
-    def counting(s: dict, name: str) -> float:
-        return study.mcc_with_reference(args.output_dir, s, decoders[name])
+    def counting(section: Section, name: str) -> float:
+        return study.mcc_with_reference(args.output_dir, section, decoders[name])
 
     control_counting = {name: counting(control, name) for name in shared}
-    arm_own = [compared(scored["own", weight, None], control, weight) for weight in lambdas]
+    arm_own = [pulled_section(scored["own", weight, None], control, weight) for weight in lambdas]
     arm_shared = []
     for weight in lambdas:
-        each = [scored["shared", weight, name] for name in shared]
-        counted = [counting(s, name) - control_counting[name] for name, s in zip(shared, each, strict=True)]
-        left_out = [each[:i] + each[i + 1 :] for i in range(len(each)) if len(each) > 1]
+        each = {name: pulled_section(scored["shared", weight, name], control, weight) for name in shared}
+        counted = [counting(section, name) - control_counting[name] for name, section in each.items()]
+        mean, left_out = contrast.gain_and_left_out(list(each.values()), control)
         arm_shared.append(
-            {
-                "lambda": weight,
-                "gain": contrast.gain(each, [control] * len(each)),
-                "leave_one_reference_out": [contrast.gain(s, [control] * len(s)) for s in left_out],
-                "gain_counting_the_reference": sum(counted) / len(counted),
-                "references": [
-                    {"sha256": name, **compared(s, control, weight)} for name, s in zip(shared, each, strict=True)
-                ],
-            }
+            SharedArm(
+                weight=weight,
+                gain=mean,
+                leave_one_reference_out=left_out,
+                gain_counting_the_reference=sum(counted) / len(counted),
+                references=[ReferenceSection(sha256=name, **dict(section)) for name, section in each.items()],
+            )
         )
 
     # ----------------------------------------------------------------------------------------------------------------
     # The surest gain among the λ that keep the explained variance, tried on fresh seeds with fresh references
 
     chosen = rules.choose_weight(arm_own, args.max_ev_drop)
-    confirmation = []
+    confirmation: list[UnpulledSection | PulledSection] = []
+    gain = drop = None
     if chosen is not None:
         fresh = args.confirmation_seeds
         records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
-        base, s = score(records[: len(fresh)]), score(records[len(fresh) :])
-        confirmation = [{"lambda": 0.0, **study.brief(base)}, compared(s, base, chosen)]
+        base, section = score(records[: len(fresh)]), score(records[len(fresh) :])
+        confirmed = pulled_section(section, base, chosen)
+        confirmation = [UnpulledSection(weight=0.0, **dict(base)), confirmed]
+        gain, drop = confirmed.gain, confirmed.ev_drop
 
-    everything = [*scored.values(), *confirmation]
-    results = {
-        "phase": "assignment_consistency_v2",
-        "inputs": {
+    trained = [m for section in (*scored.values(), *confirmation) for m in section.members]
+    results = AssignmentConsistency(
+        phase="assignment_consistency_v2",
+        inputs={
             "activation store": store.digest,
             "subject": store.manifest.subject_digest,
             **{f"reference {i}": name for i, name in enumerate(decoders)},
-            **{
-                f"checkpoint {m['checkpoint'].split('/')[-1]}": m["checkpoint_sha256"]
-                for s in everything
-                for m in s["members"]
-            },
+            **{f"checkpoint {m.checkpoint.split('/')[-1]}": m.checkpoint_sha256 for m in trained},
         },
-        "hook_name": store.manifest.hook_name,
-        "d_sae": args.d_sae,
-        "k": args.k,
-        "rows_seen": args.tokens,
-        "max_ev_drop": args.max_ev_drop,
-        "acceptance": rules.acceptance(
-            chosen,
-            confirmation[1]["gain"] if confirmation else None,
-            confirmation[1]["ev_drop"] if confirmation else None,
-            len(args.confirmation_seeds),
-            args.max_ev_drop,
-        ),
-        "control": study.brief(control),
-        "own": arm_own,
-        "shared": arm_shared,
-        "confirmation": confirmation,
-    }
-    files = draw(results, args.output_dir)
-    trained = [m for s in everything for m in s["members"]] + references
-    return results, [*files, *study.checkpoint_files(cells, trained)]
+        hook_name=store.manifest.hook_name,
+        d_sae=args.d_sae,
+        k=args.k,
+        rows_seen=args.tokens,
+        max_ev_drop=args.max_ev_drop,
+        acceptance=rules.acceptance(chosen, gain, drop, len(args.confirmation_seeds), args.max_ev_drop),
+        control=control,
+        own=arm_own,
+        shared=arm_shared,
+        confirmation=confirmation,
+    )
+    folders = [*(m.checkpoint for m in trained), *(r["checkpoint"] for r in references)]
+    return results.to_json(), [*draw(results, args.output_dir), *study.checkpoint_files(cells, folders)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(results: dict, output_dir: Path) -> list[Path]:
+def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
     from husai.report.text import GAINS, pair_rows, write_csv
 
-    names = [f"λ {a['lambda']:g}" for a in results["own"]]
-    gains = {"own references": [a["gain"][a["gain"]["least"]] for a in results["own"]]}
-    gains["shared reference"] = [a["gain"][a["gain"]["least"]] for a in results["shared"]]
-    drops = {"own references": [a["ev_drop"] for a in results["own"]]}
+    names = [f"λ {a.weight:g}" for a in results.own]
+    gains = {"own references": [a.gain.over_least for a in results.own]}
+    gains["shared reference"] = [a.gain.over_least for a in results.shared]
+    drops = {"own references": [a.ev_drop for a in results.own]}
     drawn = [
         Panel("Gain over λ = 0, selection seeds", "gain of mcc_alive over the least null, paired", "", names, gains),
         Panel("Explained variance lost", "held-out EV lost, paired", "", names, drops),
     ]
-    if results["confirmation"]:
-        fresh = results["confirmation"][1]
+    if results.confirmed:
+        _, fresh = results.confirmed
         names = ["mcc_alive", *(f"over {null}" for null in GAINS[1:]), "EV lost"]
-        figures = [*(fresh["gain"][null] for null in GAINS), fresh["ev_drop"]]
-        title = f"Fresh seeds and references, λ {fresh['lambda']:g}: {results['acceptance']['outcome']}"
+        figures = [fresh.gain.observed, *fresh.gain.over.values(), fresh.ev_drop]
+        title = f"Fresh seeds and references, λ {fresh.weight:g}: {results.acceptance.outcome}"
         drawn.append(Panel(title, "paired gain", "", names, {"": figures}))
-    sections = [("control", results["control"])]
-    sections += [(f"own, lambda {a['lambda']:g}", a) for a in results["own"]]
-    sections += [
-        (f"shared {i}, lambda {a['lambda']:g}", r) for a in results["shared"] for i, r in enumerate(a["references"])
-    ]
-    sections += [(f"confirmation, lambda {a['lambda']:g}", a) for a in results["confirmation"]]
-    pairs = [row for name, s in sections for row in pair_rows(s, arm=name)]
+    sections = [("control", results.control)]
+    sections += [(f"own, lambda {a.weight:g}", a) for a in results.own]
+    sections += [(f"shared {i}, lambda {a.weight:g}", r) for a in results.shared for i, r in enumerate(a.references)]
+    sections += [(f"confirmation, lambda {a.weight:g}", a) for a in results.confirmation]
+    pairs = [row for name, section in sections for row in pair_rows(section, arm=name)]
     return [panels(output_dir / "figures" / "assignment_v2.png", drawn), write_csv(output_dir / "pairs.csv", pairs)]
 
 
 def summary(results: dict) -> str:
+    from husai.evidence.schemas import AssignmentConsistency
     from husai.report.text import GAIN_HEADER, gain_cells, gain_sentence, interval, table
 
-    accepted = results["acceptance"]
+    phase = AssignmentConsistency.model_validate(results)
+    accepted = phase.acceptance
     lines = [
         "# Assignment consistency v2",
         "",
-        f"**{'Accepted' if accepted['accepted'] else 'Not accepted'}**: {accepted['reason']} ({accepted['rule']}).",
+        f"**{'Accepted' if accepted.accepted else 'Not accepted'}**: {accepted.reason} ({accepted.rule}).",
         "",
-        f"{results['hook_name']}, d_sae {results['d_sae']}, k {results['k']}, {results['rows_seen']} rows each.",
+        f"{phase.hook_name}, d_sae {phase.d_sae}, k {phase.k}, {phase.rows_seen} rows each.",
     ]
-    if results["confirmation"]:
-        c = results["confirmation"][1]
+    if phase.confirmed:
+        _, fresh = phase.confirmed
         lines += [
             "",
-            f"Confirmation, λ {c['lambda']:g}, fresh seeds, each with a reference of its own: "
-            f"{gain_sentence(c['gain'])}; held-out EV lost {interval(c['ev_drop'], '+')}.",
+            f"Confirmation, λ {fresh.weight:g}, fresh seeds, each with a reference of its own: "
+            f"{gain_sentence(fresh.gain)}; held-out EV lost {interval(fresh.ev_drop, '+')}.",
         ]
-    own = [[f"{a['lambda']:g}", *gain_cells(a["gain"]), interval(a["ev_drop"], "+")] for a in results["own"]]
+    own = [[f"{a.weight:g}", *gain_cells(a.gain), interval(a.ev_drop, "+")] for a in phase.own]
     lines += ["", "## Own references, selection seeds", "", *table(["λ", *GAIN_HEADER, "EV lost"], own)]
     shared = [
         [
-            f"{a['lambda']:g}",
-            *gain_cells(a["gain"]),
-            ", ".join(f"{g[g['least']]['estimate']:+.4f}" for g in a["leave_one_reference_out"]) or "one reference",
-            f"{a['gain_counting_the_reference']:+.4f}",
+            f"{a.weight:g}",
+            *gain_cells(a.gain),
+            ", ".join(f"{g.over_least.estimate:+.4f}" for g in a.leave_one_reference_out) or "one reference",
+            f"{a.gain_counting_the_reference:+.4f}",
         ]
-        for a in results["shared"]
+        for a in phase.shared
     ]
     lines += ["", "## One reference shared by all seeds: reported, never accepted", ""]
     header = [

@@ -88,7 +88,7 @@ def draw(found, folder: Path) -> list[Path]:
     from husai.report import figures
 
     excess, name = found.section.stability.scores["mcc_alive"].excess, found.candidate.condition
-    over = {name: [e.to_json() for e in excess.values()]}
+    over = {name: list(excess.values())}
     panels = [figures.Panel("mcc of alive features", "above the null", "", list(excess), over)]
     for title, label, _, delta in benchmarks(found):
         if known := {arm: d for arm, d in delta.items() if d["estimate"] is not None}:
@@ -124,8 +124,8 @@ def summary(results: dict) -> str:
         "CE loss score": [r.core.ce_loss_score for r in own],
     }
     rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
-    rows.append(["`mcc_alive`", interval(score.observed.to_json())])
-    rows += [[f"excess over {null}", interval(e.to_json(), "+")] for null, e in score.excess.items()]
+    rows.append(["`mcc_alive`", interval(score.observed)])
+    rows += [[f"excess over {null}", interval(e, "+")] for null, e in score.excess.items()]
     for name, figure, estimate, delta in benchmarks(found):
         rows.append([f"`{name}`, {figure}", interval(estimate)])
         rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in delta.items()]
@@ -134,7 +134,7 @@ def summary(results: dict) -> str:
     lines = [
         "# Confirmation of the candidate" if found.origin == "retrained" else "# SAEs of your own",
         "",
-        f"**{verdict['outcome']}**: {verdict['reason']}{still_moving(section)}.",
+        f"**{verdict.outcome}**: {verdict.reason}{still_moving(section)}.",
         "",
         f"{found.candidate.condition} of {found.subject}, {found.bank.hook_name}: {where_from(found)}.",
         "",

@@ -67,6 +67,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.activations import source
     from husai.evidence import contrast
     from husai.evidence.names import ALIVE
+    from husai.evidence.schemas import AblationMethod, AblationRow, CoreAblations, RefusedControl
     from husai.runs.errors import BadInput
     from husai.stability import study
     from husai.training.grid import members, train_or_find
@@ -89,9 +90,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         return trained["members"], trained["snapshot_steps"]
 
     def scored(records: list[dict], steps: list[int]) -> dict:
-        section = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
+        section, _ = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
         figures = ("explained_variance", "l0", "dead_share")
-        return study.brief(section) | {name: contrast.heldout(section, name).to_json() for name in figures}
+        return dict(section) | {name: contrast.heldout(section, name) for name in figures}
 
     # ----------------------------------------------------------------------------------------------------------------
     # The two axes: all conditions of a width and family take each step together
@@ -102,14 +103,16 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         for d_sae, k in axes:
             alike = [r for r in records if (r["family"], r["d_sae"], r["k"]) == (family, d_sae, k)]
             on = [axis for axis, here in (("k", d_sae == args.d_sae), ("d_sae", k == args.k)) if here]
-            row = {"name": f"{family}, d_sae {d_sae}, k {k}", "axes": on, "family": family, "d_sae": d_sae, "k": k}
-            rows.append(row | scored(alike, steps))
+            name = f"{family}, d_sae {d_sae}, k {k}"
+            about = {"name": name, "axes": on, "family": family, "d_sae": d_sae, "k": k}
+            rows.append(AblationRow(**about, **scored(alike, steps)))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Methods credited with higher stability, and controls that must be refused: the first family, at --d-sae and --k
 
-    methods: list[dict] = []
-    controls: list[dict] = []
+    methods: list[AblationMethod] = []
+    controls: list[RefusedControl] = []
+    trained = [(row.name, m) for row in rows for m in row.members]
     if not args.no_methods:
         quarter, half = max(1, args.batch_size // 4), args.d_sae // 2
         variants = {
@@ -120,48 +123,45 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             "half the width, twice the rows": (replace(recipe, tokens=2 * args.tokens), half),
         }
         for name, (how, d_sae) in variants.items():
-            section = {"name": name, "d_sae": d_sae, "rows_seen": how.tokens} | scored(*train(grid(d_sae), how))
+            method = AblationMethod(name=name, d_sae=d_sae, rows_seen=how.tokens, **scored(*train(grid(d_sae), how)))
             if methods:
-                section["gain"] = contrast.gain([section], [methods[0]])
-                section["ev_drop"] = contrast.drop(section, methods[0]).to_json()
-            methods.append(section)
+                lost = contrast.drop(method, methods[0])
+                method = method.model_copy(update={"gain": contrast.gain([method], methods[:1]), "ev_drop": lost})
+            methods.append(method)
+            trained += [(name, m) for m in method.members]
         for name, how in (
             ("shared initialisation", recipe),
             ("shared frozen decoder", replace(recipe, freeze_decoder=True)),
         ):
-            alike, _ = train(grid(init_seed=args.seeds[0]), how)
-            dictionaries = [study.own_dictionary(args.output_dir / r["checkpoint"]) for r in alike]
-            controls.append({"name": name, "members": alike, "refused": study.refusal(args.seeds, dictionaries)})
+            sharing = [study.member_of(record) for record in train(grid(init_seed=args.seeds[0]), how)[0]]
+            trained += [(name, m) for m in sharing]
+            dictionaries = [study.own_dictionary(args.output_dir / m.checkpoint) for m in sharing]
+            controls.append(RefusedControl(name=name, refused=study.refusal(args.seeds, dictionaries)))
 
-    everything = [*rows, *methods, *controls]
-    results = {
-        "phase": "core_ablations",
-        "inputs": {
+    results = CoreAblations(
+        phase="core_ablations",
+        inputs={
             "activation store": store.digest,
             "subject": store.manifest.subject_digest,
-            **{
-                f"checkpoint {section['name']}, seed {m['order_seed']}": m["checkpoint_sha256"]
-                for section in everything
-                for m in section["members"]
-            },
+            **{f"checkpoint {name}, seed {m.order_seed}": m.checkpoint_sha256 for name, m in trained},
         },
-        "hook_name": store.manifest.hook_name,
-        "d_in": store.d_in,
-        "effective_rank": rows[0]["effective_rank"],
-        "rows_seen": args.tokens,
-        "rows": rows,
-        "methods": methods,
-        "controls": [{"name": c["name"], "refused": c["refused"]} for c in controls],
-    }
-    files = draw(results, args.output_dir)
-    return results, [*files, *(f for s in everything for f in study.checkpoint_files(cells, s["members"]))]
+        hook_name=store.manifest.hook_name,
+        d_in=store.d_in,
+        effective_rank=rows[0].effective_rank,
+        rows_seen=args.tokens,
+        rows=rows,
+        methods=methods,
+        controls=controls,
+    )
+    files = study.checkpoint_files(cells, [m.checkpoint for _, m in trained])
+    return results.to_json(), [*draw(results, args.output_dir), *files]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(results: dict, output_dir: Path) -> list[Path]:
+def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
     from husai.report.figures import Panel, panels
     from husai.report.text import GAINS, pair_rows, write_csv
@@ -169,38 +169,42 @@ def draw(results: dict, output_dir: Path) -> list[Path]:
     drawn = []
     for axis, label in (("k", "k, active features a row"), ("d_sae", "d_sae, features")):
         series, unfinished, x = {}, {}, []
-        for family in dict.fromkeys(r["family"] for r in results["rows"]):
-            here = [r for r in results["rows"] if axis in r["axes"] and r["family"] == family]
-            here, x = sorted(here, key=lambda r: r[axis]), sorted(r[axis] for r in here)
-            series[family] = [r["stability"]["verdict"]["claimable_excess"] for r in here]
-            unfinished[family] = [r["convergence"]["converged"] is False for r in here]
+        for family in dict.fromkeys(r.family for r in results.rows):
+            here = [r for r in results.rows if axis in r.axes and r.family == family]
+            here.sort(key=lambda r: getattr(r, axis))
+            x = [getattr(r, axis) for r in here]
+            series[family] = [r.stability.verdict.claimable_excess for r in here]
+            unfinished[family] = [r.convergence.converged is False for r in here]
         drawn.append(Panel(f"Against {axis}", label, "excess over the highest null", x, series, unfinished))
-    if results["methods"]:
-        others = results["methods"][1:]
-        gains = {n: [m["gain"][n] for m in others] for n in GAINS}
+    if results.methods:
+        others = results.methods[1:]
+        gains = {n: [getattr(m.gain, n) for m in others] for n in GAINS}
         title = "Methods: gain of mcc_alive, and over each null"
-        drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m["name"] for m in others], gains))
-    curves = {r["name"]: [p["mcc"] for p in r["over_training"]] for r in results["rows"]}
-    steps = [max(p["step"], 0.5) for p in results["rows"][0]["over_training"]]
+        drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m.name for m in others], gains))
+    curves = {r.name: [p.mcc for p in r.over_training] for r in results.rows}
+    steps = [max(p.step, 0.5) for p in results.rows[0].over_training]
     drawn.append(Panel("Over training", "training step (0 drawn at 0.5)", "mcc, all features", steps, curves))
     figure = panels(output_dir / "figures" / "core_ablations.png", drawn)
-    pairs = [row for s in (*results["rows"], *results["methods"]) for row in pair_rows(s, condition=s["name"])]
+    pairs = [row for s in (*results.rows, *results.methods) for row in pair_rows(s, condition=s.name)]
     return [figure, write_csv(output_dir / "pairs.csv", pairs)]
 
 
 def summary(results: dict) -> str:
+    from husai.evidence.schemas import CoreAblations, Reached
     from husai.report.text import GAIN_HEADER, at_rest, gain_cells, interval, table
 
-    def cells(r: dict) -> list[str]:
-        stability, moved = r["stability"], r["convergence"]
+    phase = CoreAblations.model_validate(results)
+
+    def cells(r: Reached) -> list[str]:
+        verdict = r.stability.verdict
         return [
-            interval(stability["scores"]["mcc_alive"]["observed"]),
-            f"{interval(stability['verdict']['claimable_excess'], '+')} ({stability['verdict']['highest_null']})",
-            stability["verdict"]["outcome"],
-            f"{at_rest(moved)}, {interval(moved['moved'], '+')}",
-            f"{r['explained_variance']['estimate']:.4f}",
-            f"{r['l0']['estimate']:.1f}",
-            f"{r['dead_share']['estimate']:.0%}",
+            interval(r.stability.scores["mcc_alive"].observed),
+            f"{interval(verdict.claimable_excess, '+')} ({verdict.highest_null})",
+            verdict.outcome,
+            f"{at_rest(r)}, {interval(r.convergence.moved, '+')}",
+            f"{r.explained_variance.estimate:.4f}",
+            f"{r.l0.estimate:.1f}",
+            f"{r.dead_share.estimate:.0%}",
         ]
 
     header = ["`mcc_alive`", "excess over the highest required null", "outcome", "at rest, moved by", "held-out EV"]
@@ -208,20 +212,20 @@ def summary(results: dict) -> str:
     lines = [
         "# Core ablations",
         "",
-        f"{results['hook_name']}, {results['d_in']} coordinates of effective rank {results['effective_rank']:.1f}; "
-        f"{results['rows_seen']} rows seen by each SAE, {len(results['rows'][0]['members'])} seeds a condition.",
+        f"{phase.hook_name}, {phase.d_in} coordinates of effective rank {phase.effective_rank:.1f}; "
+        f"{phase.rows_seen} rows seen by each SAE, {len(phase.rows[0].members)} seeds a condition.",
         "",
-        *table(["condition", *header], [[r["name"], *cells(r)] for r in results["rows"]]),
+        *table(["condition", *header], [[r.name, *cells(r)] for r in phase.rows]),
         "",
         "*At rest*: `mcc` of all features moved by at most 0.02 between the last two snapshots, its interval included. "
         "Intervals: delete-one-seed jackknife, t(S−1).",
     ]
-    if results["methods"]:
+    if phase.methods:
         methods = [
-            [m["name"], *gain_cells(m["gain"]), interval(m["ev_drop"], "+"), *cells(m)]
-            if "gain" in m
-            else [m["name"], *["–"] * 5, *cells(m)]
-            for m in results["methods"]
+            [m.name, *gain_cells(m.gain), interval(m.ev_drop, "+"), *cells(m)]
+            if m.gain and m.ev_drop
+            else [m.name, *["–"] * 5, *cells(m)]
+            for m in phase.methods
         ]
         lines += [
             "",
@@ -235,10 +239,7 @@ def summary(results: dict) -> str:
             "",
             "## Controls that share what must not be shared",
             "",
-            *(
-                f"- {c['name']}: {'refused, ' + c['refused'] if c['refused'] else '**NOT REFUSED**'}"
-                for c in results["controls"]
-            ),
+            *(f"- {c.name}: {'refused, ' + c.refused if c.refused else '**NOT REFUSED**'}" for c in phase.controls),
         ]
     return "\n".join(lines) + "\n"
 

@@ -105,6 +105,7 @@ def probing_name(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
+    from husai.evidence.schemas import Gain
     from husai.report.text import GAIN_HEADER, gain_cells, interval, table
 
     rows = [row for found in results["banks"] for row in found["conditions"]]
@@ -170,7 +171,7 @@ def summary(results: dict) -> str:
                     [f"none: {c['reason']}", *empty]
                     if c["reason"]
                     else [interval(c[n], "+") for n in ("l0", "explained_variance")]
-                    + gain_cells(c["stability"])
+                    + gain_cells(Gain.model_validate(c["stability"]))
                     + [interval(c[n], "+") for n in ("saebench", "cebench")]
                 )
                 for c in results["contrasts"]

@@ -57,23 +57,25 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
     device = prepare(args.device, args.threads)
+    from husai.evidence.schemas import Phase4a, Phase4aSection
     from husai.stability import study
 
-    sections = {"husai": external(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))}
+    ours = supplied(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))
+    sections = {"husai": ours}
     if args.protocol == "published":
         sections["published"] = trained(args, cells, device, published(args))
-    ours = sections["husai"]
-    inputs = {"subject": ours["subject_digest"], "activation store": ours["store_digest"]}
-    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in ours["members"]}
+    inputs = {"subject": ours.subject_digest, "activation store": ours.store_digest}
+    inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in ours.members}
+    results = Phase4a.model_validate(
+        {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED},
+    )
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
-    files += [
-        path
-        for section in sections.values()
-        for arm in ("members", "control", "random_model")
-        for path in study.checkpoint_files(cells, section.get(arm, []))
-    ]
-    results = {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED}
-    return results, files
+    for section in sections.values():
+        if isinstance(section, Phase4aSection):
+            controls = [*(section.control or []), *(section.random_model or [])]
+            folders = [m.checkpoint for m in section.members] + [m.checkpoint for m in controls if m.checkpoint]
+            files += study.checkpoint_files(cells, folders)
+    return results.to_json(), files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,10 +142,11 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
     return source.open_store(args.artifact_root, device, args.threads, **given, random_seed=random_seed)
 
 
-def trained(args, cells, device, protocol: dict) -> dict:
+def trained(args, cells, device, protocol: dict):
     """Train one SAE a seed (and the controls: shuffled coordinates, the random-weights model), and score every pair."""
     from husai.activations.harvest import shuffled_coordinates
     from husai.activations.store import ActivationStore
+    from husai.evidence.schemas import AlikeMember, Phase4aMember, Phase4aSection
     from husai.runs.subjects import is_language_model
     from husai.stability import study
     from husai.training.grid import members, train_or_find
@@ -160,31 +163,29 @@ def trained(args, cells, device, protocol: dict) -> dict:
         random_store = open_store(args, device, protocol, random_seed=0)
         arms.append(train_or_find(cells, random_store, grid, protocol["recipe"], device, args.threads))
 
-    alike = [arm["members"] for arm in arms]
-    steps, control = arms[0]["snapshot_steps"], alike[1] if protocol["shuffled"] else None
-    random_model = alike[2] if len(alike) > 2 else None
-    section = arms[0] | study.score_trained(
-        cells,
-        store,
-        alike[0],
-        steps,
-        protocol["null_draws"],
-        args.threads,
-        control,
-        random_model=random_model,
-    )
-    kept = ("seed", "checkpoint", "checkpoint_sha256", "heldout")
+    own_records, *others = [arm["members"] for arm in arms]
+    control = others.pop(0) if protocol["shuffled"] else None
+    random_model = others.pop() if others else None
+    steps = arms[0]["snapshot_steps"]
+    arguments = cells, store, own_records, steps, protocol["null_draws"], args.threads, control
+    section, drawn = study.score_trained(*arguments, random_model=random_model)
+    fields = dict(section) | dict(drawn) | {name: arms[0][name] for name in ("curve_steps", "snapshot_steps")}
+    fields["members"] = [
+        Phase4aMember(**dict(m), curve=r["curve"], aux_steps=r["aux_steps"])
+        for m, r in zip(section.members, own_records, strict=True)
+    ]
     for name, records in (("control", control), ("random_model", random_model)):
         if records:
-            section[name] = [{name: m[name] for name in kept} for m in records]
+            fields[name] = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields}) for r in records]
     if language_model:
-        section["cross_entropy"] = cross_entropy(args, cells, device, store, section["members"])
-    return section
+        fields["cross_entropy"] = cross_entropy(args, cells, device, store, section)
+    return Phase4aSection(**fields)
 
 
-def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
+def cross_entropy(args, cells, device, store, section):
     """What the language model loses to each SAE on documents that neither was trained on."""
     from husai.dictionaries import checkpoints
+    from husai.evidence.schemas import CrossEntropy
     from husai.runs.code import code_version
     from husai.subjects import pretrained, text
     from husai.training.recovered import cross_entropies, recovered
@@ -193,96 +194,96 @@ def cross_entropy(args, cells, device, store, records: list[dict]) -> dict:
 
     def compute() -> tuple[dict, list[Path]]:
         subject = pretrained.load(str(args.subject), device=device)
-        saes = [checkpoints.load(args.output_dir / m["checkpoint"]) for m in records]
+        saes = [checkpoints.load(args.output_dir / m.checkpoint) for m in section.members]
         losses = cross_entropies(subject, store.manifest.hook_name, saes, texts)
         return losses | {"recovered": recovered(losses)}, []
 
-    key = {"subject": store.manifest.subject_digest, "saes": [m["checkpoint_sha256"] for m in records]}
+    key = {"subject": store.manifest.subject_digest, "saes": [m.checkpoint_sha256 for m in section.members]}
     key |= {"texts": [*map(text.document_id, texts)], "threads": args.threads, "device": args.device}
     key |= {"hook_name": store.manifest.hook_name}
     key["code"] = code_version(cross_entropies)
-    return cells.get("cross_entropy", key, compute)
+    return CrossEntropy.model_validate(cells.get("cross_entropy", key, compute))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints that a user brings
 
 
-def external(args, cells, device) -> dict:
+def supplied(args, cells, device):
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
+    from husai.evidence.schemas import Heldout, OwnMember, Phase4aSupplied
     from husai.runs.files import sha256_file
     from husai.stability import independence, study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
-    records: list[dict[str, Any]] = []
-    dictionaries = []
+    members, dictionaries = [], []
     for folder in foreign.find(args.sae_root):
         name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None
         dictionary, figures = study.external_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
-        records.append({"label": name, "checkpoint_sha256": digest, "heldout": figures})
+        members.append(OwnMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
     missing = {"shuffled": "the SAEs were not trained here"}
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
-    labels = [r["label"] for r in records]
+    labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_one_training(labels, [d.W_dec for d in dictionaries])
-    section = study.compare_all(cells, store, labels, dictionaries, None, args.null_draws, args.threads, missing)
-    return {"members": records} | section
+    arguments = cells, store, labels, dictionaries, None, args.null_draws, args.threads, missing
+    compared, drawn = study.compare_all(*arguments)
+    return Phase4aSupplied(members=members, **dict(compared), **dict(drawn))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(section: dict, name: str, output_dir: Path) -> list[Path]:
+def draw(section, name: str, output_dir: Path) -> list[Path]:
     """Figures and the CSV of pairs."""
-    from husai.report import figures
+    from husai.evidence.schemas import Phase4aSection
+    from husai.report import figures, language_model
     from husai.report.text import pair_rows, write_csv
 
-    suffix = "" if name == "husai" else f"_{name}"
+    suffix, folder = "" if name == "husai" else f"_{name}", output_dir / "figures"
     files = [write_csv(output_dir / f"pairs{suffix}.csv", pair_rows(section))]
-    files.append(figures.matches(section, output_dir / "figures" / f"matches{suffix}.png"))
-    if "over_training" in section:
-        files += [
-            figures.over_training(section, output_dir / "figures" / f"over_training{suffix}.png"),
-            figures.loss_curves(section, output_dir / "figures" / f"loss_curves{suffix}.png"),
-        ]
-    if "cross_entropy" in section:
-        from husai.report import language_model
-
-        files.append(language_model.cross_entropy(section, output_dir / "figures" / "cross_entropy.png"))
+    files.append(figures.matches(section, section, folder / f"matches{suffix}.png"))
+    if isinstance(section, Phase4aSection):
+        files.append(figures.over_training(section, folder / f"over_training{suffix}.png"))
+        files.append(figures.loss_curves(section, folder / f"loss_curves{suffix}.png"))
+        if section.cross_entropy is not None:
+            files.append(language_model.cross_entropy(section, section.cross_entropy, folder / "cross_entropy.png"))
     return files
 
 
 def summary(results: dict) -> str:
-    parts = ["# Phase 4a: are the features more alike than chance?", "", *table(results["husai"])]
-    if "published" in results:
-        parts += ["", "## The earlier study's setting, run again", "", *comparison(results["published"])]
+    from husai.evidence.schemas import Phase4a
+
+    phase = Phase4a.model_validate(results)
+    parts = ["# Phase 4a: are the features more alike than chance?", "", *table(phase.husai)]
+    if phase.published is not None:
+        parts += ["", "## The earlier study's setting, run again", "", *comparison(phase.published)]
     return "\n".join(parts) + "\n"
 
 
-def table(section: dict) -> list[str]:
+def table(section) -> list[str]:
     """The verdict, then each score beside its nulls, as markdown."""
     from husai.report.text import interval
 
-    stability, members = section["stability"], section["members"]
-    verdict = stability["verdict"]
-    excess = verdict["claimable_excess"]
-    ev = [m["heldout"]["explained_variance"] for m in members]
-    dead = [m["heldout"]["dead_share"] for m in members]
+    stability, members = section.stability, section.members
+    verdict = stability.verdict
+    ev = [m.heldout.explained_variance for m in members]
+    dead = [m.heldout.dead_share for m in members]
     lines = [
-        f"**{verdict['outcome']}**: {verdict['reason']}. "
-        f"Excess of `{verdict['score']}` over the highest required null ({verdict['highest_null']}): "
-        f"{interval(excess)}.",
+        f"**{verdict.outcome}**: {verdict.reason}. "
+        f"Excess of `{verdict.score}` over the highest required null ({verdict.highest_null}): "
+        f"{interval(verdict.claimable_excess)}.",
         "",
-        f"{len(members)} SAEs on {section['hook_name']}, {section['rows']} rows of {section['d_in']} coordinates "
-        f"(effective rank {section['effective_rank']:.1f}); held-out explained variance {min(ev):.4f} to "
+        f"{len(members)} SAEs on {section.hook_name}, {section.rows} rows of {section.d_in} coordinates "
+        f"(effective rank {section.effective_rank:.1f}); held-out explained variance {min(ev):.4f} to "
         f"{max(ev):.4f}, dead features {min(dead):.0%} to {max(dead):.0%}.",
         "",
         *spliced(section),
@@ -290,47 +291,46 @@ def table(section: dict) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name in ("mcc_alive", "pwmcc_alive", "share70_alive", "mcc", "pwmcc", "share70"):
-        score = stability["scores"][name]
-        for i, (null, value) in enumerate(score["nulls"].items()):
-            first = f"`{name}` | {interval(score['observed'])}" if i == 0 else " | "
-            lines.append(f"| {first} | {null} | {value['mean']:.4f} | {interval(score['excess'][null])} |")
-    lines += [f"\nNot computed: {null} ({why})." for null, why in stability["missing_nulls"].items()]
+        score = stability.scores[name]
+        for i, (null, value) in enumerate(score.nulls.items()):
+            first = f"`{name}` | {interval(score.observed)}" if i == 0 else " | "
+            lines.append(f"| {first} | {null} | {value.mean:.4f} | {interval(score.excess[null])} |")
+    lines += [f"\nNot computed: {null} ({why})." for null, why in stability.missing_nulls.items()]
     lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
     return lines
 
 
-def spliced(section: dict) -> list[str]:
+def spliced(section) -> list[str]:
     """What the language model loses to the SAEs, where there is one."""
-    losses = section.get("cross_entropy")
-    if losses is None:
+    if (losses := getattr(section, "cross_entropy", None)) is None:
         return []
-    values, shares = losses["spliced"], losses["recovered"]
+    values, shares = losses.spliced, losses.recovered
     return [
-        f"Cross-entropy on {losses['tokens']} tokens of held-out documents: {losses['model']:.4f} nats as the model "
-        f"is, {min(values):.4f} to {max(values):.4f} with an SAE spliced in, {losses['zeroed']:.4f} with zeros in its "
+        f"Cross-entropy on {losses.tokens} tokens of held-out documents: {losses.model:.4f} nats as the model "
+        f"is, {min(values):.4f} to {max(values):.4f} with an SAE spliced in, {losses.zeroed:.4f} with zeros in its "
         f"place: {min(shares):.2%} to {max(shares):.2%} recovered.",
         "",
     ]
 
 
-def comparison(section: dict) -> list[str]:
+def comparison(section) -> list[str]:
     """Published figures next to what the same setting gives here."""
     from husai.report.text import interval
 
-    score = section["stability"]["scores"]["pwmcc"]
-    observed, random, excess = score["observed"], score["nulls"]["isotropic"]["mean"], score["excess"]["isotropic"]
-    verdict = section["stability"]["verdict"]
+    score, verdict = section.stability.scores["pwmcc"], section.stability.verdict
+    random, excess = score.nulls["isotropic"].mean, score.excess["isotropic"]
     return [
         "| | published | here |",
         "|---|---|---|",
-        f"| trained (pwmcc) | {PUBLISHED['trained'][0]:.3f} to {PUBLISHED['trained'][1]:.3f} | {interval(observed)} |",
+        f"| trained (pwmcc) | {PUBLISHED['trained'][0]:.3f} to {PUBLISHED['trained'][1]:.3f} | "
+        f"{interval(score.observed)} |",
         f"| random (pwmcc) | {PUBLISHED['random']} | {random:.4f} |",
         f"| difference | {PUBLISHED['difference'][0]:+} to {PUBLISHED['difference'][1]:+} | {interval(excess)} |",
         "",
         "The published difference is that of dictionaries which have hardly left their random initialisation, on a "
         "model that has learned nothing and whose input holds the answer. Here this setting is "
-        f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `{verdict['score']}` over {verdict['highest_null']} "
-        f"{interval(verdict['claimable_excess'])}.",
+        f"**{verdict.outcome}**: {verdict.reason}. Excess of `{verdict.score}` over {verdict.highest_null} "
+        f"{interval(verdict.claimable_excess)}.",
     ]
 
 

@@ -51,7 +51,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     tested = candidate.find(args, device)
     store, control, shuffled = controls(args, cells, device, tested)
-    section, compared = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
+    section, drawn = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
     meaningless = random_model.control_of(cells, control, section.stability.labels, args.null_draws, args.threads)
 
     results = RandomModelStress(
@@ -65,7 +65,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         gain=rule.gain(section, meaningless),
         verdict=rule.verdict(section, meaningless),
     )
-    return results.to_json(), draw(compared, args.output_dir)
+    return results.to_json(), draw(section, drawn, args.output_dir)
 
 
 def controls(args, cells, device, tested) -> tuple:
@@ -89,70 +89,64 @@ def controls(args, cells, device, tested) -> tuple:
 # What a reader sees
 
 
-def draw(section: dict, output_dir: Path) -> list[Path]:
+def draw(section, drawn, output_dir: Path) -> list[Path]:
     from husai.report import figures
     from husai.report.text import pair_rows, write_csv
 
-    excess = section["stability"]["scores"]["mcc_alive"]["excess"]
+    excess = section.stability.scores["mcc_alive"].excess
     names = [figures.NAMES.get(null, null) for null in excess]
     panel = figures.Panel("The candidate's excess", "excess of mcc_alive", "", names, {"over": [*excess.values()]})
     return [
-        figures.matches(section, output_dir / "figures" / "matches.png"),
+        figures.matches(section, drawn, output_dir / "figures" / "matches.png"),
         figures.panels(output_dir / "figures" / "excess.png", [panel]),
         write_csv(output_dir / "pairs.csv", pair_rows(section)),
     ]
 
 
 def summary(results: dict) -> str:
+    from husai.evidence import contrast
+    from husai.evidence.schemas import Alike, OwnSection, RandomModelStress
     from husai.report.text import gain_sentence, interval, table
 
-    section, verdict = results["section"], results["verdict"]
-    scores = section["stability"]["scores"]
-    excess = scores["mcc_alive"]["excess"]["random_model"]
+    found = RandomModelStress.model_validate(results)
+    section, verdict = found.section, found.verdict
+    scores = section.stability.scores
+    excess = scores["mcc_alive"].excess["random_model"]
     lines = [
         "# Stress: a meaningless subject",
         "",
         f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `mcc_alive`: {interval(excess, '+')}.",
         "",
-        f"{results['candidate']['condition']}, {len(section['members'])} SAEs of {results['subject']} at "
-        f"{section['hook_name']}; intervals: 95 %, delete-one-seed jackknife over seeds.",
+        f"{found.candidate.condition}, {len(section.members)} SAEs of {found.subject} at "
+        f"{section.hook_name}; intervals: 95 %, delete-one-seed jackknife over seeds.",
         "",
     ]
     rows = []
     for name in ("mcc_alive", "share70_alive"):
         score = scores[name]
-        for null, value in score["nulls"].items():
-            over = interval(score["excess"][null], "+")
-            rows.append([f"`{name}`", interval(score["observed"]), null, f"{value['mean']:.4f}", over])
+        for null, value in score.nulls.items():
+            over = interval(score.excess[null], "+")
+            rows.append([f"`{name}`", interval(score.observed), null, f"{value.mean:.4f}", over])
     lines += table(["score", "candidate", "against", "its mean", "excess"], rows)
-    lines += ["", *table(["SAEs of", "held-out explained variance", "L0", "dead features"], heldout(results)), ""]
-    if results["gain"]:
+
+    arms: dict[str, OwnSection | Alike | None] = {"the candidate": section}
+    arms |= {"the random-weights model": found.random_model, "shuffled coordinates": found.shuffled}
+    figures = ("explained_variance", "l0", "dead_share")
+    rows = [[name, *(interval(contrast.heldout(arm, f)) for f in figures)] for name, arm in arms.items() if arm]
+    lines += ["", *table(["SAEs of", "held-out explained variance", "L0", "dead features"], rows), ""]
+    if found.gain:
         lines += [
             f"Beyond the nulls of each subject's own activations (reported; the rule does not read it): "
-            f"{gain_sentence(results['gain'])}.",
+            f"{gain_sentence(found.gain)}.",
             "",
         ]
-    lines += [f"Not computed: {null} ({why})." for null, why in section["stability"]["missing_nulls"].items()]
+    lines += [f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()]
     lines += [
         "The random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. "
         "Shuffled coordinates keep each coordinate's distribution and lose their relations; they decide nothing here.",
         "",
     ]
     return "\n".join(lines)
-
-
-def heldout(results: dict) -> list[list[str]]:
-    """A row an arm: held-out figures, means over seeds with intervals."""
-    from husai.evidence.estimates import mean_over_seeds
-    from husai.report.text import interval
-
-    arms = {"the candidate": results["section"], "the random-weights model": results["random_model"]}
-    arms |= {"shuffled coordinates": results["shuffled"]} if results["shuffled"] else {}
-
-    def over_seeds(arm: dict, figure: str) -> str:
-        return interval(mean_over_seeds([m["heldout"][figure] for m in arm["members"]]).to_json())
-
-    return [[name, *(over_seeds(a, f) for f in ("explained_variance", "l0", "dead_share"))] for name, a in arms.items()]
 
 
 if __name__ == "__main__":

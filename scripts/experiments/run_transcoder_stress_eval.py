@@ -46,29 +46,28 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """What the MLP reads and writes -> transcoders and SAEs -> the paired gain."""
     device = prepare(args.device, args.threads)
     from husai.evals import transcoder
-    from husai.evidence.schemas import Section, TranscoderStress
+    from husai.evidence.schemas import TranscoderStress
     from husai.evidence.transcoder import concluded
-    from husai.stability import study
 
     tested, task = task_of(args, device)
     arms = transcoder.sections(cells, task, args.null_draws, device, args.threads)
+    sections = {arm: section for arm, (section, _) in arms.items()}
     inputs = tested.inputs() if tested else {"subject": task.setting.subject_digest}
     inputs |= {"MLP input": task.read.digest, "MLP output": task.written.digest}
-    inputs |= {f"{arm} {m['label']}": m["checkpoint_sha256"] for arm in arms for m in arms[arm]["members"]}
+    inputs |= {f"{arm} {m.label}": m.checkpoint_sha256 for arm, section in sections.items() for m in section.members}
     stress = TranscoderStress(
         phase="transcoder_stress",
         inputs=inputs,
         subject=task.read.manifest.subject,
         candidate=tested and tested.group,
         setting=task.setting,
-        transcoder=Section.model_validate(study.brief(arms["transcoder"])),
-        sae=Section.model_validate(study.brief(arms["sae"])),
-        gain={},
+        **sections,
+        gain=None,
         explained_variance={},
         verdict={},
     )
-    results = concluded(stress).to_json()
-    return results, draw(results, arms, args.output_dir)
+    results = concluded(stress)
+    return results.to_json(), draw(results, arms, args.output_dir)
 
 
 def task_of(args, device) -> tuple:
@@ -95,62 +94,65 @@ def task_of(args, device) -> tuple:
 # What a reader sees
 
 
-def draw(results: dict, arms: dict, output_dir: Path) -> list[Path]:
+def draw(results, arms: dict, output_dir: Path) -> list[Path]:
     from husai.report import figures
     from husai.report.text import GAINS, pair_rows, write_csv
 
     folder, names = output_dir / "figures", {"transcoder": "transcoders", "sae": "SAEs of the output"}
-    scores = {arm: arms[arm]["stability"]["scores"]["mcc_alive"]["excess"] for arm in names}
+    scores = {arm: section.stability.scores["mcc_alive"].excess for arm, (section, _) in arms.items()}
     excess = {name: [scores[arm][null] for null in GAINS[1:]] for arm, name in names.items()}
     over = [f"over {null}" for null in GAINS[1:]]
-    gain = {"gain": [results["gain"][name] for name in GAINS]}
-    variance = {names[arm]: [e] for arm, e in results["explained_variance"].items()}
+    gain = {"gain": [getattr(results.gain, name) for name in GAINS]}
+    variance = {names[arm]: [e] for arm, e in results.explained_variance.items()}
     panels = [
         figures.Panel("Stability", "excess of mcc_alive", "", over, excess),
         figures.Panel("Gain of transcoders over SAEs", "gain of mcc_alive", "", ["itself", *over], gain),
         figures.Panel("Reconstruction", "held-out explained variance", "", ["MLP output"], variance),
     ]
-    rows = [row for arm in names for row in pair_rows(arms[arm], arm=arm)]
-    drawn = [figures.matches(arms[arm], folder / f"matches_{arm}.png") for arm in names]
+    rows = [row for arm, (section, _) in arms.items() for row in pair_rows(section, arm=arm)]
+    drawn = [
+        figures.matches(section, histograms, folder / f"matches_{arm}.png")
+        for arm, (section, histograms) in arms.items()
+    ]
     return [*drawn, figures.panels(folder / "gain.png", panels), write_csv(output_dir / "pairs.csv", rows)]
 
 
 def summary(results: dict) -> str:
-    from husai.evidence.estimates import mean_over_seeds
+    from husai.evidence import contrast
+    from husai.evidence.names import GATED_NULLS
+    from husai.evidence.schemas import TranscoderStress
     from husai.report.text import at_rest, gain_sentence, interval, table
 
-    s, verdict = results["setting"], results["verdict"]
-    names = {"transcoder": "transcoders", "sae": "SAEs of the output"}
+    found = TranscoderStress.model_validate(results)
+    s, verdict = found.setting, found.verdict
+    assert found.gain is not None  # concluded
+    arms = {"transcoders": found.transcoder, "SAEs of the output": found.sae}
     rows = []
-    for arm, name in names.items():
-        section = results[arm]
-        score = section["stability"]["scores"]["mcc_alive"]
+    for (name, section), ev in zip(arms.items(), found.explained_variance.values(), strict=True):
+        score = section.stability.scores["mcc_alive"]
         rows.append(
             [
                 name,
-                interval(score["observed"]),
-                *(interval(score["excess"][null], "+") for null in ("isotropic", "untrained", "spectral")),
-                section["stability"]["verdict"]["outcome"],
-                at_rest(section["convergence"]),
-                interval(results["explained_variance"][arm]),
-                *(
-                    interval(mean_over_seeds([m["heldout"][f] for m in section["members"]]).to_json())
-                    for f in ("l0", "dead_share")
-                ),
+                interval(score.observed),
+                *(interval(score.excess[null], "+") for null in GATED_NULLS),
+                section.stability.verdict.outcome,
+                at_rest(section),
+                interval(ev),
+                *(interval(contrast.heldout(section, figure)) for figure in ("l0", "dead_share")),
             ]
         )
     header = ["", "`mcc_alive`", "excess over isotropic", "over untrained", "over spectral", "outcome", "at rest"]
     header += ["explained variance of the MLP's output", "L0", "dead features"]
-    about = "the setting fixed in advance" if s["preregistered"] else "a setting of your own, which decides nothing"
-    of = results["candidate"]["condition"] if results["candidate"] else "no candidate; modular addition"
+    about = "the setting fixed in advance" if s.preregistered else "a setting of your own, which decides nothing"
+    of = found.candidate.condition if found.candidate else "no candidate; modular addition"
     return "\n".join(
         [
             "# Stress: another objective",
             "",
-            f"**{verdict['outcome']}**: {verdict['reason']}. Transcoders less SAEs: {gain_sentence(results['gain'])}.",
+            f"**{verdict['outcome']}**: {verdict['reason']}. Transcoders less SAEs: {gain_sentence(found.gain)}.",
             "",
-            f"{of}: {s['hook_in']} → {s['hook_out']} of {results['subject']}, d_sae {s['d_sae']}, k {s['k']}, "
-            f"{s['tokens']} rows each, {len(s['seeds'])} seeds: {about}. Intervals: 95 %; delete-one-seed jackknife, "
+            f"{of}: {s.hook_in} → {s.hook_out} of {found.subject}, d_sae {s.d_sae}, k {s.k}, "
+            f"{s.tokens} rows each, {len(s.seeds)} seeds: {about}. Intervals: 95 %; delete-one-seed jackknife, "
             "of held-out figures t over seeds.",
             "",
             *table(header, rows),

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from husai.evidence.schemas import Sha256
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_bytes, write_json
 
@@ -47,7 +48,7 @@ class StoreManifest(BaseModel):
 
     version: Literal[1]
     subject: str  # a readable name
-    subject_digest: str
+    subject_digest: Sha256
     hook_name: str
     position: str
     rows: int

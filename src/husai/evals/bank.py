@@ -192,10 +192,8 @@ def evaluated(plan: BankPlan) -> Bank:
     groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
-        section = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
-        sections.append(
-            ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **study.brief(section))
-        )
+        section, _ = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
+        sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
     subject = pretrained.load(plan.subject, device=device)
     heldout = loaded.heldout_store(subject, plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads)

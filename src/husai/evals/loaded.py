@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file, write_bytes
-from husai.stability.study import open_fitting
+from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained, text
 from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import TrainingConfig, evaluate
@@ -241,18 +242,35 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
     return Heldout(**cells.get("heldout", key, compute)), load_file(file)["firing_rate"] > 0
 
 
+class Opener:
+    """Opens and hashes each checkpoint once, however many steps of one process read it."""
+
+    def __init__(self) -> None:
+        self.sae = cache(foreign.open_checkpoint)
+        self.sha256 = cache(lambda folder: sha256_file(foreign.weights_file(folder)))
+
+
 def open_all(
-    paths: list[Path], store: ActivationStore, flag: str, subject: LanguageModel, artifact_root: Path
+    paths: list[Path],
+    store: ActivationStore,
+    flag: str,
+    subject: LanguageModel,
+    artifact_root: Path,
+    opener: Opener | None = None,
 ) -> list[LoadedSAE]:
     """All checkpoints at or below these paths, of any kind that can be read, each once, in order of seeds.
+
+    Args:
+        opener: of a process that has read some of them before.
 
     Raises:
         BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
+    opener, about = opener or Opener(), store.manifest
     opened: dict[str, LoadedSAE] = {}
     for folder in foreign.find_all(paths, f"--{flag}"):
-        sha = sha256_file(foreign.weights_file(folder))
-        sae = open_fitting(folder, store)
+        sae, sha = opener.sae(folder), opener.sha256(folder)
+        refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in)
         refuse_other_model(folder, sae, subject.name, flag)
         name = identity(sae, sha)
         if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
@@ -305,7 +323,14 @@ def seed_of_control(saes: Iterable[SAE]) -> int:
 
 
 def open_controls(
-    paths: list[Path], name: str, hook_name: str, artifact_root: Path, rows: int, device: torch.device, threads: int
+    paths: list[Path],
+    name: str,
+    hook_name: str,
+    artifact_root: Path,
+    rows: int,
+    device: torch.device,
+    threads: int,
+    opener: Opener | None = None,
 ) -> LoadedSAEs | None:
     """The SAEs trained on the random-weights model of a subject; None where no path is given.
 
@@ -314,10 +339,10 @@ def open_controls(
     """
     if not paths:
         return None
-    folders = foreign.find_all(paths, "--random-model-checkpoint")
-    random_model = pretrained.load(name, seed_of_control(map(foreign.open_checkpoint, folders)), device)
+    opener, folders = opener or Opener(), foreign.find_all(paths, "--random-model-checkpoint")
+    random_model = pretrained.load(name, seed_of_control(map(opener.sae, folders)), device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
-    controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root)
+    controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root, opener)
     refuse_twins(controls)
     return LoadedSAEs(name, random_model, store, controls)
 
@@ -339,8 +364,11 @@ class Places:
         return self.model_cache_path or self.artifact_root / "probe_activations" / model.digest[:16]
 
 
-def load(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
+def load(args: argparse.Namespace, device: torch.device, opener: Opener | None = None) -> LoadedSAEs:
     """The SAEs that a benchmark's command line names (`evals.flags.EvalParser.add_benchmark`).
+
+    Args:
+        opener: of a process that has read some of them before.
 
     Raises:
         BadInput: whatever does not fit the subject and the hook.
@@ -348,12 +376,12 @@ def load(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     subject = pretrained.load(args.subject, device=device)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads)
-    saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root)
+    saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root, opener)
     known = {c.identity for c in saes}
-    references = open_all(args.reference, store, "reference", subject, args.artifact_root)
+    references = open_all(args.reference, store, "reference", subject, args.artifact_root, opener)
     references = as_references([c for c in references if c.identity not in known])
     refuse_twins([*saes, *references])
-    controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads)
+    controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads, opener)
     return LoadedSAEs(str(args.subject), subject, store, saes, references, controls)
 
 

@@ -18,7 +18,7 @@ from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
 from husai.evidence.names import ALIVE
 from husai.evidence.references import same_l0
-from husai.evidence.schemas import Alike, AlikeMember, Control, OwnMember, OwnSection
+from husai.evidence.schemas import Alike, AlikeMember, Control, Drawn, OwnSection
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import study
@@ -77,9 +77,8 @@ def section_of(
     shuffled: ControlArm | None,
     draws: int,
     threads: int,
-) -> tuple[OwnSection, dict]:
-    """(the stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed; what
-    `study.compare_all` gives).
+) -> tuple[OwnSection, Drawn]:
+    """The stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed.
 
     Args:
         store: whose principal components the spectral null is drawn in.
@@ -88,7 +87,7 @@ def section_of(
     if shuffled is None:
         missing["shuffled"] = "the SAEs were not trained here"
     members = [c.member for c in tested.saes]
-    found = study.compare_all(
+    compared, drawn = study.compare_all(
         cells,
         store,
         [m.label for m in members],
@@ -99,12 +98,7 @@ def section_of(
         missing,
         random_model.dictionaries,
     )
-    return own_section(members, found), found
-
-
-def own_section(members: list[OwnMember], found: dict) -> OwnSection:
-    """What `study.compare_all` found, without what only its own figures need."""
-    return OwnSection(members=members, **{n: v for n, v in found.items() if n in OwnSection.model_fields})
+    return OwnSection(members=members, **dict(compared)), drawn
 
 
 def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws: int, threads: int) -> Control:
@@ -117,8 +111,8 @@ def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws:
     if any(d.untrained is None for d in random_model.dictionaries):
         missing["untrained"] = "the SAEs' untrained states are not beside them"
     arguments = random_model.store, labels, random_model.dictionaries, None, draws, threads, missing
-    found = study.compare_all(cells, *arguments, scores=ALIVE)
-    return Control(**dict(random_model.alike), stability=found["stability"], pairs=found["pairs"])
+    compared, _ = study.compare_all(cells, *arguments, scores=ALIVE)
+    return Control(**dict(random_model.alike), stability=compared.stability, pairs=compared.pairs)
 
 
 def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:

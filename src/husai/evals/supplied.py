@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
 from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
-from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places, in_order
+from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
 from husai.evidence.schemas import (
@@ -41,18 +40,19 @@ NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
 """Further seeds of probes and drawn pairs, and numbers of features, as in the studies."""
 
 
-def look_over(args: argparse.Namespace) -> SeedGroup:
+def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGroup:
     """Read all that is supplied, and compute nothing.
 
     Args:
         args: of `evals.flags.EvalParser.add_supplied`.
+        opener: of a process that goes on to evaluate them.
 
     Raises:
         BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
             or an initialisation, that are two checkpoints of one run, or that were trained on a control or towards a
             reference; references, controls, stories or a positive control that could not be read later.
     """
-    folders = foreign.find_all(args.checkpoint, "--checkpoint")
+    opener, folders = opener or Opener(), foreign.find_all(args.checkpoint, "--checkpoint")
     if len(folders) < MINIMUM:
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
@@ -60,12 +60,11 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
     where = pretrained.open_folder(str(args.subject))
     subject, name = pretrained.describe(where), Path(args.subject).name
     width = _width(args.hook_name, where)
-    saes = [foreign.open_checkpoint(folder) for folder in folders]
-    references = foreign.find_all(args.reference, "--reference")
-    for flag, these in (("checkpoint", zip(folders, saes, strict=True)), ("reference", _opened(references))):
-        for folder, sae in these:
-            loaded.refuse_other_model(folder, sae, name, flag)
-            study.refuse_unfitting(folder, sae, args.hook_name, subject, width)
+    saes = [opener.sae(folder) for folder in folders]
+    for flag, these in (("checkpoint", folders), ("reference", foreign.find_all(args.reference, "--reference"))):
+        for folder in these:
+            loaded.refuse_other_model(folder, opener.sae(folder), name, flag)
+            study.refuse_unfitting(folder, opener.sae(folder), args.hook_name, subject, width)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
     controls = foreign.find_all(args.random_model_checkpoint, "--random-model-checkpoint")
@@ -75,7 +74,7 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
                 f"--random-model-checkpoint: {len(controls)} SAEs for the {len(folders)} of --checkpoint; as many "
                 "expected"
             )
-        loaded.seed_of_control(sae for _, sae in _opened(controls))
+        loaded.seed_of_control(map(opener.sae, controls))
     contrastive.refuse_unknown(args.stories)
     initial = [_initial(*each) for each in zip(folders, saes, strict=True)]
     if before := untrained_of(args):
@@ -90,7 +89,7 @@ def look_over(args: argparse.Namespace) -> SeedGroup:
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_one_training(labels, [sae.W_dec for sae in saes])
-    return SeedGroup.of([_record(*each) for each in zip(folders, saes, strict=True)])
+    return SeedGroup.of([_record(folder, opener) for folder in folders])
 
 
 def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
@@ -106,10 +105,6 @@ def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
             "order of --checkpoint"
         )
     return dict(zip(folders, before, strict=True)) if before else {}
-
-
-def _opened(folders: list[Path]) -> Iterator[tuple[Path, SAE]]:
-    return ((folder, foreign.open_checkpoint(folder)) for folder in folders)
 
 
 def _width(hook_name: str, model: Path) -> int | None:
@@ -143,10 +138,10 @@ def _refuse_pulled(folder: Path, sae: SAE) -> None:
         raise BadInput(f"checkpoint: {folder} was pulled towards a reference: independently trained SAEs expected")
 
 
-def _record(folder: Path, sae: SAE) -> SAERecord:
+def _record(folder: Path, opener: Opener) -> SAERecord:
     """The record of an SAE of which nothing has been measured yet; its label is its folder, as messages name it."""
     nothing = Heldout(explained_variance=0.0, mse=0.0, l0=0.0, dead_share=0.0)
-    record = loaded.record_of(folder, sae, sha256_file(foreign.weights_file(folder)), nothing)
+    record = loaded.record_of(folder, opener.sae(folder), opener.sha256(folder), nothing)
     return record.model_copy(update={"label": str(folder)})
 
 
@@ -161,7 +156,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         BadInput: as `look_over`, or whatever does not fit the subject and the hook.
         CheckFailed: a benchmark's own code failed.
     """
-    look_over(args)
+    opener = Opener()
+    look_over(args, opener)
     names = sae_probes.check_data_sets(args.dataset_names)
     sae_probes.versions(args.probing)
     pair_sets = [] if args.stories else sae_probes.check_data_sets(PAIR_SETS.split(","))
@@ -169,7 +165,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         contrastive.drawn(args.stories, pair_sets, args.max_rows, s) for s in (PROBING_SEED, *NOISE_SEEDS)
     )
 
-    saes = loaded.load(args, device)
+    saes = loaded.load(args, device, opener)
     saes = replace(saes, saes=in_order(saes.saes))
     group = saes.group
     if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
@@ -223,5 +219,5 @@ def stability(
         files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
     labels = [m.label for m in members]
-    found = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
-    return random_model.own_section(members, found), states
+    compared, _ = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
+    return OwnSection(members=members, **dict(compared)), states

@@ -14,7 +14,7 @@ from husai.activations.store import ActivationStore
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAEs
 from husai.evidence.rules import ARMS
-from husai.evidence.schemas import Setting
+from husai.evidence.schemas import Drawn, Section, Setting
 from husai.evidence.transcoder import MODULAR_ADDITION, MODULAR_ADDITION_HOOKS, layer_of, mlp_hooks
 from husai.runs.cells import Cells
 from husai.stability import study
@@ -105,8 +105,10 @@ def of_modular_addition(
     return TranscoderTask(setting, TrainingConfig(tokens=setting.tokens, batch_size=setting.batch_size), read, written)
 
 
-def sections(cells: Cells, task: TranscoderTask, draws: int, device: torch.device, threads: int) -> dict[str, dict]:
-    """Arm -> its SAEs trained, and their stability study in the space of the MLP's output (`study.score_trained`)."""
+def sections(
+    cells: Cells, task: TranscoderTask, draws: int, device: torch.device, threads: int
+) -> dict[str, tuple[Section, Drawn]]:
+    """Arm -> the stability study of its trained SAEs in the space of the MLP's output (`study.score_trained`)."""
     s, found = task.setting, {}
     for arm, family in ARMS.items():
         grid = members(s.seeds, [s.d_sae], [s.k], [s.learning_rate], (family,))

@@ -45,8 +45,8 @@ def conditions(bank: Bank) -> list[dict]:
             "dead_share": over_seeds([r.heldout.dead_share for r in own]),
             "ce_loss_score": over_seeds([r.core.ce_loss_score for r in own]),
             "mcc_alive": s.stability.scores["mcc_alive"].observed.to_json(),
-            "excess": s.stability.verdict["claimable_excess"],
-            "outcome": s.stability.verdict["outcome"],
+            "excess": s.stability.verdict.claimable_excess.to_json(),
+            "outcome": s.stability.verdict.outcome,
             "converged": s.convergence.converged,
         }
         for name in BENCHMARKS:
@@ -102,7 +102,7 @@ def contrasts(banks: list[Bank]) -> list[dict]:
 
     Returns:
         [{"axis", "from", "to", "settings": how many were averaged, figure: estimate, "stability": the gain of
-        `contrast.gain_of`}, or "reason" in place of figures]
+        `contrast.gain`}, or "reason" in place of figures]
     """
     rows = [
         row | {"bank": bank, "section": section}
@@ -130,8 +130,8 @@ def contrasts(banks: list[Bank]) -> list[dict]:
                     steps = [_figures(b, name) - _figures(a, name) for a, b in alike]
                     of = getattr(getattr(alike[0][0]["bank"], name), clusters)
                     entry[name] = mean_over_seeds_and_sets(np.mean(steps, axis=0), of).to_json()
-            before, after = ([pair[side]["section"].arm for pair in alike] for side in (0, 1))
-            entry["stability"] = contrast.gain_of(after, before)
+            before, after = ([pair[side]["section"] for pair in alike] for side in (0, 1))
+            entry["stability"] = contrast.gain(after, before).to_json()
             found.append(entry)
     return found
 

@@ -1,86 +1,65 @@
-"""One arm of SAEs against another, and what is decided by it. Both arms have the same seeds; their pairs are matched.
+"""One arm of SAEs against another. Both arms have the same seeds; their pairs are matched.
 
-Decisions are pure functions of sections of results (`study.score_trained`), because the audit makes them again from
-the evidence.
+Pure functions of sections of results, because the audit computes everything again from the evidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
+from husai.evidence.schemas import Alike, Compared, Gain, Interval, Scored
 
 
-class Arm(NamedTuple):
-    """SAEs of several seeds, and the scores of their pairs."""
-
-    labels: list[str]
-    pairs: list[dict]
-
-    @classmethod
-    def of(cls, section: dict) -> Arm:
-        return cls(section["stability"]["labels"], section["pairs"])
-
-    def scores(self, null: str | None = None) -> np.ndarray:
-        """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
-        matrix = np.zeros((len(self.labels), len(self.labels)))
-        for pair in self.pairs:
-            i, j = self.labels.index(pair["a"]), self.labels.index(pair["b"])
-            below = pair[null][PRIMARY_SCORE] if null else 0.0
-            matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
-        return matrix
-
-
-def lower_bound(section: dict) -> float | None:
+def lower_bound(section: Scored) -> float | None:
     """The least lower end of the intervals of the excess of PRIMARY_SCORE over the required nulls: what is sure."""
-    excess = section["stability"]["scores"][PRIMARY_SCORE]["excess"]
-    ends = [excess[null]["low"] for null in GATED_NULLS if null in excess]
-    return None if None in ends else min(ends)
+    excess = section.stability.scores[PRIMARY_SCORE].excess
+    ends = [excess[null].low for null in GATED_NULLS if null in excess]
+    sure = [end for end in ends if end is not None]
+    return min(sure) if len(sure) == len(ends) else None
 
 
-def gain(arms: Sequence[dict], controls: Sequence[dict]) -> dict:
-    """`gain_of` the arms that these sections hold."""
-    return gain_of([Arm.of(a) for a in arms], [Arm.of(c) for c in controls])
-
-
-def gain_of(arms: Sequence[Arm], controls: Sequence[Arm]) -> dict:
-    """How much more an arm has than its control: of PRIMARY_SCORE itself, and of its excess over each required null.
-
-    A gain over one null can come from that null's fall. Therefore a gain counts as shown only over each of them.
+def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Scored], level: float = 0.95) -> Estimate:
+    """How much more an arm has than its control: of PRIMARY_SCORE, or of its excess over a null where one is named.
 
     Args:
         arms, controls: in pairs; with several pairs, the mean of their gains over the same seeds is taken.
 
-    Returns:
-        {"observed": estimate, null: estimate for each required null, "least": the null with the lowest lower end}
-
     Raises:
         ValueError: an arm and its control have other seeds.
     """
-    for arm, control in zip(arms, controls, strict=True):
-        if arm.labels != control.labels:
-            raise ValueError("two arms of the same seeds, in the same order, expected")
+    pairs = list(zip(arms, controls, strict=True))
+    if any(arm.stability.labels != control.stability.labels for arm, control in pairs):
+        raise ValueError("two arms of the same seeds, in the same order, expected")
+    return jackknife(np.mean([arm.scores(null) - control.scores(null) for arm, control in pairs], axis=0), level)
 
-    def estimate(null: str | None) -> Estimate:
-        differences = [a.scores(null) - c.scores(null) for a, c in zip(arms, controls, strict=True)]
-        return jackknife(np.mean(differences, axis=0))
 
-    over = {null: estimate(null) for null in GATED_NULLS}
+def gain(arms: Sequence[Scored], controls: Sequence[Scored]) -> Gain:
+    """`gain_over` no null and each required one. A gain over one null can come from that null's fall. Therefore a gain
+    counts as shown only over each of them; `least` is the null with the lowest lower end."""
+    over = {null: gain_over(null, arms, controls) for null in GATED_NULLS}
     sure = {null: e.estimate if e.low is None else e.low for null, e in over.items()}
+    found = {"observed": gain_over(None, arms, controls)} | over
     least = min(sure, key=lambda null: sure[null])
-    return {"observed": estimate(None).to_json(), **{null: e.to_json() for null, e in over.items()}, "least": least}
+    return Gain.model_validate({name: Interval.of(e) for name, e in found.items()} | {"least": least})
 
 
-def heldout(section: dict, figure: str = "explained_variance") -> Estimate:
+def gain_and_left_out(arms: Sequence[Scored], control: Scored) -> tuple[Gain, list[Gain]]:
+    """(the mean gain of several arms over one control, the same with each arm left out in turn; of one arm, none)."""
+    others = [[*arms[:i], *arms[i + 1 :]] for i in range(len(arms)) if len(arms) > 1]
+    mean, *left_out = [gain(of, [control] * len(of)) for of in (arms, *others)]
+    return mean, left_out
+
+
+def heldout(section: Compared | Alike, figure: str = "explained_variance") -> Interval:
     """A held-out figure, over seeds."""
-    return mean_over_seeds([m["heldout"][figure] for m in section["members"]])
+    return Interval.of(mean_over_seeds([getattr(m.heldout, figure) for m in section.members]))
 
 
-def drop(section: dict, control: dict) -> Estimate:
+def drop(section: Compared, control: Compared) -> Interval:
     """How much less held-out variance an arm explains than its control, the same seeds in both."""
-    figures = [[m["heldout"]["explained_variance"] for m in s["members"]] for s in (control, section)]
-    return mean_over_seeds([a - b for a, b in zip(*figures, strict=True)])
+    figures = [[m.heldout.explained_variance for m in s.members] for s in (control, section)]
+    return Interval.of(mean_over_seeds([a - b for a, b in zip(*figures, strict=True)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from husai.evidence import contrast, rules
 from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import Alike, Control, OwnSection, RandomModelStress
+from husai.evidence.schemas import Alike, Control, Gain, OwnSection, RandomModelStress
 
 
 def decisions(stress: RandomModelStress) -> dict:
@@ -33,10 +33,10 @@ def verdict(section: OwnSection, control: Control) -> dict[str, str]:
     return rules.verdict(lambda: rules.random_model(section, control))
 
 
-def gain(section: OwnSection, control: Control) -> dict | None:
+def gain(section: OwnSection, control: Control) -> Gain | None:
     """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs; None
     where a required null is missing. It is only reported: activations of a lower rank give a higher `mcc_alive`,
     whatever the features mean."""
     if any(null in s.stability.missing_nulls for s in (section, control) for null in GATED_NULLS):
         return None
-    return contrast.gain_of([section.arm], [control.arm])
+    return contrast.gain([section], [control])

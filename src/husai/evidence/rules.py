@@ -12,7 +12,7 @@ Outcomes: PASS; FAIL; MISSING, where the evidence does not answer (`Missing` say
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -25,7 +25,19 @@ from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_se
 from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
-from husai.evidence.schemas import Control, Heldout, Interval, OwnSection, Section, Setting, Shifted
+from husai.evidence.schemas import (
+    Acceptance,
+    Control,
+    Gain,
+    Heldout,
+    Interval,
+    OwnSection,
+    PulledSection,
+    Section,
+    Setting,
+    Shifted,
+    SparsitySection,
+)
 from husai.runs.errors import BadInput
 
 PASS, FAIL, MISSING = "PASS", "FAIL", "MISSING"
@@ -188,7 +200,7 @@ def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], leve
         spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
         draws = spectral.draws if spectral else 0
         require(draws >= SPECTRAL_DRAWS, f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected")
-    return {null: jackknife(section.arm.scores(null), level) for null in nulls}
+    return {null: jackknife(section.scores(null), level) for null in nulls}
 
 
 def stability(section: Section | OwnSection, level: float = 0.95) -> Shown:
@@ -271,7 +283,7 @@ def transcoder(
     shas = [{m.checkpoint_sha256 for m in arm.members} for arm in (transcoders, saes)]
     once = not shas[0] & shas[1] and all(len(s) == len(setting.seeds) for s in shas)
     require(once, "an SAE stands twice")
-    gain = {null: jackknife(transcoders.arm.scores(null) - saes.arm.scores(null), level) for null in GATED_NULLS}
+    gain = {null: contrast.gain_over(null, [transcoders], [saes], level) for null in GATED_NULLS}
     return TRANSCODER.shown(gain, len(setting.seeds), minimum)
 
 
@@ -354,41 +366,47 @@ BETTER = Rule("gain", "gain over each required null", "low", ">", 0.0)
 KEPT = Rule("explained variance lost", "held-out explained variance lost", "high", "<=", levels.MAX_EV_LOST)
 
 
-def at_rest(moved: Mapping) -> bool | None:
+def at_rest(moved: Estimate | Interval) -> bool | None:
     """Whether the interval of a change lies within ±MOVED_AT_MOST; None without an interval."""
-    return None if moved["low"] is None else moved["low"] >= -MOVED_AT_MOST and moved["high"] <= MOVED_AT_MOST
+    if moved.low is None or moved.high is None:
+        return None
+    return moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
 
 
-def better(found: Mapping) -> bool:
-    """Whether a gain (`contrast.gain`) is shown over each required null."""
-    return all(BETTER.met_by(found[null]) for null in GATED_NULLS)
+def better(gain: Gain) -> bool:
+    """Whether a gain is shown over each required null."""
+    return all(BETTER.met_by(e) for e in gain.over.values())
 
 
-def gain_verdict(found: Mapping, seeds: int) -> str:
+def gain_verdict(gain: Gain, seeds: int) -> str:
     """The outcome of a gain: `better`, `worse`, `not shown to differ`, or `inconclusive` with too few seeds."""
-    if seeds < MINIMUM_SEEDS or found["observed"]["low"] is None:
+    if seeds < MINIMUM_SEEDS or gain.observed.low is None:
         return "inconclusive"
-    if better(found):
+    if better(gain):
         return "better"
-    return "worse" if all(found[null]["high"] < 0 for null in GATED_NULLS) else "not shown to differ"
+    worse = all(e.high is not None and e.high < 0 for e in gain.over.values())
+    return "worse" if worse else "not shown to differ"
 
 
-def choose_k(candidates: list[dict], floor: float) -> int | None:
+def choose_k(candidates: Sequence[SparsitySection], floor: float) -> int | None:
     """The k with the largest `contrast.lower_bound` among sections whose held-out explained variance is surely at
     least `floor`. Ties go to the sparser k. None if no section qualifies."""
     surely = [(s, contrast.heldout(s).low) for s in candidates]
     allowed = [s for s, low in surely if low is not None and low >= floor]
-    return max(allowed, key=lambda s: (contrast.lower_bound(s), -s["k"]))["k"] if allowed else None
+    return max(allowed, key=lambda s: (contrast.lower_bound(s), -s.k)).k if allowed else None
 
 
-def choose_weight(arms: list[dict], max_drop: float) -> float | None:
+def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | None:
     """The λ with the largest lower end of its least gain among arms that surely lose at most `max_drop` of the
-    explained variance. Arms hold `lambda`, `gain` and `ev_drop`. None if no arm qualifies."""
-    kept = [a for a in arms if KEPT.met_by(a["ev_drop"], max_drop)]
-    return max(kept, key=lambda a: a["gain"][a["gain"]["least"]]["low"])["lambda"] if kept else None
+    explained variance. None if no arm qualifies."""
+    kept = [a for a in arms if KEPT.met_by(a.ev_drop, max_drop)]
+    surely = [(low, a.weight) for a in kept if (low := a.gain.over_least.low) is not None]
+    return max(surely, key=lambda pair: pair[0])[1] if surely else None
 
 
-def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None, seeds: int, max_drop: float) -> dict:
+def acceptance(
+    weight: float | None, gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
+) -> Acceptance:
     """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds.
 
     Raises:
@@ -397,17 +415,17 @@ def acceptance(weight: float | None, found: Mapping | None, lost: Mapping | None
     rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
     if weight is None:
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
-    elif found is None or lost is None:
+    elif gain is None or lost is None:
         raise ValueError(f"λ = {weight}: a confirmation on fresh seeds expected")
     else:
         failed = [f"{seeds} seeds; {MINIMUM_SEEDS} needed"] if seeds < MINIMUM_SEEDS else []
-        if not better(found):
+        if not better(gain):
             failed.append("the gain is not shown to be above 0")
         if not KEPT.met_by(lost, max_drop):
             failed.append("the explained variance is not shown to be kept")
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"
-    return {"accepted": not failed, "outcome": outcome, "rule": rule, "lambda": weight, "reason": reason}
+    return Acceptance(accepted=not failed, outcome=outcome, rule=rule, weight=weight, reason=reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

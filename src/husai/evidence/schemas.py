@@ -5,15 +5,24 @@ place. The order of fields is the order of keys in results."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from husai.evidence.contrast import Arm
-from husai.evidence.estimates import noise
+from husai.evidence.estimates import Estimate, noise
 from husai.evidence.levels import K
-from husai.evidence.names import ALIVE, GAP, SCORES
+from husai.evidence.names import ALIVE, GAP, GATED_NULLS, PRIMARY_SCORE, SCORES
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -34,7 +43,7 @@ class Strict(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """JSON of the fields that were given: what is written into results."""
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump(exclude_unset=True, by_alias=True)
 
 
 def same(a: float, b: float) -> bool:
@@ -443,6 +452,10 @@ class Interval(Strict):
     method: str
     reason: str | None
 
+    @classmethod
+    def of(cls, estimate: Estimate) -> Interval:
+        return cls(**estimate.to_json())
+
     @model_validator(mode="after")
     def _whole(self) -> Interval:
         low, high, error = self.low, self.high, self.standard_error
@@ -486,6 +499,16 @@ class ScoreSummary(Strict):
     excess: dict[str, Interval]
 
 
+class StabilityVerdict(Strict):
+    score: str
+    outcome: str
+    reason: str
+    highest_null: str
+    claimable_excess: Interval
+    equivalence: dict[str, bool | Number] | None
+    """An `estimates.Equivalence`, where the SAEs are not above chance."""
+
+
 class Stability(Strict):
     """What `stability.summarise` says; the audit makes it again."""
 
@@ -493,42 +516,65 @@ class Stability(Strict):
     scores: dict[str, ScoreSummary]
     mcc_gap_bound: Number
     missing_nulls: dict[str, str]
-    verdict: dict[str, Any]
+    verdict: StabilityVerdict
 
 
-def whole(pairs: list[dict], gap: float) -> None:
-    """Raise ValueError unless every pair has the same nulls and scores, and no wider gap than is said."""
-    named = [frozenset(p) for p in pairs]
-    scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
-    keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
-    if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
-        raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
-    if not {"a", "b", "observed"} <= named[0] or not all(isinstance(p[x], str) for p in pairs for x in ("a", "b")):
-        raise ValueError("pairs: two labels, and what was observed, expected of each")
-    if any(not 0 <= value[GAP] <= gap for value in scored):
-        raise ValueError(f"pairs: a {GAP} beyond the one that is said")
+class Scored(Strict):
+    """All pairs of SAEs, scored against their nulls. The audit makes `stability` again from `pairs`."""
+
+    stability: Stability
+    pairs: Pairs
+
+    def scores(self, null: str | None = None) -> np.ndarray:
+        """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
+        labels = self.stability.labels
+        pairs: list[dict] = self.pairs
+        matrix = np.zeros((len(labels), len(labels)))
+        for pair in pairs:
+            i, j = labels.index(pair["a"]), labels.index(pair["b"])
+            below = pair[null][PRIMARY_SCORE] if null else 0.0
+            matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
+        return matrix
+
+    @model_validator(mode="after")
+    def _whole(self) -> Scored:
+        pairs: list[dict] = self.pairs
+        named = [frozenset(p) for p in pairs]
+        scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
+        keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
+        if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
+            raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
+        if not {"a", "b", "observed"} <= named[0] or not all(isinstance(p[x], str) for p in pairs for x in ("a", "b")):
+            raise ValueError("pairs: two labels, and what was observed, expected of each")
+        if any(not 0 <= value[GAP] <= self.stability.mcc_gap_bound for value in scored):
+            raise ValueError(f"pairs: a {GAP} beyond the one that is said")
+        return self
 
 
-M = TypeVar("M", bound="TrainedMember | OwnMember")
+class OnStore(Strict):
+    """The activation store whose principal components the spectral null is drawn in."""
 
-
-class Compared(Strict, Generic[M]):
-    """SAEs of several seeds, compared with each other and with their nulls (`stability.study.compare_all`). The audit
-    makes `stability` again from `pairs`."""
-
-    members: Annotated[list[M], Field(min_length=1)]
     subject_digest: Sha256
     hook_name: str
     store_digest: Sha256
     rows: int
     d_in: int
     effective_rank: Number
-    stability: Stability
-    pairs: Pairs
 
-    @property
-    def arm(self) -> Arm:
-        return Arm(self.stability.labels, self.pairs)
+
+class Comparison(Scored, OnStore):
+    """All pairs of SAEs on one store (`stability.study.compare_all`)."""
+
+
+M = TypeVar("M", bound="TrainedMember | OwnMember")
+
+
+class Members(Strict, Generic[M]):
+    members: Annotated[list[M], Field(min_length=1)]
+
+
+class Compared(Comparison, Members[M], Generic[M]):
+    """A comparison, and the SAEs that it is of."""
 
     @property
     def checkpoints(self) -> dict[str, str]:
@@ -538,7 +584,6 @@ class Compared(Strict, Generic[M]):
 
     @model_validator(mode="after")
     def _own_labels(self) -> Compared:
-        whole(self.pairs, self.stability.mcc_gap_bound)
         labels, seeds = [m.label for m in self.members], [m.seed for m in self.members]
         named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
         if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
@@ -550,7 +595,7 @@ class OwnMember(Strict):
     """An SAE under test."""
 
     label: str
-    seed: int | None
+    seed: int | None = None
     checkpoint_sha256: Sha256
     heldout: Heldout
 
@@ -559,11 +604,15 @@ class OwnSection(Compared[OwnMember]):
     """The SAEs under test."""
 
 
-class Section(Compared[TrainedMember]):
-    """SAEs that a study trained (`stability.study.score_trained`), followed over training."""
+class Followed(Strict):
+    """SAEs followed over training (`stability.study.over_training`)."""
 
     over_training: list[Snapshot]
     convergence: Convergence
+
+
+class Section(Followed, Compared[TrainedMember]):
+    """SAEs that a study trained (`stability.study.score_trained`)."""
 
     @model_validator(mode="after")
     def _own_seeds(self) -> Section:
@@ -574,33 +623,274 @@ class Section(Compared[TrainedMember]):
         return self
 
 
-class ControlMember(TrainedMember):
+# ---------------------------------------------------------------------------------------------------------------------
+# Phases on SAEs that HUSAI trains for them
+
+
+class InOrder(Strict):
+    """Keys are written in the order in which they were first published."""
+
+    KEYS: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _in_order(self, write: Callable) -> dict[str, Any]:
+        found = write(self)
+        return {name: found[name] for name in self.KEYS if name in found}
+
+
+class Drawn(InOrder):
+    """Histograms of a comparison. Figures are drawn from them, and nothing is decided by them."""
+
+    KEYS = (
+        *("members", "curve_steps", "snapshot_steps", *OnStore.model_fields, "spectral_groups"),
+        *(*Scored.model_fields, "histogram_bins", "histograms", *Followed.model_fields),
+        *("control", "random_model", "cross_entropy"),
+    )
+    spectral_groups: list[int]
+    """Sizes of the groups of principal components that the spectral null rotates."""
+    histogram_bins: list[Number]
+    histograms: dict[str, list[int]]
+    """`observed` or a null -> counts of the matched |cos| of alive features."""
+
+
+class AlikeMember(Strict):
+    seed: int | None
+    """None: not known, of SAEs that a user supplies."""
+    checkpoint: str | None
+    checkpoint_sha256: Sha256
+    heldout: Heldout
+
+
+class Phase4aMember(TrainedMember, InOrder):
+    KEYS = (*[name for name in TrainedMember.model_fields if name != "label"], "curve", "aux_steps", "label")
     curve: list[Number]
     aux_steps: int
 
 
-class ControlSection(Section):
-    """The study of phase 4a, trained there."""
+class CrossEntropy(Strict):
+    """Losses of a language model with each SAE spliced in (`training.recovered`)."""
 
-    members: Annotated[list[ControlMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
+    model: Number
+    zeroed: Number
+    spliced: list[Number]
+    kl_zeroed: Number
+    kl_spliced: list[Number]
+    tokens: int
+    recovered: list[Number]
+
+
+class Phase4aSection(Drawn, Section):
+    members: Annotated[list[Phase4aMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
     curve_steps: list[int]
     snapshot_steps: list[int]
-    spectral_groups: list[int]
-    histogram_bins: list[Number]
-    histograms: dict[str, list[int]]
-    control: list[dict[str, Any]] | None = None
+    control: list[AlikeMember] | None = None
     """SAEs of shuffled activations."""
+    random_model: list[AlikeMember] | None = None
+    """SAEs of the random-weights model, where the subject is a language model."""
+    cross_entropy: CrossEntropy | None = None
+    """Losses, where the subject is a language model."""
 
 
-class PositiveControl(Strict):
-    """Results of `run_phase4a_reproduction.py` on modular addition."""
+class Phase4aSupplied(Drawn, OwnSection):
+    """SAEs that a user supplies."""
+
+
+class Phase4a(Strict):
+    """Results of `run_phase4a_reproduction.py`."""
 
     phase: Literal["4a"]
     inputs: dict[str, Sha256]
-    husai: ControlSection
-    published: dict[str, Any] | None = None
+    husai: Annotated[Phase4aSection | Phase4aSupplied, Field(union_mode="left_to_right")]
+    published: Phase4aSection | None = None
     """The earlier study's setting."""
     published_figures: dict[str, Any]
+
+
+class Gain(Strict):
+    """How much more an arm has than its control: of PRIMARY_SCORE, and of its excess over each required null."""
+
+    observed: Interval
+    isotropic: Interval
+    untrained: Interval
+    spectral: Interval
+    least: Literal["isotropic", "untrained", "spectral"]
+    """The null over which the least is sure."""
+
+    @property
+    def over(self) -> dict[str, Interval]:
+        """Required null -> the gain over it."""
+        return {null: getattr(self, null) for null in GATED_NULLS}
+
+    @property
+    def over_least(self) -> Interval:
+        return self.over[self.least]
+
+
+class AblationNames(Strict):
+    name: str
+    axes: list[str]
+    """The axes that it lies on: k, d_sae."""
+    family: str
+    d_sae: int
+    k: int
+
+
+class MethodNames(Strict):
+    name: str
+    d_sae: int
+    rows_seen: int
+
+
+class Reached(Section):
+    """Means over seeds on held-out rows."""
+
+    explained_variance: Interval
+    l0: Interval
+    dead_share: Interval
+
+
+class AblationRow(Reached, AblationNames):
+    """A condition of the axes."""
+
+
+class AblationMethod(Reached, MethodNames):
+    """A method that is credited with higher stability. The first is the recipe as it is, which has no gain."""
+
+    gain: Gain | None = None
+    ev_drop: Interval | None = None
+
+
+class RefusedControl(Strict):
+    """SAEs that share what must not be shared."""
+
+    name: str
+    refused: str | None
+    """Why they are refused; None: they were not."""
+
+
+class CoreAblations(Strict):
+    """Results of `run_core_ablations.py`."""
+
+    phase: Literal["core_ablations"]
+    inputs: dict[str, Sha256]
+    hook_name: str
+    d_in: int
+    effective_rank: Number
+    rows_seen: int
+    rows: Annotated[list[AblationRow], Field(min_length=1)]
+    methods: list[AblationMethod]
+    controls: list[RefusedControl]
+
+
+class Sparsity(Strict):
+    k: int
+    lower_bound: Number | None
+    """The least that is sure of the excess (`contrast.lower_bound`)."""
+    explained_variance: Interval
+
+
+class SparsitySection(Section, Sparsity):
+    """SAEs of one k."""
+
+
+class AdaptiveL0(Strict):
+    """Results of `run_adaptive_l0_calibration.py`."""
+
+    phase: Literal["adaptive_l0_calibration"]
+    inputs: dict[str, Sha256]
+    hook_name: str
+    d_sae: int
+    rows_seen: int
+    ev_floor: Number
+    control_k: int
+    chosen_k: int | None
+    gain: Gain | None
+    ev_drop: Interval | None
+    outcome: str
+    selection: list[SparsitySection]
+    confirmation: list[SparsitySection]
+    """The chosen k on fresh seeds, and the control's where it is another."""
+
+
+LAMBDA = Field(validation_alias=AliasChoices("lambda", "weight"), serialization_alias="lambda")
+
+
+class Pull(Strict):
+    weight: Annotated[Number, LAMBDA]
+
+
+class Pulled(Pull):
+    gain: Gain
+    ev_drop: Interval
+
+
+class UnpulledSection(Section, Pull):
+    """SAEs at λ = 0, on fresh seeds."""
+
+
+class PulledSection(Section, Pulled):
+    """SAEs that were pulled towards references, against those at λ = 0."""
+
+
+class ReferenceName(Strict):
+    sha256: Sha256
+
+
+class ReferenceSection(PulledSection, ReferenceName):
+    """SAEs that were pulled towards one reference."""
+
+
+class SharedArm(Pull):
+    """SAEs of which all seeds have one reference, for several references."""
+
+    gain: Gain
+    leave_one_reference_out: list[Gain]
+    gain_counting_the_reference: Number
+    """Gain of `mcc_alive` with the reference among the SAEs, as the earlier study counted it."""
+    references: Annotated[list[ReferenceSection], Field(min_length=1)]
+
+
+class Acceptance(Strict):
+    accepted: bool
+    outcome: str
+    rule: str
+    weight: Annotated[Number | None, LAMBDA]
+    reason: str
+
+
+class AssignmentConsistency(Strict):
+    """Results of `run_assignment_consistency_v2.py`."""
+
+    phase: Literal["assignment_consistency_v2"]
+    inputs: dict[str, Sha256]
+    hook_name: str
+    d_sae: int
+    k: int
+    rows_seen: int
+    max_ev_drop: Number
+    acceptance: Acceptance
+    control: Section
+    own: list[PulledSection]
+    shared: list[SharedArm]
+    confirmation: list[UnpulledSection | PulledSection]
+    """λ = 0 and the chosen λ on fresh seeds; empty: none was chosen."""
+
+    @property
+    def confirmed(self) -> tuple[UnpulledSection, PulledSection] | None:
+        match self.confirmation:
+            case [UnpulledSection() as control, PulledSection() as pulled]:
+                return control, pulled
+        return None
+
+    @model_validator(mode="after")
+    def _two_or_none(self) -> AssignmentConsistency:
+        if self.confirmation and self.confirmed is None:
+            raise ValueError("confirmation: λ = 0 and the chosen λ, or nothing, expected")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Studies of banks, and the candidate
 
 
 class Condition(Strict):
@@ -686,14 +976,6 @@ class Retrained(Evaluation):
         return self.bank.sections[0]
 
 
-class AlikeMember(Strict):
-    seed: int | None
-    """None: not known, of SAEs that a user supplies."""
-    checkpoint: str | None
-    checkpoint_sha256: Sha256
-    heldout: Heldout
-
-
 class Alike(Strict):
     """SAEs trained alike on a control."""
 
@@ -702,20 +984,8 @@ class Alike(Strict):
     members: list[AlikeMember]
 
 
-class Control(Alike):
+class Control(Scored, Alike):
     """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
-
-    stability: Stability
-    pairs: Pairs
-
-    @property
-    def arm(self) -> Arm:
-        return Arm(self.stability.labels, self.pairs)
-
-    @model_validator(mode="after")
-    def _whole(self) -> Control:
-        whole(self.pairs, self.stability.mcc_gap_bound)
-        return self
 
 
 class Supplied(Evaluation):
@@ -748,7 +1018,7 @@ class RandomModelStress(Strict):
     random_model: Control
     shuffled: Alike | None
     section: OwnSection
-    gain: dict[str, Any] | None
+    gain: Gain | None
     verdict: dict[str, str]
 
 
@@ -782,8 +1052,9 @@ class TranscoderStress(Strict):
     setting: Setting
     transcoder: Section
     sae: Section
-    gain: dict[str, Any]
-    explained_variance: dict[str, Any]
+    gain: Gain | None
+    """None: not concluded yet."""
+    explained_variance: dict[str, Interval]
     verdict: dict[str, str]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from husai.evidence import rules
 from husai.evidence.estimates import Estimate, jackknife, tost
 from husai.evidence.names import ASKED_FOR_NULLS, GAP, GATED_NULLS, PRIMARY_SCORE, REPORTED_NULLS, SCORES
+from husai.evidence.schemas import Interval, ScoreSummary, Spread, Stability, StabilityVerdict
 
 
 def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> list[str]:
@@ -18,7 +19,7 @@ def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> lis
     return [n for n in (*GATED_NULLS, *REPORTED_NULLS, *asked_for) if n not in missing]
 
 
-def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> dict:
+def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> Stability:
     """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
 
     Args:
@@ -36,43 +37,43 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
 
     present = computed(pairs, missing)
     scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
-    observed = {s: matrix("observed", s) for s in scored}
     scores = {}
-    for s in scored:
-        entry = {"observed": jackknife(observed[s]).to_json(), "nulls": {}, "excess": {}}
-        for name in present:
-            null = matrix(name, s)
-            entry["nulls"][name] = {"mean": jackknife(null).estimate, **_spread(pairs, name, s)}
-            entry["excess"][name] = jackknife(observed[s] - null).to_json()
-        scores[s] = entry
+    for name in scored:
+        observed, nulls = matrix("observed", name), {null: matrix(null, name) for null in present}
+        scores[name] = ScoreSummary(
+            observed=Interval.of(jackknife(observed)),
+            nulls={null: _spread(pairs, null, name, jackknife(m).estimate) for null, m in nulls.items()},
+            excess={null: Interval.of(jackknife(observed - m)) for null, m in nulls.items()},
+        )
     primary = scores[PRIMARY_SCORE]
     gated = [n for n in GATED_NULLS if n in present]
-    highest = max(gated, key=lambda n: primary["nulls"][n]["mean"])
-    return {
-        "labels": list(labels),
-        "scores": scores,
-        GAP: max(value[name]["mean"][GAP] for value in pairs.values() for name in ("observed", *present)),
-        "missing_nulls": missing,
-        "verdict": _verdict(seeds, primary, highest, missing),
-    }
+    highest = max(gated, key=lambda n: primary.nulls[n].mean)
+    return Stability(
+        labels=list(labels),
+        scores=scores,
+        mcc_gap_bound=max(value[name]["mean"][GAP] for value in pairs.values() for name in ("observed", *present)),
+        missing_nulls=missing,
+        verdict=_verdict(seeds, primary, highest, missing),
+    )
 
 
-def _spread(pairs: dict, name: str, s: str) -> dict:
+def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
     """How the null's own mean over the pairs varies from draw to draw."""
-    values = [value[name]["draws"] for value in pairs.values()]
+    values = [value[null]["draws"] for value in pairs.values()]
     if values[0] is None:
-        return {"draws": 0, "q95_of_mean": None}
-    return {"draws": len(values[0][s]), "q95_of_mean": float(np.quantile(np.mean([v[s] for v in values], 0), 0.95))}
+        return Spread(mean=mean, draws=0, q95_of_mean=None)
+    of_draws = np.mean([v[score] for v in values], 0)
+    return Spread(mean=mean, draws=len(of_draws), q95_of_mean=float(np.quantile(of_draws, 0.95)))
 
 
-def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -> dict:
+def _verdict(seeds: int, primary: ScoreSummary, highest: str, missing: dict[str, str]) -> StabilityVerdict:
     """Above chance: every required null satisfies the rule. The excess over the highest of them may be claimed.
 
     Where that is not shown, an equivalence test says whether the excess is shown to be within EQUIVALENCE_MARGIN of 0,
     or whether nothing is.
     """
     absent = [n for n in GATED_NULLS if n in missing]
-    excess = primary["excess"]
+    excess = primary.excess
     failed = [n for n in GATED_NULLS if n not in missing and not rules.STABILITY.met_by(excess[n])]
     if absent:
         outcome, reason = "inconclusive", "a required null is missing: " + ", ".join(absent)
@@ -82,19 +83,19 @@ def _verdict(seeds: int, primary: dict, highest: str, missing: dict[str, str]) -
         outcome, reason = "not above chance", rules.STABILITY.failed.format(which=", ".join(failed))
     else:
         outcome, reason = "above chance", rules.STABILITY.passed
-    claimable = Estimate(**excess[highest])
+    claimable = excess[highest]
     equivalence = None
     if outcome == "not above chance":
         margin = rules.EQUIVALENCE_MARGIN
-        equivalence = asdict(tost(claimable, margin))
+        equivalence = asdict(tost(Estimate(**dict(claimable)), margin))
         p = f"(TOST, p = {equivalence['p_value']:.3g})"
         within, nor = f"within ±{margin} of the highest null", f"nor is it shown to lie within ±{margin} of it"
         reason += f"; {within if equivalence['equivalent'] else nor} {p}"
-    return {
-        "score": PRIMARY_SCORE,
-        "outcome": outcome,
-        "reason": reason,
-        "highest_null": highest,
-        "claimable_excess": claimable.to_json(),
-        "equivalence": equivalence,
-    }
+    return StabilityVerdict(
+        score=PRIMARY_SCORE,
+        outcome=outcome,
+        reason=reason,
+        highest_null=highest,
+        claimable_excess=claimable,
+        equivalence=equivalence,
+    )

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from husai.evidence import contrast, rules
-from husai.evidence.estimates import mean_over_seeds
 from husai.evidence.schemas import Section, SeedGroup, Setting, TranscoderStress
 from husai.runs.cli import DEFAULT_SEEDS, int_list
 from husai.runs.errors import BadInput
@@ -55,11 +54,8 @@ def concluded(stress: TranscoderStress) -> TranscoderStress:
     setting = setting.model_copy(update={"preregistered": judged})
     made = {
         "setting": setting,
-        "gain": contrast.gain_of([stress.transcoder.arm], [stress.sae.arm]),
-        "explained_variance": {
-            arm: mean_over_seeds([m.heldout.explained_variance for m in section.members]).to_json()
-            for arm, section in arms.items()
-        },
+        "gain": contrast.gain([stress.transcoder], [stress.sae]),
+        "explained_variance": {arm: contrast.heldout(section) for arm, section in arms.items()},
         "verdict": rules.verdict(lambda: rules.transcoder(setting, stress.transcoder, stress.sae)),
     }
     return stress.model_copy(update=made)

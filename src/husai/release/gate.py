@@ -25,7 +25,8 @@ from husai.evidence.schemas import (
     Evaluated,
     OODStress,
     OwnSection,
-    PositiveControl,
+    Phase4a,
+    Phase4aSection,
     Probing,
     RandomModelStress,
     Recipe,
@@ -435,8 +436,12 @@ def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
 
 
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
-    found = _read(bundle, "phase4a", PositiveControl)
+    found = _read(bundle, "phase4a", Phase4a)
     section, members = found.husai, _members(found.husai)
+    if not isinstance(section, Phase4aSection):
+        raise Missing("phase 4a: SAEs that it trained itself expected")
+    of_language_model = section.cross_entropy is not None or section.random_model is not None
+    require(not of_language_model, "phase 4a is of a language model: modular addition expected")
     subject = candidate.about["subject_digest"] if candidate.to_json() else None
     require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
     inputs = {"subject": section.subject_digest, "activation store": section.store_digest}

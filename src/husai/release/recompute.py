@@ -14,10 +14,16 @@ from pydantic import ValidationError
 from husai.evidence import conditions, contrast, deltas, drop, random_model, rules, transcoder
 from husai.evidence.names import GAP
 from husai.evidence.schemas import (
+    AdaptiveL0,
+    AssignmentConsistency,
     Bank,
+    Compared,
     Contrastive,
+    CoreAblations,
     Evaluated,
+    Interval,
     OODStress,
+    Phase4a,
     Probing,
     RandomModelStress,
     Retrained,
@@ -136,7 +142,7 @@ def study_problems(study: dict) -> list[str]:
         }
         if set(pairs) != expected or len(study["pairs"]) != len(expected):
             return ["pairs: each pair of labels once expected"]
-        recomputed = summarise(labels, pairs, missing)
+        recomputed = summarise(labels, pairs, missing).to_json()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"stability cannot be computed again from the pairs ({type(error).__name__}: {error})"]
     if GAP not in published:  # evidence from before there was one
@@ -144,12 +150,69 @@ def study_problems(study: dict) -> list[str]:
     return list(differences(published, recomputed, "stability"))
 
 
-STRESS: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
+def ablation_decisions(phase: CoreAblations) -> dict[str, Any]:
+    """Held-out means of each section, and the gains of methods: place in the results -> value."""
+    again: dict[str, Any] = {}
+    for at, sections in (("rows", phase.rows), ("methods", phase.methods)):
+        for i, section in enumerate(sections):
+            for name in ("explained_variance", "l0", "dead_share"):
+                again[f"/{at}/{i}/{name}"] = contrast.heldout(section, name)
+    for i, method in enumerate(phase.methods[1:], 1):
+        again |= against(f"/methods/{i}", method, phase.methods[0])
+    return again
+
+
+def adaptive_decisions(phase: AdaptiveL0) -> dict[str, Any]:
+    """The figures that the choice reads, the choice, and its confirmation."""
+    again: dict[str, Any] = {"/chosen_k": rules.choose_k(phase.selection, phase.ev_floor)}
+    for at, sections in (("selection", phase.selection), ("confirmation", phase.confirmation)):
+        for i, section in enumerate(sections):
+            again[f"/{at}/{i}/lower_bound"] = contrast.lower_bound(section)
+            again[f"/{at}/{i}/explained_variance"] = contrast.heldout(section)
+    if len(phase.confirmation) == 2:
+        chosen, control = phase.confirmation
+        again |= against("", chosen, control)
+        again["/outcome"] = rules.gain_verdict(again["/gain"], len(chosen.members))
+    return again
+
+
+def assignment_decisions(phase: AssignmentConsistency) -> dict[str, Any]:
+    """The gains of every arm, and the acceptance."""
+    again: dict[str, Any] = {}
+    for i, arm in enumerate(phase.own):
+        again |= against(f"/own/{i}", arm, phase.control)
+    for i, shared in enumerate(phase.shared):
+        mean, left_out = contrast.gain_and_left_out(shared.references, phase.control)
+        again |= {f"/shared/{i}/gain": mean, f"/shared/{i}/leave_one_reference_out": left_out}
+        for j, section in enumerate(shared.references):
+            again |= against(f"/shared/{i}/references/{j}", section, phase.control)
+    gain = lost = None
+    seeds = 0
+    if phase.confirmed:
+        control, pulled = phase.confirmed
+        again |= against("/confirmation/1", pulled, control)
+        gain, lost, seeds = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"], len(pulled.members)
+    chosen = rules.choose_weight(phase.own, phase.max_ev_drop)
+    return again | {"/acceptance": rules.acceptance(chosen, gain, lost, seeds, phase.max_ev_drop)}
+
+
+def against(at: str, section: Compared, control: Compared) -> dict[str, Any]:
+    """Gain of an arm, and its loss of explained variance, against its control."""
+    return {f"{at}/gain": contrast.gain([section], [control]), f"{at}/ev_drop": contrast.drop(section, control)}
+
+
+PHASES: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
+    "4a": (Phase4a, lambda found: {}),
+    "core_ablations": (CoreAblations, ablation_decisions),
+    "adaptive_l0_calibration": (AdaptiveL0, adaptive_decisions),
+    "assignment_consistency_v2": (AssignmentConsistency, assignment_decisions),
+    "saebench_custom": (Probing, lambda found: {"/conditions": deltas.saebench(found)}),
+    "cebench_custom": (Contrastive, lambda found: {"/conditions": deltas.contrastive(found)}),
     "random_model_stress": (RandomModelStress, random_model.decisions),
     "transcoder_stress": (TranscoderStress, transcoder.decisions),
     "ood_stress": (OODStress, drop.decisions),
 }
-"""Phase -> its schema, and what follows from its figures."""
+"""Phase -> its schema, and what follows from its figures: place in the results -> value."""
 
 
 def decisions(results: dict) -> dict[str, Any]:
@@ -167,10 +230,9 @@ def decisions(results: dict) -> dict[str, Any]:
         of_parts(at, bank)
         again[f"{at}/conditions"] = conditions.conditions(bank)
 
-    if phase == "saebench_custom":
-        again["/conditions"] = deltas.saebench(Probing.model_validate(results))
-    elif phase == "cebench_custom":
-        again["/conditions"] = deltas.contrastive(Contrastive.model_validate(results))
+    if phase in PHASES:
+        schema, function = PHASES[phase]
+        again |= function(schema.model_validate(results))
     elif phase == "candidate_confirmation":
         evaluation = read_evaluation(results)
         if isinstance(evaluation, Retrained):
@@ -187,48 +249,10 @@ def decisions(results: dict) -> dict[str, Any]:
         else:
             again["/contrasts"] = conditions.contrasts(banks)
             again["/power_laws"] = conditions.power_laws(rows)
-    elif phase in STRESS:
-        schema, function = STRESS[phase]
-        again |= function(schema.model_validate(results))
     for at, study in studies(results):
         if "convergence" in study:
-            again[f"{at}/convergence/converged"] = rules.at_rest(study["convergence"]["moved"])
-        for name in ("explained_variance", "l0", "dead_share"):
-            if name in study:
-                again[f"{at}/{name}"] = contrast.heldout(study, name).to_json()
-        if "lower_bound" in study:
-            again[f"{at}/lower_bound"] = contrast.lower_bound(study)
-
-    def against(at: str, section: dict, control: dict) -> None:
-        again[f"{at}/gain"] = contrast.gain([section], [control])
-        again[f"{at}/ev_drop"] = contrast.drop(section, control).to_json()
-
-    if phase == "core_ablations":
-        for i, method in enumerate(results["methods"][1:], 1):
-            against(f"/methods/{i}", method, results["methods"][0])
-    elif phase == "adaptive_l0_calibration":
-        again["/chosen_k"] = rules.choose_k(results["selection"], results["ev_floor"])
-        if len(confirmed := results["confirmation"]) == 2:
-            against("", *confirmed)
-            again["/outcome"] = rules.gain_verdict(again["/gain"], len(confirmed[0]["members"]))
-    elif phase == "assignment_consistency_v2":
-        for i, arm in enumerate(results["own"]):
-            against(f"/own/{i}", arm, results["control"])
-        for i, arm in enumerate(results["shared"]):
-            each, n = arm["references"], len(arm["references"])
-            again[f"/shared/{i}/gain"] = contrast.gain(each, [results["control"]] * n)
-            again[f"/shared/{i}/leave_one_reference_out"] = [
-                contrast.gain(each[:j] + each[j + 1 :], [results["control"]] * (n - 1)) for j in range(n) if n > 1
-            ]
-            for j, section in enumerate(each):
-                against(f"/shared/{i}/references/{j}", section, results["control"])
-        chosen = rules.choose_weight(results["own"], results["max_ev_drop"])
-        found = lost = None
-        if confirmation := results["confirmation"]:
-            against("/confirmation/1", confirmation[1], confirmation[0])
-            found, lost = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"]
-        seeds = len(confirmation[1]["members"]) if confirmation else 0
-        again["/acceptance"] = rules.acceptance(chosen, found, lost, seeds, results["max_ev_drop"])
+            moved = Interval.model_validate(study["convergence"]["moved"])
+            again[f"{at}/convergence/converged"] = rules.at_rest(moved)
     return again
 
 
@@ -262,7 +286,9 @@ def resolve(value: Any, pointer: str) -> Any:
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:
-    """Where two JSON values are not the same, numbers up to rounding."""
+    """Where two JSON values are not the same, numbers up to rounding. The second may be typed evidence."""
+    if isinstance(recomputed, Strict):
+        recomputed = recomputed.to_json()
     if isinstance(published, dict) and isinstance(recomputed, dict):
         for key in sorted((published.keys() ^ recomputed.keys()) - NOT_KEPT):
             yield f"{at}/{key} is {'not recomputed' if key in published else 'missing'}"

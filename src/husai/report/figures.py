@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from husai.evidence.schemas import Drawn, Interval, Phase4aSection, Scored, Section
 from husai.report.markup import few_colours
 from husai.report.names import NAMES
 
@@ -39,47 +41,46 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def matches(section: dict, path: Path) -> Path:
+def matches(section: Scored, drawn: Drawn, path: Path) -> Path:
     """Distribution of |cos| of matched features over all pairs, observed and under each null."""
-    edges = np.array(section["histogram_bins"])
+    edges = np.array(drawn.histogram_bins)
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    for name, counts in section["histograms"].items():
+    for name, counts in drawn.histograms.items():
         share = np.array(counts) / max(1, sum(counts))
         main = name == "observed"
         axis.stairs(
             share, edges, label=NAMES.get(name, name), color=COLOURS[name], fill=main, alpha=0.45 if main else 1, lw=1.8
         )
     axis.set(xlabel="|cos| of matched alive features", ylabel="share of matches", xlim=(0, 1), ylim=(0, None))
-    verdict = section["stability"]["verdict"]
-    axis.set_title(
-        f"{verdict['outcome']}: {_interval(verdict['claimable_excess'])} over {verdict['highest_null']}", loc="left"
-    )
+    verdict = section.stability.verdict
+    axis.set_title(f"{verdict.outcome}: {_interval(verdict.claimable_excess)} over {verdict.highest_null}", loc="left")
     axis.legend(frameon=False)
     return _save(figure, path)
 
 
-def over_training(section: dict, path: Path) -> Path:
+def over_training(section: Section, path: Path) -> Path:
     """Stability against training steps, with its interval over seeds and the nulls' levels at the end."""
-    points = section["over_training"]
-    steps = np.array([max(p["step"], 0.5) for p in points])  # the untrained state has a place on the log axis
-    low, high = ([p["mcc"][side] if p["mcc"][side] is not None else np.nan for p in points] for side in ("low", "high"))
+    points = section.over_training
+    steps = np.array([max(p.step, 0.5) for p in points])  # the untrained state has a place on the log axis
+    ends = [(p.mcc.low, p.mcc.high) for p in points]
+    low, high = np.array([(np.nan, np.nan) if None in end else end for end in ends], dtype=float).T
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     axis.fill_between(steps, low, high, color=COLOURS["observed"], alpha=0.2, lw=0)
-    axis.plot(steps, [p["mcc"]["estimate"] for p in points], "o-", color=COLOURS["observed"], label=NAMES["observed"])
-    for name, null in section["stability"]["scores"]["mcc"]["nulls"].items():
+    axis.plot(steps, [p.mcc.estimate for p in points], "o-", color=COLOURS["observed"], label=NAMES["observed"])
+    for name, null in section.stability.scores["mcc"].nulls.items():
         if name in ("isotropic", "spectral", "shuffled"):
-            axis.axhline(null["mean"], color=COLOURS[name], ls="--", lw=1.4, label=f"{name} (at the end)")
+            axis.axhline(null.mean, color=COLOURS[name], ls="--", lw=1.4, label=f"{name} (at the end)")
     axis.set(xscale="log", xlabel="training step (0 drawn at 0.5)", ylabel="mcc, all features", ylim=(0, 1))
     axis.set_title("Stability over training, mean over pairs of seeds, 95 % interval", loc="left")
     axis.legend(frameon=False)
     return _save(figure, path)
 
 
-def loss_curves(section: dict, path: Path) -> Path:
+def loss_curves(section: Phase4aSection, path: Path) -> Path:
     """Unexplained share of the variance on training batches, one line a seed."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    for record in section["members"]:
-        axis.plot(section["curve_steps"], record["curve"], lw=1.3, label=f"seed {record['seed']}")
+    for member in section.members:
+        axis.plot(section.curve_steps, member.curve, lw=1.3, label=f"seed {member.seed}")
     axis.set(yscale="log", xlabel="training step", ylabel="‖x − x̂‖² / variance")
     axis.set_title("Loss on training batches", loc="left")
     axis.legend(frameon=False, ncols=2)
@@ -95,7 +96,7 @@ class Panel:
     x_label: str
     y_label: str
     x: list
-    series: dict[str, list[dict]]
+    series: Mapping[str, Sequence[dict | Interval]]
     """name -> one estimate for each x; `low` and `high` None: no interval; all None: not drawn."""
     unfinished: dict[str, list[bool]] | None = None
     """Of each series, which of `x` are drawn hollow: training had not come to rest."""
@@ -113,7 +114,8 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
     for axis, panel in zip(axes.flat, drawn, strict=False):
         named = isinstance(panel.x[0], str)
         places = np.arange(len(panel.x))[::-1] if named else np.array(panel.x, dtype=float)
-        for i, (name, estimates) in enumerate(panel.series.items()):
+        for i, (name, series) in enumerate(panel.series.items()):
+            estimates = [e if isinstance(e, dict) else e.to_json() for e in series]
             value = np.array([e["estimate"] for e in estimates], dtype=float)
             ends = [[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")]
             ends = np.array(ends, dtype=float)
@@ -202,9 +204,9 @@ def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
     return _save(figure, path)
 
 
-def _interval(e: dict) -> str:
-    bounds = "no interval" if e["low"] is None else f"{e['low']:+.4f} to {e['high']:+.4f}"
-    return f"excess {e['estimate']:+.4f} ({bounds})"
+def _interval(e: Interval) -> str:
+    bounds = "no interval" if e.low is None else f"{e.low:+.4f} to {e.high:+.4f}"
+    return f"excess {e.estimate:+.4f} ({bounds})"
 
 
 def save_lines(path: Path, panels: list[tuple[str, list[float], dict[str, list[float]]]], y_label: str) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from husai.evidence.schemas import CrossEntropy, Phase4aSection
 from husai.report.figures import COLOURS, _save
 
 MODELS = {"model": "#0b6e99", "trigram": "#d9730d", "bigram": "#b59b00", "unigram": "#9a9a9a"}
@@ -59,16 +60,15 @@ def probes(results: dict, path: Path) -> Path:
     return _save(figure, path)
 
 
-def cross_entropy(section: dict, path: Path) -> Path:
+def cross_entropy(section: Phase4aSection, losses: CrossEntropy, path: Path) -> Path:
     """Loss with each seed's SAE spliced in, between the model's own and that with zeros in the activation's place."""
-    losses = section["cross_entropy"]
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    labels = [m["label"] for m in section["members"]]
-    bars = axis.bar(labels, losses["spliced"], color=COLOURS["observed"], alpha=0.8)
-    axis.bar_label(bars, [f"{share:.1%} recovered" for share in losses["recovered"]], fontsize=8)
-    axis.axhline(losses["model"], color="#5f5f5f", lw=1.4, label="the model as it is")
-    axis.axhline(losses["zeroed"], color=COLOURS["spectral"], lw=1.4, ls="--", label="zeros in the activation's place")
+    labels = [m.label for m in section.members]
+    bars = axis.bar(labels, losses.spliced, color=COLOURS["observed"], alpha=0.8)
+    axis.bar_label(bars, [f"{share:.1%} recovered" for share in losses.recovered], fontsize=8)
+    axis.axhline(losses.model, color="#5f5f5f", lw=1.4, label="the model as it is")
+    axis.axhline(losses.zeroed, color=COLOURS["spectral"], lw=1.4, ls="--", label="zeros in the activation's place")
     axis.set(ylabel="nats a token")
-    axis.set_title(f"Cross-entropy with an SAE spliced in at {section['hook_name']}", loc="left")
+    axis.set_title(f"Cross-entropy with an SAE spliced in at {section.hook_name}", loc="left")
     axis.legend(frameon=False)
     return _save(figure, path)

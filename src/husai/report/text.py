@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from husai.evidence.names import GATED_NULLS
 from husai.runs.files import write_text
 
+if TYPE_CHECKING:
+    from husai.evidence.schemas import Gain, Interval, Scored, Section
 
-def interval(e: dict, sign: str = "") -> str:
+
+def interval(e: dict | Interval, sign: str = "") -> str:
     """`0.597 [0.564, 0.629]`, four digits; `sign="+"` writes it for differences; `none: why` where there is none."""
+    e = e if isinstance(e, dict) else e.to_json()
     if e["estimate"] is None:
         return f"none: {e['reason']}"
     return f"{e['estimate']:{sign}.4f}" + (
@@ -16,24 +22,24 @@ def interval(e: dict, sign: str = "") -> str:
     )
 
 
-GAINS = ("observed", "isotropic", "untrained", "spectral")
-"""Estimates of `evidence.contrast.gain`: of `mcc_alive` itself, and of its excess over each required null."""
-GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in GAINS[1:])]
+GAINS = ("observed", *GATED_NULLS)
+"""Estimates of a `Gain`: of `mcc_alive` itself, and of its excess over each required null."""
+GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in GATED_NULLS)]
 
 
-def gain_cells(gain: dict) -> list[str]:
+def gain_cells(gain: Gain) -> list[str]:
     """One cell for each of GAIN_HEADER."""
-    return [interval(gain[name], "+") for name in GAINS]
+    return [interval(e, "+") for e in (gain.observed, *gain.over.values())]
 
 
-def gain_sentence(gain: dict) -> str:
-    over = ", ".join(f"{interval(gain[null], '+')} over {null}" for null in GAINS[1:])
-    return f"paired gain of `mcc_alive` {interval(gain['observed'], '+')}, of its excess {over}"
+def gain_sentence(gain: Gain) -> str:
+    over = ", ".join(f"{interval(e, '+')} over {null}" for null, e in gain.over.items())
+    return f"paired gain of `mcc_alive` {interval(gain.observed, '+')}, of its excess {over}"
 
 
-def at_rest(convergence: dict) -> str:
+def at_rest(section: Section) -> str:
     """Whether stability had come to rest at the end of training, as a cell."""
-    return {True: "yes", False: "**no**", None: "not known"}[convergence["converged"]]
+    return {True: "yes", False: "**no**", None: "not known"}[section.convergence.converged]
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -49,11 +55,11 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def pair_rows(section: dict, **about) -> list[dict]:
+def pair_rows(section: Scored, **about) -> list[dict]:
     """Every pair of a section of results against what it was scored, a row each, for `write_csv`."""
     return [
         {**about, "a": pair["a"], "b": pair["b"], "against": against, **scores}
-        for pair in section["pairs"]
+        for pair in section.pairs
         for against, scores in pair.items()
-        if against not in ("a", "b")
+        if isinstance(scores, dict)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,16 @@ from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
 from husai.evidence.estimates import jackknife
 from husai.evidence.names import SCORES
+from husai.evidence.schemas import (
+    Comparison,
+    Convergence,
+    Drawn,
+    Followed,
+    Interval,
+    Section,
+    Snapshot,
+    TrainedMember,
+)
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
@@ -109,7 +120,7 @@ def compare_all(
     missing: dict[str, str],
     random_model: list[Dictionary] | None = None,
     scores: tuple[str, ...] = SCORES,
-) -> dict:
+) -> tuple[Comparison, Drawn]:
     """Score all pairs, one cell each, and summarise them.
 
     Args:
@@ -153,32 +164,30 @@ def compare_all(
             advance(1)
 
     present = ["observed", *stability.computed(scored, missing)]
-    return {
-        "subject_digest": store.manifest.subject_digest,
-        "hook_name": store.manifest.hook_name,
-        "store_digest": store.digest,
-        "rows": store.rows,
-        "d_in": store.d_in,
-        "effective_rank": spectrum.effective_rank(),
-        "spectral_groups": [len(g) for g in spectrum.groups],
-        "stability": stability.summarise(labels, scored, missing),
-        "pairs": [
+    compared = Comparison(
+        subject_digest=store.manifest.subject_digest,
+        hook_name=store.manifest.hook_name,
+        store_digest=store.digest,
+        rows=store.rows,
+        d_in=store.d_in,
+        effective_rank=spectrum.effective_rank(),
+        stability=stability.summarise(labels, scored, missing),
+        pairs=[
             {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
             for (i, j), value in scored.items()
         ],
-        "histogram_bins": compare.BINS.tolist(),
-        "histograms": {n: np.sum([v[n]["histogram"] for v in scored.values()], axis=0).tolist() for n in present},
-    }
+    )
+    drawn = Drawn(
+        spectral_groups=[len(g) for g in spectrum.groups],
+        histogram_bins=compare.BINS.tolist(),
+        histograms={n: np.sum([v[n]["histogram"] for v in scored.values()], axis=0).tolist() for n in present},
+    )
+    return compared, drawn
 
 
-def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> dict:
-    """Stability of all features at each snapshot, and whether it has come to rest.
-
-    Returns:
-        {"over_training": [{"step", "mcc": estimate, "pwmcc": estimate}], "convergence": {"from_step", "to_step",
-        "moved": estimate of mcc's change between the last two snapshots, pairs of seeds matched, "converged": `at_rest`
-        of it}}
-    """
+def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> Followed:
+    """Stability of all features at each snapshot, and whether it has come to rest: the change of mcc between the last
+    two snapshots, pairs of seeds matched."""
 
     def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
@@ -193,17 +202,17 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(lambda pair: one(*pair), pairs))
         points = [
-            {"step": step, **{name: jackknife(found[name, step]).to_json() for name in ("mcc", "pwmcc")}}
+            Snapshot(step=step, **{name: Interval.of(jackknife(found[name, step])) for name in ("mcc", "pwmcc")})
             for step in steps
         ]
         first, last = steps[-2:]
-        moved = jackknife(found["mcc", last] - found["mcc", first]).to_json()
-        convergence = {"from_step": first, "to_step": last, "moved": moved, "converged": rules.at_rest(moved)}
-        return {"over_training": points, "convergence": convergence}, []
+        moved = Interval.of(jackknife(found["mcc", last] - found["mcc", first]))
+        rest = Convergence(from_step=first, to_step=last, moved=moved, converged=rules.at_rest(moved))
+        return Followed(over_training=points, convergence=rest).to_json(), []
 
     key = {"digests": digests, "steps": steps, "code": code_version(over_training)}
     with one_torch_thread():
-        return cells.get("over_training", key, compute)
+        return Followed.model_validate(cells.get("over_training", key, compute))
 
 
 def score_trained(
@@ -217,24 +226,21 @@ def score_trained(
     no_control: str = "not part of this protocol",
     random_model: list[dict] | None = None,
     scores: tuple[str, ...] = SCORES,
-) -> dict:
+) -> tuple[Section, Drawn]:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
         records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
         no_control: why there is none. random_model: records of SAEs trained alike on the random-weights model.
         scores: SCORES, or ALIVE alone, which is faster.
-
-    Returns:
-        {"members": records with labels, **compare_all(…), **over_training(…)}
     """
     root = cells.folder.parent
     folders = [root / m["checkpoint"] for m in records]
-    members = [m | {"label": f"seed{m['seed']}"} for m in records]
-    section = compare_all(
+    members = [member_of(m) for m in records]
+    compared, drawn = compare_all(
         cells,
         store,
-        [m["label"] for m in members],
+        [m.label for m in members],
         [own_dictionary(folder) for folder in folders],
         None if control is None else [own_dictionary(root / m["checkpoint"]) for m in control],
         draws,
@@ -243,8 +249,14 @@ def score_trained(
         None if random_model is None else [own_dictionary(root / m["checkpoint"]) for m in random_model],
         scores,
     )
-    digests = [m["checkpoint_sha256"] for m in records]
-    return {"members": members, **section, **over_training(cells, folders, digests, snapshot_steps, threads)}
+    followed = over_training(cells, folders, [m.checkpoint_sha256 for m in members], snapshot_steps, threads)
+    return Section(members=members, **dict(compared), **dict(followed)), drawn
+
+
+def member_of(record: dict) -> TrainedMember:
+    """An SAE that `training.grid.train_or_find` trained, as a stability study names it."""
+    kept = {name: record[name] for name in TrainedMember.model_fields if name != "label"}
+    return TrainedMember(**kept, label=f"seed{record['seed']}")
 
 
 def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: list[int]) -> Tensor:
@@ -265,20 +277,14 @@ def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: 
     return sae.W_dec
 
 
-def mcc_with_reference(root: Path, section: dict, reference: Tensor) -> float:
+def mcc_with_reference(root: Path, section: Section, reference: Tensor) -> float:
     """What `mcc_alive` would be if the reference, all of whose features count as alive, were among the SAEs that are
     scored, as it was in the earlier study."""
-    own = [own_dictionary(root / m["checkpoint"]) for m in section["members"]]
+    own = [own_dictionary(root / m.checkpoint) for m in section.members]
     with one_torch_thread():
         values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
-    return float(np.mean(values + [pair["observed"]["mcc_alive"] for pair in section["pairs"]]))
-
-
-def brief(section: dict) -> dict:
-    """A section without what only its own figures need: histograms, loss curves."""
-    members = [{k: v for k, v in m.items() if k not in ("curve", "aux_steps")} for m in section["members"]]
-    dropped = ("histograms", "histogram_bins", "spectral_groups", "members")
-    return {"members": members, **{k: v for k, v in section.items() if k not in dropped}}
+    pairs: list[dict] = section.pairs
+    return float(np.mean(values + [pair["observed"]["mcc_alive"] for pair in pairs]))
 
 
 def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
@@ -290,7 +296,11 @@ def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
     return None
 
 
-def checkpoint_files(cells: Cells, records: list[dict]) -> list[Path]:
-    """Files of the checkpoints that a phase's cell rests on, without hidden ones that a killed process left beside."""
-    folders = [cells.folder.parent / m["checkpoint"] for m in records if "checkpoint" in m]
+def checkpoint_files(cells: Cells, checkpoints: Iterable[str]) -> list[Path]:
+    """Files of the checkpoints that a phase's cell rests on, without hidden ones that a killed process left beside.
+
+    Args:
+        checkpoints: their folders, relative to the output folder.
+    """
+    folders = [cells.folder.parent / checkpoint for checkpoint in checkpoints]
     return [path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith(".")]

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from husai.evidence import conditions, data_sets, deltas, drop, levels, random_model, references, rules, transcoder
-from husai.evidence.contrast import Arm
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate, noise
 from husai.evidence.names import ALIVE, GAP, GATED_NULLS
@@ -30,6 +29,7 @@ from husai.evidence.schemas import (
     Facts,
     OODStress,
     OwnSection,
+    Phase4a,
     Probing,
     ScoredRecord,
     SeedGroup,
@@ -37,7 +37,7 @@ from husai.evidence.schemas import (
     TranscoderStress,
 )
 from husai.evidence.stability import summarise
-from husai.release import recompute, selection
+from husai.release import selection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
 from husai.runs.files import digest, read_json
 
@@ -93,16 +93,16 @@ def shifted(gate: str, by: float) -> float:
 def measured(evidence: Path) -> Noise:
     """Noise of each gate's figure, from the evidence folders: moments of every section, or matched pair of conditions,
     with five seeds or more; means of their variances."""
-    tiny, control = "phase4a_husai_tiny", "phase4a"
+    tiny, control = (_results(evidence / name, Phase4a).husai for name in ("phase4a_husai_tiny", "phase4a"))
     found = {
-        "positive_control": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / control)),
-        "stability": _pooled(_of_pairs(s, "spectral") for s in _sections(evidence / tiny)),
-        "random_model": _pooled(_of_pairs(s, "random_model") for s in _sections(evidence / tiny)),
+        "positive_control": _pooled([_of_matrix(control.scores("spectral"))]),
+        "stability": _pooled([_of_matrix(tiny.scores("spectral"))]),
+        "random_model": _pooled([_of_matrix(tiny.scores("random_model"))]),
         "saebench": _pooled(_differences(_results(evidence / "saebench_husai_tiny", Probing))),
         "cebench": _pooled(_differences(_results(evidence / "phase4e_cebench_matched200", Contrastive))),
     }
     arms = _results(evidence / "transcoder_stress", TranscoderStress)
-    gain = arms.transcoder.arm.scores("spectral") - arms.sae.arm.scores("spectral")
+    gain = arms.transcoder.scores("spectral") - arms.sae.scores("spectral")
     shift = _results(evidence / "ood_stress", OODStress).shifted
     found["transcoder"] = _pooled([_of_matrix(gain)])
     found["ood"] = _pooled([_of_sets(drop.drops(shift, shift.k), shift.families)])
@@ -114,15 +114,6 @@ T = TypeVar("T", bound=Strict)
 
 def _results(folder: Path, schema: type[T]) -> T:
     return schema.model_validate(read_json(folder / "results.json", "evidence"))
-
-
-def _sections(folder: Path) -> list[dict]:
-    results = read_json(folder / "results.json", "evidence")
-    return [s for at, s in recompute.studies(results) if len(s["members"]) >= 5 and at == "/husai"]
-
-
-def _of_pairs(section: dict, null: str) -> dict[str, float]:
-    return _of_matrix(Arm.of(section).scores(null))
 
 
 def _of_matrix(x: np.ndarray) -> dict[str, float]:
@@ -507,8 +498,9 @@ def _derive(files: dict) -> None:
     for section in (files["phase4a"]["husai"], *sections):
         _summarise(section)
     own, control = OwnSection.model_validate(sections[0]), Control.model_validate(sections[1])
-    meaningless |= {"gain": random_model.gain(own, control), "verdict": random_model.verdict(own, control)}
-    open_ones: dict[str, dict] = {"gain": {}, "explained_variance": {}, "verdict": {}}
+    gain = random_model.gain(own, control)
+    meaningless |= {"gain": gain and gain.to_json(), "verdict": random_model.verdict(own, control)}
+    open_ones: dict[str, Any] = {"gain": None, "explained_variance": {}, "verdict": {}}
     made = transcoder.concluded(TranscoderStress.model_validate(other | open_ones)).to_json()
     other |= {name: made[name] for name in ("setting", *open_ones)}
     ood["activations"]["change"] = drop.change(ood["activations"]["saes"])
@@ -558,6 +550,6 @@ def _summarise(section: dict) -> None:
         }
         for p in section["pairs"]
     }
-    section["stability"] = summarise(labels, scored, {"shuffled": "not part of this study"})
+    section["stability"] = summarise(labels, scored, {"shuffled": "not part of this study"}).to_json()
     for score in section["stability"]["scores"].values():
         score["nulls"]["spectral"]["draws"] = SPECTRAL_DRAWS

@@ -1,0 +1,68 @@
+"""Published evidence against the schemas of its phases: what is read is written again."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from conftest import ROOT
+from husai.evidence.schemas import Bank, Selection, read_evaluation
+from husai.release.recompute import PHASES
+
+EVIDENCE = ROOT / "docs" / "evidence"
+STUDIES = ("architecture_frontier", "external_metric_scaling")
+OTHER_ORDER = EVIDENCE / "phase4e_cebench_matched200"
+"""Published before `noise` had the order of its fields."""
+
+
+def written_again(results: dict) -> dict | None:
+    """JSON of the schema that these results make; None: their phase has none."""
+    phase = results["phase"]
+    if phase in PHASES:
+        return PHASES[phase][0].model_validate(results).to_json()
+    if phase == "candidate_confirmation":
+        return read_evaluation(results).to_json()
+    if phase == "candidate_selection":
+        return Selection.model_validate(results).to_json()
+    if phase in STUDIES:
+        return results | {"banks": [Bank.model_validate(bank).to_json() for bank in results["banks"]]}
+    return None
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.rglob("results.json")), ids=lambda p: str(p.parent.name))
+def test_published_results_keep_their_bytes(path):
+    text = path.read_text()
+    results = json.loads(text)
+    again = written_again(results)
+    assert again in (None, results)
+    assert again is None or path.parent == OTHER_ORDER or json.dumps(again, indent=2) + "\n" == text
+
+
+def test_every_phase_with_a_schema_is_published():
+    published = {json.loads(path.read_text())["phase"] for path in EVIDENCE.rglob("results.json")}
+    assert PHASES.keys() <= published
+
+
+def results_of(name: str) -> dict:
+    return json.loads((EVIDENCE / name / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("core_ablations", lambda r: r["rows"][0].update(histograms={})),
+        ("core_ablations", lambda r: r["methods"][0]["members"][0].update(label="seed1")),
+        ("adaptive_l0", lambda r: r["gain"].update(least="shuffled")),
+        ("adaptive_l0", lambda r: r["selection"][0]["stability"]["verdict"].pop("claimable_excess")),
+        ("assignment_v2", lambda r: r["own"][0].pop("lambda")),
+        ("assignment_v2", lambda r: r["confirmation"].pop()),
+        ("assignment_v2", lambda r: r["own"][0]["ev_drop"].update(low=1.0)),
+        ("phase4a", lambda r: r["husai"]["members"][0].pop("curve")),
+        ("phase4a_husai_tiny", lambda r: r["husai"]["cross_entropy"].update(model="3.5")),
+    ],
+)
+def test_what_no_phase_writes_is_refused(name, change):
+    results = results_of(name)
+    change(results)
+    with pytest.raises(ValidationError):
+        written_again(results)
