@@ -55,7 +55,7 @@ from husai.stability.scores import MATCHED
 from husai.training.grid import members
 from husai.training.trainer import TrainingConfig, evaluate, train
 
-SEEDS, DRAWS = 5, 4
+SEEDS, DRAWS = 5, 2
 WIDTH, K, TOKENS = 128, 8, 50_000
 PLANTED_FEATURES, PLANTED_IN, PLANTED_K, PLANTED_ROWS = 128, 64, 8, 20_000
 STRUCTURES = ("independent", "correlated", "hierarchical")
@@ -105,7 +105,7 @@ class Data:
     @classmethod
     def of(cls, store: ActivationStore, gaussian: list[SAE], width: int, k: int) -> Data:
         rows, heldout = store.split(0.2)
-        x, held = store.read(0, len(rows)), store.read(heldout.start, heldout.stop)[:4000]
+        x, held = store.read(0, len(rows)), store.read(heldout.start, heldout.stop)[:2000]
         mean, covariance = store.stats()
         tokens = documents = None
         other = torch.arange(len(x)) % 3 == 0
@@ -229,7 +229,7 @@ def centroids(data: Data, g: torch.Generator, seed: int) -> Tensor:
 
 
 def clusters(x: Tensor, n: int, seed: int) -> Tensor:
-    found = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=1024, max_iter=20).fit(x.numpy())
+    found = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=1024, max_iter=5).fit(x.numpy())
     return torch.from_numpy(found.cluster_centers_).float()
 
 
@@ -298,7 +298,7 @@ def independent_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
     """FastICA's mixing columns, towards where their source is skewed."""
     rows = torch.randperm(len(data.x), generator=g)[:4000]
     n = min(data.width, data.store.d_in)
-    ica = FastICA(n, max_iter=40, tol=1e-2, whiten="unit-variance", random_state=0, whiten_solver="eigh")
+    ica = FastICA(n, max_iter=20, tol=1e-2, whiten="unit-variance", random_state=0, whiten_solver="eigh")
     sources = ica.fit_transform(data.centred()[rows].double().numpy())
     W = torch.from_numpy(ica.mixing_.T * np.sign(stats.skew(sources))[:, None]).float()
     return torch.cat([W, -W])[: data.width]
