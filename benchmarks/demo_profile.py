@@ -138,7 +138,7 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
     hook = f"import sys\nsys.path.append({str(ROOT / 'benchmarks')!r})\nimport demo_profile\nfrom pathlib import Path\n"
     hook += f"demo_profile.sample(Path({str(notes)!r}))\n"
     (notes / "sitecustomize.py").write_text(hook)
-    code = f"{notes}:{checkout / 'src'}"  # its own, also where checkouts share an environment
+    code = f"{notes}:{checkout.resolve() / 'src'}"  # its own, also where checkouts share an environment
     variables = {"PROFILE": profile, "OUTPUT": str(results), "PYTHONPATH": code}
     variables["PATH"] = f"{checkout}/.venv/bin:{os.environ['PATH']}"
     began = time.monotonic()

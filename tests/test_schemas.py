@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from conftest import ROOT
-from husai.evidence.schemas import Bank, Selection, read_evaluation
+from husai.evidence.schemas import Bank, Phase4aSupplied, Selection, read_evaluation, refusal
 from husai.release.recompute import PHASES
 
 EVIDENCE = ROOT / "docs" / "evidence"
@@ -55,6 +55,8 @@ def results_of(name: str) -> dict:
         ("adaptive_l0", lambda r: r["gain"].update(least="shuffled")),
         ("adaptive_l0", lambda r: r["selection"][0]["stability"]["verdict"].pop("claimable_excess")),
         ("assignment_v2", lambda r: r["own"][0].pop("lambda")),
+        ("assignment_v2", lambda r: r["own"][0].update(weight=r["own"][0].pop("lambda"))),
+        ("random_model_stress", lambda r: r["section"]["members"][0].pop("seed")),
         ("assignment_v2", lambda r: r["confirmation"].pop()),
         ("assignment_v2", lambda r: r["own"][0]["ev_drop"].update(low=1.0)),
         ("phase4a", lambda r: r["husai"]["members"][0].pop("curve")),
@@ -66,3 +68,16 @@ def test_what_no_phase_writes_is_refused(name, change):
     change(results)
     with pytest.raises(ValidationError):
         written_again(results)
+
+
+def test_damage_is_named_where_it_lies():
+    results = results_of("assignment_v2")
+    results["confirmation"][1]["ev_drop"]["low"] = 1.0
+    with pytest.raises(ValidationError) as refused:
+        PHASES[results["phase"]][0].model_validate(results)
+    assert refusal(refused.value).startswith("confirmation.1.pulled.ev_drop: ")
+
+
+def test_a_field_that_would_not_be_written_is_refused():
+    with pytest.raises(TypeError, match="more"):
+        type("More", (Phase4aSupplied,), {"__annotations__": {"more": int}})

@@ -164,6 +164,18 @@ def test_a_mean_direction_that_is_set_apart_stays():
     assert not torch.allclose(drawn, b, atol=0.1)
 
 
+def test_a_mean_within_its_sampling_error_or_alone_in_its_space():
+    spread = covariance()
+    whole = nulls.Spectrum.of(spread, 1000)
+    for mean in (torch.zeros(12), torch.full((12,), 1e-25)):
+        assert torch.equal(nulls.Spectrum.of(spread, 1000, mean).components, whole.components)
+    alone = nulls.Spectrum.of(torch.ones(1, 1), 1000, torch.ones(1))
+    b = rows(2, 20, 1)
+    assert torch.equal(nulls.spectral(b, b, alone, torch.Generator().manual_seed(0))[1], b)
+    flat = torch.diag(torch.tensor([1.0, 2.0, 0.0]))  # the rows do not vary along their mean
+    assert (nulls.Spectrum.of(flat, 1000, torch.tensor([0.0, 0.0, 3.0])).eigenvalues >= 0).all()
+
+
 def test_degenerate_eigenspaces_are_rotated_not_flipped():
     values = torch.tensor([5.0, 5.0, 5.0, 2.0, 1.0, 1.0, 0.0, 0.0])
     spectrum = nulls.Spectrum.of(torch.diag(values), 10_000)

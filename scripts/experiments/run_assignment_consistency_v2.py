@@ -102,6 +102,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         Section,
         SharedArm,
         UnpulledSection,
+        pull,
     )
     from husai.runs.files import sha256_file
     from husai.stability import study
@@ -159,7 +160,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     def pulled_section(section: Section, control: Section, weight: float) -> PulledSection:
         gain, drop = contrast.gain([section], [control]), contrast.drop(section, control)
-        return PulledSection(weight=weight, gain=gain, ev_drop=drop, **dict(section))
+        return PulledSection(gain=gain, ev_drop=drop, **pull(weight), **dict(section))
 
     # What the score would seem to gain if the reference were among the SAEs, as it was in the earlier study.
     def counting(section: Section, name: str) -> float:
@@ -174,7 +175,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         mean, left_out = contrast.gain_and_left_out(list(each.values()), control)
         arm_shared.append(
             SharedArm(
-                weight=weight,
+                **pull(weight),
                 gain=mean,
                 leave_one_reference_out=left_out,
                 gain_counting_the_reference=sum(counted) / len(counted),
@@ -193,7 +194,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
         base, section = score(records[: len(fresh)]), score(records[len(fresh) :])
         confirmed = pulled_section(section, base, chosen)
-        confirmation = [UnpulledSection(weight=0.0, **dict(base)), confirmed]
+        confirmation = [UnpulledSection(**pull(0.0), **dict(base)), confirmed]
         gain, drop = confirmed.gain, confirmed.ev_drop
 
     trained = [m for section in (*scored.values(), *confirmation) for m in section.members]

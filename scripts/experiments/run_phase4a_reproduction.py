@@ -212,7 +212,7 @@ def cross_entropy(args, cells, device, store, section):
 def supplied(args, cells, device):
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
-    from husai.evidence.schemas import Heldout, OwnMember, Phase4aSupplied
+    from husai.evidence.schemas import Heldout, Phase4aSupplied, SuppliedMember
     from husai.runs.files import sha256_file
     from husai.stability import independence, study
 
@@ -226,7 +226,7 @@ def supplied(args, cells, device):
         dictionary, figures = study.external_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
-        members.append(OwnMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
+        members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
     missing = {"shuffled": "the SAEs were not trained here"}
     if not args.untrained_root:
         missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"

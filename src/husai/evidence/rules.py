@@ -37,6 +37,7 @@ from husai.evidence.schemas import (
     Setting,
     Shifted,
     SparsitySection,
+    pull,
 )
 from husai.runs.errors import BadInput
 
@@ -398,7 +399,7 @@ def choose_k(candidates: Sequence[SparsitySection], floor: float) -> int | None:
 
 def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | None:
     """The λ with the largest lower end of its least gain among arms that surely lose at most `max_drop` of the
-    explained variance. None if no arm qualifies."""
+    explained variance, and whose gain has an interval. None if no arm qualifies."""
     kept = [a for a in arms if KEPT.met_by(a.ev_drop, max_drop)]
     surely = [(low, a.weight) for a in kept if (low := a.gain.over_least.low) is not None]
     return max(surely, key=lambda pair: pair[0])[1] if surely else None
@@ -425,7 +426,7 @@ def acceptance(
             failed.append("the explained variance is not shown to be kept")
     outcome = "not accepted" if failed else "accepted"
     reason = "; ".join(failed) or "all hold"
-    return Acceptance(accepted=not failed, outcome=outcome, rule=rule, weight=weight, reason=reason)
+    return Acceptance(accepted=not failed, outcome=outcome, rule=rule, reason=reason, **pull(weight))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_serializer,
     model_validator,
@@ -49,6 +50,11 @@ class Strict(BaseModel):
 def same(a: float, b: float) -> bool:
     """Up to rounding."""
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def has(value: Any, name: str) -> bool:
+    """Whether JSON or a model holds a key: tells which class of several is meant."""
+    return name in value if isinstance(value, dict) else hasattr(value, name)
 
 
 def refusal(error: ValidationError) -> str:
@@ -595,7 +601,7 @@ class OwnMember(Strict):
     """An SAE under test."""
 
     label: str
-    seed: int | None = None
+    seed: int | None
     checkpoint_sha256: Sha256
     heldout: Heldout
 
@@ -631,6 +637,12 @@ class InOrder(Strict):
     """Keys are written in the order in which they were first published."""
 
     KEYS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        """Raise TypeError for a field that would not be written."""
+        if not set(cls.model_fields) <= set(cls.KEYS):
+            raise TypeError(f"{cls.__name__}.KEYS: {', '.join(set(cls.model_fields) - set(cls.KEYS))} expected too")
 
     @model_serializer(mode="wrap")
     def _in_order(self, write: Callable) -> dict[str, Any]:
@@ -691,8 +703,15 @@ class Phase4aSection(Drawn, Section):
     """Losses, where the subject is a language model."""
 
 
+class SuppliedMember(OwnMember):
+    seed: int | None = None
+    """Phase 4a does not write it."""
+
+
 class Phase4aSupplied(Drawn, OwnSection):
     """SAEs that a user supplies."""
+
+    members: Annotated[list[SuppliedMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
 
 
 class Phase4a(Strict):
@@ -700,7 +719,10 @@ class Phase4a(Strict):
 
     phase: Literal["4a"]
     inputs: dict[str, Sha256]
-    husai: Annotated[Phase4aSection | Phase4aSupplied, Field(union_mode="left_to_right")]
+    husai: Annotated[
+        Annotated[Phase4aSection, Tag("trained")] | Annotated[Phase4aSupplied, Tag("supplied")],
+        Discriminator(lambda value: "trained" if has(value, "over_training") else "supplied"),
+    ]
     published: Phase4aSection | None = None
     """The earlier study's setting."""
     published_figures: dict[str, Any]
@@ -812,7 +834,12 @@ class AdaptiveL0(Strict):
     """The chosen k on fresh seeds, and the control's where it is another."""
 
 
-LAMBDA = Field(validation_alias=AliasChoices("lambda", "weight"), serialization_alias="lambda")
+LAMBDA = Field(alias="lambda")
+
+
+def pull(weight: float | None) -> dict[str, Any]:
+    """The argument that gives a schema its λ: `lambda` is no name in Python."""
+    return {"lambda": weight}
 
 
 class Pull(Strict):
@@ -872,7 +899,12 @@ class AssignmentConsistency(Strict):
     control: Section
     own: list[PulledSection]
     shared: list[SharedArm]
-    confirmation: list[UnpulledSection | PulledSection]
+    confirmation: list[
+        Annotated[
+            Annotated[UnpulledSection, Tag("control")] | Annotated[PulledSection, Tag("pulled")],
+            Discriminator(lambda value: "pulled" if has(value, "gain") else "control"),
+        ]
+    ]
     """λ = 0 and the chosen λ on fresh seeds; empty: none was chosen."""
 
     @property

@@ -37,15 +37,25 @@ class Spectrum:
 
         Args:
             mean: `[d]`, of the rows. Its direction is then set apart and left as it is: what two dictionaries share
-                with the mean is no feature of either. None: it is drawn with the components that hold it.
+                with the mean is no feature of either. A mean within its sampling error is none. The other columns are
+                components of the space beside it: for `spectral` alone. None: the mean is not set apart.
         """
-        held = None if mean is None or not mean.any() else (mean / mean.norm()).double()[:, None]
-        if held is None:
-            space, within = None, covariance.double()
-        else:
-            space = torch.linalg.qr(torch.cat([held, torch.eye(len(held), dtype=torch.float64)], 1))[0][:, 1:]
-            within = space.T @ covariance.double() @ space
-        values, vectors = torch.linalg.eigh(within)
+        covariance = covariance.double()
+        mean = None if mean is None else mean.double()
+        if mean is None or mean.square().sum() <= covariance.trace() / rows:
+            return cls._of_space(covariance, rows)
+        held = (mean / mean.norm())[:, None]
+        space = torch.linalg.qr(torch.cat([held, torch.eye(len(held), dtype=torch.float64)], 1))[0][:, 1:]
+        beside = cls._of_space(space.T @ covariance @ space, rows)
+        columns = torch.cat([space @ beside.components.double(), held], 1)
+        along = (held.T @ covariance @ held)[0].clamp_min(0)
+        return cls(columns.float(), torch.cat([beside.eigenvalues, along.float()]), beside.groups)
+
+    @classmethod
+    def _of_space(cls, covariance: Tensor, rows: int) -> Spectrum:
+        if len(covariance) == 0:
+            return cls(torch.zeros(0, 0), torch.zeros(0), [])
+        values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         floor = values[0] * len(values) * torch.finfo(torch.float32).eps
         starts = [0]
@@ -54,9 +64,6 @@ class Spectrum:
             if separate:
                 starts.append(i)
         groups = [range(s, e) for s, e in zip(starts, [*starts[1:], len(values)], strict=True)]
-        if held is not None and space is not None:
-            vectors = torch.cat([space @ vectors, held], 1)
-            values = torch.cat([values, held[:, 0] @ covariance.double() @ held])
         return cls(vectors.float(), values.float(), groups)
 
     @cached_property
