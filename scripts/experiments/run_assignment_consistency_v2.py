@@ -179,7 +179,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
                 gain=mean,
                 leave_one_reference_out=left_out,
                 gain_counting_the_reference=sum(counted) / len(counted),
-                references=[ReferenceSection(sha256=name, **dict(section)) for name, section in each.items()],
+                references=[ReferenceSection(sha256=name, **section.given()) for name, section in each.items()],
             )
         )
 

@@ -845,6 +845,10 @@ def pull(weight: float | None) -> dict[str, Any]:
 class Pull(Strict):
     weight: Annotated[Number, LAMBDA]
 
+    def given(self) -> dict[str, Any]:
+        """Its fields, by the names that a schema takes."""
+        return {"lambda" if name == "weight" else name: value for name, value in self}
+
 
 class Pulled(Pull):
     gain: Gain
