@@ -131,7 +131,7 @@ class Data:
             width,
             k,
             gaussian,
-            isotropic(width, store.d_in),
+            isotropic_mcc(width, store.d_in),
         )
         kinds = [rows_of_tokens, centroids] if tokens is None else [rows_of_tokens, centroids, random_token_means]
         each = {
@@ -154,11 +154,11 @@ def prototypes(x: Tensor, mean: Tensor, tokens: Tensor | None, width: int) -> Te
     return unit_rows(torch.cat([p, p - mean]))
 
 
-def isotropic(width: int, d_in: int) -> tuple[float, float]:
-    draws = []
+def isotropic_mcc(width: int, d_in: int) -> tuple[float, float]:
+    """(signed mcc, mcc of |cos|) of isotropic directions."""
+    shape, draws = torch.empty(width, d_in), []
     for i in range(20):
-        g = generator("isotropic", width, d_in, i)
-        a, b = torch.randn(width, d_in, generator=g), torch.randn(width, d_in, generator=g)
+        a, b = nulls.isotropic(shape, shape, generator("isotropic", width, d_in, i))
         draws.append([match(a, b, signed=signed).cosines.mean() for signed in (True, False)])
     signed, absolute = np.mean(draws, 0)
     return float(signed), float(absolute)
@@ -201,8 +201,8 @@ def drawn(data: Data, g: torch.Generator, seed: int) -> Tensor:
 
 
 def drawn_with_covariance(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    s = data.whole_spectrum
-    return torch.randn(data.width, data.store.d_in, generator=g) @ (s.eigenvalues.sqrt() * s.components).T
+    shape = torch.empty(data.width, data.store.d_in)
+    return nulls.covariance_matched(shape, shape[:0], data.whole_spectrum, g)[0]
 
 
 def drawn_towards_the_mean(data: Data, g: torch.Generator, seed: int) -> Tensor:
@@ -259,7 +259,7 @@ def means_of(x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
 
 
 def token_means(data: Data, g: torch.Generator, seed: int, at_random: bool) -> Tensor:
-    """Of a fifth of the documents, which is no other seed's."""
+    """Means over a fifth of the documents, which is no other seed's."""
     assert data.tokens is not None
     assert data.documents is not None
     part = (data.documents // 3) % SEEDS == seed
@@ -375,31 +375,26 @@ def study(data: Data, directions: list[Tensor], variances: list[float], number: 
     signed, absolute = partial(mean_worth, signed=True), partial(mean_worth, signed=False)
     for i, j in combinations(range(SEEDS), 2):
         a, b = directions[i], directions[j]
-        draws = [
-            nulls.spectral(a, b, data.spectrum, generator("impostors, spectral", number, i, j, n))[1]
-            for n in range(DRAWS)
-        ]
-        old = [
-            nulls.spectral(a, b, data.whole_spectrum, generator("impostors, spectral", number, i, j, n))[1]
-            for n in range(DRAWS)
-        ]
-        value = {"today: isotropic": absolute(a, b) - data.isotropic[1]}
-        value["today: spectral"] = absolute(a, b) - np.mean([absolute(a, d) for d in old])
+        draws, old = (
+            [nulls.spectral(a, b, spectrum, generator("impostors, spectral", number, i, j, n))[1] for n in range(DRAWS)]
+            for spectrum in (data.spectrum, data.whole_spectrum)
+        )
+        unsigned = absolute(a, b)
+        value = {"today: isotropic": unsigned - data.isotropic[1]}
+        value["today: spectral"] = unsigned - np.mean([absolute(a, d) for d in old])
         seen, share = matched(a, b)
         nulls_seen = [matched(a, d) for d in draws]
         noise, noise_share = matched(control[i], control[j])
         value["isotropic"] = seen - data.isotropic[0]
         value["spectral"] = seen - np.mean([s for s, _ in nulls_seen])
-        value["spectral, |cos|"] = absolute(a, b) - np.mean([absolute(a, d) for d in draws])
+        value["spectral, |cos|"] = unsigned - np.mean([absolute(a, d) for d in draws])
         value["gaussian"] = seen - noise
         value["single features"] = share - max(np.mean([s for _, s in nulls_seen]), noise_share)
         if enough:
             x, y = a[far[i]], b[far[j]]
             g = generator("impostors, isotropic", number, i, j)
             apart = signed(x, y)
-            value["others: isotropic"] = apart - signed(
-                torch.randn(x.shape, generator=g), torch.randn(y.shape, generator=g)
-            )
+            value["others: isotropic"] = apart - signed(*nulls.isotropic(x, y, g))
             value["others: spectral"] = apart - np.mean([signed(x, d[far[j]]) for d in draws])
             value["others: spectral, |cos|"] = absolute(x, y) - np.mean([absolute(x, d[far[j]]) for d in draws])
             value["others: gaussian"] = apart - signed(control[i][control_far[i]], control[j][control_far[j]])

@@ -160,7 +160,7 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(f'{r[name]:.1%}' for r in shapes.values())} |")
     lines += [
         "",
-        "Where the lower end lies above 0, so does every mean without one seed: with t(S−1) that check adds nothing. "
+        "Every mean without one seed lies above 0 if the lower end does: with t(S−1) that check adds nothing. "
         "Lower ends without one seed halve the false passes of skewed seeds. Against a bad seed that no study draws "
         "nothing helps but more seeds.",
     ]

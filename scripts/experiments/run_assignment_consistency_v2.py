@@ -227,8 +227,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
+    from husai.evidence.names import GATED_NULLS
     from husai.report.figures import Panel, panels
-    from husai.report.text import GAINS, pair_rows, write_csv
+    from husai.report.text import pair_rows, write_csv
 
     names = [f"λ {a.weight:g}" for a in results.own]
     gains = {"own references": [a.gain.over_least for a in results.own]}
@@ -240,7 +241,7 @@ def draw(results, output_dir: Path) -> list[Path]:
     ]
     if results.confirmed:
         _, fresh = results.confirmed
-        names = ["mcc_alive", *(f"over {null}" for null in GAINS[1:]), "EV lost"]
+        names = ["mcc_alive", *(f"over {null}" for null in GATED_NULLS), "EV lost"]
         figures = [fresh.gain.observed, *fresh.gain.over.values(), fresh.ev_drop]
         title = f"Fresh seeds and references, λ {fresh.weight:g}: {results.acceptance.outcome}"
         drawn.append(Panel(title, "paired gain", "", names, {"": figures}))

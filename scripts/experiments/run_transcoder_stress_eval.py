@@ -95,13 +95,14 @@ def task_of(args, device) -> tuple:
 
 
 def draw(results, arms: dict, output_dir: Path) -> list[Path]:
+    from husai.evidence.names import GATED_NULLS
     from husai.report import figures
     from husai.report.text import GAINS, pair_rows, write_csv
 
     folder, names = output_dir / "figures", {"transcoder": "transcoders", "sae": "SAEs of the output"}
     scores = {arm: section.stability.scores["mcc_alive"].excess for arm, (section, _) in arms.items()}
-    excess = {name: [scores[arm][null] for null in GAINS[1:]] for arm, name in names.items()}
-    over = [f"over {null}" for null in GAINS[1:]]
+    excess = {name: [scores[arm][null] for null in GATED_NULLS] for arm, name in names.items()}
+    over = [f"over {null}" for null in GATED_NULLS]
     gain = {"gain": [getattr(results.gain, name) for name in GAINS]}
     variance = {names[arm]: [e] for arm, e in results.explained_variance.items()}
     panels = [

@@ -9,9 +9,9 @@ from husai.evidence.schemas import Alike, Control, Gain, OwnSection, RandomModel
 
 def decisions(stress: RandomModelStress) -> dict:
     """The verdict, the gain, and the SAEs that they are about: place in the results -> value."""
-    section = stress.section
-    again = {"/verdict": verdict(section, stress.random_model), "/candidate/checkpoints": section.checkpoints}
-    return again | {"/gain": gain(stress.section, stress.random_model)}
+    section, control = stress.section, stress.random_model
+    again = {"/verdict": verdict(section, control), "/candidate/checkpoints": section.checkpoints}
+    return again | {"/gain": gain(section, control)}
 
 
 def inputs(store_digest: str, random_model: Alike, shuffled: Alike | None) -> dict[str, str]:
