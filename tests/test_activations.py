@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from husai.activations.harvest import harvest_modular_addition, shuffled_coordinates
+from husai.activations.harvest import gaussian_rows, harvest_modular_addition, shuffled_coordinates
 from husai.activations.order import BatchReader
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.runs.errors import BadInput
@@ -129,18 +130,28 @@ def test_impossible_harvests_are_refused(small_subject, hook, position, named):
     assert not list((root / "activations").glob(".*.partial/manifest.json"))
 
 
-def test_shuffled_coordinates_keep_the_margins_and_lose_the_correlations(make_store, tmp_path):
-    z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([z, z + 0.01 * rows(4000, 1), -z], dim=1)
-    store = make_store(x, shard_rows=1500)
-    control = ActivationStore.open(shuffled_coordinates(store, tmp_path))
-    shuffled = control.read(0, 4000)
-    for column in range(3):
-        assert torch.equal(shuffled[:, column].sort().values, x[:, column].sort().values)
-    correlation = np.corrcoef(shuffled.numpy().T)
-    assert np.abs(correlation - np.eye(3)).max() < 0.06
-    assert control.manifest.control == "shuffled_coordinates(seed=0)"
-    assert control.digest != store.digest
+def test_gaussian_rows_keep_the_second_moments_and_nothing_else(make_store, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    sparse = (torch.rand(6000, 12, generator=g) < 0.1) * torch.rand(6000, 12, generator=g)
+    x = sparse @ torch.randn(12, 6, generator=g) + 3
+    y = x[:, :4] @ torch.randn(4, 3, generator=g)
+    stores = [make_store(rows, name=name) for rows, name in ((x, "x"), (y, "y"))]
+    drawn = [ActivationStore.open(folder) for folder in gaussian_rows(stores, tmp_path)]
+    assert {s.manifest.control for s in drawn} == {"gaussian(seed=0)"}
+    assert [(s.rows, s.manifest.heldout_rows) for s in drawn] == [(s.rows, s.manifest.heldout_rows) for s in stores]
+    of, new = (torch.cat([s.read(0, 6000) for s in each], 1).double() for each in (stores, drawn))
+    assert (new.mean(0) - of.mean(0)).abs().max() < 0.05
+    spread = of.std(0)[:, None] * of.std(0)
+    assert ((torch.cov(new.T) - torch.cov(of.T)) / spread).abs().max() < 0.06  # 4 standard errors, across hooks too
+    kurtosis = [stats.kurtosis(v.numpy()) for v in (of, new)]
+    assert kurtosis[0].max() > 1
+    assert np.abs(kurtosis[1]).max() < 0.3
+    again = gaussian_rows(stores, tmp_path / "again")
+    assert [ActivationStore.open(folder).digest for folder in again] == [s.digest for s in drawn]
+    alone = ActivationStore.open(gaussian_rows(stores[:1], tmp_path)[0]).read(0, 6000).double()
+    assert ((torch.cov(alone.T) - torch.cov(x.T.double())) / (x.std(0)[:, None] * x.std(0))).abs().max() < 0.06
+    with pytest.raises(BadInput):
+        gaussian_rows([stores[0], make_store(y[:100], name="short")], tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,3 +210,17 @@ def test_a_non_finite_shard_is_refused_when_read(make_store):
     save_file({"activations": x}, store.folder / "shard-00000.safetensors")
     with pytest.raises(BadInput, match=f"{store.folder}, rows 0 to 100: NaN"):
         store.read(0, 100)
+
+
+def test_shuffled_coordinates_keep_the_margins_and_lose_the_correlations(make_store, tmp_path):
+    z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([z, z + 0.01 * rows(4000, 1), -z], dim=1)
+    store = make_store(x, shard_rows=1500)
+    control = ActivationStore.open(shuffled_coordinates(store, tmp_path))
+    shuffled = control.read(0, 4000)
+    for column in range(3):
+        assert torch.equal(shuffled[:, column].sort().values, x[:, column].sort().values)
+    correlation = np.corrcoef(shuffled.numpy().T)
+    assert np.abs(correlation - np.eye(3)).max() < 0.06
+    assert control.manifest.control == "shuffled_coordinates(seed=0)"
+    assert control.digest != store.digest

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from husai.activations.store import ActivationStore, StoreWriter
+from husai.activations.store import ActivationStore, StoreManifest, StoreWriter
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("husai")
+DRAWN_AT_ONCE = 65_536
+"""Rows."""
 
 
 def check_hook(model: HookedTransformer, hook_name: str) -> None:
@@ -105,6 +108,62 @@ def harvest_modular_addition(
 
     publish_directory(folder, build, replace=force)
     return folder
+
+
+def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) -> list[Path]:
+    """Control stores: as many rows of the normal distribution with the joint mean and covariance of the stores.
+
+    Such rows keep every second moment and hold no feature; what SAEs trained alike on them share is owed to the
+    covariance alone. Memory: one shard and a covariance matrix.
+
+    Args:
+        stores: of the same rows at several hooks, or one.
+
+    Raises:
+        BadInput: the stores hold other numbers of rows.
+    """
+    first = stores[0].manifest
+    if any(s.rows != first.rows or s.manifest.heldout_rows != first.heldout_rows for s in stores):
+        raise BadInput("activations: stores of the same rows expected")
+    key = {"sources": [s.digest for s in stores], "seed": seed, "code": code_version(gaussian_rows)}
+    normal: list[tuple[Tensor, Tensor]] = []
+    folders, columns = [], 0
+    for store in stores:
+        m = store.manifest
+        folder = root / f"{m.subject}-gaussian-{digest(key | {'of': store.digest})[:16]}"
+
+        def build(partial: Path, store: ActivationStore = store, m: StoreManifest = m, start: int = columns) -> None:
+            if not normal:
+                normal.append(_joint_normal(stores))
+            mean, root_of_covariance = (t[start : start + store.d_in] for t in normal[0])
+            writer = StoreWriter(partial, store.d_in, m.dtype)
+            for row in range(0, m.rows, DRAWN_AT_ONCE):
+                size = min(DRAWN_AT_ONCE, m.rows - row), len(normal[0][0])
+                z = torch.randn(size, generator=generator(seed, "gaussian", row), dtype=torch.float64)
+                writer.append((z @ root_of_covariance.T + mean).float())
+            about = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed
+            writer.finish(*about, control=f"gaussian(seed={seed})", heldout_rows=m.heldout_rows)
+
+        publish_directory(folder, build)
+        folders.append(folder)
+        columns += store.d_in
+    return folders
+
+
+def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
+    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64."""
+    mean = torch.cat([s.stats()[0] for s in stores])
+    if len(stores) == 1:
+        covariance = stores[0].stats()[1]
+    else:
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for start in range(0, stores[0].rows, DRAWN_AT_ONCE):
+            stop = min(start + DRAWN_AT_ONCE, stores[0].rows)
+            centred = torch.cat([s.read(start, stop).double() for s in stores], 1) - mean
+            covariance += centred.T @ centred
+        covariance /= max(1, stores[0].rows - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    return mean, vectors * values.clamp_min(0).sqrt()
 
 
 def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> Path:
