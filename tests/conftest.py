@@ -38,14 +38,17 @@ def _time_limit():
 
 @pytest.fixture
 def make_store(tmp_path):
-    """`make_store(x)` -> an opened store of the rows `x [rows, d_in]`."""
+    """`make_store(x)` -> an opened store of the rows `x [rows, d_in]`, with labels `[rows]` by name if given."""
 
-    def make(x: torch.Tensor, name: str = "store", shard_rows: int = 65_536, **manifest) -> ActivationStore:
+    def make(
+        x: torch.Tensor, name: str = "store", shard_rows: int = 65_536, labels: dict | None = None, **manifest
+    ) -> ActivationStore:
         folder = tmp_path / name
         folder.mkdir()
         writer = StoreWriter(folder, x.shape[1], shard_rows=shard_rows)
-        for part in x.split(1000):
-            writer.append(part)
+        for start in range(0, len(x), 1000):
+            part = slice(start, start + 1000)
+            writer.append(x[part], {name: of[part] for name, of in (labels or {}).items()})
         about = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"} | manifest
         writer.finish(**({"row_seed": 0, "control": None} | about))
         return ActivationStore.open(folder)

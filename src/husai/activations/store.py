@@ -216,6 +216,12 @@ class ActivationStore:
     def d_in(self) -> int:
         return self.manifest.d_in
 
+    @property
+    def labelled(self) -> bool:
+        """Whether rows say their `document` and `token`."""
+        with safe_open(self.folder / self.manifest.shards[0].file, framework="pt") as f:
+            return {"document", "token"} <= set(f.keys())
+
     def stats(self) -> tuple[Tensor, Tensor]:
         """(mean `[d_in]`, covariance `[d_in, d_in]`), float64, over all rows."""
         stats = load_file(self.folder / "stats.safetensors")

@@ -1,0 +1,160 @@
+"""Prototypes: directions that the activations give without training. Single rows, means of tokens, centroids.
+
+Every seed finds them again, so that a score of stability does not tell them from features. They enter twice: features
+whose direction lies near a prototype are told apart (`of_store`, `apart`), and an SAE must code better than a
+dictionary of them (`dictionary`, `Code`). Stores are read in blocks: memory does not grow with their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from husai.activations.store import ActivationStore
+from husai.runs.cells import Cells
+from husai.runs.code import code_version
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, write_bytes
+from husai.stability.matching import unit_rows
+from husai.training.trainer import TrainingConfig
+
+NEAR = 0.7
+"""Signed cosine from which a feature is prototype-like."""
+LEAST = 5
+"""Occurrences that the mean of a token needs."""
+BLOCK = 16_384
+"""Rows, or prototypes, in memory at a time."""
+SAMPLE, SAMPLE_A_CENTROID = 32_768, 4
+"""Rows that k-means and random rows are drawn from: at most so many, or so many for each direction if that is more."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Membership
+
+
+def of_store(store: ActivationStore, artifact_root: Path, width: int) -> Tensor:
+    """Prototypes of a third of the documents, unit rows `[n, d_in]`; found, or made and kept.
+
+    Args:
+        artifact_root: they lie below it, in controls/, for all phases on the store.
+        width: number of features of the SAEs, and of centroids.
+    """
+    root = artifact_root / "controls"
+    key = {"store": store.digest, "width": width, "code": code_version(of_store)}
+    file = root / "prototypes" / f"{digest(key)[:16]}.safetensors"
+
+    def compute() -> tuple[int, list[Path]]:
+        made = prototypes(store, width)
+        write_bytes(file, to_bytes({"prototypes": made.contiguous()}))
+        return len(made), [file]
+
+    Cells(root / "cells").get("prototypes", key, compute)
+    return load_file(file)["prototypes"]
+
+
+def prototypes(store: ActivationStore, width: int) -> Tensor:
+    """Unit rows: centroids of a third and, where tokens are known, the mean of each that stands there LEAST times.
+
+    Each counts with the mean of all rows and without it.
+    """
+    mean = store.stats()[0].float()
+    x, _ = sample(store, True, width)
+    made = [clusters(x, width, 0)]
+    if store.labelled:
+        made.append(token_means(store, True)[1])
+    p = torch.cat(made)
+    return unit_rows(torch.cat([p, p - mean]))
+
+
+@torch.no_grad()
+def apart(W_dec: Tensor, prototypes: Tensor) -> Tensor:
+    """Whether each direction is far from every prototype, bool `[d_sae]`."""
+    U = unit_rows(W_dec.to(prototypes))
+    return torch.stack([(U @ part.T).amax(1) < NEAR for part in prototypes.split(BLOCK)]).all(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a store
+
+
+def blocks(store: ActivationStore, third: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(rows `[n, d_in]`, their tokens `[n]` where known) of the training rows, in blocks.
+
+    Args:
+        third: of every third document; else of all others. Of rows, where there are no documents.
+    """
+    rows, _ = store.split(TrainingConfig.heldout_fraction)
+    for start in range(0, len(rows), BLOCK):
+        stop = min(start + BLOCK, len(rows))
+        tokens, numbers = None, torch.arange(start, stop)
+        if store.labelled:
+            tokens, numbers = (store.labels(name, start, stop) for name in ("token", "document"))
+        chosen = (numbers % 3 == 0) == third
+        if chosen.any():
+            yield store.read(start, stop)[chosen], None if tokens is None else tokens[chosen]
+
+
+def sample(store: ActivationStore, third: bool, width: int) -> tuple[Tensor, Tensor | None]:
+    """The first rows, which are a random sample because rows lie in random order, and their tokens.
+
+    Raises:
+        BadInput: there are none.
+    """
+    most, x, tokens = max(SAMPLE, SAMPLE_A_CENTROID * width), [], []
+    for part, of_part in blocks(store, third):
+        x.append(part)
+        tokens += [] if of_part is None else [of_part]
+        if sum(map(len, x)) >= most:
+            break
+    if not x:
+        raise BadInput(f"activation store: {store.folder}: no rows to make prototypes of; several documents expected")
+    return torch.cat(x)[:most], torch.cat(tokens)[:most] if tokens else None
+
+
+def token_means(store: ActivationStore, third: bool) -> tuple[Tensor, Tensor]:
+    """(tokens that stand there LEAST times, the commonest first; the mean row of each `[n, d_in]`).
+
+    Memory: a row for each of these tokens.
+    """
+    counts = torch.zeros(1, dtype=torch.int64)
+    for _, tokens in blocks(store, third):
+        assert tokens is not None
+        seen = tokens.bincount(minlength=len(counts))
+        seen[: len(counts)] += counts
+        counts = seen
+    chosen = commonest(counts, LEAST)
+    place = torch.full((len(counts),), -1)
+    place[chosen] = torch.arange(len(chosen))
+    sums = torch.zeros(len(chosen), store.d_in, dtype=torch.float64)
+    for x, tokens in blocks(store, third):
+        assert tokens is not None
+        at = place[tokens]
+        sums.index_add_(0, at[at >= 0], x[at >= 0].double())
+    return chosen, (sums / counts[chosen, None]).float()
+
+
+def commonest(counts: Tensor, least: int) -> Tensor:
+    """Tokens that stand somewhere `least` times, the commonest first.
+
+    Args:
+        counts: occurrences of each token `[vocabulary]`.
+    """
+    order = counts.argsort(descending=True, stable=True)
+    return order[counts[order] >= max(1, least)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What prototypes are made by
+
+
+def clusters(x: Tensor, n: int, seed: int) -> Tensor:
+    """Centroids of k-means, as many as there are rows if these are fewer, `[n, d_in]`."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    made = MiniBatchKMeans(min(n, len(x)), random_state=seed, n_init=1, batch_size=1024, max_iter=5).fit(x.numpy())
+    return torch.from_numpy(made.cluster_centers_).float()
