@@ -49,7 +49,7 @@ PARTS = 8
 
 
 def noise_in(regime: str) -> simulate.Noise:
-    found = simulate.measured(REPOSITORY / "docs" / "evidence")
+    found = simulate.measured(REPOSITORY / "docs")
     for gate, spread in found.items():
         if regime == "unequal arms":
             found[gate] = simulate.NoiseSpread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)

@@ -18,7 +18,7 @@ from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.runs.files import REPOSITORY
 from husai.testing import simulate
 
-NOISE = simulate.measured(REPOSITORY / "docs" / "evidence")
+NOISE = simulate.measured(REPOSITORY / "docs")
 
 
 def bundle(seeds: int = 5, **sizes: float) -> Bundle:
@@ -137,7 +137,7 @@ def test_a_caller_may_ask_for_more():
     setting, arms = Setting.model_validate(found["setting"]), [found["transcoder"], found["sae"]]
     sections = [Section.model_validate(arm) for arm in arms]
     assert rules.transcoder(setting, *sections).failing() == []
-    assert rules.transcoder(setting, *sections, minimum=10.0).failing() == ["isotropic", "untrained", "spectral"]
+    assert rules.transcoder(setting, *sections, minimum=10.0).failing() == ["isotropic", "spectral", "gaussian"]
 
 
 @given(end=st.one_of(st.none(), st.floats()), threshold=st.floats(allow_nan=False, allow_infinity=False))

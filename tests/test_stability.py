@@ -14,14 +14,14 @@ from scipy import stats
 import processes
 from husai.evidence import contrast, names, rules, stability
 from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
-from husai.evidence.names import ALIVE, GAP
+from husai.evidence.names import ALIVE, GAP, OTHERS, SCORES
 from husai.evidence.schemas import Gain, Interval, OwnSection, PulledSection, SparsitySection
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import compare, independence, nulls, study
 from husai.stability.compare import Dictionary
 from husai.stability.matching import match
-from husai.stability.scores import max_cosines, mcc, pwmcc, score
+from husai.stability.scores import FEWEST, max_cosines, mcc, pwmcc, score
 
 
 def gaussian(seed, features, d=128):
@@ -46,15 +46,20 @@ def rows(seed, n, d=12):
 
 @given(st.integers(0, 10**6), st.integers(2, 40))
 @settings(max_examples=30, deadline=None)
-def test_permuted_rescaled_sign_flipped_copy_scores_one(seed, n):
+def test_a_permuted_rescaled_copy_scores_one_and_its_negative_only_by_abs_cosines(seed, n):
     a = rows(seed, n)
     g = torch.Generator().manual_seed(seed + 1)
-    signs = torch.randint(0, 2, (n, 1), generator=g) * 2 - 1
-    b = (a * signs * (torch.rand(n, 1, generator=g) + 0.1))[torch.randperm(n, generator=g)]
+    b = (a * (torch.rand(n, 1, generator=g) + 0.1))[torch.randperm(n, generator=g)]
     everything = torch.ones(n, dtype=torch.bool)
-    scores = score(a, b, everything, everything)
+    scores = score(a, b, everything, everything, (*SCORES, *(OTHERS if n >= FEWEST else ())), everything, everything)
     assert scores.pop(GAP) == 0
-    assert all(v == pytest.approx(1, abs=1e-5) for v in scores.values())
+    assert {name for name, v in scores.items() if v != pytest.approx(1, abs=1e-5)} == set()
+    signs = torch.randint(0, 2, (n, 1), generator=g) * 2 - 1
+    turned = score(a, b * signs, everything, everything)
+    absolute = {name: v for name, v in turned.items() if name.startswith("pwmcc") or name.endswith("_abs")}
+    assert all(v == pytest.approx(1, abs=1e-5) for v in absolute.values())
+    assert turned["mcc_alive"] <= turned["mcc_alive_abs"] + 1e-6
+    assert score(rows(seed, 1), -rows(seed, 1), everything[:1], everything[:1])["mcc"] == 0
 
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30))
@@ -72,7 +77,7 @@ def test_scores_are_symmetric_and_bounded(seed, n, m):
 def test_mcc_against_all_assignments(n, m):
     a, b = rows(1, n, 3), rows(2, m, 3)
     unit = lambda x: x / x.norm(dim=1, keepdim=True)  # noqa: E731
-    cosines = (unit(a) @ unit(b).T).abs().numpy()
+    cosines = (unit(a) @ unit(b).T).clamp_min(0).numpy()
     cosines = cosines if n <= m else cosines.T
     best = max(cosines[range(min(n, m)), list(p)].mean() for p in permutations(range(max(n, m)), min(n, m)))
     assert mcc(a, b) == pytest.approx(best, abs=1e-6)
@@ -196,7 +201,8 @@ def test_features_on_single_components_have_no_excess_and_others_do():
     everything = torch.ones(d, dtype=torch.bool)
     axis_aligned = Dictionary(torch.eye(d), everything)
     value = compare.pair(axis_aligned, axis_aligned, spectrum, 10, 1)
-    assert value["spectral"]["mean"]["mcc"] == pytest.approx(value["observed"]["mean"]["mcc"], abs=1e-6)
+    absolute = [value[name]["mean"]["mcc_alive_abs"] for name in ("spectral", "observed")]
+    assert absolute[0] == pytest.approx(absolute[1], abs=1e-6), "signs alone are no features"
     mixed = Dictionary(torch.linalg.qr(rows(0, d, d))[0], everything)
     value = compare.pair(mixed, mixed, spectrum, 10, 1)
     assert value["observed"]["mean"]["mcc"] - value["spectral"]["mean"]["mcc"] > 0.3
@@ -322,14 +328,16 @@ def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
             "b": labels[j],
             "observed": score(0.5 + excess[i, j]),
             "isotropic": score(0.2),
-            "untrained": score(0.2),
+            "gaussian": score(0.2),
             "spectral": score(0.5),
         }
         for i, j in combinations(range(len(seeds)), 2)
     ]
     each = {n: interval(low, low, low) for n, low in zip(names.GATED_NULLS, lows, strict=True)}
-    summary = {"observed": interval(0.5), "nulls": {}, "excess": each}
-    verdict = {"score": "mcc_alive", "outcome": "", "reason": "", "highest_null": "spectral", "equivalence": None}
+    spread = {"mean": 0.2, "draws": 0, "q95_of_mean": None}
+    summary = {"observed": interval(0.5), "nulls": dict.fromkeys(names.GATED_NULLS, spread), "excess": each}
+    verdict = {"score": "mcc_alive", "outcome": "MISSING", "reason": "", "sentence": "", "highest_null": "spectral"}
+    verdict["equivalence"] = None
     members = [
         {"label": label, "seed": seed, "checkpoint_sha256": "0" * 64}
         | {"heldout": {"explained_variance": v, "mse": 0.1, "l0": 1.0, "dead_share": 0.0}}
@@ -345,6 +353,8 @@ def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
                 "verdict": verdict | {"claimable_excess": each["spectral"]},
             },
             "pairs": pairs,
+            "gaussian": None,
+            "others": None,
         }
     )
 
@@ -379,7 +389,7 @@ def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
         pair["spectral"]["mcc_alive"] -= 0.1
     found = contrast.gain([less], [control])
     assert found.spectral.low > 0 > found.isotropic.high
-    assert found.least in ("isotropic", "untrained")
+    assert found.least in ("isotropic", "gaussian")
     assert rules.gain_verdict(found, 5) == "not shown to differ"
 
 
@@ -538,36 +548,87 @@ def test_tost():
 # Verdict
 
 
-def outcome(seeds=5, excess=0.2, noise=0.02, missing=()):
-    """Summary of made-up pairs whose observed score exceeds each null by `excess` on average."""
+def outcome(seeds=5, excess=0.2, noise=0.02, missing=(), scores=(*names.SCORES, *names.OTHERS), **by_score):
+    """Verdict on made-up pairs whose observed scores exceed each null by `excess` on average.
+
+    Args:
+        by_score: another excess of the scores that begin like this.
+    """
     rng = np.random.default_rng(0)
     effect = rng.normal(0, noise, seeds)
-    values = lambda x: {"mean": dict.fromkeys(names.SCORES, x) | {GAP: 0.0}, "draws": None}  # noqa: E731
-    nulls_ = [n for n in (*names.GATED_NULLS, "covariance_matched") if n not in missing]
+
+    def values(of_pair=0.0, observed=False):
+        more = {s: next((v for n, v in by_score.items() if s.startswith(n)), excess) for s in scores}
+        return {"mean": {s: 0.3 + observed * (more[s] + of_pair) for s in scores} | {GAP: 0.0}, "draws": None}
+
+    nulls_ = [n for n in names.GATED_NULLS if n not in missing]
     pairs = {
-        (i, j): {"observed": values(0.3 + excess + effect[i] + effect[j])} | {n: values(0.3) for n in nulls_}
+        (i, j): {"observed": values(effect[i] + effect[j], True)} | {n: values() for n in nulls_}
         for i, j in combinations(range(seeds), 2)
     }
-    reasons = {"shuffled": "not run"} | dict.fromkeys(missing, "not given")
-    return stability.summarise([str(i) for i in range(seeds)], pairs, reasons).verdict
+    return stability.summarise([*map(str, range(seeds))], pairs, dict.fromkeys(missing, "not given")).verdict
 
 
 def test_verdicts():
-    assert outcome().outcome == "above chance"
+    assert outcome().outcome == "PASS"
     assert outcome().claimable_excess.low > 0
-    assert outcome(excess=0.0).outcome == "not above chance"
-    assert outcome(excess=-0.3).outcome == "not above chance"
+    assert outcome(excess=0.0).outcome == "FAIL"
+    assert outcome(excess=-0.3).outcome == "FAIL"
     unclear = outcome(excess=0.02, noise=0.2)
-    assert unclear.outcome == "not above chance"
+    assert unclear.outcome == "FAIL"
     assert not unclear.equivalence["equivalent"], "a wide interval is no evidence of equality"
     assert outcome(excess=0.0, noise=1e-4).equivalence["equivalent"]
     assert outcome().equivalence is None
     for n in (2, 3, 4):
-        assert outcome(seeds=n).outcome == "inconclusive", "fewer than five seeds are never a pass"
+        assert outcome(seeds=n).outcome == "MISSING", "fewer than five seeds are never a pass"
+        assert outcome(seeds=n).sentence == rules.LICENCES[0][1]
     for null in names.GATED_NULLS:
         verdict = outcome(missing=(null,))
-        assert verdict.outcome == "inconclusive"
+        assert verdict.outcome == "MISSING"
         assert null in verdict.reason
+
+
+def test_an_effect_below_the_registered_one_is_none():
+    least = rules.STABILITY.threshold
+    assert least > 0
+    assert outcome(excess=least - 1e-3, noise=1e-5).outcome == "FAIL"
+    assert outcome(excess=least + 1e-3, noise=1e-5).outcome == "PASS"
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (outcome(excess=0.0), 0),
+        (outcome(missing=("spectral", "gaussian")), 1),
+        (outcome(missing=("gaussian",)), 2),
+        (outcome(mcc_alive_abs=0.0), 1),
+        (outcome(share70=0.0), 3),
+        (outcome(mcc_others=0.0), 4),
+        (outcome(share70_others=0.0), 4),
+        (outcome(scores=names.ALIVE), 4),
+        (outcome(), 5),
+    ],
+)
+def test_what_was_beaten_licenses_a_sentence(found, line):
+    assert found.sentence == rules.LICENCES[line][1]
+    assert (found.outcome == "PASS") == (line == 5)
+
+
+def test_too_few_features_without_prototypes_score_nothing():
+    a, few = rows(1, 30), torch.arange(30) < FEWEST - 1
+    everything = torch.ones(30, dtype=torch.bool)
+    scored = score(a, a, everything, everything, (*SCORES, *OTHERS), few, everything)
+    assert [scored[name] for name in OTHERS] == [0, 0, 0]
+    assert scored["mcc_alive"] == pytest.approx(1)
+
+
+def test_a_control_without_others_counts_whole():
+    g = torch.Generator().manual_seed(0)
+    W, alive = torch.randn(40, 12, generator=g), torch.ones(40, dtype=torch.bool)
+    of = torch.nn.functional.normalize(W[:35], dim=1)
+    (own,), (control,) = (tell([Dictionary(W, alive)], of) for tell in (study.told_apart, study.control_apart))
+    assert own.others.sum() <= 5
+    assert control.others.all()
 
 
 def test_shared_decoders_and_initialisations_are_refused():

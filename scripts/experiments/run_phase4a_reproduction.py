@@ -66,14 +66,15 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         sections["published"] = trained(args, cells, device, published(args))
     inputs = {"subject": ours.subject_digest, "activation store": ours.store_digest}
     inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in ours.members}
+    inputs |= ours.control_inputs
     results = Phase4a.model_validate(
         {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED},
     )
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
     for section in sections.values():
         if isinstance(section, Phase4aSection):
-            controls = [*(section.control or []), *(section.random_model or [])]
-            folders = [m.checkpoint for m in section.members] + [m.checkpoint for m in controls if m.checkpoint]
+            folders = [m.checkpoint for m in section.members]
+            folders += [m.checkpoint for m in section.random_model or [] if m.checkpoint]
             files += study.checkpoint_files(cells, folders)
     return results.to_json(), files
 
@@ -83,7 +84,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def own(args) -> dict:
-    """A transformer that solved its task, read at "="; a control on shuffled coordinates beside it."""
+    """A transformer that solved its task, read at "="; the controls of a verdict beside it."""
     from husai.subjects.modular_addition import ModularAdditionConfig
     from husai.training.trainer import TrainingConfig
 
@@ -99,7 +100,7 @@ def own(args) -> dict:
         "learning_rate": args.learning_rate,
         "recipe": TrainingConfig(tokens=args.tokens, batch_size=args.batch_size),
         "null_draws": args.null_draws,
-        "shuffled": True,
+        "judged": True,
     }
 
 
@@ -130,7 +131,7 @@ def published(args) -> dict:
             b_dec_init="mean",
         ),
         "null_draws": min(20, args.null_draws),
-        "shuffled": False,
+        "judged": False,
     }
 
 
@@ -143,20 +144,19 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
 
 
 def trained(args, cells, device, protocol: dict):
-    """Train one SAE a seed (and the controls: shuffled coordinates, the random-weights model), and score every pair."""
-    from husai.activations.harvest import shuffled_coordinates
-    from husai.activations.store import ActivationStore
+    """Train one SAE a seed (and the controls: Gaussian rows, the random-weights model), and score every pair."""
     from husai.evidence.schemas import AlikeMember, Phase4aMember, Phase4aSection
     from husai.runs.subjects import is_language_model
-    from husai.stability import study
+    from husai.stability import controls, prototypes, study
     from husai.training.grid import members, train_or_find
 
     store = open_store(args, device, protocol)
     grid = members(args.seeds, [protocol["d_sae"]], [protocol["k"]], [protocol["learning_rate"]])
     arms = [train_or_find(cells, store, grid, protocol["recipe"], device, args.threads)]
-    if protocol["shuffled"]:
-        shuffled_store = ActivationStore.open(shuffled_coordinates(store, args.artifact_root / "activations"))
-        arms.append(train_or_find(cells, shuffled_store, grid, protocol["recipe"], device, args.threads))
+    of = gaussian = None
+    if protocol["judged"]:
+        gaussian = controls.gaussian(args.artifact_root, store, grid, protocol["recipe"], device, args.threads)
+        of = prototypes.of_store(store, args.artifact_root, protocol["d_sae"])
 
     language_model = is_language_model(protocol["subject"])
     if language_model and protocol["store"] is None:
@@ -164,19 +164,17 @@ def trained(args, cells, device, protocol: dict):
         arms.append(train_or_find(cells, random_store, grid, protocol["recipe"], device, args.threads))
 
     own_records, *others = [arm["members"] for arm in arms]
-    control = others.pop(0) if protocol["shuffled"] else None
     random_model = others.pop() if others else None
     steps = arms[0]["snapshot_steps"]
-    arguments = cells, store, own_records, steps, protocol["null_draws"], args.threads, control
-    section, drawn = study.score_trained(*arguments, random_model=random_model)
+    arguments = cells, store, own_records, steps, protocol["null_draws"], args.threads, gaussian
+    section, drawn = study.score_trained(*arguments, random_model=random_model, of=of)
     fields = dict(section) | dict(drawn) | {name: arms[0][name] for name in ("curve_steps", "snapshot_steps")}
     fields["members"] = [
         Phase4aMember(**dict(m), curve=r["curve"], aux_steps=r["aux_steps"])
         for m, r in zip(section.members, own_records, strict=True)
     ]
-    for name, records in (("control", control), ("random_model", random_model)):
-        if records:
-            fields[name] = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields}) for r in records]
+    if random_model:
+        fields["random_model"] = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields}) for r in random_model]
     if language_model:
         fields["cross_entropy"] = cross_entropy(args, cells, device, store, section)
     return Phase4aSection(**fields)
@@ -214,7 +212,7 @@ def supplied(args, cells, device):
     from husai.dictionaries import foreign
     from husai.evidence.schemas import Heldout, Phase4aSupplied, SuppliedMember
     from husai.runs.files import sha256_file
-    from husai.stability import independence, study
+    from husai.stability import independence, prototypes, study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
@@ -227,14 +225,13 @@ def supplied(args, cells, device):
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
         members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
-    missing = {"shuffled": "the SAEs were not trained here"}
-    if not args.untrained_root:
-        missing["untrained"] = "the SAEs' untrained states are not known; --untrained-root gives them"
+    missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_one_training(labels, [d.W_dec for d in dictionaries])
-    arguments = cells, store, labels, dictionaries, None, args.null_draws, args.threads, missing
-    compared, drawn = study.compare_all(*arguments)
+    of = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
+    arguments = cells, store, labels, dictionaries, args.null_draws, args.threads, missing
+    compared, drawn = study.compare_all(*arguments, of=of)
     return Phase4aSupplied(members=members, **dict(compared), **dict(drawn))
 
 
@@ -279,8 +276,8 @@ def table(section) -> list[str]:
     dead = [m.heldout.dead_share for m in members]
     lines = [
         f"**{verdict.outcome}**: {verdict.reason}. "
-        f"Excess of `{verdict.score}` over the highest required null ({verdict.highest_null}): "
-        f"{interval(verdict.claimable_excess)}.",
+        f"Excess of `{verdict.score}` over the highest control ({verdict.highest_null}): "
+        f"{interval(verdict.claimable_excess)}. {verdict.sentence}",
         "",
         f"{len(members)} SAEs on {section.hook_name}, {section.rows} rows of {section.d_in} coordinates "
         f"(effective rank {section.effective_rank:.1f}); held-out explained variance {min(ev):.4f} to "
@@ -290,8 +287,7 @@ def table(section) -> list[str]:
         "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
         "|---|---|---|---|---|",
     ]
-    for name in ("mcc_alive", "pwmcc_alive", "share70_alive", "mcc", "pwmcc", "share70"):
-        score = stability.scores[name]
+    for name, score in stability.scores.items():
         for i, (null, value) in enumerate(score.nulls.items()):
             first = f"`{name}` | {interval(score.observed)}" if i == 0 else " | "
             lines.append(f"| {first} | {null} | {value.mean:.4f} | {interval(score.excess[null])} |")

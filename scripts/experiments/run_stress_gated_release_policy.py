@@ -64,6 +64,12 @@ def parse():
         help="of the bound (default: %(default)s)",
     )
     p.add_argument(
+        "--min-stability-excess",
+        type=finite_float,
+        default=levels.MIN_STABILITY_EXCESS,
+        help="over each control (default: %(default)s)",
+    )
+    p.add_argument(
         "--min-transcoder-delta",
         type=finite_float,
         default=levels.MIN_TRANSCODER_GAIN,
@@ -108,9 +114,7 @@ def main() -> None:
         "transcoder": args.transcoder_results,
         "ood": args.ood_results,
     }
-    thresholds = Thresholds(
-        args.min_transcoder_delta, args.max_ood_drop, args.min_saebench_delta, args.min_cebench_delta, args.alpha
-    )
+    thresholds = Thresholds(**{name: getattr(args, name) for name in vars(Thresholds())})
     waived = dict(zip(args.waive, args.reason, strict=True))
     if args.external_mode != "joint":
         other = "cebench" if args.external_mode == "saebench" else "saebench"

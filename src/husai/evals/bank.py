@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from torch import Tensor
+
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
+from husai.activations.store import ActivationStore
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, sae_probes, saebench
 from husai.evals.baselines import Summary
@@ -26,7 +29,7 @@ from husai.runs.cli import prepare
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import content_or_name, sha256_file
-from husai.stability import study
+from husai.stability import controls, prototypes, study
 from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
@@ -71,6 +74,8 @@ class BankPlan:
     device: str
     threads: int
     force: bool = False
+    judged: bool = False
+    """Whether a verdict of stability is asked: its controls are trained, and prototypes told apart."""
 
     @property
     def places(self) -> Places:
@@ -192,7 +197,8 @@ def evaluated(plan: BankPlan) -> Bank:
     groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
-        section, _ = study.score_trained(*arguments, no_control="not part of this study", scores=ALIVE)
+        of, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
+        section, _ = study.score_trained(*arguments, gaussian, scores=ALIVE, of=of)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
     subject = pretrained.load(plan.subject, device=device)
@@ -247,12 +253,23 @@ def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
     groups = []
     for budget in plan.budgets:
         grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*wanted, *missing))
-        recipe = TrainingConfig(tokens=budget, batch_size=min(plan.batch_size, budget))
-        result = train_or_find(cells, store, grid, recipe, device, plan.threads)
+        result = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
         for family, d_sae, k in product((*wanted, *missing), plan.d_saes, plan.ks):
             of = [m for m in result["members"] if (m["family"], m["d_sae"], m["k"]) == (family, d_sae, k)]
             groups.append(TrainedGroup(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
     return groups
+
+
+def controls_of(plan: BankPlan, g: TrainedGroup, store: ActivationStore, device) -> tuple[Tensor, study.ControlArm]:
+    """(prototypes of the store, SAEs trained alike on Gaussian rows)."""
+    root = Path(plan.artifact_root)
+    grid = members(plan.seeds, [g.d_sae], [g.k], [plan.learning_rate], (g.family,))
+    gaussian = controls.gaussian(root, store, grid, recipe_of(plan, g.budget), device, plan.threads)
+    return prototypes.of_store(store, root, g.d_sae), gaussian
+
+
+def recipe_of(plan: BankPlan, budget: int) -> TrainingConfig:
+    return TrainingConfig(tokens=budget, batch_size=min(plan.batch_size, budget))
 
 
 def key_of(plan: BankPlan, saes: LoadedSAEs) -> dict:

@@ -18,7 +18,7 @@ from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import evaluate
 
 STABLE = 0.7
-"""|cos| with its partner from which a feature counts as found again; `share70` has the same bar."""
+"""Cosine with its partner from which a feature counts as found again; `share70` has the same bar."""
 CONTEXTS = 8
 WINDOW = 24  # tokens of a context
 
@@ -28,7 +28,7 @@ class Partners:
     """The features of one SAE in the others, one to one."""
 
     features: np.ndarray  # int [others, d_sae]
-    cosines: np.ndarray  # float64 [others, d_sae], |cos| with them
+    cosines: np.ndarray  # float64 [others, d_sae], cosines with them; negative ones count 0
 
     @property
     def stable(self) -> np.ndarray:
@@ -53,7 +53,7 @@ def partners(candidates: list[LoadedSAE]) -> Partners:
     cosines = np.empty((len(others), first.d_sae))
     with progress("matching features", len(others)) as advance:
         for i, other in enumerate(others):
-            found = match(first.W_dec.cpu(), other.sae.W_dec.cpu())
+            found = match(first.W_dec.cpu(), other.sae.W_dec.cpu(), signed=True)
             features[i, found.rows], cosines[i, found.rows] = found.columns, found.cosines
             advance(1)
     return Partners(features, cosines)

@@ -56,17 +56,16 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
     return grid
 
 
-def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> tuple[list[Dictionary], dict[str, str]]:
-    """(the candidate's dictionaries, null -> why it is not there).
+def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> list[Dictionary]:
+    """The candidate's dictionaries.
 
     Args:
         before: checkpoints of its SAEs before training, in their order, where these do not keep them themselves.
     """
     folders = [foreign.folder_of(c.folder) for c in tested.saes]
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
-        return [study.own_dictionary(folder) for folder in folders], {}
-    missing = {} if before else {"untrained": "the SAEs' untrained states are not beside them"}
-    return _external(tested.saes, before), missing
+        return [study.own_dictionary(folder) for folder in folders]
+    return _external(tested.saes, before)
 
 
 def section_of(
@@ -83,20 +82,17 @@ def section_of(
     Args:
         store: whose principal components the spectral null is drawn in.
     """
-    dictionaries, missing = own_dictionaries(tested)
-    if shuffled is None:
-        missing["shuffled"] = "the SAEs were not trained here"
+    dictionaries, missing = own_dictionaries(tested), {"gaussian": "not part of this test"}
     members = [c.member for c in tested.saes]
     compared, drawn = study.compare_all(
         cells,
         store,
         [m.label for m in members],
         dictionaries,
-        None if shuffled is None else shuffled.dictionaries,
         draws,
         threads,
         missing,
-        random_model.dictionaries,
+        random_model=random_model.dictionaries,
     )
     return OwnSection(members=members, **dict(compared)), drawn
 
@@ -107,10 +103,8 @@ def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws:
     Args:
         labels: the candidate's.
     """
-    missing = {"shuffled": "not part of this control"}
-    if any(d.untrained is None for d in random_model.dictionaries):
-        missing["untrained"] = "the SAEs' untrained states are not beside them"
-    arguments = random_model.store, labels, random_model.dictionaries, None, draws, threads, missing
+    missing = {"gaussian": "not part of this test"}
+    arguments = random_model.store, labels, random_model.dictionaries, draws, threads, missing
     compared, _ = study.compare_all(cells, *arguments, scores=ALIVE)
     return Control(**dict(random_model.alike), stability=compared.stability, pairs=compared.pairs)
 

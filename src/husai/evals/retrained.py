@@ -67,6 +67,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         saebench=True,
         data_sets=data_sets,
         cebench=True,
+        judged=True,
         pair_sets=left(PAIR_SETS.split(",")),
         **bank.places_of(args),
     )
@@ -78,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
     return Retrained(
         phase="candidate_confirmation",
-        inputs=found.inputs | {"selection": sha256},
+        inputs=found.inputs | found.sections[0].control_inputs | {"selection": sha256},
         subject=subject,
         candidate=candidate,
         paths={str(m.seed): m.checkpoint for m in found.sections[0].members},

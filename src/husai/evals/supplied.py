@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from husai.dictionaries import foreign
+from husai.dictionaries.families import SAE_FAMILIES
 from husai.dictionaries.sae import SAE
 from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
@@ -29,13 +30,17 @@ from husai.evidence.schemas import (
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
-from husai.stability import independence, study
+from husai.stability import controls, independence, prototypes, study
 from husai.stability.compare import Dictionary
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
+from husai.training.stack import Member
+from husai.training.trainer import TrainingConfig
 
 MINIMUM = 3
 """SAEs, for an interval over seeds; five for a verdict."""
+PASSES, LEARNING_RATE = 10, 1e-3
+"""Over the Gaussian rows, where SAEs do not say how they were trained."""
 NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
 """Further seeds of probes and drawn pairs, and numbers of features, as in the studies."""
 
@@ -170,7 +175,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     group = saes.group
     if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
         saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
-    section, untrained = stability(cells, saes, untrained_of(args), args.null_draws, args.threads)
+    section, untrained = stability(cells, saes, untrained_of(args), args, device)
     where = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     setup = saebench.Setup(names, KS, PROBING_SEED, NOISE_SEEDS, probing=args.probing)
     probing, _ = saebench.evaluate(saes, setup, where, cells)
@@ -189,7 +194,9 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     return Supplied(
         phase="candidate_confirmation",
         origin="supplied",
-        inputs=saes.inputs() | {f"untrained {seed}": sha256 for seed, sha256 in (untrained or {}).items()},
+        inputs=saes.inputs()
+        | section.control_inputs
+        | {f"untrained {seed}": sha256 for seed, sha256 in (untrained or {}).items()},
         subject=saes.name,
         candidate=group,
         paths=dict(zip(group.checkpoints, paths, strict=True)),
@@ -204,7 +211,7 @@ def _of_condition(c: LoadedSAE, condition: str) -> LoadedSAE:
 
 
 def stability(
-    cells: Cells, saes: LoadedSAEs, untrained: dict[Path, Path], draws: int, threads: int
+    cells: Cells, saes: LoadedSAEs, untrained: dict[Path, Path], args: argparse.Namespace, device: torch.device
 ) -> tuple[OwnSection, dict[str, str] | None]:
     """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them).
 
@@ -212,12 +219,33 @@ def stability(
         untrained: checkpoint -> the same SAE before training, where the user gives them.
     """
     before = [untrained[c.folder] for c in saes.saes] if untrained else None
-    dictionaries, missing = random_model.own_dictionaries(saes, before)
-    missing["shuffled"] = "the SAEs were not trained here"
+    dictionaries = random_model.own_dictionaries(saes, before)
     members, states = [c.member for c in saes.saes], None
-    if "untrained" not in missing:
+    if all(d.untrained is not None for d in dictionaries):
         files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
     labels = [m.label for m in members]
-    compared, _ = study.compare_all(cells, saes.store, labels, dictionaries, None, draws, threads, missing)
+    grid, config = trained_alike(saes)
+    gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
+    of = prototypes.of_store(saes.store, args.artifact_root, grid[0].d_sae)
+    arguments = cells, saes.store, labels, dictionaries, args.null_draws, args.threads
+    compared, _ = study.compare_all(*arguments, {}, gaussian, of=of)
     return OwnSection(members=members, **dict(compared)), states
+
+
+def trained_alike(saes: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
+    """What it takes to train SAEs like these, one for each: their own recipe, or, where that is not known, HUSAI's own
+    at their width and L0, of their family if HUSAI has it and TopK else."""
+    if saes.made is not None:
+        return random_model.grid_of(saes), saes.recipe
+    rows = saes.store.rows
+    config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
+    grid = [
+        Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae))
+        for i, c in enumerate(saes.saes)
+    ]
+    return grid, config
+
+
+def family_of(sae: SAE) -> str:
+    return sae.architecture if sae.architecture in SAE_FAMILIES else "topk"

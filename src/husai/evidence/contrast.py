@@ -22,6 +22,10 @@ def lower_bound(section: Scored) -> float | None:
     return min(sure) if len(sure) == len(ends) else None
 
 
+def has_null(null: str, sections: Sequence[Scored]) -> bool:
+    return all(null in section.stability.scores[PRIMARY_SCORE].nulls for section in sections)
+
+
 def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Scored], level: float = 0.95) -> Estimate:
     """How much more an arm has than its control: of PRIMARY_SCORE, or of its excess over a null where one is named.
 
@@ -38,9 +42,9 @@ def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Score
 
 
 def gain(arms: Sequence[Scored], controls: Sequence[Scored]) -> Gain:
-    """`gain_over` no null and each required one. A gain over one null can come from that null's fall. Therefore a gain
-    counts as shown only over each of them; `least` is the null with the lowest lower end."""
-    over = {null: gain_over(null, arms, controls) for null in GATED_NULLS}
+    """`gain_over` no null and each required one that all of them hold. A gain over one null can come from that null's
+    fall. Therefore a gain counts as shown only over each; `least` is the null with the lowest lower end."""
+    over = {null: gain_over(null, arms, controls) for null in GATED_NULLS if has_null(null, [*arms, *controls])}
     sure = {null: e.estimate if e.low is None else e.low for null, e in over.items()}
     found = {"observed": gain_over(None, arms, controls)} | over
     least = min(sure, key=lambda null: sure[null])

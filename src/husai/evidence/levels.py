@@ -11,9 +11,7 @@ K = 5
 """Number of features of a probe at which differences are taken."""
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
-"""Lower end of the excess of `mcc` over each required null. Provisional until the zoo's even half fixes it."""
-MIN_SHARE_EXCESS = 0.02
-"""The same of the share of features that are matched at 0.7 or more."""
+"""Of `mcc`, and of the share of features that are matched at 0.7 or more, over each control."""
 MIN_TRANSCODER_GAIN = 0.0
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 GAP = "mcc_gap_bound"
-ALIVE = ("pwmcc_alive", "mcc_alive", "share70_alive")
+ALIVE = ("pwmcc_alive", "mcc_alive", "mcc_alive_abs", "share70_alive")
+OTHERS = ("mcc_others", "mcc_others_abs", "share70_others")
+"""Of alive features that are like no prototype."""
 SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
+SCORED = (ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
+"""The scores that a study may hold."""
 PRIMARY_SCORE = "mcc_alive"
-GATED_NULLS = ("isotropic", "untrained", "spectral")
-REPORTED_NULLS = ("covariance_matched", "shuffled")
-ASKED_FOR_NULLS = ("random_model",)
+GATED_NULLS = ("isotropic", "spectral", "gaussian")
+ASKED_FOR_NULLS = ("untrained", "random_model")
 """Reported where they were computed, and not missed where they were not."""

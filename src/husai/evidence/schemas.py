@@ -23,7 +23,7 @@ from pydantic import (
 
 from husai.evidence.estimates import Estimate, noise
 from husai.evidence.levels import K
-from husai.evidence.names import ALIVE, GAP, GATED_NULLS, PRIMARY_SCORE, SCORES
+from husai.evidence.names import GAP, GATED_NULLS, PRIMARY_SCORE, SCORED
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -507,12 +507,14 @@ class ScoreSummary(Strict):
 
 class StabilityVerdict(Strict):
     score: str
-    outcome: str
+    outcome: Literal["PASS", "FAIL", "MISSING"]
     reason: str
+    sentence: str
+    """What may be said (`rules.sentence`)."""
     highest_null: str
     claimable_excess: Interval
     equivalence: dict[str, bool | Number] | None
-    """An `estimates.Equivalence`, where the SAEs are not above chance."""
+    """An `estimates.Equivalence`, where the rule does not hold."""
 
 
 class Stability(Strict):
@@ -531,15 +533,15 @@ class Scored(Strict):
     stability: Stability
     pairs: Pairs
 
-    def scores(self, null: str | None = None) -> np.ndarray:
-        """`[S, S]`: PRIMARY_SCORE of each pair, less that of a null where one is named."""
+    def scores(self, null: str | None = None, score: str = PRIMARY_SCORE) -> np.ndarray:
+        """`[S, S]`: a score of each pair, less that of a null where one is named."""
         labels = self.stability.labels
         pairs: list[dict] = self.pairs
         matrix = np.zeros((len(labels), len(labels)))
         for pair in pairs:
             i, j = labels.index(pair["a"]), labels.index(pair["b"])
-            below = pair[null][PRIMARY_SCORE] if null else 0.0
-            matrix[i, j] = matrix[j, i] = pair["observed"][PRIMARY_SCORE] - below
+            below = pair[null][score] if null else 0.0
+            matrix[i, j] = matrix[j, i] = pair["observed"][score] - below
         return matrix
 
     @model_validator(mode="after")
@@ -548,7 +550,7 @@ class Scored(Strict):
         named = [frozenset(p) for p in pairs]
         scored = [value for p in pairs for name, value in p.items() if name not in ("a", "b")]
         keys = {frozenset(value) if isinstance(value, dict) else None for value in scored}
-        if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*ALIVE, GAP)), frozenset((*SCORES, GAP))}:
+        if len(set(named)) != 1 or len(keys) != 1 or keys - {frozenset((*scores, GAP)) for scores in SCORED}:
             raise ValueError("pairs: the same nulls, and the same scores of each, expected of all")
         if not {"a", "b", "observed"} <= named[0] or not all(isinstance(p[x], str) for p in pairs for x in ("a", "b")):
             raise ValueError("pairs: two labels, and what was observed, expected of each")
@@ -568,8 +570,34 @@ class OnStore(Strict):
     effective_rank: Number
 
 
+class AlikeMember(Strict):
+    seed: int | None
+    """None: not known, of SAEs that a user supplies."""
+    checkpoint: str | None
+    checkpoint_sha256: Sha256
+    heldout: Heldout
+
+
+class Alike(Strict):
+    """SAEs trained alike on a control."""
+
+    subject_digest: Sha256
+    store_digest: Sha256
+    members: list[AlikeMember]
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """What results that read it name among their inputs: label -> sha256."""
+        checkpoints = {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(self.members, 1)}
+        return {f"{name}: subject": self.subject_digest, f"{name}: activations": self.store_digest} | checkpoints
+
+
 class Comparison(Scored, OnStore):
     """All pairs of SAEs on one store (`stability.study.compare_all`)."""
+
+    gaussian: Alike | None
+    """SAEs of Gaussian rows; None: not part of the study."""
+    others: list[int] | None
+    """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
 
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
@@ -583,6 +611,11 @@ class Compared(Comparison, Members[M], Generic[M]):
     """A comparison, and the SAEs that it is of."""
 
     @property
+    def control_inputs(self) -> dict[str, str]:
+        """What results name among their inputs of the SAEs of Gaussian rows."""
+        return {} if self.gaussian is None else self.gaussian.inputs("gaussian")
+
+    @property
     def checkpoints(self) -> dict[str, str]:
         """seed -> sha256 of the weights, as a `SeedGroup` names them."""
         seeds = seed_names([m.seed for m in self.members])
@@ -594,6 +627,8 @@ class Compared(Comparison, Members[M], Generic[M]):
         named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
         if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
             raise ValueError("members: the labels of the stability study, seed<seed> of each whose seed is known")
+        if self.others is not None and not (len(self.others) == len(labels) and min(self.others) >= 0):
+            raise ValueError("others: a number of features of each member expected")
         return self
 
 
@@ -656,21 +691,13 @@ class Drawn(InOrder):
     KEYS = (
         *("members", "curve_steps", "snapshot_steps", *OnStore.model_fields, "spectral_groups"),
         *(*Scored.model_fields, "histogram_bins", "histograms", *Followed.model_fields),
-        *("control", "random_model", "cross_entropy"),
+        *("gaussian", "others", "random_model", "cross_entropy"),
     )
     spectral_groups: list[int]
     """Sizes of the groups of principal components that the spectral null rotates."""
     histogram_bins: list[Number]
     histograms: dict[str, list[int]]
-    """`observed` or a null -> counts of the matched |cos| of alive features."""
-
-
-class AlikeMember(Strict):
-    seed: int | None
-    """None: not known, of SAEs that a user supplies."""
-    checkpoint: str | None
-    checkpoint_sha256: Sha256
-    heldout: Heldout
+    """`observed` or a null -> counts of the matched cosines of alive features."""
 
 
 class Phase4aMember(TrainedMember, InOrder):
@@ -695,8 +722,6 @@ class Phase4aSection(Drawn, Section):
     members: Annotated[list[Phase4aMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
     curve_steps: list[int]
     snapshot_steps: list[int]
-    control: list[AlikeMember] | None = None
-    """SAEs of shuffled activations."""
     random_model: list[AlikeMember] | None = None
     """SAEs of the random-weights model, where the subject is a language model."""
     cross_entropy: CrossEntropy | None = None
@@ -733,15 +758,22 @@ class Gain(Strict):
 
     observed: Interval
     isotropic: Interval
-    untrained: Interval
     spectral: Interval
-    least: Literal["isotropic", "untrained", "spectral"]
+    gaussian: Interval | None = None
+    """None: not part of the study."""
+    least: Literal["isotropic", "spectral", "gaussian"]
     """The null over which the least is sure."""
 
     @property
     def over(self) -> dict[str, Interval]:
         """Required null -> the gain over it."""
-        return {null: getattr(self, null) for null in GATED_NULLS}
+        return {null: e for null in GATED_NULLS if (e := getattr(self, null)) is not None}
+
+    @model_validator(mode="after")
+    def _over_least(self) -> Gain:
+        if self.least not in self.over:
+            raise ValueError("least: one of the nulls that the gain is over expected")
+        return self
 
     @property
     def over_least(self) -> Interval:
@@ -1010,14 +1042,6 @@ class Retrained(Evaluation):
     @property
     def section(self) -> ConditionSection:
         return self.bank.sections[0]
-
-
-class Alike(Strict):
-    """SAEs trained alike on a control."""
-
-    subject_digest: Sha256
-    store_digest: Sha256
-    members: list[AlikeMember]
 
 
 class Control(Scored, Alike):

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
 
 from husai.evidence import rules
 from husai.evidence.estimates import Estimate, jackknife, tost
-from husai.evidence.names import ASKED_FOR_NULLS, GAP, GATED_NULLS, PRIMARY_SCORE, REPORTED_NULLS, SCORES
+from husai.evidence.names import ASKED_FOR_NULLS, GAP, GATED_NULLS, OTHERS, PRIMARY_SCORE, SCORES
 from husai.evidence.schemas import Interval, ScoreSummary, Spread, Stability, StabilityVerdict
 
 
 def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> list[str]:
     """The nulls that stand in these pairs, in the order in which they are reported."""
     asked_for = [n for n in ASKED_FOR_NULLS if all(n in value for value in pairs.values())]
-    return [n for n in (*GATED_NULLS, *REPORTED_NULLS, *asked_for) if n not in missing]
+    return [n for n in (*GATED_NULLS, *asked_for) if n not in missing]
 
 
 def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> Stability:
     """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
 
     Args:
-        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "shuffled" and "random_model" may
+        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "untrained" and "random_model" may
             stand among the nulls.
         missing: null -> why it is not there.
     """
@@ -36,7 +37,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
         return m
 
     present = computed(pairs, missing)
-    scored = [s for s in SCORES if all(s in value["observed"]["mean"] for value in pairs.values())]
+    scored = [s for s in (*SCORES, *OTHERS) if all(s in value["observed"]["mean"] for value in pairs.values())]
     scores = {}
     for name in scored:
         observed, nulls = matrix("observed", name), {null: matrix(null, name) for null in present}
@@ -53,7 +54,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
         scores=scores,
         mcc_gap_bound=max(value[name]["mean"][GAP] for value in pairs.values() for name in ("observed", *present)),
         missing_nulls=missing,
-        verdict=_verdict(seeds, primary, highest, missing),
+        verdict=_verdict(seeds, scores, highest, missing),
     )
 
 
@@ -66,36 +67,45 @@ def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
     return Spread(mean=mean, draws=len(of_draws), q95_of_mean=float(np.quantile(of_draws, 0.95)))
 
 
-def _verdict(seeds: int, primary: ScoreSummary, highest: str, missing: dict[str, str]) -> StabilityVerdict:
-    """Above chance: every required null satisfies the rule. The excess over the highest of them may be claimed.
+def _verdict(seeds: int, scores: dict[str, ScoreSummary], highest: str, missing: dict[str, str]) -> StabilityVerdict:
+    """The rule of stability. The excess over the highest control may be claimed where it holds.
 
-    Where that is not shown, an equivalence test says whether the excess is shown to be within EQUIVALENCE_MARGIN of 0,
-    or whether nothing is.
+    Where it does not, an equivalence test says whether that excess is shown to be within EQUIVALENCE_MARGIN of 0, or
+    whether nothing is.
     """
+    excesses = {name: scores[s].excess[null] for name, (s, null) in rules.STABLE.items() if _has(scores, s, null)}
+    met = [name for name, excess in excesses.items() if rules.STABILITY.met_by(excess)]
+    failed = [name for name in excesses if name not in met]
     absent = [n for n in GATED_NULLS if n in missing]
-    excess = primary.excess
-    failed = [n for n in GATED_NULLS if n not in missing and not rules.STABILITY.met_by(excess[n])]
-    if absent:
-        outcome, reason = "inconclusive", "a required null is missing: " + ", ".join(absent)
-    elif seeds < rules.MINIMUM_SEEDS:
-        outcome, reason = "inconclusive", f"{seeds} seeds; a verdict needs {rules.MINIMUM_SEEDS}"
+    absent += [] if len(excesses) == len(rules.STABLE) or absent else ["features without prototypes"]
+    outcome: Literal["PASS", "FAIL", "MISSING"]
+    facts = {"threshold": f"{rules.STABILITY.threshold:g}", "which": ", ".join(failed)}
+    if seeds < rules.MINIMUM_SEEDS:
+        outcome, reason, met = rules.MISSING, f"{seeds} seeds; a verdict needs {rules.MINIMUM_SEEDS}", []
     elif failed:
-        outcome, reason = "not above chance", rules.STABILITY.failed.format(which=", ".join(failed))
+        outcome, reason = rules.FAIL, rules.STABILITY.failed.format(**facts)
+    elif absent:
+        outcome, reason = rules.MISSING, "not compared with: " + ", ".join(absent)
     else:
-        outcome, reason = "above chance", rules.STABILITY.passed
-    claimable = excess[highest]
+        outcome, reason = rules.PASS, rules.STABILITY.passed.format(**facts)
+    claimable = scores[PRIMARY_SCORE].excess[highest]
     equivalence = None
-    if outcome == "not above chance":
+    if outcome == rules.FAIL:
         margin = rules.EQUIVALENCE_MARGIN
         equivalence = asdict(tost(Estimate(**dict(claimable)), margin))
         p = f"(TOST, p = {equivalence['p_value']:.3g})"
-        within, nor = f"within ±{margin} of the highest null", f"nor is it shown to lie within ±{margin} of it"
+        within, nor = f"within ±{margin} of the highest control", f"nor is it shown to lie within ±{margin} of it"
         reason += f"; {within if equivalence['equivalent'] else nor} {p}"
     return StabilityVerdict(
         score=PRIMARY_SCORE,
         outcome=outcome,
         reason=reason,
+        sentence=rules.sentence(met),
         highest_null=highest,
         claimable_excess=claimable,
         equivalence=equivalence,
     )
+
+
+def _has(scores: dict[str, ScoreSummary], score: str, null: str) -> bool:
+    return score in scores and null in scores[score].excess

@@ -74,6 +74,7 @@ UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
 class Thresholds:
     """Where the bounds must lie. The defaults are those of docs/methods.md; looser ones never make a pass."""
 
+    min_stability_excess: float = rules.STABILITY.threshold
     min_transcoder_delta: float = rules.TRANSCODER.threshold
     max_ood_drop: float = rules.OOD.threshold
     min_saebench_delta: float = rules.SAEBENCH.threshold
@@ -145,7 +146,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
     level = 1 - thresholds.alpha
     judges: dict[str, Callable[[], Shown]] = {
         "positive_control": lambda: _positive_control(bundle, candidate, level),
-        "stability": lambda: _stability(candidate, level),
+        "stability": lambda: _stability(candidate, level, thresholds.min_stability_excess),
         "random_model": lambda: _random_model(bundle, candidate, level),
         "transcoder": lambda: _transcoder(bundle, candidate, level, thresholds.min_transcoder_delta),
         "ood": lambda: _ood(bundle, candidate, level, thresholds.max_ood_drop),
@@ -312,7 +313,8 @@ class _Candidate:
         made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
         require(made == {(facts.family, facts.d_sae, facts.k, facts.learning_rate)}, "members made otherwise")
         require(section.rows == bank.rows, "its stability is of other rows than its bank")
-        require(found.inputs == bank.inputs | {"selection": sha256}, "its inputs are not its bank's")
+        inputs = bank.inputs | section.control_inputs | {"selection": sha256}
+        require(found.inputs == inputs, "its inputs are not its bank's and its control's")
         recipe = Recipe.model_validate(chosen.selected.get("recipe"))  # an older one lacks fields that have defaults
         require(recipe == bank.recipe, "it was trained by another recipe than the selected one")
         require(found.subject == chosen.selected.get("subject"), "its subject has another name than at selection")
@@ -330,12 +332,13 @@ class _Candidate:
         """SAEs that a user supplies: what they are said to rest on is what they rest on."""
         own, bank = found.candidate, found.bank
         require(all(r.condition == own.condition for r in bank.saes if r.candidate), "records of another condition")
-        inputs = dict(bank.inputs)
+        inputs = bank.inputs | found.section.control_inputs
         for part in (bank.saebench, bank.cebench):
             inputs |= {f"checkpoint {r.label}": r.checkpoint_sha256 for r in part.controls} if part else {}
         inputs |= {f"untrained {seed}": sha256 for seed, sha256 in (found.untrained or {}).items()}
         require(found.inputs == inputs, "its inputs are not its subject, activations, checkpoints and untrained states")
-        untrained = set(own.checkpoints) if "untrained" not in found.section.stability.missing_nulls else set()
+        scored = all("untrained" in p for p in found.section.pairs)
+        untrained = set(own.checkpoints) if scored else set()
         require(set(found.untrained or {}) == untrained, "an untrained state of each SAE, or of none, expected")
         heldout = bank.inputs["held-out activations"]
         self.stores = {heldout}  # the candidate's own study is on held-out activations
@@ -446,6 +449,7 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Sh
     require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
     inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
     inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
+    inputs |= section.control_inputs
     require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
     require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
     rules.own_training(section)
@@ -454,13 +458,9 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Sh
     return rules.stability(section, level)
 
 
-def _stability(candidate: _Candidate, level: float) -> Shown:
+def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
-    require(
-        "untrained" not in c.section.stability.missing_nulls,
-        "the untrained null is missing: --untrained names the SAEs before training",
-    )
-    return rules.stability(c.section, level)
+    return rules.stability(c.section, level, minimum)
 
 
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:

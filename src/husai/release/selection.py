@@ -342,8 +342,9 @@ def _figures(
 ) -> dict:
     """Estimates, and the values that are ranked; why one is missing."""
     excess = section.stability.scores[PRIMARY_SCORE].excess
-    least = excess[min(GATED_NULLS, key=lambda null: _sure(excess[null]))]
-    if least.low is not None and any(excess[null].low is None for null in GATED_NULLS):
+    controls = [null for null in GATED_NULLS if null in excess]
+    least = excess[min(controls, key=lambda null: _sure(excess[null]))]
+    if least.low is not None and any(excess[null].low is None for null in controls):
         raise ValueError("an excess over a required null has no interval")
     figures = {
         "stability": least.to_json(),

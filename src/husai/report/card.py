@@ -45,7 +45,7 @@ PHASES = {
 SUPPLIED = ("SAEs of your own", "How stable and how useful are SAEs that no study selected?")
 """The confirmation of user-supplied SAEs."""
 ALT = {
-    "matches": "Histogram of the absolute cosine of matched features: trained SAEs beside each null",
+    "matches": "Histogram of the cosines of matched features: trained SAEs beside each null",
     "over_training": "Stability against training steps with its interval, and the levels of the nulls",
     "loss_curves": "Loss on training batches against steps, a line for each seed",
     "cross_entropy": "Cross-entropy with each seed's SAE spliced in, beside the model's own and that with zeros",

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from husai.evidence.names import GATED_NULLS
 from husai.evidence.schemas import Drawn, Interval, Phase4aSection, Scored, Section
 from husai.report.markup import few_colours
 from husai.report.names import NAMES
@@ -22,8 +23,7 @@ COLOURS = {
     "isotropic": "#9a9a9a",
     "untrained": "#5f5f5f",
     "spectral": "#d9730d",
-    "covariance_matched": "#b59b00",
-    "shuffled": "#ad1a72",
+    "gaussian": "#ad1a72",
     "random_model": "#4f7f3b",
     "reference": "#0b6e99",
     "llm": "#ad1a72",
@@ -42,7 +42,7 @@ def _save(figure, path: Path) -> Path:
 
 
 def matches(section: Scored, drawn: Drawn, path: Path) -> Path:
-    """Distribution of |cos| of matched features over all pairs, observed and under each null."""
+    """Distribution of the cosines of matched features over all pairs, observed and under each null."""
     edges = np.array(drawn.histogram_bins)
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     for name, counts in drawn.histograms.items():
@@ -51,7 +51,7 @@ def matches(section: Scored, drawn: Drawn, path: Path) -> Path:
         axis.stairs(
             share, edges, label=NAMES.get(name, name), color=COLOURS[name], fill=main, alpha=0.45 if main else 1, lw=1.8
         )
-    axis.set(xlabel="|cos| of matched alive features", ylabel="share of matches", xlim=(0, 1), ylim=(0, None))
+    axis.set(xlabel="cosine of matched alive features", ylabel="share of matches", xlim=(0, 1), ylim=(0, None))
     verdict = section.stability.verdict
     axis.set_title(f"{verdict.outcome}: {_interval(verdict.claimable_excess)} over {verdict.highest_null}", loc="left")
     axis.legend(frameon=False)
@@ -68,7 +68,7 @@ def over_training(section: Section, path: Path) -> Path:
     axis.fill_between(steps, low, high, color=COLOURS["observed"], alpha=0.2, lw=0)
     axis.plot(steps, [p.mcc.estimate for p in points], "o-", color=COLOURS["observed"], label=NAMES["observed"])
     for name, null in section.stability.scores["mcc"].nulls.items():
-        if name in ("isotropic", "spectral", "shuffled"):
+        if name in GATED_NULLS:
             axis.axhline(null.mean, color=COLOURS[name], ls="--", lw=1.4, label=f"{name} (at the end)")
     axis.set(xscale="log", xlabel="training step (0 drawn at 0.5)", ylabel="mcc, all features", ylim=(0, 1))
     axis.set_title("Stability over training, mean over pairs of seeds, 95 % interval", loc="left")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from husai.evidence.names import GATED_NULLS
 from husai.report import markup
 from husai.report.markup import Scale, Strip
 from husai.report.names import NAMES
@@ -32,7 +33,7 @@ class Forest:
 
     caption: str
     outcomes: str
-    """`8 of 13 above chance, …`."""
+    """`8 of 13 PASS, …`."""
     claim: str | None
     """Of one set of SAEs: its excess over the highest required null."""
     scale: Scale
@@ -71,7 +72,7 @@ class Forest:
             return None  # an older or later shape: the summary's table has the figures
 
 
-REQUIRED = ("isotropic", "untrained", "spectral")
+REQUIRED = GATED_NULLS
 LEAD = {"4a": ("husai", None), "random_model_stress": ("section", "random_model")}
 """Phase -> (key of the set of SAEs that it is about, null that its rule reads; None: the highest required one)."""
 

@@ -2,7 +2,7 @@
 
 NAMES = {
     "observed": "trained with different seeds",
-    "covariance_matched": "covariance-matched",
+    "gaussian": "Gaussian rows",
     "random_model": "random-weights model",
     "reference": "matched reference",
     "llm": "the activations' own probe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,11 +28,17 @@ class Dictionary:
     W_dec: Tensor  # [d_sae, d_in]
     alive: Tensor  # bool [d_sae]
     untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
+    apart: Tensor | None = None  # bool [d_sae], features that are like no prototype; None: not known
+
+    @property
+    def others(self) -> Tensor | None:
+        """Alive features that are like no prototype, bool `[d_sae]`."""
+        return None if self.apart is None else self.alive & self.apart
 
     def digest(self) -> str:
         """sha256 of all that a comparison reads of it."""
         sha = hashlib.sha256()
-        for tensor in (self.W_dec, self.alive, self.untrained):
+        for tensor in (self.W_dec, self.alive, self.untrained, self.apart):
             sha.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
         return sha.hexdigest()
 
@@ -48,12 +54,13 @@ def pair(
     """Scores of one pair, observed and under the nulls; to be called inside `one_torch_thread`.
 
     Args:
-        draws: of the spectral null; the two Gaussian nulls, whose means vary far less, get a fifth of it.
-        scores: SCORES, or ALIVE alone, which is faster.
+        spectrum: the mean direction set apart.
+        draws: of the spectral null; the isotropic one, whose mean varies far less, gets a fifth of it.
+        scores: one of SCORED; those without OTHERS need not know `apart`.
 
     Returns:
         {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
-        matched |cos| of alive features in BINS}}; a null that cannot be computed is None.
+        matched cosines of alive features in BINS}}; `untrained` where both states are known.
     """
 
     contents = a.digest(), b.digest()  # seed the draws: where a checkpoint lies and what it is called change nothing
@@ -61,7 +68,7 @@ def pair(
     def drawn(name: str, draw: Callable, n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
             x, y = draw(a.W_dec, b.W_dec, g=generator("null", *contents, name, i))
-            return score(x, y, a.alive, b.alive, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
+            return scores_of(x, y, a, b, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found, histograms = zip(*pool.map(one, range(n)), strict=True)
@@ -70,25 +77,29 @@ def pair(
         means[GAP] = max(x[GAP] for x in found)
         return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
 
-    def given(x: Tensor, y: Tensor) -> dict:
-        return {
-            "mean": score(x, y, a.alive, b.alive, scores),
-            "draws": None,
-            "histogram": histogram(x, y, a, b).tolist(),
-        }
-
-    few = max(1, draws // 5)
+    before = {}
+    if a.untrained is not None and b.untrained is not None:
+        before["untrained"] = given(replace(a, W_dec=a.untrained), replace(b, W_dec=b.untrained), scores)
     return {
-        "observed": given(a.W_dec, b.W_dec),
-        "isotropic": drawn("isotropic", nulls.isotropic, few),
-        "untrained": None if a.untrained is None or b.untrained is None else given(a.untrained, b.untrained),
+        "observed": given(a, b, scores),
+        "isotropic": drawn("isotropic", nulls.isotropic, max(1, draws // 5)),
         "spectral": drawn("spectral", partial(nulls.spectral, spectrum=spectrum), draws),
-        "covariance_matched": drawn("covariance_matched", partial(nulls.covariance_matched, spectrum=spectrum), few),
-    }
+    } | before
+
+
+def given(a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict:
+    """Scores of two dictionaries as they are, in the form of `pair`'s entries."""
+    means = scores_of(a.W_dec, b.W_dec, a, b, scores)
+    return {"mean": means, "draws": None, "histogram": histogram(a.W_dec, b.W_dec, a, b).tolist()}
+
+
+def scores_of(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict[str, float]:
+    """Scores of rows `x` and `y` that stand in the place of those of `a` and `b`."""
+    return score(x, y, a.alive, b.alive, scores, a.others, b.others)
 
 
 def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
-    """Counts in BINS of the matched |cos| of the rows of `x` and `y` that are alive in `a` and `b`."""
+    """Counts in BINS of the matched cosines of the rows of `x` and `y` that are alive in `a` and `b`."""
     x, y = x[a.alive], y[b.alive]
-    matched = match(x, y).cosines if len(x) and len(y) else np.zeros(0)
+    matched = match(x, y, signed=True).cosines if len(x) and len(y) else np.zeros(0)
     return np.histogram(matched.clip(0, 1), BINS)[0]

@@ -1,8 +1,9 @@
 """How alike two dictionaries are. Feature directions are the rows of `W_dec [d_sae, d_in]`, never guessed from a shape.
 
-`pwmcc`: symmetrised mean of the largest |cos| (the earlier study's score; several features may share a partner).
-`mcc`: mean |cos| of the best one-to-one assignment (Hungarian, `matching.py`). `share70`: share of those pairs with
-|cos| ≥ 0.7.
+`mcc`: mean over the best one-to-one assignment (Hungarian, `matching.py`) of max(cos, 0). Features are never negative,
+so that a feature and its negative are two. `share70`: share of those pairs with a cosine of 0.7 or more. `pwmcc`:
+symmetrised mean of the largest |cos| (the earlier study's score; several features may share a partner). `_alive`: of
+features that fire; `_others`: of those that are like no prototype, too; `_abs`: of |cos|.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from husai.evidence.names import GAP, SCORES
 from husai.stability.matching import BLOCK, match, unit_rows
 
 MATCHED = 0.7
+FEWEST = 10
+"""Features that are like no prototype, without which nothing is said of them."""
 
 
 def max_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,30 +39,45 @@ def pwmcc(a: Tensor, b: Tensor) -> float:
     return 0.5 * (best_a.double().mean() + best_b.double().mean()).item()
 
 
-def mcc(a: Tensor, b: Tensor, exact: bool | None = None) -> float:
-    """Mean |cos| of the best one-to-one assignment of the smaller dictionary into the larger, in [0, 1] (`match`)."""
-    return float(match(a, b, exact).cosines.mean())
+def mcc(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = True) -> float:
+    """Mean worth of the best one-to-one assignment of the smaller dictionary into the larger, in [0, 1] (`match`)."""
+    return float(match(a, b, exact, signed=signed).cosines.mean())
 
 
-def score(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, scores: tuple[str, ...] = SCORES) -> dict[str, float]:
-    """Scores of one pair of dictionaries, all of SCORES or ALIVE; `alive_a [n]`, `alive_b [m]` bool. Empty dictionaries
-    score 0.
+def score(
+    a: Tensor,
+    b: Tensor,
+    alive_a: Tensor,
+    alive_b: Tensor,
+    scores: tuple[str, ...] = SCORES,
+    others_a: Tensor | None = None,
+    others_b: Tensor | None = None,
+) -> dict[str, float]:
+    """Scores of one pair of dictionaries, one of SCORED; empty dictionaries score 0.
 
-    With them `mcc_gap_bound`: by how much the two `mcc` may fall short of the best assignment's.
+    With them `mcc_gap_bound`: by how much an `mcc` may fall short of the best assignment's.
+
+    Args:
+        alive_a, others_a: bool `[n]` of the rows of `a [n, d]`; alive_b, others_b: of `b`. Fewer than FEWEST others
+            score 0.
     """
+    parts = {"": (a, b), "_alive": (a[alive_a], b[alive_b])}
+    if others_a is not None and others_b is not None:
+        enough = min(int(others_a.sum()), int(others_b.sum())) >= FEWEST
+        parts["_others"] = (a[others_a], b[others_b]) if enough else (a[:0], b[:0])
     values: dict[str, float] = {}
     gap = 0.0
-    everything = alive_a.all() and alive_b.all() and scores == SCORES
-    parts = (("", a, b), ("_alive", a[alive_a], b[alive_b]))
-    for suffix, first, second in parts if scores == SCORES else parts[1:]:
-        if suffix and everything:
-            values |= {name + suffix: values[name] for name in ("pwmcc", "mcc", "share70")}
-        elif len(first) == 0 or len(second) == 0:
-            values |= {name + suffix: 0.0 for name in ("pwmcc", "mcc", "share70")}
-        else:
-            matching = match(first, second)
-            values["pwmcc" + suffix] = pwmcc(first, second)
-            values["mcc" + suffix] = float(matching.cosines.mean())
-            values["share70" + suffix] = float((matching.cosines >= MATCHED).mean())
-            gap = max(gap, matching.gap_bound)
-    return values | {GAP: gap}
+    for part, (first, second) in parts.items():
+        if "mcc" + part not in scores:
+            continue
+        empty = not len(first) or not len(second)
+        for signed, names in ((True, ("mcc" + part, "share70" + part)), (False, ("mcc" + part + "_abs",))):
+            if names[0] not in scores:
+                continue
+            matching = None if empty else match(first, second, signed=signed)
+            found = (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
+            values |= {name: float(value) for name, value in zip(names, found, strict=False)}
+            gap = gap if matching is None else max(gap, matching.gap_bound)
+        if "pwmcc" + part in scores:
+            values["pwmcc" + part] = 0.0 if empty else pwmcc(first, second)
+    return {name: values[name] for name in scores} | {GAP: gap}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
 from husai.evidence.estimates import jackknife
-from husai.evidence.names import SCORES
+from husai.evidence.names import OTHERS, SCORES
 from husai.evidence.schemas import (
+    Alike,
     Comparison,
     Convergence,
     Drawn,
@@ -35,14 +37,25 @@ from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
-from husai.stability import compare, independence
+from husai.stability import compare, independence, prototypes
 from husai.stability.compare import Dictionary
 from husai.stability.nulls import Spectrum
-from husai.stability.scores import mcc, pwmcc, score
+from husai.stability.scores import FEWEST, mcc, pwmcc
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
+
+
+@dataclass(frozen=True)
+class ControlArm:
+    """SAEs of a control, one for each of those under test, in their order."""
+
+    store: ActivationStore
+    """What they were trained on."""
+    dictionaries: list[Dictionary]
+    alike: Alike
+    """Their record in evidence."""
 
 
 def own_dictionary(folder: Path) -> Dictionary:
@@ -114,34 +127,38 @@ def compare_all(
     store: ActivationStore,
     labels: list[str],
     dictionaries: list[Dictionary],
-    shuffled: list[Dictionary] | None,
     draws: int,
     threads: int,
     missing: dict[str, str],
+    gaussian: ControlArm | None = None,
     random_model: list[Dictionary] | None = None,
     scores: tuple[str, ...] = SCORES,
+    of: Tensor | None = None,
 ) -> tuple[Comparison, Drawn]:
     """Score all pairs, one cell each, and summarise them.
 
     Args:
-        shuffled: SAEs trained on shuffled coordinates, in the same order, or None.
         missing: null -> why it is not there.
-        random_model: SAEs trained alike on the random-weights model, in the same order, or None.
+        gaussian: SAEs trained alike on Gaussian rows, in the same order.
+        random_model: SAEs trained alike on the random-weights model, in the same order.
         scores: SCORES or ALIVE.
+        of: prototypes of the store, unit rows `[n, d_in]`; with them, OTHERS are scored too.
     """
     independence.refuse_shared(labels, dictionaries)
-    _, covariance = store.stats()
+    arms = {"gaussian": None if gaussian is None else gaussian.dictionaries, "random_model": random_model}
+    if of is not None:
+        scores += OTHERS
+        dictionaries = told_apart(dictionaries, of)
+        arms = {name: arm and control_apart(arm, of) for name, arm in arms.items()}
+    mean, covariance = store.stats()
     with one_torch_thread():
-        spectrum = Spectrum.of(covariance, store.rows)
+        spectrum, whole = Spectrum.of(covariance, store.rows, mean), Spectrum.of(covariance, store.rows)
     all_pairs = list(combinations(range(len(labels)), 2))
-    controls = {"shuffled": shuffled, "random_model": random_model}
     scored = {}
     with one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
-                "dictionaries": [
-                    [arm and arm[n].digest() for n in (i, j)] for arm in (dictionaries, *controls.values())
-                ],
+                "dictionaries": [[arm and arm[n].digest() for n in (i, j)] for arm in (dictionaries, *arms.values())],
                 "store": store.digest,
                 "draws": draws,
                 "scores": scores,
@@ -150,15 +167,7 @@ def compare_all(
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
                 value = compare.pair(dictionaries[i], dictionaries[j], spectrum, draws, threads, scores)
-                for name, arm in controls.items():
-                    if arm:
-                        a, b = arm[i], arm[j]
-                        value[name] = {
-                            "mean": score(a.W_dec, b.W_dec, a.alive, b.alive, scores),
-                            "draws": None,
-                            "histogram": compare.histogram(a.W_dec, b.W_dec, a, b).tolist(),
-                        }
-                return value, []
+                return value | {n: compare.given(arm[i], arm[j], scores) for n, arm in arms.items() if arm}, []
 
             scored[i, j] = cells.get("pair", key, compute)
             advance(1)
@@ -170,12 +179,14 @@ def compare_all(
         store_digest=store.digest,
         rows=store.rows,
         d_in=store.d_in,
-        effective_rank=spectrum.effective_rank(),
+        effective_rank=whole.effective_rank(),
         stability=stability.summarise(labels, scored, missing),
         pairs=[
             {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
             for (i, j), value in scored.items()
         ],
+        gaussian=None if gaussian is None else gaussian.alike,
+        others=None if of is None else [int(d.others.sum()) for d in dictionaries if d.others is not None],
     )
     drawn = Drawn(
         spectral_groups=[len(g) for g in spectrum.groups],
@@ -183,6 +194,23 @@ def compare_all(
         histograms={n: np.sum([v[n]["histogram"] for v in scored.values()], axis=0).tolist() for n in present},
     )
     return compared, drawn
+
+
+def told_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
+    """The same dictionaries, which know which of their features are like no prototype.
+
+    Args:
+        of: prototypes, unit rows `[n, d_in]`.
+    """
+    return [replace(d, apart=prototypes.apart(d.W_dec, of)) for d in dictionaries]
+
+
+def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
+    """`told_apart` of a control. Where one has too few features that are like no prototype, all of its count: with
+    none to compare with, any excess would be shown."""
+    known = told_apart(dictionaries, of)
+    few = [d.others is not None and int(d.others.sum()) < FEWEST for d in known]
+    return [replace(d, apart=torch.ones_like(d.alive)) if f else d for d, f in zip(known, few, strict=True)]
 
 
 def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> Followed:
@@ -222,17 +250,15 @@ def score_trained(
     snapshot_steps: list[int],
     draws: int,
     threads: int,
-    control: list[dict] | None = None,
-    no_control: str = "not part of this protocol",
+    gaussian: ControlArm | None = None,
     random_model: list[dict] | None = None,
     scores: tuple[str, ...] = SCORES,
+    of: Tensor | None = None,
 ) -> tuple[Section, Drawn]:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
-        records: the members' records. control: those of SAEs trained alike on shuffled coordinates.
-        no_control: why there is none. random_model: records of SAEs trained alike on the random-weights model.
-        scores: SCORES, or ALIVE alone, which is faster.
+        records: the members' records. gaussian, random_model, scores, of: see `compare_all`.
     """
     root = cells.folder.parent
     folders = [root / m["checkpoint"] for m in records]
@@ -242,12 +268,13 @@ def score_trained(
         store,
         [m.label for m in members],
         [own_dictionary(folder) for folder in folders],
-        None if control is None else [own_dictionary(root / m["checkpoint"]) for m in control],
         draws,
         threads,
-        {} if control else {"shuffled": no_control},
+        {} if gaussian else {"gaussian": "not part of this study"},
+        gaussian,
         None if random_model is None else [own_dictionary(root / m["checkpoint"]) for m in random_model],
         scores,
+        of,
     )
     followed = over_training(cells, folders, [m.checkpoint_sha256 for m in members], snapshot_steps, threads)
     return Section(members=members, **dict(compared), **dict(followed)), drawn

@@ -53,6 +53,7 @@ INFORMATIONAL = {
     A_SECTION + r"/stability/(missing_nulls/.*|scores/.*/(draws|q95_of_mean))": "why a null that no gate reads is not "
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
+    A_SECTION + r"/(others/\d+|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
     r"((random_model|confirmation)/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store; its "
     "digest counts",
@@ -74,8 +75,9 @@ INFORMATIONAL = {
 OPEN = {
     r"ood/(rule|activations|skipped|families|shifted/prompts)(/.*)?": "reported, "
     "whatever they hold; the rule that counts is the gate's own",
-    r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms|control)(/.*)?": "drawn",
+    r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
+    A_SECTION + r"/gaussian/members/\d+/checkpoint": "where it lies",
     r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where the user supplied it",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from husai.evidence import conditions, data_sets, deltas, drop, levels, random_model, references, rules, transcoder
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate, noise
-from husai.evidence.names import ALIVE, GAP, GATED_NULLS
+from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS
 from husai.evidence.rules import POSITIVE_CONTROL, SPECTRAL_DRAWS
 from husai.evidence.schemas import (
+    Alike,
     Bank,
     Contrastive,
     Control,
@@ -29,11 +30,9 @@ from husai.evidence.schemas import (
     Facts,
     OODStress,
     OwnSection,
-    Phase4a,
     Probing,
     ScoredRecord,
     SeedGroup,
-    Strict,
     TranscoderStress,
 )
 from husai.evidence.stability import summarise
@@ -77,7 +76,8 @@ Noise = dict[str, NoiseSpread]
 def neutral() -> dict[str, float]:
     """Gate -> the true value of its figure at which it must not pass: its threshold."""
     t = Thresholds()
-    at = {"transcoder": t.min_transcoder_delta, "ood": t.max_ood_drop}
+    at = dict.fromkeys(("positive_control", "stability"), t.min_stability_excess)
+    at |= {"transcoder": t.min_transcoder_delta, "ood": t.max_ood_drop}
     return dict.fromkeys(GATES, 0.0) | at | {"saebench": t.min_saebench_delta, "cebench": t.min_cebench_delta}
 
 
@@ -90,75 +90,16 @@ def shifted(gate: str, by: float) -> float:
 # Noise as it was measured
 
 
-def measured(evidence: Path) -> Noise:
-    """Noise of each gate's figure, from the evidence folders: moments of every section, or matched pair of conditions,
-    with five seeds or more; means of their variances."""
-    tiny, control = (_results(evidence / name, Phase4a).husai for name in ("phase4a_husai_tiny", "phase4a"))
-    found = {
-        "positive_control": _pooled([_of_matrix(control.scores("spectral"))]),
-        "stability": _pooled([_of_matrix(tiny.scores("spectral"))]),
-        "random_model": _pooled([_of_matrix(tiny.scores("random_model"))]),
-        "saebench": _pooled(_differences(_results(evidence / "saebench_husai_tiny", Probing))),
-        "cebench": _pooled(_differences(_results(evidence / "phase4e_cebench_matched200", Contrastive))),
-    }
-    arms = _results(evidence / "transcoder_stress", TranscoderStress)
-    gain = arms.transcoder.scores("spectral") - arms.sae.scores("spectral")
-    shift = _results(evidence / "ood_stress", OODStress).shifted
-    found["transcoder"] = _pooled([_of_matrix(gain)])
-    found["ood"] = _pooled([_of_sets(drop.drops(shift, shift.k), shift.families)])
-    return {gate: found[gate] for gate in GATES}
+def measured(docs: Path) -> Noise:
+    """Noise of each gate's figure, as the runs on husai-tiny of November 2026 had it.
 
+    Moments of sections, or of matched pairs of conditions, with five seeds or more; means of their variances.
 
-T = TypeVar("T", bound=Strict)
-
-
-def _results(folder: Path, schema: type[T]) -> T:
-    return schema.model_validate(read_json(folder / "results.json", "evidence"))
-
-
-def _of_matrix(x: np.ndarray) -> dict[str, float]:
-    """Variances of seeds and of pairs, from the effects of a half-diallel table (Griffing 1956, method 4)."""
-    s, sums = len(x), x.sum(1)
-    of_seed = sums / (s - 2)  # up to a constant
-    squares = (x**2).sum() / 2 - (sums**2).sum() / (s - 2) + 2 * (x.sum() / 2) ** 2 / ((s - 1) * (s - 2))
-    cell = max(0.0, float(squares) / (s * (s - 3) / 2))
-    return {"seed": max(0.0, float(of_seed.var(ddof=1)) - cell / (s - 2)), "cell": cell}
-
-
-def _differences(results: Probing | Contrastive):
-    """Variances of each condition's difference to its reference."""
-    probed = isinstance(results, Probing)
-    families = results.families if isinstance(results, Probing) else results.clusters
-
-    def figures(records) -> np.ndarray:
-        return np.array([r.test_auc[deltas.K] if probed else r.normalised_of_pairs for r in records])
-
-    for group in deltas.by_condition(results.saes).values():
-        match = references.matched(group, results.saes)
-        if len(match.records) == len(group) >= 5:
-            yield _of_sets(figures(group) - figures(match.records), families)
-
-
-def _of_sets(x: np.ndarray, families: list[str]) -> dict[str, float]:
-    """Variances of `[S, D]` by moments: seeds, families, data sets, the rest."""
-    (s, d), clusters = x.shape, np.array(families)
-    left = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
-    cell = float((left**2).sum()) / ((s - 1) * (d - 1))
-    of_set = x.mean(0)
-    groups = [of_set[clusters == name] for name in dict.fromkeys(families)]
-    within = float(sum(((g - g.mean()) ** 2).sum() for g in groups)) / max(1, d - len(groups))
-    between = float(np.var([g.mean() for g in groups], ddof=1))
-    return {
-        "seed": max(0.0, float(x.mean(1).var(ddof=1)) - cell / d),
-        "cell": cell,
-        "family": max(0.0, between - within * float(np.mean([1 / len(g) for g in groups]))),
-        "data_set": max(0.0, within - cell / s),
-    }
-
-
-def _pooled(variances) -> NoiseSpread:
-    rows = list(variances)
-    return NoiseSpread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
+    Args:
+        docs: the documents' folder.
+    """
+    found = read_json(docs / "benchmarks" / "gate_noise.json", "noise")
+    return {gate: NoiseSpread(**found[gate]) for gate in GATES}
 
 
 def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
@@ -263,6 +204,7 @@ def supplied(of: Bundle) -> Bundle:
     section = {n: v for n, v in confirmed["bank"]["sections"][0].items() if n in OwnSection.model_fields}
     kept = ("label", "seed", "checkpoint_sha256", "heldout")
     section |= {"store_digest": heldout, "members": [{n: m[n] for n in kept} for m in section["members"]]}
+    section["pairs"] = [p | {"untrained": p["isotropic"]} for p in section["pairs"]]
     _summarise(section)
     _means(bank)
     _derive_benchmarks(bank)
@@ -270,7 +212,9 @@ def supplied(of: Bundle) -> Bundle:
     files["confirmation"] = {
         "phase": "candidate_confirmation",
         "origin": "supplied",
-        "inputs": bank["inputs"] | {f"untrained {seed}": sha for seed, sha in untrained.items()},
+        "inputs": bank["inputs"]
+        | _noise_inputs(section)
+        | {f"untrained {seed}": sha for seed, sha in untrained.items()},
         "subject": confirmed["subject"],
         "candidate": own,
         "paths": confirmed["paths"],
@@ -283,7 +227,7 @@ def supplied(of: Bundle) -> Bundle:
 
 
 def _scores(value: float) -> dict[str, float]:
-    return dict.fromkeys(ALIVE, float(value)) | {GAP: 0.0}
+    return dict.fromkeys((*ALIVE, *OTHERS), float(value)) | {GAP: 0.0}
 
 
 def _shares(values: np.ndarray) -> list:
@@ -326,14 +270,24 @@ def _member(sha256: str, seed: int, heldout: dict, family: str = "topk") -> dict
 
 
 def _section(members: list[dict], subject: str, hook_name: str, store: str, nulls: tuple[str, ...] = ()) -> dict:
-    present = (*GATED_NULLS, "covariance_matched", *nulls)
+    present = (*GATED_NULLS, *nulls)
     about = {"subject_digest": subject, "hook_name": hook_name, "store_digest": store, "rows": ROWS, "d_in": D_IN}
     about |= {"members": members, "effective_rank": 40.0, "over_training": []}
     moved = Estimate(0.0, -0.001, 0.001, 0.0004, len(members), "simulated").to_json()
+    seeds = [{"seed": m["seed"], "checkpoint": None, "checkpoint_sha256": _sha("noise", m["label"])} for m in members]
+    gaussian = {"subject_digest": subject, "store_digest": _sha("noise", store)}
+    about["gaussian"] = gaussian | {
+        "members": [s | {"heldout": m["heldout"]} for s, m in zip(seeds, members, strict=True)]
+    }
+    about["others"] = [D_SAE // 2] * len(members)
     about["convergence"] = {"from_step": 400, "to_step": 1200, "moved": moved, "converged": True}
     below = {name: _scores(0.2) for name in present}
     labels = [m["label"] for m in members]
     return about | {"pairs": [{"a": a, "b": b, "observed": _scores(0.4)} | below for a, b in combinations(labels, 2)]}
+
+
+def _noise_inputs(section: dict) -> dict[str, str]:
+    return Alike.model_validate(section["gaussian"]).inputs("gaussian")
 
 
 def _bank(seeds: Sequence[int], sets: list[str], clusters: list[str]) -> dict:
@@ -415,7 +369,7 @@ def _frame(seeds: int) -> str:
     own = [r for r in bank["saes"] if r["candidate"]]
     named, subject = SeedGroup.of([ScoredRecord(**r) for r in own]).to_json(), "simulated"
     confirmation = {"phase": "candidate_confirmation", "subject": subject, "candidate": named, "bank": bank}
-    confirmation |= {"inputs": bank["inputs"] | {"selection": digest(picked)}}
+    confirmation |= {"inputs": bank["inputs"] | _noise_inputs(bank["sections"][0]) | {"selection": digest(picked)}}
     confirmation |= {"paths": {str(s): f"checkpoints/topk_seed{s}" for s in fresh}}
     confirmation |= {"selection": {"sha256": digest(picked), "id": chosen["selected"]["id"]}}
 
@@ -426,9 +380,10 @@ def _frame(seeds: int) -> str:
     control = [m | extra for m in members]
     section = _section(control, _sha("modular addition"), hook_name, _sha("control store"))
     section |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
-    section |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}, "control": []}
+    section |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}}
     inputs = {"subject": section["subject_digest"], "activation store": section["store_digest"]}
     inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in control}
+    inputs |= _noise_inputs(section)
     phase4a = {"phase": "4a", "inputs": inputs, "husai": section, "published_figures": {}}
 
     files = {"phase4a": phase4a, "selection": picked, "confirmation": confirmation}
@@ -550,6 +505,6 @@ def _summarise(section: dict) -> None:
         }
         for p in section["pairs"]
     }
-    section["stability"] = summarise(labels, scored, {"shuffled": "not part of this study"}).to_json()
+    section["stability"] = summarise(labels, scored, {}).to_json()
     for score in section["stability"]["scores"].values():
         score["nulls"]["spectral"]["draws"] = SPECTRAL_DRAWS

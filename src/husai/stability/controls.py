@@ -1,0 +1,37 @@
+"""SAEs trained alike on Gaussian rows: what the mean and the covariance of the activations make reproducible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from husai.activations.harvest import gaussian_rows
+from husai.activations.store import ActivationStore
+from husai.evidence.schemas import Alike, AlikeMember
+from husai.runs.cells import Cells
+from husai.stability.study import ControlArm, own_dictionary
+from husai.training.grid import train_or_find
+from husai.training.stack import Member
+from husai.training.trainer import TrainingConfig
+
+
+def gaussian(
+    artifact_root: Path,
+    store: ActivationStore,
+    grid: list[Member],
+    config: TrainingConfig,
+    device: torch.device,
+    threads: int,
+) -> ControlArm:
+    """SAEs trained by the same grid and recipe on as many rows of N(μ, Σ) of a store; trained once for all phases.
+
+    Args:
+        artifact_root: cells and checkpoints lie below it, in controls/.
+    """
+    root = artifact_root / "controls"
+    noise = ActivationStore.open(gaussian_rows([store], artifact_root / "activations")[0])
+    records = train_or_find(Cells(root / "cells"), noise, grid, config, device, threads)["members"]
+    members = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields} | {"checkpoint": None}) for r in records]
+    named = Alike(subject_digest=noise.manifest.subject_digest, store_digest=noise.digest, members=members)
+    return ControlArm(noise, [own_dictionary(root / r["checkpoint"]) for r in records], named)
