@@ -581,7 +581,7 @@ def test_verdicts():
     assert outcome().equivalence is None
     for n in (2, 3, 4):
         assert outcome(seeds=n).outcome == "MISSING", "fewer than five seeds are never a pass"
-        assert outcome(seeds=n).sentence == rules.LICENCES[0][1]
+        assert outcome(seeds=n).sentence == rules.LICENCES[0][2]
     for null in names.GATED_NULLS:
         verdict = outcome(missing=(null,))
         assert verdict.outcome == "MISSING"
@@ -610,7 +610,7 @@ def test_an_effect_below_the_registered_one_is_none():
     ],
 )
 def test_what_was_beaten_licenses_a_sentence(found, line):
-    assert found.sentence == rules.LICENCES[line][1]
+    assert found.sentence == rules.LICENCES[line][2]
     assert (found.outcome == "PASS") == (line == 5)
 
 
