@@ -505,13 +505,13 @@ def test_phase4a_on_a_language_model(folder, run_script, tmp_path, monkeypatch):
     assert code == 0, err
     section = json.loads((tmp_path / "out" / "results.json").read_text())["husai"]
     nulls = section["stability"]["scores"]["mcc_alive"]["nulls"]
-    assert {"isotropic", "untrained", "spectral", "shuffled", "random_model"} <= set(nulls)
+    assert {"isotropic", "spectral", "gaussian", "random_model"} <= set(nulls)
     assert section["rows"] == 12_000
     assert len(section["random_model"]) == 3
     pairs = [p["random_model"]["mcc_alive"] for p in section["pairs"]]
     assert nulls["random_model"]["mean"] == pytest.approx(np.mean(pairs))
     stores = [ActivationStore.open(p) for p in (tmp_path / "activations").iterdir() if not p.name.startswith(".")]
-    assert {s.manifest.control for s in stores} == {None, "random_weights(seed=0)", "shuffled_coordinates(seed=0)"}
+    assert {s.manifest.control for s in stores} == {None, "random_weights(seed=0)", "gaussian(seed=0)"}
     assert len(section["cross_entropy"]["recovered"]) == 3
     assert "recovered" in out
     assert (tmp_path / "out" / "figures" / "cross_entropy.png").exists()

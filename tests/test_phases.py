@@ -149,7 +149,7 @@ def test_ablations_hold_axes_methods_and_refused_controls(finished):
     assert "decoder" in results["controls"][1]["refused"]
     base, untied = results["methods"][:2]
     assert "gain" not in base
-    for null in ("isotropic", "untrained", "spectral"):
+    for null in ("isotropic", "spectral"):
         by_hand = [
             np.mean([p["observed"]["mcc_alive"] - p[null]["mcc_alive"] for p in s["pairs"]]) for s in (untied, base)
         ]

@@ -208,7 +208,7 @@ def test_headings_never_skip_a_level(root):
 
 def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
     forest = Forest.of(json.loads((root / "phase4a_husai_tiny/results.json").read_text()))
-    assert [r.name for r in forest.rows if r.firm] == ["isotropic", "untrained", "spectral"]
+    assert [r.name for r in forest.rows if r.firm] == ["isotropic", "spectral", "gaussian"]
     assert {r.name for r in forest.rows} > {"covariance-matched", "random-weights model"}
     for row in forest.rows:
         assert 0 < row.strip.low < row.strip.estimate < row.strip.high < 100

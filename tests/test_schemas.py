@@ -52,7 +52,7 @@ def results_of(name: str) -> dict:
     [
         ("core_ablations", lambda r: r["rows"][0].update(histograms={})),
         ("core_ablations", lambda r: r["methods"][0]["members"][0].update(label="seed1")),
-        ("adaptive_l0", lambda r: r["gain"].update(least="shuffled")),
+        ("adaptive_l0", lambda r: r["gain"].update(least="untrained")),
         ("adaptive_l0", lambda r: r["selection"][0]["stability"]["verdict"].pop("claimable_excess")),
         ("assignment_v2", lambda r: r["own"][0].pop("lambda")),
         ("assignment_v2", lambda r: r["own"][0].update(weight=r["own"][0].pop("lambda"))),

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from husai.evals import bank
-from husai.evidence import conditions
+from husai.evidence import conditions, names
 from husai.evidence.schemas import Bank, ConditionSection, Contrastive, PairRecord, Stability
 from husai.release import recompute
 from husai.runs.errors import BadInput
@@ -26,7 +26,7 @@ def banks_of(function, budgets=(1, 2, 4, 8), widths=(32, 64), l0=lambda d: 4.0) 
     """A bank whose figures of a seed are `function(budget, d_sae, seed)`, of a data set that and its number."""
     conditions_of, sections, saes = [], [], []
     labels = ["seed1", "seed2", "seed3"]
-    nulls = {n: {"mcc_alive": 0.0} for n in ("isotropic", "untrained", "spectral")}
+    nulls = {n: {"mcc_alive": 0.0} for n in names.GATED_NULLS}
     for b in budgets:
         for d in widths:
             values = [float(function(b, d, s)) for s in SEEDS]
