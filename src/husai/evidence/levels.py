@@ -14,6 +14,8 @@ MIN_STABILITY_EXCESS = 0.02
 """Lower end of the excess of `mcc` over each required null. Provisional until the zoo's even half fixes it."""
 MIN_SHARE_EXCESS = 0.02
 """The same of the share of features that are matched at 0.7 or more."""
+MIN_RECOVERY = 0.8
+"""Lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
 MIN_TRANSCODER_GAIN = 0.0
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
