@@ -182,8 +182,6 @@ STABILITY = Rule(
     "the interval of the excess lies above 0 for every required null",
     "the excess is not shown to be above 0 over: {which}",
 )
-POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
-"""Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
 RECOVERY = Rule(
     "positive control",
     "recovery of the planted features (signed mcc)",

@@ -725,6 +725,12 @@ class PlantedRows(Strict):
     rows: Annotated[int, Field(ge=1)]
     seed: int
 
+    @model_validator(mode="after")
+    def _halves(self) -> PlantedRows:
+        if self.structure == "hierarchical" and self.features % 2:
+            raise ValueError("features: an even number expected, because each parent has one child")
+        return self
+
     @property
     def digest(self) -> str:
         """Digest of the subject that a store of these rows names."""
