@@ -189,10 +189,10 @@ RECOVERY = Rule(
     "the interval of the recovery lies at or above {threshold}",
     "the recovery is not shown to be at least {threshold}",
 )
-PLANTED = PlantedRows(structure="independent", features=128, d_in=64, active=8, rows=20_000, seed=1)
+PLANTED = PlantedRows(structure="independent", features=128, d_in=64, active=8, rows=20_000, seed=7)
 """Rows of the positive control, fixed in advance."""
 PLANTED_HOOK = "planted"
-PLANTED_TOKENS = (5_000, 15_000, 30_000, 60_000)
+PLANTED_TOKENS = (10_000, 30_000, 60_000)
 """Rows that the SAEs of each degree are trained for, fixed in advance. The last degree decides."""
 PLANTED_BATCH, PLANTED_RATE = 256, 0.01
 """Batch size and learning rate of these SAEs, fixed in advance. Width and k are those of the planted features."""
