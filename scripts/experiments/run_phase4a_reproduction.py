@@ -8,12 +8,12 @@
     python scripts/experiments/run_phase4a_reproduction.py --sae-root MY_SAES --activation-cache-dir STORE
 
 The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
-several seeds, and every pair is scored against its nulls (docs/methods.md). There this phase is a positive control of
-the method; it says nothing about another model. `--model-name` names a language model in its place. Then training rows
-and held-out rows share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the
-cross-entropy that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier
-study, whose input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that
-you bring.
+several seeds, and every pair is scored against its nulls (docs/methods.md). On this default subject the phase also
+makes the positive control that the gate reads: SAEs of planted features, at several degrees of recovery. Neither says
+anything about another model. `--model-name` names a language model in its place. Then training rows and held-out rows
+share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the cross-entropy that
+the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose input
+contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
 """
 
 from pathlib import Path
@@ -379,8 +379,12 @@ def positive_control(planted) -> list[str]:
     ]
     lines += rows_of(["tokens", "recovery, 95 % interval", "least excess, 95 % interval", "stability"], found)
     if (ends := turns_at(planted.sensitivity)) is not None:
-        lines += ["", f"The verdict turns to a pass between a recovery of {ends[0]:.3f} and one of {ends[1]:.3f}."]
-    return lines
+        turn = f"The verdict turns to a pass between a recovery of {ends[0]:.3f} and one of {ends[1]:.3f}."
+    elif planted.sensitivity[-1].passes:
+        turn = "The verdict is a pass at every degree, so that the method may see less recovery than was tried."
+    else:
+        turn = "The verdict is no pass at the largest recovery."
+    return [*lines, "", turn]
 
 
 def spliced(section) -> list[str]:

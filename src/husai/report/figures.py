@@ -99,7 +99,9 @@ def sensitivity(found: Sequence[Sensitivity], path: Path) -> Path:
         spans = [_reach(e) for e in (x, y)]
         style = {"color": COLOURS["observed"], "markerfacecolor": fill, "capsize": 3}
         axis.errorbar(x.estimate, y.estimate, xerr=spans[0], yerr=spans[1], fmt="o", **style)
-        axis.annotate(f"{point.tokens:,} tokens", (x.estimate, y.estimate), (-8, 6), textcoords="offset points", ha="right")
+        axis.annotate(
+            f"{point.tokens:,} tokens", (x.estimate, y.estimate), (-8, 6), textcoords="offset points", ha="right"
+        )
     axis.set(xlabel="recovery of the planted features", ylabel="least excess over a required null", xlim=(0, 1))
     axis.set_title("Which recovery the method sees: 95 % intervals, filled where it passes", loc="left")
     return _save(figure, path)
