@@ -72,7 +72,10 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
         arms = (Scored(**{n: stress[arm][n] for n in Scored.model_fields}) for arm in ("transcoder", "sae"))
         x = pair_values(np.subtract(*(arm.scores(null) for arm in arms)))
     elif gate in simulate.OF_PAIRS:
-        place = {"positive_control": files["phase4a"]["husai"], "stability": bank["sections"][0]}
+        place = {
+            "positive_control": files["phase4a"]["planted"]["degrees"][-1]["study"],
+            "stability": bank["sections"][0],
+        }
         section = place.get(gate, files["random_model"]["section"])
         scored = Scored(**{n: section[n] for n in Scored.model_fields})
         x = pair_values(scored.scores("random_model" if gate == "random_model" else null))

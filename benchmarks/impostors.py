@@ -45,6 +45,7 @@ from husai.activations.source import open_store
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.dictionaries.sae import SAE
 from husai.evidence.estimates import jackknife, mean_over_seeds
+from husai.evidence.schemas import PlantedRows
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cli import Parser, positive_int, run_main
 from husai.runs.errors import CheckFailed
@@ -54,6 +55,7 @@ from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.matching import match, unit_rows
 from husai.stability.scores import MATCHED
+from husai.subjects.planted import generate
 from husai.training.grid import members
 from husai.training.trainer import TrainingConfig, evaluate, train
 
@@ -423,37 +425,10 @@ def matched(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def planted(structure: str, seed: int) -> tuple[Tensor, Tensor]:
-    """(rows `[PLANTED_ROWS, PLANTED_IN]`, features `[PLANTED_FEATURES, PLANTED_IN]`), by SAELens' generators.
-
-    independent; correlated: a low-rank Gaussian copula; hierarchical: a feature of the second half fires only with its
-    parent of the first.
-    """
-    from sae_lens.synthetic import (
-        ActivationGenerator,
-        FeatureDictionary,
-        generate_random_low_rank_correlation_matrix,
-        orthogonal_initializer,
-    )
-
-    n, half = PLANTED_FEATURES, PLANTED_FEATURES // 2
-    torch.manual_seed(seed)
-    features = FeatureDictionary(n, PLANTED_IN, bias=False, initializer=orthogonal_initializer(num_steps=50))
-    probability, more = PLANTED_K / n, {}
-    if structure == "correlated":
-        more["correlation_matrix"] = generate_random_low_rank_correlation_matrix(
-            n, rank=4, correlation_scale=0.3, seed=seed
-        )
-    if structure == "hierarchical":
-        probability *= 4 / 3
-        more["modify_activations"] = lambda f: torch.cat([f[:, :half], f[:, half:] * (f[:, :half] > 0)], 1)
-        firing = torch.cat([torch.full((half,), probability), torch.full((half,), 0.5)])
-    else:
-        firing = torch.full((n,), probability)
-    source = ActivationGenerator(n, firing, std_firing_magnitudes=0.25, mean_firing_magnitudes=1.0, **more)
-    with torch.no_grad():
-        activations = source.sample(PLANTED_ROWS)
-        rows = features(activations) + 0.02 * torch.randn(PLANTED_ROWS, PLANTED_IN)
-    return rows, features.feature_vectors.detach()
+    """(rows `[PLANTED_ROWS, PLANTED_IN]`, features `[PLANTED_FEATURES, PLANTED_IN]`)."""
+    sizes = {"features": PLANTED_FEATURES, "d_in": PLANTED_IN, "active": PLANTED_K, "rows": PLANTED_ROWS}
+    made = generate(PlantedRows.model_validate({"structure": structure, "seed": seed, **sizes}))
+    return made.rows, made.features
 
 
 def planted_study(structure: str, number: int) -> dict[str, dict[str, float]]:

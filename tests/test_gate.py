@@ -118,7 +118,10 @@ def oracle(bundle: Bundle, gate: str) -> tuple[float, float]:
         found = [of_pairs(matrix(files[gate][gate], n) - matrix(files[gate]["sae"], n)) for n in GATED_NULLS]
         return min(found, key=lambda e: e[0] - e[1])
     if gate in simulate.OF_PAIRS:
-        section = {"positive_control": files["phase4a"]["husai"], "stability": bank["sections"][0]}
+        section = {
+            "positive_control": files["phase4a"]["planted"]["degrees"][-1]["study"],
+            "stability": bank["sections"][0],
+        }
         section = section.get(gate, files["random_model"]["section"])
         excesses = [("mcc_alive", "random_model")] if gate == "random_model" else EXCESSES
         return min((of_pairs(matrix(section, null, score)) for score, null in excesses), key=lambda e: e[0] - e[1])

@@ -245,7 +245,7 @@ stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.
   --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Internal phases: the positive control on modular addition, the language model, what can be changed
+# Internal phases: modular addition with the positive control, the language model, what can be changed
 
 run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
 run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --model-name "$SUBJECT" \

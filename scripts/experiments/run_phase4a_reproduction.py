@@ -8,12 +8,12 @@
     python scripts/experiments/run_phase4a_reproduction.py --sae-root MY_SAES --activation-cache-dir STORE
 
 The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
-several seeds, and every pair is scored against its nulls (docs/methods.md). There this phase is a positive control of
-the method; it says nothing about another model. `--model-name` names a language model in its place. Then training rows
-and held-out rows share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the
-cross-entropy that the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier
-study, whose input contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that
-you bring.
+several seeds, and every pair is scored against its nulls (docs/methods.md). On this default subject the phase also
+makes the positive control that the gate reads: SAEs of planted features, at several degrees of recovery. Neither says
+anything about another model. `--model-name` names a language model in its place. Then training rows and held-out rows
+share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the cross-entropy that
+the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose input
+contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
 """
 
 from pathlib import Path
@@ -57,20 +57,23 @@ def main() -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
     device = prepare(args.device, args.threads)
+    from husai.evidence.planted import inputs
     from husai.evidence.schemas import Phase4a, Phase4aSection
+    from husai.report import figures
     from husai.stability import study
 
     ours = supplied(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))
     sections = {"husai": ours}
     if args.protocol == "published":
         sections["published"] = trained(args, cells, device, published(args))
-    inputs = {"subject": ours.subject_digest, "activation store": ours.store_digest}
-    inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in ours.members}
-    inputs |= ours.control_inputs
-    results = Phase4a.model_validate(
-        {"phase": "4a", "inputs": inputs, **sections, "published_figures": PUBLISHED},
-    )
+    control = planted(args, cells, device) if of_default_subject(args) else None
+    found = {"phase": "4a", "inputs": inputs(ours, control), **sections, "published_figures": PUBLISHED}
+    results = Phase4a.model_validate(found if control is None else found | {"planted": control})
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
+    if control is not None:
+        files.append(figures.sensitivity(control.sensitivity, args.output_dir / "figures" / "sensitivity.png"))
+        folders = [m.checkpoint for degree in control.degrees for m in degree.study.members]
+        files += study.checkpoint_files(cells, folders)
     for section in sections.values():
         if isinstance(section, Phase4aSection):
             folders = [m.checkpoint for m in section.members]
@@ -204,6 +207,50 @@ def cross_entropy(args, cells, device, store, section):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The positive control: planted features
+
+
+def of_default_subject(args) -> bool:
+    """Whether the phase runs on the subject that it makes itself, which the gate's positive control asks for."""
+    return args.subject is None and args.activation_cache_dir is None and args.sae_root is None
+
+
+def planted(args, cells, device):
+    """Train SAEs of planted rows for each number of tokens, score each five as `trained` does, and measure recovery."""
+    from husai.activations.planted import planted_rows
+    from husai.dictionaries import checkpoints
+    from husai.evidence import rules
+    from husai.evidence.planted import sensitivity
+    from husai.evidence.schemas import PlantedDegree, PlantedSection, Section, TrainedMember
+    from husai.kernels.workers import one_torch_thread
+    from husai.stability.recovery import recovery
+    from husai.training.trainer import TrainingConfig
+
+    data, degrees = rules.PLANTED, []
+    with one_torch_thread():
+        store, made = planted_rows(data, args.artifact_root / "activations")
+    for tokens in rules.PLANTED_TOKENS:
+        protocol = own(args) | {
+            "subject": None,
+            "store": store,
+            "hook_name": rules.PLANTED_HOOK,
+            "d_sae": data.features,
+            "k": data.active,
+            "learning_rate": rules.PLANTED_RATE,
+            "recipe": TrainingConfig(tokens=tokens, batch_size=rules.PLANTED_BATCH),
+        }
+        found = trained(args, cells, device, protocol)
+        members = [{n: v for n, v in m if n in TrainedMember.model_fields} for m in found.members]
+        kept = {name: getattr(found, name) for name in Section.model_fields} | {"members": members}
+        with one_torch_thread():
+            decoders = [checkpoints.load(args.output_dir / m.checkpoint).W_dec for m in found.members]
+            recovered = [recovery(W, made.features) for W in decoders]
+        degrees.append(PlantedDegree(tokens=tokens, recovery=recovered, study=Section.model_validate(kept)))
+    found = sensitivity(degrees)
+    return PlantedSection(data=data, batch_size=rules.PLANTED_BATCH, degrees=degrees, sensitivity=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints that a user brings
 
 
@@ -261,6 +308,8 @@ def summary(results: dict) -> str:
 
     phase = Phase4a.model_validate(results)
     parts = ["# Phase 4a: are the features more alike than chance?", "", *table(phase.husai)]
+    if phase.planted is not None:
+        parts += ["", "## The positive control: planted features", "", *positive_control(phase.planted)]
     if phase.published is not None:
         parts += ["", "## The earlier study's setting, run again", "", *comparison(phase.published)]
     return "\n".join(parts) + "\n"
@@ -294,6 +343,43 @@ def table(section) -> list[str]:
     lines += [f"\nNot computed: {null} ({why})." for null, why in stability.missing_nulls.items()]
     lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
     return lines
+
+
+def positive_control(planted) -> list[str]:
+    """The rule of the positive control, then the verdict at each degree of recovery, as markdown."""
+    from husai.evidence import levels, rules
+    from husai.evidence.planted import turns_at
+    from husai.report.text import interval
+    from husai.report.text import table as rows_of
+
+    control = rules.verdict(lambda: rules.positive_control(planted))
+    data, last = planted.data, planted.degrees[-1]
+    lines = [
+        f"The positive control **{control['outcome']}**: {control['reason']}. It is decided at {last.tokens:,} tokens, "
+        f"where the recovery must be at least {levels.MIN_RECOVERY:g}.",
+        "",
+        f"{len(last.recovery)} SAEs for each number of tokens, on {data.rows:,} rows of {data.d_in} coordinates that "
+        f"are made of {data.features} planted features, {data.active} a row. Recovery: mean signed cosine with the "
+        "planted features, one to one.",
+        "",
+    ]
+    found = [
+        [
+            f"{s.tokens:,}",
+            interval(s.recovery),
+            "" if s.excess is None else f"{interval(s.excess)} over {s.over}",
+            "passes" if s.passes else s.reason,
+        ]
+        for s in planted.sensitivity
+    ]
+    lines += rows_of(["tokens", "recovery, 95 % interval", "least excess, 95 % interval", "stability"], found)
+    if (ends := turns_at(planted.sensitivity)) is not None:
+        turn = f"The verdict turns to a pass between a recovery of {ends[0]:.3f} and one of {ends[1]:.3f}."
+    elif planted.sensitivity[-1].passes:
+        turn = "The verdict is a pass at every degree, so that the method may see less recovery than was tried."
+    else:
+        turn = "The verdict is no pass at the largest recovery."
+    return [*lines, "", turn]
 
 
 def spliced(section) -> list[str]:

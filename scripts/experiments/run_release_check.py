@@ -48,7 +48,7 @@ def parse():
     p.add_argument(
         "--phase4a-results",
         type=Path,
-        help="of the positive control on modular addition (default: those below --artifact-root, else it is run)",
+        help="of phase 4a, with the positive control (default: those below --artifact-root, else it is run)",
     )
     p.add_argument("--features", type=positive_int, default=60, help="to read (default: %(default)s)")
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
@@ -174,8 +174,16 @@ def make_folder(folder: Path) -> None:
 
 def positive_control(args) -> Path | None:
     """Where its results lie; None: it has to be run."""
+    from husai.runs.errors import BadInput
+    from husai.runs.files import read_json
+
+    if args.phase4a_results:
+        return args.phase4a_results
     there = args.artifact_root / "experiments" / "phase4a_trained_vs_random" / "results.json"
-    return args.phase4a_results or (there if there.is_file() else None)
+    try:
+        return there if read_json(there, "phase 4a").get("planted") else None
+    except (BadInput, AttributeError):  # none there, or no whole one
+        return None
 
 
 def gate(args, root: Path) -> Part:

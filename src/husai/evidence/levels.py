@@ -12,6 +12,8 @@ K = 5
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
 """Of `mcc`, and of the share of features that are matched at 0.7 or more, over each control."""
+MIN_RECOVERY = 0.8
+"""Lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
 MIN_TRANSCODER_GAIN = 0.0
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0

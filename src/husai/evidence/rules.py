@@ -22,7 +22,7 @@ import numpy as np
 from husai.evidence import contrast, drop, levels
 from husai.evidence.data_sets import families
 from husai.evidence.deltas import K
-from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, mean_over_seeds_and_sets
 from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
@@ -34,6 +34,8 @@ from husai.evidence.schemas import (
     Interval,
     OwnMember,
     OwnSection,
+    PlantedRows,
+    PlantedSection,
     PulledSection,
     Section,
     Setting,
@@ -232,8 +234,20 @@ LICENCES: tuple[tuple[str, list[str], str], ...] = (
 )
 """(what was beaten, the excesses that show it beside those of the lines before, what may then be said). Only the last
 passes."""
-POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
-"""Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
+RECOVERY = Rule(
+    "positive control",
+    "recovery of the planted features (signed mcc)",
+    *("low", ">=", levels.MIN_RECOVERY),
+    "the interval of the recovery lies at or above {threshold}",
+    "the recovery is not shown to be at least {threshold}",
+)
+PLANTED = PlantedRows(structure="independent", features=128, d_in=64, active=8, rows=20_000, seed=7)
+"""Rows of the positive control, fixed in advance."""
+PLANTED_HOOK = "planted"
+PLANTED_TOKENS = (10_000, 30_000, 60_000)
+"""Rows that the SAEs of each degree are trained for, fixed in advance. The last degree decides."""
+PLANTED_BATCH, PLANTED_RATE = 256, 0.01
+"""Batch size and learning rate of these SAEs, fixed in advance. Width and k are those of the planted features."""
 
 
 def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
@@ -307,6 +321,36 @@ def sentence(met: Container[str]) -> str:
 def still_moving(text: str, tokens: int) -> str:
     """A sentence about SAEs whose training had not come to rest."""
     return f"{text[:-1]}, after {tokens:,} tokens of training, which had not come to rest."
+
+
+def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
+    """SAEs that recover the planted features are stable, at the registered setting.
+
+    Returns:
+        The recovery where it is too low, else the stability of these SAEs.
+
+    Raises:
+        Missing: another setting than the registered one, or a degree without a verdict.
+    """
+    degrees, data = planted.degrees, planted.data
+    require(data == PLANTED, "other planted features than the registered ones")
+    registered = PLANTED_TOKENS, PLANTED_BATCH
+    trained_for = tuple(d.tokens for d in degrees), planted.batch_size
+    require(trained_for == registered, f"planted features: tokens and batch size {registered} expected, as registered")
+    shas = [m.checkpoint_sha256 for d in degrees for m in d.study.members]
+    require(len(set(shas)) == len(shas), "planted features: an SAE stands twice")
+    require(len({d.study.store_digest for d in degrees}) == 1, "planted features: SAEs of several stores")
+    for degree in degrees:
+        study = degree.study
+        own_training(study)
+        on = study.subject_digest, study.hook_name, study.rows, study.d_in
+        require(on == (data.digest, PLANTED_HOOK, data.rows, data.d_in), "planted features: SAEs of other rows")
+        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in study.members}
+        expected = {("topk", data.features, data.active, PLANTED_RATE)}
+        require(made == expected, f"planted features: SAEs {expected} expected, as registered")
+        shown = stability(study, level)
+    recovered = RECOVERY.shown({"": mean_over_seeds(degrees[-1].recovery, level)}, len(degrees[-1].recovery))
+    return recovered if recovered.failing() else shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +582,7 @@ def table() -> str:
     seeds, over_nulls = f"S ≥ {MINIMUM_SEEDS}", "over isotropic, spectral (signed and absolute) and gaussian"
     low, high = "lower end of the 95 % interval", "upper end of the 95 % interval"
     rows = {
-        "phase 4a, positive control": f"{seeds}, {SPECTRAL_DRAWS} draws of the spectral null, and the {low} of each of "
+        "phase 4a": f"{seeds}, {SPECTRAL_DRAWS} draws of the spectral null, and the {low} of each of "
         f"these is above {STABILITY.threshold:g}: the excess of `{PRIMARY_SCORE}` {over_nulls}; that of the share of "
         "features matched at 0.7 or more, over spectral and gaussian; both of the features that are like no prototype",
         "husai-tiny": f"bits per byte below {BELOW_BIGRAM:g} × the bigram's, and below the trigram's, on the same "
@@ -555,6 +599,8 @@ def table() -> str:
         "assignment consistency v2": f"own references, fresh seeds ({seeds}) and fresh references: the gain's lower "
         f"end is above {BETTER.threshold:g} over each required null, and the upper end of the EV lost is at most "
         f"{KEPT.threshold:g}",
+        "gate, positive control": f"SAEs of the planted features, {PLANTED_TOKENS[-1]:,} tokens each: the {low} of the "
+        f"recovery is at least {RECOVERY.threshold:g}, and as phase 4a",
         "gate, stability": f"the candidate's SAEs, {seeds} fresh seeds: as phase 4a",
         "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
         f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",

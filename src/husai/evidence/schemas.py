@@ -739,6 +739,66 @@ class Phase4aSupplied(Drawn, OwnSection):
     members: Annotated[list[SuppliedMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
 
 
+class PlantedRows(Strict):
+    """Rows that are made of planted features (`subjects.planted`)."""
+
+    structure: Literal["independent", "correlated", "hierarchical"]
+    features: Annotated[int, Field(ge=1)]
+    d_in: Annotated[int, Field(ge=1)]
+    active: Annotated[int, Field(ge=1)]
+    """Mean number of features that are active on a row."""
+    rows: Annotated[int, Field(ge=1)]
+    seed: int
+
+    @model_validator(mode="after")
+    def _halves(self) -> PlantedRows:
+        if self.structure == "hierarchical" and self.features % 2:
+            raise ValueError("features: an even number expected, because each parent has one child")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Digest of the subject that a store of these rows names."""
+        return digest({"planted features": self.to_json()})
+
+
+class PlantedDegree(Strict):
+    """SAEs of planted rows that were trained for one number of tokens."""
+
+    tokens: int
+    recovery: Annotated[list[Share], Field(min_length=1)]
+    """Signed mean cosine of the planted features with each SAE's decoder (`stability.recovery`)."""
+    study: Section
+
+    @model_validator(mode="after")
+    def _one_a_member(self) -> PlantedDegree:
+        if len(self.recovery) != len(self.study.members):
+            raise ValueError("recovery: one value for each SAE expected")
+        return self
+
+
+class Sensitivity(Strict):
+    """Verdict on SAEs that recover this much of the planted features."""
+
+    tokens: int
+    recovery: Interval
+    over: str | None
+    """Name of the estimate that comes nearest to failing; None where there is no verdict."""
+    excess: Interval | None
+    passes: bool
+    reason: str
+
+
+class PlantedSection(Strict):
+    """The positive control: SAEs that recover planted features to several degrees."""
+
+    data: PlantedRows
+    batch_size: int
+    degrees: Annotated[list[PlantedDegree], Field(min_length=1)]
+    """In the order of their tokens. The last one decides."""
+    sensitivity: list[Sensitivity]
+
+
 class Phase4a(Strict):
     """Results of `run_phase4a_reproduction.py`."""
 
@@ -751,6 +811,8 @@ class Phase4a(Strict):
     published: Phase4aSection | None = None
     """The earlier study's setting."""
     published_figures: dict[str, Any]
+    planted: PlantedSection | None = None
+    """The positive control, where the phase ran on its default subject."""
 
 
 class Gain(Strict):

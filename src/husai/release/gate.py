@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from husai.evidence import deltas, levels, random_model, rules, transcoder
+from husai.evidence import deltas, levels, planted, random_model, rules, transcoder
 from husai.evidence.data_sets import DATA_SETS, families
 from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
 from husai.evidence.levels import fresh_seeds
@@ -26,7 +26,6 @@ from husai.evidence.schemas import (
     OODStress,
     OwnSection,
     Phase4a,
-    Phase4aSection,
     Probing,
     RandomModelStress,
     Recipe,
@@ -46,7 +45,7 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
 GATES = {
-    "positive_control": "Does the method find features alike where they are known to be (modular addition)?",
+    "positive_control": "Does the method find planted features, and find them alike over seeds?",
     "stability": "Are the candidate's features more alike over seeds than every required null?",
     "random_model": "More alike than those of SAEs trained alike on a model with random weights?",
     "transcoder": "Are transcoders of the layer at least as reproducible as SAEs of its output?",
@@ -440,22 +439,14 @@ def _about(section: Section | OwnSection, candidate: _Candidate) -> None:
 
 def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     found = _read(bundle, "phase4a", Phase4a)
-    section, members = found.husai, _members(found.husai)
-    if not isinstance(section, Phase4aSection):
-        raise Missing("phase 4a: SAEs that it trained itself expected")
-    of_language_model = section.cross_entropy is not None or section.random_model is not None
-    require(not of_language_model, "phase 4a is of a language model: modular addition expected")
+    control = found.planted
+    if control is None:
+        raise Missing("phase 4a holds no planted features: it makes them on its default subject, modular addition")
     subject = candidate.about["subject_digest"] if candidate.to_json() else None
-    require(section.subject_digest != subject, "phase 4a is of the candidate's own subject: no positive control")
-    inputs = {"subject": section.subject_digest, "activation store": section.store_digest}
-    inputs |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in section.members}
-    inputs |= section.control_inputs
-    require(found.inputs == inputs, "phase 4a: its inputs are not its subject, store and checkpoints")
-    require(len(set(members.values())) == len(members), "phase 4a: an SAE stands twice")
-    rules.own_training(section)
-    made = {(section.hook_name, m.family, m.d_sae, m.k) for m in section.members}
-    require(made == {rules.POSITIVE_CONTROL}, f"phase 4a: {rules.POSITIVE_CONTROL} expected, as registered")
-    return rules.stability(section, level)
+    require(control.data.digest != subject, "phase 4a is of the candidate's own subject: no positive control")
+    named = planted.inputs(found.husai, control)
+    require(found.inputs == named, "phase 4a: its inputs are not its subjects, stores and checkpoints")
+    return rules.positive_control(control, level)
 
 
 def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:

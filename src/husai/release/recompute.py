@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.evidence import conditions, contrast, deltas, drop, random_model, rules, transcoder
+from husai.evidence import conditions, contrast, deltas, drop, planted, random_model, rules, transcoder
 from husai.evidence.names import GAP
 from husai.evidence.schemas import (
     AdaptiveL0,
@@ -202,7 +202,7 @@ def against(at: str, section: Compared, control: Compared) -> dict[str, Any]:
 
 
 PHASES: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
-    "4a": (Phase4a, lambda found: {}),
+    "4a": (Phase4a, planted.decisions),
     "core_ablations": (CoreAblations, ablation_decisions),
     "adaptive_l0_calibration": (AdaptiveL0, adaptive_decisions),
     "assignment_consistency_v2": (AssignmentConsistency, assignment_decisions),

@@ -49,6 +49,7 @@ ALT = {
     "over_training": "Stability against training steps with its interval, and the levels of the nulls",
     "loss_curves": "Loss on training batches against steps, a line for each seed",
     "cross_entropy": "Cross-entropy with each seed's SAE spliced in, beside the model's own and that with zeros",
+    "sensitivity": "Excess of stability against the recovery of planted features, with intervals",
     "core_ablations": "Stability against sparsity and width, and the gain of each method, with intervals",
     "adaptive_l0": "Excess of stability over the highest null, and explained variance, against k",
     "assignment_v2": "Gain of stability against the strength of the pull, with intervals",

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import Drawn, Interval, Phase4aSection, Scored, Section
+from husai.evidence.schemas import Drawn, Interval, Phase4aSection, Scored, Section, Sensitivity
 from husai.report.markup import few_colours
 from husai.report.names import NAMES
 
@@ -85,6 +85,31 @@ def loss_curves(section: Phase4aSection, path: Path) -> Path:
     axis.set_title("Loss on training batches", loc="left")
     axis.legend(frameon=False, ncols=2)
     return _save(figure, path)
+
+
+def sensitivity(found: Sequence[Sensitivity], path: Path) -> Path:
+    """Least excess of stability against the recovery of planted features, each with its interval; filled: a pass."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    axis.axhline(0, color=COLOURS["isotropic"], lw=1)
+    for point in found:
+        x, y = point.recovery, point.excess
+        if y is None:
+            continue
+        fill = COLOURS["observed"] if point.passes else "white"
+        spans = [_reach(e) for e in (x, y)]
+        style = {"color": COLOURS["observed"], "markerfacecolor": fill, "capsize": 3}
+        axis.errorbar(x.estimate, y.estimate, xerr=spans[0], yerr=spans[1], fmt="o", **style)
+        axis.annotate(
+            f"{point.tokens:,} tokens", (x.estimate, y.estimate), (-8, 6), textcoords="offset points", ha="right"
+        )
+    axis.set(xlabel="recovery of the planted features", ylabel="least excess over a required null", xlim=(0, 1))
+    axis.set_title("Which recovery the method sees: 95 % intervals, filled where it passes", loc="left")
+    return _save(figure, path)
+
+
+def _reach(e: Interval) -> list[list[float]] | None:
+    """How far an interval reaches below and above its estimate."""
+    return None if e.low is None or e.high is None else [[e.estimate - e.low], [e.high - e.estimate]]
 
 
 @dataclass(frozen=True)

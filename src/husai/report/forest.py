@@ -93,6 +93,7 @@ def stability_sections(value, name: str = "") -> Iterator[tuple[str, dict]]:
 GROUPS = {
     "husai": "HUSAI",
     "published": "the earlier study's setting",
+    "planted": "planted features",
     "methods": "method",
     "selection": "selection",
     "confirmation": "fresh seeds",

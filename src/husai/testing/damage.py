@@ -42,7 +42,7 @@ ALONE = {
 }
 """Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
 A_SECTION = (
-    r"(phase4a/husai|confirmation/(bank/sections/\d+|section)|transcoder/(transcoder|sae)|"
+    r"(phase4a/husai|phase4a/planted/degrees/\d+/study|confirmation/(bank/sections/\d+|section)|transcoder/(transcoder|sae)|"
     r"random_model/(section|random_model))"
 )
 INFORMATIONAL = {
@@ -54,7 +54,8 @@ INFORMATIONAL = {
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
     A_SECTION + r"/(others/\d+|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
-    r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate))": "how the control was trained",
+    r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate|assignment_weight))": "modular "
+    "addition, which decides nothing",
     r"((random_model|confirmation)/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store; its "
     "digest counts",
     r"random_model/random_model/members/\d+/heldout/.*": "of the control's SAEs: reported",
@@ -284,7 +285,7 @@ def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
     facts = candidate["facts"]
     other = digest("another")
     if label == "phase4a":
-        own = bundle.given("phase4a").results["husai"]["subject_digest"]
+        own = bundle.given("phase4a").results["planted"]["degrees"][0]["study"]["subject_digest"]
         yield "the candidate's own subject", own, facts["subject_digest"]
         return
     yield "another subject", facts["subject_digest"], other

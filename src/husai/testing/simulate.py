@@ -16,11 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from husai.evidence import conditions, data_sets, deltas, drop, levels, random_model, references, rules, transcoder
+from husai.evidence import (
+    conditions,
+    data_sets,
+    deltas,
+    drop,
+    levels,
+    planted,
+    random_model,
+    references,
+    rules,
+    transcoder,
+)
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate, noise
 from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS
-from husai.evidence.rules import POSITIVE_CONTROL, SPECTRAL_DRAWS
+from husai.evidence.rules import SPECTRAL_DRAWS
 from husai.evidence.schemas import (
     Alike,
     Bank,
@@ -30,6 +41,8 @@ from husai.evidence.schemas import (
     Facts,
     OODStress,
     OwnSection,
+    Phase4a,
+    PlantedSection,
     Probing,
     ScoredRecord,
     SeedGroup,
@@ -165,7 +178,7 @@ def bundle(
         return effects[gate] + own, other * spread.other
 
     for gate, section in (
-        ("positive_control", files["phase4a"]["husai"]),
+        ("positive_control", files["phase4a"]["planted"]["degrees"][-1]["study"]),
         ("stability", bank["sections"][0]),
     ):
         pairs(gate, section, section, GATED_NULLS)
@@ -373,23 +386,36 @@ def _frame(seeds: int) -> str:
     confirmation |= {"paths": {str(s): f"checkpoints/topk_seed{s}" for s in fresh}}
     confirmation |= {"selection": {"sha256": digest(picked), "id": chosen["selected"]["id"]}}
 
-    extra = {"curve": [0.5, 0.1], "aux_steps": 0}
-    hook_name, family, d_sae, k = POSITIVE_CONTROL
-    extra |= {"d_sae": d_sae, "k": k}
-    members = [_member(_sha("control", s), s, own[0]["heldout"], family) for s in (*STUDY_SEEDS, *fresh)[:seeds]]
-    control = [m | extra for m in members]
-    section = _section(control, _sha("modular addition"), hook_name, _sha("control store"))
-    section |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
-    section |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}}
-    inputs = {"subject": section["subject_digest"], "activation store": section["store_digest"]}
-    inputs |= {f"checkpoint {m['label']}": m["checkpoint_sha256"] for m in control}
-    inputs |= _noise_inputs(section)
-    phase4a = {"phase": "4a", "inputs": inputs, "husai": section, "published_figures": {}}
+    phase4a = _phase4a((*STUDY_SEEDS, *fresh)[:seeds], own[0]["heldout"])
 
     files = {"phase4a": phase4a, "selection": picked, "confirmation": confirmation}
     files |= _stress(own, named, bank["sections"][0]["members"])
     _derive(files)
     return json.dumps(files)
+
+
+def _phase4a(seeds: Sequence[int], heldout: dict) -> dict:
+    """Modular addition, and the planted features that decide."""
+    extra = {"curve": [0.5, 0.1], "aux_steps": 0}
+    reported = [_member(_sha("modular addition", s), s, heldout) | extra for s in seeds]
+    husai = _section(reported, _sha("modular addition"), "blocks.0.hook_resid_post", _sha("modular addition store"))
+    husai |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
+    husai |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}}
+    _summarise(husai)
+
+    data, degrees = rules.PLANTED, []
+    made = {"d_sae": data.features, "k": data.active, "learning_rate": rules.PLANTED_RATE}
+    for tokens in rules.PLANTED_TOKENS:
+        members = [_member(_sha("planted", tokens, s), s, heldout) | made for s in seeds]
+        study = _section(members, data.digest, rules.PLANTED_HOOK, _sha("planted rows"))
+        study |= {"rows": data.rows, "d_in": data.d_in}
+        _summarise(study)
+        recovery = [rules.RECOVERY.threshold + 0.1 + i / 1000 for i in range(len(seeds))]
+        degrees.append({"tokens": tokens, "recovery": recovery, "study": study})
+    control = {"data": data.to_json(), "batch_size": rules.PLANTED_BATCH, "degrees": degrees, "sensitivity": []}
+    found = {"phase": "4a", "inputs": {}, "husai": husai, "published_figures": {}, "planted": control}
+    typed = Phase4a.model_validate(found)
+    return found | {"inputs": planted.inputs(typed.husai, typed.planted)}
 
 
 def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict]:
@@ -450,8 +476,11 @@ def _derive(files: dict) -> None:
     _derive_bank(files["confirmation"]["bank"])
     meaningless, other, ood = (files[label] for label in ("random_model", "transcoder", "ood"))
     sections = (meaningless["section"], meaningless["random_model"], other["transcoder"], other["sae"])
-    for section in (files["phase4a"]["husai"], *sections):
+    control = files["phase4a"]["planted"]
+    for section in (files["phase4a"]["husai"], *(d["study"] for d in control["degrees"]), *sections):
         _summarise(section)
+    typed_control = PlantedSection.model_validate(control | {"sensitivity": []})
+    control["sensitivity"] = [s.to_json() for s in planted.sensitivity(typed_control.degrees)]
     own, control = OwnSection.model_validate(sections[0]), Control.model_validate(sections[1])
     gain = random_model.gain(own, control)
     meaningless |= {"gain": gain and gain.to_json(), "verdict": random_model.verdict(own, control)}
