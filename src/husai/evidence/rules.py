@@ -453,6 +453,9 @@ def table() -> str:
         "assignment consistency v2": f"own references, fresh seeds ({seeds}) and fresh references: the gain's lower "
         f"end is above {BETTER.threshold:g} over each required null, and the upper end of the EV lost is at most "
         f"{KEPT.threshold:g}",
+        "attempts": "a confirmation has exactly the seeds that selection fixed; at attempt j = 1, 2, … of a "
+        "configuration, the gates about the candidate read intervals of level 1 − α/2ʲ instead of 95 %, "
+        f"α = {levels.ALPHA:g}",
         "gate, stability": f"the candidate's SAEs, {seeds} fresh seeds: as phase 4a, each required null",
         "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
         f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
