@@ -21,7 +21,7 @@ import numpy as np
 from husai.evidence import contrast, drop, levels
 from husai.evidence.data_sets import families
 from husai.evidence.deltas import K
-from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.evidence.estimates import Estimate, effect_for, jackknife, mean_over_seeds_and_sets, pass_probability
 from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
@@ -42,6 +42,8 @@ from husai.evidence.schemas import (
 from husai.runs.errors import BadInput
 
 PASS, FAIL, MISSING = "PASS", "FAIL", "MISSING"
+POWER = 0.8
+"""Pass probability for which a gate states the effect that it needs."""
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 MOVED_AT_MOST = 0.02
@@ -136,6 +138,16 @@ class Shown:
         """The estimate that comes nearest to failing."""
         sign = -1 if self.rule.end == "high" else 1
         return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.rule.end))
+
+    def passes_at(self, truth: float) -> float:
+        """Probability to pass if every figure were truly this: that of the estimate least likely to pass, and therefore
+        an upper bound for all of them together."""
+        return min(pass_probability(e, self.rule.end, self.threshold, truth) for e in self.estimates.values())
+
+    def effect_for(self, probability: float = POWER) -> float:
+        """The true figure at which each estimate passes with at least this probability."""
+        needed = [effect_for(e, self.rule.end, self.threshold, probability) for e in self.estimates.values()]
+        return min(needed) if self.rule.end == "high" else max(needed)
 
 
 def checked(judge: Callable[[], Shown]) -> Shown:
