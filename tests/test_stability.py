@@ -384,7 +384,7 @@ def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
 
 
 def estimates(low, high):
-    each = interval((low + high) / 2, low, high)
+    each = interval((low + high) / 2, low, high) if low is not None else interval(high)
     return Gain.model_validate({"observed": each} | dict.fromkeys(names.GATED_NULLS, each) | {"least": "spectral"})
 
 
@@ -401,24 +401,41 @@ def test_verdict_of_a_gain(low, high, seeds, outcome):
     assert rules.gain_verdict(estimates(low, high), seeds) == outcome
 
 
+def pulled(weight, low, lost):
+    """An arm whose least gain has this lower end, and whose lost variance this upper end; None: no interval."""
+    gain = estimates(low, 1.0)
+    drop = Interval(**interval(-0.5, -1.0, lost) if lost is not None else interval(-0.5))
+    return PulledSection.model_construct(weight=weight, gain=gain, ev_drop=drop)
+
+
 @pytest.mark.parametrize(
-    ("weight", "low", "lost", "seeds", "accepted", "named"),
+    ("low", "lost", "seeds", "accepted", "named"),
     [
-        (0.1, 0.01, 0.04, 5, True, ""),
-        (0.1, 0.0, 0.04, 5, False, r"\bgain\b"),
-        (0.1, 0.01, 0.06, 5, False, r"^(?!.*λ).*\bvariance\b"),
-        (0.1, 0.01, 0.04, 4, False, r"\b4 seeds\b.*\b5\b"),
-        (None, 0.01, 0.04, 5, False, "λ"),
+        (0.01, 0.04, 5, True, ""),
+        (0.0, 0.04, 5, False, r"\bgain\b"),
+        (0.01, 0.06, 5, False, r"^(?!.*λ).*\bvariance\b"),
+        (0.01, 0.04, 4, False, r"\b4 seeds\b.*\b5\b"),
     ],
 )
-def test_acceptance(weight, low, lost, seeds, accepted, named):
-    lost, gain = Interval(**interval(0.0, -0.1, lost)), estimates(low, 0.1)
-    found = rules.acceptance(weight, gain, lost, seeds, 0.05)
-    assert found.accepted is accepted
+def test_acceptance(low, lost, seeds, accepted, named):
+    lost, gain, arms = Interval(**interval(0.0, -0.1, lost)), estimates(low, 0.1), [pulled(0.1, 0.2, 0.0)]
+    found = rules.acceptance(arms, gain, lost, seeds, 0.05)
+    assert (found.accepted, found.weight) == (accepted, 0.1)
     assert found.outcome == ("accepted" if accepted else "not accepted")
     assert re.search(named, found.reason)
     one_null_short = gain.model_copy(update={"spectral": Interval(**interval(0.0, -0.01, 0.1))})
-    assert not rules.acceptance(0.1, one_null_short, Interval(**interval(0.0, 0.0, 0.0)), 5, 0.05).accepted
+    assert not rules.acceptance(arms, one_null_short, Interval(**interval(0.0, 0.0, 0.0)), 5, 0.05).accepted
+
+
+def test_acceptance_says_why_no_weight_was_chosen():
+    """The variance that each λ costs, or gains without an interval: of two seeds, say."""
+    costly = [pulled(0.1, 0.2, 0.06), pulled(0.2, 0.2, None)]
+    assert re.search(r"\bλ\b.*\bvariance\b.*\b0\.05\b", rules.acceptance(costly, None, None, 0, 0.05).reason)
+    found = rules.acceptance([*costly, pulled(0.3, None, 0.0)], None, None, 0, 0.05)
+    assert (found.accepted, found.weight) == (False, None)
+    assert re.search(r"\bgain\b.*\binterval\b", found.reason)
+    with pytest.raises(ValueError, match=r"\b0\.1\b.*\bconfirmation\b"):
+        rules.acceptance([pulled(0.1, 0.2, 0.0)], None, None, 0, 0.05)
 
 
 def test_choices_by_what_is_sure():
@@ -438,10 +455,6 @@ def test_choices_by_what_is_sure():
     ]
     assert rules.choose_k(candidates, 0.9) == 8
     assert rules.choose_k(candidates, 0.99) is None
-
-    def pulled(weight, low, lost):
-        gain, drop = estimates(low, 1.0), Interval(**interval(-0.5, -1.0, lost))
-        return PulledSection.model_construct(weight=weight, gain=gain, ev_drop=drop)
 
     arms = [pulled(0.1, 0.5, 0.06), pulled(0.2, 0.2, 0.05), pulled(0.3, 0.1, 0.0)]
     assert rules.choose_weight(arms, 0.05) == 0.2

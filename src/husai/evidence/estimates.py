@@ -88,7 +88,7 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     if not (np.isfinite(above).all() and (np.abs(above - below) <= 1e-12).all()):
         raise ValueError("pairwise scores must be finite and symmetric")
     mean = float(above.mean())
-    method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {level:.0%}"
+    method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {100 * level:g}%"
     if s < 3:
         return Estimate(mean, None, None, None, s, method, "at least 3 seeds are needed for an interval")
     deleted = matrix[_without_one(s)].mean(1)
@@ -106,7 +106,7 @@ def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or len(x) == 0 or not np.isfinite(x).all():
         raise ValueError("finite figures expected, one a seed")
-    mean, method = float(x.mean()), f"mean over seeds, t(S-1), {level:.0%}"
+    mean, method = float(x.mean()), f"mean over seeds, t(S-1), {100 * level:g}%"
     if len(x) < 3:
         return Estimate(mean, None, None, None, len(x), method, "at least 3 seeds are needed for an interval")
     error = float(x.std(ddof=1) / np.sqrt(len(x)))
@@ -141,10 +141,10 @@ def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: flo
             mean, None, None, None, s, method, "at least 2 families of data sets are needed for an interval"
         )
     variance, freedom = f / (f - 1) * float((sums**2).sum()) / d**2, f - 1
-    method = f"mean over {d} data sets of {f} families; clustered by family, t(F-1), {level:.0%}; not over seeds"
+    method = f"mean over {d} data sets of {f} families; clustered by family, t(F-1), {100 * level:g}%; not over seeds"
     if s >= 3:
         variance, freedom = variance + float(x.mean(1).var(ddof=1)) / s, min(f, s) - 1
-        method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {level:.0%}"
+        method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {100 * level:g}%"
     error = float(np.sqrt(variance))
     half = _quantile(level, freedom) * error
     without_one = _least_and_largest(_deleted(x.mean(1))) if s >= 3 else None

@@ -401,6 +401,13 @@ def gain_verdict(gain: Gain, seeds: int) -> str:
     return "worse" if worse else "not shown to differ"
 
 
+def sparsity_outcome(chosen: int | None, gain: Gain | None, seeds: int) -> str:
+    """The outcome of a choice of k: that of its gain over the control's on fresh seeds, where there is one."""
+    if chosen is None:
+        return "no candidate meets the floor"
+    return "the chosen k is the control's" if gain is None else gain_verdict(gain, seeds)
+
+
 def choose_k(candidates: Sequence[SparsitySection], floor: float) -> int | None:
     """The k with the largest `contrast.lower_bound` among sections whose held-out explained variance is surely at
     least `floor`. Ties go to the sparser k. None if no section qualifies."""
@@ -418,15 +425,18 @@ def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | Non
 
 
 def acceptance(
-    weight: float | None, gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
+    arms: Sequence[PulledSection], gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
 ) -> Acceptance:
-    """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds.
+    """Whether the pull of `choose_weight` is accepted, by its gain and the explained variance it lost on fresh seeds.
 
     Raises:
         ValueError: a weight was chosen and its confirmation is missing.
     """
+    weight = choose_weight(arms, max_drop)
     rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
-    if weight is None:
+    if weight is None and any(KEPT.met_by(a.ev_drop, max_drop) for a in arms):
+        failed = ["no gain of a λ that keeps the explained variance has an interval"]
+    elif weight is None:
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
     elif gain is None or lost is None:
         raise ValueError(f"λ = {weight}: a confirmation on fresh seeds expected")
