@@ -1023,7 +1023,7 @@ class LedgerEntry(Strict):
     selection: Sha256
     candidate: Sha256
     """Digest of the configuration (`Selected.id`)."""
-    seeds: list[int]
+    seeds: Annotated[list[int], Field(min_length=1)]
     saes: Sha256
     """Digest of the identities of its SAEs, seed by seed."""
 
