@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -34,10 +34,10 @@ EXCESSES = [
 SIZE = 10.0  # standard errors beyond the threshold
 
 
-def made(seeds: int = 5, seed: int = 0, derived: bool = True, **sizes: float) -> Bundle:
+def made(seeds: int = 5, seed: int = 0, derived: bool = True, attempt: int = 1, **sizes: float) -> Bundle:
     """A bundle whose gates have these true effects, in standard errors; SIZE where none is named."""
     effects = {g: simulate.shifted(g, sizes.get(g, SIZE) * simulate.standard_error(g, NOISE[g])) for g in GATES}
-    return simulate.bundle(effects, NOISE, np.random.default_rng(seed), seeds, derived)
+    return simulate.bundle(effects, NOISE, np.random.default_rng(seed), seeds, derived, attempt)
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +84,45 @@ def test_noise_is_known_of_every_gate():
 # Each gate: the right figure, the right side
 
 
-def of_pairs(x: np.ndarray) -> tuple[float, float]:
-    """(mean over pairs, half of the 95 % jackknife interval)."""
+@dataclass(frozen=True)
+class Oracle:
+    """A figure's estimate, by numpy and scipy.stats."""
+
+    mean: float
+    half: float
+    """Half of the interval."""
+    error: float
+    freedom: int
+    rest: list[float]
+    """Means without one seed."""
+
+
+def of_pairs(x: np.ndarray, level: float) -> Oracle:
+    """Mean over pairs, with the jackknife interval."""
     s = len(x)
     off = ~np.eye(s, dtype=bool)
     rest = [x[np.ix_(keep, keep)][off[:-1, :-1]].mean() for keep in (np.delete(np.arange(s), i) for i in range(s))]
     error = np.sqrt((s - 1) * np.var(rest))
-    return x[off].mean(), stats.t.ppf(0.975, s - 1) * error
+    return Oracle(x[off].mean(), stats.t.ppf((1 + level) / 2, s - 1) * error, error, s - 1, rest)
 
 
-def of_sets(x: np.ndarray, families: list[str]) -> tuple[float, float]:
+def of_sets(x: np.ndarray, families: list[str], level: float) -> Oracle:
     """The same over seeds and clustered data sets, `x [S, D]`."""
     s, d = x.shape
     sums = [sum(x[:, i].mean() - x.mean() for i in range(d) if families[i] == f) for f in sorted(set(families))]
     f = len(sums)
-    variance = f / (f - 1) * sum(v * v for v in sums) / d**2 + x.mean(1).var(ddof=1) / s
-    return x.mean(), stats.t.ppf(0.975, min(s, f) - 1) * np.sqrt(variance)
+    error = np.sqrt(f / (f - 1) * sum(v * v for v in sums) / d**2 + x.mean(1).var(ddof=1) / s)
+    rest = [np.delete(x, i, axis=0).mean() for i in range(s)]
+    freedom = min(s, f) - 1
+    return Oracle(x.mean(), stats.t.ppf((1 + level) / 2, freedom) * error, error, freedom, rest)
 
 
-def oracle(bundle: Bundle, gate: str) -> tuple[float, float]:
+def level_of(gate: str, attempt: int = 1) -> float:
+    return 0.95 if gate == "positive_control" else 1 - 0.05 / 2**attempt
+
+
+def oracle(bundle: Bundle, gate: str) -> Oracle:
+    level = level_of(gate, bundle.files["confirmation"].results["attempt"])
     files = {label: f.results for label, f in bundle.files.items()}
     bank = files["confirmation"]["bank"]
 
@@ -115,8 +135,8 @@ def oracle(bundle: Bundle, gate: str) -> tuple[float, float]:
         return x
 
     if gate == "transcoder":
-        found = [of_pairs(matrix(files[gate][gate], n) - matrix(files[gate]["sae"], n)) for n in GATED_NULLS]
-        return min(found, key=lambda e: e[0] - e[1])
+        found = [of_pairs(matrix(files[gate][gate], n) - matrix(files[gate]["sae"], n), level) for n in GATED_NULLS]
+        return min(found, key=lambda e: e.mean - e.half)
     if gate in simulate.OF_PAIRS:
         section = {
             "positive_control": files["phase4a"]["planted"]["degrees"][-1]["study"],
@@ -124,16 +144,18 @@ def oracle(bundle: Bundle, gate: str) -> tuple[float, float]:
         }
         section = section.get(gate, files["random_model"]["section"])
         excesses = [("mcc_alive", "random_model")] if gate == "random_model" else EXCESSES
-        return min((of_pairs(matrix(section, null, score)) for score, null in excesses), key=lambda e: e[0] - e[1])
+        return min(
+            (of_pairs(matrix(section, null, score), level) for score, null in excesses), key=lambda e: e.mean - e.half
+        )
     if gate == "ood":
         shifted = files["ood"]["shifted"]
         sides = [shifted["llm"], *(s["test_auc"]["5"] for s in shifted["saes"])]
         llm, *saes = (np.array(s["id"]) - np.array(s["ood"]) for s in sides)
-        return of_sets(np.array(saes) - llm, shifted["families"])
+        return of_sets(np.array(saes) - llm, shifted["families"], level)
     part = bank[gate]
     of = (lambda r: r["test_auc"]["5"]) if gate == "saebench" else (lambda r: r["normalised_of_pairs"])
     own, reference = (np.array([of(r) for r in part["saes"] if r["candidate"] == c]) for c in (True, False))
-    return of_sets(own - reference, part["families" if gate == "saebench" else "clusters"])
+    return of_sets(own - reference, part["families" if gate == "saebench" else "clusters"], level)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -143,12 +165,13 @@ def test_each_gate_against_numpy(gate, good):
         bundle = made(derived=False, **{gate: size})
         decision, gates = judged(bundle)
         found = gates[gate]
-        estimate, half = oracle(bundle, gate)
+        expected = oracle(bundle, gate)
         assert found["status"] == status
-        assert found["estimate"] == pytest.approx(estimate, abs=1e-12)
-        assert found["low"] == pytest.approx(estimate - half, abs=1e-12)
-        assert found["high"] == pytest.approx(estimate + half, abs=1e-12)
-        assert found["n"] == 5
+        assert found["estimate"] == pytest.approx(expected.mean, abs=1e-12)
+        assert found["low"] == pytest.approx(expected.mean - expected.half, abs=1e-12)
+        assert found["high"] == pytest.approx(expected.mean + expected.half, abs=1e-12)
+        assert (found["n"], found["level"]) == (5, pytest.approx(level_of(gate), abs=1e-12))
+        assert found["without_one_seed"] == pytest.approx([min(expected.rest), max(expected.rest)], abs=1e-12)
         assert decision["pass_all"] == (status == "PASS")
         assert {g["status"] for n, g in gates.items() if n != gate} == {"PASS"}
         assert (found["to_pass"] is None) == (status == "PASS")
@@ -156,6 +179,39 @@ def test_each_gate_against_numpy(gate, good):
     decision, gates = judged(Bundle(good.files | {label: None}, good.on_disk))
     assert gates[gate]["status"] == "MISSING"
     assert not decision["pass_all"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_each_gate_says_its_own_power(gate, good):
+    """By scipy.stats' noncentral t, from the standard error of the estimate that is the hardest to pass."""
+    found, expected = judged(good)[1][gate], oracle(good, gate)
+    quantile = stats.t.ppf((1 + level_of(gate)) / 2, expected.freedom)
+    sign = -1 if gate == "ood" else 1
+
+    def passes(truth: float) -> float:
+        far = sign * (truth - found["threshold"]) / expected.error
+        return stats.nct.sf(quantile, expected.freedom, far) if far else stats.t.sf(quantile, expected.freedom)
+
+    assert found["passes_at_no_effect"] == pytest.approx(passes(0.0), abs=1e-4)
+    assert passes(found["effect_for_80"]) == pytest.approx(0.8, abs=0.002)
+    if found["threshold"] == 0:
+        assert found["passes_at_no_effect"] == pytest.approx((1 - level_of(gate)) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 3, 60])
+def test_the_gate_is_stricter_at_each_attempt(attempt):
+    """The same figures; what has no finite interval any more is no evidence."""
+    decision, gates = judged(made(attempt=attempt, derived=False))
+    assert decision["attempt"] == attempt
+    assert gates["positive_control"]["level"] == 0.95
+    of_candidate = [g for name, g in gates.items() if name != "positive_control"]
+    if attempt == 60:
+        assert {g["status"] for g in of_candidate} == {"MISSING"}
+        return
+    assert [g["level"] for g in of_candidate] == pytest.approx([1 - 0.05 / 2**attempt] * 6, abs=1e-12)
+    for name, g in gates.items():
+        expected = oracle(made(attempt=attempt, derived=False), name)
+        assert g["high"] - g["low"] == pytest.approx(2 * expected.half, abs=1e-12)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -345,6 +401,7 @@ def written(good, tmp_path_factory):
     paths = {"selection": run_folder(root, "selection", files["selection"])}
     sha256 = sha256_file(paths["selection"])
     files["confirmation"]["selection"]["sha256"] = files["confirmation"]["inputs"]["selection"] = sha256
+    files["confirmation"]["ledger"][-1]["selection"] = sha256
     return paths | {label: run_folder(root, label, r) for label, r in files.items() if label != "selection"}
 
 
@@ -421,6 +478,18 @@ def test_no_damage_of_a_place_gets_through(good):
     rng = np.random.default_rng(0)
     cases = [c for c in damage.of_values(good, rng) if rng.random() < 0.02]
     assert len(cases) > 300
+    assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
+
+
+def test_no_damage_of_a_ledger_gets_through():
+    """At the second attempt, where the first one is not the last entry. What was said of an earlier attempt beside its
+    configuration counts for nothing, because its number alone is read."""
+    second = made(attempt=2)
+    cases = [c for c in damage.of_bundles(second, []) if "attempt" in c.kind or "ledger" in c.kind]
+    cases += [c for c in damage.of_values(second, np.random.default_rng(0)) if re.search("/(ledger|attempt)", c.place)]
+    earlier, edits = r"confirmation/ledger/0/(selection|saes|seeds(/\d+)?)", ("edited", "shorter", "longer")
+    cases = [c for c in cases if not (c.kind in edits and re.fullmatch(earlier, c.place))]
+    assert len(cases) > 100
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
 
 

@@ -18,6 +18,7 @@ import processes
 ROOT = Path(__file__).parents[1]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
 MANIFEST = "scripts/experiments/queue_manifest.py"
+ALWAYS = "gate", "report"
 
 
 def queue(*arguments, **variables):
@@ -300,7 +301,9 @@ class Stages:
 
     def finished(self):
         lines = [f"== {name}\n{' '.join(map(shlex.quote, c))}\n" for name, c in self.commands.items()]
-        code, out, err = self.call("finished", self.root / "queue" / "manifest.json", stdin="\n".join(lines))
+        code, out, err = self.call(
+            "finished", self.root / "queue" / "manifest.json", "--always", *ALWAYS, stdin="\n".join(lines)
+        )
         assert code == 0, err
         return out.splitlines(), err
 

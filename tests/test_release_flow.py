@@ -8,10 +8,16 @@ import re
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
+from husai.evals import retrained
 from husai.evidence import data_sets
 from husai.evidence.names import GATED_NULLS
-from husai.runs.files import sha256_file
+from husai.evidence.schemas import LedgerEntry
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, sha256_file
 from husai.subjects import text
 from miniature import few_texts, save_miniature
 
@@ -100,7 +106,7 @@ def test_the_candidate_is_trained_again_and_judged_on_what_was_not_read(flow):
         assert sha256_file(weights) == confirmed["candidate"]["checkpoints"][seed]
 
 
-def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
+def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow, work):
     code, decision, said = gate(run, "gate", flow, "--fail-on-gate-fail")
     gates = by_name(decision)
     assert code == 1
@@ -109,17 +115,46 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow):
     assert decision["candidate"]["checkpoints"]
     bank = json.loads(flow["confirmed"].read_text())["bank"]
     excess = bank["sections"][0]["stability"]["scores"]["mcc_alive"]["excess"]
-    least = min((excess[null] for null in GATED_NULLS), key=lambda e: e["low"])
     assert gates["stability"]["status"] in ("PASS", "FAIL")
-    assert [gates["stability"][n] for n in ("estimate", "low", "high")] == [
-        least[n] for n in ("estimate", "low", "high")
-    ]
+    assert (decision["attempt"], gates["stability"]["level"]) == (1, 0.975)
+    half = stats.t.ppf(0.9875, 4)
+    least = min((excess[null] for null in GATED_NULLS), key=lambda e: e["estimate"] - half * e["standard_error"])
+    at = {"low": least["estimate"] - half * least["standard_error"], "estimate": least["estimate"]}
+    assert {n: gates["stability"][n] for n in at} == pytest.approx(at, abs=1e-12)
+    page = (work / "gate" / "release_policy.md").read_text()
+    assert "Attempt 1 " in page
+    shown = f"| stability | {100 * gates['stability']['passes_at_no_effect']:.2f} % "
+    assert f"{shown}| {gates['stability']['effect_for_80']:+.4f} " in page
     assert gates["saebench"]["status"] == "MISSING"
     assert "probing" in gates["saebench"]["reason"], "the study was made without"
     assert (gates["cebench"]["status"], gates["ood"]["status"]) == ("MISSING", "MISSING")
     assert "contrastive_local" in gates["cebench"]["reason"]
     assert "run_ood_stress_eval.py" in gates["ood"]["reason"]
     assert decision["read"]["confirmation"]["sha256"] == sha256_file(flow["confirmed"])
+
+
+def test_another_number_of_seeds_is_another_attempt(run, flow, work):
+    """The same selection again is the same attempt, from its cells or with --force."""
+    first = json.loads(flow["confirmed"].read_text())
+    given = ["--dataset-names", SETS, "--threads", 1]
+    code, again, said = run(CONFIRM, "confirmed", "--candidate", flow["selected"], *given, "--force")
+    assert code == 0, said
+    assert (again["attempt"], again["ledger"]) == (1, first["ledger"])
+    code, _, said = run(SELECT, "selected_6", "--frontier-results", flow["study"], "--confirmation-seeds", 6)
+    assert code == 0, said
+    code, second, said = run(CONFIRM, "confirmed_6", "--candidate", work / "selected_6" / "results.json", *given)
+    assert code == 0, said
+    assert (second["attempt"], second["ledger"][:1]) == (2, first["ledger"])
+    assert len(second["candidate"]["checkpoints"]) == 6
+    assert "attempt 2 " in (work / "confirmed_6" / "summary.md").read_text()
+    assert json.loads((work / "artifacts" / retrained.LEDGER).read_text()) == second["ledger"]
+    paths = flow | {name: work / f"{name}_6" / "results.json" for name in ("selected", "confirmed")}
+    _, decision, _ = gate(run, "gate_6", paths)
+    assert (decision["attempt"], by_name(decision)["stability"]["level"]) == (2, 0.9875)
+    assert (
+        by_name(gate(run, "gate_5_of_6", paths | {"confirmed": flow["confirmed"]})[1])["stability"]["status"]
+        == "MISSING"
+    )
 
 
 def test_another_checkpoint_on_the_disk(run, flow, work, tmp_path):
@@ -144,6 +179,7 @@ def test_a_selection_that_does_not_follow_from_its_study(run, flow, tmp_path):
 
     def rebind(results):
         results["selection"]["sha256"] = results["inputs"]["selection"] = sha256
+        results["ledger"][-1]["selection"] = sha256
 
     sign(copies["confirmed"], rebind)
     _, decision, _ = gate(run, "gate_forged", flow | copies)
@@ -189,6 +225,13 @@ def test_refusals(refused, flow, work, tmp_path):
     refused([f"--candidate: {absent} ", "select_release_candidate.py"], CONFIRM, "--candidate", absent, *places)
     refused(f"--candidate: {flow['study']} ", CONFIRM, "--candidate", flow["study"], *places)
     refused("--seeds 2: ", CONFIRM, "--candidate", flow["selected"], "--seeds", "2,7,8,9,10", *places)
+    refused(["--seeds: 5 ", "found 4"], CONFIRM, "--candidate", flow["selected"], "--seeds", "7,8,9,10", *places)
+    (tmp_path / retrained.LEDGER).write_text('[{"seeds": [1]}]')
+    elsewhere = ["--output-dir", tmp_path, "--artifact-root", tmp_path]
+    refused(["--artifact-root: ", retrained.LEDGER], CONFIRM, "--candidate", flow["selected"], *elsewhere)
+    for n in (4, 18):
+        given = ["--frontier-results", flow["study"], "--confirmation-seeds", n]
+        refused(["--confirmation-seeds: 5 to 17 ", f"found {n}"], SELECT, *given, *places)
     refused(
         "--dataset-names: ",
         CONFIRM,
@@ -225,3 +268,36 @@ def test_no_candidate_is_exit_code_1(run, flow):
     assert results["selected"] is None
     assert re.search(r"^error: .*\bcandidate\b", said, re.M)
     assert all(re.search(r"\b3 seeds\b.*\b4\b", e["reason"]) for e in results["excluded"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ledger of confirmations
+
+
+def entry(configuration: int, saes: int, selection: int = 0) -> LedgerEntry:
+    return LedgerEntry(
+        selection=digest(["selection", selection]),
+        candidate=digest(["configuration", configuration]),
+        seeds=[2027, 2039],
+        saes=digest(["SAEs", saes]),
+    )
+
+
+@given(tried=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=12))
+def test_attempts_are_the_distinct_confirmations_of_a_configuration(tried, tmp_path_factory):
+    root = tmp_path_factory.mktemp("ledger")
+    first: dict[tuple, int] = {}
+    for about in tried:
+        found = retrained.noted(root, entry(*about))
+        attempt = first.setdefault(about, 1 + sum(other[0] == about[0] for other in first))
+        assert (len(found), found[-1]) == (attempt, entry(*about))
+        assert all(e.candidate == entry(*about).candidate for e in found)
+    assert retrained.confirmations(root) == [entry(*about) for about in first]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "NaN", '[{"seeds": [1]}]', None])
+def test_a_damaged_ledger_is_refused(content, tmp_path):
+    twice = json.dumps([entry(0, 0).to_json()] * 2)
+    (tmp_path / retrained.LEDGER).write_text(twice if content is None else content)
+    with pytest.raises(BadInput, match=retrained.LEDGER):
+        retrained.noted(tmp_path, entry(0, 0))

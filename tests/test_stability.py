@@ -13,7 +13,17 @@ from scipy import stats
 
 import processes
 from husai.evidence import contrast, names, rules, stability
-from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, pair_values, permutation_test, tost
+from husai.evidence.estimates import (
+    Estimate,
+    effect_for,
+    jackknife,
+    mean_over_seeds,
+    mean_over_seeds_and_sets,
+    pair_values,
+    pass_probability,
+    permutation_test,
+    tost,
+)
 from husai.evidence.names import ALIVE, GAP, OTHERS, SCORES
 from husai.evidence.schemas import Gain, Interval, OwnSection, PulledSection, SparsitySection
 from husai.runs.cells import Cells
@@ -359,6 +369,83 @@ def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
     )
 
 
+def test_means_without_one_seed():
+    m, x, families = symmetric(0, 5), np.random.default_rng(0).normal(size=(5, 6)), list("aabbcc")
+    rest = [[i for i in range(5) if i != left] for left in range(5)]
+    for found, means in (
+        (jackknife(m), [pair_values(m[np.ix_(r, r)]).mean() for r in rest]),
+        (mean_over_seeds(list(x[:, 0])), [x[r, 0].mean() for r in rest]),
+        (mean_over_seeds_and_sets(x, families), [x[r].mean() for r in rest]),
+    ):
+        assert found.without_one == pytest.approx((min(means), max(means)), abs=1e-12)
+        assert "without_one" not in found.to_json()
+    assert mean_over_seeds_and_sets(x[:2], families).without_one is None, "two seeds are no sample"
+
+
+@given(values=st.lists(st.floats(-5, 5), min_size=10, max_size=10))
+def test_a_lower_end_above_0_implies_each_mean_without_one_seed(values):
+    m = np.zeros((5, 5))
+    m[np.triu_indices(5, 1)] = values
+    pairs, seeds = jackknife(m + m.T), mean_over_seeds(values[:5])
+    for e in (pairs, seeds):
+        assert e.low <= e.without_one[0] + 1e-9
+        assert e.without_one[1] <= e.high + 1e-9
+
+
+def estimate_of(seeds, level, error, end_at=0.0):
+    half = stats.t.ppf((1 + level) / 2, seeds - 1) * error
+    return Estimate(end_at, end_at - half, end_at + half, error, seeds, "made up", None, seeds - 1)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 9])
+@pytest.mark.parametrize(("end", "threshold", "truths"), [("low", 0.02, (0.0, 0.06)), ("high", 0.1, (0.0, 0.12, 0.1))])
+@pytest.mark.parametrize("level", [0.95, 0.975])
+def test_pass_probability_against_simulated_intervals(seeds, end, threshold, truths, level):
+    rng, sd, n = np.random.default_rng(0), 0.03, 100_000
+    estimate, quantile = estimate_of(seeds, level, sd / np.sqrt(seeds)), stats.t.ppf((1 + level) / 2, seeds - 1)
+    needed = effect_for(estimate, end, threshold)
+    for truth in (*truths, needed):
+        x = rng.normal(truth, sd, (n, seeds))
+        half = quantile * x.std(1, ddof=1) / np.sqrt(seeds)
+        passed = x.mean(1) - half > threshold if end == "low" else x.mean(1) + half <= threshold
+        expected = pass_probability(estimate, end, threshold, truth)
+        assert abs(passed.mean() - expected) <= 4 * np.sqrt(expected * (1 - expected) / n) + 1e-9
+        assert truth != needed or expected == pytest.approx(0.8, abs=1e-6)
+
+
+@given(
+    seeds=st.integers(3, 20),
+    level=st.sampled_from([0.9, 0.95, 0.975, 0.9875]),
+    error=st.floats(1e-4, 1.0),
+    threshold=st.floats(-1, 1),
+    probability=st.floats(0.05, 0.99),
+)
+def test_the_effect_is_the_inverse_of_the_pass_probability(seeds, level, error, threshold, probability):
+    e = estimate_of(seeds, level, error)
+    low = effect_for(e, "low", threshold, probability)
+    assert pass_probability(e, "low", threshold, low) == pytest.approx(probability, abs=1e-4)
+    assert pass_probability(e, "low", threshold, threshold) == pytest.approx((1 - level) / 2, abs=1e-6)
+    high = effect_for(e, "high", threshold, probability)
+    assert high - threshold == pytest.approx(threshold - low, abs=1e-6 * (1 + abs(low)))
+    assert pass_probability(e, "low", threshold, low + error) > pass_probability(e, "low", threshold, low)
+
+
+def test_a_gate_has_the_power_of_the_estimate_that_is_the_hardest_to_pass():
+    narrow, wide = estimate_of(5, 0.95, 0.01), estimate_of(5, 0.95, 0.03)
+    for rule, sign in ((rules.STABILITY, 1), (rules.OOD, -1)):
+        shown = rule.shown({"narrow": narrow, "wide": wide}, 5)
+        for truth in (0.0, 0.05):
+            each = [pass_probability(e, rule.end, rule.threshold, truth) for e in (narrow, wide)]
+            assert shown.passes_at(truth) == min(each)
+        assert shown.effect_for() == effect_for(wide, rule.end, rule.threshold)
+        assert sign * (shown.effect_for() - effect_for(narrow, rule.end, rule.threshold)) > 0
+    without = Estimate(0.1, 0.1, 0.1, 0.0, 5, "all alike", None, 4)
+    assert [pass_probability(without, "low", 0.05, truth) for truth in (0.0, 0.1)] == [0.0, 1.0]
+    assert effect_for(without, "low", 0.05) == 0.05
+    with pytest.raises(ValueError, match="interval"):
+        pass_probability(jackknife(symmetric(0, 2)), "low", 0.0, 0.0)
+
+
 def test_gains_pair_the_seeds():
     g = np.random.default_rng(0)
     base, more = (m + m.T for m in g.normal(size=(2, 3, 3)))
@@ -394,7 +481,7 @@ def test_a_gain_that_is_the_fall_of_one_null_is_not_shown():
 
 
 def estimates(low, high):
-    each = interval((low + high) / 2, low, high)
+    each = interval((low + high) / 2, low, high) if low is not None else interval(high)
     return Gain.model_validate({"observed": each} | dict.fromkeys(names.GATED_NULLS, each) | {"least": "spectral"})
 
 
@@ -411,24 +498,41 @@ def test_verdict_of_a_gain(low, high, seeds, outcome):
     assert rules.gain_verdict(estimates(low, high), seeds) == outcome
 
 
+def pulled(weight, low, lost):
+    """An arm whose least gain has this lower end, and whose lost variance this upper end; None: no interval."""
+    gain = estimates(low, 1.0)
+    drop = Interval(**interval(-0.5, -1.0, lost) if lost is not None else interval(-0.5))
+    return PulledSection.model_construct(weight=weight, gain=gain, ev_drop=drop)
+
+
 @pytest.mark.parametrize(
-    ("weight", "low", "lost", "seeds", "accepted", "named"),
+    ("low", "lost", "seeds", "accepted", "named"),
     [
-        (0.1, 0.01, 0.04, 5, True, ""),
-        (0.1, 0.0, 0.04, 5, False, r"\bgain\b"),
-        (0.1, 0.01, 0.06, 5, False, r"^(?!.*λ).*\bvariance\b"),
-        (0.1, 0.01, 0.04, 4, False, r"\b4 seeds\b.*\b5\b"),
-        (None, 0.01, 0.04, 5, False, "λ"),
+        (0.01, 0.04, 5, True, ""),
+        (0.0, 0.04, 5, False, r"\bgain\b"),
+        (0.01, 0.06, 5, False, r"^(?!.*λ).*\bvariance\b"),
+        (0.01, 0.04, 4, False, r"\b4 seeds\b.*\b5\b"),
     ],
 )
-def test_acceptance(weight, low, lost, seeds, accepted, named):
-    lost, gain = Interval(**interval(0.0, -0.1, lost)), estimates(low, 0.1)
-    found = rules.acceptance(weight, gain, lost, seeds, 0.05)
-    assert found.accepted is accepted
+def test_acceptance(low, lost, seeds, accepted, named):
+    lost, gain, arms = Interval(**interval(0.0, -0.1, lost)), estimates(low, 0.1), [pulled(0.1, 0.2, 0.0)]
+    found = rules.acceptance(arms, gain, lost, seeds, 0.05)
+    assert (found.accepted, found.weight) == (accepted, 0.1)
     assert found.outcome == ("accepted" if accepted else "not accepted")
     assert re.search(named, found.reason)
     one_null_short = gain.model_copy(update={"spectral": Interval(**interval(0.0, -0.01, 0.1))})
-    assert not rules.acceptance(0.1, one_null_short, Interval(**interval(0.0, 0.0, 0.0)), 5, 0.05).accepted
+    assert not rules.acceptance(arms, one_null_short, Interval(**interval(0.0, 0.0, 0.0)), 5, 0.05).accepted
+
+
+def test_acceptance_says_why_no_weight_was_chosen():
+    """The variance that each λ costs, or gains without an interval: of two seeds, say."""
+    costly = [pulled(0.1, 0.2, 0.06), pulled(0.2, 0.2, None)]
+    assert re.search(r"\bλ\b.*\bvariance\b.*\b0\.05\b", rules.acceptance(costly, None, None, 0, 0.05).reason)
+    found = rules.acceptance([*costly, pulled(0.3, None, 0.0)], None, None, 0, 0.05)
+    assert (found.accepted, found.weight) == (False, None)
+    assert re.search(r"\bgain\b.*\binterval\b", found.reason)
+    with pytest.raises(ValueError, match=r"\b0\.1\b.*\bconfirmation\b"):
+        rules.acceptance([pulled(0.1, 0.2, 0.0)], None, None, 0, 0.05)
 
 
 def test_choices_by_what_is_sure():
@@ -448,10 +552,6 @@ def test_choices_by_what_is_sure():
     ]
     assert rules.choose_k(candidates, 0.9) == 8
     assert rules.choose_k(candidates, 0.99) is None
-
-    def pulled(weight, low, lost):
-        gain, drop = estimates(low, 1.0), Interval(**interval(-0.5, -1.0, lost))
-        return PulledSection.model_construct(weight=weight, gain=gain, ev_drop=drop)
 
     arms = [pulled(0.1, 0.5, 0.06), pulled(0.2, 0.2, 0.05), pulled(0.3, 0.1, 0.0)]
     assert rules.choose_weight(arms, 0.05) == 0.2

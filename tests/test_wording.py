@@ -18,7 +18,7 @@ from husai.dictionaries.sae import SAE
 from husai.evals import baselines, sae_probes
 from husai.evidence import rules
 from husai.evidence.estimates import Estimate
-from husai.evidence.schemas import Gain, Interval
+from husai.evidence.schemas import Gain, Interval, PulledSection
 from husai.release import claims, recompute
 from husai.release.gate import Bundle, Thresholds, decide
 from husai.report.verdict import Gate
@@ -185,7 +185,9 @@ def test_rules():
     assert rules.cebench_delta("cebench", delta, 0.6) == sentence
     each = Interval.of(Estimate(0.5, 0.0, 1.0, 0.1, 4, ""))
     gain = Gain(observed=each, isotropic=each, untrained=each, spectral=each, least="spectral")
-    found = rules.acceptance(0.1, gain, each, 4, 0.1)
+    kept = Interval.of(Estimate(0.0, 0.0, 0.0, 0.0, 4, ""))
+    arm = PulledSection.model_construct(weight=0.1, gain=gain, ev_drop=kept)
+    found = rules.acceptance([arm], gain, each, 4, 0.1)
     sentence = "4 seeds; 5 needed; the gain is not shown to be above 0; the explained variance is not shown to be kept"
     assert found.reason == sentence
 
@@ -207,3 +209,7 @@ def test_the_report():
     gate = {"gate": "ood", "status": "FAIL", "low": -0.01, "bound": "low", "relation": ">", "threshold": 0.0}
     assert Gate(**gate).by_how_much == "lower end must be above 0: falls short by 0.0100"
     assert Gate(**gate | {"low": 0.01}).by_how_much == "lower end must be above 0: clears it by 0.0100"
+    assert Gate(**gate).power is None
+    known = gate | {"passes_at_no_effect": 0.0125, "effect_for_80": 0.05, "without_one_seed": [-0.02, 0.03]}
+    sentence = "passes in 1.25 % at no effect, in 80 % at 0.0500; without one seed −0.0200 to 0.0300"
+    assert Gate(**known).power == sentence

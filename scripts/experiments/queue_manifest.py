@@ -2,7 +2,7 @@
 
     python scripts/experiments/queue_manifest.py inputs MANIFEST PLACE -- COMMAND...
     python scripts/experiments/queue_manifest.py record MANIFEST PLACE PROFILE STAGE CODE SECONDS INPUTS -- COMMAND...
-    bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST
+    bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST --always STAGE...
 
 There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
 every file below PLACE (a folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows
@@ -13,7 +13,7 @@ for a stage that always runs.
 `finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
 was when it ended, and every stage before it ran before it and stands too. What is not as it was is named on stderr.
 From the first such stage on all are run, each of which reads its own finished cells. A stage that leaves nothing always
-runs, and so do the gate and the report.
+runs, and so do those that the queue names (`--always`): what they left is looked at, and holds up no other stage.
 """
 
 import contextlib
@@ -36,8 +36,6 @@ from husai.runs.inputs import key_of
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
 SCRIPTS = Path(__file__).resolve().parents[1]
-ALWAYS = ("gate", "report")
-"""Quick, and what everybody looks at: made again each time, whatever the manifest says."""
 WORKING = ("logs", "workers", "encoders")
 """Folders of what is used on the way to a finished cell and not looked at again."""
 
@@ -48,6 +46,7 @@ def parse():
     p.add_argument("verb", choices=["inputs", "record", "finished"])
     p.add_argument("manifest", type=Path)
     p.add_argument("about", nargs="*", help="PLACE; with record also PROFILE STAGE CODE SECONDS INPUTS")
+    p.add_argument("--always", nargs="*", default=[], metavar="STAGE", help="stages that run each time (finished)")
     args = p.parse_args(sys.argv[1:at])
     args.command, args.manifest = sys.argv[at + 1 :], args.manifest.resolve()
     expected = {"inputs": 1, "record": 6, "finished": 0}[args.verb]
@@ -63,7 +62,7 @@ def main() -> None:
     elif args.verb == "record":
         record(args.manifest, args.command, *args.about)
     else:
-        for stage, code in standing(args.manifest, dict(STAGE.findall(sys.stdin.read()))):
+        for stage, code in standing(args.manifest, dict(STAGE.findall(sys.stdin.read())), args.always):
             print(stage, code)
 
 
@@ -100,8 +99,12 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
-    """(stage, return code) of the stages that need not run again, in order."""
+def standing(manifest: Path, commands: dict[str, str], always: list[str]) -> list[tuple[str, int]]:
+    """(stage, return code) of the stages that need not run again, in order.
+
+    Args:
+        always: stages that run each time, whatever the manifest says.
+    """
     try:
         stages = read(manifest)
     except BadInput as error:
@@ -111,13 +114,13 @@ def standing(manifest: Path, commands: dict[str, str]) -> list[tuple[str, int]]:
     found, stands, last = [], True, -1
     for stage, line in commands.items():
         if stage not in stages:
-            stands = stands and stage in ALWAYS
+            stands = stands and stage in always
             continue
         noted = stages[stage]
         if noted["place"] == NO_PLACE:
             continue
         problems = changed(noted, line)
-        if stage not in ALWAYS:
+        if stage not in always:
             if ran.index(stage) < last:
                 problems.append("a stage before it was run since it ended")
             last = max(last, ran.index(stage))

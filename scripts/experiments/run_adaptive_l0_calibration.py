@@ -91,14 +91,13 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # Confirmation on fresh seeds, against the control
 
     confirmed: dict[int, SparsitySection] = {}
-    gain, drop, outcome = None, None, "no candidate meets the floor"
+    gain = drop = None
     if chosen is not None:
         confirmed = arms(list(dict.fromkeys([chosen, args.control_k])), args.confirmation_seeds)
-        outcome = "the chosen k is the control's"
     if chosen is not None and len(confirmed) == 2:
         gain = contrast.gain([confirmed[chosen]], [confirmed[args.control_k]])
         drop = contrast.drop(confirmed[chosen], confirmed[args.control_k])
-        outcome = rules.gain_verdict(gain, len(args.confirmation_seeds))
+    outcome = rules.sparsity_outcome(chosen, gain, len(args.confirmation_seeds))
 
     both = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
     trained = [(stage, s.k, m) for stage, sections in both.items() for s in sections for m in s.members]

@@ -211,7 +211,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         k=args.k,
         rows_seen=args.tokens,
         max_ev_drop=args.max_ev_drop,
-        acceptance=rules.acceptance(chosen, gain, drop, len(args.confirmation_seeds), args.max_ev_drop),
+        acceptance=rules.acceptance(arm_own, gain, drop, len(args.confirmation_seeds), args.max_ev_drop),
         control=control,
         own=arm_own,
         shared=arm_shared,

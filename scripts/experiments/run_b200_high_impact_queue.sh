@@ -144,6 +144,7 @@ if [[ -z $DRY$ONLY$HUSAI_SERVER && $DEVICE == cpu ]]; then
 fi
 WARM=(python) # until the environment is checked, while the server imports
 
+ALWAYS=(gate report) # quick, and what everybody looks at: made again each time, whatever the manifest says
 NOTES=scripts/experiments/queue_manifest.py
 manifest() { "${WARM[@]}" "$NOTES" "$1" "$QUEUE/manifest.json" "${@:2}"; }
 
@@ -153,7 +154,7 @@ declare -A STANDING
 if [[ -z $DRY ]]; then
   while read -r name code; do
     [[ -n $FROM$ONLY ]] || STANDING[$name]=$code
-  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | python "$NOTES" finished "$QUEUE/manifest.json")
+  done < <(export LC_ALL=C.UTF-8 && bash "$SELF" --dry-run | python "$NOTES" finished "$QUEUE/manifest.json" --always "${ALWAYS[@]}")
 fi
 
 # stage NAME PLACE COMMAND…: PLACE is the folder or file of its results (- for none). Where it fails, what says its outcome
@@ -174,7 +175,7 @@ stage() {
   fi
   printf '\n== %s\n%s\n' "$name" "${*@Q}"
   [[ -n $DRY ]] && return
-  if [[ $place != - && ! $name =~ ^(gate|report)$ ]]; then # the others run always (ALWAYS in queue_manifest.py)
+  if [[ $place != - && " ${ALWAYS[*]} " != *" $name "* ]]; then # the others run always
     before=$(manifest inputs "$place" -- "$@") || noted=$?
     unless_interrupted "$name" "$noted"
   fi

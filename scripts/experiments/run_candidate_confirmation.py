@@ -8,10 +8,11 @@
 
 Choosing the best of several and then testing it on the same seeds and data sets would count luck as merit. Therefore a
 selected recipe is trained again on seeds that no study used, and the benchmarks read the data-set families that
-selection did not. SAEs of your own (`--checkpoint`) are evaluated as they are: at least three that differ in their seed
-alone, five for a verdict. HUSAI cannot see how those were selected, and the gate gives them no more than a provisional
-decision. `run_release_check.py` runs this and all that follows. Exit 2: nothing was selected, a seed is not fresh, or
-the SAEs do not belong together.
+selection did not. `confirmations.json` below --artifact-root counts how often a configuration was tried; the gate is
+stricter at each attempt. SAEs of your own (`--checkpoint`) are evaluated as they are: at least three that differ in
+their seed alone, five for a verdict. HUSAI cannot see how those were selected, and the gate gives them no more than a
+provisional decision. `run_release_check.py` runs this and all that follows. Exit 2: nothing was selected, a seed is not
+fresh, or the SAEs do not belong together.
 """
 
 from pathlib import Path
@@ -38,7 +39,9 @@ def parse():
         help="results of select_release_candidate.py (default: %(default)s)",
     )
     p.add_argument(
-        "--seeds", type=seed_list, help="that no study used (default: five that are fixed; the gate takes no others)"
+        "--seeds",
+        type=seed_list,
+        help="that no study used, as many as the selection fixed (default: fixed ones; the gate takes no others)",
     )
     p.add_supplied(required=False)
     p.set_defaults(dataset_names=None)  # a selection says which data sets it left
@@ -158,7 +161,7 @@ def still_moving(section) -> str:
 def where_from(found) -> str:
     n, seeds = len(found.candidate.checkpoints), ", ".join(found.candidate.checkpoints)
     if found.origin == "retrained":
-        return f"trained again with seeds {seeds}, which no study used"
+        return f"trained again with seeds {seeds}, which no study used; attempt {found.attempt} of this configuration"
     source = found.candidate.facts.source
     return f"{n} SAEs " + ("as HUSAI trained them" if source == "husai" else f"of {source}, their training not known")
 

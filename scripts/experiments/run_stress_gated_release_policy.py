@@ -161,6 +161,8 @@ def summary(results: dict) -> str:
         seeds = ", ".join(candidate["checkpoints"])
         hook = candidate["facts"]["hook_name"] or "whose hook they do not say"
         about = f"Candidate: {candidate['condition']}, {hook}, seeds {seeds}."
+        if results["attempt"] is not None:
+            about += f" Attempt {results['attempt']} of this configuration."
     verdict = {
         "passed": "**PASSED.** Every gate holds on its bound: the claim may be made, of this subject, hook and recipe.",
         "not passed": "**NOT PASSED.** No external claim may be made.",
@@ -192,6 +194,7 @@ def summary(results: dict) -> str:
             g["gate"],
             f"**{g['status']}**",
             "" if g["estimate"] is None else f"{g['estimate']:+.4f} [{g['low']:+.4f}, {g['high']:+.4f}]",
+            "" if g["estimate"] is None else f"{100 * g['level']:g} %",
             ""
             if g["estimate"] is None
             else f"{'lower' if g['bound'] == 'low' else 'upper'} end {g['relation']} {g['threshold']:g}",
@@ -199,8 +202,8 @@ def summary(results: dict) -> str:
         ]
         for g in gates
     ]
-    level = 1 - results["thresholds"]["alpha"]
-    lines += [*table(["gate", "status", f"figure [{level:.0%} interval]", "required", "seeds"], rows), ""]
+    lines += [*table(["gate", "status", "figure [interval]", "level", "required", "seeds"], rows), ""]
+    lines += power(gates)
     wrong = [g for g in gates if g["status"] != "PASS"]
     if wrong:
         lines += ["What is open, and what it would take:", ""]
@@ -210,6 +213,27 @@ def summary(results: dict) -> str:
     lines += [f"- {g['gate']}: {g['figure']}." for g in gates if g["figure"]]
     lines += ["", *evidence_read(results)]
     return "\n".join(lines) + "\n"
+
+
+def power(gates: list[dict]) -> list[str]:
+    """What each gate could have seen."""
+    from husai.report.text import table
+
+    rows = [
+        [
+            g["gate"],
+            f"{100 * g['passes_at_no_effect']:.2f} %",
+            f"{g['effect_for_80']:+.4f}",
+            "" if g["without_one_seed"] is None else " to ".join(f"{end:+.4f}" for end in g["without_one_seed"]),
+        ]
+        for g in gates
+        if g["estimate"] is not None
+    ]
+    if not rows:
+        return []
+    header = ["gate", "passes at no effect", "true figure that passes in 80 %", "figure without one seed"]
+    said = "Power of each gate, its standard error taken for the true one. Of several estimates, the one that is the "
+    return [f"{said}hardest to pass counts (docs/methods.md).", "", *table(header, rows), ""]
 
 
 def published_summary(results: dict) -> str:

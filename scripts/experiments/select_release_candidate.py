@@ -12,6 +12,7 @@ with the reason. The gate reads the other half, of SAEs that `run_candidate_conf
 
 from pathlib import Path
 
+from husai.evidence.levels import CONFIRMATION_SEEDS
 from husai.runs.cli import Parser, nonnegative_float, positive_int, run_main
 
 WEIGHTS = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
@@ -29,6 +30,12 @@ def parse():
     p.add_argument("--uncertainty", choices=("lcb", "point"), default="lcb", help="default: %(default)s")
     p.add_argument(
         "--require-both-external", action="store_true", help="leave out what has not both benchmarks' figures"
+    )
+    p.add_argument(
+        "--confirmation-seeds",
+        type=positive_int,
+        default=CONFIRMATION_SEEDS,
+        help="number of fresh seeds that the confirmation must have, fixed here (default: %(default)s)",
     )
     p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
     args = p.parse_args()
@@ -66,6 +73,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
         rows = [row for path in named.values() for row in published.seeds(read_json(path, "study"), str(path))]
         return results | published.select(rows, published.WEIGHTS | weights), []
+    from husai.evidence.levels import FRESH_SEEDS, fresh_seeds
+    from husai.evidence.rules import MINIMUM_SEEDS
     from husai.release import selection
     from husai.release.recompute import run_problems
     from husai.runs.errors import BadInput
@@ -76,8 +85,20 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         if problems:
             raise BadInput(f"{label}: {path}: {problems[0]}")
         studies.append(selection.Study(label, inputs[label], found))
-    rules = selection.Rules(WEIGHTS | weights, args.min_seeds_per_group, args.uncertainty, args.require_both_external)
+    rules = selection.Rules(
+        WEIGHTS | weights,
+        args.min_seeds_per_group,
+        args.uncertainty,
+        args.require_both_external,
+        args.confirmation_seeds,
+    )
     results |= selection.select(studies, rules)
+    left = len(fresh_seeds(results["seeds_used"], len(FRESH_SEEDS)))
+    if not MINIMUM_SEEDS <= args.confirmation_seeds <= left:
+        raise BadInput(
+            f"--confirmation-seeds: {MINIMUM_SEEDS} to {left} expected, because a verdict needs {MINIMUM_SEEDS} seeds "
+            f"and {left} fresh ones are left; found {args.confirmation_seeds}"
+        )
     return results, draw(results, args.output_dir / "figures")
 
 
@@ -137,7 +158,7 @@ def summary(results: dict) -> str:
         lines += [
             f"**{chosen['condition']}** of {chosen['subject']}, {chosen['facts']['hook_name']} "
             f"({len(chosen['seeds'])} seeds, {chosen['study']}). A choice, not a finding: what it claims is tried on "
-            "fresh seeds and on the other half of the families.",
+            f"{results['confirmation_seeds']} fresh seeds and on the other half of the families.",
             "",
         ]
     of = "the lower end of its interval" if rules["uncertainty"] == "lcb" else "its estimate"

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from husai.evals import bank, sae_probes
 from husai.evidence.data_sets import DATA_SETS, PAIR_SETS, families
 from husai.evidence.levels import fresh_seeds
-from husai.evidence.schemas import Facts, Recipe, Retrained, SeedGroup, Selected, Selection, refusal
+from husai.evidence.schemas import (
+    Facts,
+    LedgerEntry,
+    Recipe,
+    Retrained,
+    SeedGroup,
+    Selected,
+    Selection,
+    refusal,
+)
 from husai.runs.errors import BadInput, CheckFailed
-from husai.runs.files import read_json, sha256_file
+from husai.runs.files import locked, read_json, sha256_file, write_json
 
-SEEDS = 5
-"""Number of fresh seeds, fixed in advance."""
+LEDGER = "confirmations.json"
+"""Ledger of all confirmations, below --artifact-root: neither --force nor another output folder starts it anew."""
 
 
 def evaluate(args: argparse.Namespace) -> Retrained:
@@ -24,7 +34,8 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         args: of `run_candidate_confirmation.py`; `candidate` names the selection.
 
     Raises:
-        BadInput: nothing was selected, a seed is not fresh, or selection has read all data sets.
+        BadInput: nothing was selected, a seed is not fresh, the seeds are not as many as selection fixed, selection has
+            read all data sets, or the ledger of confirmations is damaged.
         CheckFailed: the recipe gives other facts here than it gave in the study.
     """
     sha256 = sha256_file(args.candidate)
@@ -43,9 +54,13 @@ def evaluate(args: argparse.Namespace) -> Retrained:
             f"--candidate: {args.candidate}: hook_name, k and tokens of the candidate expected; found {hook_name}, {k} "
             f"and {tokens}"
         )
-    seeds = args.seeds or fresh_seeds(selection.seeds_used, SEEDS)
+    fixed = selection.confirmation_seeds
+    seeds = args.seeds or fresh_seeds(selection.seeds_used, fixed)
     if old := sorted(set(seeds) & set(selection.seeds_used)):
         raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
+    if len(seeds) != fixed:
+        raise BadInput(f"--seeds: {fixed} seeds expected, as many as the selection fixed; found {len(seeds)}")
+    confirmations(args.artifact_root)  # a damaged ledger is seen before anything is trained
     names = args.dataset_names or selection.split.gate_data_sets or DATA_SETS.split(",")
     read = set(selection.split.selection_families)
 
@@ -77,6 +92,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
     if other := [n for n, value in candidate.facts if value != getattr(facts, n)]:
         why = "(--threads, device and packages as in the study expected)"
         raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
+    ledger = noted(args.artifact_root, LedgerEntry.of(selected, candidate))
     return Retrained(
         phase="candidate_confirmation",
         inputs=found.inputs | found.sections[0].control_inputs | {"selection": sha256},
@@ -84,5 +100,36 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         candidate=candidate,
         paths={str(m.seed): m.checkpoint for m in found.sections[0].members},
         selection=selected,
+        attempt=len(ledger),
+        ledger=ledger,
         bank=found,
     )
+
+
+def confirmations(root: Path) -> list[LedgerEntry]:
+    """The ledger of confirmations; empty where there is none yet.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    path = root / LEDGER
+    if not path.exists():
+        return []
+    try:
+        entries = TypeAdapter(list[LedgerEntry]).validate_python(read_json(path, "ledger of confirmations"))
+    except ValidationError as error:
+        raise BadInput(f"--artifact-root: {path} is no ledger of confirmations ({refusal(error)})") from None
+    if any(entry in entries[:i] for i, entry in enumerate(entries)):
+        raise BadInput(f"--artifact-root: {path} is no ledger of confirmations (an entry stands twice)")
+    return entries
+
+
+def noted(root: Path, entry: LedgerEntry) -> list[LedgerEntry]:
+    """Write a confirmation into the ledger unless it stands there already; all of its configuration up to this one."""
+    with locked(root / f".{LEDGER}.lock"):
+        entries = confirmations(root)
+        if entry not in entries:
+            entries.append(entry)
+            write_json(root / LEDGER, [e.to_json() for e in entries])
+    own = [e for e in entries if e.candidate == entry.candidate]
+    return own[: own.index(entry) + 1]

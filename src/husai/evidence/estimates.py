@@ -25,9 +25,23 @@ class Estimate:
     method: str
     reason: str | None = None
     """Why there is no interval."""
+    freedom: int | None = None
+    """Degrees of freedom of the interval."""
+    without_one: tuple[float, float] | None = None
+    """Least and largest of the means without one seed."""
 
     def to_json(self) -> dict:
-        return dict(vars(self))
+        """Fields, less what only the estimate's own power and its leave-one-seed-out means need."""
+        return {name: value for name, value in vars(self).items() if name not in ("freedom", "without_one")}
+
+
+def _deleted(x: np.ndarray) -> np.ndarray:
+    """The mean of a figure's values without each of them."""
+    return (x.sum() - x) / (len(x) - 1)
+
+
+def _least_and_largest(means: np.ndarray) -> tuple[float, float]:
+    return float(means.min()), float(means.max())
 
 
 def pair_values(matrix: np.ndarray) -> np.ndarray:
@@ -74,13 +88,13 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     if not (np.isfinite(above).all() and (np.abs(above - below) <= 1e-12).all()):
         raise ValueError("pairwise scores must be finite and symmetric")
     mean = float(above.mean())
-    method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {level:.0%}"
+    method = f"mean over pairs; delete-one-seed jackknife, t(S-1), {100 * level:g}%"
     if s < 3:
         return Estimate(mean, None, None, None, s, method, "at least 3 seeds are needed for an interval")
     deleted = matrix[_without_one(s)].mean(1)
     error = float(np.sqrt((s - 1) / s * ((deleted - deleted.mean()) ** 2).sum()))
     half = _quantile(level, s - 1) * error
-    return Estimate(mean, mean - half, mean + half, error, s, method)
+    return Estimate(mean, mean - half, mean + half, error, s, method, None, s - 1, _least_and_largest(deleted))
 
 
 def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
@@ -92,12 +106,12 @@ def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or len(x) == 0 or not np.isfinite(x).all():
         raise ValueError("finite figures expected, one a seed")
-    mean, method = float(x.mean()), f"mean over seeds, t(S-1), {level:.0%}"
+    mean, method = float(x.mean()), f"mean over seeds, t(S-1), {100 * level:g}%"
     if len(x) < 3:
         return Estimate(mean, None, None, None, len(x), method, "at least 3 seeds are needed for an interval")
     error = float(x.std(ddof=1) / np.sqrt(len(x)))
-    half = _quantile(level, len(x) - 1) * error
-    return Estimate(mean, mean - half, mean + half, error, len(x), method)
+    half, without_one = _quantile(level, len(x) - 1) * error, _least_and_largest(_deleted(x))
+    return Estimate(mean, mean - half, mean + half, error, len(x), method, None, len(x) - 1, without_one)
 
 
 def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: float = 0.95) -> Estimate:
@@ -127,13 +141,45 @@ def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: flo
             mean, None, None, None, s, method, "at least 2 families of data sets are needed for an interval"
         )
     variance, freedom = f / (f - 1) * float((sums**2).sum()) / d**2, f - 1
-    method = f"mean over {d} data sets of {f} families; clustered by family, t(F-1), {level:.0%}; not over seeds"
+    method = f"mean over {d} data sets of {f} families; clustered by family, t(F-1), {100 * level:g}%; not over seeds"
     if s >= 3:
         variance, freedom = variance + float(x.mean(1).var(ddof=1)) / s, min(f, s) - 1
-        method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {level:.0%}"
+        method = f"mean over seeds and {d} data sets of {f} families; both variances, t({freedom}), {100 * level:g}%"
     error = float(np.sqrt(variance))
     half = _quantile(level, freedom) * error
-    return Estimate(mean, mean - half, mean + half, error, s, method)
+    without_one = _least_and_largest(_deleted(x.mean(1))) if s >= 3 else None
+    return Estimate(mean, mean - half, mean + half, error, s, method, None, freedom, without_one)
+
+
+def pass_probability(estimate: Estimate, end: str, threshold: float, truth: float) -> float:
+    """Probability that an end of the interval lies beyond a threshold if the true figure is `truth`.
+
+    (X − c)/s has the noncentral t distribution with noncentrality (θ − c)/σ; s is taken for σ.
+
+    Args:
+        estimate: with an interval. end: `low`, which must lie above the threshold, or `high`, which must lie below.
+    """
+    error, critical, sign = _scale(estimate, end)
+    if error == 0:
+        return float(sign * (truth - threshold) > 0)
+    return 1 - float(special.nctdtr(estimate.freedom, sign * (truth - threshold) / error, critical))
+
+
+def effect_for(estimate: Estimate, end: str, threshold: float, probability: float = 0.8) -> float:
+    """The true figure at which `pass_probability` is this probability."""
+    error, critical, sign = _scale(estimate, end)
+    if error == 0:
+        return threshold
+    return threshold + sign * error * float(special.nctdtrinc(estimate.freedom, 1 - probability, critical))
+
+
+def _scale(estimate: Estimate, end: str) -> tuple[float, float, int]:
+    """(standard error, quantile of the interval, 1 for lower ends and −1 for upper ones)."""
+    error, reached = estimate.standard_error, getattr(estimate, end)
+    if error is None or reached is None or estimate.freedom is None:
+        raise ValueError("an estimate with an interval and its degrees of freedom expected")
+    sign = -1 if end == "high" else 1
+    return error, abs(estimate.estimate - reached) / error if error > 0 else 0.0, sign
 
 
 def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> float:

@@ -22,8 +22,16 @@ MAX_EV_LOST = 0.05
 """Held-out explained variance that a pull towards a reference may cost."""
 ALPHA = 0.05
 """Two-sided; intervals are of level 1 − ALPHA."""
+CONFIRMATION_SEEDS = 5
+"""Number of fresh seeds that a selection fixes for its confirmation if nobody asks for more."""
 LARGEST_SCORE = 1.0
 """Upper bound of a normalised score of CE-Bench."""
+
+
+def level_of_attempt(attempt: int, alpha: float = ALPHA) -> float:
+    """Level of the intervals of a configuration's j-th confirmation, j = 1, 2, …: 1 − α/2ʲ. What is spent on all
+    attempts together is at most α."""
+    return 1 - alpha * 0.5**attempt
 
 
 def within_reach(reference: float, minimum: float) -> bool:

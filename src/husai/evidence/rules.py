@@ -22,7 +22,14 @@ import numpy as np
 from husai.evidence import contrast, drop, levels
 from husai.evidence.data_sets import families
 from husai.evidence.deltas import K
-from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, mean_over_seeds_and_sets
+from husai.evidence.estimates import (
+    Estimate,
+    effect_for,
+    jackknife,
+    mean_over_seeds,
+    mean_over_seeds_and_sets,
+    pass_probability,
+)
 from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
@@ -49,6 +56,8 @@ from husai.runs.errors import BadInput
 PASS: Literal["PASS"] = "PASS"
 FAIL: Literal["FAIL"] = "FAIL"
 MISSING: Literal["MISSING"] = "MISSING"
+POWER = 0.8
+"""Pass probability for which a gate states the effect that it needs."""
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 MOVED_AT_MOST = 0.02
@@ -143,6 +152,16 @@ class Shown:
         """The estimate that comes nearest to failing."""
         sign = -1 if self.rule.end == "high" else 1
         return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.rule.end))
+
+    def passes_at(self, truth: float) -> float:
+        """Probability to pass if every figure were truly this: that of the estimate least likely to pass, and therefore
+        an upper bound for all of them together."""
+        return min(pass_probability(e, self.rule.end, self.threshold, truth) for e in self.estimates.values())
+
+    def effect_for(self, probability: float = POWER) -> float:
+        """The true figure at which each estimate passes with at least this probability."""
+        needed = [effect_for(e, self.rule.end, self.threshold, probability) for e in self.estimates.values()]
+        return min(needed) if self.rule.end == "high" else max(needed)
 
 
 def checked(judge: Callable[[], Shown]) -> Shown:
@@ -533,6 +552,13 @@ def gain_verdict(gain: Gain, seeds: int) -> str:
     return "worse" if worse else "not shown to differ"
 
 
+def sparsity_outcome(chosen: int | None, gain: Gain | None, seeds: int) -> str:
+    """The outcome of a choice of k: that of its gain over the control's on fresh seeds, where there is one."""
+    if chosen is None:
+        return "no candidate meets the floor"
+    return "the chosen k is the control's" if gain is None else gain_verdict(gain, seeds)
+
+
 def choose_k(candidates: Sequence[SparsitySection], floor: float) -> int | None:
     """The k with the largest `contrast.lower_bound` among sections whose held-out explained variance is surely at
     least `floor`. Ties go to the sparser k. None if no section qualifies."""
@@ -550,15 +576,18 @@ def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | Non
 
 
 def acceptance(
-    weight: float | None, gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
+    arms: Sequence[PulledSection], gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
 ) -> Acceptance:
-    """Whether a pull of this weight is accepted, by its gain and the explained variance it lost on fresh seeds.
+    """Whether the pull of `choose_weight` is accepted, by its gain and the explained variance it lost on fresh seeds.
 
     Raises:
         ValueError: a weight was chosen and its confirmation is missing.
     """
+    weight = choose_weight(arms, max_drop)
     rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
-    if weight is None:
+    if weight is None and any(KEPT.met_by(a.ev_drop, max_drop) for a in arms):
+        failed = ["no gain of a λ that keeps the explained variance has an interval"]
+    elif weight is None:
         failed = [f"no λ keeps the explained variance lost surely at most {max_drop}"]
     elif gain is None or lost is None:
         raise ValueError(f"λ = {weight}: a confirmation on fresh seeds expected")
@@ -602,6 +631,9 @@ def table() -> str:
         "gate, positive control": f"SAEs of the planted features, {PLANTED_TOKENS[-1]:,} tokens each: the {low} of the "
         f"recovery is at least {RECOVERY.threshold:g}, and as phase 4a",
         "gate, stability": f"the candidate's SAEs, {seeds} fresh seeds: as phase 4a",
+        "attempts": "a confirmation has exactly the seeds that selection fixed; at attempt j = 1, 2, … of a "
+        "configuration, the gates about the candidate read intervals of level 1 − α/2ʲ instead of 95 %, "
+        f"α = {levels.ALPHA:g}",
         "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
         f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
         "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "

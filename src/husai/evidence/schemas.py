@@ -897,6 +897,13 @@ class CoreAblations(Strict):
     methods: list[AblationMethod]
     controls: list[RefusedControl]
 
+    @model_validator(mode="after")
+    def _gains_over_the_first(self) -> CoreAblations:
+        for i, method in enumerate(self.methods):
+            if (method.gain is None, method.ev_drop is None) != (i == 0, i == 0):
+                raise ValueError(f"methods.{i}: a gain and a drop of each method but the first expected")
+        return self
+
 
 class Sparsity(Strict):
     k: int
@@ -926,6 +933,16 @@ class AdaptiveL0(Strict):
     selection: list[SparsitySection]
     confirmation: list[SparsitySection]
     """The chosen k on fresh seeds, and the control's where it is another."""
+
+    @model_validator(mode="after")
+    def _gain_of_two(self) -> AdaptiveL0:
+        ks = [] if self.chosen_k is None else list(dict.fromkeys([self.chosen_k, self.control_k]))
+        if [s.k for s in self.confirmation] != ks:
+            raise ValueError("confirmation: the chosen k, and the control's where it is another, expected")
+        both = len(ks) == 2
+        if (self.gain is not None, self.ev_drop is not None) != (both, both):
+            raise ValueError("gain, ev_drop: of two confirmations, and of no fewer, expected")
+        return self
 
 
 LAMBDA = Field(alias="lambda")
@@ -1094,12 +1111,47 @@ class Evaluation(Strict):
     """seed -> checkpoint, from the folder of these results."""
 
 
+class LedgerEntry(Strict):
+    """One confirmation of a configuration, by digests."""
+
+    selection: Sha256
+    candidate: Sha256
+    """Digest of the configuration (`Selected.id`)."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    saes: Sha256
+    """Digest of the identities of its SAEs, seed by seed."""
+
+    @classmethod
+    def of(cls, selection: Selected, candidate: SeedGroup) -> LedgerEntry:
+        return cls(
+            selection=selection.sha256,
+            candidate=selection.id,
+            seeds=[int(seed) for seed in candidate.checkpoints],
+            saes=digest(candidate.identities),
+        )
+
+
 class Retrained(Evaluation):
     """The selected recipe, trained again on fresh seeds."""
 
     origin: Literal["retrained"] = "retrained"
     selection: Selected
+    attempt: int
+    """Number of confirmations of this configuration, this one included."""
+    ledger: list[LedgerEntry]
+    """These confirmations, the earliest first."""
     bank: Bank
+
+    @model_validator(mode="after")
+    def _own_attempt(self) -> Retrained:
+        entries = self.ledger
+        if entries[-1:] != [LedgerEntry.of(self.selection, self.candidate)]:
+            raise ValueError("ledger: this confirmation as the last entry expected")
+        if any(e.candidate != self.selection.id or e in entries[:i] for i, e in enumerate(entries)):
+            raise ValueError("ledger: distinct confirmations of this configuration alone expected")
+        if self.attempt != len(entries):
+            raise ValueError(f"attempt: {len(entries)} expected, the number of entries of the ledger")
+        return self
 
     @property
     def section(self) -> ConditionSection:
@@ -1266,4 +1318,6 @@ class Selection(Strict):
     excluded: list[dict[str, Any]]
     front: list[str]
     seeds_used: list[int]
+    confirmation_seeds: int
+    """Number of fresh seeds of the confirmation, fixed before it."""
     selected: dict[str, Any]

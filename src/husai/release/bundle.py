@@ -42,8 +42,9 @@ def chosen_again(selected: File, studies: list[File]) -> File:
         if bad := next((s for sha256 in wanted.values() if (s := at_hand[sha256]).problems), None):
             return replace(selected, problems=[*selected.problems, f"a study that it read: {bad.problems[0]}"])
         named = [selection.Study(label, sha256, at_hand[sha256].results) for label, sha256 in wanted.items()]
-        given = (rules[n] for n in ("weights", "min_seeds", "uncertainty", "require_both_external"))
-        made = json.loads(canonical_json(selection.select(named, selection.Rules(*given))))
+        given = {n: rules[n] for n in ("weights", "min_seeds", "uncertainty", "require_both_external")}
+        given |= {"confirmation_seeds": selected.results["confirmation_seeds"]}
+        made = json.loads(canonical_json(selection.select(named, selection.Rules(**given))))
         found = list(differences({name: selected.results[name] for name in made}, made, "selection"))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         found = [f"it cannot be made again ({type(error).__name__}: {error})"]

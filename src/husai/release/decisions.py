@@ -12,7 +12,16 @@ from husai.release.recompute import differences, run_problems
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 
-DECIDED = ("pass_all", "provisional", "outcome", "candidate", "thresholds", "looser_than_registered", "gates")
+DECIDED = (
+    "pass_all",
+    "provisional",
+    "outcome",
+    "attempt",
+    "candidate",
+    "thresholds",
+    "looser_than_registered",
+    "gates",
+)
 
 
 def again(decision: dict, root: Path) -> dict:

@@ -137,14 +137,17 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         waived: gate -> why it need not hold; no decision with a waiver passes.
 
     Returns:
-        {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None,
-        "candidate", "thresholds", "looser_than_registered", "gates": [{"gate", "question", "status", "figure",
-        "estimate", "low", "high", "bound", "relation", "threshold", "n", "reason", "to_pass", "waived"}]}
+        {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None, "attempt":
+        number of confirmations of its configuration, or None, "candidate", "thresholds", "looser_than_registered",
+        "gates": [{"gate", "question", "status", "figure", "estimate", "low", "high", "level", "bound", "relation",
+        "threshold", "n", "without_one_seed", "passes_at_no_effect", "effect_for_80", "reason", "to_pass", "waived"}]}
     """
     candidate = _Candidate(bundle)
-    level = 1 - thresholds.alpha
+    # User-supplied SAEs have no ledger: the level of a first attempt, and never a pass.
+    level = levels.level_of_attempt(candidate.attempt or 1, thresholds.alpha)
+    of_control = 1 - thresholds.alpha
     judges: dict[str, Callable[[], Shown]] = {
-        "positive_control": lambda: _positive_control(bundle, candidate, level),
+        "positive_control": lambda: _positive_control(bundle, candidate, of_control),
         "stability": lambda: _stability(candidate, level, thresholds.min_stability_excess),
         "random_model": lambda: _random_model(bundle, candidate, level),
         "transcoder": lambda: _transcoder(bundle, candidate, level, thresholds.min_transcoder_delta),
@@ -152,7 +155,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "saebench": lambda: _saebench(candidate, level, thresholds.min_saebench_delta),
         "cebench": lambda: _cebench(candidate, level, thresholds.min_cebench_delta),
     }
-    gates = [_judge(name, judges[name]) | {"waived": waived.get(name)} for name in GATES]
+    at = {name: of_control if name == "positive_control" else level for name in GATES}
+    gates = [_judge(name, judges[name], at[name]) | {"waived": waived.get(name)} for name in GATES]
     looser = thresholds.looser()
     held = all(g["status"] == PASS for g in gates)
     provisional = bool(waived) or bool(looser) or candidate.unconfirmed is not None
@@ -163,6 +167,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "provisional": provisional,
         "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
         "unconfirmed": candidate.unconfirmed,
+        "attempt": candidate.attempt,
         "candidate": candidate.to_json(),
         "thresholds": vars(thresholds),
         "looser_than_registered": looser,
@@ -174,10 +179,15 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
 # One gate
 
 
-def _judge(name: str, judge: Callable[[], Shown]) -> dict:
+OF_ESTIMATE = ("estimate", "low", "high", "level", "bound", "relation", "threshold", "n")
+OF_SPREAD = ("without_one_seed", "passes_at_no_effect", "effect_for_80")
+"""Keys of a gate's record that are null without an estimate."""
+
+
+def _judge(name: str, judge: Callable[[], Shown], level: float) -> dict:
     """The gate's record."""
     to_find = f"evidence that counts, of {MAKES[OF.get(name, 'confirmation')]}"
-    empty = dict.fromkeys(("estimate", "low", "high", "bound", "relation", "threshold", "n"))
+    empty = dict.fromkeys((*OF_ESTIMATE, *OF_SPREAD))
     about = {"gate": name, "question": GATES[name]}
     try:
         shown = rules.checked(judge)
@@ -194,10 +204,14 @@ def _judge(name: str, judge: Callable[[], Shown]) -> dict:
         "estimate": worst.estimate,
         "low": worst.low,
         "high": worst.high,
+        "level": level,
         "bound": rule.end,
         "relation": rule.relation,
         "threshold": shown.threshold,
         "n": shown.n,
+        "without_one_seed": worst.without_one and list(worst.without_one),
+        "passes_at_no_effect": round(shown.passes_at(0.0), 4),
+        "effect_for_80": float(f"{shown.effect_for():.4g}"),
         "reason": f"the {end} end is {reached:+.4f}; {rule.relation} {shown.threshold:g} is required",
         "to_pass": _to_pass(shown, worst) if failing else None,
     }
@@ -252,6 +266,8 @@ class _Candidate:
 
     unconfirmed: str | None = None
     """Why the candidate is not confirmed, for user-supplied SAEs."""
+    attempt: int | None = None
+    """Number of confirmations of its configuration, this one included; None: not known."""
 
     def __init__(self, bundle: Bundle):
         self._reason: Exception | None = None
@@ -281,6 +297,7 @@ class _Candidate:
         require(own.facts.hook_name in (None, hook_name), "its bank is of another hook")
         self.about: dict[str, Any] = {"subject_digest": subject, "hook_name": hook_name, "d_in": own.facts.d_in}
         if isinstance(found, Retrained):
+            self.attempt = found.attempt
             sha256 = bundle.given("selection").sha256
             assert chosen is not None  # `unconfirmed` is for SAEs that a user supplies alone
             assert sha256 is not None  # `_read` refuses a file without a digest
@@ -304,7 +321,9 @@ class _Candidate:
         require(name == chosen.selected.get("id") == digest(made_of), "its configuration's digest differs")
         require(chosen.selected in chosen.candidates, "what was selected is no candidate of the selection")
         require(not set(seeds) & set(chosen.seeds_used), "its seeds are not fresh: a study used some")
-        fixed = fresh_seeds(chosen.seeds_used, len(seeds))
+        n = chosen.confirmation_seeds
+        require(len(seeds) == n, f"{len(seeds)} seeds confirm it; {n} expected, as many as selection fixed")
+        fixed = fresh_seeds(chosen.seeds_used, n)
         require(seeds == fixed, f"its seeds are not those that are fixed for a confirmation: {fixed}")
         self.stores = {facts.store_digest}
         _about(section, self)

@@ -169,11 +169,12 @@ def adaptive_decisions(phase: AdaptiveL0) -> dict[str, Any]:
         for i, section in enumerate(sections):
             again[f"/{at}/{i}/lower_bound"] = contrast.lower_bound(section)
             again[f"/{at}/{i}/explained_variance"] = contrast.heldout(section)
+    gain, seeds = None, 0
     if len(phase.confirmation) == 2:
         chosen, control = phase.confirmation
         again |= against("", chosen, control)
-        again["/outcome"] = rules.gain_verdict(again["/gain"], len(chosen.members))
-    return again
+        gain, seeds = again["/gain"], len(chosen.members)
+    return again | {"/outcome": rules.sparsity_outcome(phase.chosen_k, gain, seeds)}
 
 
 def assignment_decisions(phase: AssignmentConsistency) -> dict[str, Any]:
@@ -192,8 +193,7 @@ def assignment_decisions(phase: AssignmentConsistency) -> dict[str, Any]:
         control, pulled = phase.confirmed
         again |= against("/confirmation/1", pulled, control)
         gain, lost, seeds = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"], len(pulled.members)
-    chosen = rules.choose_weight(phase.own, phase.max_ev_drop)
-    return again | {"/acceptance": rules.acceptance(chosen, gain, lost, seeds, phase.max_ev_drop)}
+    return again | {"/acceptance": rules.acceptance(phase.own, gain, lost, seeds, phase.max_ev_drop)}
 
 
 def against(at: str, section: Compared, control: Compared) -> dict[str, Any]:

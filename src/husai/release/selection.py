@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from husai.evidence import conditions, deltas, references
+from husai.evidence.levels import CONFIRMATION_SEEDS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.schemas import (
     Bank,
@@ -52,6 +53,8 @@ class Rules:
     uncertainty: str = "lcb"
     """`lcb`: lower ends of intervals; `point`: estimates."""
     require_both_external: bool = False
+    confirmation_seeds: int = CONFIRMATION_SEEDS
+    """Number of fresh seeds of the confirmation."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ def select(studies: list[Study], rules: Rules) -> dict:
     Returns:
         {"rules", "cohort", "split": families that were read, and those that are left for the gate,
         "candidates": rows with figures and score, best first; "excluded": [{"study", "condition", "reason"}]; "front":
-        conditions that no other surpasses in all figures; "seeds_used"; "selected": a candidate, or None}
+        conditions that no other surpasses in all figures; "seeds_used"; "confirmation_seeds"; "selected": a candidate,
+        or None}
     """
     banks, excluded = [], []
     seeds_used: set[int] = set()
@@ -264,6 +268,7 @@ def select(studies: list[Study], rules: Rules) -> dict:
         "excluded": excluded,
         "front": [c["condition"] for c in kept if c["pareto"]],
         "seeds_used": sorted(seeds_used),
+        "confirmation_seeds": rules.confirmation_seeds,
         "selected": kept[0] if kept else None,
     }
 

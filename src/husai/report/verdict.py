@@ -41,6 +41,13 @@ class Gate(BaseModel):
     relation: Literal[">", ">=", "<="] | None = None
     threshold: FiniteFloat | None = None
     n: int | None = None
+    level: FiniteFloat | None = None
+    """Level of the interval: that of the attempt."""
+    passes_at_no_effect: FiniteFloat | None = None
+    effect_for_80: FiniteFloat | None = None
+    """True figure at which the gate passes in 80 %."""
+    without_one_seed: tuple[FiniteFloat, FiniteFloat] | None = None
+    """Least and largest figure without one seed."""
     reason: str | None = None
     to_pass: str | None = None
     waived: str | None = None
@@ -89,6 +96,19 @@ class Gate(BaseModel):
         return f"{end} must be {relation} {self.threshold:g}: {how} {number(abs(self.margin))}"
 
     @property
+    def power(self) -> str | None:
+        """What the gate could have seen, and how the figure moves without one seed."""
+        if self.passes_at_no_effect is None or self.effect_for_80 is None:
+            return None
+        sentence = (
+            f"passes in {100 * self.passes_at_no_effect:.2f} % at no effect, in 80 % at {number(self.effect_for_80)}"
+        )
+        if self.without_one_seed is not None:
+            least, largest = (number(end) for end in self.without_one_seed)
+            sentence += f"; without one seed {least} to {largest}"
+        return sentence
+
+    @property
     def why(self) -> str | None:
         """The reason, where the figure and what it lacks do not say it."""
         margin = self.margin
@@ -127,6 +147,8 @@ class Decision(BaseModel):
     provisional: StrictBool = False
     unconfirmed: str | None = None
     """Why the candidate is not a confirmed one."""
+    attempt: int | None = None
+    """Number of confirmations of the configuration, this one included."""
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
@@ -144,6 +166,7 @@ class Decision(BaseModel):
             "Subject": f"{name} ({subject[:12]}…)" if name else subject,
             "Hook": c.get("hook_name") or facts.get("hook_name"),
             "Seeds": ", ".join(map(str, seeds)),
+            "Attempt": self.attempt,
         }
         return [(what, str(which)[:80]) for what, which in found.items() if which]
 

@@ -310,6 +310,26 @@ def _read_family(bundle: Bundle) -> str:
     return bundle.given("selection").results["split"]["selection_families"][0]
 
 
+def _attempts(confirmation: dict) -> Iterator[tuple[str, dict]]:
+    """(kind, an attempt and a ledger that do not fit each other or the confirmation)."""
+    if "ledger" not in confirmation:  # SAEs that a user supplies
+        return
+    ledger, own = confirmation["ledger"], confirmation["ledger"][-1]
+    other = own | {"saes": digest("other SAEs")}
+    for kind, entries in (
+        ("one attempt twice", [*ledger, own]),
+        ("a later attempt", [*ledger, other]),
+        ("an attempt by other SAEs", [*ledger[:-1], other]),
+        ("an attempt on other seeds", [*ledger[:-1], own | {"seeds": own["seeds"][1:]}]),
+        ("an attempt of another selection", [*ledger[:-1], own | {"selection": digest("another selection")}]),
+        ("an attempt of another configuration", [other | {"candidate": digest("another")}, *ledger]),
+        ("no attempt", []),
+    ):
+        yield kind, {"ledger": entries, "attempt": len(entries)}
+    for attempt in {0, len(ledger) - 1, len(ledger) + 1, -1}:
+        yield "a number that the ledger does not count", {"attempt": attempt}
+
+
 def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
     """(kind, results) with two SAEs in each other's places, or a pair of seeds counted twice."""
     if label == "confirmation":
@@ -321,6 +341,8 @@ def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
                     if saes[i][name] != saes[j][name]:
                         saes[i][name], saes[j][name] = saes[j][name], saes[i][name]
                         yield kind, new
+        for kind, tried in _attempts(results):
+            yield kind, copy.copy(results) | tried
     for at in [at for at in places(results) if at[-1] == "pairs" and isinstance(_at(results, at), list)]:
         first, *rest = _at(results, at)
         for kind, pairs in (("duplicate pair", [first, *rest[:-1], first]), ("a seed paired with itself", None)):

@@ -39,6 +39,7 @@ from husai.evidence.schemas import (
     Control,
     Evaluated,
     Facts,
+    LedgerEntry,
     OODStress,
     OwnSection,
     Phase4a,
@@ -46,6 +47,7 @@ from husai.evidence.schemas import (
     Probing,
     ScoredRecord,
     SeedGroup,
+    Selected,
     TranscoderStress,
 )
 from husai.evidence.stability import summarise
@@ -153,13 +155,19 @@ def of_sets(rng: np.random.Generator, seeds: int, families: list[str], spread: N
 
 
 def bundle(
-    effects: dict[str, float], noise: Noise, rng: np.random.Generator, seeds: int = 5, derived: bool = True
+    effects: dict[str, float],
+    noise: Noise,
+    rng: np.random.Generator,
+    seeds: int = 5,
+    derived: bool = True,
+    attempt: int = 1,
 ) -> Bundle:
     """All that the gate reads of a candidate with `seeds` fresh seeds.
 
     Args:
         effects: gate -> the true value of its figure. derived: False leaves estimates as they were before the
-            draw: the gate, which reads raw figures alone, decides alike, and sooner.
+            draw: the gate, which reads raw figures alone, decides alike, and sooner. attempt: number of confirmations
+            of the configuration, this one included.
     """
     files = json.loads(_frame(seeds))
     bank, shift = files["confirmation"]["bank"], files["ood"]["shifted"]
@@ -197,10 +205,18 @@ def bundle(
     _means(bank)
     if derived:
         _derive(files)
+    _attempted(files["confirmation"], attempt)
     sha256 = {label: digest(files[label] if derived else label) for label in MAKES}
     sha256["selection"] = files["confirmation"]["selection"]["sha256"]
     on_disk = dict(files["confirmation"]["candidate"]["identities"])
     return Bundle({label: File(f"{label}.json", sha256[label], files[label]) for label in MAKES}, on_disk)
+
+
+def _attempted(confirmation: dict, attempt: int) -> None:
+    """Earlier confirmations of the configuration, by other SAEs, stand in the ledger before this one."""
+    (own,) = confirmation["ledger"]
+    earlier = [own | {"saes": _sha("an earlier attempt", i)} for i in range(attempt - 1)]
+    confirmation |= {"attempt": attempt, "ledger": [*earlier, own]}
 
 
 def supplied(of: Bundle) -> Bundle:
@@ -372,7 +388,7 @@ def _frame(seeds: int) -> str:
     _derive_bank(bank)
     study = {"phase": selection.STUDIES[0], "subject": "simulated", "banks": [bank]}
     weights = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
-    ranking = selection.Rules(weights, require_both_external=True)
+    ranking = selection.Rules(weights, require_both_external=True, confirmation_seeds=seeds)
     chosen = selection.select([selection.Study("frontier 1", _sha("study"), study)], ranking)
     left = set(chosen["split"]["gate_families"])
     fresh = levels.fresh_seeds(STUDY_SEEDS, seeds)
@@ -384,7 +400,10 @@ def _frame(seeds: int) -> str:
     confirmation = {"phase": "candidate_confirmation", "subject": subject, "candidate": named, "bank": bank}
     confirmation |= {"inputs": bank["inputs"] | _noise_inputs(bank["sections"][0]) | {"selection": digest(picked)}}
     confirmation |= {"paths": {str(s): f"checkpoints/topk_seed{s}" for s in fresh}}
-    confirmation |= {"selection": {"sha256": digest(picked), "id": chosen["selected"]["id"]}}
+    of_selection = Selected(sha256=digest(picked), id=chosen["selected"]["id"])
+    entry = LedgerEntry.of(of_selection, SeedGroup.model_validate(named))
+    tried: dict[str, Any] = {"selection": of_selection.to_json(), "attempt": 1, "ledger": [entry.to_json()]}
+    confirmation |= tried
 
     phase4a = _phase4a((*STUDY_SEEDS, *fresh)[:seeds], own[0]["heldout"])
 
