@@ -454,18 +454,23 @@ def table() -> str:
         f"end is above {BETTER.threshold:g} over each required null, and the upper end of the EV lost is at most "
         f"{KEPT.threshold:g}",
         "gate, stability": f"the candidate's SAEs, {seeds} fresh seeds: as phase 4a, each required null",
-        "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
-        f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
-        "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "
-        f"the matched reference is at least the minimum ({CEBENCH.threshold:g} where none is set); refused where that "
-        f"reference's score plus the minimum exceeds {levels.LARGEST_SCORE:g}",
+        "selection": "of SAEBench's families, and of the clusters of pairs, a third, at least three, in the order of "
+        "the sha256 of their names; the gate reads the others",
+        "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families that selection did not read, none with more than a quarter "
+        f"of the data sets (of three families: a third), and the {low} of the AUC at k = {K} less that of the matched "
+        f"reference is above the minimum ({SAEBENCH.threshold:g} where none is set): shown to be better",
+        "CE-Bench": f"{seeds}, CE-Bench's own stories, clusters of pairs as SAEBench's families, and the {low} of the "
+        "normalised corrected score less that of the matched reference is above the minimum "
+        f"({CEBENCH.threshold:g} where none is set): shown to be better; refused where that reference's score plus the "
+        f"minimum exceeds {levels.LARGEST_SCORE:g}",
         "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
         f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
         f"{RANDOM_MODEL.threshold:g}",
         "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the gain of transcoders over SAEs is "
         f"at least the minimum ({TRANSCODER.threshold:g} where none is set) over each required null",
-        "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set, and the {high} of "
-        f"the drop at k = {K} is at most {OOD.threshold:g}, over all and over those where the model keeps something",
+        "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set tried, and the {high} "
+        f"over seeds of the drop at k = {K} is at most {OOD.threshold:g}: the mean over those versions under which "
+        "the model's own probe is above chance, which the result names; with none, the subject cannot answer",
         "refused": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations half, of the "
         "smaller one's rows stand in the other (cosine above 1 − 10⁻⁵), in whatever order, sign and scale",
     }
