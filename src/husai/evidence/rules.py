@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 
 from husai.evidence import contrast, drop, levels
-from husai.evidence.data_sets import families
+from husai.evidence.data_sets import families, gated
 from husai.evidence.deltas import K
-from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds_and_sets
+from husai.evidence.estimates import Estimate, jackknife, mean_over_seeds, mean_over_seeds_and_sets
 from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
@@ -48,8 +48,6 @@ MOVED_AT_MOST = 0.02
 """Change of mcc between the last two snapshots: beyond, training is too short to judge by."""
 MINIMUM_FAMILIES = 3
 """Families of data sets needed to generalise beyond the tested ones."""
-MINIMUM_KEPT = 2
-"""Families of data sets on which the model's own probe must survive the shift."""
 SAME_DIRECTION = 1 - 1e-5
 """|cos| of two copies of a direction, bfloat16 copies included."""
 SHARED_DECODER, SHARED_INITIALISATION = 0.99, 0.5
@@ -127,6 +125,10 @@ class Shown:
     """Families of data sets, where these are a sample too."""
     note: str = ""
     """Words that follow the figure's name."""
+    beside: Mapping[str, Estimate] = field(default_factory=dict)
+    """Name -> an estimate that stands beside the figure and decides nothing."""
+    left_out: Sequence[str] = ()
+    """Names of data sets or pairs that were measured and do not count."""
 
     def failing(self) -> list[str]:
         """Names of the estimates that do not satisfy the rule."""
@@ -165,7 +167,7 @@ def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
     sentence = shown.rule.failed if failing else shown.rule.passed
     outcome = PAGE[FAIL if failing else PASS]
     ends = " and ".join(f"{getattr(e, shown.rule.end):.4f}" for e in shown.estimates.values())
-    facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends}
+    facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends, "note": shown.note}
     return {"outcome": outcome, "reason": sentence.format(**facts)}
 
 
@@ -231,10 +233,8 @@ OOD = Rule(
     "shifted data",
     "AUC lost under shift, less the model's own loss",
     *("high", "<=", levels.MAX_OOD_DROP),
-    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
-    "{threshold}",
-    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
-    "{threshold} expected",
+    "the upper end of the drop's interval{note} is {ends}: at most {threshold}",
+    "the upper end of the drop's interval{note} is {ends}: at most {threshold} expected",
 )
 
 
@@ -297,7 +297,8 @@ def own_training(section: Section) -> None:
 
 
 def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: float | None = None) -> Shown:
-    """Under shifted data the SAEs lose no more than the model itself, over all sets and where the model keeps anything.
+    """On the shifted sets that the model's own probe survives, the SAEs lose no more than the model itself. These sets
+    are fixed and named; the seeds are the sample.
 
     Args:
         skipped: shifted versions that cannot be used.
@@ -310,24 +311,62 @@ def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: 
     require(skipped == set(drop.UNUSABLE), f"labels of {', '.join(drop.UNUSABLE)} do not fit; it must be skipped")
     require(shifted.k == K, f"k = {K} expected")
     require(shifted.families == families(shifted.data_sets), "families of other data sets")
-    enough_families(shifted.families)
-    lost, of, kept = drop.drops(shifted, shifted.k), np.array(shifted.families), drop.kept(shifted)
-    require(bool(kept), "the model's own probe is above chance under no shift")
-    n = len(set(of[kept]))
-    require(n >= MINIMUM_KEPT, f"the model's own probe survives the shift in {n} families; {MINIMUM_KEPT} expected")
-    estimates = {
-        "all shifted sets": mean_over_seeds_and_sets(lost, list(of), level),
-        "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(of[kept]), level),
-    }
-    return OOD.shown(estimates, seeds, maximum, families=n)
+    names = drop.names_kept(shifted)
+    require(bool(names), "not answerable on this subject: the model's own probe is above chance under no shift")
+    every = mean_over_seeds_and_sets(drop.drops(shifted, shifted.k), shifted.families, level)
+    more = {"note": f" on {', '.join(names)}", "beside": {f"the same on all {len(shifted.data_sets)} sets": every}}
+    return OOD.shown({"": drop.on_kept(shifted, shifted.k, level)}, seeds, maximum, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # External benchmarks
 
 
-SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">=", levels.MIN_SAEBENCH_DELTA)
-CEBENCH = Rule("CE-Bench", "normalised score", "low", ">=", levels.MIN_CEBENCH_DELTA)
+SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">", levels.MIN_SAEBENCH_DELTA)
+CEBENCH = Rule("CE-Bench", "normalised score", "low", ">", levels.MIN_CEBENCH_DELTA)
+
+
+@dataclass(frozen=True)
+class AgainstReference:
+    """Figures of a candidate's seeds, and of their matched references."""
+
+    own: np.ndarray
+    """`[S, D]`: of each seed on each data set or pair."""
+    reference: np.ndarray
+    """`[S, D]`, paired by seed."""
+    explained_variance: list[float]
+    """Of each seed less its reference's, on held-out rows."""
+    names: Sequence[str]
+    """Of the data sets or pairs."""
+    groups: Sequence[str]
+    """Family of each data set, or cluster of each pair."""
+
+
+def shown_better(
+    rule: Rule, figures: AgainstReference, level: float = 0.95, minimum: float | None = None, named: str = ""
+) -> Shown:
+    """The candidate is shown to be better than its matched reference, on sets of which no group holds more than a
+    quarter.
+
+    Args:
+        named: words that follow the figure's name.
+    """
+    enough_seeds(len(figures.own))
+    enough_families(figures.groups)
+    keep = gated(figures.names, figures.groups)
+    own, reference = figures.own[:, keep], figures.reference[:, keep]
+    if rule is CEBENCH:
+        reachable(float(reference.mean()), rule.threshold if minimum is None else minimum)
+    groups = [figures.groups[i] for i in keep]
+    return rule.shown(
+        {"": mean_over_seeds_and_sets(own - reference, groups, level)},
+        len(own),
+        minimum,
+        families=len(set(groups)),
+        note=f"{named} less the matched reference's",
+        beside={"held-out explained variance less the reference's": mean_over_seeds(figures.explained_variance, level)},
+        left_out=sorted(set(figures.names) - {figures.names[i] for i in keep}),
+    )
 
 
 def enough_families(of: Iterable[str]) -> None:
@@ -356,7 +395,7 @@ def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
         require(delta["low"] is not None, delta["reason"] or "there is no interval")
     except Missing as missing:
         return f"inconclusive: {missing}"
-    return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f} < {minimum:g}"
+    return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f}; above {minimum:g} expected"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
