@@ -38,7 +38,7 @@ LARGE = 20.0
 SIZES = (0, 2, 4, 6, 8, 10, 12, 15)
 REGIMES = {
     "as measured": "the sizes below",
-    "unequal arms": "as measured, and the other arm (null, control, reference, model) varies twice as much",
+    "unequal arms": "as measured, and the other arm (null, control, reference) varies twice as much",
     "seeds alone": "only whole seeds vary",
     "pairs or families alone": "only pairs of seeds, or families of data sets, vary",
 }
@@ -313,9 +313,8 @@ def report(args, results: dict) -> str:
             ],
         ),
         "",
-        "Every shifted version is taken for one where the model itself keeps something. Where it does so in two "
-        "families alone, as on husai-tiny, the interval has one degree of freedom, and the gate of shifted data hardly "
-        "ever passes.",
+        "Every shifted version is taken for one where the model itself keeps something. The rule speaks of these sets "
+        "alone: what the sets and the model have of their own is fixed, and only seeds vary.",
         "",
         "## Damaged evidence",
         "",

@@ -23,6 +23,7 @@ from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectabl
 from husai.evidence.schemas import Facts, Heldout, Reference
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import REPOSITORY
 from husai.subjects import pretrained, text
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import cross_entropies
@@ -112,6 +113,16 @@ def test_interval_over_seeds_and_data_sets_covers(seed_sd, family_sd, noise_sd):
         e = mean_over_seeds_and_sets(x, names)
         covered += e.low <= 0 <= e.high
     assert covered / n >= 0.935
+
+
+def test_a_dominating_group_passes_falsely_and_no_longer_once_it_holds_a_quarter(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from inference_calibration import GATED, grouped
+
+    rng = np.random.default_rng(0)
+    found = [grouped(rng, 5, (12, 1, 1, 1, 1)) for _ in range(800)]
+    assert np.mean([f["all sets"] for f in found]) > 0.1
+    assert np.mean([f[GATED] for f in found]) < 0.05
 
 
 def test_two_runs_rarely_differ_by_the_minimum_detectable_difference():

@@ -151,11 +151,33 @@ def oracle(bundle: Bundle, gate: str) -> Oracle:
         shifted = files["ood"]["shifted"]
         sides = [shifted["llm"], *(s["test_auc"]["5"] for s in shifted["saes"])]
         llm, *saes = (np.array(s["id"]) - np.array(s["ood"]) for s in sides)
-        return of_sets(np.array(saes) - llm, shifted["families"], level)
+        of_seeds = (np.array(saes) - llm)[:, np.array(shifted["llm"]["ood_low"]) > 0.5].mean(1)
+        error, freedom = of_seeds.std(ddof=1) / np.sqrt(len(saes)), len(saes) - 1
+        rest = [np.delete(of_seeds, i).mean() for i in range(len(saes))]
+        return Oracle(of_seeds.mean(), stats.t.ppf((1 + level) / 2, freedom) * error, error, freedom, rest)
     part = bank[gate]
     of = (lambda r: r["test_auc"]["5"]) if gate == "saebench" else (lambda r: r["normalised_of_pairs"])
     own, reference = (np.array([of(r) for r in part["saes"] if r["candidate"] == c]) for c in (True, False))
-    return of_sets(own - reference, part["families" if gate == "saebench" else "clusters"], level)
+    groups = part["families" if gate == "saebench" else "clusters"]
+    keep = counted(part["data_sets"] if gate == "saebench" else numbered(groups), groups)
+    return of_sets((own - reference)[:, keep], [groups[i] for i in keep], level)
+
+
+def numbered(clusters: list[str]) -> list[str]:
+    return [f"{c}, pair {clusters[: i + 1].count(c)}" for i, c in enumerate(clusters)]
+
+
+def counted(names: list[str], groups: list[str]) -> list[int]:
+    """Sets are taken out of the largest group, last hash first, until it holds a quarter at most."""
+    kept = list(range(len(names)))
+    while True:
+        sizes = {g: [i for i in kept if groups[i] == g] for g in {groups[i] for i in kept}}
+        largest = max(map(len, sizes.values()))
+        if 4 * largest <= len(kept):
+            return kept
+        for members in sizes.values():
+            if len(members) == largest:
+                kept.remove(max(members, key=lambda i: digest(names[i])))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -179,6 +201,58 @@ def test_each_gate_against_numpy(gate, good):
     decision, gates = judged(Bundle(good.files | {label: None}, good.on_disk))
     assert gates[gate]["status"] == "MISSING"
     assert not decision["pass_all"]
+
+
+def test_what_stands_beside_a_figure_and_what_does_not_count(good):
+    """The reference's explained variance, paired by seed; pairs of the one large cluster, by name; the drop on all."""
+    results = good.files["confirmation"].results["bank"]
+    variance = {c: [r["heldout"]["explained_variance"] for r in results["saes"] if r["candidate"] == c] for c in (1, 0)}
+    lost = np.array(variance[1]) - variance[0] + np.arange(5) / 100
+
+    def change(found):
+        parts = found["bank"], found["bank"]["saebench"], found["bank"]["cebench"]
+        for saes in (part["saes"] for part in parts):
+            for record, more in zip([r for r in saes if r["candidate"]], np.arange(5) / 100, strict=True):
+                record["heldout"]["explained_variance"] += float(more)
+
+    _, gates = judged(with_results(good, "confirmation", change))
+    half = stats.t.ppf((1 + level_of("saebench")) / 2, 4) * lost.std(ddof=1) / np.sqrt(5)
+    for gate in ("saebench", "cebench"):
+        (beside,) = gates[gate]["beside"].values()
+        assert list(beside.values()) == pytest.approx([lost.mean(), lost.mean() - half, lost.mean() + half])
+        assert gates[gate]["status"] == "PASS"
+    clusters = results["cebench"]["clusters"]
+    names = numbered(clusters)
+    out = {names[i] for i in range(len(names))} - {names[i] for i in counted(names, clusters)}
+    assert set(gates["cebench"]["left_out"]) == out
+    assert {name.split(",")[0] for name in out} == {"story_family00"}
+    assert gates["saebench"]["left_out"] == []
+    (every,) = gates["ood"]["beside"].values()
+    assert every["high"] - every["low"] > gates["ood"]["high"] - gates["ood"]["low"]
+    assert all(f"{name}_OOD" in gates["ood"]["figure"] for name in good.files["ood"].results["shifted"]["data_sets"])
+
+
+def test_a_candidate_that_is_no_better_than_its_reference_is_not_shown_to_be_better(good):
+    def change(found):
+        for part, name in (("saebench", "test_auc"), ("cebench", "normalised_of_pairs")):
+            saes = found["bank"][part]["saes"]
+            own, references = ([r for r in saes if r["candidate"] == c] for c in (True, False))
+            for record, other in zip(own, references, strict=True):
+                record[name] = other[name]
+                for mean in ("means", "normalised", "corrected"):
+                    if mean in record:
+                        record[mean] = other[mean]
+            noise = found["bank"][part]["noise"]
+            first = own[0]["normalised"] if part == "cebench" else own[0]["means"]
+            for repeats, mean in (
+                [(noise, first)] if part == "cebench" else [(noise["auc"][k], first[k]["test_auc"]) for k in first]
+            ):
+                repeats |= simulate._repeats(mean)
+
+    _, gates = judged(with_results(good, "confirmation", change))
+    for gate in ("saebench", "cebench"):
+        assert (gates[gate]["status"], gates[gate]["estimate"], gates[gate]["low"]) == ("FAIL", 0.0, 0.0)
+        assert "better" in gates[gate]["question"]
 
 
 @pytest.mark.parametrize("gate", GATES)

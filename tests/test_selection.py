@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from husai.release.selection import Rules, Study, cleaned, half, select
+from husai.evidence.data_sets import gated, third
+from husai.release.selection import Rules, Study, cleaned, select
 from husai.runs.files import REPOSITORY, write_json
 
 RULES = Rules({"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1})
@@ -173,11 +174,58 @@ def test_too_few_seeds_and_no_study(frontier):
 
 @MANY
 @given(names=st.sets(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=12), data=st.data())
-def test_families_are_halved_by_name_alone(names, data):
+def test_selection_reads_a_third_of_the_groups_by_name_alone(names, data):
     order = data.draw(st.permutations(sorted(names)))
-    assert half(order) == half(sorted(names) * 2)
-    assert len(half(names)) == (len(names) + 1) // 2
-    assert set(half(names)) <= names
+    assert third(order) == third(sorted(names) * 2)
+    assert len(third(names)) == min(len(names), max(3, -(-len(names) // 3)))
+    assert set(third(names)) <= names
+    read, left = (data.draw(st.sets(st.sampled_from(sorted(names)))) for _ in range(2))
+    left -= read
+    found = set(third(order, read, left))
+    assert read <= found
+    assert not found & left
+    assert found == read or len(found) <= max(3, -(-len(names) // 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), data=st.data())
+def test_no_group_holds_more_than_a_quarter_of_the_gated_sets(sizes, data):
+    """Of three groups or fewer, none holds more than another. No larger number a group would do, and the choice is one
+    of names alone: neither their order nor a second look changes it."""
+    sets = [(f"set {i} of {g}", f"group {g}") for g, n in enumerate(sizes) for i in range(n)]
+    names, groups = map(list, zip(*sets, strict=True))
+    keep = gated(names, groups)
+    counts = [sum(groups[i] == f"group {g}" for i in keep) for g in range(len(sizes))]
+    assert max(counts) * min(4, len(sizes)) <= sum(counts)
+    most = max(counts)
+    assert counts == [min(n, most) for n in sizes]
+    more = [min(n, most + 1) for n in sizes]
+    assert more == counts or max(more) * min(4, len(sizes)) > sum(more)
+    shuffled = data.draw(st.permutations(sets))
+    again = gated(*map(list, zip(*shuffled, strict=True)))
+    assert {shuffled[i][0] for i in again} == {names[i] for i in keep}
+    left = [names[i] for i in keep], [groups[i] for i in keep]
+    assert gated(*left) == list(range(len(keep)))
+
+
+def test_no_sets_no_gated_sets():
+    assert gated([], []) == []
+
+
+def test_each_benchmark_keeps_groups_for_the_gate(frontier):
+    """SAEBench's families and the clusters of pairs are split apart; a group that is both lies on one side."""
+    study = copy.deepcopy(frontier)
+    split = chosen(study)["split"]
+    read, left = set(split["selection_families"]), set(split["gate_families"])
+    (bank,) = study["banks"]
+    for groups in ({*bank["saebench"]["families"]}, {*bank["cebench"]["clusters"]}):
+        assert len(groups & read) >= 3
+        assert groups <= read | left
+    assert not read & left
+    families = {*bank["saebench"]["families"]}
+    assert read & families == {*third(families)}
+    of_families = dict(zip(bank["saebench"]["data_sets"], bank["saebench"]["families"], strict=True))
+    assert split["gate_data_sets"] == [n for n, family in of_families.items() if family not in read]
 
 
 @pytest.mark.parametrize("bank", [None, [], {}, {"saebench": None, "cebench": None, "saes": 3}])

@@ -184,7 +184,10 @@ def test_the_drop_against_its_formula():
     assert found["estimate"] == pytest.approx(0.07, abs=0.01)
     assert found["high"] == pytest.approx(values.mean() + 4.302653 * error, rel=1e-5)  # t(2)
     kept = drop.drop_where_kept(Shifted.model_validate(section))["5"]
-    assert kept["estimate"] == pytest.approx(values[:, [0, 1, 2, 6]].mean())
+    of_seeds = values[:, [0, 1, 2, 6]].mean(1)
+    assert kept["estimate"] == pytest.approx(of_seeds.mean())
+    half = 2.776445 * of_seeds.std(ddof=1) / np.sqrt(5)  # t(4)
+    assert [kept["low"], kept["high"]] == pytest.approx([of_seeds.mean() - half, of_seeds.mean() + half], rel=1e-5)
     section["llm"]["ood_low"] = [0.5] * 7
     nowhere = drop.drop_where_kept(Shifted.model_validate(section))["5"]
     assert nowhere["estimate"] is None
@@ -192,19 +195,28 @@ def test_the_drop_against_its_formula():
 
 
 def test_the_rule():
-    def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), alive=(0.9,) * 7, **changed):
+    def outcome(skipped=("90_glue_qnli_OOD",), only=range(7), alive=(0.9,) * 7, worse=(0.0,) * 7, **changed):
         section = a_shifted_section(**changed)
         section |= {name: [section[name][i] for i in only] for name in ("data_sets", "families", "prompts")}
         for auc in (section["llm"], *(sae["test_auc"]["5"] for sae in section["saes"])):
             auc |= {side: [auc[side][i] for i in only] for side in ("id", "ood")}
         section["llm"]["ood_low"] = list(alive) if len(alive) == len(only) else [0.9] * len(only)
+        for sae in section["saes"]:
+            sae["test_auc"]["5"]["ood"] = [v - w for v, w in zip(sae["test_auc"]["5"]["ood"], worse, strict=False)]
         verdict = rules.verdict(lambda: rules.ood(Shifted.model_validate(section), skipped))
         return verdict["outcome"], verdict["reason"]
 
     assert outcome(loss=0.05)[0] == rules.PAGE[rules.PASS]
     assert outcome(loss=0.12)[0] == rules.PAGE[rules.FAIL]
+    # One set on which the model's probe survives answers, and nothing that happens on the others does.
+    last, rest = (0.5,) * 6 + (0.51,), (0.3,) * 6 + (0.0,)
+    found, why = outcome(loss=0.05, alive=last, worse=rest)
+    assert found == rules.PAGE[rules.PASS]
+    assert re.search(r"\b87_glue_cola_OOD is\b", why)
+    assert not re.search(r"hist_fig|living-room", why)
+    assert outcome(loss=0.05, worse=rest)[0] == rules.PAGE[rules.FAIL]
     for changed, named in (
-        ({"loss": 0.05, "alive": (0.5,) * 7}, r"\bprobe\b"),
+        ({"loss": 0.05, "alive": (0.5,) * 7}, r"^not answerable on this subject\b.*\bprobe\b"),
         ({"seeds": 4}, r"\b4\b.*\b5\b.* seeds"),
         ({"skipped": ()}, r"\b90_glue_qnli_OOD\b"),
         ({"only": [0, 1, 2]}, r"\b66_living-room_OOD\b"),

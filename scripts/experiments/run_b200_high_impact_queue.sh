@@ -35,7 +35,7 @@ refuse() { echo "error: $1" >&2; exit 2; }
 case "$PROFILE" in
   embedded)
     DEVICE=cpu NEED_MB=3000
-    # Of six families, each with few tokens; selection reads three, which leaves the gate the three that it needs.
+    # Of six families, each with few tokens: selection reads three, its minimum, and the gate needs the three it leaves.
     DATASETS=5_hist_fig_ismale,41_truthqa_tf,87_glue_cola,95_toxic_is,96_spam_is,105_click_bait
     THREE=$(cut -d, -f1-3 <<< "$SEEDS")
     POSITIVE=(--tokens 200000 --learning-rate 6e-3)

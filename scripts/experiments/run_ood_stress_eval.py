@@ -7,9 +7,9 @@
 
 Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling
 or register), by sae-probes' own functions or by exact probes (`--probing`). The drop is what the SAE loses less what
-the model loses. Beside it, the SAE less the model on a held-out family of data sets, and how well the SAE fits the
-activations of shifted text. Without --candidate and --checkpoint: the confirmed candidate below --artifact-root, if
-there is one, else the embedded default.
+the model loses, on the data sets whose shift the model's own probe survives. Beside it, the SAE less the model on a
+held-out family of data sets, and how well the SAE fits the activations of shifted text. Without --candidate and
+--checkpoint: the confirmed candidate below --artifact-root, if there is one, else the embedded default.
 """
 
 from pathlib import Path
@@ -85,20 +85,21 @@ def draw(results: dict, folder: Path) -> list[Path]:
     each = over_saes(drops(Shifted.model_validate(shifted), k).T)
     label = f"test AUC (SAE: {k} features; line: chance)"
     auc = figures.Panel("Probes under shift", label, "", names, series, line=CHANCE)
-    loss = {"drop": [*each, shifted["drop"][k]]}
+    rows, loss = [*names, "mean of all"], [*each, shifted["drop"][k]]
+    if shifted["drop_where_kept"][k]["estimate"] is not None:
+        rows, loss = [*rows, "mean that decides"], [*loss, shifted["drop_where_kept"][k]]
     most = results["rule"]["max_drop"]
     label = f"drop of AUC, SAE − activations (at most {most} allowed)"
     return [
         figures.panels(
             folder / "ood_drop.png",
-            [auc, figures.Panel("What the SAE loses beyond the model", label, "", [*names, "mean"], loss)],
+            [auc, figures.Panel("What the SAE loses beyond the model", label, "", rows, {"drop": loss})],
         )
     ]
 
 
 def summary(results: dict) -> str:
     from husai.evidence import rules
-    from husai.evidence.drop import CHANCE
     from husai.evidence.schemas import Shifted
     from husai.report.text import interval, table
 
@@ -106,20 +107,21 @@ def summary(results: dict) -> str:
     evidence = Shifted.model_validate(shifted)
     verdict = rules.verdict(lambda: rules.ood(evidence, results["skipped"]))
     k, families = shifted["k"], dict.fromkeys(shifted["families"])
-    freedom = min(len(shifted["saes"]), len(families)) - 1
     lines = [
         "# Out-of-distribution stress",
         "",
         f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
-        f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. A "
-        f"probe on {k} features (`{results['probing']}`) loses {interval(shifted['drop'][k], '+')} of test AUC under "
-        "shift beyond what the "
-        "probe on the model's own activations loses on the same data sets (positive: the SAE loses more).",
-        f"The data sets are {len(shifted['data_sets'])} of {len(families)} families ({', '.join(families)}), so that "
-        f"the interval rests on {max(freedom, 0)} degree{'s' * (freedom != 1)} of freedom and is wide.",
+        f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. "
+        f"{where_kept(evidence, results['probing'])}",
+        f"On all {len(shifted['data_sets'])} data sets, of {len(families)} families ({', '.join(families)}), the drop "
+        f"is {interval(shifted['drop'][k], '+')}, seeds and data sets both samples. Where the model keeps nothing, "
+        "the drop is little more than how far the SAE is behind on the data set itself: this mean decides nothing.",
         "",
-        *table(["features", "drop, 95 % interval"], [[n, interval(e, "+")] for n, e in shifted["drop"].items()]),
+        *table(
+            ["features", "drop that decides, 95 % interval", "on all data sets"],
+            [[n, interval(e, "+"), interval(shifted["drop"][n], "+")] for n, e in shifted["drop_where_kept"].items()],
+        ),
         "",
         *table(
             ["data set", "SAE", "SAE, shifted", "activations", "activations, shifted", "drop", "shifted prompts"],
@@ -127,18 +129,31 @@ def summary(results: dict) -> str:
         ),
         "",
     ]
-    kept = [name for name, low in zip(shifted["data_sets"], shifted["llm"]["ood_low"], strict=True) if low > CHANCE]
-    lines += [
-        f"The activations' own probe is above chance under shift (DeLong, 95 %) on {len(kept)} of "
-        f"{len(shifted['data_sets'])} data sets ({', '.join(kept) or 'none'}). On the others the model itself keeps "
-        "nothing, and what is called the drop is little more than how far the SAE is behind on the data set itself. On "
-        f"those {len(kept)} alone the drop is {interval(shifted['drop_where_kept'][k], '+')}: the rule asks both.",
-        "",
-    ]
     lines += [f"Not used: {name} ({reason})." for name, reason in results["skipped"].items()]
     if results["families"]:
         lines += ["", *of_families(results["families"])]
     return "\n".join([*lines, "", *of_activations(results["activations"])]) + "\n"
+
+
+def where_kept(evidence, probing: str) -> str:
+    """The drop that decides, and the shifted versions that it speaks of.
+
+    Args:
+        evidence: `schemas.Shifted`.
+    """
+    from husai.evidence.drop import names_kept
+    from husai.report.text import interval
+
+    names = names_kept(evidence)
+    if not names:
+        return "The activations' own probe is above chance (DeLong, 95 %) under no shift."
+    lost = interval(evidence.drop_where_kept[evidence.k], "+")
+    return (
+        f"A probe on {evidence.k} features (`{probing}`) loses {lost} of test AUC under shift beyond what the probe on "
+        "the model's own activations loses (positive: the SAE loses more; "
+        f"interval over seeds), on {', '.join(names)}. The activations' own probe is above chance (DeLong, 95 %) under "
+        f"these {len(names)} of {len(evidence.data_sets)} shifts, and the figure speaks of no other."
+    )
 
 
 def per_data_set(shifted: dict) -> list[list]:

@@ -153,6 +153,7 @@ def main() -> None:
 def summary(results: dict) -> str:
     """One page: the verdict, each gate, what would have to change."""
     from husai.report.text import table
+    from husai.report.verdict import Gate
 
     gates, candidate = results["gates"], results["candidate"]
     counts = {status: sum(g["status"] == status for g in gates) for status in ("PASS", "FAIL", "MISSING")}
@@ -210,7 +211,9 @@ def summary(results: dict) -> str:
         lines += [f"- **{g['gate']}**: {g['question']} {g['reason']}. To pass: {g['to_pass']}." for g in wrong]
         lines.append("")
     lines += ["What was measured:", ""]
-    lines += [f"- {g['gate']}: {g['figure']}." for g in gates if g["figure"]]
+    for g in gates:
+        if g["figure"]:
+            lines.append(" ".join([f"- {g['gate']}: {g['figure']}.", *Gate.model_validate(g).more]))
     lines += ["", *evidence_read(results)]
     return "\n".join(lines) + "\n"
 

@@ -5,8 +5,8 @@
     python scripts/experiments/select_release_candidate.py --policy published --frontier-results … --scaling-results …
 
 Candidates are conditions: SAEs that differ in their seed alone. They are scored on the lower ends of their intervals,
-on one half of the data-set families and on fixed scales (docs/methods.md); whatever cannot be compared is left out,
-with the reason. The gate reads the other half, of SAEs that `run_candidate_confirmation.py` trains on fresh seeds.
+on a third of the data-set families and on fixed scales (docs/methods.md). What cannot be compared is left out, with the
+reason. The gate reads the other families, of SAEs that `run_candidate_confirmation.py` trains on fresh seeds.
 `--policy published` is the earlier study's rule on its own files. Exit 1: there is no candidate.
 """
 
@@ -127,7 +127,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     ]
     if all("saebench" in r and "cebench" in r for r in rows):
         labels = "sae-probes AUC − matched reference", "contrastive score − matched reference"
-        points.append(figures.Points.of("Benchmarks, selection's half", *labels, rows, "saebench", "cebench"))
+        points.append(figures.Points.of("Benchmarks, selection's third", *labels, rows, "saebench", "cebench"))
     return [figures.scatter(folder / "selection.png", points, results["front"])]
 
 
@@ -158,7 +158,7 @@ def summary(results: dict) -> str:
         lines += [
             f"**{chosen['condition']}** of {chosen['subject']}, {chosen['facts']['hook_name']} "
             f"({len(chosen['seeds'])} seeds, {chosen['study']}). A choice, not a finding: what it claims is tried on "
-            f"{results['confirmation_seeds']} fresh seeds and on the other half of the families.",
+            f"{results['confirmation_seeds']} fresh seeds and on the families that selection did not read.",
             "",
         ]
     of = "the lower end of its interval" if rules["uncertainty"] == "lcb" else "its estimate"

@@ -7,7 +7,10 @@ is fixed: subjects, probes, stress tests and the gate read it here.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
+
 from husai.runs.errors import BadInput
+from husai.runs.files import digest
 
 FAMILIES: dict[str, dict[str, list[str]]] = {
     "train": {
@@ -229,3 +232,51 @@ def families(data_sets: list[str]) -> list[str]:
     if unknown := [name for name in data_sets if name not in of]:
         raise BadInput(f"data set {unknown[0]!r}: a name of the sae-probes package expected")
     return [of[name] for name in data_sets]
+
+
+ONE_IN = 3
+"""Selection reads one group in so many."""
+FEWEST = 3
+"""Number of groups that selection reads at least."""
+LARGEST = 4
+"""No group holds more than one in so many of the gated sets."""
+
+
+def third(groups: Iterable[str], read: Collection[str] = (), left: Collection[str] = ()) -> list[str]:
+    """The groups that selection reads: a third, at least three, the first in the order of their names' digests.
+
+    Args:
+        read: groups that selection reads anyhow, which count first. left: groups that the gate reads anyhow.
+    """
+    distinct = set(groups)
+    free = sorted(distinct - {*read, *left}, key=digest)
+    first = sorted(distinct & {*read})
+    most = max(FEWEST, -(-len(distinct) // ONE_IN))
+    return sorted(first + free[: max(0, most - len(first))])
+
+
+def gated(names: Sequence[str], groups: Sequence[str]) -> list[int]:
+    """Places of the sets that the gate counts, in their order. No group holds more than a quarter of them; of fewer
+    than four groups, none holds more than another.
+
+    Up to c sets of each group count, the first in the order of their names' digests. c is the largest number that
+    keeps every group small enough.
+    """
+    members: dict[str, list[int]] = {}
+    for place in sorted(range(len(names)), key=lambda i: digest(names[i])):
+        members.setdefault(groups[place], []).append(place)
+    if not members:
+        return []
+    sizes, parts = [*map(len, members.values())], min(LARGEST, len(members))
+    most = max(c for c in range(1, max(sizes) + 1) if parts * c <= sum(min(n, c) for n in sizes))
+    return sorted(place for places in members.values() for place in places[:most])
+
+
+def pair_names(clusters: Sequence[str]) -> list[str]:
+    """A name of each pair of stories: its cluster, and its number in the cluster."""
+    counts: dict[str, int] = {}
+    found = []
+    for cluster in clusters:
+        counts[cluster] = counts.get(cluster, 0) + 1
+        found.append(f"{cluster}, pair {counts[cluster]}")
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 
 from husai.evidence import deltas
 from husai.evidence.data_sets import FAMILIES
-from husai.evidence.estimates import mean_over_seeds, mean_over_seeds_and_sets
+from husai.evidence.estimates import Estimate, mean_over_seeds, mean_over_seeds_and_sets
 from husai.evidence.schemas import OODStress, Shifted, SideBySide
 
 CHANCE = 0.5
@@ -29,7 +29,8 @@ def drops(shifted: Shifted, k: str) -> np.ndarray:
 
 
 def drop(shifted: Shifted) -> dict[str, dict]:
-    """k -> the estimate of the mean drop over training seeds and data sets, clustered by `families`."""
+    """k -> the estimate of the mean drop over training seeds and all data sets, clustered by `families`. Reported: it
+    decides nothing."""
     ks = shifted.saes[0].test_auc
     return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted.families).to_json() for k in ks}
 
@@ -40,13 +41,27 @@ def kept(shifted: Shifted) -> list[int]:
     return [i for i, low in enumerate(shifted.llm.ood_low) if low > CHANCE]
 
 
+def names_kept(shifted: Shifted) -> list[str]:
+    """Names of the shifted versions that `kept` finds."""
+    return [f"{shifted.data_sets[i]}_OOD" for i in kept(shifted)]
+
+
+def on_kept(shifted: Shifted, k: str, level: float = 0.95) -> Estimate:
+    """The mean drop over the data sets that `kept` finds, one figure a seed. These sets are fixed, the seeds are the
+    sample.
+
+    Raises:
+        ValueError: the model's own probe is above chance under no shift.
+    """
+    return mean_over_seeds(drops(shifted, k)[:, kept(shifted)].mean(1), level)
+
+
 def drop_where_kept(shifted: Shifted) -> dict[str, dict]:
-    """The drop on the data sets that `kept` names."""
-    places = kept(shifted)
-    ks, families = shifted.saes[0].test_auc, [shifted.families[i] for i in places]
-    if not places:
+    """k -> the estimate that the rule reads (`on_kept`)."""
+    ks = shifted.saes[0].test_auc
+    if not kept(shifted):
         return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
-    return {k: mean_over_seeds_and_sets(drops(shifted, k)[:, places], families).to_json() for k in ks}
+    return {k: on_kept(shifted, k).to_json() for k in ks}
 
 
 def unused(data_sets: list[str], skipped: Iterable[str]) -> list[str]:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
 from husai.evidence import contrast, drop, levels
-from husai.evidence.data_sets import families
+from husai.evidence.data_sets import families, gated
 from husai.evidence.deltas import K
 from husai.evidence.estimates import (
     Estimate,
@@ -64,8 +64,6 @@ MOVED_AT_MOST = 0.02
 """Change of mcc between the last two snapshots: beyond, training is too short to judge by."""
 MINIMUM_FAMILIES = 3
 """Families of data sets needed to generalise beyond the tested ones."""
-MINIMUM_KEPT = 2
-"""Families of data sets on which the model's own probe must survive the shift."""
 SAME_DIRECTION = 1 - 1e-5
 """|cos| of two copies of a direction, bfloat16 copies included."""
 SHARED_DECODER, SHARED_INITIALISATION = 0.99, 0.5
@@ -143,6 +141,10 @@ class Shown:
     """Families of data sets, where these are a sample too."""
     note: str = ""
     """Words that follow the figure's name."""
+    beside: Mapping[str, Estimate] = field(default_factory=dict)
+    """Name -> an estimate that stands beside the figure and decides nothing."""
+    left_out: Sequence[str] = ()
+    """Names of data sets or pairs that were measured and do not count."""
 
     def failing(self) -> list[str]:
         """Names of the estimates that do not satisfy the rule."""
@@ -191,7 +193,7 @@ def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
     sentence = shown.rule.failed if failing else shown.rule.passed
     outcome = PAGE[FAIL if failing else PASS]
     ends = " and ".join(f"{getattr(e, shown.rule.end):.4f}" for e in shown.estimates.values())
-    facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends}
+    facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends, "note": shown.note}
     return {"outcome": outcome, "reason": sentence.format(**facts)}
 
 
@@ -394,10 +396,8 @@ OOD = Rule(
     "shifted data",
     "AUC lost under shift, less the model's own loss",
     *("high", "<=", levels.MAX_OOD_DROP),
-    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
-    "{threshold}",
-    "the upper ends of the drop's intervals, over all and where the model keeps something, are {ends}: at most "
-    "{threshold} expected",
+    "the upper end of the drop's interval{note} is {ends}: at most {threshold}",
+    "the upper end of the drop's interval{note} is {ends}: at most {threshold} expected",
 )
 
 
@@ -460,7 +460,8 @@ def own_training(section: Section) -> None:
 
 
 def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: float | None = None) -> Shown:
-    """Under shifted data the SAEs lose no more than the model itself, over all sets and where the model keeps anything.
+    """On the shifted sets that the model's own probe survives, the SAEs lose no more than the model itself. These sets
+    are fixed and named; the seeds are the sample.
 
     Args:
         skipped: shifted versions that cannot be used.
@@ -473,24 +474,62 @@ def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: 
     require(skipped == set(drop.UNUSABLE), f"labels of {', '.join(drop.UNUSABLE)} do not fit; it must be skipped")
     require(shifted.k == K, f"k = {K} expected")
     require(shifted.families == families(shifted.data_sets), "families of other data sets")
-    enough_families(shifted.families)
-    lost, of, kept = drop.drops(shifted, shifted.k), np.array(shifted.families), drop.kept(shifted)
-    require(bool(kept), "the model's own probe is above chance under no shift")
-    n = len(set(of[kept]))
-    require(n >= MINIMUM_KEPT, f"the model's own probe survives the shift in {n} families; {MINIMUM_KEPT} expected")
-    estimates = {
-        "all shifted sets": mean_over_seeds_and_sets(lost, list(of), level),
-        "where the model keeps something": mean_over_seeds_and_sets(lost[:, kept], list(of[kept]), level),
-    }
-    return OOD.shown(estimates, seeds, maximum, families=n)
+    names = drop.names_kept(shifted)
+    require(bool(names), "not answerable on this subject: the model's own probe is above chance under no shift")
+    every = mean_over_seeds_and_sets(drop.drops(shifted, shifted.k), shifted.families, level)
+    more = {"note": f" on {', '.join(names)}", "beside": {f"the same on all {len(shifted.data_sets)} sets": every}}
+    return OOD.shown({"": drop.on_kept(shifted, shifted.k, level)}, seeds, maximum, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # External benchmarks
 
 
-SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">=", levels.MIN_SAEBENCH_DELTA)
-CEBENCH = Rule("CE-Bench", "normalised score", "low", ">=", levels.MIN_CEBENCH_DELTA)
+SAEBENCH = Rule("SAEBench", f"AUC at k = {K}", "low", ">", levels.MIN_SAEBENCH_DELTA)
+CEBENCH = Rule("CE-Bench", "normalised score", "low", ">", levels.MIN_CEBENCH_DELTA)
+
+
+@dataclass(frozen=True)
+class AgainstReference:
+    """Figures of a candidate's seeds, and of their matched references."""
+
+    own: np.ndarray
+    """`[S, D]`: of each seed on each data set or pair."""
+    reference: np.ndarray
+    """`[S, D]`, paired by seed."""
+    explained_variance: list[float]
+    """Of each seed less its reference's, on held-out rows."""
+    names: Sequence[str]
+    """Of the data sets or pairs."""
+    groups: Sequence[str]
+    """Family of each data set, or cluster of each pair."""
+
+
+def shown_better(
+    rule: Rule, figures: AgainstReference, level: float = 0.95, minimum: float | None = None, named: str = ""
+) -> Shown:
+    """The candidate is shown to be better than its matched reference, on sets of which no group holds more than a
+    quarter.
+
+    Args:
+        named: words that follow the figure's name.
+    """
+    enough_seeds(len(figures.own))
+    enough_families(figures.groups)
+    keep = gated(figures.names, figures.groups)
+    own, reference = figures.own[:, keep], figures.reference[:, keep]
+    if rule is CEBENCH:
+        reachable(float(reference.mean()), rule.threshold if minimum is None else minimum)
+    groups = [figures.groups[i] for i in keep]
+    return rule.shown(
+        {"": mean_over_seeds_and_sets(own - reference, groups, level)},
+        len(own),
+        minimum,
+        families=len(set(groups)),
+        note=f"{named} less the matched reference's",
+        beside={"held-out explained variance less the reference's": mean_over_seeds(figures.explained_variance, level)},
+        left_out=sorted(set(figures.names) - {figures.names[i] for i in keep}),
+    )
 
 
 def enough_families(of: Iterable[str]) -> None:
@@ -519,7 +558,7 @@ def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
         require(delta["low"] is not None, delta["reason"] or "there is no interval")
     except Missing as missing:
         return f"inconclusive: {missing}"
-    return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f} < {minimum:g}"
+    return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f}; above {minimum:g} expected"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -634,18 +673,23 @@ def table() -> str:
         "attempts": "a confirmation has exactly the seeds that selection fixed; at attempt j = 1, 2, … of a "
         "configuration, the gates about the candidate read intervals of level 1 − α/2ʲ instead of 95 %, "
         f"α = {levels.ALPHA:g}",
-        "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families of data sets, and the {low} of the AUC at k = {K} less that "
-        f"of the matched reference is at least the minimum ({SAEBENCH.threshold:g} where none is set)",
-        "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "
-        f"the matched reference is at least the minimum ({CEBENCH.threshold:g} where none is set); refused where that "
-        f"reference's score plus the minimum exceeds {levels.LARGEST_SCORE:g}",
+        "selection": "of SAEBench's families, and of the clusters of pairs, a third, at least three, in the order of "
+        "the sha256 of their names; the gate reads the others",
+        "SAEBench": f"{seeds}, {MINIMUM_FAMILIES} families that selection did not read, none with more than a quarter "
+        f"of the data sets (of three families: a third), and the {low} of the AUC at k = {K} less that of the matched "
+        f"reference is above the minimum ({SAEBENCH.threshold:g} where none is set): shown to be better",
+        "CE-Bench": f"{seeds}, CE-Bench's own stories, clusters of pairs as SAEBench's families, and the {low} of the "
+        "normalised corrected score less that of the matched reference is above the minimum "
+        f"({CEBENCH.threshold:g} where none is set): shown to be better; refused where that reference's score plus the "
+        f"minimum exceeds {levels.LARGEST_SCORE:g}",
         "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
         f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
         f"{RANDOM_MODEL.threshold:g}",
         "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the gain of transcoders over SAEs is "
         f"at least the minimum ({TRANSCODER.threshold:g} where none is set) over each required null",
-        "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set, and the {high} of "
-        f"the drop at k = {K} is at most {OOD.threshold:g}, over all and over those where the model keeps something",
+        "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set tried, and the {high} "
+        f"over seeds of the drop at k = {K} is at most {OOD.threshold:g}: the mean over those versions under which "
+        "the model's own probe is above chance, which the result names; with none, the subject cannot answer",
         "refused": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations half, of the "
         "smaller one's rows stand in the other (cosine above 1 − 10⁻⁵), in whatever order, sign and scale",
     }

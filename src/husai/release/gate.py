@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from husai.evidence import deltas, levels, planted, random_model, rules, transcoder
-from husai.evidence.data_sets import DATA_SETS, families
-from husai.evidence.estimates import Estimate, mean_over_seeds_and_sets
+from husai.evidence.data_sets import DATA_SETS, families, pair_names
+from husai.evidence.estimates import Estimate
 from husai.evidence.levels import fresh_seeds
 from husai.evidence.references import matched
-from husai.evidence.rules import FAIL, MISSING, PASS, Missing, Shown, require
+from husai.evidence.rules import FAIL, MISSING, PASS, AgainstReference, Missing, Shown, require
 from husai.evidence.schemas import (
     Bank,
     Contrastive,
@@ -49,9 +49,10 @@ GATES = {
     "stability": "Are the candidate's features more alike over seeds than every required null?",
     "random_model": "More alike than those of SAEs trained alike on a model with random weights?",
     "transcoder": "Are transcoders of the layer at least as reproducible as SAEs of its output?",
-    "ood": "Under shifted data, does the candidate lose no more than the model itself?",
-    "saebench": "On SAEBench's probing, is it at least as good as its matched reference?",
-    "cebench": "On CE-Bench, is it at least as good as its matched reference?",
+    "ood": "On the shifted data sets that the model's own probe survives, does the candidate lose at most "
+    f"{levels.MAX_OOD_DROP:g} of AUC more than it?",
+    "saebench": "On SAEBench's probing, is it shown to be better than its matched reference?",
+    "cebench": "On CE-Bench, is it shown to be better than its matched reference?",
 }
 """Gate -> what it asks, in the order in which they are reported."""
 OF = {"positive_control": "phase4a", "random_model": "random_model", "transcoder": "transcoder", "ood": "ood"}
@@ -140,7 +141,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None, "attempt":
         number of confirmations of its configuration, or None, "candidate", "thresholds", "looser_than_registered",
         "gates": [{"gate", "question", "status", "figure", "estimate", "low", "high", "level", "bound", "relation",
-        "threshold", "n", "without_one_seed", "passes_at_no_effect", "effect_for_80", "reason", "to_pass", "waived"}]}
+        "threshold", "n", "without_one_seed", "passes_at_no_effect", "effect_for_80", "beside": {name: an interval that
+        decides nothing}, "left_out": data sets or pairs that do not count, "reason", "to_pass", "waived"}]}
     """
     candidate = _Candidate(bundle)
     # User-supplied SAEs have no ledger: the level of a first attempt, and never a pass.
@@ -187,7 +189,8 @@ OF_SPREAD = ("without_one_seed", "passes_at_no_effect", "effect_for_80")
 def _judge(name: str, judge: Callable[[], Shown], level: float) -> dict:
     """The gate's record."""
     to_find = f"evidence that counts, of {MAKES[OF.get(name, 'confirmation')]}"
-    empty = dict.fromkeys((*OF_ESTIMATE, *OF_SPREAD))
+    empty: dict = dict.fromkeys((*OF_ESTIMATE, *OF_SPREAD))
+    empty |= {"beside": {}, "left_out": []}
     about = {"gate": name, "question": GATES[name]}
     try:
         shown = rules.checked(judge)
@@ -197,6 +200,7 @@ def _judge(name: str, judge: Callable[[], Shown], level: float) -> dict:
         return about | {"status": MISSING, "figure": None, **empty, "reason": _why(error), "to_pass": to_find}
     failing, (which, worst) = shown.failing(), shown.worst()
     rule, against = shown.rule, f" ({which})" if len(shown.estimates) > 1 else ""
+    beside = shown.beside.items()
     end, reached = {"low": "lower", "high": "upper"}[rule.end], getattr(worst, rule.end)
     return about | {
         "status": FAIL if failing else PASS,
@@ -212,6 +216,8 @@ def _judge(name: str, judge: Callable[[], Shown], level: float) -> dict:
         "without_one_seed": worst.without_one and list(worst.without_one),
         "passes_at_no_effect": round(shown.passes_at(0.0), 4),
         "effect_for_80": float(f"{shown.effect_for():.4g}"),
+        "beside": {name: {end: getattr(e, end) for end in ("estimate", "low", "high")} for name, e in beside},
+        "left_out": [*shown.left_out],
         "reason": f"the {end} end is {reached:+.4f}; {rule.relation} {shown.threshold:g} is required",
         "to_pass": _to_pass(shown, worst) if failing else None,
     }
@@ -536,13 +542,11 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
     judged = zip(probing.data_sets, probing.families, strict=True)
     keep = [i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read]  # no more than those
-    of = [probing.families[i] for i in keep]
-    rules.enough_families(of)
+    names, of = ([values[i] for i in keep] for values in (probing.data_sets, probing.families))
     values = {r.identity: np.array(r.test_auc[deltas.K])[keep] for r in probing.saes}
-    estimate, _ = _against_reference(c, probing.saes, values, of, level)
+    figures = _against_reference(c, probing.saes, values, names, of)
     by = "" if probing.probing == "sae_probes" else f" ({probing.probing})"
-    more = {"families": len(set(of)), "note": f"{by} less the matched reference's"}
-    return rules.SAEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
+    return rules.shown_better(rules.SAEBENCH, figures, level, minimum, by)
 
 
 def _cebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
@@ -553,20 +557,17 @@ def _cebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     rules.only_cebench(pairs.benchmark)
     require(pairs.no_reference is None, f"no reference: {pairs.no_reference}")
     keep = [i for i, f in enumerate(pairs.clusters) if f not in c.read]
-    clusters = [pairs.clusters[i] for i in keep]
-    rules.enough_families(clusters)
+    names, clusters = ([values[i] for i in keep] for values in (pair_names(pairs.clusters), pairs.clusters))
     values = {r.identity: np.array(r.normalised_of_pairs, dtype=float)[keep] for r in pairs.saes}
     # The references of a baseline summary are bound to nothing here and do not count.
-    estimate, reference = _against_reference(c, pairs.saes, values, clusters, level)
-    rules.reachable(reference, minimum)
-    more = {"families": len(set(clusters)), "note": " less the matched reference's"}
-    return rules.CEBENCH.shown({"": estimate}, estimate.n_seeds, minimum, **more)
+    figures = _against_reference(c, pairs.saes, values, names, clusters)
+    return rules.shown_better(rules.CEBENCH, figures, level, minimum)
 
 
 def _against_reference(
-    c: _Candidate, records: Sequence[SAERecord], values: deltas.Values, families: list[str], level: float
-) -> tuple[Estimate, float]:
-    """(the difference to the matched reference, that reference's mean)."""
+    c: _Candidate, records: Sequence[SAERecord], values: deltas.Values, names: list[str], groups: list[str]
+) -> AgainstReference:
+    """The candidate's figures beside those of its matched reference."""
     order = list(c.own.identities.values())
     group = [r for r in records if r.candidate and r.identity in order]
     group.sort(key=lambda r: order.index(r.identity))
@@ -580,10 +581,12 @@ def _against_reference(
         hint = f". {UNKNOWN_TRAINING[0].upper()}{UNKNOWN_TRAINING[1:]}: --reference can name none that matches"
     require(match.reason is None, f"no matched reference: {match.reason}{hint}")
     require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
-    against = [values[r.identity] for r in match.records]
-    require(len({r.identity for r in match.records}) == len(group), "a reference stands for several seeds")
-    difference = np.array([values[r.identity] for r in group]) - np.array(against)
-    return mean_over_seeds_and_sets(difference, families, level), float(np.mean(against))
+    references = match.records
+    require(len({r.identity for r in references}) == len(group), "a reference stands for several seeds")
+    own, reference = (np.array([values[r.identity] for r in arm]) for arm in (group, references))
+    both = zip(group, references, strict=True)
+    variance = [r.heldout.explained_variance - other.heldout.explained_variance for r, other in both]
+    return AgainstReference(own, reference, variance, names, groups)
 
 
 def _seed(c: _Candidate, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Which condition of the studies is the release candidate. A pure function of their results.
 
 A candidate is a condition: SAEs that differ in their seed alone. It is scored on what its seeds surely reach (lower
-ends of 95 % intervals), on one half of the data-set families; the gate reads the other half, and fresh seeds.
+ends of 95 % intervals), on a third of the data-set families; the gate reads the others, and fresh seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from husai.evidence import conditions, deltas, references
+from husai.evidence.data_sets import third
 from husai.evidence.levels import CONFIRMATION_SEEDS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.schemas import (
@@ -109,11 +110,6 @@ class Cohort:
             if getattr(self, name) != getattr(other, name):
                 return f"{what} than the first bank"
         return None
-
-
-def half(names: Iterable[str]) -> list[str]:
-    """The families that selection reads: every second one in the order of their hashes."""
-    return sorted(sorted(set(names), key=digest)[::2])
 
 
 def on_families(probing: Probing, families: set[str], inside: bool) -> Probing:
@@ -295,17 +291,20 @@ def _seeds(section: ConditionSection) -> list[int]:
 
 
 def _split(banks: list[Bank]) -> dict:
-    """Families of data sets and of pairs, halved alike, so that what one benchmark is read on no other is gated on."""
-    families: set[str] = set()
+    """What selection reads of SAEBench's families and of the clusters of pairs, and what it leaves. No group that it
+    reads of one benchmark is left for the gate of the other."""
+    clusters: set[str] = set()
     sets: dict[str, str] = {}
     for bank in banks:
         if bank.saebench is not None:
             sets |= dict(zip(bank.saebench.data_sets, bank.saebench.families, strict=True))
-        families |= set() if bank.cebench is None else set(bank.cebench.clusters)
-    read = half(families | set(sets.values()))
+        clusters |= set() if bank.cebench is None else set(bank.cebench.clusters)
+    families = set(sets.values())
+    read = {*third(families)}
+    read |= {*third(clusters, read, families - read)}
     return {
-        "selection_families": read,
-        "gate_families": sorted((families | set(sets.values())) - set(read)),
+        "selection_families": sorted(read),
+        "gate_families": sorted((families | clusters) - read),
         "gate_data_sets": [name for name, family in sets.items() if family not in read],
     }
 

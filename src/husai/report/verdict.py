@@ -16,12 +16,24 @@ GATES = {
     "stability": "Are the candidate's features more alike across seeds than every required null?",
     "random_model": "Are they more alike than those of the same model with random weights?",
     "transcoder": "Does the finding hold for transcoders as well?",
-    "ood": "Does it hold on text that is unlike what the SAEs were trained on?",
-    "saebench": "Are probes on its features at least as good as on a matched reference's, by SAEBench?",
-    "cebench": "Do its features tell contrasts apart at least as well as a matched reference's, by CE-Bench?",
+    "ood": "On shifted text that the model's own probe survives, do probes on its features lose hardly more?",
+    "saebench": "Are probes on its features shown to be better than on a matched reference's, by SAEBench?",
+    "cebench": "Are its features shown to tell contrasts apart better than a matched reference's, by CE-Bench?",
 }
 """In the order of the page; asked so where the decision brings no question of its own."""
 NOTHING = "Nothing may be claimed externally."
+
+
+class Beside(BaseModel):
+    """An interval that decides nothing."""
+
+    estimate: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+
+
+FEW = 6
+"""Names of what does not count that are shown."""
 
 
 class Gate(BaseModel):
@@ -48,6 +60,9 @@ class Gate(BaseModel):
     """True figure at which the gate passes in 80 %."""
     without_one_seed: tuple[FiniteFloat, FiniteFloat] | None = None
     """Least and largest figure without one seed."""
+    beside: dict[str, Beside] = Field(default_factory=dict)
+    left_out: list[str] = Field(default_factory=list)
+    """Data sets or pairs that were measured and do not count."""
     reason: str | None = None
     to_pass: str | None = None
     waived: str | None = None
@@ -107,6 +122,17 @@ class Gate(BaseModel):
             least, largest = (number(end) for end in self.without_one_seed)
             sentence += f"; without one seed {least} to {largest}"
         return sentence
+
+    @property
+    def more(self) -> list[str]:
+        """What stands beside the figure, and what does not count in it."""
+        shown = {name: interval(e.estimate, e.low, e.high) for name, e in self.beside.items()}
+        lines = [f"Beside it, and deciding nothing: {name} {figure}." for name, figure in shown.items()]
+        if self.left_out:
+            named, rest = ", ".join(self.left_out[:FEW]), len(self.left_out) - FEW
+            named += f" and {rest} more" if rest > 0 else ""
+            lines.append(f"Not counted, because no group may hold more than a quarter: {named}.")
+        return lines
 
     @property
     def why(self) -> str | None:

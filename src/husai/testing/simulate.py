@@ -59,7 +59,8 @@ OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
 """Gates on pairs of seeds; the others are on seeds and data sets."""
 STUDY_SEEDS = (42, 123, 456, 789, 1011)
 SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in data_sets.FAMILIES["ood"]["shifted"]]
-CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)]
+CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)] + ["story_family00"] * 48
+"""One cluster, which selection leaves to the gate, holds more pairs than the gate counts of it."""
 D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
 LLM = 0.8
 """AUC of the model's own probe."""
@@ -123,16 +124,24 @@ def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
     if gate in OF_PAIRS:
         return float(np.sqrt(arms * (4 * spread.seed**2 / seeds + spread.cell**2 / (seeds * (seeds - 1) / 2))))
     files = json.loads(_frame(seeds))
-    bank, shift = files["confirmation"]["bank"], files["ood"]["shifted"]
-    of = {"saebench": bank["saebench"]["families"], "cebench": bank["cebench"]["clusters"], "ood": shift["families"]}
-    families = of[gate]
+    if gate == "ood":  # sets and the model itself are fixed
+        return float(
+            np.sqrt(spread.seed**2 / seeds + spread.cell**2 / (seeds * len(files["ood"]["shifted"]["data_sets"])))
+        )
+    families = _gated_groups(files["confirmation"]["bank"], gate)
     counts, d = np.array([families.count(f) for f in dict.fromkeys(families)]), len(families)
     of_sets = spread.family**2 * (counts**2).sum() / d**2 + spread.data_set**2 / d
     of_seeds = spread.seed**2 / seeds + spread.cell**2 / (seeds * d)
-    if gate == "ood":  # the model itself has no seeds
-        itself = spread.other**2 * (of_sets + spread.seed**2 + spread.cell**2 / d)
-        return float(np.sqrt(of_sets + of_seeds + itself))
     return float(np.sqrt(arms * (of_sets + of_seeds)))
+
+
+def _gated_groups(bank: dict, gate: str) -> list[str]:
+    """The group of each data set, or pair, that the gate counts."""
+    names, groups = {
+        "saebench": (bank["saebench"]["data_sets"], bank["saebench"]["families"]),
+        "cebench": (data_sets.pair_names(bank["cebench"]["clusters"]), bank["cebench"]["clusters"]),
+    }[gate]
+    return [groups[i] for i in data_sets.gated(names, groups)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,9 +207,12 @@ def bundle(
     drawn = np.concatenate(sets("cebench", bank["cebench"]["clusters"]))
     for record, values in zip(bank["cebench"]["saes"], _shares(0.5 + drawn), strict=True):
         record["normalised_of_pairs"] = values
-    lost, itself = sets("ood", shift["families"])
-    shift["llm"]["ood"] = _shares(LLM - 0.05 - itself[0])
-    for sae, values in zip(shift["saes"], _shares(LLM - 0.05 - lost), strict=True):
+    spread = noise["ood"]
+    itself, of_each = (of_sets(rng, 1, shift["families"], spread.scaled(seed=0, cell=0))[0] for _ in range(2))
+    of_seeds = of_sets(rng, seeds, shift["families"], spread.scaled(family=0, data_set=0))
+    lost = effects["ood"] + of_each - of_each.mean() + of_seeds  # sets and the model itself are fixed
+    shift["llm"]["ood"] = _shares(LLM - 0.05 - itself)
+    for sae, values in zip(shift["saes"], _shares(LLM - 0.05 - itself - lost), strict=True):
         sae["test_auc"][deltas.K]["ood"] = values
     _means(bank)
     if derived:
