@@ -11,7 +11,7 @@ from pathlib import Path
 from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.dictionaries.families import SAE_FAMILIES
-from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, sae_probes, saebench
+from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, prototypes, sae_probes, saebench
 from husai.evals.baselines import Summary
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
@@ -71,6 +71,8 @@ class BankPlan:
     device: str
     threads: int
     force: bool = False
+    code: bool = False
+    """Whether the SAEs, of one condition, are held against dictionaries of prototypes."""
 
     @property
     def places(self) -> Places:
@@ -223,6 +225,9 @@ def evaluated(plan: BankPlan) -> Bank:
             cells.get("cebench", key, lambda: (contrastive_scores(plan, saes).to_json(), []))
         )
     core = saebench.core_metrics(saes, plan.core_texts, cells, plan.threads)
+    scored = saebench.scored(saes, core)
+    root = plan.places.artifact_root
+    coded = {"code": prototypes.evaluate(saes, scored, store, plan.core_texts, root, plan.threads)} if plan.code else {}
     bank = Bank(
         saebench=probing,
         cebench=pairs,
@@ -231,10 +236,11 @@ def evaluated(plan: BankPlan) -> Bank:
         rows=store.rows,
         train_rows=len(store.split(TrainingConfig.heldout_fraction)[0]),
         inputs=saes.inputs(),
-        saes=saebench.scored(saes, core),
+        saes=scored,
         sections=sections,
         recipe=Recipe(**{name: getattr(plan, name) for name in Recipe.model_fields}),
         conditions=[],
+        **coded,
     )
     return bank.model_copy(update={"conditions": conditions.conditions(bank)})
 

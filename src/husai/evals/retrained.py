@@ -68,6 +68,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         data_sets=data_sets,
         cebench=True,
         pair_sets=left(PAIR_SETS.split(",")),
+        code=True,
         **bank.places_of(args),
     )
     bank.check(plan)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
-from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
+from husai.evals import cebench, contrastive, loaded, prototypes, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
@@ -178,12 +179,17 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     contrast = cebench.evaluate(saes, pairs, repeats, where, checkout=args.cebench_repo)
 
     core = {r.identity: r.core for r in probing.saes}
+    scored = saebench.scored(saes, core)
+    # Prototypes come of as many rows of the text that husai-tiny is trained on: held-out documents are what is coded.
+    place = {"subject": str(args.subject), "hook_name": saes.hook_name, "rows": args.rows}
+    source = open_store(args.artifact_root, device, args.threads, **place)
     bank = Evaluated(
         saebench=probing,
         cebench=contrast,
         hook_name=saes.hook_name,
         inputs=replace(saes, controls=None).inputs(),
-        saes=saebench.scored(saes, core),
+        saes=scored,
+        code=prototypes.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
     )
     paths = (relative(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(

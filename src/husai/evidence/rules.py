@@ -240,13 +240,21 @@ def code(found: Code, level: float = 0.95) -> Shown:
     enough_seeds(len(seeds))
     needed = {"rows", "centroids"} | ({"token means"} if found.saes.ce_recovered is not None else set())
     require(needed <= found.prototypes.keys(), f"prototypes of each kind expected: {', '.join(sorted(needed))}")
-    estimates = {}
-    for figure in CODE_FIGURES:
-        own = getattr(found.saes, figure)
-        if own is not None:
-            bar = found.bar(figure)[1]
-            estimates[CODE_FIGURES[figure]] = mean_over_seeds([own[seed] - bar[seed] for seed in seeds], level)
-    return CODE.shown(estimates, len(seeds))
+    figures = [figure for figure in CODE_FIGURES if getattr(found.saes, figure) is not None]
+    gains = {CODE_FIGURES[f]: gain_over_prototypes(found, level)[found.best(f)][f] for f in figures}
+    return CODE.shown(gains, len(seeds))
+
+
+def gain_over_prototypes(found: Code, level: float = 0.95) -> dict[str, dict[str, Estimate]]:
+    """Kind of prototypes -> figure -> how much better the SAEs are, over seeds."""
+
+    def gain(own: Mapping[str, float], others: Mapping[str, float]) -> Estimate:
+        return mean_over_seeds([own[seed] - others[seed] for seed in own], level)
+
+    return {
+        kind: {f: gain(own, getattr(coded, f)) for f in CODE_FIGURES if (own := getattr(found.saes, f)) is not None}
+        for kind, coded in found.prototypes.items()
+    }
 
 
 def fit(heldout: Sequence[Heldout], ce_recovered: Sequence[float] | None, level: float = 0.95) -> Shown:

@@ -965,6 +965,13 @@ class Coded(Strict):
     """None: the subject is no language model."""
 
 
+class CodeGain(Strict):
+    """How much better SAEs code activations than dictionaries of one kind of prototypes."""
+
+    explained_variance: Interval
+    ce_recovered: Interval | None
+
+
 CODE_FIGURES = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
 """Field of `Coded` -> its name."""
 
@@ -984,11 +991,12 @@ class Code(Strict):
     saes: Coded
     prototypes: Annotated[dict[Literal["rows", "centroids", "token means"], Coded], Field(min_length=1)]
     """Kind -> figures at each seed's k."""
+    gain: dict[str, CodeGain]
+    """Kind -> gain of the SAEs over it (`rules.gain_over_prototypes`). The audit makes it again."""
 
-    def bar(self, figure: str) -> tuple[str, dict[str, float]]:
-        """(the kind of prototypes with the highest mean of a figure, its values)."""
-        values = {kind: getattr(coded, figure) for kind, coded in self.prototypes.items()}
-        return max(values.items(), key=lambda item: sum(item[1].values()))
+    def best(self, figure: str) -> str:
+        """The kind of prototypes with the highest mean of a figure."""
+        return max(self.prototypes, key=lambda kind: sum(getattr(self.prototypes[kind], figure).values()))
 
     @model_validator(mode="after")
     def _same_seeds(self) -> Code:
