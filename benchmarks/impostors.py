@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import FastICA
 from torch import Tensor
 
@@ -52,8 +51,9 @@ from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
-from husai.stability import nulls
+from husai.stability import nulls, prototypes
 from husai.stability.matching import match, unit_rows
+from husai.stability.prototypes import TopKLeastSquares, apart, clusters, commonest, distinct
 from husai.stability.scores import MATCHED
 from husai.subjects.planted import generate
 from husai.training.grid import members
@@ -66,8 +66,6 @@ STRUCTURES = ("independent", "correlated", "hierarchical")
 DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 100_000}
 """Training tokens of an SAE of planted features."""
 SHORT = TOKENS // 100
-NEAR = 0.7
-"""Signed cosine from which a feature is prototype-like."""
 HELDOUT = 2000
 """Rows that explained variance is of."""
 FEWEST = 10
@@ -129,7 +127,7 @@ class Data:
             nulls.Spectrum.of(covariance, store.rows),
             None if tokens is None else tokens[~other],
             None if documents is None else documents[~other],
-            prototypes(x[other], mean.float(), None if tokens is None else tokens[other], width),
+            prototypes.prototypes(store, width),
             width,
             k,
             gaussian,
@@ -144,16 +142,6 @@ class Data:
 
     def centred(self) -> Tensor:
         return self.x - self.mean
-
-
-def prototypes(x: Tensor, mean: Tensor, tokens: Tensor | None, width: int) -> Tensor:
-    """Centroids of `x` and, where tokens are known, the mean of each that stands there five times; with the mean of all
-    and without it."""
-    found = [clusters(x, width, 0)]
-    if tokens is not None:
-        found.append(means_of(x, tokens, common(tokens, 5)))
-    p = torch.cat(found)
-    return unit_rows(torch.cat([p, p - mean]))
 
 
 def isotropic_mcc(width: int, d_in: int) -> tuple[float, float]:
@@ -216,10 +204,7 @@ def rows_of_tokens(data: Data, g: torch.Generator, seed: int, chosen: Tensor | N
     order = torch.randperm(len(data.x), generator=g)
     if chosen is not None:
         order = order[chosen[order]]
-    if data.tokens is not None:
-        _, first = np.unique(data.tokens[order].numpy(), return_index=True)
-        order = order[torch.from_numpy(np.sort(first))]
-    return data.centred()[order[: data.width]]
+    return data.centred()[distinct(order, data.tokens)[: data.width]]
 
 
 def rows_of_disjoint_tokens(data: Data, g: torch.Generator, seed: int) -> Tensor:
@@ -238,18 +223,6 @@ def centroids(data: Data, g: torch.Generator, seed: int) -> Tensor:
     return clusters(data.centred()[rows], data.width, int(torch.randint(2**31, (), generator=g)))
 
 
-def clusters(x: Tensor, n: int, seed: int) -> Tensor:
-    found = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=1024, max_iter=5).fit(x.numpy())
-    return torch.from_numpy(found.cluster_centers_).float()
-
-
-def common(tokens: Tensor, least: int) -> Tensor:
-    """Tokens that stand there `least` times, the commonest first."""
-    values, counts = tokens.unique(return_counts=True)
-    order = counts.argsort(descending=True, stable=True)
-    return values[order][counts[order] >= least]
-
-
 def means_of(x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
     """Mean row of each chosen token, `[len(chosen), d]`."""
     place = torch.full((int(tokens.max()) + 1,), -1)
@@ -266,7 +239,7 @@ def token_means(data: Data, g: torch.Generator, seed: int, at_random: bool) -> T
     assert data.documents is not None
     part = (data.documents // 3) % SEEDS == seed
     tokens = data.tokens[part]
-    chosen = common(tokens, 3 if at_random else 1)
+    chosen = commonest(tokens.bincount(), 3 if at_random else 1)
     if at_random:
         chosen = chosen[torch.randperm(len(chosen), generator=g)]
     return means_of(data.centred()[part], tokens, chosen[: data.width])
@@ -345,21 +318,9 @@ RECOVERED = [f"{structure}, most recovered" for structure in STRUCTURES]
 @torch.no_grad()
 def explained(data: Data, W: Tensor) -> float:
     """Held-out explained variance of the top k directions of each row, with the least-squares coefficients."""
-    U, error = unit_rows(W), 0.0
-    y = data.heldout - data.heldout.mean(0)
-    for part in y.split(500):
-        projected = part @ U.T
-        chosen = projected.topk(min(data.k, len(U)), dim=1).indices
-        A = U[chosen]  # [rows, k, d_in]
-        gram = A @ A.transpose(1, 2) + 1e-4 * torch.eye(A.shape[1])
-        weights = torch.linalg.solve(gram, projected.gather(1, chosen)[..., None])
-        error += (part - (A * weights).sum(1)).square().sum().item()
-    return 1 - error / y.square().sum().item()
-
-
-def away(data: Data, W: Tensor) -> Tensor:
-    """Whether each direction is far from every prototype, `[len(W)]`."""
-    return (unit_rows(W) @ data.prototypes.T).amax(1) < NEAR
+    code = TopKLeastSquares.of(W, data.heldout.mean(0), data.k)
+    error = (data.heldout - code.decode(code.encode(data.heldout))).square().sum()
+    return 1 - (error / (data.heldout - code.mean).square().sum()).item()
 
 
 def lower(matrix: np.ndarray) -> float:
@@ -372,7 +333,7 @@ def study(data: Data, directions: list[Tensor], variances: list[float], number: 
     m = {name: np.zeros((SEEDS, SEEDS)) for name in names}
     at = SEEDS * (number // 2 % (len(data.gaussian) // SEEDS))  # the studies of one part are every second number
     control = [sae.W_dec for sae in data.gaussian[at : at + SEEDS]]
-    far, control_far = ([away(data, W) for W in five] for five in (directions, control))
+    far, control_far = ([apart(W, data.prototypes) for W in five] for five in (directions, control))
     enough = min(int(f.sum()) for f in (*far, *control_far)) >= FEWEST
     signed, absolute = partial(mean_worth, signed=True), partial(mean_worth, signed=False)
     for i, j in combinations(range(SEEDS), 2):

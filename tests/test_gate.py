@@ -77,7 +77,7 @@ def test_simulated_evidence_follows_from_its_figures_and_passes(seeds):
 
 def test_noise_is_known_of_every_gate():
     assert set(NOISE) == set(GATES)
-    assert all(s.seed >= 0 and s.cell > 0 for s in NOISE.values())
+    assert all(s.seed >= 0 and (s.seed if g in simulate.OF_SEEDS else s.cell) > 0 for g, s in NOISE.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +117,11 @@ def of_sets(x: np.ndarray, families: list[str], level: float) -> Oracle:
     return Oracle(x.mean(), stats.t.ppf((1 + level) / 2, freedom) * error, error, freedom, rest)
 
 
+def of_seeds(x: np.ndarray, level: float) -> Oracle:
+    error, rest = x.std(ddof=1) / np.sqrt(len(x)), [np.delete(x, i).mean() for i in range(len(x))]
+    return Oracle(x.mean(), stats.t.ppf((1 + level) / 2, len(x) - 1) * error, error, len(x) - 1, rest)
+
+
 def level_of(gate: str, attempt: int = 1) -> float:
     return 0.95 if gate == "positive_control" else 1 - 0.05 / 2**attempt
 
@@ -151,10 +156,20 @@ def oracle(bundle: Bundle, gate: str) -> Oracle:
         shifted = files["ood"]["shifted"]
         sides = [shifted["llm"], *(s["test_auc"]["5"] for s in shifted["saes"])]
         llm, *saes = (np.array(s["id"]) - np.array(s["ood"]) for s in sides)
-        of_seeds = (np.array(saes) - llm)[:, np.array(shifted["llm"]["ood_low"]) > 0.5].mean(1)
-        error, freedom = of_seeds.std(ddof=1) / np.sqrt(len(saes)), len(saes) - 1
-        rest = [np.delete(of_seeds, i).mean() for i in range(len(saes))]
-        return Oracle(of_seeds.mean(), stats.t.ppf((1 + level) / 2, freedom) * error, error, freedom, rest)
+        return of_seeds((np.array(saes) - llm)[:, np.array(shifted["llm"]["ood_low"]) > 0.5].mean(1), level)
+    own = [r for r in bank["saes"] if r["candidate"]]
+    variance = np.array([r["heldout"]["explained_variance"] for r in own])
+    spliced = np.array([r["core"]["ce_loss_score"] for r in own])
+    if gate == "fit":
+        dead = np.array([r["heldout"]["dead_share"] for r in own])
+        found = [of_seeds(x, level) for x in (variance - 0.5, spliced - 0.5, 0.25 - dead)]
+        return min(found, key=lambda e: e.mean - e.half)
+    if gate == "code":
+        found = []
+        for figure, values in (("explained_variance", variance), ("ce_recovered", spliced)):
+            kinds = [np.array([*kind[figure].values()]) for kind in bank[gate]["prototypes"].values()]
+            found.append(of_seeds(values - max(kinds, key=np.mean), level))
+        return min(found, key=lambda e: e.mean - e.half)
     part = bank[gate]
     of = (lambda r: r["test_auc"]["5"]) if gate == "saebench" else (lambda r: r["normalised_of_pairs"])
     own, reference = (np.array([of(r) for r in part["saes"] if r["candidate"] == c]) for c in (True, False))
@@ -282,7 +297,7 @@ def test_the_gate_is_stricter_at_each_attempt(attempt):
     if attempt == 60:
         assert {g["status"] for g in of_candidate} == {"MISSING"}
         return
-    assert [g["level"] for g in of_candidate] == pytest.approx([1 - 0.05 / 2**attempt] * 6, abs=1e-12)
+    assert [g["level"] for g in of_candidate] == pytest.approx([1 - 0.05 / 2**attempt] * (len(GATES) - 1), abs=1e-12)
     for name, g in gates.items():
         expected = oracle(made(attempt=attempt, derived=False), name)
         assert g["high"] - g["low"] == pytest.approx(2 * expected.half, abs=1e-12)

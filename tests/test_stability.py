@@ -574,6 +574,12 @@ def test_at_rest(low, high, rest):
     assert rules.at_rest(Estimate(0.0, low, high, None, 5, "")) is rest
 
 
+def test_training_is_followed_over_its_last_third():
+    assert study.last_third([0, 1, 10, 100, 667, 834, 1000]) == [667, 834, 1000]
+    assert study.last_third([0, 1, 10, 100, 1000]) == [100, 1000], "an older recipe has one snapshot there"
+    assert study.last_third([0, 1]) == [0, 1]
+
+
 def test_what_counts_as_shared():
     a, b = rows(1, 300, 16), rows(2, 300, 16)
     assert not independence.shared(a, b, 0.5)

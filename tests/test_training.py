@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,7 +192,8 @@ def test_schedules():
     assert factors[99] == factors[500] == factors[800] == 1.0
     assert factors[900] == pytest.approx(0.5)
     assert 0 < factors[999] < 0.01
-    assert config.snapshot_steps() == [0, 10, 100, 1000]
+    assert config.snapshot_steps() == [0, 10, 100, 667, 834, 1000], "two in the last third, for a slope"
+    assert replace(config, tokens=10).snapshot_steps() == [0, 1]
     assert math.ceil(CONFIG.tokens / 128) == CONFIG.steps == 50
 
 

@@ -129,6 +129,9 @@ def summary(results: dict) -> str:
     rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
     rows.append(["`mcc_alive`", interval(score.observed)])
     rows += [[f"excess over {null}", interval(e, "+")] for null, e in score.excess.items()]
+    for kind, gain in found.bank.code.gain.items() if found.bank.code else ():
+        named = {"explained variance": gain.explained_variance, "CE recovered": gain.ce_recovered}
+        rows += [[f"{name} − that of {kind}", interval(g, "+")] for name, g in named.items() if g is not None]
     for name, figure, estimate, delta in benchmarks(found):
         rows.append([f"`{name}`, {figure}", interval(estimate)])
         rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in delta.items()]

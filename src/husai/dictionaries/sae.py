@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ ARCHITECTURES = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 """SAELens' names -> kind of encoder."""
+
+
+class Autoencoder(Protocol):
+    """What encodes rows and decodes them: an SAE, or a dictionary of prototypes."""
+
+    @property
+    def d_sae(self) -> int: ...
+    def to(self, device: torch.device | str) -> Autoencoder: ...
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass

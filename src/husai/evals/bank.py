@@ -14,7 +14,7 @@ from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.activations.store import ActivationStore
 from husai.dictionaries.families import SAE_FAMILIES
-from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, sae_probes, saebench
+from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, prototypes, sae_probes, saebench
 from husai.evals.baselines import Summary
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
@@ -29,7 +29,8 @@ from husai.runs.cli import prepare
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import content_or_name, sha256_file
-from husai.stability import controls, prototypes, study
+from husai.stability import controls, study
+from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
@@ -75,7 +76,7 @@ class BankPlan:
     threads: int
     force: bool = False
     judged: bool = False
-    """Whether a verdict of stability is asked: its controls are trained, and prototypes told apart."""
+    """Whether a verdict is asked of the SAEs, of one condition: controls are trained, prototypes told apart."""
 
     @property
     def places(self) -> Places:
@@ -229,6 +230,11 @@ def evaluated(plan: BankPlan) -> Bank:
             cells.get("cebench", key, lambda: (contrastive_scores(plan, saes).to_json(), []))
         )
     core = saebench.core_metrics(saes, plan.core_texts, cells, plan.threads)
+    scored = saebench.scored(saes, core)
+    root = plan.places.artifact_root
+    coded = (
+        {"code": prototypes.evaluate(saes, scored, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
+    )
     bank = Bank(
         saebench=probing,
         cebench=pairs,
@@ -237,10 +243,11 @@ def evaluated(plan: BankPlan) -> Bank:
         rows=store.rows,
         train_rows=len(store.split(TrainingConfig.heldout_fraction)[0]),
         inputs=saes.inputs(),
-        saes=saebench.scored(saes, core),
+        saes=scored,
         sections=sections,
         recipe=Recipe(**{name: getattr(plan, name) for name in Recipe.model_fields}),
         conditions=[],
+        **coded,
     )
     return bank.model_copy(update={"conditions": conditions.conditions(bank)})
 
@@ -265,7 +272,7 @@ def controls_of(plan: BankPlan, g: TrainedGroup, store: ActivationStore, device)
     root = Path(plan.artifact_root)
     grid = members(plan.seeds, [g.d_sae], [g.k], [plan.learning_rate], (g.family,))
     gaussian = controls.gaussian(root, store, grid, recipe_of(plan, g.budget), device, plan.threads)
-    return prototypes.of_store(store, root, g.d_sae), gaussian
+    return of_store(store, root, g.d_sae), gaussian
 
 
 def recipe_of(plan: BankPlan, budget: int) -> TrainingConfig:

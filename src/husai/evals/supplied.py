@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.dictionaries.sae import SAE
-from husai.evals import cebench, contrastive, loaded, random_model, sae_probes, saebench
+from husai.evals import cebench, contrastive, loaded, prototypes, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
@@ -30,8 +31,9 @@ from husai.evidence.schemas import (
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
-from husai.stability import controls, independence, prototypes, study
+from husai.stability import controls, independence, study
 from husai.stability.compare import Dictionary
+from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
 from husai.training.stack import Member
@@ -183,12 +185,17 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     contrast = cebench.evaluate(saes, pairs, repeats, where, checkout=args.cebench_repo)
 
     core = {r.identity: r.core for r in probing.saes}
+    scored = saebench.scored(saes, core)
+    # Prototypes come of as many rows of the text that husai-tiny is trained on: held-out documents are what is coded.
+    place = {"subject": str(args.subject), "hook_name": saes.hook_name, "rows": args.rows}
+    source = open_store(args.artifact_root, device, args.threads, **place)
     bank = Evaluated(
         saebench=probing,
         cebench=contrast,
         hook_name=saes.hook_name,
         inputs=replace(saes, controls=None).inputs(),
-        saes=saebench.scored(saes, core),
+        saes=scored,
+        code=prototypes.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
     )
     paths = (relative(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(
@@ -227,7 +234,7 @@ def stability(
     labels = [m.label for m in members]
     grid, config = trained_alike(saes)
     gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
-    of = prototypes.of_store(saes.store, args.artifact_root, grid[0].d_sae)
+    of = of_store(saes.store, args.artifact_root, grid[0].d_sae)
     arguments = cells, saes.store, labels, dictionaries, args.null_draws, args.threads
     compared, _ = study.compare_all(*arguments, {}, gaussian, of=of)
     return OwnSection(members=members, **dict(compared)), states

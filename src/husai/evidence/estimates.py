@@ -97,6 +97,17 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, error, s, method, None, s - 1, _least_and_largest(deleted))
 
 
+def fitted_change(at: list[int], values: np.ndarray) -> np.ndarray:
+    """Change from the first to the last point of the least-squares line through each series.
+
+    Args:
+        at: places, two different ones at least. values: `[len(at), ...]`.
+    """
+    x = np.asarray(at, dtype=float)
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    return (x[-1] - x[0]) * np.tensordot(weights, np.asarray(values, dtype=float), 1)
+
+
 def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
     """Mean of one figure a seed, with the t(S−1) interval; of paired differences, that of the paired t test.
 

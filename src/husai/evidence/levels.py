@@ -18,6 +18,10 @@ MIN_TRANSCODER_GAIN = 0.0
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0
+MIN_EXPLAINED_VARIANCE, MIN_CE_RECOVERED = 0.5, 0.5
+"""Floors. Below the first, SAEs of planted features have recovered less than half. The second is a convention."""
+MAX_DEAD_SHARE = 0.25
+"""Ceiling. SAEs twice as wide as a planted dictionary, trained until they recover it, have fewer dead features."""
 MAX_EV_LOST = 0.05
 """Held-out explained variance that a pull towards a reference may cost."""
 ALPHA = 0.05

@@ -34,7 +34,9 @@ from husai.evidence.levels import SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
+    CODE_FIGURES,
     Acceptance,
+    Code,
     Control,
     Gain,
     Heldout,
@@ -61,7 +63,7 @@ POWER = 0.8
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 MOVED_AT_MOST = 0.02
-"""Change of mcc between the last two snapshots: beyond, training is too short to judge by."""
+"""Change of mcc over the last third of training: beyond, training is too short to judge by."""
 MINIMUM_FAMILIES = 3
 """Families of data sets needed to generalise beyond the tested ones."""
 SAME_DIRECTION = 1 - 1e-5
@@ -375,6 +377,68 @@ def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Codes and fit
+
+
+CODE = Rule(
+    "code",
+    "gain over the best dictionary of prototypes",
+    *("low", ">", 0.0),
+    "explained variance and CE recovered surely exceed those of the best dictionary of prototypes",
+    "not shown to exceed that of the best dictionary of prototypes: {which}",
+)
+FIT = Rule(
+    "fit",
+    "distance from the registered bound",
+    *("low", ">=", 0.0),
+    "explained variance and CE recovered surely reach their floors, dead features their ceiling",
+    "not shown to reach the registered bound: {which}",
+)
+
+
+def code(found: Code, level: float = 0.95) -> Shown:
+    """SAEs code activations better than dictionaries of prototypes of their width, at their L0.
+
+    The bar is the kind of prototypes with the highest mean over seeds, for each figure.
+    """
+    seeds = list(found.saes.explained_variance)
+    enough_seeds(len(seeds))
+    needed = {"rows", "centroids"} | ({"token means"} if found.saes.ce_recovered is not None else set())
+    require(needed <= found.prototypes.keys(), f"prototypes of each kind expected: {', '.join(sorted(needed))}")
+    figures = [figure for figure in CODE_FIGURES if getattr(found.saes, figure) is not None]
+    gains = {CODE_FIGURES[f]: gain_over_prototypes(found, level)[found.best(f)][f] for f in figures}
+    return CODE.shown(gains, len(seeds))
+
+
+def gain_over_prototypes(found: Code, level: float = 0.95) -> dict[str, dict[str, Estimate]]:
+    """Kind of prototypes -> figure -> how much better the SAEs are, over seeds."""
+
+    def gain(own: Mapping[str, float], others: Mapping[str, float]) -> Estimate:
+        return mean_over_seeds([own[seed] - others[seed] for seed in own], level)
+
+    return {
+        kind: {f: gain(own, getattr(coded, f)) for f in CODE_FIGURES if (own := getattr(found.saes, f)) is not None}
+        for kind, coded in found.prototypes.items()
+    }
+
+
+def fit(heldout: Sequence[Heldout], ce_recovered: Sequence[float] | None, level: float = 0.95) -> Shown:
+    """Held-out figures of SAEs of several seeds reach the registered floors and the ceiling of dead features.
+
+    Args:
+        ce_recovered: one a seed; None where the subject is no language model.
+    """
+    enough_seeds(len(heldout))
+    distances = {
+        "explained variance": [h.explained_variance - levels.MIN_EXPLAINED_VARIANCE for h in heldout],
+        "dead features": [levels.MAX_DEAD_SHARE - h.dead_share for h in heldout],
+    }
+    if ce_recovered is not None:
+        distances["CE recovered"] = [value - levels.MIN_CE_RECOVERED for value in ce_recovered]
+    return FIT.shown({name: mean_over_seeds(values, level) for name, values in distances.items()}, len(heldout))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stress tests
 
 
@@ -570,7 +634,7 @@ KEPT = Rule("explained variance lost", "held-out explained variance lost", "high
 
 
 def at_rest(moved: Estimate | Interval) -> bool | None:
-    """Whether the interval of a change lies within ±MOVED_AT_MOST; None without an interval."""
+    """Whether the interval of the change over the last third lies within ±MOVED_AT_MOST; None without an interval."""
     if moved.low is None or moved.high is None:
         return None
     return moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
@@ -657,8 +721,8 @@ def table() -> str:
         "held-out documents",
         "what may be claimed": "the sentence that the controls which were beaten license (table below), and the excess "
         f"of `{PRIMARY_SCORE}` over the highest control, with its interval",
-        "at rest": "the 95 % interval of the change of `mcc`, all features, between the last two snapshots lies "
-        f"within ±{MOVED_AT_MOST:g}; else the condition is marked as still moving",
+        "at rest": "the 95 % interval of the slope of `mcc`, all features, over the last third of training, as the "
+        f"change over that third, lies within ±{MOVED_AT_MOST:g}; else the condition is marked as still moving",
         "adaptive L0, choice": "among the k whose mean held-out EV has its interval's lower end at or above the "
         f"floor: the largest least-lower-end of the excess of `{PRIMARY_SCORE}` over the required nulls; ties go to "
         "the sparser",
@@ -682,6 +746,11 @@ def table() -> str:
         "normalised corrected score less that of the matched reference is above the minimum "
         f"({CEBENCH.threshold:g} where none is set): shown to be better; refused where that reference's score plus the "
         f"minimum exceeds {levels.LARGEST_SCORE:g}",
+        "code": f"{seeds}, and the {low} of the SAEs' explained variance less that of the best kind of dictionary of "
+        f"prototypes is above {CODE.threshold:g}; on a language model CE recovered likewise",
+        "fit": f"{seeds}, the {low} of explained variance is at least {levels.MIN_EXPLAINED_VARIANCE:g}, on a language "
+        f"model that of CE recovered is at least {levels.MIN_CE_RECOVERED:g}, and the {high} of the share of dead "
+        f"features is at most {levels.MAX_DEAD_SHARE:g}",
         "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
         f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
         f"{RANDOM_MODEL.threshold:g}",

@@ -1068,6 +1068,59 @@ class Recipe(Strict):
     core_texts: int = 200
 
 
+class Coded(Strict):
+    """How well SAEs, or dictionaries of one kind of prototypes, code activations: a figure a seed."""
+
+    explained_variance: dict[Place, Number]
+    ce_recovered: dict[Place, Number] | None
+    """None: the subject is no language model."""
+
+
+class CodeGain(Strict):
+    """How much better SAEs code activations than dictionaries of one kind of prototypes."""
+
+    explained_variance: Interval
+    ce_recovered: Interval | None
+
+
+CODE_FIGURES = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+"""Field of `Coded` -> its name."""
+
+
+class Code(Strict):
+    """SAEs beside dictionaries of prototypes of their width, coded at their L0 (`stability.prototypes`)."""
+
+    store_digest: Sha256
+    """Activations that the prototypes were made of."""
+    heldout_digest: Sha256
+    """Activations that were coded."""
+    d_sae: int
+    k: dict[Place, int]
+    """Seed -> L0 of its SAE, rounded: directions that code a row."""
+    tokens: int | None
+    """Predictions that CE recovered is of."""
+    saes: Coded
+    prototypes: Annotated[dict[Literal["rows", "centroids", "token means"], Coded], Field(min_length=1)]
+    """Kind -> figures at each seed's k."""
+    gain: dict[str, CodeGain]
+    """Kind -> gain of the SAEs over it (`rules.gain_over_prototypes`). The audit makes it again."""
+
+    def best(self, figure: str) -> str:
+        """The kind of prototypes with the highest mean of a figure."""
+        return max(self.prototypes, key=lambda kind: sum(getattr(self.prototypes[kind], figure).values()))
+
+    @model_validator(mode="after")
+    def _same_seeds(self) -> Code:
+        all_coded = [self.saes, *self.prototypes.values()]
+        spliced = [c.ce_recovered for c in all_coded]
+        keys = [c.explained_variance.keys() for c in all_coded] + [c.keys() for c in spliced if c is not None]
+        if not self.k or any(each != self.k.keys() for each in keys):
+            raise ValueError("code: figures of the same seeds expected")
+        if (None in spliced) != (self.tokens is None) or (None in spliced and any(spliced)):
+            raise ValueError("code: CE recovered of all, and its tokens, or of none expected")
+        return self
+
+
 class Evaluated(Strict):
     """SAEs of one hook, on the external benchmarks."""
 
@@ -1076,6 +1129,8 @@ class Evaluated(Strict):
     hook_name: str
     inputs: dict[str, Sha256]
     saes: list[ScoredRecord]
+    code: Code | None = None
+    """The candidate's SAEs beside dictionaries of prototypes, of a confirmation."""
 
 
 class Bank(Strict):
@@ -1092,6 +1147,8 @@ class Bank(Strict):
     sections: list[ConditionSection]
     recipe: Recipe
     conditions: list[Any]
+    code: Code | None = None
+    """The candidate's SAEs beside dictionaries of prototypes, of a confirmation."""
 
 
 class Selected(Strict):

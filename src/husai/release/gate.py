@@ -47,6 +47,8 @@ from husai.runs.files import digest
 GATES = {
     "positive_control": "Does the method find planted features, and find them alike over seeds?",
     "stability": "Are the candidate's features more alike over seeds than every required null?",
+    "code": "Does it code its activations better than dictionaries of single rows, token means and centroids?",
+    "fit": "Do its explained variance, CE recovered and share of dead features reach their registered bounds?",
     "random_model": "More alike than those of SAEs trained alike on a model with random weights?",
     "transcoder": "Are transcoders of the layer at least as reproducible as SAEs of its output?",
     "ood": "On the shifted data sets that the model's own probe survives, does the candidate lose at most "
@@ -151,6 +153,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
     judges: dict[str, Callable[[], Shown]] = {
         "positive_control": lambda: _positive_control(bundle, candidate, of_control),
         "stability": lambda: _stability(candidate, level, thresholds.min_stability_excess),
+        "code": lambda: _code(candidate, level),
+        "fit": lambda: _fit(candidate, level),
         "random_model": lambda: _random_model(bundle, candidate, level),
         "transcoder": lambda: _transcoder(bundle, candidate, level, thresholds.min_transcoder_delta),
         "ood": lambda: _ood(bundle, candidate, level, thresholds.max_ood_drop),
@@ -313,6 +317,7 @@ class _Candidate:
         _on_disk(bundle, found)
         self.own, self.facts, self.bank, self.section = own, own.facts, bank, section
         seeds = seed_names([r.facts.seed for r in records])
+        self.records = dict(zip(seeds, records, strict=True))
         self.labels = {seed: f"checkpoint {r.label}" for seed, r in zip(seeds, records, strict=True)}
 
     def _check_retrained(self, found: Retrained, chosen: Selection, sha256: str) -> None:
@@ -477,6 +482,30 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Sh
 def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     return rules.stability(c.section, level, minimum)
+
+
+def _code(candidate: _Candidate, level: float) -> Shown:
+    c = candidate.known()
+    found, own = c.bank.code, c.records
+    require(found is not None, "its SAEs were not held against dictionaries of prototypes: confirmation makes it again")
+    assert found is not None
+    require(found.heldout_digest == c.bank.inputs["held-out activations"], "code: of other held-out activations")
+    source = c.facts.store_digest if isinstance(c.bank, Bank) else found.store_digest
+    require(found.store_digest == source, "code: prototypes of other activations than the SAEs were trained on")
+    require(found.store_digest != found.heldout_digest, "code: prototypes of the held-out activations themselves")
+    require(found.d_sae == c.facts.d_sae, "code: prototypes of another width")
+    require(found.k == {seed: max(1, round(r.heldout.l0)) for seed, r in own.items()}, "code: of another L0 or seeds")
+    variance = {seed: r.heldout.explained_variance for seed, r in own.items()}
+    spliced = {seed: r.core.ce_loss_score for seed, r in own.items()}
+    require(found.saes.explained_variance == variance, "code: explained variance of other SAEs")
+    require(found.saes.ce_recovered == spliced, "code: CE recovered of other SAEs")
+    require({r.core.tokens for r in own.values()} == {found.tokens}, "code: CE recovered of other texts")
+    return rules.code(found, level)
+
+
+def _fit(candidate: _Candidate, level: float) -> Shown:
+    own = candidate.known().records.values()
+    return rules.fit([r.heldout for r in own], [r.core.ce_loss_score for r in own], level)
 
 
 def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:

@@ -14,6 +14,8 @@ from husai.report.markup import Scale, Strip, interval, number
 GATES = {
     "positive_control": "Does the method find stable features where there are known ones?",
     "stability": "Are the candidate's features more alike across seeds than every required null?",
+    "code": "Do the SAEs code activations better than single rows, token means and centroids do?",
+    "fit": "Do explained variance, CE recovered and dead features reach their registered bounds?",
     "random_model": "Are they more alike than those of the same model with random weights?",
     "transcoder": "Does the finding hold for transcoders as well?",
     "ood": "On shifted text that the model's own probe survives, do probes on its features lose hardly more?",

@@ -19,7 +19,7 @@ from husai.dictionaries import checkpoints
 from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
-from husai.evidence.estimates import jackknife
+from husai.evidence.estimates import fitted_change, jackknife
 from husai.evidence.names import OTHERS, SCORES
 from husai.evidence.schemas import (
     Alike,
@@ -213,9 +213,15 @@ def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary
     return [replace(d, apart=torch.ones_like(d.alive)) if f else d for d, f in zip(known, few, strict=True)]
 
 
+def last_third(steps: list[int]) -> list[int]:
+    """The snapshots of the last third of training; the last two, if fewer lie there."""
+    late = [step for step in steps if 3 * step >= 2 * steps[-1]]
+    return late if len(late) > 1 else steps[-2:]
+
+
 def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> Followed:
-    """Stability of all features at each snapshot, and whether it has come to rest: the change of mcc between the last
-    two snapshots, pairs of seeds matched."""
+    """Stability of all features at each snapshot, and whether it has come to rest: the slope of mcc over the last third
+    of training, pairs of seeds matched, as the change that it makes there."""
 
     def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
@@ -233,9 +239,10 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
             Snapshot(step=step, **{name: Interval.of(jackknife(found[name, step])) for name in ("mcc", "pwmcc")})
             for step in steps
         ]
-        first, last = steps[-2:]
-        moved = Interval.of(jackknife(found["mcc", last] - found["mcc", first]))
-        rest = Convergence(from_step=first, to_step=last, moved=moved, converged=rules.at_rest(moved))
+        late = last_third(steps)
+        change = fitted_change(late, np.stack([found["mcc", step] for step in late]))
+        moved = Interval.of(jackknife(change))
+        rest = Convergence(from_step=late[0], to_step=late[-1], moved=moved, converged=rules.at_rest(moved))
         return Followed(over_training=points, convergence=rest).to_json(), []
 
     key = {"digests": digests, "steps": steps, "code": code_version(over_training)}

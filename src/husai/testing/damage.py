@@ -31,6 +31,7 @@ OF_FILE = {
 OF_BENCHMARK = {
     r"confirmation/bank/saebench/(families|data_sets|probing|versions|random_seed)(/.*)?": ("saebench",),
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
+    r"confirmation/bank/code(/.*)?": ("code",),
 }
 """Places on which one benchmark's gate rests."""
 ALONE = {

@@ -23,6 +23,7 @@ from husai.evidence import (
     drop,
     levels,
     planted,
+    prototypes,
     random_model,
     references,
     rules,
@@ -35,6 +36,7 @@ from husai.evidence.rules import SPECTRAL_DRAWS
 from husai.evidence.schemas import (
     Alike,
     Bank,
+    Code,
     Contrastive,
     Control,
     Evaluated,
@@ -55,8 +57,10 @@ from husai.release import selection
 from husai.release.gate import GATES, MAKES, Bundle, File, Thresholds
 from husai.runs.files import digest, read_json
 
+OF_SEEDS = ("code", "fit")
+"""Gates on one figure a seed."""
 OF_PAIRS = ("positive_control", "stability", "random_model", "transcoder")
-"""Gates on pairs of seeds; the others are on seeds and data sets."""
+"""Gates on pairs of seeds; the others but those of OF_SEEDS are on seeds and data sets."""
 STUDY_SEEDS = (42, 123, 456, 789, 1011)
 SETS, SHIFTED = DATA_SETS.split(","), [n.removesuffix("_OOD") for n in data_sets.FAMILIES["ood"]["shifted"]]
 CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)] + ["story_family00"] * 48
@@ -64,6 +68,8 @@ CLUSTERS = [f"story_family{i // 12:02}" for i in range(192)] + ["story_family00"
 D_IN, D_SAE, K, TOKENS, ROWS, HOOK = 256, 512, 16, 600_000, 200_000, "blocks.1.hook_resid_pre"
 LLM = 0.8
 """AUC of the model's own probe."""
+PROTOTYPES = {"rows": 0.1, "centroids": 0.0, "token means": 0.2}
+"""Kind of prototypes -> how far it lies below the best."""
 VERSIONS = {"sae-bench": "0.6.0", "sae-probes": "0.4.2"}
 
 
@@ -123,6 +129,9 @@ def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
     arms = 1 + spread.other**2
     if gate in OF_PAIRS:
         return float(np.sqrt(arms * (4 * spread.seed**2 / seeds + spread.cell**2 / (seeds * (seeds - 1) / 2))))
+    if gate in OF_SEEDS:
+        itself = spread.other**2 if gate == "code" else 0.0  # a fit has no other arm
+        return float(np.sqrt((1 + itself) * (spread.seed**2 + spread.cell**2) / seeds))
     files = json.loads(_frame(seeds))
     if gate == "ood":  # sets and the model itself are fixed
         return float(
@@ -201,6 +210,7 @@ def bundle(
         pairs(gate, section, section, GATED_NULLS)
     pairs("random_model", files["random_model"]["section"], files["random_model"]["section"], ("random_model",))
     pairs("transcoder", files["transcoder"]["transcoder"], files["transcoder"]["sae"], ("observed",))
+    _draw_seeds(bank, effects, noise, rng)
     drawn = np.concatenate(sets("saebench", bank["saebench"]["families"]))
     for record, values in zip(bank["saebench"]["saes"], _shares(0.5 + drawn), strict=True):
         record["test_auc"][deltas.K] = values
@@ -231,6 +241,27 @@ def _attempted(confirmation: dict, attempt: int) -> None:
     confirmation |= {"attempt": attempt, "ledger": [*earlier, own]}
 
 
+def _draw_seeds(bank: dict, effects: dict[str, float], noise: Noise, rng: np.random.Generator) -> None:
+    """Figures of the candidate's SAEs and of prototypes, one a seed."""
+
+    def drawn(gate: str, n: int) -> np.ndarray:
+        return rng.normal(0, 1, n) * np.hypot(noise[gate].seed, noise[gate].cell)
+
+    coded = bank["code"]
+    seeds = list(coded["k"])
+    reached = dict(zip(seeds, levels.MIN_EXPLAINED_VARIANCE + effects["fit"] + drawn("fit", len(seeds)), strict=True))
+    coded["saes"]["explained_variance"] = {seed: float(value) for seed, value in reached.items()}
+    for owner in (bank, bank["saebench"], bank["cebench"]):
+        for record in [r for r in owner["saes"] if r["candidate"]]:
+            seed = str(record["facts"]["seed"])
+            record["heldout"] = record["heldout"] | {"explained_variance": float(reached[seed])}
+    for figure, own in coded["saes"].items():
+        gain = effects["code"] + drawn("code", len(seeds)) + drawn("code", len(seeds)) * noise["code"].other
+        for kind, below in PROTOTYPES.items():
+            values = zip(seeds, gain, strict=True)
+            coded["prototypes"][kind][figure] = {seed: float(own[seed] - g - below) for seed, g in values}
+
+
 def supplied(of: Bundle) -> Bundle:
     """The same figures and the same SAEs, supplied by a user: no selection is known."""
     files = json.loads(json.dumps({label: of.given(label).results for label in of.files}))
@@ -239,7 +270,10 @@ def supplied(of: Bundle) -> Bundle:
     clusters = confirmed["bank"]["cebench"]["clusters"]
     level = lambda r, name: float(np.mean(r[name]))  # noqa: E731
     bank = _bank([*map(int, own["checkpoints"])], SETS, clusters)
-    bank["cebench"] = confirmed["bank"]["cebench"]
+    bank["cebench"], bank["code"] = confirmed["bank"]["cebench"], confirmed["bank"]["code"]
+    reached = {r["identity"]: r["heldout"] for r in confirmed["bank"]["saes"]}
+    for record in [*bank["saes"], *bank["saebench"]["saes"]]:
+        record["heldout"] = reached[record["identity"]]
     for record, drawn in zip(bank["saebench"]["saes"], confirmed["bank"]["saebench"]["saes"], strict=True):
         record["test_auc"][deltas.K] = [level(drawn["test_auc"], deltas.K)] * len(SETS)
     section = {n: v for n, v in confirmed["bank"]["sections"][0].items() if n in OwnSection.model_fields}
@@ -406,6 +440,7 @@ def _frame(seeds: int) -> str:
     fresh = levels.fresh_seeds(STUDY_SEEDS, seeds)
     sets = [n for n, family in zip(SETS, data_sets.families(SETS), strict=True) if family in left]
     bank = _bank(fresh, sets, [c for c in CLUSTERS if c in left])
+    bank["code"] = _code([r for r in bank["saes"] if r["candidate"]])
     picked = {"phase": "candidate_selection", "inputs": {"frontier 1": _sha("study")}, "policy": "strict", **chosen}
     own = [r for r in bank["saes"] if r["candidate"]]
     named, subject = SeedGroup.of([ScoredRecord(**r) for r in own]).to_json(), "simulated"
@@ -502,6 +537,18 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     return {"random_model": meaningless, "transcoder": other, "ood": ood}
 
 
+def _code(own: list[dict]) -> dict:
+    """The candidate's SAEs beside dictionaries of prototypes."""
+    seeds = [str(r["facts"]["seed"]) for r in own]
+    figures = {
+        "explained_variance": {seed: r["heldout"]["explained_variance"] for seed, r in zip(seeds, own, strict=True)},
+        "ce_recovered": {seed: r["core"]["ce_loss_score"] for seed, r in zip(seeds, own, strict=True)},
+    }
+    found = {"store_digest": _sha("store"), "heldout_digest": _sha("held-out"), "d_sae": D_SAE}
+    found |= {"k": dict.fromkeys(seeds, K), "tokens": own[0]["core"]["tokens"], "saes": figures, "gain": {}}
+    return json.loads(json.dumps(found | {"prototypes": dict.fromkeys(PROTOTYPES, figures)}))
+
+
 def _derive(files: dict) -> None:
     """Make all again that rests on raw figures."""
     _derive_bank(files["confirmation"]["bank"])
@@ -530,6 +577,8 @@ def _derive_bank(bank: dict) -> None:
         _summarise(section)
     _means(bank)
     _derive_benchmarks(bank)
+    if "code" in bank:
+        bank["code"]["gain"] = prototypes.concluded(Code.model_validate(bank["code"])).to_json()["gain"]
     bank["conditions"] = conditions.conditions(Bank.model_validate(bank | {"conditions": []}))
 
 

@@ -7,7 +7,7 @@ block: the layers before run once a group of SAEs, the layers after run for all 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from husai.activations.language_model import batches
-from husai.dictionaries.sae import SAE
+from husai.dictionaries.sae import Autoencoder
 from husai.runs.errors import BadInput
 from husai.subjects.pretrained import LanguageModel
 
@@ -30,7 +30,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], texts: list[str]) -> dict:
+def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoencoder], texts: list[str]) -> dict:
     """Mean cross-entropy of the next token and KL divergence from the unchanged model, in nats.
 
     Texts are cut to n_ctx. An SAE replaces what it was trained on: every position but the first. Predictions made at
@@ -92,7 +92,7 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: list[SAE], tex
     }
 
 
-def reconstruction(sae: SAE) -> Replacement:
+def reconstruction(sae: Autoencoder) -> Replacement:
     """The SAE as a map of rows `[n, d_in]`."""
     return lambda x: sae.decode(sae.encode(x), x)
 

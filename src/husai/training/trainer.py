@@ -25,7 +25,7 @@ from husai.activations.store import ActivationStore
 from husai.dictionaries import jumprelu
 from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
-from husai.dictionaries.sae import SAE
+from husai.dictionaries.sae import SAE, Autoencoder
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
 from husai.runs.progress import progress
@@ -80,9 +80,10 @@ class TrainingConfig:
         return device.type == "cuda" or (fast and d_in >= 256)
 
     def snapshot_steps(self) -> list[int]:
-        """0, then geometrically spaced, then the last step."""
+        """0, then geometrically spaced, then the last step; in the last third two more, for a slope."""
         inner = {round(self.steps ** (i / (self.snapshots - 1))) for i in range(1, self.snapshots)}
-        return [0, *sorted(inner)]
+        late = {math.ceil(self.steps * part) for part in (2 / 3, 5 / 6)}
+        return [0, *sorted(inner | late)]
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, constant, linear decay to zero."""
@@ -262,7 +263,7 @@ def train(
 
 
 def memory_sizes(store: ActivationStore, target: ActivationStore | None, config: TrainingConfig) -> memory.Sizes:
-    return memory.Sizes(store.d_in, (target or store).d_in, config.batch_size, config.snapshots)
+    return memory.Sizes(store.d_in, (target or store).d_in, config.batch_size, len(config.snapshot_steps()))
 
 
 @dataclass
@@ -376,7 +377,7 @@ def _restore(path: Path, key: str, stacks: list[tuple[list[int], Stack]], curves
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE, store: ActivationStore, rows: range, target: ActivationStore | None = None, batch: int = 8192
+    sae: Autoencoder, store: ActivationStore, rows: range, target: ActivationStore | None = None, batch: int = 8192
 ) -> tuple[dict[str, float], Tensor]:
     """Held-out figures of one SAE, streamed; of a transcoder from `store` to `target`.
 
