@@ -251,7 +251,8 @@ def report(args, results: dict) -> str:
     lines = [
         "# Calibration of the release gate",
         "",
-        f"{command}; simulated evidence of five fresh seeds. Intervals of rates are Wilson's, of 95 %.",
+        f"{command}; simulated evidence of five fresh seeds, read as a first attempt. Intervals of rates are Wilson's, "
+        "of 95 %.",
         "",
         "## Passed without an effect",
         "",
