@@ -304,6 +304,16 @@ def test_waivers_and_provisional_marks_are_loud(root):
         assert render(root).inside["alarm"]
 
 
+def test_what_stands_beside_a_figure_is_shown_and_what_does_not_count_is_named(root):
+    beside = {"explained variance less the reference's": {"estimate": -0.0123, "low": -0.02, "high": -0.0046}}
+    left_out = [f"set {i}" for i in range(8)]
+    add_run(root, "release_gate", change(decision(), "saebench", beside=beside, left_out=left_out))
+    page = render(root)
+    assert page.says("explained variance less the reference's −0.0123 [−0.0200, −0.0046]")
+    assert page.says("set 0, set 1, set 2, set 3, set 4, set 5 and 2 more.")
+    assert page.verdict == "pass"
+
+
 def test_what_the_gate_itself_writes_can_be_read(root, run_script):
     """The strict gate on the evidence at hand: phase 4a alone."""
     files = ("external-candidate-json", "confirmation-results", "random-model-results", "transcoder-results")
@@ -430,9 +440,9 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 
 def test_text_from_runs_stays_text(root):
     add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
-    found = change(
-        decision(pass_all=False), "ood", **(FAILS | {"reason": HOSTILE, "figure": HOSTILE, "to_pass": HOSTILE})
-    )
+    told = {"reason": HOSTILE, "figure": HOSTILE, "to_pass": HOSTILE, "left_out": [HOSTILE]}
+    told["beside"] = {HOSTILE: {"estimate": 0.1, "low": 0.0, "high": 0.2}}
+    found = change(decision(pass_all=False), "ood", **(FAILS | told))
     add_run(root, "release_gate", found | {"policy": HOSTILE, "candidate": {"condition": HOSTILE}})
     hostile = f"# {HOSTILE}\n\n**{HOSTILE}** ![x](http://example.com/x.png) [y](javascript:alert(1))\n\n{HOSTILE}\n"
     add_run(root, 'a"b<i>', {"phase": HOSTILE}, hostile, command=HOSTILE)
@@ -441,7 +451,7 @@ def test_text_from_runs_stays_text(root):
     assert len(page.all("script")) == 1
     assert all(i["src"].startswith("data:") for i in page.all("img"))
     assert not any(a["href"].startswith(("javascript", "http")) for a in page.all("a"))
-    assert page.text.count(HOSTILE) >= 6
+    assert page.text.count(HOSTILE) >= 8
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
