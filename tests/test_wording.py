@@ -184,7 +184,7 @@ def test_rules():
     sentence = "inconclusive: refused: no SAE can reach 0.6 above a reference of 0.500 of 1"
     assert rules.cebench_delta("cebench", delta, 0.6) == sentence
     each = Interval.of(Estimate(0.5, 0.0, 1.0, 0.1, 4, ""))
-    gain = Gain(observed=each, isotropic=each, untrained=each, spectral=each, least="spectral")
+    gain = Gain(observed=each, isotropic=each, spectral=each, gaussian=each, least="spectral")
     kept = Interval.of(Estimate(0.0, 0.0, 0.0, 0.0, 4, ""))
     arm = PulledSection.model_construct(weight=0.1, gain=gain, ev_drop=kept)
     found = rules.acceptance([arm], gain, each, 4, 0.1)
