@@ -17,7 +17,7 @@ from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.evidence import planted, rules
 from husai.evidence.estimates import mean_over_seeds
-from husai.evidence.names import GATED_NULLS
+from husai.evidence.names import ALIVE, GATED_NULLS, OTHERS
 from husai.evidence.rules import FAIL, MISSING, PASS
 from husai.evidence.schemas import Phase4a, PlantedRows, PlantedSection
 from husai.kernels.workers import one_torch_thread
@@ -134,7 +134,7 @@ def test_recovery_of_the_planted_dictionary_itself():
 @pytest.fixture(scope="module")
 def good() -> Bundle:
     """Simulated evidence that passes."""
-    noise = simulate.measured(REPOSITORY / "docs" / "evidence")
+    noise = simulate.measured(REPOSITORY / "docs")
     effects = {g: simulate.shifted(g, 10 * simulate.standard_error(g, noise[g])) for g in GATES}
     return simulate.bundle(effects, noise, np.random.default_rng(0))
 
@@ -233,18 +233,13 @@ def test_the_audit_makes_the_sensitivity_again(good, control, change):
 def study_of(section: dict, dictionaries: list[torch.Tensor], rows: torch.Tensor) -> None:
     """Replace a section's pairs by what these dictionaries score on these rows."""
     everything = torch.ones(len(dictionaries[0]), dtype=torch.bool)
-    g = torch.Generator().manual_seed(9)
-    whole = [Dictionary(W, everything, torch.randn(W.shape, generator=g)) for W in dictionaries]
+    whole = [Dictionary(W, everything, apart=everything) for W in dictionaries]
     with one_torch_thread():
-        spectrum = nulls.Spectrum.of(torch.cov(rows.T.double()), len(rows))
+        spectrum = nulls.Spectrum.of(torch.cov(rows.T.double()), len(rows), rows.double().mean(0))
         for p, (i, j) in zip(section["pairs"], combinations(range(5), 2), strict=True):
-            value = compare.pair(whole[i], whole[j], spectrum, 10, 1)
-            kept = p["observed"].keys()
-            for name in ("observed", *GATED_NULLS):  # a null of trained SAEs: as the spectral one
-                means = (value.get(name) or value["spectral"])["mean"]
-                p[name] = {score: means[score] for score in kept}
-            for name in p.keys() - {"a", "b", "observed", *GATED_NULLS}:
-                p[name] = p[GATED_NULLS[0]]
+            value = compare.pair(whole[i], whole[j], spectrum, 10, 1, (*ALIVE, *OTHERS))
+            for name in ("observed", *GATED_NULLS):  # SAEs of Gaussian rows: as the spectral null
+                p[name] = value.get(name, value["spectral"])["mean"]
     simulate._summarise(section)
 
 
@@ -288,6 +283,7 @@ def test_few_seeds_have_no_verdict(control):
     section["members"], last["recovery"] = section["members"][:4], last["recovery"][:4]
     section["pairs"] = [p for p in section["pairs"] if {p["a"], p["b"]} <= set(labels)]
     section["convergence"]["moved"]["n_seeds"] = 4
+    section["others"] = section["others"][:4]
     simulate._summarise(section)
     assert judged(control) == (MISSING, f"4 seeds; a verdict needs {rules.MINIMUM_SEEDS}")
     found = planted.sensitivity(PlantedSection.model_validate(control).degrees)[-1]
@@ -309,7 +305,8 @@ def arguments(root) -> Namespace:
 
 
 def test_the_phase_trains_scores_and_measures(good, tmp_path, monkeypatch):
-    monkeypatch.setattr(rules, "PLANTED", SMALL)
+    setting = rows_of(features=48, d_in=32, active=6, rows=4000)
+    monkeypatch.setattr(rules, "PLANTED", setting)
     monkeypatch.setattr(rules, "PLANTED_TOKENS", (500, 16_000))
     monkeypatch.setattr(rules, "PLANTED_BATCH", 64)
     script, args = runpy.run_path(str(ROOT / PHASE4A)), arguments(tmp_path)
@@ -319,16 +316,16 @@ def test_the_phase_trains_scores_and_measures(good, tmp_path, monkeypatch):
     found = script["planted"](args, cells, torch.device("cpu"))
     few, most = found.degrees
     assert (few.tokens, most.tokens) == (500, 16_000)
-    features = generate(SMALL).features
+    features = generate(setting).features
     for degree in found.degrees:
         decoders = [checkpoints.load(args.output_dir / m.checkpoint).W_dec for m in degree.study.members]
         assert degree.recovery == [recovery(W, features) for W in decoders]
     assert max(few.recovery) < min(most.recovery)
-    assert np.mean(most.recovery) > 0.8
+    assert min(most.recovery) > 0.7
     assert found.sensitivity == planted.sensitivity(found.degrees)
     assert found.sensitivity[-1].passes
-    control = rules.positive_control(found)
-    assert control.failing() == []
+    assert not found.sensitivity[0].passes
+    assert rules.positive_control(found).failing() == []
     page = "\n".join(script["positive_control"](found))
     assert "holds" in page
     for degree in found.degrees:
@@ -358,4 +355,4 @@ def test_the_registered_setting_passes_at_the_last_degree_and_not_at_the_first(t
     assert recovered[0] < 0.5
     ends = [s.excess.low for s in found.sensitivity]
     assert ends == sorted(ends)
-    assert ends[0] < 0.05 < 0.4 < ends[-1]
+    assert [s.passes for s in found.sensitivity] == [False, True, True]

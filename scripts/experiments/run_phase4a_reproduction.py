@@ -148,6 +148,7 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
 
 def trained(args, cells, device, protocol: dict):
     """Train one SAE a seed (and the controls: Gaussian rows, the random-weights model), and score every pair."""
+    from husai.evidence.names import SCORES
     from husai.evidence.schemas import AlikeMember, Phase4aMember, Phase4aSection
     from husai.runs.subjects import is_language_model
     from husai.stability import controls, prototypes, study
@@ -170,7 +171,8 @@ def trained(args, cells, device, protocol: dict):
     random_model = others.pop() if others else None
     steps = arms[0]["snapshot_steps"]
     arguments = cells, store, own_records, steps, protocol["null_draws"], args.threads, gaussian
-    section, drawn = study.score_trained(*arguments, random_model=random_model, of=of)
+    scores = protocol.get("scores", SCORES)
+    section, drawn = study.score_trained(*arguments, random_model=random_model, scores=scores, of=of)
     fields = dict(section) | dict(drawn) | {name: arms[0][name] for name in ("curve_steps", "snapshot_steps")}
     fields["members"] = [
         Phase4aMember(**dict(m), curve=r["curve"], aux_steps=r["aux_steps"])
@@ -220,6 +222,7 @@ def planted(args, cells, device):
     from husai.activations.planted import planted_rows
     from husai.dictionaries import checkpoints
     from husai.evidence import rules
+    from husai.evidence.names import ALIVE
     from husai.evidence.planted import sensitivity
     from husai.evidence.schemas import PlantedDegree, PlantedSection, Section, TrainedMember
     from husai.kernels.workers import one_torch_thread
@@ -238,6 +241,7 @@ def planted(args, cells, device):
             "k": data.active,
             "learning_rate": rules.PLANTED_RATE,
             "recipe": TrainingConfig(tokens=tokens, batch_size=rules.PLANTED_BATCH),
+            "scores": ALIVE,  # which the rule reads; those of all features would take half as long again
         }
         found = trained(args, cells, device, protocol)
         members = [{n: v for n, v in m if n in TrainedMember.model_fields} for m in found.members]

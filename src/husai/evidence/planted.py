@@ -59,8 +59,8 @@ def inputs(husai: Phase4aSection | Phase4aSupplied, planted: PlantedSection | No
     named = {"subject": husai.subject_digest, "activation store": husai.store_digest}
     named |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in husai.members} | husai.control_inputs
     for degree in planted.degrees if planted else []:
-        named["planted rows"] = degree.study.store_digest
-        of = f"planted checkpoint {degree.tokens}"
-        named |= {f"{of} {m.label}": m.checkpoint_sha256 for m in degree.study.members}
-        named |= {f"planted {degree.tokens} {label}": sha256 for label, sha256 in degree.study.control_inputs.items()}
+        study = degree.study
+        of = {f"checkpoint {m.label}": m.checkpoint_sha256 for m in study.members} | study.control_inputs
+        named |= {"planted rows": study.store_digest}
+        named |= {f"planted, {degree.tokens} tokens: {label}": sha256 for label, sha256 in of.items()}
     return named
