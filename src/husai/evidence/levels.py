@@ -12,7 +12,10 @@ K = 5
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
 """Of `mcc`, and of the share of features that are matched at 0.7 or more, over each control."""
-MIN_TRANSCODER_GAIN = 0.0
+RANDOM_DRAWS = (0, 1, 2)
+"""Seeds of the draws of the random weights. Fixed, so that nobody can pick the draws with the best result."""
+MIN_TRANSCODER_EXCESS = 0.0
+"""Lower end of the excess of the score between the candidate's SAEs and transcoders, over each required null."""
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0

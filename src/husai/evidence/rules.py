@@ -323,7 +323,7 @@ RANDOM_MODEL = Rule(
 TRANSCODER = Rule(
     "transcoder",
     "gain of the excess over each required null",
-    *("low", ">=", levels.MIN_TRANSCODER_GAIN),
+    *("low", ">=", levels.MIN_TRANSCODER_EXCESS),
     "the interval of the gain lies at or above {threshold} over each required null",
     "the gain is not shown to be at least {threshold} over {which}",
 )
@@ -561,11 +561,13 @@ def table() -> str:
         "CE-Bench": f"{seeds}, CE-Bench's own stories, and the {low} of the normalised corrected score less that of "
         f"the matched reference is at least the minimum ({CEBENCH.threshold:g} where none is set); refused where that "
         f"reference's score plus the minimum exceeds {levels.LARGEST_SCORE:g}",
-        "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
-        f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
-        f"{RANDOM_MODEL.threshold:g}",
-        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the gain of transcoders over SAEs is "
-        f"at least the minimum ({TRANSCODER.threshold:g} where none is set) over each required null",
+        "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its controls', and the {low} of each gain "
+        f"over SAEs trained alike on the random-weights subject is above {RANDOM_MODEL.threshold:g}: the gain of "
+        f"`{PRIMARY_SCORE}` and of its excess over each required null, in each of {len(levels.RANDOM_DRAWS)} draws of "
+        "the weights",
+        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the excess of `{PRIMARY_SCORE}` "
+        "between the candidate's SAEs and transcoders of other seeds is above the minimum "
+        f"({TRANSCODER.threshold:g} where none is set) over each required null",
         "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set, and the {high} of "
         f"the drop at k = {K} is at most {OOD.threshold:g}, over all and over those where the model keeps something",
         "refused": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations half, of the "
