@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ from conftest import run_without_torch
 from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
-from husai.evidence import contrast, rules, transcoder
+from husai.evidence import levels, rules, transcoder
+from husai.evidence.names import PAIRED
 from husai.evidence.schemas import (
+    Control,
     Facts,
     OwnMember,
     OwnSection,
@@ -22,6 +26,7 @@ from husai.evidence.schemas import (
 )
 from husai.release import recompute
 from husai.runs.cells import Cells
+from husai.stability import controls, study
 from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
@@ -30,6 +35,8 @@ from miniature import few_texts, save_miniature
 RANDOM_MODEL = "scripts/experiments/run_random_model_stress_eval.py"
 TRANSCODER = "scripts/experiments/run_transcoder_stress_eval.py"
 HOOK, ROWS, SEEDS, CPU = "blocks.1.hook_resid_pre", 3000, [1, 2, 3, 4, 5], torch.device("cpu")
+DRAWS = ["--null-draws", 100]
+KEPT = ("seed", "checkpoint_sha256", "heldout")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,28 +115,34 @@ def problems(results):
 # A meaningless subject
 
 
-def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, structured, saes, tmp_path):
-    results = stress(RANDOM_MODEL, structured, saes)
-    assert results["verdict"]["outcome"] == "holds", results["section"]["stability"]["scores"]["mcc_alive"]["excess"]
+def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, structured, saes, root, tmp_path):
+    results = stress(RANDOM_MODEL, structured, saes, *DRAWS)
+    assert results["verdict"]["outcome"] == "holds", results["gains"]
     assert results["candidate"]["facts"]["store_digest"] == results["section"]["store_digest"]
-    section, random, shuffled = (results[name] for name in ("section", "random_model", "shuffled"))
-    assert [m["seed"] for m in random["members"]] == [m["seed"] for m in section["members"]] == SEEDS
+    section, randoms = results["section"], results["random_models"]
+    subject = section["subject_digest"]
+    assert [r["subject_digest"] for r in randoms] == [levels.random_subject(subject, draw) for draw in (0, 1, 2)]
+    assert [m["seed"] for m in section["members"]] == SEEDS
     assert [m["checkpoint_sha256"] for m in section["members"]] == list(results["candidate"]["checkpoints"].values())
-    assert random["subject_digest"] != section["subject_digest"] == shuffled["subject_digest"]
-    shas = {m["checkpoint_sha256"] for arm in (section, random, shuffled) for m in arm["members"]}
-    assert len(shas) == 15
-    assert shas <= set(results["inputs"].values())
+    assert section["gaussian"]["subject_digest"] == subject
+    arms = [section, section["gaussian"], *randoms, *(r["gaussian"] for r in randoms)]
+    assert [[m["seed"] for m in arm["members"]] for arm in arms] == [SEEDS] * 8
+    shas = {m["checkpoint_sha256"] for arm in arms for m in arm["members"]}
+    assert len(shas) == 40
+    assert shas | {arm["store_digest"] for arm in arms} <= set(results["inputs"].values())
     assert str(tmp_path) not in json.dumps(results)
     assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
 
     found = RandomModelStress.model_validate(results)  # what the gate reads
-    assert found.gain == contrast.gain([found.section], [found.random_model])
+    scores = [p["observed"]["mcc_alive"] - p["gaussian"]["mcc_alive"] for p in section["pairs"]]
+    below = [p["observed"]["mcc_alive"] - p["gaussian"]["mcc_alive"] for p in randoms[2]["pairs"]]
+    assert found.gains[2].gaussian.estimate == pytest.approx(np.mean(scores) - np.mean(below))
     assert problems(results) == []
     for change, reason in (
         (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome "),
-        (lambda r: r["gain"]["spectral"].update(low=-1.0), "/gain/spectral/low "),
+        (lambda r: r["gains"][1]["spectral"].update(low=-1.0), "/gains/1/spectral/low "),
         (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 "),
-        (lambda r: r["section"]["pairs"][0]["random_model"].update(mcc_alive=0.0), "excess/random_model"),
+        (lambda r: r["random_models"][2]["pairs"][0]["gaussian"].update(mcc_alive=0.0), "excess/gaussian"),
     ):
         changed = copy.deepcopy(results)
         change(changed)
@@ -137,21 +150,54 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
 
     # What is finished is found: without the phase's own cell, nothing is trained or scored again.
     def parts():
-        found = (tmp_path / "out" / "cells").glob("*.json")
+        folders = (tmp_path / "out" / "cells", root / "controls" / "cells")
+        found = [p for folder in folders for p in folder.glob("*.json")]
         return {p.name: p.stat().st_mtime_ns for p in found if not p.name.startswith("random_model_stress")}
 
     before = parts()
-    assert len(before) == 2 + 20
+    assert len([name for name in before if name.startswith("pair-")]) >= 40
     next((tmp_path / "out" / "cells").glob("random_model_stress-*.json")).unlink()
-    assert stress(RANDOM_MODEL, structured, saes) == results
+    assert stress(RANDOM_MODEL, structured, saes, *DRAWS) == results
     assert parts() == before
 
 
 def test_a_subject_that_has_learned_nothing_does_not_exceed_it(stress, train, meaningless):
-    results = stress(RANDOM_MODEL, meaningless, train(meaningless, "of_nothing"))
-    excess = results["section"]["stability"]["scores"]["mcc_alive"]["excess"]["random_model"]
-    assert results["verdict"]["outcome"] == rules.PAGE[rules.FAIL], excess
-    assert abs(excess["estimate"]) < 0.05
+    results = stress(RANDOM_MODEL, meaningless, train(meaningless, "of_nothing"), *DRAWS)
+    assert results["verdict"]["outcome"] == rules.PAGE[rules.FAIL], results["gains"]
+    assert all(abs(gain["observed"]["estimate"]) < 0.05 for gain in results["gains"])
+
+
+def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
+    """A subject without features whose moments give a higher score than its controls' moments do: the score itself
+    lies above them all, and the excess over SAEs of Gaussian rows does not."""
+    g = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -1.5, 16)
+    noise = make_store(torch.randn(4000, 16, generator=g) * spread, name="noise")
+    others = [make_store(torch.randn(4000, 16, generator=g), name=f"round{i}") for i in range(3)]
+    grid, recipe = members(SEEDS, [32], [2], [3e-3]), TrainingConfig(tokens=12_000, batch_size=128)
+
+    def studied(store):
+        own, gaussian = (f(tmp_path, store, grid, recipe, CPU, 1) for f in (controls.trained, controls.gaussian))
+        labels = [f"seed{seed}" for seed in SEEDS]
+        arguments = store, labels, own.dictionaries, 100, 1, {}, gaussian
+        compared, _ = study.compare_all(Cells(tmp_path / "cells"), *arguments, scores=PAIRED)
+        return compared, own.alike, gaussian.alike
+
+    compared, own, _ = studied(noise)
+    named = [OwnMember(label=f"seed{m.seed}", **{n: getattr(m, n) for n in KEPT}) for m in own.members]
+    section = OwnSection(members=named, **dict(compared))
+    drawn = []
+    for draw, store in enumerate(others):
+        scored, alike, gaussian = studied(store)
+        about = dict(alike) | {"subject_digest": levels.random_subject(section.subject_digest, draw)}
+        drawn.append(Control(**about, stability=scored.stability, pairs=scored.pairs, gaussian=gaussian))
+    shown = rules.random_model(section, drawn)
+    assert {"draw 0, over gaussian", "draw 1, over gaussian", "draw 2, over gaussian"} <= set(shown.failing())
+    assert shown.estimates["draw 0, the score itself"].low > 0.01, "the score alone would have passed"
+
+
+def of_draws(train, structured, name, seeds=SEEDS, tokens=20_000):
+    return [train(structured, f"{name}{draw}", seeds, draw, tokens) for draw in levels.RANDOM_DRAWS]
 
 
 def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, structured, saes, root, tmp_path):
@@ -160,11 +206,15 @@ def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, 
     refused(["--random-model-checkpoint: ", "seed6", "seed "], *here, train(structured, "others", [1, 2, 3, 4, 6], 0))
     refused(["--random-model-checkpoint: 3 ", "5"], *here, train(structured, "fewer", SEEDS[:3], 0))
     refused(["--random-model-checkpoint: ", ": none;"], *here, saes)
-    alike = train(structured, "alike", random_seed=0)
-    results = stress(RANDOM_MODEL, structured, saes, "--random-model-checkpoint", alike)
+    alike = of_draws(train, structured, "alike")
+    results = stress(RANDOM_MODEL, structured, saes, *DRAWS, "--random-model-checkpoint", *alike)
     assert results["verdict"]["outcome"] == "holds"
-    assert results["shuffled"] is None
-    assert "shuffled" in results["section"]["stability"]["missing_nulls"]
+    trained = stress(RANDOM_MODEL, structured, saes, *DRAWS)
+    assert results["gains"] == trained["gains"], "the controls that HUSAI trains are the same"
+    two = stress(RANDOM_MODEL, structured, saes, *DRAWS, "--random-model-checkpoint", alike[2], alike[0])
+    assert two["verdict"]["outcome"] == rules.PAGE[rules.MISSING]
+    assert re.search(r"draw 1\b.*--random-model-checkpoint", two["verdict"]["reason"])
+    assert two["gains"] == [trained["gains"][0], trained["gains"][2]]
 
 
 def test_saes_trained_elsewhere_need_supplied_controls(stress, refused, train, structured, saes, root, tmp_path):
@@ -176,11 +226,10 @@ def test_saes_trained_elsewhere_need_supplied_controls(stress, refused, train, s
     here = common(structured, foreign, root, tmp_path)
     refused(["checkpoint: ", "--random-model-checkpoint"], RANDOM_MODEL, *here)
     refused(f"checkpoint: {foreign}", TRANSCODER, *here)
-    alike = train(structured, "alike", random_seed=0)
-    results = stress(RANDOM_MODEL, structured, foreign, "--random-model-checkpoint", alike)
-    assert results["verdict"]["outcome"] == "holds"
-    assert set(results["section"]["stability"]["missing_nulls"]) == {"untrained", "shuffled"}
-    assert results["gain"] is None
+    alike = of_draws(train, structured, "alike")
+    results = stress(RANDOM_MODEL, structured, foreign, *DRAWS, "--random-model-checkpoint", *alike)
+    assert results["verdict"]["outcome"] == "holds", results["gains"]
+    assert results["section"]["stability"]["missing_nulls"] == {}
     assert problems(results) == []
 
 

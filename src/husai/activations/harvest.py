@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from husai.activations.store import ActivationStore, StoreManifest, StoreWriter
+from husai.evidence.levels import random_subject, random_weights
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory
@@ -76,8 +77,9 @@ def harvest_modular_addition(
         random_seed: harvest the random-weights control in the subject's place.
     """
     description = modular_addition.describe(subject, require_solved)
-    control = None if random_seed is None else f"random_weights(seed={random_seed})"
-    subject_digest = description["digest"] if control is None else digest([description["digest"], control])
+    control = None if random_seed is None else random_weights(random_seed)
+    sha256 = description["digest"]
+    subject_digest = sha256 if random_seed is None else random_subject(sha256, random_seed)
     config = modular_addition.ModularAdditionConfig(**description["config"])
     position = config.answer_position if position is None else position
     key = digest(

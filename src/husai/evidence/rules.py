@@ -28,6 +28,7 @@ from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
     Acceptance,
+    Comparison,
     Control,
     Gain,
     Heldout,
@@ -35,6 +36,7 @@ from husai.evidence.schemas import (
     OwnMember,
     OwnSection,
     PulledSection,
+    Scored,
     Section,
     Setting,
     Shifted,
@@ -236,7 +238,7 @@ POSITIVE_CONTROL = ("blocks.0.hook_resid_post", "topk", 256, 8)
 """Hook, family, width and k of phase 4a on modular addition, fixed in advance."""
 
 
-def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
+def excess(section: Scored, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
     """Null -> the excess of PRIMARY_SCORE over it, from the pairs.
 
     Raises:
@@ -315,17 +317,17 @@ def still_moving(text: str, tokens: int) -> str:
 
 RANDOM_MODEL = Rule(
     "random model",
-    "mcc_alive less that of SAEs of the random-weights model",
+    "gain over SAEs of the random-weights model",
     *("low", ">", 0.0),
-    "the interval of the excess over SAEs of the random-weights subject lies above 0",
-    "the excess over SAEs of the random-weights subject is not shown to be above 0",
+    "the interval of each gain over SAEs of the random-weights subject lies above 0, in each draw of the weights",
+    "the gain over SAEs of the random-weights subject is not shown to be above 0: {which}",
 )
 TRANSCODER = Rule(
     "transcoder",
-    "gain of the excess over each required null",
-    *("low", ">=", levels.MIN_TRANSCODER_EXCESS),
-    "the interval of the gain lies at or above {threshold} over each required null",
-    "the gain is not shown to be at least {threshold} over {which}",
+    "excess of the score between the candidate and transcoders",
+    *("low", ">", levels.MIN_TRANSCODER_EXCESS),
+    "the interval of the excess between the candidate and transcoders lies above {threshold} over each required null",
+    "the excess between the candidate and transcoders is not shown to be above {threshold} over {which}",
 )
 OOD = Rule(
     "shifted data",
@@ -338,54 +340,81 @@ OOD = Rule(
 )
 
 
-def random_model(section: OwnSection, control: Control, level: float = 0.95) -> Shown:
-    """The candidate's features are more alike than those of SAEs trained alike on the random-weights subject.
+def random_model(section: OwnSection, controls: Sequence[Control], level: float = 0.95) -> Shown:
+    """The candidate's features are more alike than those of SAEs trained alike on each draw of the random weights: by
+    the score, and by how far it lies above each required null.
 
     Args:
-        section: the candidate's study, with `random_model` among its nulls. control: the SAEs of the random weights.
+        section: the candidate's study. controls: one a draw of the weights, in the order of `levels.RANDOM_DRAWS`.
     """
     enough_seeds(len(section.members))
-    require(control.subject_digest != section.subject_digest, "its control is the subject itself")
-    seeds, own = ([m.seed for m in arm.members] for arm in (control, section))
-    require(seeds == own or (set(own) == {None} and len(seeds) == len(own)), "its controls have other seeds")
-    shas = {m.checkpoint_sha256 for m in control.members}
-    twice = len(shas) < len(seeds) or shas & {m.checkpoint_sha256 for m in section.members}
-    require(not twice, "a control stands twice")
-    pairs = zip(section.members, control.members, strict=True)
-    alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
-    require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
-    return RANDOM_MODEL.shown(excess(section, ("random_model",), level), len(section.members))
+    drawn = [levels.random_subject(section.subject_digest, draw) for draw in levels.RANDOM_DRAWS]
+    absent = [str(n) for n, sha in zip(levels.RANDOM_DRAWS, drawn, strict=True) if sha not in _subjects(controls)]
+    hint = "--random-model-checkpoint names SAEs trained alike on each"
+    require(not absent, f"no SAEs of draw {', '.join(absent)} of its subject's random weights; {hint}")
+    require(_subjects(controls) == drawn, "SAEs of one draw of the random weights twice, or of another one")
+    own = [m.seed for m in section.members]
+    excess(section, GATED_NULLS, level)
+    estimates: dict[str, Estimate] = {}
+    for draw, control in zip(levels.RANDOM_DRAWS, controls, strict=True):
+        seeds = [m.seed for m in control.members]
+        same = seeds == own or (set(own) == {None} and len(seeds) == len(own))
+        require(same and control.stability.labels == section.stability.labels, "its controls have other seeds")
+        pairs = zip(section.members, control.members, strict=True)
+        alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
+        require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
+        excess(control, GATED_NULLS, level)
+        estimates |= {
+            f"draw {draw}, {over}": contrast.gain_over(null, [section], [control], level)
+            for over, null in (("the score itself", None), *((f"over {null}", null) for null in GATED_NULLS))
+        }
+    shas = [m.checkpoint_sha256 for m in section.members]
+    shas += [m.checkpoint_sha256 for control in controls for m in control.members]
+    require(len(set(shas)) == len(shas), "a control stands twice")
+    return RANDOM_MODEL.shown(estimates, len(section.members))
+
+
+def _subjects(controls: Sequence[Control]) -> list[str]:
+    return [control.subject_digest for control in controls]
 
 
 def _same_l0(a: Heldout, b: Heldout) -> bool:
     return min(a.l0, b.l0) > 0 and same_l0(a.l0, b.l0)
 
 
-ARMS = {"transcoder": "transcoder", "sae": "batchtopk"}
-"""Arm of the transcoder test -> family. A transcoder's activation is BatchTopK: the arms differ in what they read, and
-start as such do (an SAE's encoder as its decoder's transpose, a transcoder's apart)."""
-
-
 def transcoder(
-    setting: Setting, transcoders: Section, saes: Section, level: float = 0.95, minimum: float | None = None
+    setting: Setting,
+    section: OwnSection,
+    transcoders: Section,
+    across: Comparison,
+    level: float = 0.95,
+    minimum: float | None = None,
 ) -> Shown:
-    """Transcoders are at least as far above each null as SAEs, at the setting that was fixed in advance."""
+    """The candidate's features are found by transcoders of other seeds, more than each required null explains.
+
+    Args:
+        section: the candidate's SAEs among themselves. transcoders: transcoders among themselves. across: the one
+            against the other.
+    """
     require(setting.preregistered, "the setting is not the one that was fixed in advance")
-    enough_seeds(len(transcoders.members))
-    for arm, family in ((transcoders, ARMS["transcoder"]), (saes, ARMS["sae"])):
-        own_training(arm)
+    enough_seeds(len(section.members))
+    own_training(transcoders)
+    for arm in (section, transcoders):
         require([m.seed for m in arm.members] == setting.seeds, "an arm with other seeds")
-        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in arm.members}
-        expected = {(family, setting.d_sae, setting.k, setting.learning_rate)}
-        require(made == expected, f"an arm that is not of {family} at the setting's width, k and learning rate")
-        about = arm.hook_name, arm.subject_digest
-        require(about == (setting.hook_out, setting.subject_digest), "an arm of another space or subject")
-        excess(arm, GATED_NULLS, level)
-    shas = [{m.checkpoint_sha256 for m in arm.members} for arm in (transcoders, saes)]
-    once = not shas[0] & shas[1] and all(len(s) == len(setting.seeds) for s in shas)
-    require(once, "an SAE stands twice")
-    gain = {null: contrast.gain_over(null, [transcoders], [saes], level) for null in GATED_NULLS}
-    return TRANSCODER.shown(gain, len(setting.seeds), minimum)
+    made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in transcoders.members}
+    expected = {("transcoder", setting.d_sae, setting.k, setting.learning_rate)}
+    require(made == expected, "transcoders of another width, k or learning rate than the setting's")
+    for study in (section, transcoders, across):
+        about = study.hook_name, study.subject_digest, study.store_digest
+        expected_about = setting.hook_out, setting.subject_digest, section.store_digest
+        require(about == expected_about, "a study of another space, subject or store")
+    require(across.stability.labels == section.stability.labels, "scores of other seeds")
+    shas = [m.checkpoint_sha256 for arm in (section, transcoders) for m in arm.members]
+    require(len(set(shas)) == len(shas), "an SAE stands twice")
+    controls = [arm.gaussian and arm.gaussian.store_digest for arm in (section, transcoders)]
+    require(None not in controls, "SAEs and transcoders of Gaussian rows expected")
+    require(controls[0] == controls[1], "SAEs and transcoders of other Gaussian rows")
+    return TRANSCODER.shown(excess(across, GATED_NULLS, level), len(setting.seeds), minimum)
 
 
 def own_training(section: Section) -> None:
