@@ -136,8 +136,8 @@ def summary(results: dict) -> str:
             "",
             *table(["", "held-out explained variance", "L0", "dead features"], heldout),
             "",
-            "The first line is judged: the SAE of each seed against the transcoders of the other seeds. Reported beside "
-            "it: transcoders among themselves less the candidate's SAEs among themselves, "
+            "The first line is judged: the SAE of each seed against the transcoders of the other seeds. Reported "
+            "beside it: transcoders among themselves less the candidate's SAEs among themselves, "
             f"{gain_sentence(found.gain)}. Training of transcoders was at rest: {at_rest(found.transcoder)}. SAEs read "
             "what they reconstruct, transcoders have to compute it: what each explains is no contest.",
             "",

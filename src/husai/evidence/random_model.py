@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from husai.evidence import contrast, levels, rules
-from husai.evidence.schemas import Alike, Control, Gain, OwnSection, RandomModelStress
+from husai.evidence.schemas import Control, Gain, OwnSection, RandomModelStress
 
 
 def decisions(stress: RandomModelStress) -> dict:
@@ -17,20 +17,10 @@ def decisions(stress: RandomModelStress) -> dict:
 
 def inputs(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:
     """The inputs of the test beside the candidate: label -> sha256."""
-    arms: dict[str, Alike | None] = {"gaussian": section.gaussian}
+    named = {"activation store": section.store_digest} | section.control_inputs
     for i, control in enumerate(controls, 1):
-        arms |= {f"random_model {i}": control, f"random_model {i}, gaussian": control.gaussian}
-    return {"activation store": section.store_digest} | named(arms)
-
-
-def named(arms: dict[str, Alike | None]) -> dict[str, str]:
-    """What SAEs that were trained alike rest on: label -> sha256."""
-    found: dict[str, str] = {}
-    for name, arm in arms.items():
-        if arm is not None:
-            found |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
-            found |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
-    return found
+        named |= control.inputs(f"random_model {i}") | control.gaussian.inputs(f"random_model {i}, gaussian")
+    return named
 
 
 def verdict(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
     Acceptance,
+    AlikeMember,
     Comparison,
     Control,
     Gain,
@@ -272,13 +273,13 @@ def stability(section: Section | OwnSection, level: float = 0.95, minimum: float
     return STABILITY.shown(estimates, len(section.members), minimum)
 
 
-def trained_alike(section: Section | OwnSection) -> None:
+def trained_alike(section: Section | OwnSection | Control) -> None:
     """Raise Missing unless the SAEs of Gaussian rows are those of the section's seeds, of other activations and at the
     same L0."""
     control = section.gaussian
     if control is None:
         raise Missing("no SAEs of Gaussian rows")
-    own: Sequence[TrainedMember | OwnMember] = section.members
+    own: Sequence[TrainedMember | OwnMember | AlikeMember] = section.members
     theirs = control.members
     require(len(theirs) == len(own), "SAEs of Gaussian rows: one for each of those under test expected")
     paired = zip(own, theirs, strict=True)
@@ -286,7 +287,7 @@ def trained_alike(section: Section | OwnSection) -> None:
     require(control.subject_digest == section.subject_digest, "Gaussian rows of another subject")
     require(control.store_digest != section.store_digest, "its Gaussian rows are the activations themselves")
     shas = {m.checkpoint_sha256 for m in theirs}
-    once = len(shas) == len(theirs) and shas.isdisjoint(section.checkpoints.values())
+    once = len(shas) == len(theirs) and shas.isdisjoint(m.checkpoint_sha256 for m in own)
     require(once, "an SAE of Gaussian rows stands twice")
     alike = all(_same_l0(a.heldout, b.heldout) for a, b in zip(own, theirs, strict=True))
     require(alike, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %")
@@ -355,6 +356,7 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
     require(_subjects(controls) == drawn, "SAEs of one draw of the random weights twice, or of another one")
     own = [m.seed for m in section.members]
     excess(section, GATED_NULLS, level)
+    trained_alike(section)
     estimates: dict[str, Estimate] = {}
     for draw, control in zip(levels.RANDOM_DRAWS, controls, strict=True):
         seeds = [m.seed for m in control.members]
@@ -364,6 +366,7 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
         alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
         require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
         excess(control, GATED_NULLS, level)
+        trained_alike(control)
         estimates |= {
             f"draw {draw}, {over}": contrast.gain_over(null, [section], [control], level)
             for over, null in (("the score itself", None), *((f"over {null}", null) for null in GATED_NULLS))
@@ -411,9 +414,10 @@ def transcoder(
     require(across.stability.labels == section.stability.labels, "scores of other seeds")
     shas = [m.checkpoint_sha256 for arm in (section, transcoders) for m in arm.members]
     require(len(set(shas)) == len(shas), "an SAE stands twice")
-    controls = [arm.gaussian and arm.gaussian.store_digest for arm in (section, transcoders)]
-    require(None not in controls, "SAEs and transcoders of Gaussian rows expected")
-    require(controls[0] == controls[1], "SAEs and transcoders of other Gaussian rows")
+    trained_alike(section)
+    trained_alike(transcoders)
+    noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
+    require(len(noise) == 1, "SAEs and transcoders of different Gaussian rows")
     return TRANSCODER.shown(excess(across, GATED_NULLS, level), len(setting.seeds), minimum)
 
 

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from husai.evidence import contrast, rules
-from husai.evidence.random_model import named
 from husai.evidence.schemas import Section, SeedGroup, Setting, TranscoderStress
 from husai.runs.errors import BadInput
 
@@ -45,7 +44,8 @@ def inputs(stress: TranscoderStress) -> dict[str, str]:
     """The inputs of the test beside the candidate and what transcoders read: label -> sha256."""
     found = {"activation store": stress.section.store_digest}
     found |= {f"transcoder {m.label}": m.checkpoint_sha256 for m in stress.transcoder.members}
-    return found | named({"gaussian": stress.section.gaussian, "transcoder, gaussian": stress.transcoder.gaussian})
+    noise = stress.transcoder.gaussian
+    return found | stress.section.control_inputs | ({} if noise is None else noise.inputs("transcoder, gaussian"))
 
 
 def concluded(stress: TranscoderStress) -> TranscoderStress:
