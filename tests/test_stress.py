@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from conftest import run_without_torch
 from husai.activations import source
@@ -22,7 +23,6 @@ from husai.evidence.schemas import (
     RandomModelStress,
     SeedGroup,
     Setting,
-    TranscoderStress,
 )
 from husai.release import recompute
 from husai.runs.cells import Cells
@@ -56,7 +56,7 @@ def root(tmp_path_factory):
 def structured(few, root):
     """A subject with something to find: each token stands for one of 24 directions."""
     g = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
+    features = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
     tokens = features[torch.randint(24, (400,), generator=g)]
     return save_miniature(root / "structured", few.train, tokens=tokens)
 
@@ -75,7 +75,7 @@ def train(root):
         where = {"subject": subject, "hook_name": HOOK, "rows": ROWS}
         store = source.open_store(root, CPU, 1, **where, random_seed=random_seed)
         recipe = TrainingConfig(tokens=tokens, batch_size=128)
-        grid = members(seeds, [24], [1], [3e-3])
+        grid = members(seeds, [64], [1], [3e-3])
         records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1)["members"]
         return (root / name / records[0]["checkpoint"]).parent
 
@@ -172,7 +172,7 @@ def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
     lies above them all, and the excess over SAEs of Gaussian rows does not."""
     g = torch.Generator().manual_seed(0)
     spread = torch.logspace(0, -1.5, 16)
-    noise = make_store(torch.randn(4000, 16, generator=g) * spread, name="noise")
+    own_rows = make_store(torch.randn(4000, 16, generator=g) * spread, name="own")
     others = [make_store(torch.randn(4000, 16, generator=g), name=f"round{i}") for i in range(3)]
     grid, recipe = members(SEEDS, [32], [2], [3e-3]), TrainingConfig(tokens=12_000, batch_size=128)
 
@@ -183,14 +183,15 @@ def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
         compared, _ = study.compare_all(Cells(tmp_path / "cells"), *arguments, scores=PAIRED)
         return compared, own.alike, gaussian.alike
 
-    compared, own, _ = studied(noise)
+    compared, own, _ = studied(own_rows)
     named = [OwnMember(label=f"seed{m.seed}", **{n: getattr(m, n) for n in KEPT}) for m in own.members]
     section = OwnSection(members=named, **dict(compared))
     drawn = []
     for draw, store in enumerate(others):
         scored, alike, gaussian = studied(store)
-        about = dict(alike) | {"subject_digest": levels.random_subject(section.subject_digest, draw)}
-        drawn.append(Control(**about, stability=scored.stability, pairs=scored.pairs, gaussian=gaussian))
+        subject = {"subject_digest": levels.random_subject(section.subject_digest, draw)}
+        control, noise = dict(alike) | subject, gaussian.model_copy(update=subject)
+        drawn.append(Control(**control, stability=scored.stability, pairs=scored.pairs, gaussian=noise))
     shown = rules.random_model(section, drawn)
     assert {"draw 0, over gaussian", "draw 1, over gaussian", "draw 2, over gaussian"} <= set(shown.failing())
     assert shown.estimates["draw 0, the score itself"].low > 0.01, "the score alone would have passed"
@@ -251,30 +252,41 @@ def test_the_activations_must_be_those_that_the_candidate_saw(refused, structure
 # Another objective
 
 
-def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, tmp_path):
-    results = stress(TRANSCODER, structured, saes)
-    s = results["setting"]
+def test_transcoders_find_what_the_candidate_found(stress, structured, saes, root, tmp_path):
+    results = stress(TRANSCODER, structured, saes, *DRAWS)
+    assert results["verdict"]["outcome"] == "holds", results["across"]["stability"]["scores"]["mcc_alive"]["excess"]
+    s, own = results["setting"], results["section"]
     assert s["preregistered"]
-    assert (s["hook_in"], s["hook_out"], s["layer"]) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 1)
-    assert (s["d_sae"], s["k"], s["tokens"], s["batch_size"], s["seeds"]) == (24, 1, 20_000, 128, SEEDS)
-    for arm, family in rules.ARMS.items():
-        assert {m["family"] for m in results[arm]["members"]} == {family}
-        assert results[arm]["hook_name"] == s["hook_out"]
-        assert results[arm]["rows"] == ROWS
-    found = TranscoderStress.model_validate(results)  # what the gate reads
-    assert found.gain == contrast.gain([found.transcoder], [found.sae])
-    assert results["verdict"]["outcome"] == "inconclusive", "too few draws of the spectral null"
-    ev = results["explained_variance"]
-    assert ev["sae"]["estimate"] == pytest.approx(
-        sum(m["heldout"]["explained_variance"] for m in results["sae"]["members"]) / 5
-    )
+    assert (s["hook_in"], s["hook_out"]) == ("blocks.0.hook_resid_pre", HOOK)
+    assert (s["d_sae"], s["k"], s["tokens"], s["batch_size"], s["seeds"]) == (64, 1, 20_000, 128, SEEDS)
+    assert {m["family"] for m in results["transcoder"]["members"]} == {"transcoder"}
+    for name in ("section", "transcoder", "across"):
+        assert (results[name]["hook_name"], results[name]["rows"]) == (HOOK, ROWS)
+        assert results[name]["store_digest"] == results["candidate"]["facts"]["store_digest"]
+    noise = results["transcoder"]["gaussian"]
+    assert noise["store_digest"] == own["gaussian"]["store_digest"]
+    shas = {m["checkpoint_sha256"] for arm in (own, results["transcoder"]) for m in arm["members"]}
+    shas |= {m["checkpoint_sha256"] for arm in (own, results["transcoder"]) for m in arm["gaussian"]["members"]}
+    assert len(shas) == 20
+    assert shas <= set(results["inputs"].values())
+
+    # What was observed: the SAE of one seed against the transcoder of the other, and the other way round.
+    trained = [tmp_path / "out" / m["checkpoint"] for m in results["transcoder"]["members"]]
+    sides = [[study.own_dictionary(folder) for folder in side] for side in (sorted(saes.iterdir()), trained)]
+    first, second = results["across"]["pairs"][0], results["across"]["pairs"][-1]
+    for pair, (i, j) in ((first, (0, 1)), (second, (3, 4))):
+        both = [matched_mean(sides[0][a], sides[1][b]) for a, b in ((i, j), (j, i))]
+        assert pair["observed"]["mcc_alive"] == pytest.approx(np.mean(both), abs=1e-5)
+
     assert problems(results) == []
     for change, reason in (
         (lambda r: r["gain"]["spectral"].update(low=-1.0), "/gain/spectral/low "),
-        (lambda r: r["explained_variance"]["sae"].update(low=-1.0), "/explained_variance/sae/low "),
+        (lambda r: r["explained_variance"]["candidate"].update(low=-1.0), "/explained_variance/candidate/low "),
         (lambda r: r["setting"].update(k=3), "/setting/k "),
         (lambda r: r["setting"].update(tokens=9), "/setting/preregistered "),
         (lambda r: r["verdict"].update(outcome="?"), "/verdict/outcome "),
+        (lambda r: r["across"]["pairs"][0]["gaussian"].update(mcc_alive=0.0), "excess/gaussian"),
+        (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 "),
     ):
         changed = copy.deepcopy(results)
         change(changed)
@@ -284,12 +296,10 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
     paths = {
         m: str(folder) for m, folder in zip(results["candidate"]["checkpoints"], sorted(saes.iterdir()), strict=True)
     }
-    kept = {name: v for name, v in results["sae"].items() if name in OwnSection.model_fields}
-    members = [{name: m[name] for name in OwnMember.model_fields} for m in results["sae"]["members"]]
     bank = {"saebench": None, "cebench": None, "hook_name": HOOK, "inputs": {}, "saes": []}
     confirmed = {"phase": "candidate_confirmation", "origin": "supplied", "inputs": {}, "subject": str(structured)}
     confirmed |= {"candidate": results["candidate"], "paths": paths, "untrained": None}
-    confirmed |= {"section": kept | {"members": members}, "bank": bank}
+    confirmed |= {"section": own, "bank": bank}
     (tmp_path / "confirmed.json").write_text(json.dumps(confirmed))
     other = stress(TRANSCODER, None, None, "--candidate", tmp_path / "confirmed.json", "--k", 3)
     assert other["candidate"] == results["candidate"]
@@ -297,53 +307,41 @@ def test_transcoders_at_the_setting_of_the_candidate(stress, structured, saes, t
     assert not other["setting"]["preregistered"]
     assert (other["verdict"]["outcome"], "setting" in other["verdict"]["reason"]) == ("inconclusive", True)
     assert problems(other) == []
-    cells = [p.name.split("-")[0] for p in (tmp_path / "out" / "cells").glob("*.json")]
-    assert cells.count("training") == 4
 
-
-def test_transcoders_of_modular_addition_and_a_repeat_without_torch(stress, small_subject, tmp_path):
-    root, subject = small_subject
-    sizes = ["--d-sae", 24, "--k", 3, "--tokens", 4000, "--seeds", "1,2,3", "--artifact-root", root]
-    results = stress(TRANSCODER, subject, None, *sizes)
-    assert results["candidate"] is None
-    assert not results["setting"]["preregistered"]
-    assert results["setting"]["hook_in"] == "blocks.0.hook_resid_mid"
-    assert results["setting"]["subject_digest"] == results["sae"]["subject_digest"]
-    assert results["transcoder"]["stability"]["labels"] == ["seed1", "seed2", "seed3"]
+    # A repeat reads what is finished.
     before = (tmp_path / "out" / "results.json").read_bytes()
-    run_without_torch(TRANSCODER, *common(subject, None, root, tmp_path), *sizes)
+    sizes = ["--candidate", tmp_path / "confirmed.json", "--k", 3]
+    run_without_torch(TRANSCODER, *common(None, None, root, tmp_path), *sizes)
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def matched_mean(a, b) -> float:
+    """Mean positive cosine of the best assignment of the alive features of two dictionaries."""
+    x, y = (torch.nn.functional.normalize(d.W_dec[d.alive].double(), dim=1).numpy() for d in (a, b))
+    worth = np.maximum(x @ y.T, 0)
+    return worth[linear_sum_assignment(worth, maximize=True)].mean()
 
 
 def test_only_the_setting_fixed_in_advance_is_judged():
     sha = {"a": "a" * 64, "b": "b" * 64}
-    hooks = dict(zip(("hook_in", "hook_out"), transcoder.MODULAR_ADDITION_HOOKS, strict=True))
-    about = {"layer": 0, "learning_rate": 3e-3, "subject_digest": sha["a"], "own_subject": False}
-    setting = Setting(**transcoder.MODULAR_ADDITION, **hooks, **about, preregistered=False)
-    assert transcoder.preregistered(setting, None)
-    for change in ({"own_subject": True}, {"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"seeds": [1, 2, 3, 4, 5]}):
-        assert not transcoder.preregistered(setting.model_copy(update=change), None), change
     made = {"subject_digest": sha["a"], "d_sae": 256, "k": 8, "learning_rate": 3e-3, "tokens": 9}
     unknown = {"source": "husai", "family": "topk", "d_in": 8, "store_digest": None, "training": None, "control": None}
     names = {seed: f"{int(seed):064x}" for seed in "12345"}
     facts = Facts(**made, **unknown, hook_name=HOOK)
     candidate = SeedGroup(condition="c", facts=facts, checkpoints=names, identities=names)
-    hooks = dict(zip(hooks, transcoder.mlp_hooks(1), strict=True))
-    own = setting.model_copy(update=made | hooks | {"seeds": SEEDS, "own_subject": True, "layer": 1})
+    hooks = {"hook_in": "blocks.0.hook_resid_pre", "hook_out": HOOK}
+    own = Setting(**made, **hooks, batch_size=128, seeds=SEEDS, preregistered=False)
     assert transcoder.preregistered(own, candidate)
     for change in (
         *({"k": 16}, {"d_sae": 512}, {"tokens": 1}, {"learning_rate": 1e-3}, {"subject_digest": sha["b"]}),
         *({"seeds": [1, 2, 3, 4, 6]}, {"seeds": [1, 2, 3, 4]}, {"hook_in": "blocks.0.mlp.hook_in"}),
+        {"hook_out": "blocks.1.hook_mlp_out"},
     ):
         assert not transcoder.preregistered(own.model_copy(update=change), candidate), change
 
 
 def test_bad_input(refused, structured, root, tmp_path):
     here = ["--artifact-root", root, "--output-dir", tmp_path / "out"]
-    refused(
-        [f"--model-name {structured}: ", "--candidate", "--checkpoint"], TRANSCODER, "--model-name", structured, *here
-    )
-    refused("--seeds 1: ", TRANSCODER, "--seeds", "1", *here)
     refused(
         ["--checkpoint: ", tmp_path / "none"],
         RANDOM_MODEL,

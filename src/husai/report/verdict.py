@@ -14,8 +14,8 @@ from husai.report.markup import Scale, Strip, interval, number
 GATES = {
     "positive_control": "Does the method find stable features where there are known ones?",
     "stability": "Are the candidate's features more alike across seeds than every required null?",
-    "random_model": "Are they more alike than those of the same model with random weights?",
-    "transcoder": "Does the finding hold for transcoders as well?",
+    "random_model": "Are they more alike than those of each draw of the same model with random weights?",
+    "transcoder": "Do transcoders of other seeds find the same features?",
     "ood": "Does it hold on text that is unlike what the SAEs were trained on?",
     "saebench": "Are probes on its features at least as good as on a matched reference's, by SAEBench?",
     "cebench": "Do its features tell contrasts apart at least as well as a matched reference's, by CE-Bench?",
