@@ -69,16 +69,16 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
     null = GATED_NULLS[0]  # the drawn ones are alike
     sign, at = (-1, Thresholds().max_ood_drop) if gate == "ood" else (1, 0.0)
     if gate == "transcoder":
-        arms = (Scored(**{n: stress[arm][n] for n in Scored.model_fields}) for arm in ("transcoder", "sae"))
-        x = pair_values(np.subtract(*(arm.scores(null) for arm in arms)))
+        x = pair_values(scored(stress["across"]).scores(null))
+    elif gate == "random_model":
+        arms = files["random_model"]["section"], files["random_model"]["random_models"][0]
+        x = pair_values(np.subtract(*(scored(arm).scores() for arm in arms)))
     elif gate in simulate.OF_PAIRS:
         place = {
             "positive_control": files["phase4a"]["planted"]["degrees"][-1]["study"],
             "stability": bank["sections"][0],
         }
-        section = place.get(gate, files["random_model"]["section"])
-        scored = Scored(**{n: section[n] for n in Scored.model_fields})
-        x = pair_values(scored.scores("random_model" if gate == "random_model" else null))
+        x = pair_values(scored(place[gate]).scores(null))
     elif gate == "ood":
         sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
         itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]
@@ -89,6 +89,10 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
         own, reference = ([figure(r) for r in records if r["candidate"] == side] for side in (True, False))
         x = (np.array(own) - np.array(reference)).ravel()
     return sign * (x - at)
+
+
+def scored(section: dict) -> Scored:
+    return Scored(**{n: section[n] for n in Scored.model_fields})
 
 
 def naive(x: np.ndarray) -> bool:

@@ -15,22 +15,23 @@ def few_texts() -> text.Corpus:
     return text.Corpus(train=short[:600], heldout=short[600:800], heldout_families=["a"] * 200, dropped=0)
 
 
-def config(n_layers: int = 2) -> TinyLMConfig:
-    return TinyLMConfig(vocabulary=400, n_layers=n_layers, d_model=16, n_heads=2, d_mlp=32, n_ctx=32)
+def config(n_layers: int = 2, d_model: int = 16) -> TinyLMConfig:
+    return TinyLMConfig(vocabulary=400, n_layers=n_layers, d_model=d_model, n_heads=2, d_mlp=32, n_ctx=32)
 
 
 def save_miniature(folder: Path, documents: list[str], n_layers: int = 2, tokens: torch.Tensor | None = None) -> Path:
     """Its Hugging Face folder, whose tokenizer comes of the documents.
 
     Args:
-        tokens: `[vocabulary, 16]`, its embedding, which its blocks hardly change.
+        tokens: `[vocabulary, d_model]`, its embedding, which its blocks hardly change; 16 coordinates without it.
     """
     torch.manual_seed(0)
-    model = tiny_lm.build_model(config(n_layers))
+    sizes = config(n_layers, 16 if tokens is None else tokens.shape[1])
+    model = tiny_lm.build_model(sizes)
     if tokens is not None:
         with torch.no_grad():
             (embedding,) = (p for name, p in model.named_parameters() if name.endswith("embed_in.weight"))
             embedding.copy_(tokens[: len(embedding)])
     folder.mkdir(parents=True)
-    tiny_lm.save_folder(model, tiny_lm.train_tokenizer(documents, 400), config(n_layers), folder)
+    tiny_lm.save_folder(model, tiny_lm.train_tokenizer(documents, 400), sizes, folder)
     return folder

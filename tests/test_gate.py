@@ -131,27 +131,28 @@ def oracle(bundle: Bundle, gate: str) -> Oracle:
     files = {label: f.results for label, f in bundle.files.items()}
     bank = files["confirmation"]["bank"]
 
-    def matrix(section: dict, null: str, score: str = "mcc_alive") -> np.ndarray:
-        seeds = [m["label"] for m in section["members"]]
+    def matrix(section: dict, null: str | None, score: str = "mcc_alive") -> np.ndarray:
+        seeds = section["stability"]["labels"]
         x = np.zeros((len(seeds), len(seeds)))
         for p in section["pairs"]:
             i, j = seeds.index(p["a"]), seeds.index(p["b"])
-            x[i, j] = x[j, i] = p["observed"][score] - p[null][score]
+            x[i, j] = x[j, i] = p["observed"][score] - (p[null][score] if null else 0)
         return x
 
     if gate == "transcoder":
-        found = [of_pairs(matrix(files[gate][gate], n) - matrix(files[gate]["sae"], n), level) for n in GATED_NULLS]
+        found = [of_pairs(matrix(files[gate]["across"], null), level) for null in GATED_NULLS]
         return min(found, key=lambda e: e.mean - e.half)
+    if gate == "random_model":
+        section, controls = files[gate]["section"], files[gate]["random_models"]
+        gains = [matrix(section, null) - matrix(c, null) for c in controls for null in (None, *GATED_NULLS)]
+        return min((of_pairs(gain, level) for gain in gains), key=lambda e: e.mean - e.half)
     if gate in simulate.OF_PAIRS:
         section = {
             "positive_control": files["phase4a"]["planted"]["degrees"][-1]["study"],
             "stability": bank["sections"][0],
-        }
-        section = section.get(gate, files["random_model"]["section"])
-        excesses = [("mcc_alive", "random_model")] if gate == "random_model" else EXCESSES
-        return min(
-            (of_pairs(matrix(section, null, score), level) for score, null in excesses), key=lambda e: e.mean - e.half
-        )
+        }[gate]
+        found = [of_pairs(matrix(section, null, score), level) for score, null in EXCESSES]
+        return min(found, key=lambda e: e.mean - e.half)
     if gate == "ood":
         shifted = files["ood"]["shifted"]
         sides = [shifted["llm"], *(s["test_auc"]["5"] for s in shifted["saes"])]

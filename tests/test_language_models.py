@@ -261,6 +261,15 @@ def test_the_embedding_is_warned_of_and_held_out_by_token(subject, documents, tm
     torch.testing.assert_close(store.read(0, 2000), weight[tokens])
     assert store.manifest.position != ActivationStore.open(folders[HOOKS[0]]).manifest.position
 
+    caplog.clear()
+    again = lm.harvest_tokens(subject, hooks, documents, tmp_path, rows=2000, by_document=True)
+    assert not caplog.records
+    assert again[HOOKS[0]] == folders[HOOKS[0]]
+    stores = [ActivationStore.open(again[hook]) for hook in hooks]
+    for name in ("document", "token"):
+        assert torch.equal(*(s.labels(name, 0, 2000) for s in stores)), "rows correspond"
+    torch.testing.assert_close(stores[0].read(0, 2000), weight[stores[0].labels("token", 0, 2000)])
+
 
 @pytest.mark.parametrize(
     ("hooks", "rows", "named"),

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from husai.evidence import random_model, rules, transcoder
 from husai.evidence.estimates import Estimate
-from husai.evidence.schemas import Control, OwnSection, Section, Setting, Shifted, TranscoderStress
+from husai.evidence.schemas import RandomModelStress, Shifted, TranscoderStress
 from husai.release import gate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
+from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY
 from husai.testing import simulate
 
@@ -36,11 +37,12 @@ def results(label: str, change=lambda r: None, **how) -> dict:
 def page(label: str, found: dict) -> str:
     """The outcome on the page of a stress test."""
     if label == "random_model":
-        own, control = OwnSection.model_validate(found["section"]), Control.model_validate(found["random_model"])
-        return random_model.verdict(own, control)["outcome"]
+        stress = RandomModelStress.model_validate(found)
+        return random_model.verdict(stress.section, stress.random_models)["outcome"]
     if label == "transcoder":
         stress = TranscoderStress.model_validate(found)
-        return rules.verdict(lambda: rules.transcoder(stress.setting, stress.transcoder, stress.sae))["outcome"]
+        arms = stress.section, stress.transcoder, stress.across
+        return rules.verdict(lambda: rules.transcoder(stress.setting, *arms))["outcome"]
     return rules.verdict(lambda: rules.ood(Shifted.model_validate(found["shifted"]), found["skipped"]))["outcome"]
 
 
@@ -71,11 +73,17 @@ def of_members(arm: str, name: str, value):
 @pytest.mark.parametrize(
     ("label", "change"),
     [
-        ("random_model", lambda r: r["random_model"]["members"][0]["heldout"].update(l0=30.0)),
-        ("random_model", lambda r: r["random_model"].update(subject_digest=r["section"]["subject_digest"])),
-        ("random_model", lambda r: r["random_model"]["members"][1].update(r["random_model"]["members"][0])),
-        ("transcoder", of_members("sae", "learning_rate", 0.1)),
+        ("random_model", lambda r: r["random_models"][1]["members"][0]["heldout"].update(l0=30.0)),
+        ("random_model", lambda r: r["random_models"][2]["gaussian"]["members"][0]["heldout"].update(l0=30.0)),
+        ("random_model", lambda r: r["random_models"][0].update(subject_digest=r["section"]["subject_digest"])),
+        ("random_model", lambda r: r["random_models"].pop()),
+        ("random_model", lambda r: r["random_models"].append(r["random_models"][0])),
+        ("random_model", lambda r: r["random_models"].reverse()),
+        ("random_model", lambda r: r["random_models"][2].update(members=r["random_models"][0]["members"])),
+        ("transcoder", of_members("transcoder", "learning_rate", 0.1)),
         ("transcoder", of_members("transcoder", "family", "skip_transcoder")),
+        ("transcoder", lambda r: r["transcoder"]["gaussian"].update(store_digest="f" * 64)),
+        ("transcoder", lambda r: r["across"].update(store_digest="f" * 64)),
         ("transcoder", lambda r: r["setting"].update(preregistered=False)),
         ("ood", lambda r: r["skipped"].update({"66_living-room_OOD": "I would rather not"})),
         ("ood", lambda r: r["shifted"]["llm"].update(ood_low=[0.4] * len(r["shifted"]["data_sets"]))),
@@ -84,10 +92,16 @@ def of_members(arm: str, name: str, value):
     ],
     ids=[
         "L0",
+        "L0 of Gaussian rows",
         "own subject",
+        "two draws",
+        "four draws",
+        "another order",
         "twice",
         "learning rate",
         "family",
+        "other Gaussian rows",
+        "another space",
         "setting",
         "left out",
         "nothing kept",
@@ -121,23 +135,69 @@ def test_a_damaged_confirmation_is_missing_evidence_and_no_fault(change):
     assert rules.MISSING in {g["status"] for g in decision["gates"]}
 
 
-def test_a_layer_is_a_number_and_not_a_part_of_a_name():
+@pytest.mark.parametrize(
+    ("hook", "before"),
+    [
+        ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_pre"),
+        ("blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out"),
+        ("blocks.11.attn.hook_z", "blocks.10.attn.hook_z"),
+        ("blocks.0.hook_mlp_out", "blocks.0.hook_resid_pre"),
+    ],
+)
+def test_transcoders_read_the_hook_before(hook, before):
+    assert transcoder.hook_before(hook) == before
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "hook_embed", "ln_final.hook_normalized", ""])
+def test_where_nothing_comes_before_there_are_no_transcoders(hook):
+    with pytest.raises(BadInput, match=f"--hook-name {hook}: "):
+        transcoder.hook_before(hook)
+
+
+def test_transcoders_of_another_hook_are_missing_evidence():
     def change(found: dict) -> None:
-        hooks = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(11), strict=True))
-        found["setting"] |= hooks | {"layer": 11}
-        for arm in ("transcoder", "sae"):
-            found[arm]["hook_name"] = hooks["hook_out"]
+        found["setting"] |= {"hook_in": "blocks.10.hook_resid_pre", "hook_out": "blocks.11.hook_resid_pre"}
+        for arm in ("section", "transcoder", "across"):
+            found[arm]["hook_name"] = "blocks.11.hook_resid_pre"
 
     assert status("transcoder", results("transcoder", change)) == rules.MISSING
-    assert status("transcoder", results("transcoder", lambda r: r["setting"].update(layer=11))) == rules.MISSING
+    other = results("transcoder", lambda r: r["setting"].update(hook_in="blocks.0.hook_mlp_out"))
+    assert status("transcoder", other) == rules.MISSING
 
 
 def test_a_caller_may_ask_for_more():
-    found = results("transcoder")
-    setting, arms = Setting.model_validate(found["setting"]), [found["transcoder"], found["sae"]]
-    sections = [Section.model_validate(arm) for arm in arms]
-    assert rules.transcoder(setting, *sections).failing() == []
-    assert rules.transcoder(setting, *sections, minimum=10.0).failing() == ["isotropic", "spectral", "gaussian"]
+    stress = TranscoderStress.model_validate(results("transcoder"))
+    arms = stress.setting, stress.section, stress.transcoder, stress.across
+    assert rules.transcoder(*arms).failing() == []
+    assert rules.transcoder(*arms, minimum=10.0).failing() == ["isotropic", "spectral", "gaussian"]
+
+
+def test_each_gain_over_each_draw_is_asked():
+    stress = RandomModelStress.model_validate(results("random_model"))
+    shown = rules.random_model(stress.section, stress.random_models)
+    assert shown.failing() == []
+    assert len(shown.estimates) == 3 * 4
+
+    def at_par(pair: dict, name: str) -> dict:
+        """What was observed, and a null that lies as far below it as before."""
+        return {n: v + 0.3 if n == "mcc_alive" else v for n, v in pair[name].items()}
+
+    for changed, failing in (
+        (("observed",), ["the score itself", "over isotropic", "over spectral", "over gaussian"]),
+        (("observed", "gaussian"), ["the score itself", "over isotropic", "over spectral"]),
+    ):
+        found = results("random_model")
+        for pair in found["random_models"][1]["pairs"]:
+            pair |= {name: at_par(pair, name) for name in changed}
+        stress = RandomModelStress.model_validate(found)
+        shown = rules.random_model(stress.section, stress.random_models)
+        assert shown.failing() == [f"draw 1, {name}" for name in failing]
+    found = results("random_model")
+    for pair in found["section"]["pairs"]:
+        pair["gaussian"] = at_par(pair, "gaussian")
+    stress = RandomModelStress.model_validate(found)
+    failing = rules.random_model(stress.section, stress.random_models).failing()
+    assert failing == [f"draw {draw}, over gaussian" for draw in (0, 1, 2)], "the score alone does not do"
 
 
 @given(end=st.one_of(st.none(), st.floats()), threshold=st.floats(allow_nan=False, allow_infinity=False))

@@ -48,7 +48,7 @@ case "$PROFILE" in
     # Each architecture is the other's matched reference: nothing is trained for the comparison alone.
     FRONTIER=(--architectures topk,relu --d-sae 256 --ks 16 --tokens 100000)
     SCALING=(--token-budgets 60000 --hook-layers 1 --d-sae-values 128 --k 8)
-    STRESS=(--rows 20000) NULLS=() RANDOM_MODEL=(--null-draws 20) SHIFTED=("${PROBING[@]}")
+    STRESS=(--rows 20000) NULLS=() RANDOM_MODEL=() SHIFTED=("${PROBING[@]}")
     BENCHMARKS=()
     ;;
   b200)

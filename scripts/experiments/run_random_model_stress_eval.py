@@ -3,12 +3,13 @@
     python scripts/experiments/run_random_model_stress_eval.py
     python scripts/experiments/run_random_model_stress_eval.py --candidate CONFIRMED/results.json --output-dir DIR
     python scripts/experiments/run_random_model_stress_eval.py --checkpoint SAES --model-name husai-tiny \\
-      --hook-name blocks.1.hook_resid_pre --random-model-checkpoint RANDOM_SAES
+      --hook-name blocks.1.hook_resid_pre --random-model-checkpoint RANDOM_SAES_0 RANDOM_SAES_1 RANDOM_SAES_2
 
 The candidate's recipe is trained again, with its seeds, on as many activations of the same model with all weights
-redrawn, and on its own activations with their coordinates shuffled across rows. Features that agree from seed to seed
-no more than those of a model that has learned nothing say nothing about the model. The rule is in docs/methods.md. SAEs
-that were trained elsewhere have no recipe here: `--random-model-checkpoint` gives those of the random-weights model.
+redrawn, in three draws. Beside each stand SAEs trained alike on Gaussian rows with the same mean and covariance.
+Features that agree from seed to seed no more than those of a model that has learned nothing say nothing about the
+model. The rule is in docs/methods.md. SAEs that were trained elsewhere have no recipe here: `--random-model-checkpoint`
+gives those of the random-weights model, as many of each of the draws 0, 1 and 2 as of --checkpoint.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse():
         counts=by_checkpoint,
         nargs="+",
         default=[],
-        help="SAEs trained alike on the random-weights model, in place of training them",
+        help="SAEs trained alike on draws 0, 1 and 2 of the random weights, in place of training them",
     )
     p.add_null_draws()
     return p.parse_benchmark()
@@ -43,107 +44,126 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """The candidate -> SAEs of both meaningless subjects -> all of them scored, pair by pair."""
+    """The candidate -> SAEs of each draw of the random weights -> all of them scored, pair by pair."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, random_model
     from husai.evidence import random_model as rule
     from husai.evidence.schemas import RandomModelStress
 
     tested = candidate.find(args, device)
-    store, control, shuffled = controls(args, cells, device, tested)
-    section, drawn = random_model.section_of(cells, tested, store, control, shuffled, args.null_draws, args.threads)
-    meaningless = random_model.control_of(cells, control, section.stability.labels, args.null_draws, args.threads)
-
+    machine = device, args.threads
+    refuse_unknown_recipe(args, tested)
+    store = random_model.own_store(tested, args.artifact_root, args.train_rows, *machine)
+    if paths := args.random_model_checkpoint:
+        where = args.artifact_root, args.rows, args.train_rows
+        draws = random_model.supplied_draws(tested, paths, *where, *machine)
+    else:
+        draws = random_model.trained_draws(tested, store, args.artifact_root, *machine)
+    section, drawn = random_model.section_of(tested, store, args.artifact_root, args.null_draws, *machine)
+    labels = section.stability.labels
+    controls = [random_model.control_of(cells, draw, labels, args.null_draws, args.threads) for draw in draws]
     results = RandomModelStress(
         phase="random_model_stress",
-        inputs=tested.inputs() | rule.inputs(store.digest, meaningless, shuffled and shuffled.alike),
+        inputs=tested.inputs() | rule.inputs(section, controls),
         subject=tested.subject.name,
         candidate=tested.group,
-        random_model=meaningless,
-        shuffled=shuffled and shuffled.alike,
         section=section,
-        gain=rule.gain(section, meaningless),
-        verdict=rule.verdict(section, meaningless),
+        random_models=controls,
+        gains=rule.gains(section, controls),
+        verdict=rule.verdict(section, controls),
     )
-    return results.to_json(), draw(section, drawn, args.output_dir)
+    return results.to_json(), draw(results, drawn, args.output_dir)
 
 
-def controls(args, cells, device, tested) -> tuple:
-    """(whose principal components the spectral null is drawn in; SAEs of the random-weights model; SAEs of shuffled
-    coordinates, None where the user supplies the first)."""
-    from husai.evals import random_model
+def refuse_unknown_recipe(args, tested) -> None:
+    """Raise BadInput where controls can neither be trained nor are given."""
     from husai.runs.errors import BadInput
 
-    machine = device, args.threads
-    if paths := args.random_model_checkpoint:
-        return tested.store, random_model.supplied_arm(tested, paths, args.artifact_root, args.rows, *machine), None
-    if tested.made is None:
+    if tested.made is None and not args.random_model_checkpoint:
         raise BadInput(
             f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "
-            "SAEs trained alike on the random-weights model"
+            "SAEs trained alike on draws 0, 1 and 2 of the random weights"
         )
-    return random_model.trained_arms(cells, tested, args.artifact_root, args.train_rows, *machine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader sees
 
 
-def draw(section, drawn, output_dir: Path) -> list[Path]:
+def draw(results, drawn, output_dir: Path) -> list[Path]:
+    from husai.evidence import random_model as rule
+    from husai.evidence.names import GATED_NULLS
     from husai.report import figures
-    from husai.report.text import pair_rows, write_csv
+    from husai.report.text import GAINS, pair_rows, write_csv
 
-    excess = section.stability.scores["mcc_alive"].excess
-    names = [figures.NAMES.get(null, null) for null in excess]
-    panel = figures.Panel("The candidate's excess", "excess of mcc_alive", "", names, {"over": [*excess.values()]})
+    names = rule.draw_names(results.section, results.random_models)
+    arms = {"candidate": results.section} | dict(zip(names, results.random_models, strict=True))
+    excess = {name: arm.stability.scores["mcc_alive"].excess for name, arm in arms.items()}
+    over = [f"over {null}" for null in GATED_NULLS]
+    panels = [
+        figures.Panel(
+            "Excess over each null",
+            "excess of mcc_alive",
+            "",
+            over,
+            {name: [of[null] for null in GATED_NULLS] for name, of in excess.items()},
+        ),
+        figures.Panel(
+            "Gain of the candidate over each draw",
+            "gain of mcc_alive",
+            "",
+            ["itself", *over],
+            {name: [getattr(gain, of) for of in GAINS] for name, gain in zip(names, results.gains, strict=True)},
+        ),
+    ]
+    rows = [row for name, arm in arms.items() for row in pair_rows(arm, arm=name)]
     return [
-        figures.matches(section, drawn, output_dir / "figures" / "matches.png"),
-        figures.panels(output_dir / "figures" / "excess.png", [panel]),
-        write_csv(output_dir / "pairs.csv", pair_rows(section)),
+        figures.matches(results.section, drawn, output_dir / "figures" / "matches.png"),
+        figures.panels(output_dir / "figures" / "excess.png", panels),
+        write_csv(output_dir / "pairs.csv", rows),
     ]
 
 
 def summary(results: dict) -> str:
-    from husai.evidence import contrast
-    from husai.evidence.schemas import Alike, OwnSection, RandomModelStress
-    from husai.report.text import gain_sentence, interval, table
+    from husai.evidence import contrast, random_model
+    from husai.evidence.names import GATED_NULLS
+    from husai.evidence.schemas import Control, OwnSection, RandomModelStress
+    from husai.report.text import GAINS, interval, table
 
     found = RandomModelStress.model_validate(results)
     section, verdict = found.section, found.verdict
-    scores = section.stability.scores
-    excess = scores["mcc_alive"].excess["random_model"]
     lines = [
         "# Stress: a meaningless subject",
         "",
-        f"**{verdict['outcome']}**: {verdict['reason']}. Excess of `mcc_alive`: {interval(excess, '+')}.",
+        f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
         f"{found.candidate.condition}, {len(section.members)} SAEs of {found.subject} at "
         f"{section.hook_name}; intervals: 95 %, delete-one-seed jackknife over seeds.",
         "",
+        "Gain of the candidate over SAEs trained alike on each draw of the random weights, of `mcc_alive` and of its "
+        "excess over each null of the own activations:",
+        "",
     ]
-    rows = []
-    for name in ("mcc_alive", "share70_alive"):
-        score = scores[name]
-        for null, value in score.nulls.items():
-            over = interval(score.excess[null], "+")
-            rows.append([f"`{name}`", interval(score.observed), null, f"{value.mean:.4f}", over])
-    lines += table(["score", "candidate", "against", "its mean", "excess"], rows)
+    header = ["draw", "`mcc_alive` itself", *(f"excess over {null}" for null in GATED_NULLS)]
+    names = random_model.draw_names(section, found.random_models)
+    gains = dict(zip(names, found.gains, strict=True))
+    rows = [[name, *(interval(getattr(gain, n), "+") for n in GAINS)] for name, gain in gains.items()]
+    lines += [*table(header, rows), ""]
 
-    arms: dict[str, OwnSection | Alike | None] = {"the candidate": section}
-    arms |= {"the random-weights model": found.random_model, "shuffled coordinates": found.shuffled}
-    figures = ("explained_variance", "l0", "dead_share")
-    rows = [[name, *(interval(contrast.heldout(arm, f)) for f in figures)] for name, arm in arms.items() if arm]
-    lines += ["", *table(["SAEs of", "held-out explained variance", "L0", "dead features"], rows), ""]
-    if found.gain:
-        lines += [
-            f"Beyond the nulls of each subject's own activations (reported; the rule does not read it): "
-            f"{gain_sentence(found.gain)}.",
-            "",
-        ]
-    lines += [f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()]
+    arms: dict[str, OwnSection | Control] = {"the candidate": section}
+    arms |= dict(zip(names, found.random_models, strict=True))
+    rows = []
+    for name, arm in arms.items():
+        score = arm.stability.scores["mcc_alive"]
+        excess = [interval(score.excess[null], "+") for null in GATED_NULLS]
+        heldout = [interval(contrast.heldout(arm, f)) for f in ("explained_variance", "l0", "dead_share")]
+        rows.append([name, interval(score.observed), *excess, *heldout])
+    header = ["SAEs of", "`mcc_alive`", *(f"excess over {null}" for null in GATED_NULLS)]
+    lines += [*table([*header, "held-out explained variance", "L0", "dead features"], rows), ""]
     lines += [
-        "The random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. "
-        "Shuffled coordinates keep each coordinate's distribution and lose their relations; they decide nothing here.",
+        "A random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. Each "
+        "null is drawn in the activations of its own subject; `gaussian` are SAEs trained alike on Gaussian rows with "
+        "the same mean and covariance.",
         "",
     ]
     return "\n".join(lines)

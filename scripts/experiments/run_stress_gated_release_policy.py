@@ -72,7 +72,7 @@ def parse():
     p.add_argument(
         "--min-transcoder-delta",
         type=finite_float,
-        default=levels.MIN_TRANSCODER_GAIN,
+        default=levels.MIN_TRANSCODER_EXCESS,
         help="of mcc_alive (default: %(default)s)",
     )
     p.add_argument(

@@ -19,7 +19,7 @@ MADE_AGAIN = [  # the kind, where it lies, what is done to it
     ("phase cell", "experiments/external_metric_scaling/cells/external_metric_scaling-*.json", "flip"),
     ("training cell", "experiments/candidate_confirmation/cells/training-*.json", "gone"),
     ("candidate", "experiments/candidate_confirmation/checkpoints/*/*/sae_weights.safetensors", "flip"),
-    ("control", "experiments/random_model_stress/checkpoints/*/*/sae_weights.safetensors", "empty"),
+    ("control", "controls/checkpoints/*/*/sae_weights.safetensors", "empty"),
     ("stress results", "experiments/ood_stress/results.json", "flip"),
     ("decision", "experiments/release_gate/release_policy.json", "flip"),
     ("decision to read", "experiments/release_gate/release_policy.md", "gone"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from husai.activations.store import ActivationStore, StoreManifest, StoreWriter
+from husai.evidence.levels import random_subject, random_weights
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory
@@ -75,8 +77,9 @@ def harvest_modular_addition(
         random_seed: harvest the random-weights control in the subject's place.
     """
     description = modular_addition.describe(subject, require_solved)
-    control = None if random_seed is None else f"random_weights(seed={random_seed})"
-    subject_digest = description["digest"] if control is None else digest([description["digest"], control])
+    control = None if random_seed is None else random_weights(random_seed)
+    sha256 = description["digest"]
+    subject_digest = sha256 if random_seed is None else random_subject(sha256, random_seed)
     config = modular_addition.ModularAdditionConfig(**description["config"])
     position = config.answer_position if position is None else position
     key = digest(
@@ -114,7 +117,8 @@ def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) 
     """Control stores: as many rows of the normal distribution with the joint mean and covariance of the stores.
 
     Such rows keep every second moment and hold no feature; what SAEs trained alike on them share is owed to the
-    covariance alone. Memory: one shard and a covariance matrix.
+    covariance alone. Memory: one shard and a covariance matrix. The rows of a store rest on those before it alone, so
+    that the first store of a joint draw is the very one that is drawn of it by itself.
 
     Args:
         stores: of the same rows at several hooks, or one.
@@ -125,45 +129,60 @@ def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) 
     first = stores[0].manifest
     if any(s.rows != first.rows or s.manifest.heldout_rows != first.heldout_rows for s in stores):
         raise BadInput("activations: stores of the same rows expected")
-    key = {"sources": [s.digest for s in stores], "seed": seed, "code": code_version(gaussian_rows)}
     normal: list[tuple[Tensor, Tensor]] = []
-    folders, columns = [], 0
-    for store in stores:
-        m = store.manifest
-        folder = root / f"{m.subject}-gaussian-{digest(key | {'of': store.digest})[:16]}"
+    folders, ends = [], [0, *accumulate(s.d_in for s in stores)]
+    for number, store in enumerate(stores):
+        m, sources = store.manifest, [s.digest for s in stores[: number + 1]]
+        key = {"sources": sources, "seed": seed, "code": code_version(gaussian_rows)}
+        folder = root / f"{m.subject}-gaussian-{digest(key)[:16]}"
 
-        def build(partial: Path, store: ActivationStore = store, m: StoreManifest = m, start: int = columns) -> None:
+        def build(partial: Path, number: int = number, m: StoreManifest = m) -> None:
             if not normal:
                 normal.append(_joint_normal(stores))
-            mean, root_of_covariance = (t[start : start + store.d_in] for t in normal[0])
-            writer = StoreWriter(partial, store.d_in, m.dtype)
+            start, stop = ends[number : number + 2]
+            mean, root_of_covariance = (t[start:stop] for t in normal[0])
+            writer = StoreWriter(partial, stop - start, m.dtype)
             for row in range(0, m.rows, DRAWN_AT_ONCE):
-                size = min(DRAWN_AT_ONCE, m.rows - row), len(normal[0][0])
-                z = torch.randn(size, generator=generator(seed, "gaussian", row), dtype=torch.float64)
-                writer.append((z @ root_of_covariance.T + mean).float())
+                size = min(DRAWN_AT_ONCE, m.rows - row)
+                z = [_standard_normal(size, ends[i + 1] - ends[i], seed, row, i) for i in range(number + 1)]
+                writer.append((torch.cat(z, 1) @ root_of_covariance[:, :stop].T + mean).float())
             about = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed
             writer.finish(*about, control=f"gaussian(seed={seed})", heldout_rows=m.heldout_rows)
 
         publish_directory(folder, build)
         folders.append(folder)
-        columns += store.d_in
     return folders
 
 
+def _standard_normal(rows: int, d: int, seed: int, row: int, number: int) -> Tensor:
+    """`[rows, d]` of the store of this number, from this row on."""
+    streams = ("gaussian", row) if number == 0 else ("gaussian", row, number)
+    return torch.randn(rows, d, generator=generator(seed, *streams), dtype=torch.float64)
+
+
 def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
-    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64."""
+    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64.
+
+    The root is block-triangular: each store's rows are their regression on the draws of the stores before it, and a
+    draw of what that leaves.
+    """
     mean = torch.cat([s.stats()[0] for s in stores])
-    if len(stores) == 1:
-        covariance = stores[0].stats()[1]
-    else:
-        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        for start in range(0, stores[0].rows, DRAWN_AT_ONCE):
-            stop = min(start + DRAWN_AT_ONCE, stores[0].rows)
-            centred = torch.cat([s.read(start, stop).double() for s in stores], 1) - mean
-            covariance += centred.T @ centred
-        covariance /= max(1, stores[0].rows - 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    return mean, vectors * values.clamp_min(0).sqrt()
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for start in range(0, stores[0].rows, DRAWN_AT_ONCE) if len(stores) > 1 else ():
+        stop = min(start + DRAWN_AT_ONCE, stores[0].rows)
+        centred = torch.cat([s.read(start, stop).double() for s in stores], 1) - mean
+        covariance += centred.T @ centred
+    covariance /= max(1, stores[0].rows - 1)
+    root_of_covariance = torch.zeros_like(covariance)
+    first = 0
+    for store in stores:
+        before, own = slice(0, first), slice(first, first + store.d_in)
+        on_before = covariance[own, before] @ torch.linalg.pinv(root_of_covariance[before, before]).T
+        values, vectors = torch.linalg.eigh(store.stats()[1] - on_before @ on_before.T)
+        root_of_covariance[own, before] = on_before
+        root_of_covariance[own, own] = vectors * values.clamp_min(0).sqrt()
+        first += store.d_in
+    return mean, root_of_covariance
 
 
 def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> Path:

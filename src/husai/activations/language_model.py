@@ -39,11 +39,11 @@ PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
 EMBEDDING = "blocks.0.hook_resid_pre"
 
 
-def check_hooks(subject: LanguageModel, hook_names: list[str]) -> None:
-    """Raise BadInput for a hook point that the subject does not have; warn of the embedding."""
+def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> None:
+    """Raise BadInput for a hook point that the subject does not have; warn of the embedding, held out by token."""
     for hook in hook_names:
         check_hook(subject.model, hook)
-        if is_embedding(subject, hook):
+        if is_embedding(subject, hook) and not by_document:
             log.warning(
                 "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are "
                 "of tokens that the others are not of; a later block says more",
@@ -198,6 +198,7 @@ def harvest_tokens(
     dtype: DType = "float32",
     threads: int = 1,
     force: bool = False,
+    by_document: bool = False,
 ) -> dict[str, Path]:
     """A store a hook, all from one pass, found where they exist. Rows are shuffled among all documents.
 
@@ -205,13 +206,14 @@ def harvest_tokens(
     stores of one pass correspond, the embedding's aside. Memory: the texts, and one part or shard.
 
     Args:
+        by_document: hold out documents at the embedding too, so that its rows correspond to those of other hooks.
         documents: the texts to draw from, each once.
         root: folder below which stores lie; a store's name is the digest of what it is made from.
 
     Returns:
         {hook: folder}
     """
-    check_hooks(subject, hook_names)
+    check_hooks(subject, hook_names, by_document)
     inputs = Inputs.of(subject, documents, rows, row_seed)
     device = next(subject.model.parameters()).device.type
     about = {
@@ -224,12 +226,14 @@ def harvest_tokens(
         "device": device,
         "threads": threads,
     }
-    folders = {hook: root / f"{subject.name}-{digest(about | {'hook': hook})[:16]}" for hook in hook_names}
-    work = root / f".{subject.name}-{digest(about)[:16]}.work"
+    by_token = {hook: is_embedding(subject, hook) and not by_document for hook in hook_names}
+    keys = {hook: about | {"hook": hook, "by_token": by_token[hook]} for hook in hook_names}
+    folders = {hook: root / f"{subject.name}-{digest(key)[:16]}" for hook, key in keys.items()}
+    work = root / f".{subject.name}-{digest([about, by_document])[:16]}.work"
     with locked(work.with_suffix(".lock")):
         wanted = [hook for hook in hook_names if force or not folders[hook].exists()]
         if wanted:
-            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, is_embedding(subject, h)) for h in wanted}
+            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, by_token[h]) for h in wanted}
             if force:
                 shutil.rmtree(work, ignore_errors=True)
             _harvest(subject, inputs, plans, dtype, work)

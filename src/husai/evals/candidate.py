@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from husai.activations import source
 from husai.activations.store import ActivationStore
 from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
+from husai.evidence.levels import random_weights
 from husai.evidence.schemas import read_evaluation, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json
@@ -57,20 +58,26 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
 
 
 def training_store(
-    tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+    tested: LoadedSAEs,
+    artifact_root: Path,
+    rows: int | None,
+    device: torch.device,
+    threads: int,
+    random_seed: int | None = None,
 ) -> ActivationStore:
     """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
     harvested again.
 
     Args:
         rows: of the store; None: as many as the store has that lies there.
+        random_seed: of the draw of the random weights that they were trained on; None: on what the subject computes.
 
     Raises:
         BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
-            trained on a control, not on what the subject computes.
+            trained on something else.
     """
     wanted, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
-    if control is not None:
+    if control != (None if random_seed is None else random_weights(random_seed)):
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
     if wanted is None:
         raise BadInput(f"checkpoint: {tested.saes[0].folder} does not name the activations that it was trained on")
@@ -82,15 +89,21 @@ def training_store(
             except BadInput:  # another store's damage is not ours; ours would not have the digest
                 continue
         raise BadInput(
-            f"candidate: the activations that it was trained on (digest {wanted[:12]}) are not below "
-            f"{artifact_root / 'activations'}; --train-rows says how many to harvest"
+            f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {wanted[:12]}) are not "
+            f"below {artifact_root / 'activations'}; --train-rows says how many to harvest"
         )
     store = source.open_store(
-        artifact_root, device, threads, subject=tested.name, hook_name=tested.hook_name, rows=rows
+        artifact_root,
+        device,
+        threads,
+        subject=tested.name,
+        hook_name=tested.hook_name,
+        rows=rows,
+        random_seed=random_seed,
     )
     if store.digest != wanted:
         raise BadInput(
-            f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; the candidate was trained on "
-            f"{wanted[:12]}"
+            f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; {tested.saes[0].folder} was "
+            f"trained on {wanted[:12]}"
         )
     return store

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
+from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup, refusal
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
@@ -29,6 +30,8 @@ from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained, text
 from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import TrainingConfig, evaluate
+
+log = logging.getLogger("husai")
 
 
 @dataclass(frozen=True)
@@ -306,20 +309,23 @@ def refuse_twins(saes: list[LoadedSAE]) -> None:
             raise BadInput(f"checkpoint: {c.folder} and {other.folder} are of one condition and seed; one expected")
 
 
-def seed_of_control(saes: Iterable[SAE]) -> int:
-    """By which seed the weights of the model were drawn that all of these SAEs were trained on.
+def controls_by_draw(paths: list[Path], opener: Opener) -> dict[int, list[Path]]:
+    """Seed of a draw of the random weights -> the SAEs at or below these paths that were trained on it.
 
     Raises:
-        BadInput: of none, or of several.
+        BadInput: an SAE that HUSAI did not train on a random-weights model.
     """
-    said = {(sae.metadata.get("husai") or {}).get("control") or "none" for sae in saes}
-    seeds = [re.fullmatch(r"random_weights\(seed=(\d+)\)", control) for control in said]
-    if len(seeds) != 1 or seeds[0] is None:
-        raise BadInput(
-            f"--random-model-checkpoint: the models whose SAEs they are: {', '.join(sorted(said))}; SAEs that HUSAI "
-            "trained on one random-weights model expected (runbook, SAEs of your own)"
-        )
-    return int(seeds[0][1])
+    found: dict[int, list[Path]] = {}
+    for folder in foreign.find_all(paths, "--random-model-checkpoint"):
+        control = (opener.sae(folder).metadata.get("husai") or {}).get("control") or "none"
+        draw = re.fullmatch(r"random_weights\(seed=(\d+)\)", control)
+        if draw is None:
+            raise BadInput(
+                f"--random-model-checkpoint: the random weights that {folder} was trained on: {control}; SAEs that "
+                "HUSAI trained on a random-weights model expected (runbook, SAEs of your own)"
+            )
+        found.setdefault(int(draw[1]), []).append(folder)
+    return dict(sorted(found.items()))
 
 
 def open_controls(
@@ -332,17 +338,37 @@ def open_controls(
     threads: int,
     opener: Opener | None = None,
 ) -> LoadedSAEs | None:
-    """The SAEs trained on the random-weights model of a subject; None where no path is given.
+    """The SAEs that a benchmark compares with: those of the first draw of the random weights; None where no path is
+    given.
 
     Raises:
-        BadInput: an SAE of the model itself, or of several random models.
+        BadInput: an SAE of the model itself.
     """
-    if not paths:
+    opener = opener or Opener()
+    by_draw = controls_by_draw(paths, opener)
+    if not by_draw:
         return None
-    opener, folders = opener or Opener(), foreign.find_all(paths, "--random-model-checkpoint")
-    random_model = pretrained.load(name, seed_of_control(map(opener.sae, folders)), device)
+    seed, folders = next(iter(by_draw.items()))
+    if len(by_draw) > 1:
+        log.info("benchmarks compare with SAEs of %s alone", random_weights(seed))
+    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener)
+
+
+def open_draw(
+    folders: list[Path],
+    seed: int,
+    name: str,
+    hook_name: str,
+    artifact_root: Path,
+    rows: int,
+    device: torch.device,
+    threads: int,
+    opener: Opener,
+) -> LoadedSAEs:
+    """SAEs of one draw of the random weights of a subject, with held-out activations of it."""
+    random_model = pretrained.load(name, seed, device)
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
-    controls = open_all(paths, store, "random-model-checkpoint", random_model, artifact_root, opener)
+    controls = open_all(folders, store, "random-model-checkpoint", random_model, artifact_root, opener)
     refuse_twins(controls)
     return LoadedSAEs(name, random_model, store, controls)
 

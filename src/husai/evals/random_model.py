@@ -1,44 +1,52 @@
-"""What a meaningless subject scores: SAEs trained like the candidate's on the random-weights control of its subject,
-and on its activations with their coordinates shuffled across rows."""
+"""What a meaningless subject scores: SAEs trained like the candidate's on draws of its subject's random weights."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from husai.activations import source
-from husai.activations.harvest import shuffled_coordinates
 from husai.activations.store import ActivationStore
 from husai.dictionaries import foreign
+from husai.dictionaries.families import SAE_FAMILIES
+from husai.dictionaries.sae import SAE
 from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
-from husai.evidence.names import ALIVE
+from husai.evidence.levels import RANDOM_DRAWS, random_weights
+from husai.evidence.names import PAIRED
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Alike, AlikeMember, Control, Drawn, OwnSection
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
-from husai.stability import study
+from husai.stability import controls, study
 from husai.stability.compare import Dictionary
-from husai.training.grid import SNAPSHOTS, train_or_find
+from husai.stability.study import ControlArm
+from husai.training.grid import SNAPSHOTS
 from husai.training.stack import Member
+from husai.training.trainer import TrainingConfig
 
+log = logging.getLogger("husai")
 ALIKE = ("family", "d_sae", "k", "learning_rate", "tokens", "training")
 """Facts in which SAEs of the random-weights model that a user supplies must equal a candidate that HUSAI trained."""
 
 
-@dataclass(frozen=True)
-class ControlArm:
-    """SAEs of a meaningless subject, one for each of the candidate's, in its order."""
+PASSES, LEARNING_RATE = 10, 1e-3
+"""Over the Gaussian rows, where SAEs do not say how they were trained."""
 
-    store: ActivationStore
-    """Whose principal components its own spectral null is drawn in."""
-    dictionaries: list[Dictionary]
-    alike: Alike
-    """Their record in evidence."""
+
+@dataclass(frozen=True)
+class Draw:
+    """SAEs of one draw of the random weights, one for each of the candidate's, in its order."""
+
+    saes: ControlArm
+    """Of the activations of these weights."""
+    gaussian: ControlArm
+    """Of Gaussian rows with the moments of these activations."""
 
 
 def grid_of(tested: LoadedSAEs) -> list[Member]:
@@ -56,6 +64,24 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
     return grid
 
 
+def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
+    """What it takes to train SAEs like these, one for each: their own recipe, or, where that is not known, HUSAI's own
+    at their width and L0, of their family if HUSAI has it and TopK else."""
+    if tested.made is not None:
+        return grid_of(tested), tested.recipe
+    rows = tested.store.rows
+    config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
+    grid = [
+        Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae))
+        for i, c in enumerate(tested.saes)
+    ]
+    return grid, config
+
+
+def family_of(sae: SAE) -> str:
+    return sae.architecture if sae.architecture in SAE_FAMILIES else "topk"
+
+
 def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> list[Dictionary]:
     """The candidate's dictionaries.
 
@@ -68,45 +94,45 @@ def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> li
     return _external(tested.saes, before)
 
 
-def section_of(
-    cells: Cells,
-    tested: LoadedSAEs,
-    store: ActivationStore,
-    random_model: ControlArm,
-    shuffled: ControlArm | None,
-    draws: int,
-    threads: int,
-) -> tuple[OwnSection, Drawn]:
-    """The stability study of the candidate's own SAEs, both arms beside its nulls, pairs matched by seed.
+def own_store(
+    tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
+) -> ActivationStore:
+    """The activations that the candidate's study is on: those that it was trained on; held-out ones where its training
+    is not known.
 
     Args:
-        store: whose principal components the spectral null is drawn in.
+        rows: see `candidate.training_store`.
     """
-    dictionaries, missing = own_dictionaries(tested), {"gaussian": "not part of this test"}
+    return tested.store if tested.made is None else training_store(tested, artifact_root, rows, device, threads)
+
+
+def section_of(
+    tested: LoadedSAEs, store: ActivationStore, artifact_root: Path, draws: int, device: torch.device, threads: int
+) -> tuple[OwnSection, Drawn]:
+    """The stability study of the candidate's own SAEs; phases that need it share its cells.
+
+    Args:
+        store: `own_store`. draws: of the spectral null.
+    """
+    gaussian = controls.gaussian(artifact_root, store, *trained_alike(tested), device, threads)
     members = [c.member for c in tested.saes]
-    compared, drawn = study.compare_all(
-        cells,
-        store,
-        [m.label for m in members],
-        dictionaries,
-        draws,
-        threads,
-        missing,
-        random_model=random_model.dictionaries,
-    )
+    labels, dictionaries = [m.label for m in members], own_dictionaries(tested)
+    cells = Cells(artifact_root / "controls" / "cells")
+    compared, drawn = study.compare_all(cells, store, labels, dictionaries, draws, threads, {}, gaussian, scores=PAIRED)
     return OwnSection(members=members, **dict(compared)), drawn
 
 
-def control_of(cells: Cells, random_model: ControlArm, labels: list[str], draws: int, threads: int) -> Control:
-    """The SAEs of the random-weights subject, with a study of their own.
+def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads: int) -> Control:
+    """The SAEs of one draw of the random weights, with a study of their own.
 
     Args:
-        labels: the candidate's.
+        labels: the candidate's. draws: of the spectral null.
     """
-    missing = {"gaussian": "not part of this test"}
-    arguments = random_model.store, labels, random_model.dictionaries, draws, threads, missing
-    compared, _ = study.compare_all(cells, *arguments, scores=ALIVE)
-    return Control(**dict(random_model.alike), stability=compared.stability, pairs=compared.pairs)
+    arm = draw.saes
+    arguments = cells, arm.store, labels, arm.dictionaries, draws, threads
+    compared, _ = study.compare_all(*arguments, {}, draw.gaussian, scores=PAIRED)
+    found = dict(arm.alike) | {"stability": compared.stability, "pairs": compared.pairs}
+    return Control(**found, gaussian=draw.gaussian.alike)
 
 
 def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
@@ -116,41 +142,35 @@ def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[D
     return [Dictionary(c.sae.W_dec, c.alive, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
-def trained_arms(
-    cells: Cells, tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
-) -> tuple[ActivationStore, ControlArm, ControlArm]:
-    """(the store that the candidate was trained on; SAEs trained alike on the random-weights model's activations of the
-    same text; SAEs trained alike on shuffled coordinates).
+def trained_draws(
+    tested: LoadedSAEs, store: ActivationStore, artifact_root: Path, device: torch.device, threads: int
+) -> list[Draw]:
+    """SAEs trained alike on the activations that each draw of the random weights computes of the same text, and on
+    Gaussian rows of these.
 
     Args:
-        rows: see `candidate.training_store`.
+        store: that the candidate was trained on.
 
     Raises:
-        BadInput: the SAEs' training is not known, or their store cannot be had.
+        BadInput: the SAEs' training is not known, or their text cannot be had.
     """
-    config, grid = tested.recipe, grid_of(tested)
-    store = training_store(tested, artifact_root, rows, device, threads)
-    random_store = source.open_store(
-        artifact_root,
-        device,
-        threads,
-        subject=tested.name,
-        hook_name=tested.hook_name,
-        rows=store.rows,
-        random_seed=0,
-    )
-    check_same_text(store, random_store)
-    shuffled = ActivationStore.open(shuffled_coordinates(store, artifact_root / "activations"))
-    root = cells.folder.parent
-
-    def arm(control: ActivationStore) -> ControlArm:
-        records = train_or_find(cells, control, grid, config, device, threads)["members"]
-        members = [AlikeMember(**{name: r[name] for name in AlikeMember.model_fields}) for r in records]
-        dictionaries = [study.own_dictionary(root / r["checkpoint"]) for r in records]
-        named = Alike(subject_digest=control.manifest.subject_digest, store_digest=control.digest, members=members)
-        return ControlArm(control, dictionaries, named)
-
-    return store, arm(random_store), arm(shuffled)
+    recipe = grid_of(tested), tested.recipe
+    found = []
+    for seed in RANDOM_DRAWS:
+        log.info("%s: the candidate's recipe on its activations", random_weights(seed))
+        drawn = source.open_store(
+            artifact_root,
+            device,
+            threads,
+            subject=tested.name,
+            hook_name=tested.hook_name,
+            rows=store.rows,
+            random_seed=seed,
+        )
+        check_same_text(store, drawn)
+        arms = (f(artifact_root, drawn, *recipe, device, threads) for f in (controls.trained, controls.gaussian))
+        found.append(Draw(*arms))
+    return found
 
 
 def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
@@ -163,37 +183,59 @@ def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
         )
 
 
-def supplied_arm(
-    tested: LoadedSAEs, paths: list[Path], artifact_root: Path, rows: int, device: torch.device, threads: int
-) -> ControlArm:
-    """SAEs of the random-weights model that a user supplies, each checked against its partner.
+def supplied_draws(
+    tested: LoadedSAEs,
+    paths: list[Path],
+    artifact_root: Path,
+    rows: int,
+    train_rows: int | None,
+    device: torch.device,
+    threads: int,
+) -> list[Draw]:
+    """SAEs of the random-weights model that a user supplies, each checked against its partner, by draw of the weights.
 
     Args:
-        rows: of the random-weights model's held-out activations.
+        rows: of each random-weights model's held-out activations.
+        train_rows: of those that the SAEs were trained on (`candidate.training_store`), on which the study of a draw is
+            where the candidate's recipe is known.
 
     Raises:
-        BadInput: another number of SAEs, other seeds, or trained otherwise than the candidate's, as far as is known.
+        BadInput: another number of SAEs of a draw, other seeds, or trained otherwise than the candidate's, as far as
+            is known.
     """
-    flag = "--random-model-checkpoint"
-    controls = loaded.open_controls(paths, tested.name, tested.hook_name, artifact_root, rows, device, threads)
-    assert controls is not None  # paths are given
-    saes = in_order(controls.saes)
-    if len(saes) != len(tested.saes):
-        raise BadInput(f"{flag}: {len(saes)} SAEs for the {len(tested.saes)} of the candidate; as many expected")
-    for ours, theirs in zip(tested.saes, saes, strict=True):
-        if (reason := unlike(ours, theirs, tested.made is not None)) is not None:
-            raise BadInput(f"{flag}: {theirs.label} was not trained as {ours.label} was: {reason}")
-    members = [
-        AlikeMember(
-            seed=c.facts.seed, checkpoint=None, checkpoint_sha256=c.record.checkpoint_sha256, heldout=c.record.heldout
-        )
-        for c in saes
-    ]
-    store_digest = saes[0].facts.store_digest
-    if store_digest is None:
-        raise BadInput(f"{flag}: {saes[0].label} does not name the activations that it was trained on")
-    named = Alike(subject_digest=controls.subject.digest, store_digest=store_digest, members=members)
-    return ControlArm(controls.store, _external(saes), named)
+    flag, opener, found = "--random-model-checkpoint", loaded.Opener(), []
+    for seed, folders in loaded.controls_by_draw(paths, opener).items():
+        place = tested.name, tested.hook_name, artifact_root, rows, device, threads
+        opened = loaded.open_draw(folders, seed, *place, opener)
+        opened = replace(opened, saes=in_order(opened.saes))
+        saes = opened.saes
+        if len(saes) != len(tested.saes):
+            raise BadInput(
+                f"{flag}: {len(saes)} SAEs of {random_weights(seed)} for the {len(tested.saes)} of the candidate; as "
+                "many of each draw expected"
+            )
+        for ours, theirs in zip(tested.saes, saes, strict=True):
+            if (reason := unlike(ours, theirs, tested.made is not None)) is not None:
+                raise BadInput(f"{flag}: {theirs.label} was not trained as {ours.label} was: {reason}")
+        store_digest = saes[0].facts.store_digest
+        if store_digest is None:
+            raise BadInput(f"{flag}: {saes[0].label} does not name the activations that it was trained on")
+        members = [
+            AlikeMember(
+                seed=c.facts.seed,
+                checkpoint=None,
+                checkpoint_sha256=c.record.checkpoint_sha256,
+                heldout=c.record.heldout,
+            )
+            for c in saes
+        ]
+        named = Alike(subject_digest=opened.subject.digest, store_digest=store_digest, members=members)
+        store = opened.store
+        if tested.made is not None:
+            store = training_store(opened, artifact_root, train_rows, device, threads, seed)
+        gaussian = controls.gaussian(artifact_root, store, grid_of(opened), opened.recipe, device, threads)
+        found.append(Draw(ControlArm(store, _external(saes), named), gaussian))
+    return found
 
 
 def unlike(ours: LoadedSAE, theirs: LoadedSAE, recipe_known: bool) -> str | None:

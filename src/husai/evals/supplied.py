@@ -13,12 +13,11 @@ import torch
 
 from husai.activations.source import open_store
 from husai.dictionaries import foreign
-from husai.dictionaries.families import SAE_FAMILIES
 from husai.dictionaries.sae import SAE
 from husai.evals import cebench, contrastive, loaded, prototypes, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
-from husai.evidence.levels import PROBING_SEED
+from husai.evidence.levels import PROBING_SEED, random_weights
 from husai.evidence.schemas import (
     Evaluated,
     Heldout,
@@ -36,13 +35,9 @@ from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
-from husai.training.stack import Member
-from husai.training.trainer import TrainingConfig
 
 MINIMUM = 3
 """SAEs, for an interval over seeds; five for a verdict."""
-PASSES, LEARNING_RATE = 10, 1e-3
-"""Over the Gaussian rows, where SAEs do not say how they were trained."""
 NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
 """Further seeds of probes and drawn pairs, and numbers of features, as in the studies."""
 
@@ -74,14 +69,12 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
             study.refuse_unfitting(folder, opener.sae(folder), args.hook_name, subject, width)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
-    controls = foreign.find_all(args.random_model_checkpoint, "--random-model-checkpoint")
-    if controls:
-        if len(controls) != len(folders):
+    for seed, of_draw in loaded.controls_by_draw(args.random_model_checkpoint, opener).items():
+        if len(of_draw) != len(folders):
             raise BadInput(
-                f"--random-model-checkpoint: {len(controls)} SAEs for the {len(folders)} of --checkpoint; as many "
-                "expected"
+                f"--random-model-checkpoint: {len(of_draw)} SAEs of {random_weights(seed)} for the {len(folders)} of "
+                "--checkpoint; as many of each draw expected"
             )
-        loaded.seed_of_control(map(opener.sae, controls))
     contrastive.refuse_unknown(args.stories)
     initial = [_initial(*each) for each in zip(folders, saes, strict=True)]
     if before := untrained_of(args):
@@ -232,27 +225,9 @@ def stability(
         files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
     labels = [m.label for m in members]
-    grid, config = trained_alike(saes)
+    grid, config = random_model.trained_alike(saes)
     gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
     of = of_store(saes.store, args.artifact_root, grid[0].d_sae)
     arguments = cells, saes.store, labels, dictionaries, args.null_draws, args.threads
     compared, _ = study.compare_all(*arguments, {}, gaussian, of=of)
     return OwnSection(members=members, **dict(compared)), states
-
-
-def trained_alike(saes: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
-    """What it takes to train SAEs like these, one for each: their own recipe, or, where that is not known, HUSAI's own
-    at their width and L0, of their family if HUSAI has it and TopK else."""
-    if saes.made is not None:
-        return random_model.grid_of(saes), saes.recipe
-    rows = saes.store.rows
-    config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
-    grid = [
-        Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae))
-        for i, c in enumerate(saes.saes)
-    ]
-    return grid, config
-
-
-def family_of(sae: SAE) -> str:
-    return sae.architecture if sae.architecture in SAE_FAMILIES else "topk"

@@ -1,5 +1,4 @@
-"""Another objective: transcoders (MLP input -> MLP output) beside SAEs of the MLP's output. Decoder rows of both lie in
-the same space, where both are held against the same nulls."""
+"""Another objective: transcoders that write the candidate's own hook, scored against the candidate's SAEs."""
 
 from __future__ import annotations
 
@@ -8,21 +7,20 @@ from pathlib import Path
 
 import torch
 
-from husai.activations import source
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
+from husai.evals import random_model
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAEs
-from husai.evidence.rules import ARMS
-from husai.evidence.schemas import Drawn, Section, Setting
-from husai.evidence.transcoder import MODULAR_ADDITION, MODULAR_ADDITION_HOOKS, layer_of, mlp_hooks
+from husai.evidence.names import PAIRED
+from husai.evidence.schemas import Comparison, Drawn, OwnSection, Section, Setting
+from husai.evidence.transcoder import hook_before
 from husai.runs.cells import Cells
-from husai.stability import study
+from husai.stability import controls, study
 from husai.subjects import text
 from husai.training.grid import members, train_or_find
+from husai.training.stack import Member
 from husai.training.trainer import TrainingConfig
-
-LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -33,87 +31,77 @@ class TranscoderTask:
     """`preregistered` is filled in later, from the results (`evidence.transcoder.concluded`)."""
     config: TrainingConfig
     read: ActivationStore
-    """What goes into the MLP."""
     written: ActivationStore
-    """What comes out of it, row by row."""
+    """What the candidate was trained on, row by row."""
+
+    @property
+    def grid(self) -> list[Member]:
+        s = self.setting
+        return members(s.seeds, [s.d_sae], [s.k], [s.learning_rate], ("transcoder",))
 
 
-def of_candidate(
+def task_of(
     tested: LoadedSAEs, overrides: dict, artifact_root: Path, rows: int | None, device: torch.device, threads: int
 ) -> TranscoderTask:
-    """The MLP of the block whose hook the candidate reads, at the candidate's width, k, tokens, batch size and seeds.
+    """The hook before the candidate's, at the candidate's width, k, tokens, batch size and seeds.
 
     Args:
-        overrides: `d_sae`, `k`, `tokens`, `seeds`, each None where it is the candidate's.
-        rows: of the candidate's own activations (`candidate.training_store`); the MLP's are as many, of the same text.
+        overrides: `d_sae`, `k`, `tokens`, each None where it is the candidate's.
+        rows: of the candidate's own activations (`candidate.training_store`); those that transcoders read are as many,
+            of the same text.
 
     Raises:
-        BadInput: the hook is of no block, or the candidate's training is not known.
+        BadInput: no hook comes before, or the candidate's training is not known.
     """
     config, made = tested.recipe, tested.made
     assert made is not None  # `recipe` would have refused
-    layer = layer_of(tested.hook_name)
-    hooks = mlp_hooks(layer)
-    rows = training_store(tested, artifact_root, rows, device, threads).rows
-    where = artifact_root / "activations", rows
-    folders = harvest_tokens(tested.subject, [*hooks], text.corpus().train, *where, threads=threads)
-    read, written = (ActivationStore.open(folders[hook]) for hook in hooks)
-    own = {
-        "d_sae": made["d_sae"],
-        "k": made["k"],
-        "tokens": config.tokens,
-        "seeds": [c.facts.seed for c in tested.saes],
-    }
-    chosen = own | {name: value for name, value in overrides.items() if value is not None}
+    hook = hook_before(tested.hook_name)
+    written = training_store(tested, artifact_root, rows, device, threads)
+    where = artifact_root / "activations", written.rows
+    folders = harvest_tokens(tested.subject, [hook], text.corpus().train, *where, threads=threads, by_document=True)
+    read = ActivationStore.open(folders[hook])
+    random_model.check_same_text(written, read)
+    own = {"d_sae": made["d_sae"], "k": made["k"], "tokens": config.tokens}
     setting = Setting(
-        hook_in=hooks[0],
-        hook_out=hooks[1],
-        layer=layer,
-        **chosen,
+        hook_in=hook,
+        hook_out=tested.hook_name,
+        **own | {name: value for name, value in overrides.items() if value is not None},
         batch_size=config.batch_size,
         learning_rate=made["learning_rate"],
+        seeds=[m.order_seed for m in random_model.grid_of(tested)],
         subject_digest=tested.subject.digest,
-        own_subject=True,
         preregistered=False,
     )
     return TranscoderTask(setting, replace(config, tokens=setting.tokens), read, written)
 
 
-def of_modular_addition(
-    subject: str | None, overrides: dict, artifact_root: Path, device: torch.device, threads: int
-) -> TranscoderTask:
-    """The MLP of the transformer that solved modular addition, at MODULAR_ADDITION.
-
-    Args:
-        subject: folder of another one; None: the default, trained where it is missing.
-    """
-    read, written = (
-        source.open_store(artifact_root, device, threads, subject=subject, hook_name=hook)
-        for hook in MODULAR_ADDITION_HOOKS
-    )
-    chosen = MODULAR_ADDITION | {name: value for name, value in overrides.items() if value is not None}
-    setting = Setting(
-        hook_in=MODULAR_ADDITION_HOOKS[0],
-        hook_out=MODULAR_ADDITION_HOOKS[1],
-        layer=0,
-        **chosen,
-        learning_rate=LEARNING_RATE,
-        subject_digest=read.manifest.subject_digest,
-        own_subject=subject is not None,
-        preregistered=False,
-    )
-    return TranscoderTask(setting, TrainingConfig(tokens=setting.tokens, batch_size=setting.batch_size), read, written)
-
-
 def sections(
-    cells: Cells, task: TranscoderTask, draws: int, device: torch.device, threads: int
-) -> dict[str, tuple[Section, Drawn]]:
-    """Arm -> the stability study of its trained SAEs in the space of the MLP's output (`study.score_trained`)."""
-    s, found = task.setting, {}
-    for arm, family in ARMS.items():
-        grid = members(s.seeds, [s.d_sae], [s.k], [s.learning_rate], (family,))
-        store, target = (task.read, task.written) if arm == "transcoder" else (task.written, None)
-        trained = train_or_find(cells, store, grid, task.config, device, threads, target)
-        records, steps = trained["members"], trained["snapshot_steps"]
-        found[arm] = study.score_trained(cells, task.written, records, steps, draws, threads)
-    return found
+    cells: Cells,
+    tested: LoadedSAEs,
+    task: TranscoderTask,
+    artifact_root: Path,
+    draws: int,
+    device: torch.device,
+    threads: int,
+) -> tuple[OwnSection, tuple[Section, Drawn], Comparison]:
+    """(the candidate's SAEs among themselves, transcoders among themselves, the one against the other)."""
+    own, _ = random_model.section_of(tested, task.written, artifact_root, draws, device, threads)
+    trained = train_or_find(cells, task.read, task.grid, task.config, device, threads, task.written)
+    noise = controls.gaussian_transcoders(
+        artifact_root, task.read, task.written, task.grid, task.config, device, threads
+    )
+    records, steps = trained["members"], trained["snapshot_steps"]
+    transcoders, drawn = study.score_trained(cells, task.written, records, steps, draws, threads, noise, scores=PAIRED)
+    gaussian = controls.gaussian(artifact_root, task.written, *random_model.trained_alike(tested), device, threads)
+    folders = [cells.folder.parent / r["checkpoint"] for r in records]
+    across = study.compare_across(
+        cells,
+        task.written,
+        own.stability.labels,
+        (random_model.own_dictionaries(tested), [study.own_dictionary(folder) for folder in folders]),
+        draws,
+        threads,
+        (gaussian.dictionaries, noise.dictionaries),
+        PAIRED,
+    )
+    return own, (transcoders, drawn), across

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from husai.runs.files import digest
+
 K = 5
 """Number of features of a probe at which differences are taken."""
 SPECTRAL_DRAWS = 100
@@ -14,7 +16,22 @@ MIN_STABILITY_EXCESS = 0.02
 """Of `mcc`, and of the share of features that are matched at 0.7 or more, over each control."""
 MIN_RECOVERY = 0.8
 """Lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
-MIN_TRANSCODER_GAIN = 0.0
+RANDOM_DRAWS = (0, 1, 2)
+"""Seeds of the draws of the random weights. Fixed, so that nobody can pick the draws with the best result."""
+
+
+def random_weights(seed: int) -> str:
+    """Name of a draw of the random weights."""
+    return f"random_weights(seed={seed})"
+
+
+def random_subject(subject_digest: str, seed: int) -> str:
+    """Digest of the random-weights control of a subject."""
+    return digest([subject_digest, random_weights(seed)])
+
+
+MIN_TRANSCODER_EXCESS = 0.0
+"""Lower end of the excess of the score between the candidate's SAEs and transcoders, over each required null."""
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0

@@ -7,7 +7,9 @@ ALIVE = ("pwmcc_alive", "mcc_alive", "mcc_alive_abs", "share70_alive")
 OTHERS = ("mcc_others", "mcc_others_abs", "share70_others")
 """Of alive features that are like no prototype."""
 SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
-SCORED = (ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
+PAIRED = ("mcc_alive", "share70_alive")
+"""Of one matching: what a control of many studies needs."""
+SCORED = (PAIRED, ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
 """The scores that a study may hold."""
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "spectral", "gaussian")

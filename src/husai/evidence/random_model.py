@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from husai.evidence import contrast, rules
-from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import Alike, Control, Gain, OwnSection, RandomModelStress
+from collections.abc import Sequence
+
+from husai.evidence import contrast, levels, rules
+from husai.evidence.schemas import Control, Gain, OwnSection, RandomModelStress
 
 
 def decisions(stress: RandomModelStress) -> dict:
-    """The verdict, the gain, and the SAEs that they are about: place in the results -> value."""
-    section, control = stress.section, stress.random_model
-    again = {"/verdict": verdict(section, control), "/candidate/checkpoints": section.checkpoints}
-    return again | {"/gain": gain(section, control)}
+    """The verdict, the gains, and the SAEs that they are about: place in the results -> value."""
+    section, controls = stress.section, stress.random_models
+    again = {"/verdict": verdict(section, controls), "/candidate/checkpoints": section.checkpoints}
+    return again | {"/gains": gains(section, controls)}
 
 
-def inputs(store_digest: str, random_model: Alike, shuffled: Alike | None) -> dict[str, str]:
-    """The inputs of the test beside the candidate: label -> sha256.
-
-    Args:
-        store_digest: of the activations that the candidate's own study is on.
-    """
-    named = {"activation store": store_digest}
-    for name, arm in (("random_model", random_model), ("shuffled", shuffled)):
-        if arm is not None:
-            named |= {f"{name}: subject": arm.subject_digest, f"{name}: activations": arm.store_digest}
-            named |= {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(arm.members, 1)}
+def inputs(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:
+    """The inputs of the test beside the candidate: label -> sha256."""
+    named = {"activation store": section.store_digest} | section.control_inputs
+    for i, control in enumerate(controls, 1):
+        named |= control.inputs(f"random_model {i}") | control.gaussian.inputs(f"random_model {i}, gaussian")
     return named
 
 
-def verdict(section: OwnSection, control: Control) -> dict[str, str]:
-    """The outcome of the rule for the candidate's section and its control."""
-    return rules.verdict(lambda: rules.random_model(section, control))
+def verdict(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:
+    """The outcome of the rule for the candidate's section and its controls."""
+    return rules.verdict(lambda: rules.random_model(section, controls))
 
 
-def gain(section: OwnSection, control: Control) -> Gain | None:
-    """How much further the candidate lies above its nulls than SAEs of the random-weights subject above theirs; None
-    where a required null is missing. It is only reported: activations of a lower rank give a higher `mcc_alive`,
-    whatever the features mean."""
-    if any(null in s.stability.missing_nulls for s in (section, control) for null in GATED_NULLS):
-        return None
-    return contrast.gain([section], [control])
+def draw_names(section: OwnSection, controls: Sequence[Control]) -> list[str]:
+    """A name of each control, by the draw of the weights that it is of."""
+    known = {levels.random_subject(section.subject_digest, draw): f"draw {draw}" for draw in levels.RANDOM_DRAWS}
+    return [known.get(c.subject_digest, f"another draw ({c.subject_digest[:6]})") for c in controls]
+
+
+def gains(section: OwnSection, controls: Sequence[Control]) -> list[Gain]:
+    """How much more the candidate has than SAEs of each draw: of the score, and of its excess over each null."""
+    return [contrast.gain([section], [control]) for control in controls]

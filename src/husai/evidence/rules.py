@@ -36,7 +36,9 @@ from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
     CODE_FIGURES,
     Acceptance,
+    AlikeMember,
     Code,
+    Comparison,
     Control,
     Gain,
     Heldout,
@@ -46,6 +48,7 @@ from husai.evidence.schemas import (
     PlantedRows,
     PlantedSection,
     PulledSection,
+    Scored,
     Section,
     Setting,
     Shifted,
@@ -273,7 +276,7 @@ PLANTED_BATCH, PLANTED_RATE = 256, 0.01
 """Batch size and learning rate of these SAEs, fixed in advance. Width and k are those of the planted features."""
 
 
-def excess(section: Section | OwnSection | Control, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
+def excess(section: Scored, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
     """Null -> the excess of PRIMARY_SCORE over it, from the pairs.
 
     Raises:
@@ -307,13 +310,17 @@ def stability(section: Section | OwnSection, level: float = 0.95, minimum: float
     return STABILITY.shown(estimates, len(section.members), minimum)
 
 
-def trained_alike(section: Section | OwnSection) -> None:
+def trained_alike(section: Section | OwnSection | Control, at_same_l0: bool = True) -> None:
     """Raise Missing unless the SAEs of Gaussian rows are those of the section's seeds, of other activations and at the
-    same L0."""
+    same L0.
+
+    Args:
+        at_same_l0: False where the same k in training is all that is asked.
+    """
     control = section.gaussian
     if control is None:
         raise Missing("no SAEs of Gaussian rows")
-    own: Sequence[TrainedMember | OwnMember] = section.members
+    own: Sequence[TrainedMember | OwnMember | AlikeMember] = section.members
     theirs = control.members
     require(len(theirs) == len(own), "SAEs of Gaussian rows: one for each of those under test expected")
     paired = zip(own, theirs, strict=True)
@@ -321,10 +328,10 @@ def trained_alike(section: Section | OwnSection) -> None:
     require(control.subject_digest == section.subject_digest, "Gaussian rows of another subject")
     require(control.store_digest != section.store_digest, "its Gaussian rows are the activations themselves")
     shas = {m.checkpoint_sha256 for m in theirs}
-    once = len(shas) == len(theirs) and shas.isdisjoint(section.checkpoints.values())
+    once = len(shas) == len(theirs) and shas.isdisjoint(m.checkpoint_sha256 for m in own)
     require(once, "an SAE of Gaussian rows stands twice")
     alike = all(_same_l0(a.heldout, b.heldout) for a, b in zip(own, theirs, strict=True))
-    require(alike, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %")
+    require(alike or not at_same_l0, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %")
 
 
 def sentence(met: Container[str]) -> str:
@@ -444,17 +451,17 @@ def fit(heldout: Sequence[Heldout], ce_recovered: Sequence[float] | None, level:
 
 RANDOM_MODEL = Rule(
     "random model",
-    "mcc_alive less that of SAEs of the random-weights model",
+    "gain over SAEs of the random-weights model",
     *("low", ">", 0.0),
-    "the interval of the excess over SAEs of the random-weights subject lies above 0",
-    "the excess over SAEs of the random-weights subject is not shown to be above 0",
+    "the interval of each gain over SAEs of the random-weights subject lies above 0, in each draw of the weights",
+    "the gain over SAEs of the random-weights subject is not shown to be above 0: {which}",
 )
 TRANSCODER = Rule(
     "transcoder",
-    "gain of the excess over each required null",
-    *("low", ">=", levels.MIN_TRANSCODER_GAIN),
-    "the interval of the gain lies at or above {threshold} over each required null",
-    "the gain is not shown to be at least {threshold} over {which}",
+    "excess of the score between the candidate and transcoders",
+    *("low", ">", levels.MIN_TRANSCODER_EXCESS),
+    "the interval of the excess between the candidate and transcoders lies above {threshold} over each required null",
+    "the excess between the candidate and transcoders is not shown to be above {threshold} over {which}",
 )
 OOD = Rule(
     "shifted data",
@@ -465,54 +472,84 @@ OOD = Rule(
 )
 
 
-def random_model(section: OwnSection, control: Control, level: float = 0.95) -> Shown:
-    """The candidate's features are more alike than those of SAEs trained alike on the random-weights subject.
+def random_model(section: OwnSection, controls: Sequence[Control], level: float = 0.95) -> Shown:
+    """The candidate's features are more alike than those of SAEs trained alike on each draw of the random weights: by
+    the score, and by how far it lies above each required null.
 
     Args:
-        section: the candidate's study, with `random_model` among its nulls. control: the SAEs of the random weights.
+        section: the candidate's study. controls: one a draw of the weights, in the order of `levels.RANDOM_DRAWS`.
     """
     enough_seeds(len(section.members))
-    require(control.subject_digest != section.subject_digest, "its control is the subject itself")
-    seeds, own = ([m.seed for m in arm.members] for arm in (control, section))
-    require(seeds == own or (set(own) == {None} and len(seeds) == len(own)), "its controls have other seeds")
-    shas = {m.checkpoint_sha256 for m in control.members}
-    twice = len(shas) < len(seeds) or shas & {m.checkpoint_sha256 for m in section.members}
-    require(not twice, "a control stands twice")
-    pairs = zip(section.members, control.members, strict=True)
-    alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
-    require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
-    return RANDOM_MODEL.shown(excess(section, ("random_model",), level), len(section.members))
+    drawn = [levels.random_subject(section.subject_digest, draw) for draw in levels.RANDOM_DRAWS]
+    absent = [str(n) for n, sha in zip(levels.RANDOM_DRAWS, drawn, strict=True) if sha not in _subjects(controls)]
+    hint = "--random-model-checkpoint names SAEs trained alike on each"
+    require(not absent, f"no SAEs of draw {', '.join(absent)} of its subject's random weights; {hint}")
+    require(_subjects(controls) == drawn, "SAEs of one draw of the random weights twice, or of another one")
+    own = [m.seed for m in section.members]
+    excess(section, GATED_NULLS, level)
+    trained_alike(section)
+    estimates: dict[str, Estimate] = {}
+    for draw, control in zip(levels.RANDOM_DRAWS, controls, strict=True):
+        seeds = [m.seed for m in control.members]
+        same = seeds == own or (set(own) == {None} and len(seeds) == len(own))
+        require(same and control.stability.labels == section.stability.labels, "its controls have other seeds")
+        pairs = zip(section.members, control.members, strict=True)
+        alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
+        require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
+        excess(control, GATED_NULLS, level)
+        trained_alike(control)
+        estimates |= {
+            f"draw {draw}, {over}": contrast.gain_over(null, [section], [control], level)
+            for over, null in (("the score itself", None), *((f"over {null}", null) for null in GATED_NULLS))
+        }
+    shas = [m.checkpoint_sha256 for m in section.members]
+    shas += [m.checkpoint_sha256 for control in controls for m in control.members]
+    require(len(set(shas)) == len(shas), "a control stands twice")
+    return RANDOM_MODEL.shown(estimates, len(section.members))
+
+
+def _subjects(controls: Sequence[Control]) -> list[str]:
+    return [control.subject_digest for control in controls]
 
 
 def _same_l0(a: Heldout, b: Heldout) -> bool:
     return min(a.l0, b.l0) > 0 and same_l0(a.l0, b.l0)
 
 
-ARMS = {"transcoder": "transcoder", "sae": "batchtopk"}
-"""Arm of the transcoder test -> family. A transcoder's activation is BatchTopK: the arms differ in what they read, and
-start as such do (an SAE's encoder as its decoder's transpose, a transcoder's apart)."""
-
-
 def transcoder(
-    setting: Setting, transcoders: Section, saes: Section, level: float = 0.95, minimum: float | None = None
+    setting: Setting,
+    section: OwnSection,
+    transcoders: Section,
+    across: Comparison,
+    level: float = 0.95,
+    minimum: float | None = None,
 ) -> Shown:
-    """Transcoders are at least as far above each null as SAEs, at the setting that was fixed in advance."""
+    """The candidate's features are found by transcoders of other seeds, more than each required null explains.
+
+    Args:
+        section: the candidate's SAEs among themselves. transcoders: transcoders among themselves. across: the one
+            against the other.
+    """
     require(setting.preregistered, "the setting is not the one that was fixed in advance")
-    enough_seeds(len(transcoders.members))
-    for arm, family in ((transcoders, ARMS["transcoder"]), (saes, ARMS["sae"])):
-        own_training(arm)
+    enough_seeds(len(section.members))
+    own_training(transcoders)
+    for arm in (section, transcoders):
         require([m.seed for m in arm.members] == setting.seeds, "an arm with other seeds")
-        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in arm.members}
-        expected = {(family, setting.d_sae, setting.k, setting.learning_rate)}
-        require(made == expected, f"an arm that is not of {family} at the setting's width, k and learning rate")
-        about = arm.hook_name, arm.subject_digest
-        require(about == (setting.hook_out, setting.subject_digest), "an arm of another space or subject")
-        excess(arm, GATED_NULLS, level)
-    shas = [{m.checkpoint_sha256 for m in arm.members} for arm in (transcoders, saes)]
-    once = not shas[0] & shas[1] and all(len(s) == len(setting.seeds) for s in shas)
-    require(once, "an SAE stands twice")
-    gain = {null: contrast.gain_over(null, [transcoders], [saes], level) for null in GATED_NULLS}
-    return TRANSCODER.shown(gain, len(setting.seeds), minimum)
+    made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in transcoders.members}
+    expected = {("transcoder", setting.d_sae, setting.k, setting.learning_rate)}
+    require(made == expected, "transcoders of another width, k or learning rate than the setting's")
+    for study in (section, transcoders, across):
+        about = study.hook_name, study.subject_digest, study.store_digest
+        expected_about = setting.hook_out, setting.subject_digest, section.store_digest
+        require(about == expected_about, "a study of another space, subject or store")
+    require(across.stability.labels == section.stability.labels, "scores of other seeds")
+    shas = [m.checkpoint_sha256 for arm in (section, transcoders) for m in arm.members]
+    require(len(set(shas)) == len(shas), "an SAE stands twice")
+    trained_alike(section)
+    trained_alike(transcoders, at_same_l0=False)  # held-out L0 of BatchTopK is that of a learned threshold
+    noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
+    require(len(noise) == 1, "SAEs and transcoders of different Gaussian rows")
+    return TRANSCODER.shown(excess(across, GATED_NULLS, level), len(setting.seeds), minimum)
 
 
 def own_training(section: Section) -> None:
@@ -751,14 +788,16 @@ def table() -> str:
         "fit": f"{seeds}, the {low} of explained variance is at least {levels.MIN_EXPLAINED_VARIANCE:g}, on a language "
         f"model that of CE recovered is at least {levels.MIN_CE_RECOVERED:g}, and the {high} of the share of dead "
         f"features is at most {levels.MAX_DEAD_SHARE:g}",
-        "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its control's, and the {low} of "
-        f"`{PRIMARY_SCORE}` less that of SAEs trained alike on the random-weights subject is above "
-        f"{RANDOM_MODEL.threshold:g}",
-        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the gain of transcoders over SAEs is "
-        f"at least the minimum ({TRANSCODER.threshold:g} where none is set) over each required null",
         "shifted data": f"{seeds}, all shifted versions whose labels are those of their data set tried, and the {high} "
         f"over seeds of the drop at k = {K} is at most {OOD.threshold:g}: the mean over those versions under which "
         "the model's own probe is above chance, which the result names; with none, the subject cannot answer",
+        "random model": f"{seeds}, L0 within {L0_TOLERANCE * 100:g} % of its controls', and the {low} of each gain "
+        f"over SAEs trained alike on the random-weights subject is above {RANDOM_MODEL.threshold:g}: the gain of "
+        f"`{PRIMARY_SCORE}` and of its excess over each required null, in each of {len(levels.RANDOM_DRAWS)} draws of "
+        "the weights",
+        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the excess of `{PRIMARY_SCORE}` "
+        "between the candidate's SAEs and transcoders of other seeds is above the minimum "
+        f"({TRANSCODER.threshold:g} where none is set) over each required null",
         "refused": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations half, of the "
         "smaller one's rows stand in the other (cosine above 1 − 10⁻⁵), in whatever order, sign and scale",
     }

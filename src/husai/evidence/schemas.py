@@ -1216,7 +1216,10 @@ class Retrained(Evaluation):
 
 
 class Control(Scored, Alike):
-    """Of the random-weights subject, with the stability study of their own, on their own subject's activations."""
+    """SAEs of one draw of the random weights, with a stability study of their own, on their own activations."""
+
+    gaussian: Alike
+    """SAEs of Gaussian rows with the moments of these activations."""
 
 
 class Supplied(Evaluation):
@@ -1246,20 +1249,21 @@ class RandomModelStress(Strict):
     inputs: dict[str, Sha256]
     subject: str
     candidate: SeedGroup
-    random_model: Control
-    shuffled: Alike | None
     section: OwnSection
-    gain: Gain | None
+    random_models: Annotated[list[Control], Field(min_length=1)]
+    """One a draw of the weights."""
+    gains: list[Gain]
+    """Of the candidate over each draw."""
     verdict: dict[str, str]
 
 
 class Setting(Strict):
-    """What transcoders and SAEs were trained on, and how."""
+    """What transcoders were trained on, and how."""
 
     hook_in: str
-    """What the MLP reads: after LayerNorm, where there is one."""
+    """Hook that they read."""
     hook_out: str
-    layer: int
+    """The candidate's hook, which they write."""
     d_sae: int
     k: int
     tokens: int
@@ -1267,8 +1271,6 @@ class Setting(Strict):
     learning_rate: Number
     seeds: list[int]
     subject_digest: Sha256
-    own_subject: bool
-    """Whether a subject was named in place of the default one."""
     preregistered: bool
     """Whether this is the setting that was fixed in advance (`transcoder.preregistered`)."""
 
@@ -1279,12 +1281,16 @@ class TranscoderStress(Strict):
     phase: Literal["transcoder_stress"]
     inputs: dict[str, Sha256]
     subject: str
-    candidate: SeedGroup | None
+    candidate: SeedGroup
     setting: Setting
+    section: OwnSection
+    """The candidate's SAEs among themselves."""
     transcoder: Section
-    sae: Section
+    """Transcoders among themselves."""
+    across: Comparison
+    """SAEs of the candidate against transcoders of other seeds (`stability.study.compare_across`)."""
     gain: Gain | None
-    """None: not concluded yet."""
+    """Of transcoders among themselves over the candidate's SAEs; None: not concluded yet."""
     explained_variance: dict[str, Interval]
     verdict: dict[str, str]
 

@@ -49,8 +49,8 @@ GATES = {
     "stability": "Are the candidate's features more alike over seeds than every required null?",
     "code": "Does it code its activations better than dictionaries of single rows, token means and centroids?",
     "fit": "Do its explained variance, CE recovered and share of dead features reach their registered bounds?",
-    "random_model": "More alike than those of SAEs trained alike on a model with random weights?",
-    "transcoder": "Are transcoders of the layer at least as reproducible as SAEs of its output?",
+    "random_model": "More alike than those of SAEs trained alike on a model with random weights, in each draw?",
+    "transcoder": "Do transcoders of other seeds find the candidate's features, more than every required null?",
     "ood": "On the shifted data sets that the model's own probe survives, does the candidate lose at most "
     f"{levels.MAX_OOD_DROP:g} of AUC more than it?",
     "saebench": "On SAEBench's probing, is it shown to be better than its matched reference?",
@@ -398,7 +398,7 @@ class _Candidate:
         inputs |= {"subject": self.about["subject_digest"]} | _beside(found)
         require(inputs.items() <= found.inputs.items(), f"{script}: its inputs are not the SAEs that it speaks of")
         needed = {"held-out activations"}
-        needed |= {"MLP input"} if isinstance(found, TranscoderStress) else set()
+        needed |= {"transcoder input"} if isinstance(found, TranscoderStress) else set()
         needed |= {"shifted activations", "probed texts"} if isinstance(found, OODStress) else set()
         require(needed <= found.inputs.keys(), f"{script}: its inputs do not name {', '.join(sorted(needed))}")
 
@@ -415,14 +415,8 @@ def _on_disk(bundle: Bundle, found: Retrained | Supplied) -> None:
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
     """What a stress test's inputs say beside the candidate."""
     if isinstance(found, RandomModelStress):
-        return random_model.inputs(found.section.store_digest, found.random_model, found.shuffled)
-    named: dict[str, str] = {}
-    if isinstance(found, TranscoderStress):
-        for name, section in (("transcoder", found.transcoder), ("sae", found.sae)):
-            require(named.get("MLP output") in (None, section.store_digest), "transcoder: arms of two stores")
-            named |= {"MLP output": section.store_digest}
-            named |= {f"{name} {m.label}": m.checkpoint_sha256 for m in section.members}
-    return named
+        return random_model.inputs(found.section, found.random_models)
+    return transcoder.inputs(found) if isinstance(found, TranscoderStress) else {}
 
 
 def _one_account(bank: Bank | Evaluated) -> None:
@@ -512,16 +506,17 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     c = candidate.known()
     if c.facts.training is None and bundle.files.get("random_model") is None:
         raise Missing(
-            f"{UNKNOWN_TRAINING}: --random-model-checkpoint names SAEs trained alike on the random-weights model"
+            f"{UNKNOWN_TRAINING}: --random-model-checkpoint names SAEs trained alike on each draw of the random weights"
         )
     found = _read(bundle, "random_model", RandomModelStress)
     script = MAKES["random_model"]
     c.is_that_of(found, script)
     require(_members(found.section) == c.own.checkpoints, f"{script}: its stability is that of other SAEs")
     _about(found.section, c)
-    seeds, own = ([m.seed for m in arm.members] for arm in (found.random_model, found.section))
-    require(c.facts.training is None or seeds == own, f"{script}: its controls have other seeds")
-    return _of(script, lambda: rules.random_model(found.section, found.random_model, level))
+    own = [m.seed for m in found.section.members]
+    others = any([m.seed for m in control.members] != own for control in found.random_models)
+    require(c.facts.training is None or not others, f"{script}: its controls have other seeds")
+    return _of(script, lambda: rules.random_model(found.section, found.random_models, level))
 
 
 def _of(script: str, judge: Callable[[], Shown]) -> Shown:
@@ -538,11 +533,12 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
         raise Missing(f"{UNKNOWN_TRAINING}, and so no transcoders can be trained alike; no flag says it")
     found = _read(bundle, "transcoder", TranscoderStress)
     script, setting = MAKES["transcoder"], found.setting
-    require(found.candidate is not None, f"{script}: it was not run on the candidate's subject")
     c.is_that_of(found, script)
+    require(_members(found.section) == c.own.checkpoints, f"{script}: its scores are those of other SAEs")
+    _about(found.section, c)
     require(transcoder.preregistered(setting, c.own), f"{script}: another setting than the candidate's own")
-    require(setting.layer == transcoder.layer_of(c.about["hook_name"]), f"{script}: another layer than the candidate's")
-    return _of(script, lambda: rules.transcoder(setting, found.transcoder, found.sae, level, minimum))
+    arms = found.section, found.transcoder, found.across
+    return _of(script, lambda: rules.transcoder(setting, *arms, level=level, minimum=minimum))
 
 
 def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> Shown:

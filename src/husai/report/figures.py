@@ -53,7 +53,8 @@ def matches(section: Scored, drawn: Drawn, path: Path) -> Path:
         )
     axis.set(xlabel="cosine of matched alive features", ylabel="share of matches", xlim=(0, 1), ylim=(0, None))
     verdict = section.stability.verdict
-    axis.set_title(f"{verdict.outcome}: {_interval(verdict.claimable_excess)} over {verdict.highest_null}", loc="left")
+    outcome = "" if verdict.outcome == "MISSING" else f"{verdict.outcome}: "
+    axis.set_title(f"{outcome}{_interval(verdict.claimable_excess)} over {verdict.highest_null}", loc="left")
     axis.legend(frameon=False)
     return _save(figure, path)
 

@@ -29,9 +29,39 @@ def gaussian(
     Args:
         artifact_root: cells and checkpoints lie below it, in controls/.
     """
-    root = artifact_root / "controls"
     noise = ActivationStore.open(gaussian_rows([store], artifact_root / "activations")[0])
-    records = train_or_find(Cells(root / "cells"), noise, grid, config, device, threads)["members"]
+    return trained(artifact_root, noise, grid, config, device, threads)
+
+
+def gaussian_transcoders(
+    artifact_root: Path,
+    read: ActivationStore,
+    written: ActivationStore,
+    grid: list[Member],
+    config: TrainingConfig,
+    device: torch.device,
+    threads: int,
+) -> ControlArm:
+    """Transcoders trained alike on rows of the joint normal distribution of what they read and write. What these write
+    are the very rows that `gaussian` draws of the same store."""
+    folders = gaussian_rows([written, read], artifact_root / "activations")
+    target, noise = (ActivationStore.open(folder) for folder in folders)
+    return trained(artifact_root, noise, grid, config, device, threads, target)
+
+
+def trained(
+    artifact_root: Path,
+    store: ActivationStore,
+    grid: list[Member],
+    config: TrainingConfig,
+    device: torch.device,
+    threads: int,
+    target: ActivationStore | None = None,
+) -> ControlArm:
+    """SAEs of a control store, or transcoders from it to a target; trained once for all phases."""
+    root = artifact_root / "controls"
+    written = target or store
+    records = train_or_find(Cells(root / "cells"), store, grid, config, device, threads, target)["members"]
     members = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields} | {"checkpoint": None}) for r in records]
-    named = Alike(subject_digest=noise.manifest.subject_digest, store_digest=noise.digest, members=members)
-    return ControlArm(noise, [own_dictionary(root / r["checkpoint"]) for r in records], named)
+    named = Alike(subject_digest=written.manifest.subject_digest, store_digest=written.digest, members=members)
+    return ControlArm(written, [own_dictionary(root / r["checkpoint"]) for r in records], named)

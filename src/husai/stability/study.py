@@ -20,7 +20,7 @@ from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
 from husai.evidence.estimates import fitted_change, jackknife
-from husai.evidence.names import OTHERS, SCORES
+from husai.evidence.names import GAP, OTHERS, SCORES
 from husai.evidence.schemas import (
     Alike,
     Comparison,
@@ -152,7 +152,7 @@ def compare_all(
         arms = {name: arm and control_apart(arm, of) for name, arm in arms.items()}
     mean, covariance = store.stats()
     with one_torch_thread():
-        spectrum, whole = Spectrum.of(covariance, store.rows, mean), Spectrum.of(covariance, store.rows)
+        spectrum = Spectrum.of(covariance, store.rows, mean)
     all_pairs = list(combinations(range(len(labels)), 2))
     scored = {}
     with one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
@@ -173,18 +173,11 @@ def compare_all(
             advance(1)
 
     present = ["observed", *stability.computed(scored, missing)]
-    compared = Comparison(
-        subject_digest=store.manifest.subject_digest,
-        hook_name=store.manifest.hook_name,
-        store_digest=store.digest,
-        rows=store.rows,
-        d_in=store.d_in,
-        effective_rank=whole.effective_rank(),
-        stability=stability.summarise(labels, scored, missing),
-        pairs=[
-            {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
-            for (i, j), value in scored.items()
-        ],
+    compared = _comparison(
+        store,
+        labels,
+        scored,
+        missing,
         gaussian=None if gaussian is None else gaussian.alike,
         others=None if of is None else [int(d.others.sum()) for d in dictionaries if d.others is not None],
     )
@@ -194,6 +187,87 @@ def compare_all(
         histograms={n: np.sum([v[n]["histogram"] for v in scored.values()], axis=0).tolist() for n in present},
     )
     return compared, drawn
+
+
+def _comparison(
+    store: ActivationStore, labels: list[str], scored: dict[tuple[int, int], dict], missing: dict[str, str], **more
+) -> Comparison:
+    with one_torch_thread():
+        rank = Spectrum.of(store.stats()[1], store.rows).effective_rank()
+    present = ["observed", *stability.computed(scored, missing)]
+    return Comparison(
+        subject_digest=store.manifest.subject_digest,
+        hook_name=store.manifest.hook_name,
+        store_digest=store.digest,
+        rows=store.rows,
+        d_in=store.d_in,
+        effective_rank=rank,
+        stability=stability.summarise(labels, scored, missing),
+        pairs=[
+            {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
+            for (i, j), value in scored.items()
+        ],
+        **more,
+    )
+
+
+def compare_across(
+    cells: Cells,
+    store: ActivationStore,
+    labels: list[str],
+    sides: tuple[list[Dictionary], list[Dictionary]],
+    draws: int,
+    threads: int,
+    gaussian: tuple[list[Dictionary], list[Dictionary]],
+    scores: tuple[str, ...] = SCORES,
+) -> Comparison:
+    """Score each dictionary of one side against those of the other side that are of another seed, one cell a pair of
+    seeds. A pair of seeds has two scores, the mean of which counts.
+
+    Args:
+        store: the activations in whose space both sides lie. labels: one a seed.
+        sides: for each seed, a dictionary of either kind. gaussian: the same, trained alike on Gaussian rows.
+    """
+    mean, covariance = store.stats()
+    with one_torch_thread():
+        spectrum = Spectrum.of(covariance, store.rows, mean)
+    arms = [[replace(d, untrained=None) for d in side] for side in (*sides, *gaussian)]
+    saes, partners, *noise = arms
+    pairs = list(combinations(range(len(labels)), 2))
+    scored = {}
+    with one_torch_thread(), progress("scoring pairs of SAEs and transcoders against the nulls", len(pairs)) as advance:
+        for i, j in pairs:
+            key = {
+                "dictionaries": [[arm[n].digest() for n in (i, j)] for arm in arms],
+                "store": store.digest,
+                "draws": draws,
+                "scores": scores,
+                "code": code_version(compare_across),
+            }
+
+            def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
+                found = []
+                for one, other in ((i, j), (j, i)):
+                    value = compare.pair(saes[one], partners[other], spectrum, draws, threads, scores)
+                    control = compare.given(noise[0][one], noise[1][other], scores)
+                    found.append(value | {"gaussian": control})
+                return mean_of_two(*found), []
+
+            scored[i, j] = cells.get("pair_across", key, compute)
+            advance(1)
+    return _comparison(store, labels, scored, {}, gaussian=None, others=None)
+
+
+def mean_of_two(first: dict, second: dict) -> dict:
+    """The mean of two outcomes of `compare.pair`, draw by draw; `mcc_gap_bound`: the larger."""
+
+    def of_null(a: dict, b: dict) -> dict:
+        means = {s: (a["mean"][s] + b["mean"][s]) / 2 for s in a["mean"]}
+        means[GAP] = max(a["mean"][GAP], b["mean"][GAP])
+        draws = a["draws"] and {s: np.mean([a["draws"][s], b["draws"][s]], axis=0).tolist() for s in a["draws"]}
+        return {"mean": means, "draws": draws}
+
+    return {null: of_null(first[null], second[null]) for null in first}
 
 
 def told_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:

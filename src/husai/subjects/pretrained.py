@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from husai.evidence.levels import random_subject, random_weights
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file
 from husai.runs.seeds import generator
@@ -130,7 +131,7 @@ def load_transformers(name: str, random_seed: int | None = None):
     """(transformers' model in float32, its tokenizer, digest, control): the subject without hooks."""
     folder = open_folder(name)
     sha = describe(folder)
-    control = None if random_seed is None else f"random_weights(seed={random_seed})"
+    control = None if random_seed is None else random_weights(random_seed)
     with quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,7 +144,7 @@ def load_transformers(name: str, random_seed: int | None = None):
             raise BadInput(f"subject {name}: transformers cannot open {folder} ({error})") from None
     if random_seed is not None:
         redraw(model, random_seed)
-    return model.eval(), tokenizer, sha if control is None else digest([sha, control]), control
+    return model.eval(), tokenizer, sha if random_seed is None else random_subject(sha, random_seed), control
 
 
 def load(name: str, random_seed: int | None = None, device: torch.device | str = "cpu") -> LanguageModel:

@@ -43,8 +43,8 @@ ALONE = {
 }
 """Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
 A_SECTION = (
-    r"(phase4a/husai|phase4a/planted/degrees/\d+/study|confirmation/(bank/sections/\d+|section)|transcoder/(transcoder|sae)|"
-    r"random_model/(section|random_model))"
+    r"(phase4a/husai|phase4a/planted/degrees/\d+/study|confirmation/(bank/sections/\d+|section)|"
+    r"transcoder/(section|transcoder|across)|random_model/(section|random_models/\d+))"
 )
 INFORMATIONAL = {
     A_SECTION + r"/(members/\d+/(heldout/.*|checkpoint|l0_miss|order_seed)|effective_rank)": "held-out figures of the "
@@ -55,11 +55,12 @@ INFORMATIONAL = {
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
     A_SECTION + r"/(others/\d+|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
+    r"(phase4a/husai|random_model/section|transcoder/(section|transcoder|across))/gaussian/members/\d+/heldout/l0": ""
+    "of a study whose own rule of stability is not asked: reported",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate|assignment_weight))": "modular "
     "addition, which decides nothing",
-    r"((random_model|confirmation)/section|transcoder/(transcoder|sae))/(rows|d_in)": "size of the store; its "
-    "digest counts",
-    r"random_model/random_model/members/\d+/heldout/.*": "of the control's SAEs: reported",
+    r"((random_model|confirmation)/section|transcoder/(section|transcoder|across))/(rows|d_in)": "size of the store; "
+    "its digest counts",
     r"confirmation/bank/(saebench|cebench)/(subject|source|stories_cut)": "names; digests count",
     r"confirmation/bank/saebench/.*/(test_acc|test_f1|val_auc|auc_by_validation)": "further figures, never compared",
     r"confirmation/bank/cebench/.*/(published|corrected)/(contrastive|independence|interpretability)": "CE-Bench's "
@@ -67,9 +68,10 @@ INFORMATIONAL = {
     r"confirmation/bank/(saebench|cebench)/noise/seeds/\d+": "of the benchmark's repeats, which no gate reads",
     r"confirmation/paths/\d+": "what lies there is compared with the evidence, in `on_disk`",
     r"(random_model|transcoder|ood)/subject": "a name; the digest counts",
-    r"(random_model|transcoder|ood)/inputs/(held-out activations|MLP input|shifted activations|probed texts)": "of no "
-    "figure that the gate can make again",
-    r"transcoder/setting/(batch_size|own_subject)": "reported",
+    r"(random_model|transcoder|ood)/inputs/(held-out activations|transcoder input|shifted activations|probed texts)": (
+        "of no figure that the gate can make again"
+    ),
+    r"transcoder/setting/batch_size": "reported",
     r"ood/shifted/llm/ood_low/\d+": "above 0.5 a set is kept: other values there change nothing",
     r"(selection|confirmation)/subject": "a name",
 }
@@ -80,7 +82,7 @@ OPEN = {
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
     A_SECTION + r"/gaussian/members/\d+/checkpoint": "where it lies",
-    r"random_model/random_model/members/\d+/checkpoint": "where it lies; null where the user supplied it",
+    r"random_model/random_models/\d+/members/\d+/checkpoint": "where it lies; null where the user supplied it",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
 }

@@ -37,6 +37,7 @@ from husai.evidence.schemas import (
     Alike,
     Bank,
     Code,
+    Comparison,
     Contrastive,
     Control,
     Evaluated,
@@ -208,8 +209,10 @@ def bundle(
         ("stability", bank["sections"][0]),
     ):
         pairs(gate, section, section, GATED_NULLS)
-    pairs("random_model", files["random_model"]["section"], files["random_model"]["section"], ("random_model",))
-    pairs("transcoder", files["transcoder"]["transcoder"], files["transcoder"]["sae"], ("observed",))
+    meaningless, across = files["random_model"], files["transcoder"]["across"]
+    for control in meaningless["random_models"]:  # the candidate's own figures are those of the last call
+        pairs("random_model", meaningless["section"], control, ("observed",))
+    pairs("transcoder", across, across, GATED_NULLS)
     _draw_seeds(bank, effects, noise, rng)
     drawn = np.concatenate(sets("saebench", bank["saebench"]["families"]))
     for record, values in zip(bank["saebench"]["saes"], _shares(0.5 + drawn), strict=True):
@@ -349,7 +352,10 @@ def _section(members: list[dict], subject: str, hook_name: str, store: str, null
     about = {"subject_digest": subject, "hook_name": hook_name, "store_digest": store, "rows": ROWS, "d_in": D_IN}
     about |= {"members": members, "effective_rank": 40.0, "over_training": []}
     moved = Estimate(0.0, -0.001, 0.001, 0.0004, len(members), "simulated").to_json()
-    seeds = [{"seed": m["seed"], "checkpoint": None, "checkpoint_sha256": _sha("noise", m["label"])} for m in members]
+    seeds = [
+        {"seed": m["seed"], "checkpoint": None, "checkpoint_sha256": _sha("noise", m["checkpoint_sha256"])}
+        for m in members
+    ]
     gaussian = {"subject_digest": subject, "store_digest": _sha("noise", store)}
     about["gaussian"] = gaussian | {
         "members": [s | {"heldout": m["heldout"]} for s, m in zip(seeds, members, strict=True)]
@@ -491,27 +497,21 @@ def _stress(own: list[dict], named: dict, members: list[dict]) -> dict[str, dict
     heldout, of_subject = own[0]["heldout"], (_sha("subject"), HOOK, _sha("store"))
 
     kept = [{n: m[n] for n in ("label", "seed", "checkpoint_sha256", "heldout")} for m in members]
-    section = _section(kept, *of_subject, ("random_model",))
+    section = _section(kept, *of_subject)
     section = {k: v for k, v in section.items() if k not in ("over_training", "convergence")}
-    made = [{"seed": s, "checkpoint": f"random{s}", "checkpoint_sha256": _sha("random", s)} for s in seeds]
-    control: dict[str, Any] = {"subject_digest": _sha("random weights"), "store_digest": _sha("random store")}
-    control |= {"members": [m | {"heldout": heldout} for m in made], "pairs": _section(kept, *of_subject)["pairs"]}
-    inputs = {"activation store": of_subject[2], "random_model: subject": control["subject_digest"]}
-    inputs |= {"random_model: activations": control["store_digest"]}
-    inputs |= {f"random_model: checkpoint {i}": m["checkpoint_sha256"] for i, m in enumerate(made, 1)}
-    meaningless: dict[str, Any] = {"phase": "random_model_stress", "inputs": tested | inputs, **about}
-    meaningless |= {"random_model": control, "shuffled": None, "section": section}
+    controls = [_random_model(draw, seeds, heldout) for draw in levels.RANDOM_DRAWS]
+    meaningless: dict[str, Any] = {"phase": "random_model_stress", "inputs": tested, **about}
+    meaningless |= {"section": section, "random_models": controls}
 
-    setting: dict[str, Any] = dict(zip(("hook_in", "hook_out"), transcoder.mlp_hooks(1), strict=True))
-    setting |= {"layer": 1, "seeds": seeds}
-    setting |= {"preregistered": True, "d_sae": D_SAE, "k": K, "tokens": TOKENS, "batch_size": 512}
-    setting |= {"learning_rate": 0.003, "subject_digest": of_subject[0], "own_subject": True}
-    other: dict[str, Any] = {"phase": "transcoder_stress", "inputs": tested, **about, "setting": setting}
-    other["inputs"] = tested | {"MLP input": _sha("MLP input"), "MLP output": _sha("MLP output")}
-    for arm, family in rules.ARMS.items():
-        trained = [_member(_sha(arm, s), s, heldout, family) for s in seeds]
-        other[arm] = _section(trained, of_subject[0], setting["hook_out"], _sha("MLP output"))
-        other["inputs"] = other["inputs"] | {f"{arm} {m['label']}": m["checkpoint_sha256"] for m in trained}
+    hooks = {"hook_in": transcoder.hook_before(HOOK), "hook_out": HOOK}
+    setting: dict[str, Any] = hooks | {"seeds": seeds, "preregistered": True, "d_sae": D_SAE, "k": K}
+    setting |= {"tokens": TOKENS, "batch_size": 512, "learning_rate": 0.003, "subject_digest": of_subject[0]}
+    trained = [_member(_sha("transcoder", s), s, heldout, "transcoder") for s in seeds]
+    transcoders = _section(trained, *of_subject)
+    across = {n: v for n, v in _section(kept, *of_subject).items() if n in Comparison.model_fields}
+    other: dict[str, Any] = {"phase": "transcoder_stress", **about, "setting": setting}
+    other["inputs"] = tested | {"transcoder input": _sha("transcoder input")}
+    other |= {"section": section, "transcoder": transcoders, "across": across | {"gaussian": None}}
 
     skipped = {"90_glue_qnli_OOD": "its labels are others"}
     names = [n for n in SHIFTED if f"{n}_OOD" not in skipped]
@@ -549,21 +549,37 @@ def _code(own: list[dict]) -> dict:
     return json.loads(json.dumps(found | {"prototypes": dict.fromkeys(PROTOTYPES, figures)}))
 
 
+def _random_model(draw: int, seeds: list[int], heldout: dict) -> dict:
+    """SAEs of a draw of the random weights, with those of Gaussian rows."""
+    subject, store = levels.random_subject(_sha("subject"), draw), _sha("random store", draw)
+    made = [_member(_sha("random", draw, s), s, heldout) for s in seeds]
+    kept = {"seed", "checkpoint", "checkpoint_sha256", "heldout"}
+    section = _section(made, subject, HOOK, store)
+    about = {n: section[n] for n in ("subject_digest", "store_digest", "pairs", "gaussian")}
+    return about | {"members": [{n: v for n, v in m.items() if n in kept} for m in made]}
+
+
 def _derive(files: dict) -> None:
     """Make all again that rests on raw figures."""
     _derive_bank(files["confirmation"]["bank"])
     meaningless, other, ood = (files[label] for label in ("random_model", "transcoder", "ood"))
-    sections = (meaningless["section"], meaningless["random_model"], other["transcoder"], other["sae"])
     control = files["phase4a"]["planted"]
-    for section in (files["phase4a"]["husai"], *(d["study"] for d in control["degrees"]), *sections):
-        _summarise(section)
+    for degree in control["degrees"]:
+        _summarise(degree["study"])
     typed_control = PlantedSection.model_validate(control | {"sensitivity": []})
     control["sensitivity"] = [s.to_json() for s in planted.sensitivity(typed_control.degrees)]
-    own, control = OwnSection.model_validate(sections[0]), Control.model_validate(sections[1])
-    gain = random_model.gain(own, control)
-    meaningless |= {"gain": gain and gain.to_json(), "verdict": random_model.verdict(own, control)}
+    random_models = meaningless["random_models"]
+    for section in (files["phase4a"]["husai"], meaningless["section"], *random_models):
+        _summarise(section)
+    for section in (other["section"], other["transcoder"], other["across"]):
+        _summarise(section)
+    own, controls = OwnSection.model_validate(meaningless["section"]), [*map(Control.model_validate, random_models)]
+    meaningless |= {"gains": [gain.to_json() for gain in random_model.gains(own, controls)]}
+    meaningless |= {"verdict": random_model.verdict(own, controls)}
+    meaningless["inputs"] |= random_model.inputs(own, controls)
     open_ones: dict[str, Any] = {"gain": None, "explained_variance": {}, "verdict": {}}
     made = transcoder.concluded(TranscoderStress.model_validate(other | open_ones)).to_json()
+    other["inputs"] |= transcoder.inputs(TranscoderStress.model_validate(other | open_ones))
     other |= {name: made[name] for name in ("setting", *open_ones)}
     ood["activations"]["change"] = drop.change(ood["activations"]["saes"])
     shifted = ood["shifted"]
@@ -607,7 +623,7 @@ def _repeats(own: float) -> dict:
 
 
 def _summarise(section: dict) -> None:
-    labels = [m.get("label", f"seed{m['seed']}") for m in section["members"]]
+    labels = list(dict.fromkeys(p[side] for side in ("a", "b") for p in section["pairs"]))
     scored = {
         (labels.index(p["a"]), labels.index(p["b"])): {
             name: {"mean": value, "draws": None} for name, value in p.items() if name not in ("a", "b")
