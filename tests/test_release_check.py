@@ -205,13 +205,14 @@ def test_three_saes_from_the_command_line_to_the_page(check, root, saes):
 
 
 @pytest.mark.slow
-def test_five_saes_of_another_library(check, root, foreign, saes, controls):
+def test_five_saes_of_another_library(check, root, foreign, saes, controls, trained):
     """What can be known of them is judged; what cannot is not run, and said."""
     before = root / "before"
     for i, folder in enumerate(saes):  # what HUSAI began with
         sae, start = checkpoints.load(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
         save_foreign(replace(sae, weights=sae.weights | {"W_dec": start, "W_enc": start.T}), before / f"sae{i}")
-    more = ["--untrained", before, "--random-model-checkpoint", *controls]
+    others = [folder for draw in (1, 2) for folder in trained(f"control{draw}", random_seed=draw)]
+    more = ["--untrained", before, "--random-model-checkpoint", *controls, *others]
     code, results, said = check("foreign", [foreign[0].parent], *more, failing=("ood_stress",))
     assert code == 1, said
     parts = [

@@ -163,7 +163,12 @@ class Shown:
     def passes_at(self, truth: float) -> float:
         """Probability to pass if every figure were truly this: that of the estimate least likely to pass, and therefore
         an upper bound for all of them together."""
-        return min(pass_probability(e, self.rule.end, self.threshold, truth) for e in self.estimates.values())
+        return min(self._passes_at(truth, e) for e in self.estimates.values())
+
+    def _passes_at(self, truth: float, estimate: Estimate) -> float:
+        if estimate.standard_error == 0:  # seeds that do not differ leave nothing to chance
+            return float(self.rule.holds(truth, self.threshold))
+        return pass_probability(estimate, self.rule.end, self.threshold, truth)
 
     def effect_for(self, probability: float = POWER) -> float:
         """The true figure at which each estimate passes with at least this probability."""
