@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from husai.evidence import rules
+from husai.evidence.coding import concluded
 from husai.evidence.estimates import fitted_change
-from husai.evidence.prototypes import concluded
 from husai.evidence.schemas import Code, Heldout
 from husai.runs.errors import BadInput
 from husai.stability import prototypes

@@ -14,7 +14,7 @@ from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.activations.store import ActivationStore
 from husai.dictionaries.families import SAE_FAMILIES
-from husai.evals import baselines, cebench, cebench_checkout, contrastive, loaded, prototypes, sae_probes, saebench
+from husai.evals import baselines, cebench, cebench_checkout, coding, contrastive, loaded, sae_probes, saebench
 from husai.evals.baselines import Summary
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
@@ -232,9 +232,7 @@ def evaluated(plan: BankPlan) -> Bank:
     core = saebench.core_metrics(saes, plan.core_texts, cells, plan.threads)
     scored = saebench.scored(saes, core)
     root = plan.places.artifact_root
-    coded = (
-        {"code": prototypes.evaluate(saes, scored, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
-    )
+    coded = {"code": coding.evaluate(saes, scored, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
     bank = Bank(
         saebench=probing,
         cebench=pairs,

@@ -234,7 +234,7 @@ def supplied_draws(
         if tested.made is not None:
             store = training_store(opened, artifact_root, train_rows, device, threads, seed)
         gaussian = controls.gaussian(artifact_root, store, grid_of(opened), opened.recipe, device, threads)
-        found.append(Draw(ControlArm(store, _external(saes), named), gaussian))
+        found.append(Draw(ControlArm(store, own_dictionaries(opened), named), gaussian))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
-from husai.evals import cebench, contrastive, loaded, prototypes, random_model, sae_probes, saebench
+from husai.evals import cebench, coding, contrastive, loaded, random_model, sae_probes, saebench
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED, random_weights
@@ -188,7 +188,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         hook_name=saes.hook_name,
         inputs=replace(saes, controls=None).inputs(),
         saes=scored,
-        code=prototypes.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
+        code=coding.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
     )
     paths = (relative(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(

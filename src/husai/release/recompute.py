@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from husai.evidence import conditions, contrast, deltas, drop, planted, prototypes, random_model, rules, transcoder
+from husai.evidence import coding, conditions, contrast, deltas, drop, planted, random_model, rules, transcoder
 from husai.evidence.names import GAP
 from husai.evidence.schemas import (
     AdaptiveL0,
@@ -226,7 +226,7 @@ def decisions(results: dict) -> dict[str, Any]:
         if bank.cebench is not None:
             again[f"{at}/cebench/conditions"] = deltas.contrastive(bank.cebench)
         if bank.code is not None:
-            again[f"{at}/code/gain"] = prototypes.concluded(bank.code).to_json()["gain"]
+            again[f"{at}/code/gain"] = coding.concluded(bank.code).to_json()["gain"]
 
     def of_bank(at: str, bank: Bank) -> None:
         of_parts(at, bank)

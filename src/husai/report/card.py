@@ -54,7 +54,7 @@ ALT = {
     "adaptive_l0": "Excess of stability over the highest null, and explained variance, against k",
     "assignment_v2": "Gain of stability against the strength of the pull, with intervals",
     "frontier": "Families against each other: stability, reconstruction and benchmarks, with intervals",
-    "excess": "Excess of the candidate and of each draw of the random weights, and the gains over these, with intervals",
+    "excess": "Excess of the candidate and of each draw of the random weights, and the gains, with intervals",
     "gain": "Scores of the candidate against transcoders and of both among themselves, over each null, with intervals",
     "ood_drop": "Probes under shift, and what the SAE loses beyond the model itself, with intervals",
     "selection": "Candidates against each other: stability and benchmarks, with intervals",

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from husai.evidence import (
+    coding,
     conditions,
     data_sets,
     deltas,
     drop,
     levels,
     planted,
-    prototypes,
     random_model,
     references,
     rules,
@@ -594,7 +594,7 @@ def _derive_bank(bank: dict) -> None:
     _means(bank)
     _derive_benchmarks(bank)
     if "code" in bank:
-        bank["code"]["gain"] = prototypes.concluded(Code.model_validate(bank["code"])).to_json()["gain"]
+        bank["code"]["gain"] = coding.concluded(Code.model_validate(bank["code"])).to_json()["gain"]
     bank["conditions"] = conditions.conditions(Bank.model_validate(bank | {"conditions": []}))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from husai.activations.store import ActivationStore
 from husai.evals.loaded import LoadedSAEs
-from husai.evidence.prototypes import concluded
+from husai.evidence.coding import concluded
 from husai.evidence.schemas import Code, Coded, ScoredRecord, seed_names
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
