@@ -61,6 +61,7 @@ from husai.runs.errors import BadInput
 PASS: Literal["PASS"] = "PASS"
 FAIL: Literal["FAIL"] = "FAIL"
 MISSING: Literal["MISSING"] = "MISSING"
+ROUNDING = 1e-12
 POWER = 0.8
 """Pass probability for which a gate states the effect that it needs."""
 MINIMUM_SEEDS = 5
@@ -166,7 +167,7 @@ class Shown:
         return min(self._passes_at(truth, e) for e in self.estimates.values())
 
     def _passes_at(self, truth: float, estimate: Estimate) -> float:
-        if estimate.standard_error == 0:  # seeds that do not differ leave nothing to chance
+        if (estimate.standard_error or 0) <= ROUNDING:  # seeds that do not differ leave nothing to chance
             return float(self.rule.holds(truth, self.threshold))
         return pass_probability(estimate, self.rule.end, self.threshold, truth)
 
