@@ -41,14 +41,23 @@ NOT_KEPT = {"draws", "q95_of_mean"}
 """What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
 
 
+EARLIER_RULES = "earlier_rules"
+"""Folder below docs/evidence whose runs were judged by rules that no longer stand: only their files are checked."""
+
+
+def of_earlier_rules(path: Path, root: Path) -> bool:
+    return path.is_relative_to(root / "docs" / "evidence" / EARLIER_RULES)
+
+
 def audit_evidence(root: Path) -> dict[str, list[str]]:
     """Every folder below docs/evidence with results or a manifest: name -> problems."""
     found = [p for name in ("results.json", "manifest.json") for p in (root / "docs" / "evidence").rglob(name)]
-    return {str(folder.relative_to(root)): folder_problems(folder) for folder in sorted({p.parent for p in found})}
+    folders = sorted({p.parent for p in found})
+    return {str(f.relative_to(root)): folder_problems(f, not of_earlier_rules(f, root)) for f in folders}
 
 
-def folder_problems(folder: Path) -> list[str]:
-    """What is wrong with one evidence folder: its manifest, its files, what is computed again."""
+def folder_problems(folder: Path, again: bool = True) -> list[str]:
+    """What is wrong with one evidence folder: its manifest, its files, and what is computed again."""
     try:
         results = read_json(folder / "results.json", "evidence")
         manifest = Manifest.model_validate(read_json(folder / "manifest.json", "evidence"), strict=True)
@@ -60,7 +69,7 @@ def folder_problems(folder: Path) -> list[str]:
     digests = {p.name: sha256_file(p) if p.is_file() else None for p in sorted(folder.iterdir())}
     problems = manifest_problems(manifest, results, digests)
     try:
-        return problems + results_problems(results)
+        return problems + (results_problems(results) if again else [])
     except (RecursionError, OverflowError) as error:
         return [*problems, f"results.json cannot be computed again ({type(error).__name__}: {error})"]
 
