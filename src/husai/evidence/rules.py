@@ -396,7 +396,7 @@ def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
 CODE = Rule(
     "code",
     "gain over the best dictionary of prototypes",
-    *("low", ">", 0.0),
+    *("low", ">", levels.MIN_CODE_GAIN),
     "explained variance and CE recovered surely exceed those of the best dictionary of prototypes",
     "not shown to exceed that of the best dictionary of prototypes: {which}",
 )

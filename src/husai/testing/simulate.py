@@ -100,7 +100,7 @@ def neutral() -> dict[str, float]:
     """Gate -> the true value of its figure at which it must not pass: its threshold."""
     t = Thresholds()
     at = dict.fromkeys(("positive_control", "stability"), t.min_stability_excess)
-    at |= {"transcoder": t.min_transcoder_delta, "ood": t.max_ood_drop}
+    at |= {"code": rules.CODE.threshold, "transcoder": t.min_transcoder_delta, "ood": t.max_ood_drop}
     return dict.fromkeys(GATES, 0.0) | at | {"saebench": t.min_saebench_delta, "cebench": t.min_cebench_delta}
 
 
