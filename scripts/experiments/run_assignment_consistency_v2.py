@@ -227,7 +227,6 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
-    from husai.evidence.names import GATED_NULLS
     from husai.report.figures import Panel, panels
     from husai.report.text import pair_rows, write_csv
 
@@ -241,7 +240,7 @@ def draw(results, output_dir: Path) -> list[Path]:
     ]
     if results.confirmed:
         _, fresh = results.confirmed
-        names = ["mcc_alive", *(f"over {null}" for null in GATED_NULLS), "EV lost"]
+        names = ["mcc_alive", *(f"over {null}" for null in fresh.gain.over), "EV lost"]
         figures = [fresh.gain.observed, *fresh.gain.over.values(), fresh.ev_drop]
         title = f"Fresh seeds and references, λ {fresh.weight:g}: {results.acceptance.outcome}"
         drawn.append(Panel(title, "paired gain", "", names, {"": figures}))

@@ -163,8 +163,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def draw(results, output_dir: Path) -> list[Path]:
     """The figure and the CSV of pairs."""
+    from husai.evidence.names import COMPARED_NULLS
     from husai.report.figures import Panel, panels
-    from husai.report.text import GAINS, pair_rows, write_csv
+    from husai.report.text import pair_rows, write_csv
 
     drawn = []
     for axis, label in (("k", "k, active features a row"), ("d_sae", "d_sae, features")):
@@ -178,7 +179,7 @@ def draw(results, output_dir: Path) -> list[Path]:
         drawn.append(Panel(f"Against {axis}", label, "excess over the highest null", x, series, unfinished))
     if results.methods:
         others = results.methods[1:]
-        gains = {n: [getattr(m.gain, n) for m in others] for n in GAINS}
+        gains = {n: [getattr(m.gain, n) for m in others] for n in ("observed", *COMPARED_NULLS)}
         title = "Methods: gain of mcc_alive, and over each null"
         drawn.append(Panel(title, "gain over the recipe as it is, paired", "", [m.name for m in others], gains))
     curves = {r.name: [p.mcc for p in r.over_training] for r in results.rows}

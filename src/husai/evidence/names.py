@@ -13,5 +13,7 @@ SCORED = (PAIRED, ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
 """The scores that a study may hold."""
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "spectral", "gaussian")
+COMPARED_NULLS = ("isotropic", "spectral")
+"""Nulls of phases that compare arms, and train no control for each."""
 ASKED_FOR_NULLS = ("untrained", "random_model")
 """Reported where they were computed, and not missed where they were not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from husai.evidence.names import GATED_NULLS
+from husai.evidence.names import COMPARED_NULLS, GATED_NULLS
 from husai.runs.files import write_text
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ def interval(e: dict | Interval, sign: str = "") -> str:
 
 GAINS = ("observed", *GATED_NULLS)
 """Estimates of a `Gain`: of `mcc_alive` itself, and of its excess over each required null."""
-GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in GATED_NULLS)]
+GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in COMPARED_NULLS)]
+"""Columns of a gain in phases that compare arms."""
 
 
 def gain_cells(gain: Gain) -> list[str]:
     """One cell for each of GAIN_HEADER."""
-    return [interval(e, "+") for e in (gain.observed, *gain.over.values())]
+    return [interval(e, "+") for e in (gain.observed, *(gain.over[null] for null in COMPARED_NULLS))]
 
 
 def gain_sentence(gain: Gain) -> str:

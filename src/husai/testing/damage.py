@@ -57,6 +57,7 @@ INFORMATIONAL = {
     A_SECTION + r"/(others/\d+|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
     r"(phase4a/husai|random_model/section|transcoder/(section|transcoder|across))/gaussian/members/\d+/heldout/l0": ""
     "of a study whose own rule of stability is not asked: reported",
+    r"phase4a/planted/degrees/\d+/study/gaussian/members/\d+/heldout/l0": "within the tolerance it changes nothing",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate|assignment_weight))": "modular "
     "addition, which decides nothing",
     r"((random_model|confirmation)/section|transcoder/(section|transcoder|across))/(rows|d_in)": "size of the store; "
@@ -81,6 +82,7 @@ OPEN = {
     "whatever they hold; the rule that counts is the gate's own",
     r"phase4a/husai/(curve_steps|snapshot_steps|spectral_groups|histogram_bins|histograms)(/.*)?": "drawn",
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
+    r"phase4a/husai/gaussian/members/\d+/(seed|checkpoint)": "of modular addition's control; null where not known",
     A_SECTION + r"/gaussian/members/\d+/checkpoint": "where it lies",
     r"random_model/random_models/\d+/members/\d+/checkpoint": "where it lies; null where the user supplied it",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
