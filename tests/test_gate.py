@@ -15,6 +15,7 @@ from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded
 from husai.evals.loaded import identity
+from husai.evidence import rules
 from husai.evidence.levels import FRESH_SEEDS
 from husai.evidence.names import GATED_NULLS
 from husai.evidence.schemas import ScoredRecord, SeedGroup
@@ -286,6 +287,22 @@ def test_each_gate_says_its_own_power(gate, good):
     assert passes(found["effect_for_80"]) == pytest.approx(0.8, abs=0.002)
     if found["threshold"] == 0:
         assert found["passes_at_no_effect"] == pytest.approx((1 - level_of(gate)) / 2, abs=1e-4)
+
+
+def test_the_decision_says_what_is_licensed(good):
+    decision, _ = judged(good)
+    whole = rules.LICENCES[-1][2]
+    assert decision["licensed"] == whole
+    assert judged(made(stability=0.0, derived=False))[0]["licensed"] == rules.LICENCES[0][2]
+
+    def moving(results):
+        results["bank"]["sections"][0]["convergence"]["converged"] = False
+
+    licensed = judged(with_results(good, "confirmation", moving))[0]["licensed"]
+    assert licensed.startswith(whole[:-1])
+    assert f"{simulate.TOKENS:,} tokens" in licensed
+    no_section = with_results(good, "confirmation", lambda r: r["bank"].update(sections=[]))
+    assert judged(no_section)[0]["licensed"] is None
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 60])

@@ -129,6 +129,9 @@ def summary(results: dict) -> str:
     rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
     rows.append(["`mcc_alive`", interval(score.observed)])
     rows += [[f"excess over {null}", interval(e, "+")] for null, e in score.excess.items()]
+    for name, what in (("share70_alive", "single features"), ("mcc_others", "without prototypes")):
+        excess = section.stability.scores[name].excess
+        rows += [[f"{what}: excess over {null}", interval(e, "+")] for null, e in excess.items()]
     for kind, gain in found.bank.code.gain.items() if found.bank.code else ():
         named = {"explained variance": gain.explained_variance, "CE recovered": gain.ce_recovered}
         rows += [[f"{name} − that of {kind}", interval(g, "+")] for name, g in named.items() if g is not None]
@@ -140,7 +143,7 @@ def summary(results: dict) -> str:
     lines = [
         "# Confirmation of the candidate" if found.origin == "retrained" else "# SAEs of your own",
         "",
-        f"**{verdict.outcome}**: {verdict.reason}{still_moving(section)}.",
+        f"**{verdict.outcome}**: {verdict.reason}{still_moving(section)}. *{verdict.sentence}*",
         "",
         f"{found.candidate.condition} of {found.subject}, {found.bank.hook_name}: {where_from(found)}.",
         "",

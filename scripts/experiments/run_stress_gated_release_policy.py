@@ -183,6 +183,11 @@ def summary(results: dict) -> str:
         about,
         "",
     ]
+    if results["licensed"] is not None:
+        whose = (
+            "What may be claimed" if results["pass_all"] else "What its stability licenses, inside this project alone"
+        )
+        lines += [f"{whose}: *{results['licensed']}*", ""]
     for g in gates:
         if g["waived"]:
             lines += [f"**Waived: {g['gate']}** ({g['waived']}). A decision with a waiver is never a pass.", ""]

@@ -17,6 +17,7 @@ DECIDED = (
     "provisional",
     "outcome",
     "attempt",
+    "licensed",
     "candidate",
     "thresholds",
     "looser_than_registered",

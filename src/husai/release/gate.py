@@ -141,7 +141,8 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
 
     Returns:
         {"pass_all", "provisional", "outcome", "unconfirmed": why the candidate is no confirmed one, or None, "attempt":
-        number of confirmations of its configuration, or None, "candidate", "thresholds", "looser_than_registered",
+        number of confirmations of its configuration, or None, "licensed": the sentence that its stability licenses, or
+        None, "candidate", "thresholds", "looser_than_registered",
         "gates": [{"gate", "question", "status", "figure", "estimate", "low", "high", "level", "bound", "relation",
         "threshold", "n", "without_one_seed", "passes_at_no_effect", "effect_for_80", "beside": {name: an interval that
         decides nothing}, "left_out": data sets or pairs that do not count, "reason", "to_pass", "waived"}]}
@@ -174,6 +175,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
         "unconfirmed": candidate.unconfirmed,
         "attempt": candidate.attempt,
+        "licensed": _licensed(candidate, level, thresholds.min_stability_excess),
         "candidate": candidate.to_json(),
         "thresholds": vars(thresholds),
         "looser_than_registered": looser,
@@ -476,6 +478,20 @@ def _positive_control(bundle: Bundle, candidate: _Candidate, level: float) -> Sh
 def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:
     c = candidate.known()
     return rules.stability(c.section, level, minimum)
+
+
+def _licensed(candidate: _Candidate, level: float, minimum: float) -> str | None:
+    """What the controls that the candidate beat license, for an external claim once every gate has passed. Of SAEs
+    whose training had not come to rest the sentence names the budget."""
+    try:
+        shown = rules.checked(lambda: _stability(candidate, level, minimum))
+    except UNREADABLE:
+        return None
+    failing = shown.failing()
+    text = rules.sentence([name for name in shown.estimates if name not in failing])
+    section, tokens = candidate.section, candidate.facts.tokens
+    moving = isinstance(section, Section) and section.convergence.converged is not True
+    return rules.still_moving(text, tokens) if moving and tokens is not None else text
 
 
 def _code(candidate: _Candidate, level: float) -> Shown:

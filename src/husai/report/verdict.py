@@ -176,6 +176,7 @@ class Decision(BaseModel):
     unconfirmed: str | None = None
     """Why the candidate is not a confirmed one."""
     attempt: int | None = None
+    licensed: str | None = None
     """Number of confirmations of the configuration, this one included."""
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
@@ -195,8 +196,9 @@ class Decision(BaseModel):
             "Hook": c.get("hook_name") or facts.get("hook_name"),
             "Seeds": ", ".join(map(str, seeds)),
             "Attempt": self.attempt,
+            "Licensed sentence": self.licensed,
         }
-        return [(what, str(which)[:80]) for what, which in found.items() if which]
+        return [(what, str(which)[:300]) for what, which in found.items() if which]
 
 
 @dataclass
