@@ -60,7 +60,7 @@ test-chaos: setup ## the queue killed at random moments, on a full disk, with da
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
 
 test-nightly: setup $(PEERS) ## what takes longer and CI does not run
-	@$(BIN)/python -m pytest tests -n 2 -m nightly
+	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m nightly
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh
