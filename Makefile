@@ -22,9 +22,9 @@ $(STAMP): $(REQUIREMENTS)
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@echo "installing the pinned requirements into .venv (a minute or two)"
 	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements-dev.txt
-	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
-	@echo "compiling the training kernels for this machine (half a minute)"
-	@$(BIN)/python -m husai.training.compile
+	@echo "compiling the training kernels for this machine (half a minute), beside the rest of the installation"
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt & rest=$$!; \
+	  $(BIN)/python -m husai.training.compile && wait $$rest
 	@if [ "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)" ]; then \
 	  $(BIN)/pre-commit install >/dev/null || echo "pre-commit's hooks were not installed; make lint checks the same"; fi
 	@rm -f .venv/.installed-*
@@ -60,7 +60,7 @@ test-chaos: setup ## the queue killed at random moments, on a full disk, with da
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
 
 test-nightly: setup $(PEERS) ## what takes longer and CI does not run
-	@$(BIN)/python -m pytest tests -n 2 -m nightly
+	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m nightly
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

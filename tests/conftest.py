@@ -101,19 +101,25 @@ assert "torch" not in sys.modules
     processes.run([sys.executable, "-c", code])
 
 
+def call_script(path: str, *arguments) -> int:
+    """Run a script in this process, whose imports are done; its exit code. A process of its own imports for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+    torch.set_num_threads(1)
+    logging.getLogger("husai").handlers.clear()
+    return stopped.value.code or 0
+
+
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def run_script(capsys):
     """`run_script(path, *arguments)` -> (exit code, stdout, stderr), in this process."""
 
     def run(path: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / path), run_name="__main__")
-        torch.set_num_threads(1)
-        logging.getLogger("husai").handlers.clear()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
+        code = call_script(path, *arguments)
+        return code, *capsys.readouterr()
 
     return run
 

@@ -18,7 +18,7 @@ from miniature import few_texts, save_miniature
 SCALING = "scripts/experiments/run_external_metric_scaling_study.py"
 SIZES = ["--seeds", "1,2", "--token-budgets", "1000,2000", "--d-sae-values", 24, "--k", 3, "--batch-size", 128]
 SIZES += ["--rows", 3000, "--heldout-rows", 1000, "--null-draws", 3, "--run-cebench", "--max-rows", 8]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # the chaos tests kill this study in the queue, test_executor.py interrupts one
 
 
 class Study:
@@ -110,7 +110,6 @@ def test_killed_and_interrupted_midway_the_same_command_finishes_it(root, undist
     study.assert_kept(interrupted)
 
 
-@pytest.mark.nightly  # the slow tests kill this study on local processes, and a worker of Ray
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (requirements-cluster.txt)")
 def test_killed_on_ray_the_same_command_finishes_it(root, undisturbed):
     study = Study(root, "ray", "--executor", "ray")

@@ -97,7 +97,7 @@ def test_planted_frequencies_get_exactly_their_share(frequencies, amplitudes, no
     assert share == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the smoke run and the queue train it, and fail where it does not solve the task
 def test_the_default_transformer_solves_the_task_and_the_kept_model_is_the_one_that_held():
     config = ma.ModularAdditionConfig()
     model, training = ma.train(config, CPU)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 import processes
-from conftest import ROOT, run_without_torch
+from conftest import ROOT, call_script, run_without_torch
 from husai.evidence import contrast
 from husai.evidence.schemas import AdaptiveL0
 from husai.release import recompute
@@ -45,7 +45,7 @@ def finished(small_subject, tmp_path_factory):
             out = tmp_path_factory.mktemp("phase")
             command = [sys.executable, script, "--subject", subject, "--artifact-root", root, *TINY, *OWN[script]]
             command = [str(c) for c in command]
-            processes.run([*command, "--output-dir", str(out)])
+            assert call_script(*command[1:], "--output-dir", out) == 0
             done[script] = command, out
         return done[script]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import processes
-from conftest import ROOT, run_without_torch
+from conftest import ROOT, call_script, run_without_torch
 from husai.release.recompute import folder_problems
 from husai.runs.folder import Run
 
@@ -51,7 +51,7 @@ def phase4a(small_subject, small_activations, tmp_path_factory):
     root, subject = small_subject
     out = tmp_path_factory.mktemp("phase4a")
     command = [sys.executable, PHASE4A, "--subject", subject, "--artifact-root", root, *TINY]
-    processes.run([*command, "--output-dir", out])
+    assert call_script(*command[1:], "--output-dir", out) == 0
     return command, out
 
 
@@ -99,15 +99,15 @@ def test_repeat_returns_the_same_bytes_without_torch(phase4a):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("snapshots.safetensors", "cfg.json")),
     ],
 )
-def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, tmp_path, file):
+def test_a_damaged_checkpoint_is_noticed_and_made_again(phase4a, run_script, tmp_path, caplog, file):
     command, out = phase4a
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     weights = sorted(copy.glob(f"checkpoints/*/*/{file}"))[-1]
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
-    done = processes.run([*command, "--output-dir", copy])
-    assert f"{weights.relative_to(copy)} " in done.stderr
+    assert run_script(*command[1:], "--output-dir", copy)[0] == 0
+    assert f"{weights.relative_to(copy)} " in caplog.text
     assert weights.read_bytes() == whole
     assert (copy / "results.json").read_bytes() == (out / "results.json").read_bytes()
 

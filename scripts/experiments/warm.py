@@ -13,6 +13,7 @@ for stages on the CPU: a library that it imports asks for GPUs, and CUDA does no
 import argparse
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -73,6 +74,7 @@ def serve(path: str, parent: int) -> None:
             load(name)
         if not set(needs) <= set(SOME):  # no repeat: the other stages will need them all
             ahead = [*ALL]
+        gc.freeze()  # what is here stays: a child's garbage collections need not look through it
         if os.fork() == 0:
             listener.close()
             os._exit(_child(connection, asked, streams))

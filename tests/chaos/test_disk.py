@@ -1,4 +1,8 @@
-"""A disk that fills up in the middle of the queue, and one that is too small from the start."""
+"""A disk that fills up in the middle of the queue, and one that is too small from the start.
+
+On the full one the stages from there on fail by name, without a traceback, and nothing finished is lost; with space
+again the same command ends with the bytes of an undisturbed run. On the small one nothing is run.
+"""
 
 import errno
 import json

@@ -145,7 +145,7 @@ def check_data_sets(names: list[str]) -> list[str]:
             raise BadInput(f"--dataset-names: {name} is not one of sae-probes' {len(binary)} binary data sets")
     if repeated := sorted({n for n in found if found.count(n) > 1}):
         raise BadInput(f"--dataset-names: {repeated[0]} is named twice")
-    seen = {text.document_id(t) for t in text.corpus().train}
+    seen = text.corpus().trained_on
     for name in found:
         if shared := sum(text.document_id(t) in seen for t in text.documents(name)):
             raise BadInput(f"--dataset-names: {name} shares {shared} documents with the training text")

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 from husai.evidence.data_sets import FAMILIES
@@ -65,8 +65,9 @@ def path_of(name: str) -> Path:
     return data_folder() / ("OOD data" if name.endswith("_OOD") else "cleaned_data") / f"{name}.csv.zst"
 
 
+@lru_cache(maxsize=8)  # a study asks several times for the few data sets that it reads
 def table(name: str):
-    """A data set as pandas reads it: columns `prompt` and `target`, a row a document."""
+    """A data set as pandas reads it: columns `prompt` and `target`, a row a document. Not to be changed."""
     import pandas as pd
 
     path = path_of(name)
@@ -111,6 +112,11 @@ class Corpus:
     """Of each held-out document."""
     dropped: int
     """Training documents that a probe or out-of-distribution set also holds; left out."""
+
+    @cached_property
+    def trained_on(self) -> frozenset[str]:
+        """Ids of the training documents."""
+        return frozenset(map(document_id, self.train))
 
     @property
     def digest(self) -> str:
