@@ -18,7 +18,7 @@ from husai.evals.loaded import identity
 from husai.evidence import rules
 from husai.evidence.levels import FRESH_SEEDS
 from husai.evidence.names import GATED_NULLS
-from husai.evidence.schemas import ScoredRecord, SeedGroup
+from husai.evidence.schemas import Alike, ScoredRecord, SeedGroup
 from husai.release import bundle as reading
 from husai.release import decisions, recompute
 from husai.release.gate import GATES, Bundle, Thresholds, decide
@@ -287,6 +287,27 @@ def test_each_gate_says_its_own_power(gate, good):
     assert passes(found["effect_for_80"]) == pytest.approx(0.8, abs=0.002)
     if found["threshold"] == 0:
         assert found["passes_at_no_effect"] == pytest.approx((1 - level_of(gate)) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g["members"][0]["heldout"].update(l0=g["members"][0]["heldout"]["l0"] * 1.2),
+        lambda g: g["members"].pop(),
+        lambda g: g["members"][0].update(seed=7),
+        lambda g: g["members"][1].update(checkpoint_sha256=g["members"][0]["checkpoint_sha256"]),
+        lambda g: g.update(subject_digest="0" * 64),
+    ],
+    ids=["l0", "number", "seed", "twice", "subject"],
+)
+def test_the_gaussian_control_must_have_been_trained_alike(good, change):
+    def changed(results):
+        section = results["bank"]["sections"][0]
+        change(section["gaussian"])
+        inputs = {k: v for k, v in results["inputs"].items() if not k.startswith("gaussian")}
+        results["inputs"] = inputs | Alike.model_validate(section["gaussian"]).inputs("gaussian")
+
+    assert judged(with_results(good, "confirmation", changed))[1]["stability"]["status"] == "MISSING"
 
 
 def test_the_decision_says_what_is_licensed(good):

@@ -55,9 +55,7 @@ INFORMATIONAL = {
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
     A_SECTION + r"/(others/\d+|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
-    r"(phase4a/husai|random_model/section|transcoder/(section|transcoder|across))/gaussian/members/\d+/heldout/l0": ""
-    "of a study whose own rule of stability is not asked: reported",
-    r"phase4a/planted/degrees/\d+/study/gaussian/members/\d+/heldout/l0": "within the tolerance it changes nothing",
+    A_SECTION + r"/gaussian/members/\d+/heldout/l0": "within the tolerance it changes nothing; beyond, test_gate asks",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate|assignment_weight))": "modular "
     "addition, which decides nothing",
     r"((random_model|confirmation)/section|transcoder/(section|transcoder|across))/(rows|d_in)": "size of the store; "
