@@ -514,7 +514,7 @@ class StabilityVerdict(Strict):
     highest_null: str
     claimable_excess: Interval
     equivalence: dict[str, bool | Number] | None
-    """An `estimates.Equivalence`, where the rule does not hold."""
+    """An `estimates.Equivalence`, where its excess is not above the registered one."""
 
 
 class Stability(Strict):

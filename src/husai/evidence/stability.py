@@ -70,8 +70,8 @@ def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
 def _verdict(seeds: int, scores: dict[str, ScoreSummary], highest: str, missing: dict[str, str]) -> StabilityVerdict:
     """The rule of stability. The excess over the highest control may be claimed where it holds.
 
-    Where it does not, an equivalence test says whether that excess is shown to be within EQUIVALENCE_MARGIN of 0, or
-    whether nothing is.
+    Where that excess does not exceed the registered one, an equivalence test says whether it is shown to be within
+    EQUIVALENCE_MARGIN of 0, or whether nothing is.
     """
     excesses = {name: scores[s].excess[null] for name, (s, null) in rules.STABLE.items() if _has(scores, s, null)}
     met = [name for name, excess in excesses.items() if rules.STABILITY.met_by(excess)]
@@ -90,7 +90,7 @@ def _verdict(seeds: int, scores: dict[str, ScoreSummary], highest: str, missing:
         outcome, reason = rules.PASS, rules.STABILITY.passed.format(**facts)
     claimable = scores[PRIMARY_SCORE].excess[highest]
     equivalence = None
-    if outcome == rules.FAIL:
+    if outcome == rules.FAIL and not rules.STABILITY.met_by(claimable):
         margin = rules.EQUIVALENCE_MARGIN
         equivalence = asdict(tost(Estimate(**dict(claimable)), margin))
         p = f"(TOST, p = {equivalence['p_value']:.3g})"
