@@ -33,25 +33,24 @@ from husai.stability import compare
 
 AUDIT = "scripts/analysis/verify_experiment_consistency.py"
 LOG, CLAIMS = "EXPERIMENT_LOG.md", "docs/claims.yaml"
-EVIDENCE = "docs/evidence/phase4a"
-DECISION = "docs/evidence/release_gate"  # rests on EVIDENCE, among others
+QUEUE = "docs/evidence/embedded_queue"
+EVIDENCE = f"{QUEUE}/phase4a_trained_vs_random"
+DECISION = f"{QUEUE}/release_gate"  # rests on EVIDENCE, among others
 RESULTS, MANIFEST = f"{EVIDENCE}/results.json", f"{EVIDENCE}/manifest.json"
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of what the audit reads, the whole queue aside, whose folders are of the same kinds."""
+    """A copy of what the audit reads."""
     for name in DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for path in [
         ROOT / CLAIMS,
         *ROOT.glob("docs/**/*.json"),
-        *ROOT.glob("docs/evidence/*/*"),
+        *ROOT.glob("docs/evidence/**/*.*"),
         *ROOT.glob("assets/*/*.json"),
     ]:
-        if "embedded_queue" in path.parts:
-            continue
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -168,12 +167,12 @@ def test_a_digit_of_an_artefact(copy, audit):
     edit(copy / RESULTS, lambda r: r["husai"].update(effective_rank=r["husai"]["effective_rank"] + 0.1))
     code, failed, _ = audit()
     assert code == 1
-    rank = printed("phase4a-covariance", 1)
-    assert re.search(rf"'{rank}'[^:\d]*{re.escape(f'{float(rank) + 0.1:.1f}'[:-1])}", failed["phase4a-covariance"])
-    for name in ("phase4a-covariance", "phase4a-dead"):
+    rank = printed("phase4a-rank", 1)
+    assert re.search(rf"'{rank}'[^:\d]*{re.escape(f'{float(rank) + 0.1:.1f}'[:-1])}", failed["phase4a-rank"])
+    for name in ("phase4a-rank", "phase4a-dead"):
         assert re.search(rf"{RESULTS} .*sha256", failed[name])
     assert re.match(r"results\.json .*sha256", failed[EVIDENCE])
-    assert not any("mlp" in name or "calibration" in name for name in failed)
+    assert not any("earlier" in name or "calibration" in name for name in failed)
 
 
 def claimable(results):
@@ -185,11 +184,11 @@ def estimate(results):
 
 
 def null_mean(results):
-    results["published"]["stability"]["scores"]["mcc"]["nulls"]["spectral"]["mean"] -= 1e-6
+    results["husai"]["stability"]["scores"]["mcc"]["nulls"]["spectral"]["mean"] -= 1e-6
 
 
 def outcome(results):
-    results["published"]["stability"]["verdict"]["outcome"] = "above chance"
+    results["husai"]["stability"]["verdict"]["outcome"] = "PASS"
 
 
 def one_pair(results):
@@ -197,7 +196,7 @@ def one_pair(results):
 
 
 def lost_pair(results):
-    del results["published"]["pairs"][-1]
+    del results["planted"]["degrees"][0]["study"]["pairs"][-1]
 
 
 def nested(results):
@@ -210,10 +209,10 @@ def nested(results):
     [
         (claimable, r"/husai: stability/verdict/claimable_excess/low .*0\.\d+,.* 0\.\d+"),
         (estimate, "/husai: stability/scores/pwmcc/observed/estimate "),
-        (null_mean, "/published: stability/scores/mcc/nulls/spectral/mean "),
-        (outcome, "/published: stability/verdict/outcome "),
+        (null_mean, "/husai: stability/scores/mcc/nulls/spectral/mean "),
+        (outcome, "/husai: stability/verdict/outcome "),
         (one_pair, "/husai: stability/scores/mcc/observed/estimate "),
-        (lost_pair, "/published: pairs:"),
+        (lost_pair, "/planted/degrees/0/study: pairs:"),
         (nested, "/more/0/deep: stability/scores/pwmcc/observed/estimate "),
     ],
 )
@@ -235,12 +234,14 @@ def test_a_digest(copy, audit):
 
 
 def test_a_pointer(copy, audit):
-    swap(copy / CLAIMS, "/husai/effective_rank", "/husai/effective_tank")
+    of_claim = "  - id: phase4a-rank\n"
+    before, after = (copy / CLAIMS).read_text().split(of_claim)
+    (copy / CLAIMS).write_text(before + of_claim + after.replace("/husai/effective_rank", "/husai/effective_tank", 1))
     code, failed, _ = audit()
     assert code == 1
-    assert set(failed) == {"phase4a-covariance"}
-    figure = printed("phase4a-covariance", 1)
-    assert re.match(f"'{re.escape(figure)}': .*/husai/effective_tank", failed["phase4a-covariance"])
+    assert set(failed) == {"phase4a-rank"}
+    figure = printed("phase4a-rank", 1)
+    assert re.match(f"'{re.escape(figure)}': .*/husai/effective_tank", failed["phase4a-rank"])
 
 
 @pytest.mark.parametrize("path", [RESULTS, MANIFEST, "docs/benchmarks/inference_calibration.json", "docs/methods.md"])
@@ -325,18 +326,18 @@ def test_results_that_cannot_be_computed_with(copy, audit):
 
 
 def make_external(copy, *lines):
-    """Let the claim phase4a-shuffled be external, with these lines after its tier."""
-    before, after = (copy / CLAIMS).read_text().split("  - id: phase4a-shuffled\n")
+    """Let the claim phase4a-gaussian be external, with these lines after its tier."""
+    before, after = (copy / CLAIMS).read_text().split("  - id: phase4a-gaussian\n")
     after = after.replace("tier: internal", "\n    ".join(["tier: external", *lines]), 1)
-    (copy / CLAIMS).write_text(f"{before}  - id: phase4a-shuffled\n{after}")
+    (copy / CLAIMS).write_text(f"{before}  - id: phase4a-gaussian\n{after}")
 
 
 def test_an_external_claim_without_a_gate(copy, audit):
     make_external(copy)
     code, failed, _ = audit()
     assert code == 1
-    assert set(failed) == {"phase4a-shuffled"}
-    assert re.fullmatch(r"external\b.* gate", failed["phase4a-shuffled"])
+    assert set(failed) == {"phase4a-gaussian"}
+    assert re.fullmatch(r"external\b.* gate", failed["phase4a-gaussian"])
 
 
 @pytest.mark.parametrize(
@@ -400,8 +401,8 @@ def test_an_external_claim_and_its_gate(copy, audit, gate, named):
         flags = ["--write-digests"]
     code, failed, _ = audit(*flags)
     assert code == 1
-    assert set(failed) == {"phase4a-shuffled"}
-    assert re.search(named, failed["phase4a-shuffled"])
+    assert set(failed) == {"phase4a-gaussian"}
+    assert re.search(named, failed["phase4a-gaussian"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,13 +463,13 @@ def claim(statement, figures, **others):
 
 
 def test_all_failures_are_listed(copy, audit):
-    isotropic, covariance = printed("phase4a-isotropic", 0), f"at {printed('phase4a-covariance', 0)}"
+    isotropic, covariance = printed("phase4a-isotropic", 0), f"at {printed('phase4a-rank', 0)}"
     swap(copy / LOG, isotropic, misprinted(isotropic))
     swap(copy / LOG, covariance, misprinted(covariance))
     edit(copy / MANIFEST, lambda m: m.update(return_code=3))
     code, failed, err = audit()
     assert code == 1
-    assert set(failed) == {"phase4a-isotropic", "phase4a-covariance", "phase4a-command", LOG, EVIDENCE, DECISION}
+    assert set(failed) == {"phase4a-isotropic", "phase4a-rank", "phase4a-command", LOG, EVIDENCE, DECISION}
     assert err.startswith("error: audit: 6 ")
 
 

@@ -73,23 +73,25 @@ class Page(HTMLParser):
         return state
 
 
-LEFT_OUT = ("release_gate", "cycle3_queue_final", "embedded_queue", "*_stress")
+QUEUE = ROOT / "docs" / "evidence" / "embedded_queue"
+POSITIVE, TINY = "phase4a_trained_vs_random", "phase4a_language_model"
+LEFT_OUT = ("release_gate", "*_stress")
+TINY_STABILITY = json.loads((QUEUE / TINY / "results.json").read_text())["husai"]["stability"]
+CLAIM = [TINY_STABILITY["verdict"]["claimable_excess"][end] for end in ("estimate", "low", "high")]
 """Decisions, and what is missing, are each test's own."""
 
 
 @pytest.fixture
 def everything(tmp_path):
-    """The evidence of the documents, as it lies there."""
-    return shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "results", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    """The evidence of the demo, as it lies there."""
+    return shutil.copytree(QUEUE, tmp_path / "results", ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 @pytest.fixture
 def root(tmp_path):
     """Three of its phases without figures: a page in a fraction of the time."""
-    for name in ("phase4a", "phase4a_husai_tiny", "core_ablations"):
-        shutil.copytree(
-            ROOT / "docs" / "evidence" / name, tmp_path / "results" / name, ignore=shutil.ignore_patterns("*.png")
-        )
+    for name in (POSITIVE, TINY, "core_ablations"):
+        shutil.copytree(QUEUE / name, tmp_path / "results" / name, ignore=shutil.ignore_patterns("*.png"))
     return tmp_path / "results"
 
 
@@ -99,7 +101,7 @@ def add_run(root, name: str, results: dict, summary: str = "# A run\n", **change
     folder.mkdir(exist_ok=True)
     write_json(folder / "results.json", results)
     (folder / "summary.md").write_text(summary)
-    manifest = json.loads((ROOT / "docs/evidence/phase4a/manifest.json").read_text())
+    manifest = json.loads((QUEUE / POSITIVE / "manifest.json").read_text())
     manifest["outputs"] = {n: sha256_file(folder / n) for n in ("results.json", "summary.md")}
     write_json(folder / "manifest.json", manifest | {"run_id": "run_20261125T000000Z_00000000"} | changed)
     return folder
@@ -131,8 +133,8 @@ def decision(**changed) -> dict:
         "seeds": [1, 2],
         "x": 0,
     }
-    sha256 = sha256_file(ROOT / "docs/evidence/phase4a/results.json")
-    read = {"phase4a": {"path": "results/phase4a/results.json", "sha256": sha256}}
+    sha256 = sha256_file(QUEUE / POSITIVE / "results.json")
+    read = {"phase4a": {"path": f"results/{POSITIVE}/results.json", "sha256": sha256}}
     return whole | {"candidate": candidate, "gates": gates, "read": read, "more": 1} | changed
 
 
@@ -191,8 +193,8 @@ def test_a_page_of_the_evidence(everything):
         manifest = json.loads((folder / "manifest.json").read_text())
         assert page.says(manifest["command"])
         assert page.says(manifest["git_commit"][:12])
-    assert page.says("+0.2191 [+0.2124, +0.2259]"), "in a line of intervals"
-    assert page.says("0.2191 [0.2124, 0.2259]"), "in a table"
+    assert page.says("{:+.4f} [{:+.4f}, {:+.4f}]".format(*CLAIM)), "in a line of intervals"
+    assert page.says("{:.4f} [{:.4f}, {:.4f}]".format(*CLAIM)), "in a table"
     assert "Transcoder stress" in page.inside["absent"]
     assert page.inside["note"] == "", "nothing is damaged or incomplete"
 
@@ -210,16 +212,17 @@ def test_headings_never_skip_a_level(root):
 
 
 def test_the_nulls_of_phase_4a_stand_on_one_scale(root):
-    forest = Forest.of(json.loads((root / "phase4a_husai_tiny/results.json").read_text()))
+    forest = Forest.of(json.loads((root / TINY / "results.json").read_text()))
     assert [r.name for r in forest.rows if r.firm] == ["isotropic", "spectral", "gaussian"]
-    assert {r.name for r in forest.rows} > {"covariance-matched", "random-weights model"}
+    assert {r.name for r in forest.rows} > {"Gaussian rows", "random-weights model"}
     for row in forest.rows:
         assert 0 < row.strip.low < row.strip.estimate < row.strip.high < 100
         assert row.strip.estimate == forest.scale.at(row.estimate)
-    assert {"mcc_alive", "+0.2191", "[+0.2124,", "+0.2259]", "spectral"} <= set(forest.claim.split())
-    ablations = Forest.of(json.loads((root / "core_ablations/results.json").read_text()))
-    assert (len(ablations.rows), ablations.claim) == (13, None)
-    assert re.findall(r"(\d+) of 13 ([^,]+)", ablations.outcomes) == [("10", "above chance"), ("3", "not above chance")]
+    assert "mcc_alive {:+.4f} [{:+.4f}, {:+.4f}]".format(*CLAIM) in forest.claim
+    results = json.loads((root / "core_ablations/results.json").read_text())
+    ablations, n = Forest.of(results), len(results["rows"]) + len(results["methods"])
+    assert (len(ablations.rows), ablations.claim) == (n, None)
+    assert ablations.outcomes == f"{n} of {n} MISSING", "three seeds, and no control of Gaussian rows"
     for broken in ({"husai": {"stability": {"verdict": {}}}}, {"a": {"stability": {"verdict": 3}}}, {}):
         assert Forest.of(broken) is None
 
@@ -320,7 +323,7 @@ def test_what_stands_beside_a_figure_is_shown_and_what_does_not_count_is_named(r
 def test_what_the_gate_itself_writes_can_be_read(root, run_script):
     """The strict gate on the evidence at hand: phase 4a alone."""
     files = ("external-candidate-json", "confirmation-results", "random-model-results", "transcoder-results")
-    arguments = ["--phase4a-results", root / "phase4a" / "results.json"]
+    arguments = ["--phase4a-results", root / POSITIVE / "results.json"]
     for name in (*files, "ood-results"):
         arguments += [f"--{name}", root / "none" / "results.json"]
     gate = "scripts/experiments/run_stress_gated_release_policy.py"
@@ -373,36 +376,36 @@ def test_a_gate_given_by_path_is_taken_in_place_of_the_one_below_the_root(root, 
 
 
 def test_damage_is_named_and_the_rest_is_shown(everything):
-    (everything / "phase4a" / "results.json").write_text("{")
-    with open(everything / "phase4a_mlp" / "results.json", "a") as f:
+    (everything / POSITIVE / "results.json").write_text("{")
+    with open(everything / "adaptive_l0_calibration" / "results.json", "a") as f:
         f.write("\n")
     (everything / "core_ablations" / "manifest.json").write_text("[]")
     (everything / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
     (everything / "language_model" / "summary.md").write_text("# other\n")
     failed = everything / "ood_stress" / "run_20261125T000000Z_00000000"
     failed.mkdir(parents=True)
-    manifest = json.loads((everything / "phase4a_husai_tiny" / "manifest.json").read_text())
+    manifest = json.loads((everything / TINY / "manifest.json").read_text())
     write_json(failed / "manifest.json", manifest | {"status": "failed", "return_code": 2})
     (everything / "cut" / "run_20261125T000001Z_00000000").mkdir(parents=True)
-    later = everything / "saebench_husai_tiny" / "run_20991125T000000Z_00000000"
+    later = everything / "architecture_frontier" / "run_20991125T000000Z_00000000"
     later.mkdir()
     page = render(everything)
     for phase, named in {
-        "phase4a": r"results\.json .*sha256",
-        "phase4a_mlp": r"results\.json .*sha256",
+        POSITIVE: r"results\.json .*sha256",
+        "adaptive_l0_calibration": r"results\.json .*sha256",
         "core_ablations": r"manifest\.json ",
         "adaptive_l0": r"adaptive_l0\.png ",
         "language_model": r"summary\.md .*sha256",
         "ood_stress": r"run_20261125T000000Z_00000000: failed\b.* 2\b",
         "cut": "run_20261125T000001Z_00000000: (?!failed)",
-        "saebench_husai_tiny": "run_20991125T000000Z_00000000: (?!failed).*: run_",
+        "architecture_frontier": "run_20991125T000000Z_00000000: (?!failed).*: run_",
     }.items():
         problems = read_phase(everything / phase).problems
         assert any(re.search(named, problem) for problem in problems), problems
         for words in (phase, *problems):
             assert words in page.inside["note"]
-    assert page.says("0.2191 [0.2124, 0.2259]"), "the whole runs are shown"
-    assert read_phase(everything / "phase4a").results == {}
+    assert page.says("{:.4f} [{:.4f}, {:.4f}]".format(*CLAIM)), "the whole runs are shown"
+    assert read_phase(everything / POSITIVE).results == {}
 
 
 def test_a_file_that_is_no_image_is_not_embedded(root):
@@ -423,7 +426,7 @@ def test_features_in_another_shape_are_named(root):
 
 
 def test_a_repeat_does_not_hide_what_the_results_took(root):
-    phase = root / "phase4a"
+    phase = root / POSITIVE
     manifest = json.loads((phase / "manifest.json").read_text())
     for name, seconds, sha in (("a", 7000.0, manifest["outputs"]["results.json"]), ("b", 9000.0, "0" * 64)):
         run = phase / f"run_20200101T000000Z_{name}"
@@ -512,7 +515,7 @@ def test_from_the_shell(root, tmp_path, run_script, refused):
     assert code == 0
     assert "MB" in out
     page = Page((tmp_path / "sub" / "r.html").read_text())
-    assert any(a["href"] == "../results/phase4a/results.json" for a in page.all("a"))
+    assert any(a["href"] == f"../results/{POSITIVE}/results.json" for a in page.all("a"))
     (tmp_path / "empty" / "folder").mkdir(parents=True)
     refused(f"--results-root: {tmp_path}/none ", REPORT, "--results-root", tmp_path / "none")
     refused(f"--results-root: {tmp_path}/empty ", REPORT, "--results-root", tmp_path / "empty")
