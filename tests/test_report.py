@@ -332,7 +332,8 @@ def test_what_the_gate_itself_writes_can_be_read(root, run_script):
     assert page.verdict == "fail"
     assert f"1 of {GATES}" in page.inside["verdict"]
     assert len(page.inside["candidate"].splitlines()) == 1, "there is none"
-    assert "0.0121" in page.inside["gate-positive_control"]
+    (control, *_) = json.loads((root / "release_gate" / "results.json").read_text())["gates"]
+    assert f"{control['low'] - control['threshold']:.4f}" in page.inside["gate-positive_control"]
     assert page.says("not there")
     waive = [a for g in verdict.GATES if g != "positive_control" for a in ("--waive", g, "--reason", "not claimed")]
     assert run_script(gate, *arguments, *waive, "--output-dir", root / "release_gate")[0] == 0
@@ -380,8 +381,8 @@ def test_damage_is_named_and_the_rest_is_shown(everything):
     with open(everything / "adaptive_l0_calibration" / "results.json", "a") as f:
         f.write("\n")
     (everything / "core_ablations" / "manifest.json").write_text("[]")
-    (everything / "adaptive_l0" / "adaptive_l0.png").write_bytes(b"\x89PNG")
-    (everything / "language_model" / "summary.md").write_text("# other\n")
+    (everything / "assignment_consistency_v2" / "assignment_v2.png").write_bytes(b"\x89PNG")
+    (everything / "external_metric_scaling" / "summary.md").write_text("# other\n")
     failed = everything / "ood_stress" / "run_20261125T000000Z_00000000"
     failed.mkdir(parents=True)
     manifest = json.loads((everything / TINY / "manifest.json").read_text())
@@ -394,8 +395,8 @@ def test_damage_is_named_and_the_rest_is_shown(everything):
         POSITIVE: r"results\.json .*sha256",
         "adaptive_l0_calibration": r"results\.json .*sha256",
         "core_ablations": r"manifest\.json ",
-        "adaptive_l0": r"adaptive_l0\.png ",
-        "language_model": r"summary\.md .*sha256",
+        "assignment_consistency_v2": r"assignment_v2\.png ",
+        "external_metric_scaling": r"summary\.md .*sha256",
         "ood_stress": r"run_20261125T000000Z_00000000: failed\b.* 2\b",
         "cut": "run_20261125T000001Z_00000000: (?!failed)",
         "architecture_frontier": "run_20991125T000000Z_00000000: (?!failed).*: run_",
@@ -409,8 +410,9 @@ def test_damage_is_named_and_the_rest_is_shown(everything):
 
 
 def test_a_file_that_is_no_image_is_not_embedded(root):
-    shutil.copytree(ROOT / "docs" / "evidence" / "adaptive_l0", root / "adaptive_l0")
-    path = root / "adaptive_l0" / "adaptive_l0.png"
+    name = "adaptive_l0_calibration"
+    shutil.copytree(QUEUE / name, root / name)
+    path = root / name / "adaptive_l0.png"
     path.write_bytes(b"no image")
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["outputs"]["figures/adaptive_l0.png"] = sha256_file(path)
