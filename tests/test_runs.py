@@ -166,6 +166,32 @@ def test_damaged_cell_is_named_and_computed_again(cell, damage, caplog):
     assert len(calls) == 2
 
 
+def test_a_cell_rests_on_what_the_cells_that_it_asks_for_rest_on(tmp_path):
+    """Read or computed, elsewhere, at any depth: a change of the file is noticed by all of them."""
+    control, calls = tmp_path / "controls" / "weights", []
+
+    def get(depth):
+        def compute():
+            calls.append(depth)
+            if depth == 0:
+                control.parent.mkdir(exist_ok=True)
+                control.write_text("weights")
+                return "trained", [control]
+            return [get(depth - 1)], []
+
+        return Cells(tmp_path / ("phase" if depth else "controls") / "cells").get(f"cell{depth}", {}, compute)
+
+    assert get(0) == "trained"
+    assert get(2) == [["trained"]]
+    assert calls == [0, 2, 1]
+    assert get(2) == [["trained"]]
+    assert calls == [0, 2, 1]
+    control.write_text("Weights")
+    assert get(2) == [["trained"]]
+    assert calls == [0, 2, 1, 2, 1, 0]
+    assert control.read_text() == "weights"
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """`package({file: source})`: code_version of f in husai/a/first.py of a package that consists of these."""

@@ -5,8 +5,9 @@
     bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST --always STAGE...
 
 There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
-every file below PLACE (a folder or a file that the stage leaves; `-`: none), and a digest of what the outcome follows
-from: the code, the packages, and the key that the script's flags give (`runs.inputs`: a file counts by its content).
+every file below PLACE (a folder or a file that the stage leaves; `-`: none) and of those elsewhere that its cells rest
+on, and a digest of what the outcome follows from: the code, the packages, and the key that the script's flags give
+(`runs.inputs`: a file counts by its content).
 `inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile. INPUTS are empty
 for a stage that always runs.
 
@@ -88,7 +89,7 @@ def record(
         "git_dirty": dirty,
         "follows_from": after if before in ("", after) else f"changed while it ran: {before}, then {after}",
         "place": place,
-        "files": {str(path): sha256_file(path) for path in files(place)},
+        "files": {str(path): sha256_file(path) for path in [*files(place), *shared(place)]},
     }
     write_json(manifest, {"profile": profile, "stages": list(stages.values())})
 
@@ -189,6 +190,16 @@ def files(place: str) -> list[Path]:
         return [path]
     below = (p for p in sorted(path.rglob("*")) if p.is_file())
     return [p for p in below if not any(part in WORKING or part[0] == "." for part in p.relative_to(path).parts)]
+
+
+def shared(place: str) -> list[Path]:
+    """Files elsewhere that the cells at a stage's place rest on: controls, which phases share."""
+    found = set()
+    for cell in Path(place).rglob("cells/[!.]*.json") if place != NO_PLACE else []:
+        root = cell.parents[1].resolve()
+        named = {Path(os.path.normpath(root / name)) for name in read_json(cell, "cell").get("artefacts", {})}
+        found |= {path for path in named if not path.is_relative_to(Path(place).resolve()) and path.is_file()}
+    return sorted(found)
 
 
 def follows_from(command: list[str]) -> str:

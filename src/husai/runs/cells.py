@@ -7,7 +7,9 @@ that a change in any of the three is another cell. A finished cell is one atomic
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_json
 
 log = logging.getLogger("husai")
+_used: ContextVar[set[Path] | None] = ContextVar("used", default=None)
+"""Artefacts of the cells that the cell which is being computed has asked for."""
 
 
 class Cells:
@@ -34,40 +38,59 @@ class Cells:
         Args:
             name: a readable prefix of the file name.
             config: everything that the value depends on; its digest is the key.
-            compute: returns the value (JSON) and the files it rests on, which must lie below the parent of `folder`.
+            compute: returns the value (JSON) and the files it rests on. The cell rests as well on those of the cells
+                that it asks for, such as controls, which phases share.
         """
         key = digest(config)
         path = self.folder / f"{name}-{key[:16]}.json"
         if not self.force and path.exists():
-            problem, value = self._read(path, key)
+            problem, value, artefacts = self._read(path, key)
             if problem is None:
+                _note(artefacts)
                 return value
             log.warning("cell %s: %s; computing it again", path.name, problem)
-        value, artefacts = compute()
-        root = self.folder.parent
+        inner: set[Path] = set()
+        outer = _used.set(inner)
+        try:
+            value, files = compute()
+        finally:
+            _used.reset(outer)
+        root = self.folder.parent.resolve()
+        artefacts = {path.resolve() for path in files} | inner
+        _note(artefacts)
         entry = {
             "key": key,
             "config": config,
-            "artefacts": {str(p.relative_to(root)): sha256_file(p) for p in sorted(artefacts)},
+            "artefacts": {os.path.relpath(p, root): sha256_file(p) for p in sorted(artefacts)},
             "value_sha256": digest(value),
             "value": value,
         }
         write_json(path, entry)
         return value
 
-    def _read(self, path: Path, key: str) -> tuple[str | None, Any]:
+    def _read(self, path: Path, key: str) -> tuple[str | None, Any, set[Path]]:
+        """(what is wrong with the cell, its value, its artefacts)."""
+        root = self.folder.parent.resolve()
+        artefacts: set[Path] = set()
         try:
             entry = read_json(path, "cell")
             if entry["key"] != key:
-                return "it was written for another key", None
+                return "it was written for another key", None, artefacts
             if digest(entry["value"]) != entry["value_sha256"]:
-                return "its value was changed after it was written", None
+                return "its value was changed after it was written", None, artefacts
             for name, expected in entry["artefacts"].items():
-                artefact = self.folder.parent / name
+                artefact = Path(os.path.normpath(root / name))
                 if not artefact.is_file():
-                    return f"its artefact {name} is missing", None
+                    return f"its artefact {name} is missing", None, artefacts
                 if sha256_file(artefact) != expected:
-                    return f"its artefact {name} was changed after it was written", None
+                    return f"its artefact {name} was changed after it was written", None, artefacts
+                artefacts.add(artefact)
         except (BadInput, KeyError, TypeError, AttributeError) as error:
-            return f"it is damaged ({error})", None
-        return None, entry["value"]
+            return f"it is damaged ({error})", None, artefacts
+        return None, entry["value"], artefacts
+
+
+def _note(artefacts: set[Path]) -> None:
+    """Let the cell that is being computed rest on them as well."""
+    if (outer := _used.get()) is not None:
+        outer |= artefacts
