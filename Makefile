@@ -50,13 +50,13 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 # What two workers start shares the cores.
 test test-slow test-chaos test-nightly: export OMP_WAIT_POLICY := passive
 
-test: setup $(PEERS) ## the test suite without its slow parts, five minutes
+test: setup $(PEERS) ## the test suite without its slow parts, some three minutes
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow and not nightly"
 
-test-slow: setup $(PEERS) ## whole studies and killed ones, a Ray cluster, five minutes
+test-slow: setup $(PEERS) ## whole studies, a Ray cluster, some four minutes
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "slow and not nightly"
 
-test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, six minutes
+test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, some four minutes
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
 
 test-nightly: setup $(PEERS) ## what takes longer and CI does not run

@@ -117,6 +117,7 @@ def write_checkout(folder, code):
     return folder
 
 
+@pytest.mark.slow
 def test_a_later_version_gets_the_subject_and_gives_dicts(dictionary, pairs, tmp_path, monkeypatch):
     repo = write_checkout(tmp_path / "repo", LATER_VERSION)
     (repo / "sae_lens/__init__.py").write_text("raise RuntimeError('changed')")

@@ -408,6 +408,7 @@ def test_auc_intervals_cover():
     assert auc_interval(1.0, 0.0) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_evaluation_from_the_shell(folder, run_script, tmp_path, monkeypatch, documents):
     spam = text.documents("96_spam_is")
     few = text.Corpus(train=spam[150:400], heldout=spam[400:420], heldout_families=["a"] * 20, dropped=0)

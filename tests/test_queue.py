@@ -184,7 +184,8 @@ def test_what_the_environment_check_refuses_ends_the_queue(tmp_path):
     assert "nonsense" in done.stderr
 
 
-@pytest.mark.parametrize("part", ["--only", pytest.param("--from", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["--only", "--from"])
 @pytest.mark.parametrize("send", [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)])
 def test_a_signal_ends_the_stage_in_order(tmp_path, send, part):
     """To the queue alone, as a service manager sends it, or Ctrl-C to all of it; the same command can then resume.

@@ -115,6 +115,7 @@ def problems(results):
 # A meaningless subject
 
 
+@pytest.mark.slow
 def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, structured, saes, root, tmp_path):
     results = stress(RANDOM_MODEL, structured, saes, *DRAWS)
     assert results["verdict"]["outcome"] == "holds", results["gains"]
@@ -201,6 +202,7 @@ def of_draws(train, structured, name, seeds=SEEDS, tokens=20_000):
     return [train(structured, f"{name}{draw}", seeds, draw, tokens) for draw in levels.RANDOM_DRAWS]
 
 
+@pytest.mark.slow
 def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, structured, saes, root, tmp_path):
     here = [RANDOM_MODEL, *common(structured, saes, root, tmp_path), "--random-model-checkpoint"]
     refused(["--random-model-checkpoint: ", "tokens"], *here, train(structured, "shorter", random_seed=0, tokens=2000))

@@ -132,6 +132,7 @@ def common(monkeypatch, few, tmp_path, tmp_path_factory):
     return ["--subject", folder, *sizes, *where, "--seeds", "1,2,3"]
 
 
+@pytest.mark.slow
 def test_frontier_from_the_shell(run_script, common, tmp_path):
     arguments = [
         *common,
@@ -181,6 +182,7 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     assert "--require-matched: topk d24 k3" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_scaling_from_the_shell(run_script, common, tmp_path):
     arguments = [
         *common,
