@@ -580,11 +580,11 @@ def test_the_sample_takes_as_many_stable_features_as_others():
     assert stable[feature_examples.sample(stable, stable, 4, 0)].all()
 
 
-def test_partners_are_one_to_one_whatever_their_order_and_sign():
+def test_partners_are_one_to_one_whatever_their_order_and_scale():
     g = torch.Generator().manual_seed(0)
     W = torch.randn(12, 16, generator=g)
     order = torch.randperm(12, generator=g)
-    signs = torch.where(torch.arange(12) < 6, -1.0, 2.0)[:, None]
+    scales = torch.where(torch.arange(12) < 6, 0.5, 2.0)[:, None]
 
     def with_decoder(W_dec) -> loaded.LoadedSAE:
         sae = SAE({"W_enc": W_dec.T, "b_enc": torch.zeros(12), "W_dec": W_dec, "b_dec": torch.zeros(16)}, "topk", 2)
@@ -592,8 +592,8 @@ def test_partners_are_one_to_one_whatever_their_order_and_sign():
         about = loaded.record_of(Path("a"), sae, "0" * 64, heldout)
         return loaded.LoadedSAE(Path("a"), sae, about, torch.ones(12, dtype=torch.bool))
 
-    moved = (W * signs)[order]
-    moved[0] = torch.randn(16, generator=g)  # the partner of one is lost
+    moved = (W * scales)[order]
+    moved[0] = -moved[0]  # the negative of a feature is none
     found = feature_examples.partners([*map(with_decoder, (W, moved, W))])
     assert found.features.shape == found.cosines.shape == (2, 12)
     lost = order[0].item()

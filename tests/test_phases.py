@@ -55,7 +55,7 @@ def finished(small_subject, tmp_path_factory):
 def matched(a, b):
     """mcc by scipy on the whole matrix."""
     unit = [w / np.linalg.norm(w, axis=1, keepdims=True) for w in (a, b)]
-    cosines = np.abs(unit[0] @ unit[1].T)
+    cosines = np.maximum(unit[0] @ unit[1].T, 0)
     return cosines[linear_sum_assignment(-cosines)].mean()
 
 
@@ -86,7 +86,7 @@ def more(results, *path, by=1e-6):
         (ABLATIONS, lambda r: more(r, "rows", 0, "members", 0, "heldout", "l0"), "/rows/0/l0/estimate "),
         (ABLATIONS, lambda r: r["rows"][0]["convergence"].update(converged=None), "/rows/0/convergence/converged "),
         (ABLATIONS, lambda r: r["rows"][0]["convergence"].update(converged="yes"), "the phase's results are not what"),
-        (ADAPTIVE, lambda r: r.update(chosen_k=6), "/chosen_k "),
+        (ADAPTIVE, lambda r: r.update(chosen_k=6), "the phase's results are not what"),
         (ADAPTIVE, lambda r: r.update(outcome="better"), "/outcome "),
         (ADAPTIVE, lambda r: more(r, "selection", 0, "lower_bound"), "/selection/0/lower_bound "),
         (ADAPTIVE, lambda r: more(r, "ev_drop", "high"), "/ev_drop/high "),

@@ -23,7 +23,7 @@ def lower_bound(section: Scored) -> float | None:
 
 
 def has_null(null: str, sections: Sequence[Scored]) -> bool:
-    return all(null in section.stability.scores[PRIMARY_SCORE].nulls for section in sections)
+    return all(null in section.pairs[0] for section in sections)
 
 
 def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Scored], level: float = 0.95) -> Estimate:

@@ -28,7 +28,7 @@ OF_FILE = {
     "ood": ("ood",),
 }
 """File -> the gates that rest on it."""
-OF_BENCHMARK = {
+OF_ONE_GATE = {
     r"confirmation/bank/saebench/(families|data_sets|probing|versions|random_seed)(/.*)?": ("saebench",),
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
     r"confirmation/bank/code(/.*)?": ("code",),
@@ -223,7 +223,7 @@ def _at(value: Any, at: tuple) -> Any:
 
 
 def gates_of(place: str) -> tuple[str, ...]:
-    found = (gates for pattern, gates in OF_BENCHMARK.items() if re.fullmatch(pattern, place))
+    found = (gates for pattern, gates in OF_ONE_GATE.items() if re.fullmatch(pattern, place))
     return next(found, OF_FILE[place.split("/")[0]])
 
 
