@@ -32,8 +32,9 @@ OF_ONE_GATE = {
     r"confirmation/bank/saebench/(families|data_sets|probing|versions|random_seed)(/.*)?": ("saebench",),
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
     r"confirmation/bank/code(/.*)?": ("code",),
+    r"confirmation/(bank/sections/\d+|section)/gaussian/members/\d+/(seed|heldout)(/.*)?": ("stability",),
 }
-"""Places on which one benchmark's gate rests."""
+"""Places on which one gate rests."""
 ALONE = {
     "another version": ("saebench",),
     "another data set": ("saebench",),
