@@ -172,7 +172,7 @@ RECOVERED = {"topk": 0.9, "batchtopk": 0.9, "relu": 0.9, "gated": 0.9, "jumprelu
 EXPLAINED = {"relu": 0.4}  # an L1 penalty shrinks what is active; 0.6 for all others
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # each family takes the same steps as its plain PyTorch version in the fast tests
 def test_every_family_recovers_known_features_at_its_target_l0(make_store, synthetic, tmp_path):
     """Cosine above 0.9 with a trained feature for the share in RECOVERED of the true features; next to none before
     training. Matryoshka's small dictionaries hold mixtures of features by design."""

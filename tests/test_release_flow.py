@@ -145,6 +145,7 @@ def test_the_gate_judges_what_is_there_and_says_what_is_not(run, flow, work):
     assert decision["read"]["confirmation"]["sha256"] == sha256_file(flow["confirmed"])
 
 
+@pytest.mark.nightly  # the ledger is tested without training in the fast tests
 def test_another_number_of_seeds_is_another_attempt(run, flow, work):
     """The same selection again is the same attempt, from its cells or with --force."""
     first = json.loads(flow["confirmed"].read_text())
