@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from husai.evidence import levels
 from husai.evidence.estimates import pair_values
 from husai.evidence.names import GATED_NULLS
 from husai.evidence.schemas import Scored
@@ -63,12 +64,12 @@ def noise_in(regime: str) -> simulate.Noise:
 
 
 def cells(bundle: Bundle, gate: str) -> np.ndarray:
-    """The figures whose mean a gate reads, on the side of its threshold where it passes: one a pair of seeds, or one a
-    seed and data set."""
+    """The figures whose mean a gate reads, on the side of its threshold where it passes: one a pair of seeds, one a
+    seed, or one a seed and data set."""
     files = {label: file.results for label, file in bundle.files.items()}
     bank, stress, shift = files["confirmation"]["bank"], files["transcoder"], files["ood"]["shifted"]
     null = GATED_NULLS[0]  # the drawn ones are alike
-    sign, at = (-1, Thresholds().max_ood_drop) if gate == "ood" else (1, 0.0)
+    sign, at = -1 if gate == "ood" else 1, simulate.neutral()[gate]
     if gate == "transcoder":
         x = pair_values(scored(stress["across"]).scores(null))
     elif gate == "random_model":
@@ -80,6 +81,10 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
             "stability": bank["sections"][0],
         }
         x = pair_values(scored(place[gate]).scores(null))
+    elif gate in simulate.OF_SEEDS:
+        own = np.array([*bank["code"]["saes"]["explained_variance"].values()])
+        kinds = [np.array([*of["explained_variance"].values()]) for of in bank["code"]["prototypes"].values()]
+        x = own - (max(kinds, key=np.mean) if gate == "code" else levels.MIN_EXPLAINED_VARIANCE)
     elif gate == "ood":
         sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
         itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]
