@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from husai.activations.harvest import gaussian_rows, harvest_modular_addition, shuffled_coordinates
+from husai.activations.harvest import gaussian_rows, harvest_modular_addition
 from husai.activations.order import BatchReader
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.runs.errors import BadInput
@@ -211,17 +211,3 @@ def test_a_non_finite_shard_is_refused_when_read(make_store):
     save_file({"activations": x}, store.folder / "shard-00000.safetensors")
     with pytest.raises(BadInput, match=f"{store.folder}, rows 0 to 100: NaN"):
         store.read(0, 100)
-
-
-def test_shuffled_coordinates_keep_the_margins_and_lose_the_correlations(make_store, tmp_path):
-    z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([z, z + 0.01 * rows(4000, 1), -z], dim=1)
-    store = make_store(x, shard_rows=1500)
-    control = ActivationStore.open(shuffled_coordinates(store, tmp_path))
-    shuffled = control.read(0, 4000)
-    for column in range(3):
-        assert torch.equal(shuffled[:, column].sort().values, x[:, column].sort().values)
-    correlation = np.corrcoef(shuffled.numpy().T)
-    assert np.abs(correlation - np.eye(3)).max() < 0.06
-    assert control.manifest.control == "shuffled_coordinates(seed=0)"
-    assert control.digest != store.digest

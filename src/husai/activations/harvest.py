@@ -183,38 +183,3 @@ def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
         root_of_covariance[own, own] = vectors * values.clamp_min(0).sqrt()
         first += store.d_in
     return mean, root_of_covariance
-
-
-def shuffled_coordinates(source: ActivationStore, root: Path, seed: int = 0) -> Path:
-    """A control store: every coordinate of `source` is permuted across the rows of its shard, independently.
-
-    Each coordinate keeps its distribution and loses its relation to the others; SAEs trained on it show what
-    reproducible features a meaningless subject gives. Shards hold rows in random order, so that permuting within a
-    shard is as good as permuting at large, and memory stays at one shard.
-    """
-    manifest = source.manifest
-    key = digest({"source": source.digest, "seed": seed, "code": code_version(shuffled_coordinates)})
-    folder = root / f"{manifest.subject}-shuffled-{key[:16]}"
-
-    def build(partial: Path) -> None:
-        writer = StoreWriter(partial, source.d_in, manifest.dtype, manifest.shards[0].rows)
-        first = 0
-        for index, shard in enumerate(manifest.shards):
-            x = source.read(first, first + shard.rows)
-            for column in range(source.d_in):
-                order = torch.randperm(shard.rows, generator=generator(seed, "shuffle", index, column))
-                x[:, column] = x[order, column]
-            writer.append(x)
-            first += shard.rows
-        writer.finish(
-            manifest.subject,
-            manifest.subject_digest,
-            manifest.hook_name,
-            manifest.position,
-            manifest.row_seed,
-            control=f"shuffled_coordinates(seed={seed})",
-            heldout_rows=manifest.heldout_rows,
-        )
-
-    publish_directory(folder, build)
-    return folder

@@ -55,7 +55,7 @@ class StoreManifest(BaseModel):
     d_in: int
     dtype: DType
     row_seed: int
-    control: str | None  # e.g. "shuffled_coordinates"; null for what the model really computed
+    control: str | None  # e.g. "gaussian(seed=0)"; null for what the model really computed
     shards: list[Shard]
     stats_sha256: str
     heldout_rows: int | None = None  # the last ones; null where any last rows may serve

@@ -57,6 +57,20 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     return tested
 
 
+def activations_of(
+    tested: LoadedSAEs, artifact_root: Path, rows: int, device: torch.device, threads: int, random_seed: int | None
+) -> ActivationStore:
+    """Activations at the candidate's hook, of the text that SAEs are trained on; found below `artifact_root`, or
+    harvested.
+
+    Args:
+        random_seed: of a draw of the random weights in the subject's place.
+    """
+    subject, hook_name = tested.name, tested.hook_name
+    machine = artifact_root, device, threads
+    return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, random_seed=random_seed)
+
+
 def training_store(
     tested: LoadedSAEs,
     artifact_root: Path,
@@ -92,15 +106,7 @@ def training_store(
             f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {wanted[:12]}) are not "
             f"below {artifact_root / 'activations'}; --train-rows says how many to harvest"
         )
-    store = source.open_store(
-        artifact_root,
-        device,
-        threads,
-        subject=tested.name,
-        hook_name=tested.hook_name,
-        rows=rows,
-        random_seed=random_seed,
-    )
+    store = activations_of(tested, artifact_root, rows, device, threads, random_seed)
     if store.digest != wanted:
         raise BadInput(
             f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; {tested.saes[0].folder} was "

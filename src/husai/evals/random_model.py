@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from husai.activations import source
 from husai.activations.store import ActivationStore
 from husai.dictionaries import foreign
 from husai.dictionaries.families import SAE_FAMILIES
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded
-from husai.evals.candidate import training_store
+from husai.evals.candidate import activations_of, training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
 from husai.evidence.levels import RANDOM_DRAWS, random_weights
 from husai.evidence.names import PAIRED
@@ -158,15 +157,7 @@ def trained_draws(
     found = []
     for seed in RANDOM_DRAWS:
         log.info("%s: the candidate's recipe on its activations", random_weights(seed))
-        drawn = source.open_store(
-            artifact_root,
-            device,
-            threads,
-            subject=tested.name,
-            hook_name=tested.hook_name,
-            rows=store.rows,
-            random_seed=seed,
-        )
+        drawn = activations_of(tested, artifact_root, store.rows, device, threads, seed)
         check_same_text(store, drawn)
         arms = (f(artifact_root, drawn, *recipe, device, threads) for f in (controls.trained, controls.gaussian))
         found.append(Draw(*arms))

@@ -282,31 +282,26 @@ PLANTED_BATCH, PLANTED_RATE = 256, 0.01
 """Batch size and learning rate of these SAEs, fixed in advance. Width and k are those of the planted features."""
 
 
-def excess(section: Scored, nulls: tuple[str, ...], level: float) -> dict[str, Estimate]:
-    """Null -> the excess of PRIMARY_SCORE over it, from the pairs.
-
-    Raises:
-        Missing: fewer than MINIMUM_SEEDS seeds, not every pair of them once, a null that a pair lacks, or too few draws
-            of the spectral one.
-    """
+def against_every_null(section: Scored) -> None:
+    """Raise Missing for fewer than MINIMUM_SEEDS seeds, not every pair of them once, a required null that a pair lacks,
+    or too few draws of the spectral one."""
     labels = section.stability.labels
     enough_seeds(len(labels))
     named = sorted(sorted((str(p["a"]), str(p["b"]))) for p in section.pairs)
     require(named == sorted(map(sorted, combinations(labels, 2))), "each pair of seeds once expected")
-    require(all(null in p for p in section.pairs for null in nulls), f"not every pair has the nulls {', '.join(nulls)}")
+    compared = all(null in p for p in section.pairs for null in GATED_NULLS)
+    require(compared, f"not every pair has the nulls {', '.join(GATED_NULLS)}")
     require(PRIMARY_SCORE in section.stability.scores, f"no summary of {PRIMARY_SCORE}")
-    if "spectral" in nulls:
-        spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
-        draws = spectral.draws if spectral else 0
-        require(draws >= SPECTRAL_DRAWS, f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected")
-    return {null: jackknife(section.scores(null), level) for null in nulls}
+    spectral = section.stability.scores[PRIMARY_SCORE].nulls.get("spectral")
+    draws = spectral.draws if spectral else 0
+    require(draws >= SPECTRAL_DRAWS, f"{draws} draws of the spectral null; {SPECTRAL_DRAWS} expected")
 
 
 def stability(section: Section | OwnSection, level: float = 0.95, minimum: float | None = None) -> Shown:
     """The features of SAEs of several seeds are more alike than those of every control: on average, as single features,
     and without those that are like a prototype. Where untrained states are known of SAEs that a user supplies, they are
     one more control."""
-    excess(section, GATED_NULLS, level)
+    against_every_null(section)
     trained_alike(section)
     apart = section.others is not None and all(s in section.stability.scores for s, _ in STABLE.values())
     require(apart, "prototypes were not told apart")
@@ -493,7 +488,7 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
     require(not absent, f"no SAEs of draw {', '.join(absent)} of its subject's random weights; {hint}")
     require(_subjects(controls) == drawn, "SAEs of one draw of the random weights twice, or of another one")
     own = [m.seed for m in section.members]
-    excess(section, GATED_NULLS, level)
+    against_every_null(section)
     trained_alike(section)
     estimates: dict[str, Estimate] = {}
     for draw, control in zip(levels.RANDOM_DRAWS, controls, strict=True):
@@ -503,7 +498,7 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
         pairs = zip(section.members, control.members, strict=True)
         alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
         require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
-        excess(control, GATED_NULLS, level)
+        against_every_null(control)
         trained_alike(control)
         estimates |= {
             f"draw {draw}, {over}": contrast.gain_over(null, [section], [control], level)
@@ -556,7 +551,9 @@ def transcoder(
     trained_alike(transcoders, at_same_l0=False)  # held-out L0 of BatchTopK is that of a learned threshold
     noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
     require(len(noise) == 1, "SAEs and transcoders of different Gaussian rows")
-    return TRANSCODER.shown(excess(across, GATED_NULLS, level), len(setting.seeds), minimum)
+    against_every_null(across)
+    excess = {null: jackknife(across.scores(null), level) for null in GATED_NULLS}
+    return TRANSCODER.shown(excess, len(setting.seeds), minimum)
 
 
 def own_training(section: Section) -> None:

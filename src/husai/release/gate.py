@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -151,9 +152,10 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
     # User-supplied SAEs have no ledger: the level of a first attempt, and never a pass.
     level = levels.level_of_attempt(candidate.attempt or 1, thresholds.alpha)
     of_control = 1 - thresholds.alpha
+    stability = cache(lambda: _stability(candidate, level, thresholds.min_stability_excess))
     judges: dict[str, Callable[[], Shown]] = {
         "positive_control": lambda: _positive_control(bundle, candidate, of_control),
-        "stability": lambda: _stability(candidate, level, thresholds.min_stability_excess),
+        "stability": stability,
         "code": lambda: _code(candidate, level),
         "fit": lambda: _fit(candidate, level),
         "random_model": lambda: _random_model(bundle, candidate, level),
@@ -175,7 +177,7 @@ def decide(bundle: Bundle, thresholds: Thresholds, waived: dict[str, str]) -> di
         "outcome": "passed" if pass_all else "provisional" if provisional and rest else "not passed",
         "unconfirmed": candidate.unconfirmed,
         "attempt": candidate.attempt,
-        "licensed": _licensed(candidate, level, thresholds.min_stability_excess),
+        "licensed": _licensed(candidate, stability),
         "candidate": candidate.to_json(),
         "thresholds": vars(thresholds),
         "looser_than_registered": looser,
@@ -480,11 +482,11 @@ def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:
     return rules.stability(c.section, level, minimum)
 
 
-def _licensed(candidate: _Candidate, level: float, minimum: float) -> str | None:
+def _licensed(candidate: _Candidate, stability: Callable[[], Shown]) -> str | None:
     """What the controls that the candidate beat license, for an external claim once every gate has passed. Of SAEs
     whose training had not come to rest the sentence names the budget."""
     try:
-        shown = rules.checked(lambda: _stability(candidate, level, minimum))
+        shown = rules.checked(stability)
     except UNREADABLE:
         return None
     failing = shown.failing()
