@@ -366,6 +366,8 @@ def test_unwritable_output_folder(tmp_path):
         (KeyboardInterrupt(), 130),
         (None, 0),
         (FileExistsError(errno.EEXIST, "a\nb"), 2),
+        (OSError(errno.ENOSPC, "a\nb"), 2),
+        (OSError(errno.EFBIG, "a\nb"), 2),
         (OSError(errno.EIO, "a"), CRASHED),
         (ValueError("a"), CRASHED),
     ],
@@ -389,3 +391,16 @@ def test_seed_streams_are_separate():
     assert len(seeds) == 4
     assert derive_seed(42, "init") == derive_seed(42, "init")
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize(
+    "platform",
+    ["import os; del os.sched_getaffinity", "import sys; sys.modules['fcntl'] = None"],
+    ids=["macOS", "Windows"],
+)
+def test_an_unsupported_platform_is_refused_in_one_line(platform):
+    """The interpreter looks as it does there: without the call, or without the module."""
+    done = processes.run([sys.executable, "-c", f"{platform}; import husai.runs.cli"], 60, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: platform: ")

@@ -281,3 +281,63 @@ def test_the_published_policy_is_reproduced(cycle3, run_script, tmp_path):
         assert verdict[name] == (value if isinstance(value, bool) else pytest.approx(value, abs=1e-12)), name
     assert found["pass_all"] is False
     assert {g["status"] for g in found["gates"]} == {"MISSING"}
+
+
+PUBLISHED_RECORD: dict = {
+    "architecture": "topk",
+    "seed": 1,
+    "checkpoint": "topk_seed1/sae_final.pt",
+    "train_metrics": {"explained_variance": 0.5},
+    "saebench": {
+        "summary": {"best_minus_llm_auc": -0.1},
+        "sae_meta": {"d_sae": 8},
+        "config": {"dataset_count": 2, "ks": [1, 5]},
+    },
+    "cebench": {
+        "delta_vs_matched_baseline": {"interpretability_score_mean_max": -1.0},
+        "matched_baseline_metrics": {"interpretability_score_mean_max": 2.0},
+    },
+}
+
+
+def published_record(seed, **parts):
+    return copy.deepcopy(PUBLISHED_RECORD) | {"seed": seed} | parts
+
+
+WITHOUT_VALUE = {
+    "saebench": {"saebench": None},
+    "cebench.delta_vs_matched_baseline": {"cebench": {"delta_vs_matched_baseline": None}},
+    "saebench.summary.best_minus_llm_auc": {"saebench": {"summary": {"best_minus_llm_auc": None}}},
+    "train_metrics": {"train_metrics": {}},
+}
+
+
+@pytest.mark.parametrize("place", WITHOUT_VALUE)
+def test_a_published_record_without_a_value_is_left_out_with_the_reason(place, run_script, tmp_path):
+    file, out = tmp_path / "frontier.json", tmp_path / "out"
+    arguments = ["--policy", "published", "--frontier-results", file, "--output-dir", out]
+    script = "scripts/experiments/select_release_candidate.py"
+
+    write_json(file, {"records": [published_record(1), published_record(2, **WITHOUT_VALUE[place])]})
+    code, printed, err = run_script(script, *arguments)
+    assert code == 0, err
+    results = json.loads((out / "results.json").read_text())
+    assert results["n"] == 1
+    assert results["selected"]["condition"] == "topk_seed1"
+    (excluded,) = results["excluded"]
+    assert (excluded["study"], excluded["condition"]) == ("frontier 1", "topk_seed2")
+    assert place in excluded["reason"]
+    assert excluded["reason"] in printed
+
+    write_json(file, {"records": [published_record(2, **WITHOUT_VALUE[place])]})
+    code, printed, err = run_script(script, *arguments)
+    assert code == 1, err
+    assert json.loads((out / "results.json").read_text())["selected"] is None
+    assert place in printed
+
+
+def test_a_published_figure_that_is_no_number_is_refused(run_script, tmp_path, refused):
+    file = tmp_path / "frontier.json"
+    write_json(file, {"records": [published_record(1, train_metrics={"explained_variance": "0.5"})]})
+    script = "scripts/experiments/select_release_candidate.py"
+    refused([file, "topk_seed1"], script, "--policy", "published", "--frontier-results", file)

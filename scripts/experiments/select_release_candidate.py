@@ -71,8 +71,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         from husai.release import published
         from husai.runs.files import read_json
 
-        rows = [row for path in named.values() for row in published.seeds(read_json(path, "study"), str(path))]
-        return results | published.select(rows, published.WEIGHTS | weights), []
+        read = [published.seeds(read_json(path, "study"), str(path), label) for label, path in named.items()]
+        rows, excluded = ([entry for part in parts for entry in part] for parts in zip(*read, strict=True))
+        return results | published.select(rows, excluded, published.WEIGHTS | weights), []
     from husai.evidence.levels import FRESH_SEEDS, fresh_seeds
     from husai.evidence.rules import MINIMUM_SEEDS
     from husai.release import selection
@@ -147,9 +148,15 @@ def summary(results: dict) -> str:
             ]
             for r in ranked
         ]
-        lines = ["# Selection by the earlier study's rule", "", f"**{results['selected']['condition']}**, one seed of "]
-        lines[-1] += f"{results['n']}: min–max over the cohort, points alone. Nothing is released by this rule."
-        return "\n".join([*lines, "", *table(header, rows), ""])
+        lines = ["# Selection by the earlier study's rule", ""]
+        if (chosen := results["selected"]) is None:
+            lines.append("**None**: every record is left out, for the reasons below.")
+        else:
+            lines.append(
+                f"**{chosen['condition']}**, one seed of {results['n']}: min–max over the cohort, points alone. "
+                "Nothing is released by this rule."
+            )
+        return "\n".join([*lines, "", *table(header, rows), "", *left_out(results["excluded"])])
     chosen, rules, split = results["selected"], results["rules"], results["split"]
     lines = ["# Release candidate", ""]
     if chosen is None:
@@ -186,14 +193,16 @@ def summary(results: dict) -> str:
             "The contrastive score is of pairs built from labelled texts: it is not CE-Bench's, and no gate counts it.",
             "",
         ]
-    if results["excluded"]:
-        lines += [
-            "Left out:",
-            "",
-            *table(["study", "condition", "why"], [list(e.values()) for e in results["excluded"]]),
-            "",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(results["excluded"])])
+
+
+def left_out(excluded: list[dict]) -> list[str]:
+    """Conditions that are left out, each with its reason, as markdown."""
+    from husai.report.text import table
+
+    if not excluded:
+        return []
+    return ["Left out:", "", *table(["study", "condition", "why"], [list(e.values()) for e in excluded]), ""]
 
 
 if __name__ == "__main__":

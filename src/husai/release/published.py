@@ -12,45 +12,83 @@ WEIGHTS = {"saebench": 0.5, "cebench": 0.5, "train_ev": 0.1}
 GATES = ("random_model", "transcoder", "ood", "external")
 
 
-def seeds(results: Any, where: str) -> list[dict]:
-    """One row a trained SAE of a published frontier or scaling file: condition and its three figures.
+ABOUT = {
+    "d_sae": "saebench.sae_meta.d_sae",
+    "cebench_baseline": "cebench.matched_baseline_metrics.interpretability_score_mean_max",
+    "n_data_sets": "saebench.config.dataset_count",
+    "ks": "saebench.config.ks",
+}
+"""What the verdicts name beside a row's figures -> its place in a record."""
+
+
+def _figure_places(record: dict) -> dict[str, str]:
+    """Figure -> its place in a record of the frontier or of scaling."""
+    training = "train_metrics" if "architecture" in record else "train_summary.final_metrics"
+    return {
+        "saebench": "saebench.summary.best_minus_llm_auc",
+        "cebench": "cebench.delta_vs_matched_baseline.interpretability_score_mean_max",
+        "train_ev": f"{training}.explained_variance",
+    }
+
+
+class _Absent(Exception):
+    """A record has no value at a place."""
+
+
+def _at(record: dict, place: str) -> Any:
+    value: Any = record
+    for key in place.split("."):
+        if value is None or (isinstance(value, dict) and value.get(key) is None):
+            raise _Absent(f"it has no {place}")
+        value = value[key]
+    return value
+
+
+def seeds(results: Any, where: str, study: str) -> tuple[list[dict], list[dict]]:
+    """The trained SAEs of a published frontier or scaling file.
+
+    A record without one of the values that the rule reads is left out: a benchmark may have failed for one SAE.
+
+    Args:
+        where: the file, for errors. study: its name in the results.
+
+    Returns:
+        (one row an SAE: condition, checkpoint and its three figures; {"study", "condition", "reason"} of each record
+        that is left out)
 
     Raises:
         BadInput: it is no such file, or a figure is no finite number.
     """
     try:
-        rows = []
+        rows, excluded = [], []
         for r in results["records"]:
-            training = r["train_metrics"] if "architecture" in r else r["train_summary"]["final_metrics"]
             name = f"{r['architecture']}_seed{r['seed']}" if "architecture" in r else r["condition_id"]
-            figures = {
-                "saebench": r["saebench"]["summary"]["best_minus_llm_auc"],
-                "cebench": r["cebench"]["delta_vs_matched_baseline"]["interpretability_score_mean_max"],
-                "train_ev": training["explained_variance"],
-            }
+            try:
+                figures = {figure: _at(r, place) for figure, place in _figure_places(r).items()}
+                about = {fact: _at(r, place) for fact, place in ABOUT.items()}
+            except _Absent as absent:
+                excluded.append({"study": study, "condition": name, "reason": str(absent)})
+                continue
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not isfinite(v) for v in figures.values()):
                 raise TypeError(f"{name}: a figure is no finite number")
-            about = {
-                "d_sae": r["saebench"]["sae_meta"]["d_sae"],
-                "cebench_baseline": r["cebench"]["matched_baseline_metrics"]["interpretability_score_mean_max"],
-                "n_data_sets": r["saebench"]["config"]["dataset_count"],
-                "ks": r["saebench"]["config"]["ks"],
-            }
             rows.append({"condition": name, "checkpoint": r["checkpoint"], "figures": figures, **about})
-        return rows
+        return rows, excluded
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{where}: no published frontier or scaling results ({type(error).__name__}: {error})") from None
 
 
-def select(rows: list[dict], weights: dict[str, float] = WEIGHTS) -> dict:
+def select(rows: list[dict], excluded: list[dict], weights: dict[str, float] = WEIGHTS) -> dict:
     """Min-max over the cohort, weighted and added up; the best of those that no other beats on both benchmarks.
 
+    Args:
+        excluded: records that were left out (`seeds`); with no row beside them nothing is selected.
+
     Raises:
-        BadInput: no row.
+        BadInput: neither a row nor a record that was left out.
     """
-    if not rows:
+    if not rows and not excluded:
         raise BadInput("no candidate in the published results")
-    low, high = ({n: f(r["figures"][n] for r in rows) for n in weights} for f in (min, max))
+    low, high = ({n: f((r["figures"][n] for r in rows), default=0.0) for n in weights} for f in (min, max))
     scored = []
     for r in rows:
         norm = {n: (r["figures"][n] - low[n]) / ((high[n] - low[n]) or 1.0) for n in weights}
@@ -62,7 +100,9 @@ def select(rows: list[dict], weights: dict[str, float] = WEIGHTS) -> dict:
         return any(x >= p and y >= q and (x > p or y > q) for (x, p), (y, q) in each)
 
     front = sorted((r for r in scored if not beaten(r)), key=lambda r: (-r["score"], r["condition"]))
-    return {"weights": weights, "n": len(rows), "front": front, "selected": front[0], "candidates": scored}
+    chosen = front[0] if front else None
+    ranked = {"weights": weights, "n": len(rows), "front": front, "selected": chosen, "candidates": scored}
+    return ranked | {"excluded": excluded}
 
 
 def gate(

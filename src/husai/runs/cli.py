@@ -31,6 +31,7 @@ _FOLDER_ERRORS = {
     errno.ENOTDIR,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
