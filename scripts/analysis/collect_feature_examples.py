@@ -37,12 +37,12 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     """Open the seeds, match them, sample, read the documents."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, feature_examples
-    from husai.subjects import text
 
     tested = candidate.find(args, device)
-    given = (tested.subject, tested.store, tested.saes, text.corpus().heldout, args.features, args.sample_seed)
-    found = feature_examples.collect(*given)
-    return {"phase": "feature_examples", "inputs": tested.inputs(), "subject": tested.subject.name} | found, []
+    given = (tested.subject, tested.store, tested.saes, tested.source.heldout(), args.features, args.sample_seed)
+    found = feature_examples.collect(*given, tested.store.folder.parent)
+    about = {"phase": "feature_examples", "inputs": tested.inputs(), "subject": tested.subject.name}
+    return about | tested.source.record() | found, []
 
 
 def summary(results: dict) -> str:

@@ -53,7 +53,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.subjects import pretrained, text
 
-    digest = pretrained.describe(pretrained.open_folder(args.subject))
+    digest = pretrained.digest_of(args.subject)
     results = {"phase": "language_model", "subject": args.subject, "subject_digest": digest}
     results["inputs"] = {"subject": digest}
     results |= bits(args, cells, device)
@@ -93,7 +93,7 @@ def bits(args, cells, device) -> dict:
         return figures, []
 
     code = code_version(tiny_lm.bits_per_byte)
-    key = {"subject": pretrained.describe(folder), "text": corpus.digest, "code": code, "threads": args.threads}
+    key = {"subject": pretrained.digest_of(args.subject), "text": corpus.digest, "code": code, "threads": args.threads}
     figures = cells.get("bits_per_byte", key, measure)
     log = folder / tiny_lm.LOG
     history = read_json(log, "language model")["history"] if log.exists() else None

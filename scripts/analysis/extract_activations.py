@@ -6,6 +6,8 @@
     python scripts/analysis/extract_activations.py --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
     python scripts/analysis/extract_activations.py --model-name husai-tiny --hook-name blocks.1.hook_resid_pre \\
       --random-model
+    python scripts/analysis/extract_activations.py --model-name google/gemma-2-2b --dtype bfloat16 \\
+      --hook-name blocks.12.hook_resid_post --text my_text.jsonl --rows 5000000
     python scripts/analysis/extract_activations.py --model-name pythia-70m-deduped \\
       --hook-name blocks.2.hook_resid_pre --layout sae-probes --data-sets 87_glue_cola,92_glue_sst2
 
@@ -51,9 +53,15 @@ def parse():
     language.add_argument(
         "--heldout-fraction", type=fraction, default=0.2, help="by document; last in the store (default: %(default)s)"
     )
-    language.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    language.add_argument(
+        "--store-dtype", choices=["float32", "bfloat16"], help="of the rows of a store (default: that of --dtype)"
+    )
     language.add_argument("--probe-cache-dir", type=Path, help="default: ARTIFACT_ROOT/probe_activations")
-    return p.parse_args()
+    p.add_text()
+    args = p.parse_args()
+    if not args.text.packaged and (args.data_sets or args.subject is None):
+        p.error(f"--text {args.text}: goes with a language model as --model-name, and not with --data-sets")
+    return args
 
 
 def main() -> None:
@@ -100,15 +108,16 @@ def language_model_stores(args, device) -> list[Path]:
     from husai.activations.language_model import harvest_tokens
     from husai.subjects import pretrained, text
 
+    documents = text.distinct(args.data_sets) if args.data_sets else args.text.training()
     folders = harvest_tokens(
         pretrained.load(args.subject, random_seed(args), device),
         args.hook_name or ["blocks.1.hook_resid_pre"],
-        text.distinct(args.data_sets) if args.data_sets else text.corpus().train,
+        documents,
         args.artifact_root / "activations",
         args.rows,
         args.row_seed,
         args.heldout_fraction,
-        args.dtype,
+        args.store_dtype,
         args.threads,
         args.force,
     )
@@ -137,6 +146,9 @@ def report(folders: list[Path]) -> None:
         store = ActivationStore.open(folder)
         print(f"store   {folder}")
         print(f"rows    {store.rows} x {store.d_in}, {store.manifest.hook_name} at position {store.manifest.position}")
+        if (used := store.manifest.text) is not None:
+            left_out = f"{used.duplicates} repeated, {used.probing} of probing data sets, {used.empty} empty left out"
+            print(f"text    {used.source}: {used.documents} documents ({left_out})")
         print(f"digest  {store.digest}")
 
 

@@ -23,7 +23,8 @@ from husai.runs.cli import prepare, run_main, seed_list
 
 OF_SELECTION = ("candidate", "seeds", "cebench_matched_baseline_map")
 OF_SUPPLIED = (
-    *("subject", "hook_name", "hook_layer", "rows", "untrained", "reference", "random_model_checkpoint"),
+    *("subject", "revision", "dtype", "text", "hook_name", "hook_layer", "rows", "untrained", "reference"),
+    "random_model_checkpoint",
     *("probing", "max_rows", "null_draws"),
 )
 """Flags that go with --checkpoint: a selection names its own recipe."""

@@ -25,6 +25,10 @@ SECONDS = {"sae-probes": 0.4, "llm": 0.5, "official": 15.0, "story": 0.02}
 eval's start, of a story pair and SAE. docs/benchmarks/eval_speed.md measures them."""
 
 
+CORE_DOCUMENTS = 2000
+"""Held-out documents of a text source that SAEBench's core eval may read."""
+
+
 def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/official_external_benchmarks")
@@ -50,7 +54,7 @@ def main() -> None:
 
     # All input is checked before anything runs.
     data_sets = sae_probes.check_data_sets(args.dataset_names)
-    subject = pretrained.describe(pretrained.open_folder(args.subject))
+    subject = pretrained.digest_of(args.subject)
     if args.cebench_repo:
         cebench_checkout.code_digest(args.cebench_repo)
     given = loaded.load(args, device) if args.checkpoint else None
@@ -106,10 +110,11 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
     """Run the plan, command after command; returns a record of each."""
     from husai.evals import loaded, official
     from husai.evidence import deltas
+    from husai.runs.files import write_json
 
     if saes is None:
         given = (args.output_dir, args.artifact_root, args.subject, args.hook_name, device, args.threads, args.force)
-        args.checkpoint = [loaded.train_default(*given)]
+        args.checkpoint = [loaded.train_default(*given, args.text)]
         saes = loaded.load(args, device)
     for label, sha256 in saes.inputs().items():
         run.add_input(label, sha256)
@@ -118,7 +123,7 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
     cache = places.probe_activations(subject)
     common = ["--device", args.device]
     shared = ["--checkpoint", *map(str, args.checkpoint), "--model-name", args.subject, *common]
-    shared += ["--hook-name", args.hook_name]
+    shared += ["--hook-name", args.hook_name, "--text", str(args.text)]
     shared += ["--threads", str(args.threads), "--artifact-root", str(args.artifact_root), "--rows", str(args.rows)]
     for flag in ("reference", "random_model_checkpoint"):
         if getattr(args, flag):
@@ -137,6 +142,11 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
         custom("cebench_custom", *stories, *checkout),
     ]
     commands = [c for c in commands if c[0] in (args.evals or EVALS)]
+    documents = []
+    if not args.text.packaged:
+        file = args.output_dir / "official" / "documents.json"
+        write_json(file, args.text.heldout_texts(CORE_DOCUMENTS, subject.tokenizer))
+        documents = ["--documents", str(file)]
     for group in deltas.by_condition([c.record for c in saes.saes]).values():  # one SAE a condition
         c = next(c for c in saes.saes if c.record is group[0])
         layout = loaded.to_saelens(c.sae, subject, args.hook_name, args.output_dir / "encoders" / c.label)
@@ -147,6 +157,7 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
             command += ["--threads", str(args.threads)]
             if name == "sparse_probing_sae_probes":
                 command += ["--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)]
+            command += documents if name == "core" else []
             commands.append((f"{name}-{c.label}", command, folder))
     return [record(run, *command) for command in commands]
 

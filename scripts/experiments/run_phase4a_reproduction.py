@@ -142,7 +142,7 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
     from husai.activations import source
 
     names = ("store", "subject", "hook_name", "position", "rows")
-    given = {name: protocol[name] for name in names} | {"config": protocol["subject_config"]}
+    given = {name: protocol[name] for name in names} | {"config": protocol["subject_config"], "text": args.text}
     return source.open_store(args.artifact_root, device, args.threads, **given, random_seed=random_seed)
 
 
@@ -193,7 +193,8 @@ def cross_entropy(args, cells, device, store, section):
     from husai.subjects import pretrained, text
     from husai.training.recovered import cross_entropies, recovered
 
-    texts = text.corpus().heldout[: args.core_texts]
+    tokenizer = None if args.text.packaged else pretrained.tokenizer_of(str(args.subject))
+    texts = args.text.heldout_texts(args.core_texts, tokenizer)
 
     def compute() -> tuple[dict, list[Path]]:
         subject = pretrained.load(str(args.subject), device=device)

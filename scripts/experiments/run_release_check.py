@@ -76,7 +76,7 @@ def main() -> None:
             raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
     group = supplied.look_over(args)
     make_folder(args.artifact_root)
-    subject = pretrained.describe(pretrained.open_folder(args.subject))
+    subject = pretrained.digest_of(args.subject)
 
     root = args.output_dir / "parts"
     config = {"subject": subject, "hook_name": args.hook_name, "candidate": group.to_json(), "data_sets": data_sets}
@@ -118,6 +118,7 @@ def evidence(args, root: Path, group) -> list[Part]:
     machine += ["--force"] if args.force else []
     draws = ["--null-draws", str(args.null_draws)]
     about = ["--model-name", str(args.subject), "--hook-name", args.hook_name, "--rows", str(args.rows)]
+    about += ["--text", str(args.text)]
     probing = ["--probing", args.probing]
     own = ["--dataset-names", ",".join(args.dataset_names), *probing, "--max-rows", str(args.max_rows), *about]
     for flag in ("checkpoint", "untrained", "reference", "random_model_checkpoint"):

@@ -9,34 +9,42 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import re
 import shutil
 import time
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from husai.activations.harvest import check_hook
-from husai.activations.store import DType, StoreWriter
+from husai.activations.store import StoreWriter, TextUsed
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
+from husai.runs.subjects import DType
 from husai.subjects import text
 from husai.subjects.pretrained import LanguageModel
+from husai.subjects.sources import Side
 
 log = logging.getLogger("husai")
 BATCH_TOKENS = 8192
 PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
 EMBEDDING = "blocks.0.hook_resid_pre"
+HASHED = 2**28 - 1
+"""Bits of a document's number that say whether a store holds it out; the first 32 bits of its hash say its side."""
 
 
 def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> None:
@@ -58,7 +66,7 @@ def is_embedding(subject: LanguageModel, hook: str) -> bool:
 
 @torch.inference_mode()
 def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str]) -> dict[str, Tensor]:
-    """Each hook's output `[len(inputs), longest, d_in]`, padding included."""
+    """Each hook's output `[len(inputs), longest, d_in]`, padding included, as float32."""
     longest = max(map(len, inputs))
     tokens = torch.zeros(len(inputs), longest, dtype=torch.long)
     for row, tokens_of_row in enumerate(inputs):
@@ -67,7 +75,7 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
     device = next(subject.model.parameters()).device
     cached = [hook for hook in hook_names if hook != at_stop]
     output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
-    found = {hook: output if hook == at_stop else cache[hook] for hook in hook_names}
+    found = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
     for hook, x in found.items():
         if x.ndim != 3:
             raise BadInput(
@@ -112,51 +120,60 @@ class Inputs:
     """Documents cut into inputs of at most n_ctx tokens. Of an input, position 0 gives no row: it holds the token that
     begins every text or, where the tokenizer puts none, one that can attend to nothing but itself.
 
-    Holds where each input lies, not its tokens: these are made again when they are needed.
+    Holds where each input lies, not its tokens: those of a list of texts are made again when they are needed, those of
+    a stream lie on disk.
     """
 
     tokenizer: Any
-    texts: list[str]
+    texts: list[str] | None  # None for a stream
+    stream: Path | None  # int32 tokens of the documents of a stream, one after the other
     begins: list[int]  # what the tokenizer puts before a text
-    owner: np.ndarray  # [inputs], position of its document in `texts`
-    start: np.ndarray  # [inputs], its first token in the document
+    owner: np.ndarray  # [inputs], number of its document: its position in `texts`, or in the order of the stream
+    start: np.ndarray  # [inputs], its first token in the document, or in the file of a stream
     rows: np.ndarray  # [inputs], rows that it gives: tokens without position 0
     document: np.ndarray  # [inputs] int64, the first 60 bits of the document's sha256
     counts: np.ndarray  # [vocabulary], rows of each token
     digest: str  # sha256 (hex) of documents and tokens
+    used: TextUsed | None = None  # what a stream gave
 
     @classmethod
-    def of(cls, subject: LanguageModel, texts: list[str], rows: int, seed: int) -> Inputs:
-        """As many documents, in random order, as give `rows` rows; the last input is cut to meet them exactly.
+    def of(
+        cls, subject: LanguageModel, documents: list[str] | Side, rows: int, seed: int, root: Path | None = None
+    ) -> Inputs:
+        """As many documents as give `rows` rows: of a list in random order, of a stream in its own; the last input is
+        cut to meet them exactly.
+
+        Args:
+            root: of a stream: folder below which its tokens lie, found where they were read before.
 
         Raises:
             BadInput: all documents together give fewer.
         """
-        tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
-        begins = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-        size = subject.n_ctx - len(begins)
-        found: list[tuple[int, int, int, int]] = []
-        counts, sha, missing = np.zeros(len(tokenizer), np.int64), hashlib.sha256(), rows
-        order = torch.randperm(len(texts), generator=generator(seed, "documents")).tolist()
-        for first in range(0, len(order), 512):
-            chosen = order[first : first + 512] if missing > 0 else []
-            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=False)["input_ids"] if chosen else []
-            for i, tokens in zip(chosen, encoded, strict=True):
-                number = int(text.document_id(texts[i])[:15], 16)
-                for start in range(0, len(tokens), size):
-                    piece = np.array([*begins, *tokens[start : start + size]])[: missing + 1]
-                    if missing > 0 and len(piece) > 1:
-                        found.append((i, start, len(piece) - 1, number))
-                        sha.update(number.to_bytes(8, "big") + piece.tobytes())
-                        counts += np.bincount(piece[1:], minlength=len(counts))
-                        missing -= len(piece) - 1
-        if missing > 0:
-            raise BadInput(f"--rows {rows}: the chosen documents give {rows - missing} rows of activations")
-        owner, start, length, document = np.array(found, dtype=np.int64).T
-        return cls(tokenizer, texts, begins, owner, start, length, document, counts, sha.hexdigest())
+        if isinstance(documents, Side):
+            assert root is not None
+            return _of_stream(subject, documents, rows, root)
+        cut, order = Cutter(subject, rows), torch.randperm(len(documents), generator=generator(seed, "documents"))
+        for chosen in order.split(512):
+            if cut.missing == 0:
+                break
+            texts = [documents[i] for i in chosen]
+            encoded = subject.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for i, one, tokens in zip(chosen.tolist(), texts, encoded, strict=True):
+                cut.add(i, text.document_id(one), np.array(tokens, dtype=np.int64))
+        if cut.missing > 0:
+            raise BadInput(f"--rows {rows}: the chosen documents give {rows - cut.missing} rows of activations")
+        owner, start, length, document = cut.arrays()
+        arrays = owner, start, length, document, cut.counts
+        return cls(subject.tokenizer, documents, None, cut.begins, *arrays, cut.sha.hexdigest())
 
     def tokens(self, part: range) -> list[np.ndarray]:
         """Tokens of these inputs, position 0 included."""
+        if self.texts is None:
+            assert self.stream is not None
+            lengths = self.rows + 1 - len(self.begins)
+            on_disk: np.ndarray = np.memmap(self.stream, dtype=np.int32, mode="r")
+            pieces = [on_disk[self.start[i] : self.start[i] + lengths[i]] for i in part]
+            return [np.concatenate([np.array(self.begins, dtype=np.int64), piece]) for piece in pieces]
         owners = sorted({int(self.owner[i]) for i in part})
         encoded = self.tokenizer([self.texts[o] for o in owners], add_special_tokens=False)["input_ids"]
         of_owner = dict(zip(owners, encoded, strict=True))
@@ -173,7 +190,10 @@ class Inputs:
         return [range(a, b) for a, b in zip(edges, [*edges[1:], len(number)], strict=True)]
 
     def heldout_documents(self, fraction: float) -> np.ndarray:
-        """The last documents, one at least, which give about this share of the rows, `[inputs]` bool."""
+        """Documents that give about this share of the rows, `[inputs]` bool: of a list the last ones, one at least; of
+        a stream those whose hash says so, therefore more rows keep the split."""
+        if self.used is not None:
+            return (self.document & HASHED) < fraction * (HASHED + 1)
         before = np.cumsum(self.rows) - self.rows
         _, first, document = np.unique(self.document, return_index=True, return_inverse=True)
         begins = before[first][document]  # the first row of each input's document
@@ -187,15 +207,110 @@ class Inputs:
         return np.sort(order[total <= max(fraction * self.counts.sum(), total[0])])
 
 
+class Cutter:
+    """Cuts documents into inputs until these give enough rows."""
+
+    def __init__(self, subject: LanguageModel, rows: int):
+        tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
+        self.begins = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        self.size = subject.n_ctx - len(self.begins)
+        self.missing, self.sha = rows, hashlib.sha256()
+        self.counts = np.zeros(len(tokenizer), np.int64)
+        self.found = [array("q") for _ in range(4)]  # owner, start, rows, document of each input
+
+    def add(self, owner: int, sha256: str, tokens: np.ndarray, first: int = 0) -> None:
+        """A document's inputs.
+
+        Args:
+            first: place of its first token in what `start` counts from.
+        """
+        number, begins = int(sha256[:15], 16), np.array(self.begins, dtype=np.int64)
+        for start in range(0, len(tokens), self.size):
+            piece = np.concatenate([begins, tokens[start : start + self.size]])[: self.missing + 1]
+            if self.missing > 0 and len(piece) > 1:
+                for values, value in zip(self.found, (owner, first + start, len(piece) - 1, number), strict=True):
+                    values.append(value)
+                self.sha.update(number.to_bytes(8, "big") + piece.tobytes())
+                np.add.at(self.counts, piece[1:], 1)
+                self.missing -= len(piece) - 1
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """owner, start, rows and document of each input."""
+        owner, start, rows, document = (np.array(values, dtype=np.int64) for values in self.found)
+        return owner, start, rows, document
+
+
+def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inputs:
+    """Inputs of a stream, whose tokens are written below `root` in one pass, or found there."""
+    tokenizer = subject.tokenizer
+    key = {"side": [str(side.source), side.source.fingerprint(), side.heldout], "rows": rows, "n_ctx": subject.n_ctx}
+    key |= {"tokenizer": tokenizer_digest(tokenizer), "code": code_version(Inputs.of)}
+    folder = root / "texts" / digest(key)[:16]
+    names = ("owner", "start", "rows", "document")
+
+    def build(partial: Path) -> None:
+        cut, reading, number, first = Cutter(subject, rows), side.read(tokenizer), 0, 0
+        with open(partial / "tokens.int32", "wb") as f, progress(f"reading {side.source.name} (rows)", rows) as advance:
+            for documents in batched(reading, 256):
+                texts = [d.text for d in documents if d.tokens is None]
+                encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+                before = cut.missing
+                for d in documents:
+                    if cut.missing == 0:
+                        break
+                    tokens = np.array(next(encoded), dtype=np.int32) if d.tokens is None else d.tokens
+                    if cut.begins and tokens[:1] == cut.begins:  # ids of other people's packing may hold it already
+                        tokens = tokens[1:]
+                    cut.add(number, d.sha256, tokens, first)
+                    f.write(tokens.tobytes())
+                    number, first = number + 1, first + len(tokens)
+                advance(before - cut.missing)
+                if cut.missing == 0:
+                    break
+            f.flush()
+            os.fsync(f.fileno())
+        record = reading.record | {"documents": number}
+        if cut.missing > 0:
+            side_of = "held-out" if side.heldout else "training"
+            raise BadInput(
+                f"--rows {rows}: {side.source} ended early; its {record['documents']} {side_of} documents give "
+                f"{rows - cut.missing} rows; fewer rows or a larger source expected"
+            )
+        arrays = dict(zip(names, map(torch.from_numpy, cut.arrays()), strict=True))
+        write_bytes(partial / "inputs.safetensors", save(arrays | {"counts": torch.from_numpy(cut.counts)}))
+        write_json(partial / "manifest.json", {"begins": cut.begins, **record, "digest": cut.sha.hexdigest()})
+
+    publish_directory(folder, build)
+    about = read_json(folder / "manifest.json", "text")
+    arrays = {name: t.numpy() for name, t in load_file(folder / "inputs.safetensors").items()}
+    begins = about.pop("begins")
+    owner, start, length, document, counts = (arrays[name] for name in (*names, "counts"))
+    placed = owner, start, length, document, counts
+    return Inputs(tokenizer, None, folder / "tokens.int32", begins, *placed, about["digest"], TextUsed(**about))
+
+
+def batched(documents: Iterable, n: int) -> Iterator[list]:
+    """Neighbouring documents, n at a time."""
+    left = iter(documents)
+    while batch := [*islice(left, n)]:
+        yield batch
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """sha256 of all that a tokenizer does, or of its vocabulary where it cannot be written down."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest(sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str())
+
+
 def harvest_tokens(
     subject: LanguageModel,
     hook_names: list[str],
-    documents: list[str],
+    documents: list[str] | Side,
     root: Path,
     rows: int,
     row_seed: int = 0,
     heldout_fraction: float = 0.2,
-    dtype: DType = "float32",
+    dtype: DType | None = None,
     threads: int = 1,
     force: bool = False,
     by_document: bool = False,
@@ -207,14 +322,16 @@ def harvest_tokens(
 
     Args:
         by_document: hold out documents at the embedding too, so that its rows correspond to those of other hooks.
-        documents: the texts to draw from, each once.
+        documents: the texts to draw from, each once, or a side of a stream.
         root: folder below which stores lie; a store's name is the digest of what it is made from.
+        dtype: of the store; by default that of the subject, which loses nothing.
 
     Returns:
         {hook: folder}
     """
+    dtype = dtype or subject.dtype
     check_hooks(subject, hook_names, by_document)
-    inputs = Inputs.of(subject, documents, rows, row_seed)
+    inputs = Inputs.of(subject, documents, rows, row_seed, root)
     device = next(subject.model.parameters()).device.type
     about = {
         "subject": subject.digest,
@@ -238,7 +355,7 @@ def harvest_tokens(
                 shutil.rmtree(work, ignore_errors=True)
             _harvest(subject, inputs, plans, dtype, work)
             for hook, plan in plans.items():
-                build = partial(_merge, subject, hook, plan, work, len(inputs.parts()), dtype)
+                build = partial(_merge, subject, hook, plan, work, inputs, dtype)
                 publish_directory(folders[hook], build, force)
             shutil.rmtree(work)
     return folders
@@ -328,9 +445,11 @@ def _harvest_part(
         write_bytes(work / f"{hook}-{number:05d}.safetensors", save(tensors))
 
 
-def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int, dtype: DType, folder: Path) -> None:
+def _merge(
+    subject: LanguageModel, hook: str, plan: Plan, work: Path, inputs: Inputs, dtype: DType, folder: Path
+) -> None:
     """Gather each bucket from all parts, shuffle it, and append it to the store."""
-    writer = None
+    writer, parts = None, len(inputs.parts())
     for bucket in range(plan.buckets):
         pieces: dict[str, list[Tensor]] = {"activations": [], "document": [], "token": []}
         for number in range(parts):
@@ -347,9 +466,8 @@ def _merge(subject: LanguageModel, hook: str, plan: Plan, work: Path, parts: int
         writer.append(x, {name: label[order] for name, label in rows.items()})
     position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
     assert writer is not None  # a harvest has rows
-    writer.finish(
-        subject.name, subject.digest, hook, position, plan.seed, subject.control, heldout_rows=plan.heldout_rows
-    )
+    about = subject.name, subject.digest, hook, position, plan.seed, subject.control
+    writer.finish(*about, heldout_rows=plan.heldout_rows, text=inputs.used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from husai.activations.store import ActivationStore
 from husai.runs.subjects import is_language_model
 from husai.subjects import modular_addition
 from husai.subjects.modular_addition import ModularAdditionConfig
+from husai.subjects.sources import TextSource
 
 DEFAULT_HOOK = "blocks.0.hook_resid_post"
 LANGUAGE_MODEL_HOOK = "blocks.1.hook_resid_pre"
@@ -29,6 +30,7 @@ def open_store(
     config: ModularAdditionConfig | None = None,
     rows: int | None = None,
     random_seed: int | None = None,
+    text: TextSource | None = None,
 ) -> ActivationStore:
     """The store to study.
 
@@ -38,8 +40,9 @@ def open_store(
             transformer is trained by `config`, or found.
         hook_name: by default the store's, or the default of the kind of subject.
         position: modular addition: by default that of "=".
-        rows: language models: by default LANGUAGE_MODEL_ROWS, of the documents that husai-tiny is trained on.
+        rows: language models: by default LANGUAGE_MODEL_ROWS, of the training documents of `text`.
         random_seed: the random-weights control in the subject's place.
+        text: by default the packaged one, whose training documents husai-tiny was trained on.
 
     Raises:
         BadInput: the store is damaged, or of another subject or hook.
@@ -47,7 +50,9 @@ def open_store(
     if store is not None:
         return ActivationStore.open(store, None if subject is None else _digest(subject), hook_name)
     if is_language_model(subject):
-        return _of_language_model(artifact_root, device, threads, str(subject), hook_name, rows, random_seed)
+        return _of_language_model(
+            artifact_root, device, threads, str(subject), hook_name, rows, random_seed, text or TextSource()
+        )
     config = config or ModularAdditionConfig()
     if subject is None:
         subject = modular_addition.train_or_find(config, artifact_root / "subjects", device, threads)
@@ -67,7 +72,7 @@ def open_store(
 def of_arguments(args: argparse.Namespace, device: torch.device) -> ActivationStore:
     """The store that a phase's command line names (`evals.flags.EvalParser.add_source`)."""
     named = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
-    return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows)
+    return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows, text=args.text)
 
 
 def _digest(subject: str | Path) -> str:
@@ -75,7 +80,7 @@ def _digest(subject: str | Path) -> str:
         return modular_addition.describe(Path(subject))["digest"]
     from husai.subjects import pretrained
 
-    return pretrained.describe(pretrained.open_folder(str(subject)))
+    return pretrained.digest_of(subject)
 
 
 def _of_language_model(
@@ -86,15 +91,16 @@ def _of_language_model(
     hook_name: str | None,
     rows: int | None,
     random_seed: int | None,
+    text: TextSource,
 ) -> ActivationStore:
     from husai.activations.language_model import harvest_tokens
-    from husai.subjects import pretrained, text
+    from husai.subjects import pretrained
 
     hook = hook_name or LANGUAGE_MODEL_HOOK
     folders = harvest_tokens(
         pretrained.load(subject, random_seed, device),
         [hook],
-        text.corpus().train,
+        text.training(),
         artifact_root / "activations",
         rows or LANGUAGE_MODEL_ROWS,
         threads=threads,

@@ -23,14 +23,12 @@ from torch import Tensor
 from husai.evidence.schemas import Sha256
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_bytes, write_json
+from husai.runs.subjects import DType
 
 
 @cache
 def _sha256(path: Path, size: int, changed_ns: int) -> str:
     return sha256_file(path)
-
-
-DType = Literal["float32", "bfloat16"]
 
 
 class Shard(BaseModel):
@@ -39,6 +37,20 @@ class Shard(BaseModel):
     rows: int
     bytes: int
     sha256: str
+
+
+class TextUsed(BaseModel):
+    """What was read of a text source (`subjects.sources`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str
+    revision: str | None  # commit of a data set of the hub
+    heldout: bool
+    documents: int
+    duplicates: int  # documents left out because an earlier one is the same
+    probing: int  # documents left out because a probing data set holds them
+    empty: int  # rows without text
+    digest: Sha256  # of documents and tokens, in order
 
 
 class StoreManifest(BaseModel):
@@ -59,10 +71,15 @@ class StoreManifest(BaseModel):
     shards: list[Shard]
     stats_sha256: str
     heldout_rows: int | None = None  # the last ones; null where any last rows may serve
+    text: TextUsed | None = None  # what a source gave; absent for the packaged text
 
     @property
     def digest(self) -> str:
-        return digest(self.model_dump())
+        """Names the content. A text counts by what was read of it, and not by the place where it lies."""
+        return digest(self.to_json() if self.text is None else self.to_json() | {"text": self.text.digest})
+
+    def to_json(self) -> dict:
+        return self.model_dump(exclude=None if self.text is not None else {"text"})
 
 
 class StoreWriter:
@@ -128,6 +145,7 @@ class StoreWriter:
         row_seed: int,
         control: str | None,
         heldout_rows: int | None = None,
+        text: TextUsed | None = None,
     ) -> None:
         """Write what is pending, the statistics, and the manifest."""
         if self.rows == 0:
@@ -150,8 +168,9 @@ class StoreWriter:
             shards=self.shards,
             stats_sha256=sha256_file(stats),
             heldout_rows=heldout_rows,
+            text=text,
         )
-        write_json(self.folder / "manifest.json", manifest.model_dump())
+        write_json(self.folder / "manifest.json", manifest.to_json())
 
 
 @dataclass

@@ -32,6 +32,7 @@ from husai.runs.files import content_or_name, sha256_file
 from husai.stability import controls, study
 from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
+from husai.subjects.sources import PACKAGED, TextSource
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
 from husai.training.trainer import TrainingConfig
@@ -75,8 +76,14 @@ class BankPlan:
     device: str
     threads: int
     force: bool = False
+    text: str = PACKAGED
+    """Source of the text (`subjects.sources.TextSource`)."""
     judged: bool = False
     """Whether a verdict is asked of the SAEs, of one condition: controls are trained, prototypes told apart."""
+
+    @property
+    def source(self) -> TextSource:
+        return TextSource.parse(self.text)
 
     @property
     def places(self) -> Places:
@@ -87,6 +94,7 @@ def shared(args: argparse.Namespace) -> dict:
     """The settings that all banks of a study share, from `evals.flags.EvalParser.add_study`: JSON."""
     return {
         "subject": str(args.subject),
+        "text": str(args.text),
         "rows": args.rows,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
@@ -192,9 +200,8 @@ def evaluated(plan: BankPlan) -> Bank:
     """Train the bank's SAEs, compare them over seeds, and hold them against the benchmarks."""
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
-    store = open_store(
-        Path(plan.artifact_root), device, plan.threads, subject=plan.subject, hook_name=plan.hook_name, rows=plan.rows
-    )
+    machine = Path(plan.artifact_root), device, plan.threads
+    store = open_store(*machine, subject=plan.subject, hook_name=plan.hook_name, rows=plan.rows, text=plan.source)
     groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
@@ -203,13 +210,15 @@ def evaluated(plan: BankPlan) -> Bank:
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
     subject = pretrained.load(plan.subject, device=device)
-    heldout = loaded.heldout_store(subject, plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads)
+    place = plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads
+    heldout = loaded.heldout_store(subject, *place, plan.source)
 
     def opened(reference: bool) -> list[LoadedSAE]:
         paths = [Path(plan.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
         return loaded.open_all(paths, heldout, "checkpoint", subject, Path(plan.artifact_root))
 
-    saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), loaded.as_references(opened(True)))
+    references = loaded.as_references(opened(True))
+    saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), references, source=plan.source)
     probing = pairs = None
     if plan.saebench:
         setup = saebench.Setup(
@@ -243,7 +252,7 @@ def evaluated(plan: BankPlan) -> Bank:
         inputs=saes.inputs(),
         saes=scored,
         sections=sections,
-        recipe=Recipe(**{name: getattr(plan, name) for name in Recipe.model_fields}),
+        recipe=Recipe(**{n: getattr(plan, n) for n in Recipe.model_fields if n != "text"} | plan.source.record()),
         conditions=[],
         **coded,
     )

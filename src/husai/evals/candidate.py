@@ -11,13 +11,14 @@ import torch
 from pydantic import ValidationError
 
 from husai.activations import source
-from husai.activations.store import ActivationStore
+from husai.activations.store import ActivationStore, StoreManifest
 from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
 from husai.evidence.levels import random_weights
-from husai.evidence.schemas import read_evaluation, refusal
+from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, read_json
+from husai.runs.files import read_json
 from husai.subjects import pretrained
+from husai.subjects.sources import TextSource
 
 log = logging.getLogger("husai")
 
@@ -28,7 +29,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     Raises:
         BadInput: files that are missing or are others than the candidate's evidence names, or SAEs of several kinds.
     """
-    name, hook_name, paths, expected = args.subject, args.hook_name, args.checkpoint, None
+    name, hook_name, paths, expected, source = args.subject, args.hook_name, args.checkpoint, None, args.text
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
@@ -39,22 +40,37 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
             ) from None
         expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
         paths = [args.candidate.parent / path for path in found.paths.values()]
+        source = text_of(found, source)
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
         log.info("candidate: the SAEs of --checkpoint")
     else:
         log.info("candidate: none was confirmed or named; the embedded default (TopK on husai-tiny) stands in")
         place = args.output_dir / "default", args.artifact_root, name, hook_name, device, args.threads, args.force
-        root = train_default(*place)
+        root = train_default(*place, source)
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     subject = pretrained.load(str(name), device=device)
-    store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads)
+    store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root))
     refuse_twins(saes)
-    tested = LoadedSAEs(str(name), subject, store, saes)
+    tested = LoadedSAEs(str(name), subject, store, saes, source=source)
     if expected is not None and tested.group != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
+
+
+def text_of(found: Retrained | Supplied, given: TextSource) -> TextSource:
+    """The text that a candidate's evidence is on.
+
+    Raises:
+        BadInput: --text names another one.
+    """
+    named = found.bank.recipe.text if isinstance(found, Retrained) else found.bank.text
+    source = TextSource.parse(named)
+    if not given.packaged and given != source:
+        raise BadInput(f"--text {given}: the candidate's evidence is on {source}; the same text expected")
+    source.check()
+    return source
 
 
 def activations_of(
@@ -68,7 +84,9 @@ def activations_of(
     """
     subject, hook_name = tested.name, tested.hook_name
     machine = artifact_root, device, threads
-    return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, random_seed=random_seed)
+    return source.open_store(
+        *machine, subject=subject, hook_name=hook_name, rows=rows, random_seed=random_seed, text=tested.source
+    )
 
 
 def training_store(
@@ -98,9 +116,9 @@ def training_store(
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:
-                if digest(read_json(path)) == wanted:
+                if StoreManifest.model_validate(read_json(path)).digest == wanted:
                     return ActivationStore.open(path.parent)
-            except BadInput:  # another store's damage is not ours; ours would not have the digest
+            except (BadInput, ValidationError):  # another store's damage is not ours; ours would not have the digest
                 continue
         raise BadInput(
             f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {wanted[:12]}) are not "

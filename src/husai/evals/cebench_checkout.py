@@ -18,13 +18,14 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import read_json, sha256_file, write_json
-from husai.runs.subjects import folder_of
+from husai.runs.subjects import SubjectName, folder_of
 
 SCRIPT = Path("ce_bench") / "CE_Bench.py"
 OUTPUT = "interpretability_eval"  # where CE-Bench writes, below the current directory
@@ -74,7 +75,10 @@ def run(
     write_json(work / PAIRS, pairs)
     folder = folder_of(subject)
     command = [sys.executable, "-m", "husai.evals.cebench_checkout", "--repo", str(repo)]
-    command += ["--subject", str(folder.absolute()) if folder else subject]
+    command += [
+        "--subject",
+        str(replace(SubjectName.parse(subject), name=str(folder.absolute()))) if folder else subject,
+    ]
     command += [] if random_seed is None else ["--random-seed", str(random_seed)]
     command += ["--checkpoint", str(checkpoint.resolve()), "--pairs", str(work / PAIRS), "--device", device]
     source = str(Path(__file__).resolve().parents[2])
@@ -206,7 +210,7 @@ def main() -> None:
             device=args.device,
             sae_release="husai",
             sae_id=SAE.load_from_disk(args.checkpoint, device=args.device),
-            config=AutoInterpEvalConfig(model_name=subject.name, llm_dtype="float32"),
+            config=AutoInterpEvalConfig(model_name=subject.name, llm_dtype=subject.dtype),
         )
 
 

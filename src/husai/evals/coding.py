@@ -48,7 +48,7 @@ def evaluate(
     own = [r for r in records if r.candidate]
     seeds, width = seed_names([r.facts.seed for r in own]), own[0].facts.d_sae
     ks = dict(zip(seeds, (max(1, round(r.heldout.l0)) for r in own), strict=True))
-    texts = text.corpus().heldout[:documents]
+    texts = saes.source.heldout_texts(documents, saes.subject.tokenizer)
     made = cache(lambda: prototypes.dictionaries(source, width))
     mean = source.stats()[0].float()
     cells = Cells(artifact_root / "controls" / "cells")

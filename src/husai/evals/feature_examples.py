@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.stability.matching import match
 from husai.subjects.pretrained import LanguageModel
+from husai.subjects.sources import Side
 from husai.training.trainer import evaluate
 
 STABLE = 0.7
@@ -128,12 +130,19 @@ def _context(tokenizer, tokens: np.ndarray, values: np.ndarray) -> dict:
 
 
 def collect(
-    subject: LanguageModel, store: ActivationStore, candidates: list[LoadedSAE], documents: list[str], n: int, seed: int
+    subject: LanguageModel,
+    store: ActivationStore,
+    candidates: list[LoadedSAE],
+    documents: list[str] | Side,
+    n: int,
+    seed: int,
+    root: Path,
 ) -> dict:
     """A sample of the first SAE's features, with what they respond to and their partners in the others.
 
     Args:
         store: held-out activations of `documents`, row seed 0: firing rates are of its rows, contexts of its texts.
+        root: folder that the store lies in.
 
     Raises:
         BadInput: the SAEs are not of one condition, or no feature fires.
@@ -147,7 +156,7 @@ def collect(
     chosen = sample(stable, alive, n, seed)
     if not chosen:
         raise BadInput(f"--checkpoint: no feature of {first.folder} fires on {store.rows} held-out tokens")
-    inputs = Inputs.of(subject, documents, store.rows, 0)
+    inputs = Inputs.of(subject, documents, store.rows, 0, root)
     contexts = strongest_contexts(subject, hook_name, first, chosen, inputs)
     seeds = [c.label if c.facts.seed is None else c.facts.seed for c in candidates]
     return {

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from husai.evals.inputs import by_baseline_map, by_checkout
+from husai.evals.inputs import by_baseline_map, by_checkout, by_text
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
 from husai.runs.cli import int_list, name_list, positive_float, positive_int
-from husai.runs.inputs import by_checkpoint, by_content_or_name, by_subject, not_at_all
+from husai.runs.errors import BadInput
+from husai.runs.inputs import Arguments, by_checkpoint, by_content_or_name, by_subject, not_at_all
+from husai.runs.subjects import DTYPES, with_version
+from husai.subjects.sources import TextSource, with_flags
 
 
 def probe_ks(text: str) -> list[int]:
@@ -31,9 +34,41 @@ class EvalParser(cli.Parser):
         about = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
         settings: dict[str, Any] = {"help": about, "counts": by_subject} | more
         self.add_argument("--model-name", "--subject", dest="subject", default=default, **settings)
+        self.add_argument("--revision", counts=not_at_all, help="branch, tag or commit of a hub name, as step3000")
+        self.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default=DTYPES[0],
+            counts=not_at_all,
+            help="of the model's weights and arithmetic (default: %(default)s)",
+        )
+
+    def add_text(self) -> None:
+        """--text, --text-column, --text-split: wherever activations of a language model are made.
+
+        `args.text` is a `subjects.sources.TextSource`.
+        """
+        self.add_argument(
+            "--text",
+            metavar="SOURCE",
+            default=TextSource(),
+            counts=by_text,
+            help="text of a language model: packaged (of the sae-probes package); a file or folder of .txt (a line a "
+            "document), .jsonl, .json, .csv or .parquet (also .gz, .zst); a folder of datasets.save_to_disk; or a "
+            "hub name org/name[:config][@revision], streamed (default: %(default)s)",
+        )
+        self.add_argument(
+            "--text-column",
+            default=TextSource.column,
+            counts=not_at_all,
+            help="of texts, or of ids of the model's own tokenizer (default: %(default)s)",
+        )
+        self.add_argument(
+            "--text-split", default=TextSource.split, counts=not_at_all, help="of a data set (default: %(default)s)"
+        )
 
     def add_source(self, hook: str) -> None:
-        """The subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows."""
+        """The subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows, --text."""
         self.add_model_name(
             None,
             type=Path,
@@ -49,6 +84,7 @@ class EvalParser(cli.Parser):
             "--layer", type=int, counts=not_at_all, help="short for --hook-name blocks.LAYER.hook_resid_post"
         )
         self.add_argument("--activation-cache-dir", type=Path, help="a store to use in place of harvesting one")
+        self.add_text()
 
     def add_recipe(self, d_sae: int, tokens: int, batch_size: int, learning_rate: float = 3e-3) -> None:
         """How SAEs are trained and scored: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
@@ -129,7 +165,7 @@ class EvalParser(cli.Parser):
         )
 
     def add_checkpoints(self, required: bool) -> None:
-        """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows."""
+        """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows, --text."""
         self.add_argument(
             "--checkpoint",
             "--checkpoints",
@@ -150,6 +186,7 @@ class EvalParser(cli.Parser):
             default=100_000,
             help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
         )
+        self.add_text()
 
     def add_benchmark(self, needs_checkpoint: bool = True) -> None:
         """The SAEs of an external benchmark: the flags of `add_checkpoints`, --reference,
@@ -215,6 +252,7 @@ class EvalParser(cli.Parser):
     def add_study(self) -> None:
         """A study of whole sets of SAEs: subject, sizes, benchmarks, executor."""
         self.add_model_name()
+        self.add_text()
         self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
@@ -234,6 +272,21 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
         )
+
+    def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
+        """The arguments; --text with its column and split, --model-name with its revision and dtype, are one each.
+
+        Exits 2 where a text, or a revision of a folder, cannot be.
+        """
+        found = super().parse_args(args, namespace)
+        try:
+            if hasattr(found, "text"):
+                found.text = with_flags(found.text, found.text_column, found.text_split)
+            if hasattr(found, "revision"):
+                found.subject = with_version(found.subject, found.revision, found.dtype)
+        except BadInput as error:
+            self.error(str(error))
+        return found
 
     def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
         """Exit 2 where one of these arguments was given and would not be used."""
@@ -269,6 +322,8 @@ class EvalParser(cli.Parser):
             self.error(
                 f"--rows {args.rows}: goes with a language model as --model-name, whose activations are harvested"
             )
+        if not args.text.packaged and not is_language_model(args.subject):
+            self.error(f"--text {args.text}: goes with a language model as --model-name")
         for flag in ("seeds", "confirmation_seeds", "reference_seeds", "confirmation_reference_seeds"):
             seeds = getattr(args, flag, None)
             if seeds is not None and len(seeds) < 2 and getattr(args, "sae_root", None) is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, digest, read_json, sha256_file
+from husai.subjects.sources import TextSource
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"
 """Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
@@ -23,6 +24,11 @@ def by_checkout(given: Path, flag: str) -> str:
     from husai.evals.cebench_checkout import code_digest
 
     return code_digest(given)
+
+
+def by_text(given: TextSource, flag: str) -> str | None:
+    """A text by its name, or by its files; the packaged one does not count."""
+    return given.fingerprint()
 
 
 def by_baseline_map(given: Path, flag: str) -> str:

@@ -27,8 +27,9 @@ from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file, write_bytes
 from husai.stability.study import refuse_unfitting
-from husai.subjects import pretrained, text
+from husai.subjects import pretrained
 from husai.subjects.pretrained import LanguageModel
+from husai.subjects.sources import TextSource
 from husai.training.trainer import TrainingConfig, evaluate
 
 log = logging.getLogger("husai")
@@ -79,6 +80,8 @@ class LoadedSAEs:
     """SAEs that a difference may be taken against, and nothing else."""
     controls: LoadedSAEs | None = None
     """SAEs trained on the random-weights model."""
+    source: TextSource = field(default_factory=TextSource)
+    """The text whose held-out documents the store is of."""
 
     @property
     def hook_name(self) -> str:
@@ -194,17 +197,24 @@ def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecor
 
 
 def heldout_store(
-    subject: LanguageModel, hook_name: str, artifact_root: Path, rows: int, threads: int
+    subject: LanguageModel,
+    hook_name: str,
+    artifact_root: Path,
+    rows: int,
+    threads: int,
+    source: TextSource | None = None,
 ) -> ActivationStore:
-    """Activations on documents that husai-tiny and every SAE of its stores were not trained on; found or harvested.
+    """Activations on held-out documents of a source, which no SAE of a store of this source was trained on; found or
+    harvested.
+
+    Args:
+        source: by default the packaged text, whose held-out documents husai-tiny was not trained on.
 
     Raises:
         BadInput: the subject has no such hook, or the documents give fewer rows.
     """
-    folders = harvest_tokens(
-        subject, [hook_name], text.corpus().heldout, artifact_root / "activations", rows, threads=threads
-    )
-    return ActivationStore.open(folders[hook_name])
+    documents, root = (source or TextSource()).heldout(), artifact_root / "activations"
+    return ActivationStore.open(harvest_tokens(subject, [hook_name], documents, root, rows, threads=threads)[hook_name])
 
 
 def identity(sae: SAE, sha256: str) -> str:
@@ -337,6 +347,7 @@ def open_controls(
     device: torch.device,
     threads: int,
     opener: Opener | None = None,
+    source: TextSource | None = None,
 ) -> LoadedSAEs | None:
     """The SAEs that a benchmark compares with: those of the first draw of the random weights; None where no path is
     given.
@@ -351,7 +362,7 @@ def open_controls(
     seed, folders = next(iter(by_draw.items()))
     if len(by_draw) > 1:
         log.info("benchmarks compare with SAEs of %s alone", random_weights(seed))
-    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener)
+    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener, source)
 
 
 def open_draw(
@@ -364,13 +375,15 @@ def open_draw(
     device: torch.device,
     threads: int,
     opener: Opener,
+    source: TextSource | None = None,
 ) -> LoadedSAEs:
     """SAEs of one draw of the random weights of a subject, with held-out activations of it."""
     random_model = pretrained.load(name, seed, device)
-    store = heldout_store(random_model, hook_name, artifact_root, rows, threads)
+    source = source or TextSource()
+    store = heldout_store(random_model, hook_name, artifact_root, rows, threads, source)
     controls = open_all(folders, store, "random-model-checkpoint", random_model, artifact_root, opener)
     refuse_twins(controls)
-    return LoadedSAEs(name, random_model, store, controls)
+    return LoadedSAEs(name, random_model, store, controls, source=source)
 
 
 @dataclass(frozen=True)
@@ -401,14 +414,16 @@ def load(args: argparse.Namespace, device: torch.device, opener: Opener | None =
     """
     subject = pretrained.load(args.subject, device=device)
     place = (args.hook_name, args.artifact_root, args.rows)
-    store = heldout_store(subject, *place, args.threads)
+    store = heldout_store(subject, *place, args.threads, args.text)
     saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root, opener)
     known = {c.identity for c in saes}
     references = open_all(args.reference, store, "reference", subject, args.artifact_root, opener)
     references = as_references([c for c in references if c.identity not in known])
     refuse_twins([*saes, *references])
-    controls = open_controls(args.random_model_checkpoint, args.subject, *place, device, args.threads, opener)
-    return LoadedSAEs(str(args.subject), subject, store, saes, references, controls)
+    controls = open_controls(
+        args.random_model_checkpoint, args.subject, *place, device, args.threads, opener, args.text
+    )
+    return LoadedSAEs(str(args.subject), subject, store, saes, references, controls, args.text)
 
 
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
@@ -419,7 +434,14 @@ def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -
 
 
 def train_default(
-    output_dir: Path, artifact_root: Path, subject: str, hook_name: str, device: torch.device, threads: int, force: bool
+    output_dir: Path,
+    artifact_root: Path,
+    subject: str,
+    hook_name: str,
+    device: torch.device,
+    threads: int,
+    force: bool,
+    source: TextSource | None = None,
 ) -> Path:
     """The SAEs that a benchmark takes where none is named: TopK and ReLU, each the other's reference, five seeds.
 
@@ -430,7 +452,8 @@ def train_default(
     from husai.runs.cli import DEFAULT_SEEDS, int_list
     from husai.training.grid import members, train_or_find
 
-    store = open_store(artifact_root, device, threads, subject=subject, hook_name=hook_name, rows=200_000)
+    machine = artifact_root, device, threads
+    store = open_store(*machine, subject=subject, hook_name=hook_name, rows=200_000, text=source)
     grid = members(int_list(DEFAULT_SEEDS), [512], [16], [3e-3], ("topk", "relu"))
     recipe = TrainingConfig(tokens=600_000, batch_size=512)
     trained = train_or_find(Cells(output_dir / "cells", force), store, grid, recipe, device, threads)

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--model-cache-path", type=Path, help="prompts' activations (sparse_probing_sae_probes)")
     parser.add_argument("--dataset-names", type=lambda t: t.split(","), help="of sparse_probing_sae_probes")
+    parser.add_argument("--documents", type=Path, help="JSON list of held-out texts, of core (default: packaged ones)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
@@ -118,12 +119,14 @@ def _core(args) -> None:
     from sae_bench.evals.core.main import multiple_evals
     from transformer_lens import HookedTransformer
 
+    from husai.runs.files import read_json
     from husai.subjects import text
 
     sae, subject = _opened(args)
+    texts = read_json(args.documents, "--documents") if args.documents else text.corpus().heldout
     with tempfile.TemporaryDirectory() as documents:
         with open(Path(documents) / "train.jsonl", "w") as f:
-            f.writelines(json.dumps({"text": t}) + "\n" for t in text.corpus().heldout)
+            f.writelines(json.dumps({"text": t}) + "\n" for t in texts)
         with mock.patch.object(HookedTransformer, "from_pretrained_no_processing", return_value=subject.model):
             multiple_evals(
                 [("husai", sae)],

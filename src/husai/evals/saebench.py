@@ -175,7 +175,7 @@ def scored(loaded: LoadedSAEs, core: dict[str, Core]) -> list[ScoredRecord]:
 
 def core_metrics(loaded: LoadedSAEs, documents: int, cells: Cells, threads: int) -> dict[str, Core]:
     """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
-    texts = text.corpus().heldout[:documents]
+    texts = loaded.source.heldout_texts(documents, loaded.subject.tokenizer)
     saes = loaded.opened
     key: dict[str, Any] = {"subject": loaded.subject.digest, "hook_name": loaded.hook_name}
     key |= {"saes": [c.identity for c in saes], "texts": [*map(text.document_id, texts)], "threads": threads}

@@ -8,6 +8,7 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from husai.evidence.schemas import (
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.runs.files import relative, sha256_file
+from husai.runs.subjects import short_name
 from husai.stability import controls, independence, study
 from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
@@ -59,9 +61,8 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
         )
-    where = pretrained.open_folder(str(args.subject))
-    subject, name = pretrained.describe(where), Path(args.subject).name
-    width = _width(args.hook_name, where)
+    subject, name = pretrained.digest_of(args.subject), short_name(args.subject)
+    width = _width(args.hook_name, pretrained.open_folder(str(args.subject)))
     saes = [opener.sae(folder) for folder in folders]
     for flag, these in (("checkpoint", folders), ("reference", foreign.find_all(args.reference, "--reference"))):
         for folder in these:
@@ -179,9 +180,9 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
 
     core = {r.identity: r.core for r in probing.saes}
     scored = saebench.scored(saes, core)
-    # Prototypes come of as many rows of the text that husai-tiny is trained on: held-out documents are what is coded.
-    place = {"subject": str(args.subject), "hook_name": saes.hook_name, "rows": args.rows}
-    source = open_store(args.artifact_root, device, args.threads, **place)
+    # Prototypes come of as many rows of training documents: held-out documents are what is coded.
+    place: dict[str, Any] = {"subject": str(args.subject), "hook_name": saes.hook_name, "rows": args.rows}
+    source = open_store(args.artifact_root, device, args.threads, **place, text=args.text)
     bank = Evaluated(
         saebench=probing,
         cebench=contrast,
@@ -189,6 +190,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         inputs=replace(saes, controls=None).inputs(),
         saes=scored,
         code=coding.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
+        **args.text.record(),
     )
     paths = (relative(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(

@@ -17,7 +17,6 @@ from husai.evidence.schemas import Comparison, Drawn, OwnSection, Section, Setti
 from husai.evidence.transcoder import hook_before
 from husai.runs.cells import Cells
 from husai.stability import controls, study
-from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.stack import Member
 from husai.training.trainer import TrainingConfig
@@ -58,7 +57,8 @@ def task_of(
     hook = hook_before(tested.hook_name)
     written = training_store(tested, artifact_root, rows, device, threads)
     where = artifact_root / "activations", written.rows
-    folders = harvest_tokens(tested.subject, [hook], text.corpus().train, *where, threads=threads, by_document=True)
+    documents = tested.source.training()
+    folders = harvest_tokens(tested.subject, [hook], documents, *where, threads=threads, by_document=True)
     read = ActivationStore.open(folders[hook])
     random_model.check_same_text(written, read)
     own = {"d_sae": made["d_sae"], "k": made["k"], "tokens": config.tokens}

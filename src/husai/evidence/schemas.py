@@ -1066,6 +1066,8 @@ class Recipe(Strict):
     max_pairs: int
     probing: ProbingName = "sae_probes"
     core_texts: int = 200
+    text: str = "packaged"
+    """Source of the bank's text (`subjects.sources.TextSource`)."""
 
 
 class Coded(Strict):
@@ -1131,6 +1133,8 @@ class Evaluated(Strict):
     saes: list[ScoredRecord]
     code: Code | None = None
     """The candidate's SAEs beside dictionaries of prototypes, of a confirmation."""
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
 
 class Bank(Strict):

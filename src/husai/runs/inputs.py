@@ -13,7 +13,7 @@ from typing import Any
 
 from husai.runs.errors import BadInput
 from husai.runs.files import content_or_name, digest, sha256_file, tree_digest
-from husai.runs.subjects import folder_of
+from husai.runs.subjects import DTYPES, SubjectName, folder_of
 
 Counts = Callable[[Any, str], Any]
 """(argument, its flag) -> what the key holds (JSON)."""
@@ -58,8 +58,11 @@ def by_checkpoint(given: Path | list[Path], flag: str) -> Any:
 
 def by_subject(given: str | Path, flag: str) -> str:
     """Content of a subject's folder; a subject that is not on this machine counts by its name."""
-    folder = folder_of(given)
-    return str(given) if folder is None else tree_digest(folder, flag)
+    folder, subject = folder_of(given), SubjectName.parse(given)
+    if folder is None:
+        return str(given)
+    content = tree_digest(folder, flag)
+    return content if subject.dtype == DTYPES[0] else f"{content} {subject.dtype}"
 
 
 def by_content_or_name(given: str, flag: str) -> str | None:

@@ -21,7 +21,7 @@ from husai.evidence.levels import random_subject, random_weights
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file
 from husai.runs.seeds import generator
-from husai.runs.subjects import SHIPPED, folder_of
+from husai.runs.subjects import DTYPES, SHIPPED, DType, SubjectName, folder_of, short_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -35,7 +35,7 @@ class LanguageModel:
     """An opened subject."""
 
     name: str  # names folders and files: husai-tiny, pythia-70m-deduped, husai-tiny-random0
-    digest: str  # of configuration, tokenizer and weights, and of how the control was drawn
+    digest: str  # of configuration, tokenizer and weights, of a dtype other than float32, of how the control was drawn
     control: str | None  # how the weights were redrawn; None for the model itself
     model: TransformerBridge
     n_ctx: int
@@ -43,6 +43,9 @@ class LanguageModel:
     """transformers' own model, without hooks and with its fastest attention; its parameters are those of `model`."""
     counterparts: dict[torch.nn.Module, torch.nn.Module]
     """Each of transformers' modules inside `model` -> the same one of `transformer`."""
+
+    dtype: DType
+    """Of weights and arithmetic."""
 
     @property
     def tokenizer(self):
@@ -62,6 +65,8 @@ def open_folder(name: str) -> Path:
                 "nor subject.json (modular addition)"
             )
         return folder
+    subject = SubjectName.parse(name)
+    name = subject.name
     if name in SHIPPED:
         raise BadInput(f"subject {name}: {SHIPPED[name]} is missing; the repository ships it")
     with quiet():
@@ -72,11 +77,19 @@ def open_folder(name: str) -> Path:
     if official not in OFFICIAL_MODEL_NAMES:
         raise BadInput(f"subject {name}: neither a folder nor a name that TransformerLens knows; {OFFLINE}")
     try:
-        return Path(snapshot_download(official, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(official, revision=subject.revision, allow_patterns=patterns))
     except Exception as error:  # whatever the hub's client raises: no network, no such repository, no right to read it
+        revision = f" at revision {subject.revision}" if subject.revision else ""
         raise BadInput(
-            f"subject {name}: {official} could not be downloaded ({type(error).__name__}); {OFFLINE}"
+            f"subject {name}: {official}{revision} could not be downloaded ({type(error).__name__}); {OFFLINE}"
         ) from None
+
+
+def digest_of(name: str | Path) -> str:
+    """Digest of a subject as `load` opens it, without opening it."""
+    sha, dtype = describe(open_folder(str(name))), SubjectName.parse(name).dtype
+    return sha if dtype == DTYPES[0] else digest([sha, dtype])
 
 
 def describe(folder: Path) -> str:
@@ -127,36 +140,53 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
         p.copy_(noise.to(p.device) * spread + p.float().mean())
 
 
-def load_transformers(name: str, random_seed: int | None = None):
-    """(transformers' model in float32, its tokenizer, digest, control): the subject without hooks."""
+def tokenizer_of(name: str):
+    """The tokenizer of a subject.
+
+    Raises:
+        BadInput: transformers cannot open it.
+    """
     folder = open_folder(name)
-    sha = describe(folder)
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BadInput(f"subject {name}: transformers cannot open {folder} ({error})") from None
+
+
+def load_transformers(name: str, random_seed: int | None = None):
+    """(transformers' model in its dtype, its tokenizer, digest, control): the subject without hooks."""
+    folder = open_folder(name)
+    sha, dtype = digest_of(name), getattr(torch, SubjectName.parse(name).dtype)
     control = None if random_seed is None else random_weights(random_seed)
     with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"subject {name}: transformers cannot open {folder} ({error})") from None
     if random_seed is not None:
         redraw(model, random_seed)
-    return model.eval(), tokenizer, sha if random_seed is None else random_subject(sha, random_seed), control
+    return model.eval(), tokenizer_of(name), sha if random_seed is None else random_subject(sha, random_seed), control
 
 
 def load(name: str, random_seed: int | None = None, device: torch.device | str = "cpu") -> LanguageModel:
     """Open a subject with its hooks.
 
     Args:
-        name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it.
+        name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it, with a revision and a
+            dtype where these are not the usual ones (`runs.subjects.SubjectName`).
         random_seed: give the random-weights control in its place (see `redraw`).
 
     Raises:
         BadInput: there is no such subject, or it cannot be had without a network.
     """
+    named = SubjectName.parse(name)
     model, tokenizer, sha, control = load_transformers(name, random_seed)
     transformer = sharing_parameters(model.to(device))
     counterparts = dict(zip(model.modules(), transformer.modules(), strict=True))  # before the bridge changes them
@@ -164,11 +194,11 @@ def load(name: str, random_seed: int | None = None, device: torch.device | str =
         from transformer_lens.model_bridge import TransformerBridge
 
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tokenizer, device=str(device), dtype=torch.float32
+            named.name, hf_model=model, tokenizer=tokenizer, device=str(device), dtype=model.dtype
         )
-    short = Path(name).name + ("" if random_seed is None else f"-random{random_seed}")
+    short = short_name(name) + ("" if random_seed is None else f"-random{random_seed}")
     n_ctx = model.config.max_position_embeddings
-    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts)
+    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, named.dtype)
 
 
 def sharing_parameters(model: torch.nn.Module) -> torch.nn.Module:
