@@ -92,12 +92,14 @@ class Reading:
         source = self.side.source
         if source.column not in batch:
             raise BadInput(f"--text-column {source.column}: one of {', '.join(batch)} expected")
-        values = [v for v in batch[source.column] if v is not None and len(v) > 0]
+        values = [v for v in batch[source.column] if v is not None and not (hasattr(v, "__len__") and len(v) == 0)]
         self.empty += len(batch[source.column]) - len(values)
         if not values:
             return
         if isinstance(values[0], str):
             for value in values:
+                if not isinstance(value, str):
+                    raise BadInput(f"--text-column {source.column}: texts expected; found {type(value).__name__}")
                 yield Document(text.document_id(value), value, None)
             return
         ids = [self._checked(v) for v in values]
