@@ -160,7 +160,11 @@ def truncate(folder):
         (truncate, "sae_weights.safetensors", ""),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"PK\x03\x04 a pickle"), "sae_weights.safetensors", ""),
         (edit_config(architecture="relu"), "cfg.json", "architecture 'relu'"),
-        (edit_config(normalize_activations="layer_norm"), "cfg.json", "normalize_activations .*'layer_norm'"),
+        (
+            edit_config(normalize_activations="expected_average_only_in"),
+            "cfg.json",
+            "normalize_activations .*'expected",
+        ),
         (edit_config(apply_b_dec_to_input=1), "cfg.json", r"apply_b_dec_to_input .*\b1\b"),
         (edit_config(activation_fn="tanh"), "cfg.json", "activation_fn 'tanh'"),
         (edit_config(finetuning_scaling_factor=True), "cfg.json", "finetuning_scaling_factor"),

@@ -63,14 +63,14 @@ def parse():
 
 def main() -> None:
     args = parse()
+    from husai.runs.checkpoints import write_place
     from husai.runs.errors import BadInput
-    from husai.runs.files import relative
     from husai.runs.phase import run_phase
 
     if args.candidate and not args.candidate.is_file():
         raise BadInput(f"--candidate: {args.candidate} does not exist; select_release_candidate.py makes it")
     # The gate looks for the checkpoints where the results say that they lie: a move is another result.
-    args.lie_at = [relative(p, args.output_dir) for p in args.checkpoint]
+    args.lie_at = [write_place(p, args.output_dir) for p in args.checkpoint]
     run_phase(args, "candidate_confirmation", compute, summary)
 
 

@@ -15,8 +15,8 @@ gives those of the random-weights model, as many of each of the draws 0, 1 and 2
 from pathlib import Path
 
 from husai.evals.flags import EvalParser
+from husai.evals.inputs import by_named_checkpoint
 from husai.runs.cli import prepare, run_main
-from husai.runs.inputs import by_checkpoint
 
 
 def parse():
@@ -27,7 +27,7 @@ def parse():
     p.add_argument(
         "--random-model-checkpoint",
         type=Path,
-        counts=by_checkpoint,
+        counts=by_named_checkpoint,
         nargs="+",
         default=[],
         help="SAEs trained alike on draws 0, 1 and 2 of the random weights, in place of training them",

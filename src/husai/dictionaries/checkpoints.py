@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from husai.dictionaries import sources
 from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file, write_bytes, write_json
@@ -71,11 +72,13 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
     Raises:
         BadInput: SAELens has no such architecture (a top-k SAE beside a linear map, as sparsify makes them).
     """
+    if isinstance(sae, sources.PeerSAE):
+        tensors, config = sae.saved()
+        return _write(folder, tensors, config | {"metadata": sae.metadata}, firing_rate)
     skip = ("W_skip",) if "skip" in sae.architecture else ()
     if set(sae.weights) != {*ENCODER[ARCHITECTURES[sae.architecture]], "W_dec", "b_dec", *skip}:
         raise BadInput(f"checkpoint: {folder}: {sae.architecture} with {sorted(sae.weights)} has no SAELens layout")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.weights.items()}
-    write_bytes(folder / WEIGHTS, to_bytes(weights))
     config = {
         "architecture": sae.architecture,
         "d_in": sae.d_in,
@@ -88,6 +91,11 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
         **ASSUMED,
         "metadata": {**sae.metadata, "sae_lens_version": SAE_LENS_VERSION},
     }
+    return _write(folder, weights, config, firing_rate)
+
+
+def _write(folder: Path, weights: dict[str, Tensor], config: dict, firing_rate: Tensor | None) -> list[Path]:
+    write_bytes(folder / WEIGHTS, to_bytes(weights))
     write_json(folder / CONFIG, config)
     files = [folder / WEIGHTS, folder / CONFIG]
     if firing_rate is not None:
@@ -106,6 +114,9 @@ def load(folder: Path) -> SAE:
     where = f"checkpoint: {folder / CONFIG}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
+    if sources.beyond_formulas(config):
+        sae = sources.open_folder(folder)
+        return checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, folder / WEIGHTS)
     config = modern(config, where)
     architecture, metadata = config["architecture"], config["metadata"]
     transcoder = "transcoder" in architecture

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from husai.dictionaries import checkpoints
+from husai.dictionaries import checkpoints, sources
 from husai.dictionaries.checkpoints import checked, read_tensors
 from husai.dictionaries.sae import SAE
+from husai.runs.checkpoints import in_catalogue, is_name
 from husai.runs.errors import BadInput
-from husai.runs.files import read_json
+from husai.runs.files import read_json, sha256_file
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 """torch's Linear layers store `[out, in]`: both weights are transposed on the way."""
@@ -35,8 +36,8 @@ DICTIONARY_LEARNING = {
     "BatchTopKSAE": ("jumprelu", True, LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}),
     "MatryoshkaBatchTopKSAE": ("jumprelu", True, DIRECT | {"threshold": "threshold"}),
 }
-FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", checkpoints.WEIGHTS)
-"""Of sparsify, dictionary_learning, the earlier study, and SAELens."""
+FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", sources.GEMMA_SCOPE, checkpoints.WEIGHTS)
+"""Of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
 # Tensors beside the weights that say nothing about encode or decode, or that are read by themselves.
 BESIDE = {"k", "group_sizes", "feature_counts"}
 
@@ -44,12 +45,14 @@ BESIDE = {"k", "group_sizes", "feature_counts"}
 def open_checkpoint(path: Path) -> SAE:
     """A checkpoint of SAELens (folder with `cfg.json` and `sae_weights.safetensors`; ours are such), of
     dictionary_learning (`config.json`, `ae.pt`), of sparsify (`cfg.json`, `sae.safetensors`), or of the earlier study
-    (`sae_final.pt`, the file or its folder).
+    (`sae_final.pt`, the file or its folder), of Gemma Scope (`params.npz`), or one that is named (`sources`).
 
     Raises:
         BadInput: none of these, damaged, or with settings whose meaning is not known. No code of a pickle is run.
     """
-    openers = dict(zip(FILES, (_sparsify, _dictionary_learning, _earlier_study, checkpoints.load), strict=True))
+    if in_catalogue(path):
+        return finite(sources.open_named(path), path)
+    path, openers = sources.local(path), dict(zip(FILES, OPENERS, strict=True))
     if path.is_file():
         return openers[path.name](path.parent) if path.name in openers else _earlier_study(path.parent, path.name)
     if len(kinds := [name for name in FILES if (path / name).is_file()]) > 1:
@@ -58,8 +61,16 @@ def open_checkpoint(path: Path) -> SAE:
 
 
 def weights_file(path: Path) -> Path:
-    """The file whose sha256 names a checkpoint of any kind."""
+    """The file of weights of a checkpoint of any kind; of several, the first."""
+    if in_catalogue(path):
+        return sources.weights_of(path)[0]
+    path = sources.local(path)
     return path if path.is_file() else next((path / n for n in FILES if (path / n).is_file()), path / FILES[-1])
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """What names the weights of a checkpoint of any kind."""
+    return sources.sha256_of(path) if in_catalogue(path) else sha256_file(weights_file(path))
 
 
 def find(root: Path, flag: str = "--sae-root") -> list[Path]:
@@ -77,19 +88,32 @@ def find(root: Path, flag: str = "--sae-root") -> list[Path]:
 
 
 def find_all(paths: list[Path], flag: str) -> list[Path]:
-    """The checkpoints at or below these paths, in their order, each once.
+    """The checkpoints at or below these paths and names, in their order, each once. Names stay names (`sources`).
 
     Raises:
         BadInput: a path does not exist, or holds no checkpoint.
     """
     for path in paths:
-        if not path.exists():
+        if not is_name(path) and not path.exists():
             raise BadInput(f"{flag}: {path} does not exist")
-    return list(dict.fromkeys(f for path in paths for f in ([path] if path.is_file() else find(path, flag))))
+    return list(dict.fromkeys(f for path in paths for f in _at_or_below(path, flag)))
+
+
+def _at_or_below(path: Path, flag: str) -> list[Path]:
+    if in_catalogue(path):
+        sources.refuse_unknown(path, flag)
+        return [path]
+    place = sources.local(path, flag)
+    below = [place] if place.is_file() else find(place, flag)
+    return [sources.pinned(path, f) for f in below] if is_name(path) else below
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The folder of a checkpoint that is named by its folder or by its weights file."""
+    """The folder of a checkpoint that is named by its folder, by its weights file, or on the hub. An SAE of SAELens'
+    catalogue has none; its name is given back."""
+    if in_catalogue(checkpoint):
+        return checkpoint
+    checkpoint = sources.local(checkpoint)
     return checkpoint.parent if checkpoint.is_file() else checkpoint
 
 
@@ -180,6 +204,19 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     for name, size in (("d_model", sae.d_in), ("d_sae", sae.d_sae)):
         _fits(about, name, size, path)
     return sae
+
+
+def finite(sae: SAE, path: Path) -> SAE:
+    """The SAE, or BadInput where a tensor is no finite float, or the decoder is zero."""
+    return checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, path)
+
+
+def _gemma_scope(folder: Path) -> SAE:
+    return finite(sources.open_gemma_scope(folder), folder / sources.GEMMA_SCOPE)
+
+
+OPENERS = (_sparsify, _dictionary_learning, _earlier_study, _gemma_scope, checkpoints.load)
+"""One for each of `FILES`."""
 
 
 def _k(state: dict, config: dict, path: Path) -> int:

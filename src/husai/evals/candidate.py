@@ -15,6 +15,7 @@ from husai.activations.store import ActivationStore, StoreManifest
 from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
 from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
+from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
 from husai.subjects import pretrained
@@ -39,7 +40,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
                 f"--candidate: {args.candidate} is no result of run_candidate_confirmation.py ({refusal(error)})"
             ) from None
         expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
-        paths = [args.candidate.parent / path for path in found.paths.values()]
+        paths = [read_place(place, args.candidate.parent) for place in found.paths.values()]
         source = text_of(found, source)
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:

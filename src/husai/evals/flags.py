@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from husai.evals.inputs import by_baseline_map, by_checkout, by_text
+from husai.evals.inputs import by_baseline_map, by_checkout, by_named_checkpoint, by_text
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
 from husai.runs.cli import int_list, name_list, positive_float, positive_int
 from husai.runs.errors import BadInput
-from husai.runs.inputs import Arguments, by_checkpoint, by_content_or_name, by_subject, not_at_all
+from husai.runs.inputs import Arguments, by_content_or_name, by_subject, not_at_all
 from husai.runs.subjects import DTYPES, with_version
 from husai.subjects.sources import TextSource, with_flags
 
@@ -170,12 +170,12 @@ class EvalParser(cli.Parser):
             "--checkpoint",
             "--checkpoints",
             type=Path,
-            counts=by_checkpoint,
+            counts=by_named_checkpoint,
             nargs="+",
             required=required,
             default=[],
-            help="SAEs to evaluate: checkpoints, or folders that hold some; those that differ in their seed are one "
-            "condition",
+            help="SAEs to evaluate: checkpoints, folders that hold some, sae-lens:RELEASE/SAE_ID, or "
+            "hf:REPO[@REVISION]/PATH; those that differ in their seed are one condition",
         )
         self.add_model_name()
         self.add_argument("--hook-name", help="default: blocks.HOOK_LAYER.hook_resid_pre")
@@ -195,7 +195,7 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--reference",
             type=Path,
-            counts=by_checkpoint,
+            counts=by_named_checkpoint,
             nargs="+",
             default=[],
             help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
@@ -203,7 +203,7 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--random-model-checkpoint",
             type=Path,
-            counts=by_checkpoint,
+            counts=by_named_checkpoint,
             nargs="+",
             default=[],
             help="SAEs trained alike on the random-weights model",
@@ -225,7 +225,7 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--untrained",
             type=Path,
-            counts=by_checkpoint,
+            counts=by_named_checkpoint,
             nargs="+",
             default=[],
             help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",

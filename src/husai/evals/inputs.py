@@ -5,14 +5,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from husai.runs.cells import Cells
+from husai.runs.checkpoints import is_name
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, digest, read_json, sha256_file
+from husai.runs.inputs import by_checkpoint
 from husai.subjects.sources import TextSource
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"
 """Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
+
+
+def by_named_checkpoint(given: Path | list[Path], flag: str) -> Any:
+    """Content of checkpoints, whether paths or names give them.
+
+    Raises:
+        BadInput: there is no such checkpoint.
+    """
+    if isinstance(given, list):
+        return [by_named_checkpoint(path, flag) for path in given]
+    if not is_name(given):
+        return by_checkpoint(given, flag)
+    from husai.dictionaries import foreign
+
+    return [str(given), *(foreign.checkpoint_sha256(path) for path in foreign.find_all([given], flag))]
 
 
 def by_checkout(given: Path, flag: str) -> str:

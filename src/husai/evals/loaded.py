@@ -18,14 +18,15 @@ from torch import Tensor
 
 from husai.activations.language_model import harvest_tokens
 from husai.activations.store import ActivationStore
-from husai.dictionaries import checkpoints, foreign
+from husai.dictionaries import checkpoints, foreign, sources
 from husai.dictionaries.sae import SAE
 from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup, refusal
 from husai.runs.cells import Cells
+from husai.runs.checkpoints import read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
-from husai.runs.files import digest, sha256_file, write_bytes
+from husai.runs.files import digest, write_bytes
 from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained
 from husai.subjects.pretrained import LanguageModel
@@ -219,7 +220,8 @@ def heldout_store(
 
 def identity(sae: SAE, sha256: str) -> str:
     """What tells an SAE from others: its weights and how it encodes, which the configuration beside them says."""
-    return digest([sha256, sae.architecture, sae.k, sae.subtract_b_dec])
+    peer = [sae.computes] if isinstance(sae, sources.PeerSAE) else []
+    return digest([sha256, sae.architecture, sae.k, sae.subtract_b_dec, *peer])
 
 
 def on_disk(path: Path, results: Any) -> dict[str, str | None]:
@@ -228,8 +230,9 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
 
     def one(place: Any) -> str | None:
         try:
-            folder = path.parent / place
-            return identity(foreign.open_checkpoint(folder), sha256_file(foreign.weights_file(folder)))
+            folder = read_place(place, path.parent)
+            with sources.cached_only():
+                return identity(foreign.open_checkpoint(folder), foreign.checkpoint_sha256(folder))
         except (BadInput, OSError, TypeError, ValueError):
             return None
 
@@ -260,7 +263,7 @@ class Opener:
 
     def __init__(self) -> None:
         self.sae = cache(foreign.open_checkpoint)
-        self.sha256 = cache(lambda folder: sha256_file(foreign.weights_file(folder)))
+        self.sha256 = cache(foreign.checkpoint_sha256)
 
 
 def open_all(
@@ -429,7 +432,7 @@ def load(args: argparse.Namespace, device: torch.device, opener: Opener | None =
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
     """Write an SAE in the SAELens layout, with what the benchmarks look for in its metadata."""
     metadata = sae.metadata | {"model_name": subject.name, "hook_name": hook_name, "prepend_bos": True}
-    checkpoints.save(SAE(sae.weights, sae.architecture, sae.k, sae.subtract_b_dec, metadata), folder)
+    checkpoints.save(replace(sae, metadata=metadata), folder)
     return folder
 
 

@@ -55,7 +55,8 @@ def subspace(sae: SAE, store: ActivationStore, batch: int = 8192) -> Tensor:
     total = torch.zeros(sae.d_out, dtype=torch.float64)
     squares = torch.zeros(sae.d_out, sae.d_out, dtype=torch.float64)
     for start in range(0, store.rows, batch):
-        made = sae.decode(sae.encode(store.read(start, min(start + batch, store.rows)))).double()
+        x = store.read(start, min(start + batch, store.rows))
+        made = sae.decode(sae.encode(x), x).double()
         made -= sae.weights["b_dec"]  # what is left is smaller, and so are rounding errors
         total += made.sum(0)
         squares += made.T @ made

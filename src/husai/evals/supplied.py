@@ -29,8 +29,9 @@ from husai.evidence.schemas import (
     seed_names,
 )
 from husai.runs.cells import Cells
+from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
-from husai.runs.files import relative, sha256_file
+from husai.runs.files import sha256_file
 from husai.runs.subjects import short_name
 from husai.stability import controls, independence, study
 from husai.stability.compare import Dictionary
@@ -192,7 +193,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         code=coding.evaluate(saes, scored, source, setup.core_texts, args.artifact_root, args.threads),
         **args.text.record(),
     )
-    paths = (relative(c.folder, args.output_dir) for c in saes.saes)
+    paths = (write_place(c.folder, args.output_dir) for c in saes.saes)
     return Supplied(
         phase="candidate_confirmation",
         origin="supplied",
@@ -224,8 +225,9 @@ def stability(
     dictionaries = random_model.own_dictionaries(saes, before)
     members, states = [c.member for c in saes.saes], None
     if all(d.untrained is not None for d in dictionaries):
-        files = [foreign.weights_file(b) for b in before] if before else [_snapshots(c.folder) for c in saes.saes]
-        states = dict(zip(seed_names([m.seed for m in members]), map(sha256_file, files), strict=True))
+        initial = [foreign.checkpoint_sha256(b) for b in before or ()]
+        initial = initial or [sha256_file(_snapshots(c.folder)) for c in saes.saes]
+        states = dict(zip(seed_names([m.seed for m in members]), initial, strict=True))
     labels = [m.label for m in members]
     grid, config = random_model.trained_alike(saes)
     gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
