@@ -308,7 +308,7 @@ def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject,
         return call
 
     monkeypatch.setattr(loaded.foreign, "open_checkpoint", counted(loaded.foreign.open_checkpoint))
-    monkeypatch.setattr(loaded, "sha256_file", counted(sha256_file))
+    monkeypatch.setattr(loaded.foreign, "sha256_file", counted(sha256_file))
     about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
     about |= {"checkpoint": saes[:3], "reference": saes[3:], "random_model_checkpoint": controls[:3]}
     args = Namespace(**about, threads=1, untrained=[], stories=None)
