@@ -31,6 +31,7 @@ from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
 from husai.subjects import text
+from husai.subjects.sources import TextSource
 from husai.training.grid import SNAPSHOTS, members, train_or_find
 from husai.training.trainer import TrainingConfig
 from miniature import few_texts, save_miniature
@@ -311,7 +312,7 @@ def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject,
     monkeypatch.setattr(loaded.foreign, "sha256_file", counted(sha256_file))
     about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
     about |= {"checkpoint": saes[:3], "reference": saes[3:], "random_model_checkpoint": controls[:3]}
-    args = Namespace(**about, threads=1, untrained=[], stories=None)
+    args = Namespace(**about, threads=1, untrained=[], stories=None, text=TextSource())
     opener = loaded.Opener()
     group = supplied.look_over(args, opener)
     assert loaded.load(args, CPU, opener).group.checkpoints == group.checkpoints

@@ -385,7 +385,7 @@ def open_gemma_scope(folder: Path) -> SAE:
 
     path = folder / GEMMA_SCOPE
     try:
-        with numpy.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             weights = {re.sub("^w_", "W_", n): torch.from_numpy(arrays[n]).float() for n in arrays}
     except Exception as error:  # numpy and zipfile raise whatever a damaged archive happens to cause
         raise BadInput(f"checkpoint: {path}: {_unreadable(error, 'numpy')}") from None
