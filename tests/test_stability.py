@@ -30,7 +30,7 @@ from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import compare, independence, nulls, study
 from husai.stability.compare import Dictionary
-from husai.stability.matching import match
+from husai.stability.matching import match, unit_rows
 from husai.stability.scores import FEWEST, max_cosines, mcc, pwmcc, score
 
 
@@ -589,6 +589,9 @@ def test_what_counts_as_shared():
     pruned = a * (torch.arange(300) > 0).unsqueeze(1)
     assert independence.shared(pruned, pruned * 2, 0.99), "a zero row"
     assert independence.shared(torch.cat([a[:200], b[:100]]), a, 0.5)
+    forty = torch.cat([a[:120], b[:180]])[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    assert independence.shared(forty, a, rules.SHARED_DECODER)
+    assert independence.shared(forty, a, rules.SHARED_INITIALISATION)
     assert not independence.shared(torch.cat([a[:200], b[:100]]), a, 0.99)
     assert not independence.shared(rows(1, 5, 1), rows(2, 5, 1), 0.5), "on a line all directions coincide"
 
@@ -762,3 +765,36 @@ def test_what_a_killed_process_left_beside_a_checkpoint_is_no_part_of_it(tmp_pat
         (folder / name).write_text("{}")
     found = study.checkpoint_files(Cells(tmp_path / "cells"), ["checkpoints/a"])
     assert [path.name for path in found] == ["cfg.json", "sae_weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "partner",
+    [
+        lambda a, b: torch.cat([a[: int(0.4 * len(a))], b[int(0.4 * len(a)) :]]),
+        lambda a, b: a + 0.9 * b,
+        lambda a, b: 3 * a,
+    ],
+    ids=["40 % of the rows", "a part of each row", "scaled"],
+)
+@pytest.mark.parametrize(("n", "d"), [(24, 16), (600, 64), (9000, 32)])
+def test_features_in_one_order_are_refused_with_both_causes(partner, n, d):
+    a, b = unit_rows(rows(1, n, d)), unit_rows(rows(2, n, d))
+    with pytest.raises(BadInput, match=r"^x and y .*initialisation.*two steps of one run"):
+        independence.refuse_dependent(["x", "y"], [a, partner(a, b)])
+    same, other, errors = independence.same_number(a, partner(a, b))
+    assert same == pytest.approx((unit_rows(a) * unit_rows(partner(a, b))).sum(1).abs().mean().item(), abs=0.02)
+    assert rules.in_one_order(same - other, errors)
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_features_in_another_order_are_independent(seed, share):
+    """However many features two SAEs have in common, and ordered in the large by groups."""
+    a, b = rows(seed, 300, 16), rows(seed + 1, 300, 16)
+    b[: int(300 * share)] = a[: int(300 * share)]
+    groups = [b[:60], b[60:]]
+    g = torch.Generator().manual_seed(seed)
+    b = torch.cat([group[torch.randperm(len(group), generator=g)] for group in groups])
+    a[:60, 0] += 3
+    b[:60, 0] += 3
+    independence.refuse_dependent(["x", "y"], [a, b])

@@ -280,7 +280,7 @@ def supplied(args, cells, device):
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)
-    independence.refuse_one_training(labels, [d.W_dec for d in dictionaries])
+    independence.refuse_dependent(labels, [d.W_dec for d in dictionaries])
     of = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
     arguments = cells, store, labels, dictionaries, args.null_draws, args.threads, missing
     compared, drawn = study.compare_all(*arguments, of=of)

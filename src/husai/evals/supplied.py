@@ -90,7 +90,7 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     ]
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
-    independence.refuse_one_training(labels, [sae.W_dec for sae in saes])
+    independence.refuse_dependent(labels, [sae.W_dec for sae in saes])
     return SeedGroup.of([_record(folder, opener) for folder in folders])
 
 
