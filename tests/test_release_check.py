@@ -336,6 +336,11 @@ def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_pat
     step = checkpoints.load(saes[1])
     later = step.W_dec + 0.1 * torch.randn(step.W_dec.shape, generator=g)
     no("later", replace(step, weights=step.weights | {"W_dec": later}), foreign[1], "|cos|")
+    other = save_foreign(sae, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["trainer"]["lr"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    refused([other, "lr", "0.5"], CHECK, *SIZES, *where, "--checkpoint", *foreign[1:], other)
     narrow = w | {"W_enc": w["W_enc"][:8], "W_dec": w["W_dec"][:, :8], "b_dec": w["b_dec"][:8]}
     no("narrow", replace(sae, weights=narrow), "d_in 8", "16")
 

@@ -218,6 +218,17 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     save_file(later, root / "twin" / "sae_weights.safetensors")
     refused(["twin", "|cos|"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
 
+    shutil.rmtree(root / "twin")
+    sweep, model = sorted(root.iterdir())[-1] / "cfg.json", sorted(root.iterdir())[0] / "cfg.json"
+    config = json.loads(sweep.read_text())
+    config["metadata"]["husai"]["learning_rate"] = 0.5
+    sweep.write_text(json.dumps(config))
+    refused(["learning_rate", "0.5"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
+    config = json.loads(model.read_text())
+    config["metadata"] = {"model_name": "gpt2"}
+    model.write_text(json.dumps(config))
+    refused(["--sae-root: ", "gpt2"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
+
 
 def test_transformer_and_activations_scripts(run_script, small_subject, tmp_path):
     _, subject = small_subject

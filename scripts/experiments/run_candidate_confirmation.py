@@ -156,6 +156,10 @@ def summary(results: dict) -> str:
         "",
     ]
     if found.origin == "supplied":
+        called = ", ".join(
+            f"{seed} is {label}" for seed, label in zip(found.paths, section.stability.labels, strict=True)
+        )
+        lines += [f"SAEs: {called}.", "", *(line for note in found.notes for line in (note, ""))]
         lines += ["HUSAI cannot see how you selected these SAEs, so the result cannot support an external claim.", ""]
     return "\n".join(lines)
 

@@ -158,7 +158,7 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
             if name == "sparse_probing_sae_probes":
                 command += ["--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)]
             command += documents if name == "core" else []
-            commands.append((f"{name}-{c.label}", command, folder))
+            commands.append((f"{name}-{c.label}".replace("/", "-"), command, folder))
     return [record(run, *command) for command in commands]
 
 

@@ -262,21 +262,27 @@ def planted(args, cells, device):
 def supplied(args, cells, device):
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
+    from husai.evals import loaded
     from husai.evidence.schemas import Heldout, Phase4aSupplied, SuppliedMember
     from husai.runs.files import sha256_file
-    from husai.stability import independence, prototypes, study
+    from husai.stability import independence, prototypes, replicates, study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
-    members, dictionaries = [], []
-    for folder in foreign.find(args.sae_root):
+    members, dictionaries, folders = [], [], foreign.find(args.sae_root)
+    saes = [foreign.open_checkpoint(folder) for folder in folders]
+    for folder, sae in zip(folders, saes, strict=True):
+        loaded.refuse_other_model(folder, sae, store.manifest.subject, "sae-root")
+    replicates.check("--sae-root", folders, saes)
+    for folder in folders:
         name = str(folder.relative_to(args.sae_root))
         before = args.untrained_root / name if args.untrained_root else None
         dictionary, figures = study.external_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
         members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
+    notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)
@@ -284,7 +290,7 @@ def supplied(args, cells, device):
     of = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
     arguments = cells, store, labels, dictionaries, args.null_draws, args.threads, missing
     compared, drawn = study.compare_all(*arguments, of=of)
-    return Phase4aSupplied(members=members, **dict(compared), **dict(drawn))
+    return Phase4aSupplied(members=members, notes=notes, **dict(compared), **dict(drawn))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +343,7 @@ def table(section) -> list[str]:
         f"(effective rank {section.effective_rank:.1f}); held-out explained variance {min(ev):.4f} to "
         f"{max(ev):.4f}, dead features {min(dead):.0%} to {max(dead):.0%}.",
         "",
+        *(line for note in getattr(section, "notes", []) for line in (note, "")),
         *spliced(section),
         "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
         "|---|---|---|---|---|",

@@ -59,6 +59,7 @@ def main() -> None:
     args = parse()
     prepare(args.device, args.threads)
     from husai.evals import cebench_checkout, sae_probes, supplied
+    from husai.evals.loaded import Opener
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import content_or_name, read_json
     from husai.runs.folder import Run
@@ -74,7 +75,9 @@ def main() -> None:
         phase = read_json(args.phase4a_results, "--phase4a-results")
         if not isinstance(phase, dict) or phase.get("phase") != "4a":
             raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
-    group = supplied.look_over(args)
+    opener = Opener()
+    group = supplied.look_over(args, opener)
+    names = supplied.named(args, group, opener)
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)
 
@@ -95,7 +98,7 @@ def main() -> None:
         decision = read_json(decided, "decision") if decided.is_file() else None
         kept = ("pass_all", "outcome", "unconfirmed", "gates")
         results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
-        results |= {"candidate": group.to_json(), "parts": done}
+        results |= {"candidate": group.to_json(), "names": names, "parts": done}
         results["decision"] = decision and {name: decision[name] for name in kept}
         text = summary(results)
         run.write(results, text)
@@ -243,7 +246,8 @@ def summary(results: dict) -> str:
         held = counts[0] == len(decision["gates"])
         said = "every gate holds" if held else "{} gates pass, {} fail, and {} lack evidence".format(*counts)
         lines += [f"**{decision['outcome']}**: {said}; {decision['unconfirmed']}, so no external claim.", ""]
-    lines += [f"{own['condition']}, {results['hook_name']}, SAEs {', '.join(own['checkpoints'])}.", ""]
+    called = ", ".join(f"{seed} ({name})" for seed, name in results["names"].items())
+    lines += [f"{own['condition']}, {results['hook_name']}, SAEs {called}.", ""]
     rows = [
         [p["name"], "" if p["seconds"] is None else f"{p['seconds']:.0f}", p["result"] or "", p["reason"] or "done"]
         for p in results["parts"]

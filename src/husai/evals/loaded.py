@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ from husai.dictionaries.sae import SAE
 from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Facts, Heldout, OwnMember, SAERecord, SeedGroup, refusal
 from husai.runs.cells import Cells
-from husai.runs.checkpoints import read_place
+from husai.runs.checkpoints import is_name, read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
@@ -284,7 +285,9 @@ def open_all(
     """
     opener, about = opener or Opener(), store.manifest
     opened: dict[str, LoadedSAE] = {}
-    for folder in foreign.find_all(paths, f"--{flag}"):
+    folders = foreign.find_all(paths, f"--{flag}")
+    names = names_of(folders)
+    for folder in folders:
         sae, sha = opener.sae(folder), opener.sha256(folder)
         refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in)
         refuse_other_model(folder, sae, subject.name, flag)
@@ -292,8 +295,24 @@ def open_all(
         if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
             continue  # the same SAE again; two recipes that give one SAE are two
         heldout, alive = measure(sae, name, store, artifact_root)
-        opened[key] = LoadedSAE(folder, sae, record_of(folder, sae, sha, heldout), alive)
+        record = record_of(folder, sae, sha, heldout)
+        if record.facts.source != "husai":
+            record = record.model_copy(update={"label": names[folder], "condition": names[folder]})
+        opened[key] = LoadedSAE(folder, sae, record, alive)
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
+
+
+def names_of(checkpoints: list[Path]) -> dict[Path, str]:
+    """What a user calls each checkpoint: its folder, or a file of another name than a library gives, below the folder
+    that holds all of them."""
+
+    def place_of(c: Path) -> Path:
+        return c if c.is_file() and c.name not in foreign.FILES else foreign.folder_of(c)
+
+    places = {c: c if is_name(c) else Path(os.path.abspath(place_of(c))) for c in checkpoints}
+    local = [place.parent for c, place in places.items() if not is_name(c)]
+    root = Path(os.path.commonpath(local)) if local else Path()
+    return {c: str(place if is_name(c) else place.relative_to(root)) for c, place in places.items()}
 
 
 def as_references(saes: list[LoadedSAE]) -> list[LoadedSAE]:
@@ -301,8 +320,12 @@ def as_references(saes: list[LoadedSAE]) -> list[LoadedSAE]:
     return [replace(c, record=c.record.model_copy(update={"candidate": False})) for c in saes]
 
 
-def in_order(saes: list[LoadedSAE]) -> list[LoadedSAE]:
-    """The SAEs in order of seeds. Unknown seeds are replaced by identities, which nobody can choose."""
+Ordered = TypeVar("Ordered", LoadedSAE, SAERecord)
+
+
+def in_order(saes: list[Ordered]) -> list[Ordered]:
+    """The SAEs in order of seeds, which is that of their numbers (`seed_names`). Unknown seeds are replaced by
+    identities, which nobody can choose."""
     return sorted(saes, key=lambda c: (c.facts.seed or 0, c.identity))
 
 

@@ -5,6 +5,7 @@ HUSAI cannot see how they were selected. Therefore the gate gives them no more t
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +34,13 @@ from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.runs.subjects import short_name
-from husai.stability import controls, independence, study
+from husai.stability import controls, independence, replicates, study
 from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
 from husai.training.grid import SNAPSHOTS
 
+log = logging.getLogger("husai")
 MINIMUM = 3
 """SAEs, for an interval over seeds; five for a verdict."""
 NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
@@ -88,10 +90,19 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     dictionaries = [
         Dictionary(s.W_dec, torch.ones(s.d_sae, dtype=torch.bool), b) for s, b in zip(saes, initial, strict=True)
     ]
+    replicates.check("--checkpoint", folders, saes)
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_dependent(labels, [sae.W_dec for sae in saes])
-    return SeedGroup.of([_record(folder, opener) for folder in folders])
+    # In the order of every part, so that one number means one SAE everywhere.
+    return SeedGroup.of(in_order([_record(folder, opener) for folder in folders]))
+
+
+def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
+    """Number or seed of each SAE in results -> what the user calls it."""
+    names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint"))
+    of_identity = {loaded.identity(opener.sae(c), opener.sha256(c)): name for c, name in names.items()}
+    return {seed: of_identity[identity] for seed, identity in group.identities.items()}
 
 
 def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
@@ -169,6 +180,10 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
 
     saes = loaded.load(args, device, opener)
     saes = replace(saes, saes=in_order(saes.saes))
+    found = [c.folder for c in saes.saes], [c.sae for c in saes.saes], [c.record.heldout for c in saes.saes]
+    notes = replicates.check("--checkpoint", *found)
+    for note in notes:
+        log.warning("%s", note)
     group = saes.group
     if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
         saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
@@ -206,6 +221,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         untrained=untrained,
         section=section,
         bank=bank,
+        notes=notes,
     )
 
 

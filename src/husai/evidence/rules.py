@@ -77,6 +77,11 @@ SHARED_DECODER, SHARED_INITIALISATION = 0.25, 0.05
 SAME_NUMBER, SAME_NUMBER_ERRORS = 0.1, 6.0
 """Excess of the mean |cos| of features of one number over that of neighbouring numbers, and the same in standard
 errors. Independent SAEs reach 0.06 and 4, sorted by firing rate; SAEs of one initialisation 0.6 and 100."""
+UNUSUAL_L0, FAR_L0 = 0.1, 0.5
+"""Range of L0 over seeds, as a share of its median: said beyond the first; beyond the second refused where the files do
+not say how the SAEs were trained."""
+UNUSUAL_EV, FAR_EV = 0.1, 0.3
+"""The same of an SAE's explained variance, as the distance from the median."""
 FEW_DIMENSIONS = 8
 """Below, directions may coincide by chance."""
 BELOW_BIGRAM = 0.8
@@ -86,6 +91,20 @@ BELOW_BIGRAM = 0.8
 def in_one_order(excess: float, errors: float) -> bool:
     """Whether features of one number are alike beyond those of neighbouring numbers (SAME_NUMBER)."""
     return excess > SAME_NUMBER and errors > SAME_NUMBER_ERRORS
+
+
+def far_apart(l0: Sequence[float], explained_variance: Sequence[float], of_l0: float, of_ev: float) -> list[str]:
+    """Sentences on figures of SAEs of one condition that lie further apart than these (UNUSUAL_L0, FAR_L0, …)."""
+    said, middle = [], float(np.median(explained_variance))
+    if max(l0) - min(l0) > of_l0 * float(np.median(l0)):
+        said.append(f"L0 is {min(l0):.3g} to {max(l0):.3g}; a range of at most {of_l0:.0%} of the median expected")
+    furthest = max(explained_variance, key=lambda value: abs(value - middle))
+    if abs(furthest - middle) > of_ev:
+        said.append(
+            f"one explained variance is {furthest:.3f} beside a median of {middle:.3f}; a distance of at most "
+            f"{of_ev:g} expected"
+        )
+    return said
 
 
 class Missing(Exception):
@@ -808,6 +827,10 @@ def table() -> str:
         "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the excess of `{PRIMARY_SCORE}` "
         "between the candidate's SAEs and transcoders of other seeds is above the minimum "
         f"({TRANSCODER.threshold:g} where none is set) over each required null",
+        "one condition": "of user-supplied SAEs, what the library wrote is equal but for seeds, names, places of "
+        f"output, logs and the machine; L0 that ranges over more than {UNUSUAL_L0:.0%} of its median, or an explained "
+        f"variance more than {UNUSUAL_EV:g} from the median, is said; {FAR_L0:.0%} and {FAR_EV:g} are refused where "
+        "the files of an SAE say nothing",
         "refused, rows": f"two SAEs of whose decoders {SHARED_DECODER * 100:g} %, or of whose initialisations "
         f"{SHARED_INITIALISATION * 100:g} %, of the smaller one's rows stand in the other (cosine above 1 − 10⁻⁵), in "
         "whatever order, sign and scale",

@@ -691,7 +691,7 @@ class Drawn(InOrder):
     KEYS = (
         *("members", "curve_steps", "snapshot_steps", *OnStore.model_fields, "spectral_groups"),
         *(*Scored.model_fields, "histogram_bins", "histograms", *Followed.model_fields),
-        *("gaussian", "others", "random_model", "cross_entropy"),
+        *("gaussian", "others", "random_model", "cross_entropy", "notes"),
     )
     spectral_groups: list[int]
     """Sizes of the groups of principal components that the spectral null rotates."""
@@ -737,6 +737,8 @@ class Phase4aSupplied(Drawn, OwnSection):
     """SAEs that a user supplies."""
 
     members: Annotated[list[SuppliedMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
+    notes: list[str] = []
+    """What a reader must know of the SAEs (`stability.replicates`)."""
 
 
 class PlantedRows(Strict):
@@ -1234,6 +1236,8 @@ class Supplied(Evaluation):
     """seed -> sha256 of the file that holds its untrained state."""
     section: OwnSection
     bank: Evaluated
+    notes: list[str] = []
+    """What a reader must know of the SAEs (`stability.replicates`)."""
 
 
 def read_evaluation(results: Any) -> Retrained | Supplied:

@@ -1,0 +1,112 @@
+"""Settings of training that the libraries write beside an SAE, flat: dotted key -> value. Which of them may differ
+between seed replicates stands in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from husai.dictionaries import foreign
+from husai.dictionaries.sae import SAE
+from husai.runs.checkpoints import is_name
+from husai.runs.files import read_json
+
+FILES = ("runner_cfg.json", "config.json")
+"""SAELens' whole runner; dictionary_learning's trainer and buffer, or sparsify's run."""
+LEVELS = 2
+"""Folders above an SAE that may hold the file of its run: sparsify writes RUN/config.json and
+RUN/<hookpoint>/seed<n>/, SAELens RUN/runner_cfg.json and RUN/<steps>/."""
+
+MAY_DIFFER = {
+    "seed": ("seed", "init_seed", "init_seeds", "data_seed", "order_seed", "shuffle_seed", "random_seed"),
+    "name of the run": ("name", "run_name", "run_id", "id", "wandb_name", "wandb_id", "experiment_name", "notes"),
+    "place of output": ("save_dir", "output_path", "output_dir", "checkpoint_path", "checkpoint_dir", "log_dir"),
+    "time": ("timestamp", "timestamp_utc", "created_at", "started_at", "date", "time", "git_commit"),
+    "what is kept on the way": (
+        *("save_every", "save_best", "save_steps", "n_checkpoints", "save_final_checkpoint", "resume_from_checkpoint"),
+        *("save_timeout_seconds", "checkpoint_every", "save_mse_every_n_steps"),
+    ),
+    "log": ("logger", "wandb", "log_to_wandb", "log_steps", "verbose", "eval_every_n_wandb_logs", "wandb_project"),
+    "evaluation on the way": ("n_eval_batches", "eval_batch_size_prompts", "eval_every", "evals"),
+    "machine": (
+        *("device", "act_store_device", "devices", "distribute_modules", "num_workers", "hostname", "world_size"),
+        *("propose", "compile_llm", "compile_sae", "llm_compilation_mode", "sae_compilation_mode"),
+    ),
+    "version of the library": ("sae_lens_version", "sae_lens_training_version", "version", "library_version"),
+    "places of the whole run; each SAE's own is compared": ("hookpoints", "layers", "layer_stride"),
+    "measured": ("norm_factor",),
+}
+"""Reason -> keys in which seed replicates may differ, by any part of their dotted names. Keys that begin with `wandb`
+may differ as well."""
+STARTS = ("finetune", "from_pretrained_path", "pretrained_path")
+"""Keys that name what an SAE was initialised from."""
+SEEDED = {"dictionary_learning": "seed", "sparsify": "init_seeds"}
+"""Library -> the key of the seed that it draws initialisations with. SAELens' seed orders the data alone."""
+
+
+def may_differ(key: str) -> bool:
+    """Whether seed replicates may differ in a dotted key."""
+    parts = key.split(".")
+    allowed = {name for names in MAY_DIFFER.values() for name in names}
+    return any(part in allowed or part.startswith("wandb") for part in parts)
+
+
+def settings_of(path: Path, sae: SAE) -> dict[str, Any]:
+    """What a checkpoint and the files beside it say about its training; empty where they say nothing.
+
+    Raises:
+        BadInput: a file that is there cannot be read.
+    """
+    if library(sae) == "husai":
+        return flat(sae.metadata["husai"])
+    if training := sae.metadata.get("training"):
+        return flat(training)
+    found = flat({name: sae.metadata[name] for name in DETAILS if name in sae.metadata})
+    if foreign.in_catalogue(path):
+        return found
+    folder = foreign.folder_of(path)
+    levels = 1 if is_name(path) else LEVELS + 1
+    for place in [folder, *folder.resolve().parents][:levels]:
+        for name in FILES:
+            if (place / name).is_file():
+                value = read_json(place / name, "checkpoint")
+                return found | (flat(value) if isinstance(value, dict) else {})
+    return found
+
+
+DETAILS = ("training_architecture", "training_architecture_details", "sae_lens_training_version")
+"""Of SAELens' metadata."""
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        found |= flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {f"{prefix}{key}": entry}
+    return found
+
+
+def hookpoint_of(path: Path, sae: SAE) -> str | None:
+    """The place that an SAE was trained on. sparsify says it by the name of the folder alone."""
+    if sae.metadata.get("hook_name") or library(sae) != "sparsify":
+        return sae.metadata.get("hook_name")
+    folder = foreign.folder_of(path).resolve()
+    return folder.parent.name if folder.name.startswith("seed") else folder.name
+
+
+def library(sae: SAE) -> str:
+    """What wrote a checkpoint."""
+    made = sae.metadata.get("husai") or {}
+    return "husai" if "training" in made else made.get("source", "SAELens")
+
+
+def initial_seed(path: Path, sae: SAE, settings: dict[str, Any]) -> Any:
+    """The seed of an SAE's initialisation, as its library wrote it; None where it is not said."""
+    key = SEEDED.get(library(sae))
+    value = next((v for name, v in settings.items() if name.rpartition(".")[2] == key), None)
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1:
+        return value[0]
+    name = foreign.folder_of(path).name  # of several seeds, each has a folder
+    return name.removeprefix("seed") if name.startswith("seed") else None

@@ -1,0 +1,106 @@
+"""SAEs that differ in their seed alone: what their files say, and how far their figures lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from husai.dictionaries import recipes
+from husai.dictionaries.sae import SAE
+from husai.evidence import rules
+from husai.evidence.schemas import Heldout
+from husai.runs.errors import BadInput
+from husai.runs.subjects import short_name
+from husai.subjects.hooks import canonical
+
+SHOWN = 60
+"""Characters of a value in a message."""
+
+
+def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequence[Heldout] = ()) -> list[str]:
+    """What a reader must know of SAEs that are judged as seeds of one condition; empty where nothing is unusual.
+
+    Args:
+        flag: that named them. heldout: their figures, where they are measured.
+
+    Raises:
+        BadInput: the files say that two SAEs differ in more than their seed, share an initialisation, or say nothing
+            while the figures lie far apart.
+    """
+    settings = [recipes.settings_of(*each) for each in zip(paths, saes, strict=True)]
+    conditions = [_condition(*each) for each in zip(paths, saes, strict=True)]
+    _refuse_difference(flag, list(zip(paths, conditions, strict=True)))
+    _refuse_difference(flag, [each for each in zip(paths, settings, strict=True) if each[1]])
+    _refuse_one_start(flag, paths, saes, settings)
+
+    silent = [path for path, setting in zip(paths, settings, strict=True) if not setting]
+    notes = []
+    if silent:
+        notes.append(
+            f"The files of {len(silent)} of {len(paths)} SAEs ({silent[0]}, …) do not say how they were trained. "
+            "Whether they differ in their seed alone is judged by their figures."
+        )
+    if heldout:
+        figures = [h.l0 for h in heldout], [h.explained_variance for h in heldout]
+        if silent and (far := rules.far_apart(*figures, rules.FAR_L0, rules.FAR_EV)):
+            raise BadInput(
+                f"{flag}: {silent[0]} does not say how it was trained; {'; '.join(far)}; the files that its library "
+                "writes beside it, or SAEs that differ in their seed alone, expected"
+            )
+        far = rules.far_apart(*figures, rules.UNUSUAL_L0, rules.UNUSUAL_EV)
+        notes += [f"Figures of seeds of one condition lie apart: {each}." for each in far]
+    return notes
+
+
+def _condition(path: Path, sae: SAE) -> dict[str, Any]:
+    """What an SAE is by its weights and names."""
+    model, place = sae.metadata.get("model_name"), recipes.hookpoint_of(path, sae)
+    return {
+        "source": recipes.library(sae),
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "subtract_b_dec": sae.subtract_b_dec,
+        "hook_name": place and canonical(place),
+        "model_name": model and short_name(model).lower(),
+    }
+
+
+def _refuse_difference(flag: str, described: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Compare each SAE with the first."""
+    for path, other in described[1:]:
+        first_path, first = described[0]
+        keys = [key for key in dict.fromkeys([*first, *other]) if not recipes.may_differ(key)]
+        different = [key for key in keys if key not in first or key not in other or first[key] != other[key]]
+        if different:
+            shown = ", ".join(f"{key} ({_shown(first, key)} and {_shown(other, key)})" for key in different[:3])
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise BadInput(
+                f"{flag}: {first_path} and {path} differ in {shown}{more}; SAEs that differ in their "
+                "seed alone expected"
+            )
+
+
+def _shown(settings: dict[str, Any], key: str) -> str:
+    text = repr(settings[key]) if key in settings else "not said"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _refuse_one_start(
+    flag: str, paths: Sequence[Path], saes: Sequence[SAE], settings: Sequence[dict[str, Any]]
+) -> None:
+    """Refuse a common checkpoint to begin with, or a common seed of the initialisation."""
+    seen: dict[str, Path] = {}
+    for path, sae, setting in zip(paths, saes, settings, strict=True):
+        starts = [f"{k}: {v}" for k, v in setting.items() if k.rpartition(".")[2] in recipes.STARTS and v]
+        seed = recipes.initial_seed(path, sae, setting)
+        starts += [] if seed is None else [f"{recipes.SEEDED[recipes.library(sae)]}: {seed}"]
+        for start in starts:
+            if start in seen:
+                raise BadInput(
+                    f"{flag}: {seen[start]} and {path} share their initialisation ({start}); independently initialised "
+                    "SAEs expected"
+                )
+            seen[start] = path
