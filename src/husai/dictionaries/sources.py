@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -230,7 +230,7 @@ def refuse_unknown(name: Path, flag: str = "checkpoint") -> tuple[str, str]:
     return release, sae_id
 
 
-def loaders_that_run_nothing() -> tuple[ModuleType, list[Path]]:
+def loaders_that_run_nothing() -> tuple[Any, list[Path]]:
     """(SAELens' loaders, the files that they will have fetched).
 
     The module is a copy of `sae_lens.loading.pretrained_sae_loaders` whose ways out are ours: files come from `_fetch`,
