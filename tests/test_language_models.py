@@ -286,6 +286,15 @@ def test_impossible_harvests_are_refused(subject, documents, tmp_path, hooks, ro
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
 
 
+def test_attention_heads_give_one_row_a_token(subject):
+    """At hook_z the heads stand side by side, as the output projection reads them."""
+    tokens = np.arange(1, 9)
+    rows = lm.run(subject, [tokens], ["blocks.0.attn.hook_z"])["blocks.0.attn.hook_z"]
+    _, cache = subject.model.run_with_cache(torch.from_numpy(tokens)[None])
+    torch.testing.assert_close(rows, cache["blocks.0.attn.hook_z"].flatten(2))
+    assert rows.shape == (1, 8, subject.model.cfg.d_model)
+
+
 def test_a_pass_stops_at_the_last_layer_that_is_asked_for(subject):
     assert lm.where_to_stop(["blocks.2.hook_resid_pre"]) == (2, "blocks.2.hook_resid_pre")
     assert lm.where_to_stop(["blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out"]) == (2, "blocks.2.hook_resid_pre")

@@ -11,22 +11,26 @@ from argparse import Namespace
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import imitations
 from conftest import ROOT
 from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded, supplied
+from husai.evals.inputs import by_named_checkpoint
 from husai.evals.loaded import facts_of
 from husai.evidence import data_sets
 from husai.evidence.schemas import OODStress, RandomModelStress, Supplied, TranscoderStress
 from husai.release import gate, recompute
 from husai.report.card import SUPPLIED
 from husai.runs.cells import Cells
+from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
@@ -318,6 +322,43 @@ def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject,
     assert loaded.load(args, CPU, opener).group.checkpoints == group.checkpoints
     assert len(read) == 2 * 8
     assert set(read.values()) == {1}
+
+
+def test_saes_of_the_hub_are_judged_as_local_ones(foreign, root, subject, tmp_path, monkeypatch):
+    """A folder of a repository stands for its five SAEs; results name the commit, and are read again offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    files = {f"saes/{p.parent.name}/{p.name}": p.read_bytes() for folder in foreign for p in folder.iterdir()}
+    imitations.put(tmp_path / "hub", "some/saes", files)
+    about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
+    about |= {"reference": [], "random_model_checkpoint": [], "threads": 1, "untrained": [], "stories": None}
+    of_hub = Namespace(**about, text=TextSource(), checkpoint=[Path("hf:some/saes/saes")])
+    local = Namespace(**about, text=TextSource(), checkpoint=foreign)
+    shas = [list(supplied.look_over(args).checkpoints.values()) for args in (of_hub, local)]
+    assert shas[0] == shas[1]
+    opened = loaded.load(of_hub, CPU)
+    places = [write_place(c.folder, tmp_path) for c in opened.saes]
+    assert sorted(places) == [f"hf:some/saes@{imitations.COMMIT}/saes/sae{i}" for i in range(5)]
+    paths = dict(enumerate(places))
+    identities = {i: c.identity for i, c in enumerate(opened.saes)}
+    assert loaded.on_disk(tmp_path / "results.json", {"paths": paths}) == identities
+    assert by_named_checkpoint(of_hub.checkpoint, "--checkpoint")[0][1:] == [
+        sha256_file(folder / "ae.pt") for folder in foreign
+    ]
+
+
+def test_a_name_that_is_nowhere_is_refused(refused, root, subject, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    where = ["--model-name", subject, "--hook-name", HOOK, "--artifact-root", root, "--output-dir", tmp_path / "x"]
+    three = [f"sae-lens:gpt2-small-res-jb/blocks.{i}.hook_resid_pre" for i in (6, 7, 8)]
+    for script in (CHECK, CONFIRMATION):
+        refused([three[0], tmp_path / "hub"], script, "--checkpoint", *three, *where)
+        refused(["--checkpoint: hf:some/saes/x ", tmp_path / "hub"], script, "--checkpoint", "hf:some/saes/x", *where)
 
 
 def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_path, monkeypatch):

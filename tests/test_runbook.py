@@ -147,6 +147,17 @@ def test_what_a_command_names_exists(command, parsed, capsys):
             assert capitals in PLACEHOLDERS, f"{capitals} is no known placeholder"
 
 
+def test_the_networked_check_can_be_read(parsed):
+    """Its commands parse, although they run only where there is a network."""
+    printed = processes.run(["bash", "scripts/ci/networked_check.sh", "--dry-run"]).stdout.splitlines()
+    words = [shlex.split(line) for line in printed if line.startswith("python ")]
+    assert len(words) == 4
+    for _, script, *arguments in words:
+        if not script.startswith("scripts/ci/"):  # has no parser apart from its main
+            assert vars(parsed([script, *arguments]))
+        assert (ROOT / script).is_file()
+
+
 def test_a_wrong_command_is_noticed(parsed, capsys):
     """The checks above can fail: an unknown flag, a value that does not parse, a check of the script's own."""
     scripts = "scripts/experiments/run_phase4a_reproduction.py", "scripts/analysis/plan_scale.py"

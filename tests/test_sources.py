@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 import imitations
-from husai.dictionaries import checkpoints, foreign, sources
+from conftest import ROOT
+from husai.dictionaries import catalogue, checkpoints, foreign, sources
 from husai.dictionaries.sae import SAE
 from husai.runs.checkpoints import read_place, write_place
 from husai.runs.errors import BadInput
@@ -360,3 +361,59 @@ def test_no_remote_code_is_trusted():
         assert "trust_remote_code=" not in words, path
         assert "allow_pickle=True" not in words, path
         assert "weights_only=False" not in words, path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be judged
+
+LISTING = "scripts/analysis/list_saes.py"
+
+
+def test_the_document_is_what_the_command_prints(cache, run_script):
+    code, out, _ = run_script(LISTING, "--summary")
+    assert code == 0
+    assert out == (ROOT / "docs" / "sources.md").read_text(), f"python {LISTING} --summary > docs/sources.md"
+
+
+def test_a_listing_says_what_names_and_the_cache_say(put, run_script):
+    """Of a repository that is not cached, names; of a cached one, its configuration."""
+
+    def listed(model: str) -> dict[str, dict]:
+        code, out, _ = run_script(LISTING, "--model", model)
+        assert code == 0
+        header, *rows = [line.split("\t") for line in out.splitlines()]
+        return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+    name = "sae-lens:gpt2-small-resid-post-v5-32k/blocks.3.hook_resid_post"
+    before = listed("openai-community/GPT2")
+    assert (before[name]["hook"], before[name]["width"]) == ("blocks.3.hook_resid_post", "-")
+    put(next(i for i in IMITATIONS if str(i.name) == name))
+    after = listed("gpt2-small")
+    assert after.keys() == before.keys()
+    assert (after[name]["width"], after[name]["architecture"]) == (str(imitations.D_SAE), "topk")
+    gemma = listed("gemma-2-2b")
+    assert gemma["sae-lens:gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76"]["judged"].startswith("no: ")
+    assert gemma["sae-lens:gemma-scope-2b-pt-att/layer_0/width_16k/average_l0_104"]["hook"] == "blocks.0.attn.hook_z"
+    assert {row["status"] for row in gemma.values()} == {"tested"}
+
+
+def test_a_model_without_saes(cache, refused):
+    refused(["--model", "gpt3", "gpt2-small"], LISTING, "--model", "gpt3")
+
+
+def test_what_was_opened_is_recorded(put, cache, run_script, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "OPENED", tmp_path / "opened.json")
+    put(IMITATIONS[0])
+    name = str(IMITATIONS[0].name)
+    for _ in range(2):
+        assert run_script(LISTING, "--open", name)[0] == 0
+    (entry,) = catalogue.read_opened()
+    assert (entry["name"], entry["d_sae"]) == (name, imitations.D_SAE)
+    assert entry["sha256"] == foreign.checkpoint_sha256(IMITATIONS[0].name)
+    assert [sae.name for sae in catalogue.listed("gpt2") if sae.status == "opened"] == [name]
+    refused(["--open", "sae-lens:"], LISTING, "--open", tmp_path)
+    refused([str(IMITATIONS[1].name), str(cache)], LISTING, "--open", IMITATIONS[1].name)
+
+
+def test_every_imitated_loader_has_an_imitation():
+    assert set(catalogue.IMITATED) == {i.loader for i in IMITATIONS}

@@ -6,7 +6,8 @@
       --reference RELU_SAES --random-model-checkpoint RANDOM_SAES --stories GulkoA/contrastive-stories-v3
 
 Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone, the last of each
-training: three at least, five for a verdict. What does not fit is refused before anything is computed. Then each part
+training: three at least, five for a verdict. `sae-lens:RELEASE/SAE_ID` and `hf:REPO[@REVISION]/PATH` name checkpoints
+too (docs/sources.md). What does not fit is refused before anything is computed. Then each part
 runs in a process of its own; one that fails is named, with its log, and the others go on. The same command again reads
 what is finished. HUSAI cannot see how you selected these SAEs: at best the decision is provisional. Exit 0 done,
 whatever the verdict (--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.

@@ -77,6 +77,8 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
     output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
     found = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
     for hook, x in found.items():
+        if hook.endswith("hook_z") and x.ndim == 4:  # what attention heads write: their rows side by side
+            found[hook] = x = x.flatten(2)
         if x.ndim != 3:
             raise BadInput(
                 f"--hook-name {hook}: its output has shape {list(x.shape)}; [batch, position, d_in] expected"

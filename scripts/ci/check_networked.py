@@ -1,0 +1,41 @@
+"""Check an SAE's held-out figures against what SAELens' catalogue states of it.
+
+python scripts/ci/check_networked.py SAEBENCH/results.json sae-lens:RELEASE/SAE_ID
+"""
+
+import argparse
+from pathlib import Path
+
+from husai.runs.cli import Parser, run_main
+from husai.runs.errors import CheckFailed
+from husai.runs.files import read_json
+
+BELOW, FACTOR = 0.1, 2.0
+"""Explained variance may lie this far below the stated one, and L0 within this factor: the text is another."""
+
+
+def main() -> None:
+    p: argparse.ArgumentParser = Parser(__doc__)
+    p.add_argument("results", type=Path, help="results.json of run_husai_saebench_custom_eval.py on this SAE")
+    p.add_argument("name", type=Path, help="its name in the catalogue")
+    args = p.parse_args()
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    from husai.dictionaries import sources
+
+    release, sae_id = sources.refuse_unknown(args.name)
+    stated = get_pretrained_saes_directory()[release]
+    explained, l0 = stated.expected_var_explained[sae_id], stated.expected_l0[sae_id]
+    (sae,) = read_json(args.results, "networked check")["saes"]
+    found = sae["heldout"]
+    for holds, statement in (
+        (found["explained_variance"] > explained - BELOW, f"EV {found['explained_variance']:.3f}, stated {explained}"),
+        (l0 / FACTOR < found["l0"] < l0 * FACTOR, f"L0 {found['l0']:.1f}, stated {l0}"),
+    ):
+        if not holds:
+            raise CheckFailed(f"networked check: {statement}")
+        print(f"ok  {statement}")
+
+
+if __name__ == "__main__":
+    run_main(main)
