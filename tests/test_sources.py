@@ -204,6 +204,7 @@ def test_a_repository_of_the_hub(repository):
         "hf:some/saes@/saes",
         "hf:some/saes/none",
         "hf:some/saes@other/saes",
+        "hf:some/saes@../saes",
         "hf:some/saes/link",
     ],
 )

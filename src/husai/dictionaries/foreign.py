@@ -105,7 +105,7 @@ def _at_or_below(path: Path, flag: str) -> list[Path]:
         return [path]
     place = sources.local(path, flag)
     below = [place] if place.is_file() else find(place, flag)
-    return [sources.pinned(path, f) for f in below] if is_name(path) else below
+    return [sources.pinned(path, f, flag) for f in below] if is_name(path) else below
 
 
 def folder_of(checkpoint: Path) -> Path:

@@ -59,44 +59,65 @@ def cached_only() -> Iterator[None]:
 # The hub
 
 
+_LOCATED: dict[tuple[str, Path], tuple[Path, Path]] = {}
+"""(hub cache, name) -> (snapshot, file or folder in it): the hub is asked once about a name."""
+
+
 def local(name: Path, flag: str = "checkpoint") -> Path:
     """The file or folder in the local hub cache that `hf:REPO[@REVISION]/PATH` names; any other path itself.
 
     Raises:
         BadInput: the name is malformed or leaves its repository, or the cache lacks it and it cannot be downloaded.
     """
-    if not str(name).startswith(HUB):
-        return name
+    return _locate(name, flag)[1] if str(name).startswith(HUB) else name
+
+
+def pinned(name: Path, place: Path, flag: str = "checkpoint") -> Path:
+    """The name of a checkpoint at or below what `name` names, with the commit that it is read from.
+
+    Args:
+        place: the checkpoint in the local hub cache.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshot, _ = _locate(name, flag)
+    repo = _parse(name, flag)[0]
+    found = Path(f"{HUB}{repo}@{snapshot.name}", place.relative_to(snapshot))
+    _LOCATED[HF_HUB_CACHE, found] = snapshot, _inside(place, snapshot, found)
+    return found
+
+
+def _parse(name: Path, flag: str) -> tuple[str, str | None, str]:
+    """(repository, revision, path inside) of `hf:REPO[@REVISION]/PATH`."""
     match = REPOSITORY.fullmatch(str(name))
     parts = Path(match["inside"] or ".").parts if match else ()
-    if match is None or ".." in parts or ".." in match["repo"]:
+    if match is None or ".." in (*parts, match["revision"]) or ".." in match["repo"]:
         raise BadInput(f"{flag}: {name} is no name of a file on the hub; hf:OWNER/REPOSITORY[@REVISION]/PATH expected")
-    inside = "/".join(parts)
+    return match["repo"], match["revision"], "/".join(parts)
+
+
+def _locate(name: Path, flag: str) -> tuple[Path, Path]:
+    """(the folder of the repository's snapshot, the file or folder in it)."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if (HF_HUB_CACHE, name) in _LOCATED:
+        return _LOCATED[HF_HUB_CACHE, name]
+    repo, revision, inside = _parse(name, flag)
     patterns = [f"{glob.escape(inside)}/{n}" if inside else n for n in DOWNLOADED]
-    if inside:
+    if inside:  # a file, and what lies beside it
         patterns += [glob.escape(inside), f"{glob.escape(str(Path(inside).parent))}/*.json".removeprefix("./")]
     try:
-        snapshot = _snapshot(match["repo"], match["revision"], patterns)
+        snapshot = _snapshot(repo, revision, patterns)
     except Exception as error:  # whatever the hub's client raises
         raise BadInput(f"{flag}: {name} {_unavailable(error)}") from None
     found = snapshot / inside
     if not found.exists():
         raise BadInput(
             f"{flag}: {name} is not at commit {snapshot.name[:12]} of the repository, as far as the local hub cache "
-            f"{snapshot.parents[2]} or the hub says; a path inside the repository expected"
+            f"{HF_HUB_CACHE} or the hub says; a path inside the repository expected"
         )
-    return _inside(found, snapshot, name)
-
-
-def pinned(name: Path, place: Path) -> Path:
-    """The name of a checkpoint below what `name` names, with the commit that it is read from.
-
-    Args:
-        place: the checkpoint in the local hub cache.
-    """
-    match = REPOSITORY.fullmatch(str(name))
-    commit, *inside = place.parts[place.parts.index("snapshots") + 1 :]
-    return Path(f"{HUB}{match['repo']}@{commit}", *inside) if match else name
+    _LOCATED[HF_HUB_CACHE, name] = snapshot, _inside(found, snapshot, name)
+    return snapshot, found
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -132,7 +153,8 @@ def _fetch(fetched: list[Path], repo_id: str, filename: str, subfolder: str | No
         found = _snapshot(repo_id, revision, [glob.escape(filename)]) / filename
         if not found.is_file():
             raise EntryNotFoundError(f"{repo_id} has no {filename}, or the hub cannot be reached") from None
-    fetched.append(_inside(found, next(p for p in found.parents if p.parent.name == "snapshots"), Path(filename)))
+    snapshot = found.parents[len(Path(filename).parts) - 1]
+    fetched.append(_inside(found, snapshot, Path(filename)))
     return str(found)
 
 
@@ -147,7 +169,9 @@ def _unavailable(error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    why = "no network" if isinstance(error, LocalEntryNotFoundError) else type(error).__name__
+    why = (
+        "no network" if isinstance(error, LocalEntryNotFoundError) else f"{type(error).__name__}: {_first_line(error)}"
+    )
     return (
         f"is not in the local hub cache {HF_HUB_CACHE} and cannot be downloaded ({why}); run the same command on a "
         "machine with a network first, or give a local folder"
@@ -260,7 +284,11 @@ def _unreadable(error: Exception, reader: str = "SAELens") -> str:
     """What a loader's error means, in one line."""
     if type(error).__name__ == "UnpicklingError" or "allow_pickle" in str(error):
         return "its file holds more than tensors and plain values, which could run code"
-    return f"{reader} cannot read it ({type(error).__name__}: {(str(error) or 'cut off').splitlines()[0]})"
+    return f"{reader} cannot read it ({type(error).__name__}: {_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "cut off")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
