@@ -260,7 +260,7 @@ def test_arithmetic_in_float64_from_the_shell(run_script, small_activations, tmp
     found = {}
     for dtype in ("float32", "float64"):
         arguments = ["--activation-cache-dir", small_activations, "--output-dir", tmp_path / dtype, "--seeds", "1,2"]
-        arguments += ["--d-sae", "16", "--k", "3", "--tokens", 2000, "--threads", 1, "--dtype", dtype]
+        arguments += ["--d-sae", "16", "--k", "3", "--tokens", 2000, "--threads", 1, "--arithmetic", dtype]
         code, _, err = run_script(TRAIN, *arguments)
         assert code == 0, err
         (member, _) = json.loads((tmp_path / dtype / "results.json").read_text())["members"]

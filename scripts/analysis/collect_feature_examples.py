@@ -42,11 +42,13 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     given = (tested.subject, tested.store, tested.saes, tested.source.heldout(), args.features, args.sample_seed)
     found = feature_examples.collect(*given, tested.store.folder.parent)
     about = {"phase": "feature_examples", "inputs": tested.inputs(), "subject": tested.subject.name}
+    source = tested.saes[0].facts.source
+    about |= {} if source == "husai" else {"sae_source": source}
     return about | tested.source.record() | found, []
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import table
+    from husai.report.text import stand_in, table
 
     features, others, alive = results["features"], len(results["seeds"]) - 1, results["alive"]
     rows = [
@@ -69,7 +71,7 @@ def summary(results: dict) -> str:
         "",
         *table(["feature", "fires on", "least abs. cosine with a partner", "stable"], rows),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *stand_in(results)]) + "\n"
 
 
 if __name__ == "__main__":

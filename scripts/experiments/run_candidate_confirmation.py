@@ -116,7 +116,7 @@ def benchmarks(found) -> list[tuple[str, str, dict, dict]]:
 def summary(results: dict) -> str:
     from husai.evidence.estimates import mean_over_seeds
     from husai.evidence.schemas import read_evaluation
-    from husai.report.text import interval, table
+    from husai.report.text import interval, stand_in, table
 
     found = read_evaluation(results)
     section, own = found.section, [r for r in found.bank.saes if r.candidate]
@@ -161,6 +161,7 @@ def summary(results: dict) -> str:
         )
         lines += [f"SAEs: {called}.", "", *(line for note in found.notes for line in (note, ""))]
         lines += ["HUSAI cannot see how you selected these SAEs, so the result cannot support an external claim.", ""]
+        lines += stand_in(results)
     return "\n".join(lines)
 
 

@@ -119,7 +119,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval
+    from husai.report.text import interval, stand_in
 
     local = results["benchmark"] == "contrastive_local"
     lines = [
@@ -163,7 +163,7 @@ def summary(results: dict) -> str:
                 f"{o['contrastive_score_mean']:.4f}, independent {o['independent_score_mean']:.4f}, interpretability "
                 f"{o['interpretability_score_mean']:.4f}."
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *stand_in(results)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval
+    from husai.report.text import interval, stand_in
 
     families, noise = len(set(results["families"])), results["noise"]["auc"][str(K)]
     lines = [
@@ -136,7 +136,7 @@ def summary(results: dict) -> str:
             f"| {r['label']} | {h['l0']:.2f} | {h['explained_variance']:.4f} | {core['ce_loss_score']:.4f} | "
             f"{core['kl_div_score']:.4f} | {values} | {r['auc_by_validation']:.4f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *stand_in(results)]) + "\n"
 
 
 def ks(results: dict) -> list[str]:

@@ -101,7 +101,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 def summary(results: dict) -> str:
     from husai.evidence import rules
     from husai.evidence.schemas import Shifted
-    from husai.report.text import interval, table
+    from husai.report.text import interval, stand_in, table
 
     shifted, found = results["shifted"], results["candidate"]
     evidence = Shifted.model_validate(shifted)
@@ -132,7 +132,7 @@ def summary(results: dict) -> str:
     lines += [f"Not used: {name} ({reason})." for name, reason in results["skipped"].items()]
     if results["families"]:
         lines += ["", *of_families(results["families"])]
-    return "\n".join([*lines, "", *of_activations(results["activations"])]) + "\n"
+    return "\n".join([*lines, "", *of_activations(results["activations"]), *stand_in(results)]) + "\n"
 
 
 def where_kept(evidence, probing: str) -> str:

@@ -71,6 +71,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         random_models=controls,
         gains=rule.gains(section, controls),
         verdict=rule.verdict(section, controls),
+        **tested.source.record(),
     )
     return results.to_json(), draw(results, drawn, args.output_dir)
 
@@ -128,7 +129,7 @@ def summary(results: dict) -> str:
     from husai.evidence import contrast, random_model
     from husai.evidence.names import GATED_NULLS
     from husai.evidence.schemas import Control, OwnSection, RandomModelStress
-    from husai.report.text import GAINS, interval, table
+    from husai.report.text import GAINS, interval, stand_in, table
 
     found = RandomModelStress.model_validate(results)
     section, verdict = found.section, found.verdict
@@ -166,7 +167,7 @@ def summary(results: dict) -> str:
         "the same mean and covariance.",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *stand_in(results)])
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def main() -> None:
         kept = ("pass_all", "outcome", "unconfirmed", "gates")
         results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
         results |= {"candidate": group.to_json(), "names": names, "parts": done}
+        results |= args.text.record()
         results["decision"] = decision and {name: decision[name] for name in kept}
         text = summary(results)
         run.write(results, text)
@@ -236,7 +237,7 @@ def last_line(log: Path) -> str:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import table
+    from husai.report.text import stand_in, table
 
     own, decision = results["candidate"], results["decision"]
     lines = ["# Release check", ""]
@@ -257,7 +258,7 @@ def summary(results: dict) -> str:
     if decision is not None:
         gates = [[g["gate"], f"**{g['status']}**", g["reason"] or ""] for g in decision["gates"]]
         lines += ["", *table(["gate", "status", "why"], gates)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *stand_in(results)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         gain=None,
         explained_variance={},
         verdict={},
+        **tested.source.record(),
     )
     stress = stress.model_copy(update={"inputs": stress.inputs | rule.inputs(stress)})
     results = rule.concluded(stress)
@@ -106,7 +107,7 @@ def summary(results: dict) -> str:
     from husai.evidence import contrast
     from husai.evidence.names import GATED_NULLS
     from husai.evidence.schemas import OwnSection, Section, TranscoderStress
-    from husai.report.text import at_rest, gain_sentence, interval, table
+    from husai.report.text import at_rest, gain_sentence, interval, stand_in, table
 
     found = TranscoderStress.model_validate(results)
     s, verdict = found.setting, found.verdict
@@ -141,6 +142,7 @@ def summary(results: dict) -> str:
             f"{gain_sentence(found.gain)}. Training of transcoders was at rest: {at_rest(found.transcoder)}. SAEs read "
             "what they reconstruct, transcoders have to compute it: what each explains is no contest.",
             "",
+            *stand_in(results),
         ]
     )
 

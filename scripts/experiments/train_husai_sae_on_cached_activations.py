@@ -1,12 +1,19 @@
-"""Train a grid of SAEs (families x seeds x widths x sparsities) on a store, all in one pass.
+"""Train a grid of SAEs (families x seeds x widths x sparsities), all in one pass: on a store, or while a language model
+gives the activations.
 
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir STORE \\
       --architecture topk,batchtopk,relu --d-sae 128,256 --k 8,16 --seeds 42,123,456 --tokens 2000000
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir MLP_IN_STORE \\
       --target-activation-cache-dir MLP_OUT_STORE --architecture transcoder,skip_transcoder
+    python scripts/experiments/train_husai_sae_on_cached_activations.py --model-name google/gemma-2-2b \\
+      --dtype bfloat16 --hook-name blocks.12.hook_resid_post,blocks.20.hook_resid_post --text my_text.jsonl \\
+      --tokens 300000000 --batch-size 4096 --buffer-rows 1048576 --d-sae 16384 --k 64 --device cuda
 
 ReLU, JumpReLU and gated SAEs are steered to an L0 of k; what they reach is reported, and a miss of more than 10 % said.
+With `--model-name` no store is made: rows pass a buffer of --buffer-rows, are shuffled there, and are seen once. One
+pass of the model serves all SAEs of all hooks. Figures are those of a store of the same rows in the same order. A store
+(extract_activations.py) is for what is read more than once.
 
 Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk` opens it), held-out figures and
 loss curves. An interrupted run resumes with the same command; a finished one is found.
@@ -16,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from husai.evals.flags import EvalParser
 from husai.runs.cli import (
     DEFAULT_SEEDS,
-    Parser,
     fraction,
     int_list,
     name_list,
@@ -29,13 +36,30 @@ from husai.runs.cli import (
     run_main,
     seed_list,
 )
+from husai.runs.inputs import by_subject
+
+OF_STREAM = ("revision", "dtype", "text", "hook_name", "buffer_rows", "buffer_on_disk", "heldout_rows")
+OF_STORE = ("target_activation_cache_dir", "epochs", "heldout_fraction")
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/sae_training")
-    p.add_argument("--activation-cache-dir", type=Path, required=True, help="a store of extract_activations.py")
+    p.add_argument("--activation-cache-dir", type=Path, help="a store of extract_activations.py")
     p.add_argument("--target-activation-cache-dir", type=Path, help="transcoders: the store they reconstruct")
+    p.add_model_name(None, counts=by_subject, help="instead: a language model, whose activations are a stream")
+    p.add_argument("--hook-name", type=name_list, help="of the stream, one or several (A,B)")
+    p.add_text()
+    p.add_argument(
+        "--buffer-rows",
+        type=positive_int,
+        default=262_144,
+        help="of a stream, for each hook; rounded down to whole batches (default: %(default)s)",
+    )
+    p.add_argument("--buffer-on-disk", action="store_true", help="the buffer lies in files below --output-dir")
+    p.add_argument(
+        "--heldout-rows", type=positive_int, default=100_000, help="of a stream, for figures (default: %(default)s)"
+    )
     p.add_argument(
         "--architecture",
         type=name_list,
@@ -51,17 +75,29 @@ def parse():
     budget.add_argument(
         "--tokens", type=positive_int, default=1_000_000, help="rows each SAE sees (default: %(default)s)"
     )
-    budget.add_argument("--epochs", type=positive_int, help="instead: passes over the training rows")
-    p.add_argument("--heldout-fraction", type=fraction, default=0.2, help="default: %(default)s")
+    budget.add_argument("--epochs", type=positive_int, help="instead: passes over the training rows of a store")
+    p.add_argument("--heldout-fraction", type=fraction, default=0.2, help="of a store (default: %(default)s)")
     p.add_argument(
-        "--dtype", choices=["float32", "float64"], default="float32", help="of the arithmetic (default: %(default)s)"
+        "--arithmetic", choices=["float32", "float64"], default="float32", help="of training (default: %(default)s)"
     )
     p.add_argument("--weight-decay", type=nonnegative_float, default=0.0, help="of encoders (default: %(default)s)")
     p.add_argument("--untied-init", action="store_true", help="encoders do not start as their decoder's transpose")
     p.add_argument("--freeze-decoder", action="store_true", help="a control: decoders stay as initialised")
     p.add_argument("--init-seed", type=int, help="a control: one initialisation for all; --seeds order the data alone")
     p.add_argument("--b-dec-init", choices=["geometric_median", "mean"], default="geometric_median")
-    return p.parse_args()
+    args = p.parse_args()
+    if (args.activation_cache_dir is None) == (args.subject is None):
+        p.error("--activation-cache-dir (a store) or --model-name (a stream): one of them expected")
+    if args.subject is None:
+        p.refuse_unheard(args, OF_STREAM, "goes with --model-name, whose activations are a stream")
+        return args
+    p.refuse_unheard(args, OF_STORE, "goes with --activation-cache-dir, not with a stream")
+    if args.hook_name is None:
+        p.error("--hook-name: the hooks of the stream expected")
+    args.buffer_rows -= args.buffer_rows % args.batch_size
+    if args.buffer_rows == 0:
+        p.error(f"--buffer-rows: at least --batch-size {args.batch_size} expected")
+    return args
 
 
 def missed(record: dict) -> str:
@@ -73,56 +109,117 @@ def missed(record: dict) -> str:
 def main() -> None:
     args = parse()
     device = prepare(args.device, args.threads)
-    import torch
-
-    from husai.activations.store import ActivationStore
     from husai.runs.cells import Cells
     from husai.runs.folder import Run
-    from husai.training.grid import members, train_or_find
-    from husai.training.trainer import TrainingConfig, check_members, check_target
+    from husai.training.grid import members
+    from husai.training.trainer import check_members
 
-    store = ActivationStore.open(args.activation_cache_dir)
-    target = args.target_activation_cache_dir and ActivationStore.open(args.target_activation_cache_dir)
-    train_rows, _ = store.split(args.heldout_fraction)
     grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate], args.architecture, args.init_seed)
     check_members(grid)
-    check_target(store, target, grid)
-    config = TrainingConfig(
-        tokens=args.epochs * len(train_rows) if args.epochs else args.tokens,
+    plan = (of_store if args.subject is None else of_stream)(args, grid, device)
+    settings: dict[str, Any] = {"members": [asdict(m) for m in grid], "training": asdict(plan["config"])}
+    settings |= {"inputs": plan["inputs"], "arithmetic": args.arithmetic}
+
+    with Run(args.output_dir, settings, args.device, args.threads) as run:
+        run.inputs |= plan["inputs"]
+        results = plan["train"](Cells(args.output_dir / "cells", args.force))
+        results |= {} if plan["text"] is None else {"text": plan["text"]}
+        run.write(results, summary(results, plan))
+    print(args.output_dir / "summary.md")
+
+
+def recipe(args, tokens: int, **more):
+    from husai.training.trainer import TrainingConfig
+
+    return TrainingConfig(
+        tokens=tokens,
         batch_size=args.batch_size,
-        heldout_fraction=args.heldout_fraction,
         b_dec_init=args.b_dec_init,
         weight_decay=args.weight_decay,
         tied_init=not args.untied_init,
         freeze_decoder=args.freeze_decoder,
+        **more,
     )
-    settings: dict[str, Any] = {"members": [asdict(m) for m in grid], "training": asdict(config)}
-    settings |= {"store": store.digest, "target": target and target.digest, "dtype": args.dtype}
 
-    with Run(args.output_dir, settings, args.device, args.threads) as run:
-        run.inputs["activation store"] = store.digest
-        if target:
-            run.inputs["target activation store"] = target.digest
-        cells = Cells(args.output_dir / "cells", args.force)
-        dtype = getattr(torch, args.dtype)
-        results = train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype)
-        lines = [
-            "# SAEs on cached activations",
+
+def of_store(args, grid, device) -> dict:
+    """{"config", "inputs", "about": subject and hooks, "text": what was read, "train": cells -> results}."""
+    import torch
+
+    from husai.activations.store import ActivationStore
+    from husai.training.grid import train_or_find
+    from husai.training.trainer import check_target
+
+    store = ActivationStore.open(args.activation_cache_dir)
+    target = args.target_activation_cache_dir and ActivationStore.open(args.target_activation_cache_dir)
+    train_rows, _ = store.split(args.heldout_fraction)
+    check_target(store, target, grid)
+    tokens = args.epochs * len(train_rows) if args.epochs else args.tokens
+    config = recipe(args, tokens, heldout_fraction=args.heldout_fraction)
+    dtype = getattr(torch, args.arithmetic)
+    return {
+        "config": config,
+        "inputs": {"activation store": store.digest} | ({"target activation store": target.digest} if target else {}),
+        "about": f"{store.manifest.subject}, {store.manifest.hook_name}",
+        "text": store.manifest.text and store.manifest.text.model_dump(),
+        "train": lambda cells: train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype),
+    }
+
+
+def of_stream(args, grid, device) -> dict:
+    """As `of_store`; the rows are harvested while the SAEs train."""
+    import torch
+
+    from husai.activations.language_model import Inputs
+    from husai.activations.stream import ActivationStream
+    from husai.evals.loaded import heldout_store
+    from husai.subjects import pretrained
+    from husai.training.grid import train_on_stream
+
+    subject = pretrained.load(str(args.subject), device=device)
+    root = args.artifact_root / "activations"
+    inputs = Inputs.of(subject, args.text.training(), args.tokens, 0, root)
+    buffer = args.output_dir / "buffer" if args.buffer_on_disk else None
+    stream = ActivationStream(subject, args.hook_name, inputs, args.buffer_rows, buffer=buffer)
+    place = args.artifact_root, args.heldout_rows, args.threads, args.text
+    heldout = {hook: heldout_store(subject, hook, *place) for hook in args.hook_name}
+    config = recipe(args, args.tokens, window_rows=args.buffer_rows)
+    dtype = getattr(torch, args.arithmetic)
+    digests = {f"stream of {hook}": of_hook.digest for hook, of_hook in stream.hooks.items()}
+    digests |= {f"held-out activations of {hook}": store.digest for hook, store in heldout.items()}
+    return {
+        "config": config,
+        "inputs": {"subject": subject.digest} | digests,
+        "about": f"{subject.name}, {', '.join(args.hook_name)}, streamed",
+        "text": inputs.used and inputs.used.model_dump(),
+        "train": lambda cells: train_on_stream(cells, stream, heldout, grid, config, device, args.threads, dtype=dtype),
+    }
+
+
+def summary(results: dict, plan: dict) -> str:
+    hooks = "hook_name" in results["members"][0]
+    lines = [
+        "# SAEs on cached activations" if not hooks else "# SAEs on a stream of activations",
+        "",
+        f"{plan['about']}; {plan['config'].tokens} rows seen by each SAE; figures on held-out rows.",
+        "",
+    ]
+    if (used := results.get("text")) is not None:
+        lines += [
+            f"Text: {used['source']}, {used['documents']} documents; left out: {used['duplicates']} repeated, "
+            f"{used['probing']} of probing data sets, {used['empty']} empty.",
             "",
-            f"{store.manifest.subject}, {store.manifest.hook_name}; {config.tokens} rows seen by each SAE; "
-            "figures on held-out rows.",
-            "",
-            "| family | d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |",
-            "|---|---|---|---|---|---|---|---|---|",
         ]
-        for m in results["members"]:
-            h = m["heldout"]
-            lines.append(
-                f"| {m['family']} | {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | "
-                f"{h['mse']:.4g} | {h['l0']:.2f}{missed(m)} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
-            )
-        run.write(results, "\n".join(lines) + "\n")
-    print(args.output_dir / "summary.md")
+    header = "| family | d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |"
+    lines += [("| hook " if hooks else "") + header, "|---" * (10 if hooks else 9) + "|"]
+    for m in results["members"]:
+        h = m["heldout"]
+        lines.append(
+            (f"| {m['hook_name']} " if hooks else "")
+            + f"| {m['family']} | {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | "
+            f"{h['mse']:.4g} | {h['l0']:.2f}{missed(m)} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -423,28 +423,36 @@ def _harvest_part(
     subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: DType, work: Path
 ) -> None:
     """Run the inputs of a part; one file a hook, its rows ordered by bucket."""
-    of_part = inputs.tokens(part)
-    lengths = np.array([*map(len, of_part)])
-    found: dict[str, list[Tensor]] = {hook: [] for hook in plans}
-    tokens, owner = [], []
-    for chosen in batches(lengths):
-        outputs = run(subject, [of_part[i] for i in chosen], list(plans))
-        for hook, x in outputs.items():
-            found[hook] += [x[row, 1 : lengths[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
-        tokens += [torch.from_numpy(of_part[i][1:]) for i in chosen]
-        owner += [torch.full((len(of_part[i]) - 1,), part[i]) for i in chosen]
-    tokens, owner = torch.cat(tokens), torch.cat(owner)
+    found, tokens, owner = rows_of_part(subject, inputs, part, list(plans), dtype)
     document = torch.from_numpy(inputs.document)[owner]
     for hook, plan in plans.items():
         bucket = plan.bucket(tokens, owner, number)
         order = bucket.argsort(stable=True)
         tensors = {
-            "activations": torch.cat(found[hook])[order],
+            "activations": found[hook][order],
             "document": document[order],
             "token": tokens[order],
             "edges": torch.cat([torch.zeros(1, dtype=torch.long), bucket.bincount(minlength=plan.buckets).cumsum(0)]),
         }
         write_bytes(work / f"{hook}-{number:05d}.safetensors", save(tensors))
+
+
+def rows_of_part(
+    subject: LanguageModel, inputs: Inputs, part: range, hook_names: list[str], dtype: DType
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(each hook's rows `[n, d_in]` on the CPU, token `[n]` and number of the input `[n]` of each row): a function of
+    the part alone, in whatever order parts are run."""
+    of_part = inputs.tokens(part)
+    lengths = np.array([*map(len, of_part)])
+    found: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
+    tokens, owner = [], []
+    for chosen in batches(lengths):
+        outputs = run(subject, [of_part[i] for i in chosen], hook_names)
+        for hook, x in outputs.items():
+            found[hook] += [x[row, 1 : lengths[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
+        tokens += [torch.from_numpy(of_part[i][1:]) for i in chosen]
+        owner += [torch.full((len(of_part[i]) - 1,), part[i]) for i in chosen]
+    return {hook: torch.cat(rows) for hook, rows in found.items()}, torch.cat(tokens), torch.cat(owner)
 
 
 def _merge(

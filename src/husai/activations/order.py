@@ -8,11 +8,48 @@ permuted in full.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from husai.activations.store import ActivationStore
 from husai.runs.seeds import generator
+
+if TYPE_CHECKING:
+    from husai.activations.stream import HookStream
+
+
+class WindowReader:
+    """Rows in the order of their source, each once, shuffled inside windows.
+
+    All readers of a stream share its window, which is filled again in place. Therefore a window holds whole batches,
+    and the next one is asked for only when a batch of it is taken.
+
+    Args:
+        source: a store, or a stream; its rows are read a window at a time.
+        rows: how many of them, from the first on.
+        seed: of the order inside each window.
+        position: rows already seen; the reader goes on there.
+        window_rows: rows of the buffer, a multiple of the batch.
+    """
+
+    def __init__(self, source: ActivationStore | HookStream, rows: int, seed: int, position: int, window_rows: int):
+        self.source, self.rows = source, rows
+        self.seed, self.position, self.window_rows = seed, position, window_rows
+        self.number = -1
+
+    def take(self, n: int) -> Tensor:
+        """The next `n` rows `[n, d_in]`, float32."""
+        number, offset = divmod(self.position, self.window_rows)
+        if number != self.number:
+            start = number * self.window_rows
+            self.window = self.source.window(start, min(start + self.window_rows, self.rows))
+            self.order = torch.randperm(len(self.window), generator=generator(self.seed, "window", 0, number))
+            self.number = number
+        assert offset + n <= len(self.window), "a window holds whole batches"
+        self.position += n
+        return self.window[self.order[offset : offset + n]].float()
 
 
 class BatchReader:

@@ -253,6 +253,10 @@ class ActivationStore:
             raise BadInput(f"activation store: {self.folder}, rows {start} to {stop}: NaN or infinite value")
         return x
 
+    def window(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop−1, as a stream gives them."""
+        return self.read(start, stop)
+
     def labels(self, name: str, start: int, stop: int) -> Tensor:
         """`document` (a number made of its sha256) or `token` of rows start … stop−1, int64 `[stop − start]`."""
         return self._slice(name, start, stop)

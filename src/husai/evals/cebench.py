@@ -81,6 +81,7 @@ def evaluate(
         no_reference=no_reference,
         conditions=[],
         noise=noise(opened[0].label, [None, *repeats], [of_saes[0], *again], why),
+        **loaded.source.record(),
     )
     return results.model_copy(update={"conditions": deltas.contrastive(results)})
 

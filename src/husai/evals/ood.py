@@ -252,6 +252,7 @@ def evaluate(
         probing=probing,
         versions=sae_probes.versions(probing),
         skipped=chosen.skipped,
+        **tested.source.record(),
     )
 
 

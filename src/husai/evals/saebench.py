@@ -85,6 +85,7 @@ def evaluate(loaded: LoadedSAEs, setup: Setup, places: Places, cells: Cells) -> 
         },
         conditions=[],
         noise=noise(setup, first.label, [figures[first.identity], *repeats]),
+        **loaded.source.record(),
     )
     labels = {c.identity: c.label for c in [*loaded.opened, *loaded.control_saes]}
     rows = [

@@ -361,6 +361,8 @@ class Probing(Strict):
     conditions: list[Any]
     """Made again by the audit."""
     noise: ProbingNoise
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
     @model_validator(mode="after")
     def _one_a_data_set(self) -> Probing:
@@ -411,6 +413,8 @@ class Contrastive(Strict):
     """Seed of the drawn pairs, of a run by itself."""
     min_delta: Number | None = None
     """Minimum that was asked for, of a run by itself."""
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
     @model_validator(mode="after")
     def _one_a_pair(self) -> Contrastive:
@@ -1263,6 +1267,8 @@ class RandomModelStress(Strict):
     gains: list[Gain]
     """Of the candidate over each draw."""
     verdict: dict[str, str]
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
 
 class Setting(Strict):
@@ -1301,6 +1307,8 @@ class TranscoderStress(Strict):
     """Of transcoders among themselves over the candidate's SAEs; None: not concluded yet."""
     explained_variance: dict[str, Interval]
     verdict: dict[str, str]
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
 
 class SideBySide(Strict):
@@ -1362,6 +1370,8 @@ class OODStress(Strict):
     probing: ProbingName = "sae_probes"
     versions: dict[str, str]
     skipped: dict[str, str]
+    text: str = "packaged"
+    """Source of the held-out text (`subjects.sources.TextSource`)."""
 
 
 class Split(Strict):

@@ -48,6 +48,23 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return [f"| {' | '.join(map(str, r))} |" for r in (header, ["---"] * len(header), *rows)]
 
 
+def stand_in(results: dict) -> list[str]:
+    """Lines of a summary that warn where the packaged text stands in for the text that SAEs were trained on."""
+    named = [results, results.get("bank") or {}]
+    facts = (
+        [results["candidate"]["facts"]] if results.get("candidate") else [s["facts"] for s in results.get("saes", [])]
+    )
+    sources = {f["source"] for f in facts} | {results.get("sae_source", "husai")}
+    if any(r.get("text") for r in named) or sources == {"husai"}:
+        return []
+    return [
+        "",
+        "**The text is a stand-in.** These SAEs were trained elsewhere, on text that HUSAI has not seen; "
+        "held-out figures are of the packaged text (news, reviews, code, wiki facts). Pass `--text` to name theirs.",
+        "",
+    ]
+
+
 def write_csv(path: Path, rows: list[dict]) -> Path:
     """One line a row; columns as in the first row."""
     import pandas as pd

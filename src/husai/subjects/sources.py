@@ -53,7 +53,7 @@ class TextSource:
     def packaged(self) -> bool:
         return self.name == PACKAGED
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """What results say of it: nothing of the packaged text."""
         return {} if self.packaged else {"text": str(self)}
 

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from husai.activations.order import BatchReader
+from husai.activations.order import BatchReader, WindowReader
 from husai.activations.store import ActivationStore
+from husai.activations.stream import HookStream
 from husai.dictionaries import jumprelu
 from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
@@ -35,6 +36,7 @@ from husai.training.stack import Member, Stack, StepSettings
 
 log = logging.getLogger("husai")
 CALIBRATION_VALUES = 2**23  # pre-activations that thresholds are calibrated on
+SAMPLED_ROWS = 65_536  # at most, of which centre and scale are
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ class Scaling:
     scale: float
 
     @classmethod
-    def of(cls, store: ActivationStore, config: TrainingConfig, dtype: torch.dtype) -> Scaling:
+    def of(cls, store: ActivationStore | HookStream, config: TrainingConfig, dtype: torch.dtype) -> Scaling:
         """From a sample of the store's training rows; BadInput where they do not vary."""
         train_rows, _ = store.split(config.heldout_fraction)
-        sample = store.read(0, min(len(train_rows), config.window_rows)).to(dtype)
+        sample = store.read(0, min(len(train_rows), config.window_rows, SAMPLED_ROWS)).to(dtype)
         variance = (sample - sample.mean(0)).square().sum(1).mean().item()
         if variance == 0:
             raise BadInput(f"activation store: {store.folder}: all rows are equal; there is nothing to learn")
@@ -161,6 +163,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     target: ActivationStore | None = None,
     references: References | None = None,
+    in_order: bool = False,
 ) -> tuple[list[Trained], list[int]]:
     """Train all members in one pass over the store.
 
@@ -169,6 +172,7 @@ def train(
     Args:
         target: what transcoders reconstruct: another hook's activations, row by row those of the same inputs.
         references: what members that name a reference are pulled towards.
+        in_order: take the rows in the order of the store, shuffled in windows of `window_rows`, as a stream gives them.
 
     Returns:
         (one `Trained` a member, in their order; the steps at which the loss curves were read)
@@ -176,93 +180,163 @@ def train(
     Raises:
         BadInput: an impossible member, stores that do not fit together, or activations that are not finite.
     """
-    check_members(members)
-    check_references(store, members, references)
-    check_target(store, target, members)
-    target = target or store
-    train_rows, _ = store.split(config.heldout_fraction)
-    x_scaling = Scaling.of(store, config, dtype)
-    y_scaling = x_scaling if target is store else Scaling.of(target, config, dtype)
-    settings = StepSettings(
-        config.betas,
-        config.weight_decay,
-        config.aux_coefficient,
-        config.dead_after_tokens,
-        config.proposes(device, store.d_in),
-        config.steps,
-        config.freeze_decoder,
-    )
-    apart = (config.tied_init, references)
-    stacks = []  # (positions in `members`, their stack)
-    divided = memory.stacks(members, memory_sizes(store, target, config), device)
-    if len(divided) > len({(m.family, m.d_sae) for m in members}):
-        log.info("SAEs that do not fit into memory in one step are divided: %s a step", [len(c) for c in divided])
-    for chosen in divided:
-        shape = Shape(store.d_in, target.d_in, members[chosen[0]].d_sae)
-        stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype, *apart)))
+    training = Training(store, members, config, device, state_path, dtype, target, references, in_order)
+    run_together([training], seconds_between_saves)
+    return training.finish()
 
-    settled: dict[str, Any] = {"members": [asdict(m) for m in members]}
-    settled |= {"config": asdict(config), "settings": asdict(settings)}
-    settled |= {"every": None if references is None else references.every, "stacks": divided}
-    key = digest(settled | {"store": store.digest, "target": target.digest})
-    curve_steps = sorted(
-        {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
-    )
-    curves = torch.zeros(len(curve_steps), len(members), device=device)
-    start = _restore(state_path, key, stacks, curves)
-    snapshot_steps = set(config.snapshot_steps())
-    if start == 0:
-        for _, stack in stacks:
-            stack.snapshot()
 
-    def readers(of: ActivationStore, scaling: Scaling) -> dict[int, Reader]:
-        seeds = dict.fromkeys(m.order_seed for m in members)
-        at, window = start * config.batch_size, config.window_rows
-        # Rows that fit into one window are read once for all data orders and epochs.
-        held = of.read(train_rows.start, train_rows.stop) if len(train_rows) <= window else None
-        rows = {s: BatchReader(of, train_rows, s, at, window, held=held) for s in seeds}
-        return {s: Reader(of_seed, scaling, device) for s, of_seed in rows.items()}
-
-    x_readers = readers(store, x_scaling)
-    y_readers = x_readers if target is store else readers(target, y_scaling)
+def run_together(trainings: list[Training], seconds_between_saves: float = 15.0) -> None:
+    """All steps of trainings that share their number and, where they read one stream, its window."""
+    steps, start = trainings[0].config.steps, min(t.start for t in trainings)
     saved, save_seconds = time.monotonic(), 0.0
-    with progress(f"training {len(members)} SAEs (steps)", config.steps, start) as advance:
-        for step in range(start, config.steps):
-            rows = min(config.batch_size, config.tokens - step * config.batch_size)
-            xs = {seed: reader.take(rows) for seed, reader in x_readers.items()}
-            ys = xs if y_readers is x_readers else {seed: reader.take(rows) for seed, reader in y_readers.items()}
-            for chosen, stack in stacks:
-                x = stacked([xs[m.order_seed] for m in stack.members])
-                y = x if ys is xs else stacked([ys[m.order_seed] for m in stack.members])
-                error = stack.step(x, y, step, config.learning_rate_factor(step), settings)
-                if step in curve_steps:
-                    curves[curve_steps.index(step), chosen] = error.float()
-                if step + 1 in snapshot_steps:
-                    stack.snapshot()
+    what = f"training {sum(len(t.members) for t in trainings)} SAEs (steps)"
+    with progress(what, steps, start) as advance:
+        for step in range(start, steps):
+            for training in trainings:
+                if step >= training.start:  # an interruption came between the states of two
+                    training.step(step)
             advance(1)
             if time.monotonic() - saved > max(seconds_between_saves, 50 * save_seconds):
                 began = time.monotonic()
-                _save(state_path, key, step + 1, stacks, curves)
+                for training in trainings:
+                    if step >= training.start:
+                        training.save(step + 1)
                 saved = time.monotonic()
                 save_seconds = saved - began
 
-    trained: dict[int, Trained] = {}
-    for chosen, stack in stacks:
-        for position, i in enumerate(chosen):
-            m, curve = members[i], curves[:, i].tolist()
-            sae = folded(stack.trained(position), stack.family.ARCHITECTURE, m.k, x_scaling, y_scaling)
-            if m.family == "jumprelu":
-                sample = store.read(0, min(len(train_rows), CALIBRATION_VALUES // m.d_sae)).to(dtype)
-                sae = jumprelu.calibrated(sae, sample, m.k)
-            if not all(map(math.isfinite, curve)) or not all(t.isfinite().all() for t in sae.weights.values()):
-                raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
-            decoders = torch.stack([s[position] for s in stack.snapshots])
-            trained[i] = Trained(m, sae, decoders, curve, int(stack.aux_steps[position]))
-    state_path.unlink(missing_ok=True)
-    return [trained[i] for i in range(len(members))], curve_steps
+
+class Training:
+    """SAEs of one hook while they train; the arguments are those of `train`.
+
+    Args:
+        store: activations, or the stream of a hook, which is read in order.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore | HookStream,
+        members: list[Member],
+        config: TrainingConfig,
+        device: torch.device,
+        state_path: Path,
+        dtype: torch.dtype = torch.float32,
+        target: ActivationStore | None = None,
+        references: References | None = None,
+        in_order: bool = False,
+    ):
+        self.store, self.members, self.config = store, members, config
+        self.state_path, self.dtype = state_path, dtype
+        check_members(members)
+        check_references(store, members, references)
+        check_target(store, target, members)
+        written: ActivationStore | HookStream = target or store
+        self.train_rows, _ = store.split(config.heldout_fraction)
+        if in_order:
+            check_order(store, config)
+        self.x_scaling = Scaling.of(store, config, dtype)
+        self.y_scaling = self.x_scaling if target is None else Scaling.of(target, config, dtype)
+        self.settings = StepSettings(
+            config.betas,
+            config.weight_decay,
+            config.aux_coefficient,
+            config.dead_after_tokens,
+            config.proposes(device, store.d_in),
+            config.steps,
+            config.freeze_decoder,
+        )
+        apart = (config.tied_init, references)
+        self.stacks: list[tuple[list[int], Stack]] = []
+        """(positions in `members`, their stack)."""
+        divided = memory.stacks(members, memory_sizes(store, target, config), device)
+        if len(divided) > len({(m.family, m.d_sae) for m in members}):
+            log.info("SAEs that do not fit into memory in one step are divided: %s a step", [len(c) for c in divided])
+        for chosen in divided:
+            shape = Shape(store.d_in, written.d_in, members[chosen[0]].d_sae)
+            self.stacks.append((chosen, Stack([members[i] for i in chosen], shape, device, dtype, *apart)))
+
+        settled: dict[str, Any] = {"members": [asdict(m) for m in members]}
+        settled |= {"config": asdict(config), "settings": asdict(self.settings)}
+        settled |= {"every": None if references is None else references.every, "stacks": divided}
+        settled |= {"in order": True} if in_order else {}
+        self.key = digest(settled | {"store": store.digest, "target": written.digest})
+        self.curve_steps = sorted(
+            {round(i * (config.steps - 1) / (config.curve_points - 1)) for i in range(config.curve_points)}
+        )
+        self.curves = torch.zeros(len(self.curve_steps), len(members), device=device)
+        self.start = _restore(state_path, self.key, self.stacks, self.curves)
+        self.snapshot_steps = set(config.snapshot_steps())
+        if self.start == 0:
+            for _, stack in self.stacks:
+                stack.snapshot()
+
+        def readers(of: ActivationStore | HookStream, scaling: Scaling) -> dict[int, Reader]:
+            seeds = dict.fromkeys(m.order_seed for m in members)
+            at, window = self.start * config.batch_size, config.window_rows
+            if in_order:
+                n = len(self.train_rows)
+                return {s: Reader(WindowReader(of, n, s, at, window), scaling, device) for s in seeds}
+            assert isinstance(of, ActivationStore)  # a stream is read in order
+            # Rows that fit into one window are read once for all data orders and epochs.
+            rows = self.train_rows
+            held = of.read(rows.start, rows.stop) if len(rows) <= window else None
+            return {s: Reader(BatchReader(of, rows, s, at, window, held=held), scaling, device) for s in seeds}
+
+        self.x_readers = readers(store, self.x_scaling)
+        self.y_readers = self.x_readers if target is None else readers(target, self.y_scaling)
+
+    def step(self, step: int) -> None:
+        """One step of every member."""
+        rows = min(self.config.batch_size, self.config.tokens - step * self.config.batch_size)
+        xs = {seed: reader.take(rows) for seed, reader in self.x_readers.items()}
+        same = self.y_readers is self.x_readers
+        ys = xs if same else {seed: reader.take(rows) for seed, reader in self.y_readers.items()}
+        for chosen, stack in self.stacks:
+            x = stacked([xs[m.order_seed] for m in stack.members])
+            y = x if ys is xs else stacked([ys[m.order_seed] for m in stack.members])
+            error = stack.step(x, y, step, self.config.learning_rate_factor(step), self.settings)
+            if step in self.curve_steps:
+                self.curves[self.curve_steps.index(step), chosen] = error.float()
+            if step + 1 in self.snapshot_steps:
+                stack.snapshot()
+
+    def save(self, step: int) -> None:
+        """Keep the state before this step."""
+        _save(self.state_path, self.key, step, self.stacks, self.curves)
+
+    def finish(self) -> tuple[list[Trained], list[int]]:
+        """What was trained, as `train` gives it; the saved state is deleted."""
+        trained: dict[int, Trained] = {}
+        for chosen, stack in self.stacks:
+            for position, i in enumerate(chosen):
+                m, curve = self.members[i], self.curves[:, i].tolist()
+                scalings = self.x_scaling, self.y_scaling
+                sae = folded(stack.trained(position), stack.family.ARCHITECTURE, m.k, *scalings)
+                if m.family == "jumprelu":
+                    rows = min(len(self.train_rows), CALIBRATION_VALUES // m.d_sae)
+                    sae = jumprelu.calibrated(sae, self.store.read(0, rows).to(self.dtype), m.k)
+                if not all(map(math.isfinite, curve)) or not all(t.isfinite().all() for t in sae.weights.values()):
+                    raise BadInput(f"training of seed {m.seed} diverged: a lower --learning-rate is needed")
+                decoders = torch.stack([s[position] for s in stack.snapshots])
+                trained[i] = Trained(m, sae, decoders, curve, int(stack.aux_steps[position]))
+        self.state_path.unlink(missing_ok=True)
+        return [trained[i] for i in range(len(self.members))], self.curve_steps
 
 
-def memory_sizes(store: ActivationStore, target: ActivationStore | None, config: TrainingConfig) -> memory.Sizes:
+def check_order(store: ActivationStore | HookStream, config: TrainingConfig) -> None:
+    """Raise BadInput where the rows cannot be taken in order, each once, in windows of whole batches."""
+    rows = len(store.split(config.heldout_fraction)[0])
+    if config.tokens > rows:
+        raise BadInput(f"--tokens {config.tokens}: each row is seen once; at most {rows} expected")
+    if config.window_rows % config.batch_size:
+        raise BadInput(
+            f"--buffer-rows {config.window_rows}: a multiple of --batch-size {config.batch_size} expected, because the "
+            "buffer is filled again in place"
+        )
+
+
+def memory_sizes(
+    store: ActivationStore | HookStream, target: ActivationStore | None, config: TrainingConfig
+) -> memory.Sizes:
     return memory.Sizes(store.d_in, (target or store).d_in, config.batch_size, len(config.snapshot_steps()))
 
 
@@ -270,7 +344,7 @@ def memory_sizes(store: ActivationStore, target: ActivationStore | None, config:
 class Reader:
     """A stream of scaled batches on the device."""
 
-    rows: BatchReader
+    rows: BatchReader | WindowReader
     scaling: Scaling
     device: torch.device
 
@@ -285,7 +359,7 @@ def stacked(batches: list[Tensor]) -> Tensor:
     return torch.stack(batches)
 
 
-def check_references(store: ActivationStore, members: list[Member], references: References | None) -> None:
+def check_references(store: ActivationStore | HookStream, members: list[Member], references: References | None) -> None:
     """A pulled member needs a reference of its own width, and SAEs, not transcoders, are pulled."""
     for m in members:
         if m.reference is None and m.assignment_weight:
@@ -298,13 +372,14 @@ def check_references(store: ActivationStore, members: list[Member], references: 
             raise BadInput(f"seed {m.seed}: reference of shape {shape}; an SAE's ({m.d_sae}, {store.d_in}) expected")
 
 
-def check_target(store: ActivationStore, target: ActivationStore | None, members: list[Member]) -> None:
+def check_target(store: ActivationStore | HookStream, target: ActivationStore | None, members: list[Member]) -> None:
     """Transcoders, and they alone, need a second store, of the same inputs and subject."""
     transcoders = ["transcoder" in m.family for m in members]
     if any(transcoders) != (target is not None) or not all(t == transcoders[0] for t in transcoders):
         raise BadInput("transcoders, and only they, need a second activation store, of the hook they reconstruct")
     if target is None:
         return
+    assert isinstance(store, ActivationStore)  # a stream has no second one
     ours, theirs = store.manifest, target.manifest
     alike = ("rows", "subject_digest", "position", "row_seed", "control")
     if any(getattr(ours, name) != getattr(theirs, name) for name in alike):
