@@ -1,7 +1,12 @@
 """Names of places in a model."""
 
+from pathlib import Path
+
 import pytest
 
+from husai.runs.errors import BadInput
+from husai.runs.subjects import same_model
+from husai.stability.study import refuse_processed
 from husai.subjects.hooks import hook_name_of, same_place
 
 
@@ -45,3 +50,38 @@ def test_modules_are_translated(place, hook):
 )
 def test_two_names_of_one_place(one, other, same):
     assert same_place(one, other) == same_place(other, one) == same
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("gpt2-small", "gpt2", True),
+        ("openai-community/gpt2", "gpt2-small", True),
+        ("EleutherAI/pythia-70m-deduped", "pythia-70m-deduped", True),
+        ("meta-llama/Llama-3.2-1B", "llama-3.2-1b", True),
+        ("acme/tiny-neox", "hub/models--acme--tiny-neox/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e", True),
+        ("gpt2", "gpt2-medium", False),
+        ("acme/tiny-neox", "tiny_neox_v2", False),
+    ],
+)
+def test_names_of_one_model(one, other, same):
+    assert same_model(one, other) == same
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights"),
+        ({"seqpos_slice": [10, None]}, "seqpos_slice"),
+        ({"exclude_special_tokens": True}, "exclude_special_tokens"),
+        ({"hook_head_index": 0}, "hook_head_index"),
+    ],
+)
+def test_activations_made_otherwise_are_refused(said, key):
+    with pytest.raises(BadInput, match=key):
+        refuse_processed(Path("S"), said)
+
+
+def test_usual_activations_are_accepted():
+    usual = {"seqpos_slice": [None], "exclude_special_tokens": False, "hook_head_index": None}
+    refuse_processed(Path("S"), usual | {"model_from_pretrained_kwargs": {"center_writing_weights": False}})

@@ -28,6 +28,7 @@ from husai.runs.checkpoints import is_name, read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
+from husai.runs.subjects import same_model
 from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained
 from husai.subjects.pretrained import LanguageModel
@@ -332,7 +333,7 @@ def in_order(saes: list[Ordered]) -> list[Ordered]:
 def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str) -> None:
     """Raise BadInput for an SAE without a subject's digest that names another model."""
     made_for = sae.metadata.get("model_name")
-    if facts_of(sae).subject_digest is None and made_for and Path(made_for).name != subject:
+    if facts_of(sae).subject_digest is None and made_for and not same_model(made_for, subject):
         raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject}")
 
 

@@ -65,7 +65,21 @@ def folder_of(subject: str | Path) -> Path | None:
 
 def short_name(subject: str | Path) -> str:
     """What names a subject's files, and the model that SAEs of other libraries were made for."""
-    return Path(SubjectName.parse(subject).name).name
+    path = Path(SubjectName.parse(subject).name)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):  # the hub's cache
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: case and owner aside, or by TransformerLens' aliases."""
+    names = [short_name(n).lower() for n in (one, other)]
+    if names[0] == names[1]:
+        return True
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    known = ({n.rpartition("/")[2].lower() for n in (full, *short)} for full, short in MODEL_ALIASES.items())
+    return any(set(names) <= names_of_one for names_of_one in known)
 
 
 def is_language_model(subject: str | Path | None) -> bool:

@@ -41,10 +41,13 @@ from husai.stability import compare, independence, prototypes
 from husai.stability.compare import Dictionary
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import FEWEST, mcc, pwmcc
+from husai.subjects.hooks import same_place
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
+PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
+"""Processing of a model's weights by TransformerLens that changes activations."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,26 @@ def refuse_unfitting(folder: Path, sae: SAE, hook_name: str, subject_digest: str
     made_for, subject = sae.metadata.get("hook_name"), (sae.metadata.get("husai") or {}).get("subject_digest")
     if d_in not in (None, sae.d_in):
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {d_in}")
-    if made_for is not None and made_for != hook_name:
+    if made_for is not None and not same_place(made_for, hook_name):
         raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
+    refuse_processed(folder, sae.metadata)
     if subject is not None and subject != subject_digest:
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
+
+
+def refuse_processed(folder: Path, metadata: dict) -> None:
+    """Raise BadInput, naming the key, for activations that were made in a way that HUSAI does not apply."""
+    given = metadata.get("model_from_pretrained_kwargs") or {}
+    said = {name: metadata.get(name) for name in ("exclude_special_tokens", "hook_head_index")}
+    if any(v is not None for v in metadata.get("seqpos_slice") or ()):
+        said["seqpos_slice"] = metadata["seqpos_slice"]
+    said |= {f"model_from_pretrained_kwargs.{name}": given.get(name) for name in PROCESSING}
+    for name, value in said.items():
+        if value is not None and value is not False:
+            raise BadInput(
+                f"checkpoint: {folder}: {name} is {value!r}; HUSAI does not make activations so; an SAE of activations "
+                "without it expected"
+            )
 
 
 def external_dictionary(

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 OFFLINE = "husai-tiny, which the repository ships, or a local Hugging Face folder work without a network"
+TOKENIZER = ("merges.txt", "vocab.json", "vocab.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer.model")
+"""Files of a tokenizer beside `tokenizer*.json`."""
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
+"""Names of the context length in configurations."""
 DIGESTS = "digests.json"  # sha256 of each file, where whoever made the folder left them
 
 
@@ -101,7 +105,8 @@ def describe(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise BadInput(f"subject: {folder} holds no *.safetensors; weights of another format are not read")
-    files = [folder / "config.json", *sorted(folder.glob("tokenizer*.json")), *weights]
+    tokenizer = sorted({*folder.glob("tokenizer*.json"), *(folder / name for name in TOKENIZER)})
+    files = [folder / "config.json", *tokenizer, *weights]
     found = {p.name: sha256_file(p) for p in files if p.is_file()}
     if (folder / DIGESTS).exists():
         expected = read_json(folder / DIGESTS, "subject")["files"]
@@ -125,6 +130,18 @@ def sizes(folder: Path) -> tuple[int, int]:
             return config.num_hidden_layers, config.hidden_size
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise BadInput(f"subject: transformers cannot read {folder / 'config.json'} ({error})") from None
+
+
+def context_of(config, subject: str | Path) -> int:
+    """Most tokens that a model reads.
+
+    Raises:
+        BadInput: its configuration does not say.
+    """
+    found = next((v for n in CONTEXT if type(v := getattr(config, n, None)) is int and v > 1), None)
+    if found is None:
+        raise BadInput(f"subject: {subject}: config.json says no context length; one of {', '.join(CONTEXT)} expected")
+    return found
 
 
 @torch.no_grad()
@@ -197,7 +214,7 @@ def load(name: str, random_seed: int | None = None, device: torch.device | str =
             named.name, hf_model=model, tokenizer=tokenizer, device=str(device), dtype=model.dtype
         )
     short = short_name(name) + ("" if random_seed is None else f"-random{random_seed}")
-    n_ctx = model.config.max_position_embeddings
+    n_ctx = context_of(model.config, folder_of(name) or name)
     return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, named.dtype)
 
 
