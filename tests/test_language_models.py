@@ -275,7 +275,9 @@ def test_the_embedding_is_warned_of_and_held_out_by_token(subject, documents, tm
     ("hooks", "rows", "named"),
     [
         (["blocks.9.hook_resid_pre"], 100, "--hook-name blocks.9.hook_resid_pre: .* blocks.0.hook_resid_pre"),
-        (["blocks.1.attn.hook_pattern"], 1000, r"--hook-name blocks.1.attn.hook_pattern: .*\[\d+, 2, 32, 32\]"),
+        (["blocks.1.hook_mlp_in"], 100, "--hook-name blocks.1.hook_mlp_in: "),
+        (["blocks.1.attn.hook_result"], 100, "--hook-name blocks.1.attn.hook_result: "),
+        (["blocks.1.attn.hook_pattern"], 1000, r"--hook-name blocks.1.attn.hook_pattern: .*\[\d+, 2, 6, 6\]"),
         (HOOKS[:1], 10**9, r"--rows 1000000000: .*\b\d{4}\b"),
         (HOOKS[:1], 2, "--rows 2: "),
     ],

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool
     """Raise BadInput for a hook point that the subject does not have; warn of the embedding, held out by token."""
     for hook in hook_names:
         check_hook(subject.model, hook)
+        with warnings.catch_warnings(action="ignore"):  # a hook that exists by name may never fire: `run` refuses it
+            run(subject, [np.arange(1, 7)], [hook])
         if is_embedding(subject, hook) and not by_document:
             log.warning(
                 "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are "
@@ -75,6 +78,8 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
     device = next(subject.model.parameters()).device
     cached = [hook for hook in hook_names if hook != at_stop]
     output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
+    if silent := [hook for hook in cached if hook not in cache]:
+        raise BadInput(f"--hook-name {silent[0]}: it never fires in {subject.name}; a hook that fires expected")
     found = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
     for hook, x in found.items():
         if hook.endswith("hook_z") and x.ndim == 4:  # what attention heads write: their rows side by side
