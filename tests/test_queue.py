@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import processes
+from miniature import few_texts, save_miniature
 
 ROOT = Path(__file__).parents[1]
 QUEUE = "scripts/experiments/run_b200_high_impact_queue.sh"
@@ -96,6 +98,49 @@ def test_variables_reach_the_stages(tmp_path):
     assert "'ray'" in found["scaling"]
 
 
+def test_the_text_reaches_all_that_harvest(tmp_path):
+    found = commands(queue("--dry-run", OUTPUT=str(tmp_path), TEXT="a file.jsonl?column=body", SUBJECT="a/model"))
+    for stage in ("harvest", "phase4a_lm", "benchmarks", "frontier", "scaling"):
+        assert "'--text' 'a file.jsonl?column=body'" in found[stage]
+        assert "'a/model'" in found[stage]
+    packaged = commands(queue("--dry-run", OUTPUT=str(tmp_path)))
+    assert packaged == commands(queue("--dry-run", OUTPUT=str(tmp_path), TEXT="packaged", SUBJECT="husai-tiny"))
+    assert not any("--text" in line for line in packaged.values())
+
+
+def test_the_commands_for_a_gpu_are_what_the_scripts_take(tmp_path, monkeypatch):
+    found = commands(queue("--dry-run", OUTPUT=str(tmp_path), PROFILE="b200"))
+    assert "'--text' 'monology/pile-uncopyrighted'" in found["frontier"]
+    assert "'pythia-70m-deduped'" in found["frontier"]
+    parsed = 0
+    monkeypatch.chdir(ROOT)
+    for line in found.values():
+        _, script, *arguments = shlex.split(line)
+        if (parse := runpy.run_path(script).get("parse")) is not None:
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            parse()
+            parsed += 1
+    assert parsed > 15
+
+
+@pytest.mark.nightly
+def test_the_whole_queue_on_a_folder_and_a_text_of_ones_own(tmp_path):
+    """A GPT-NeoX model that has learned nothing: every stage runs, and the gate is not passed."""
+    texts = [f"Message {i}: {t}" for i, t in enumerate(few_texts().train * 10)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    folder = save_miniature(tmp_path / "model", texts[:600])
+    named = {"SUBJECT": str(folder), "TEXT": f"{path}?column=body", "OUTPUT": str(tmp_path / "out")}
+    environment = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "PROFILE": "smoke"} | named
+    done = processes.run(["bash", QUEUE], 1100, check=False, env=environment | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "failed: " not in done.stdout
+    confirmed = json.loads((tmp_path / "out/experiments/candidate_confirmation/results.json").read_text())
+    assert confirmed["bank"]["recipe"]["text"] == named["TEXT"]
+    for stage in ("random_model_stress", "transcoder_stress", "ood_stress", "feature_examples"):
+        assert json.loads((tmp_path / f"out/experiments/{stage}/results.json").read_text())["text"] == named["TEXT"]
+
+
 def test_from_and_only():
     assert stages(queue("--dry-run", "--from", "gate"))[0] == "gate"
     assert stages(queue("--dry-run", "--only", "ood")) == ["ood"]
@@ -109,12 +154,12 @@ def test_from_and_only():
         (["--only", "ood gate"], {}, "--only ood gate: "),
         ([], {"SEEDS": "1,2"}, "SEEDS=1,2: "),
         (["--only", "gate", "--only", "ood"], {}, "--only ood: .*--from"),
-        ([], {"HOOK": "a\tb"}, ".*HOOK: "),
+        ([], {"HOOK": "a\tb"}, ".*HOOK or TEXT: "),
         ([], {"CEBENCH_STORIES": "nowhere/stories"}, "CEBENCH_STORIES=nowhere/stories: "),
         ([], {"SEEDS": "1,02,3,2"}, "SEEDS=1,02,3,2: "),
         ([], {"MIN_CEBENCH_DELTA": "much"}, "MIN_CEBENCH_DELTA=much: "),
         ([], {"CEBENCH_BASELINE_MAP": "none.json"}, "CEBENCH_BASELINE_MAP=none.json: "),
-        ([], {"SUBJECT": "a\nb"}, ".*SUBJECT "),
+        ([], {"SUBJECT": "a\nb"}, ".*SUBJECT, "),
         ([], {"PATH": "/usr/bin:/bin"}, "python .*make setup"),
         ([], {"EXECUTOR": "slurm"}, "EXECUTOR=slurm: "),
         (["--fast"], {}, "--fast: "),

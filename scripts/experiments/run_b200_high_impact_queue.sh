@@ -12,7 +12,11 @@
 # Variables, with their defaults:
 PROFILE=${PROFILE:-embedded}                         # embedded, b200 or smoke: sizes and device
 OUTPUT=${OUTPUT:-results}                            # all that is made lies below it
-SUBJECT=${SUBJECT:-husai-tiny}                       # the language model: one that ships, a folder, or a hub name
+SUBJECT=${SUBJECT:-}                                 # the language model: one that ships, a folder, or a hub name
+                                                     #   (default: husai-tiny; b200: pythia-70m-deduped)
+TEXT=${TEXT:-}                                       # its text: packaged, a file or folder, or a hub name, each with
+                                                     #   ?column=C&split=S where these are not text and train
+                                                     #   (default: packaged; b200: monology/pile-uncopyrighted)
 HOOK=${HOOK:-blocks.1.hook_resid_pre}                # where its activations are read
 SEEDS=${SEEDS:-42,123,456,789,1011}                  # of the studies; the confirmation takes seeds of its own
 EXECUTOR=${EXECUTOR:-local}                          # or ray: the scaling study's layers side by side
@@ -92,8 +96,15 @@ for name in CEBENCH_BASELINE_MAP CEBENCH_REPO CEBENCH_STORIES; do
   [[ -z ${!name} || -e ${!name} || $name=${!name} == CEBENCH_STORIES=GulkoA/contrastive-stories-v* ]] ||
     refuse "$name=${!name}: there is no such file or folder"
 done
-[[ ! $OUTPUT$SUBJECT$HOOK =~ [[:cntrl:]] ]] || refuse "OUTPUT, SUBJECT or HOOK: a name of printable characters expected"
+[[ ! $OUTPUT$SUBJECT$HOOK$TEXT =~ [[:cntrl:]] ]] ||
+  refuse "OUTPUT, SUBJECT, HOOK or TEXT: a name of printable characters expected"
 OUTPUT=${OUTPUT%/}
+if [[ $PROFILE == b200 ]]; then
+  SUBJECT=${SUBJECT:-pythia-70m-deduped} TEXT=${TEXT:-monology/pile-uncopyrighted}
+fi
+SUBJECT=${SUBJECT:-husai-tiny}
+SOURCE=() # the confirmation takes the text of the selection, and the stress tests that of the confirmation
+[[ -z $TEXT || $TEXT == packaged ]] || SOURCE=(--text "$TEXT")
 DATASETS=${SAEBENCH_DATASETS:-$DATASETS}
 MAP=() REPO=() STORIES=() ASKED=()
 [[ -n $SAEBENCH_DATASETS ]] && ASKED=(--dataset-names "$SAEBENCH_DATASETS")
@@ -244,14 +255,14 @@ stage environment - python scripts/ci/check_environment.py --device "$DEVICE" --
 [[ -z $HUSAI_SERVER ]] || WARM=(python -S scripts/experiments/warm.py run "$HUSAI_SERVER")
 stage subject "$OUTPUT/subjects" python scripts/training/train_modular_addition.py --device "$DEVICE" --artifact-root "$OUTPUT"
 stage harvest "$OUTPUT/activations" python scripts/analysis/extract_activations.py --model-name "$SUBJECT" --hook-name "$HOOK" \
-  --rows "${STUDY[1]}" --device "$DEVICE" --artifact-root "$OUTPUT"
+  --rows "${STUDY[1]}" "${SOURCE[@]}" --device "$DEVICE" --artifact-root "$OUTPUT"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Internal phases: modular addition with the positive control, the language model, what can be changed
 
 run phase4a phase4a_trained_vs_random experiments/run_phase4a_reproduction.py --seeds "$SEEDS" "${POSITIVE[@]}"
 run phase4a_lm phase4a_language_model experiments/run_phase4a_reproduction.py --seeds "$SEEDS" --model-name "$SUBJECT" \
-  --hook-name "$HOOK" "${CONTROL[@]}"
+  --hook-name "$HOOK" "${SOURCE[@]}" "${CONTROL[@]}"
 run ablations core_ablations experiments/run_core_ablations.py --seeds "$SEEDS" "${ABLATIONS[@]}"
 run adaptive_l0 adaptive_l0_calibration experiments/run_adaptive_l0_calibration.py --seeds "$SEEDS" "${ADAPTIVE[@]}"
 run assignment assignment_consistency_v2 experiments/run_assignment_consistency_v2.py --seeds "$SEEDS" "${ASSIGNMENT[@]}"
@@ -260,13 +271,13 @@ run assignment assignment_consistency_v2 experiments/run_assignment_consistency_
 # External benchmarks, and the studies that are held against them
 
 run benchmarks official_external_benchmarks experiments/run_official_external_benchmarks.py --model-name "$SUBJECT" \
-  --hook-name "$HOOK" --dataset-names "$DATASETS" "${REPO[@]}" "${STORIES[@]}" "${BENCHMARKS[@]}"
+  --hook-name "$HOOK" "${SOURCE[@]}" --dataset-names "$DATASETS" "${REPO[@]}" "${STORIES[@]}" "${BENCHMARKS[@]}"
 run frontier architecture_frontier experiments/run_architecture_frontier_external.py --model-name "$SUBJECT" --hook-name "$HOOK" \
   --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${FRONTIER[@]}" "${MAP[@]}" "${REPO[@]}" \
-  "${STORIES[@]}"
+  "${STORIES[@]}" "${SOURCE[@]}"
 run scaling external_metric_scaling experiments/run_external_metric_scaling_study.py --model-name "$SUBJECT" --executor "$EXECUTOR" \
   --run-saebench --run-cebench --dataset-names "$DATASETS" "${STUDY[@]}" "${SCALING[@]}" "${MAP[@]}" "${REPO[@]}" \
-  "${STORIES[@]}"
+  "${STORIES[@]}" "${SOURCE[@]}"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A candidate: chosen, trained again on fresh seeds, put under stress

@@ -99,10 +99,10 @@ def training_store(
     random_seed: int | None = None,
 ) -> ActivationStore:
     """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
-    harvested again.
+    harvested again. SAEs that trained on a stream left none: activations of the training documents of the same text.
 
     Args:
-        rows: of the store; None: as many as the store has that lies there.
+        rows: of the store; None: as many as the store has that lies there, or, after a stream, as the held-out one has.
         random_seed: of the draw of the random weights that they were trained on; None: on what the subject computes.
 
     Raises:
@@ -114,6 +114,13 @@ def training_store(
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
     if wanted is None:
         raise BadInput(f"checkpoint: {tested.saes[0].folder} does not name the activations that it was trained on")
+    made = tested.made or {}
+    if made.get("streamed"):
+        if made.get("text") != tested.source.record().get("text"):
+            log.warning(
+                "the SAEs were trained on the text %s; their controls are of %s", made.get("text"), tested.source
+            )
+        return activations_of(tested, artifact_root, rows or tested.store.rows, device, threads, random_seed)
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:
