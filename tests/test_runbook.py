@@ -45,6 +45,8 @@ PLACEHOLDERS = {
     "MLP_OUT_STORE": "as above",
     "MY_SAES": "the reader's checkpoints",
     "MY_SAES_BEFORE": "the same before training",
+    "LOCAL_HF_FOLDER": "the reader's model",
+    "TEXT_FOLDER": "the reader's text; a folder with one file stands for it",
     "HEAD": "a machine's name",
 }
 """Words in capitals that stand for something of the reader's."""
@@ -88,13 +90,15 @@ class Parsed(Exception):
 
 
 @pytest.fixture
-def parsed(monkeypatch):
+def parsed(monkeypatch, tmp_path):
     """`parsed(words)`: what the script at words[0] makes of the others, by its own parser and checks, and no more."""
 
     def stop(parser, *arguments):
         raise Parsed(argparse.ArgumentParser.parse_args(parser, *arguments))
 
     def parse(words):
+        (tmp_path / "a.txt").write_text("a document\n")
+        words = [str(tmp_path) if word == "TEXT_FOLDER" else word for word in words]
         monkeypatch.syspath_prepend(ROOT / words[0].rpartition("/")[0])  # where python looks first for a script
         script = runpy.run_path(str(ROOT / words[0]), run_name="parsed_only")
         monkeypatch.setattr(sys, "argv", words)
