@@ -121,20 +121,19 @@ def _locate(name: Path, flag: str) -> tuple[Path, Path]:
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder of a repository's snapshot, with the files that match; at the commit that is cached, if one is."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The folder of a repository's snapshot, with the files that match; at the commit that is cached, if one is.
 
+    The hub's client completes a download that was cut off. Without a network it gives the cached folder, unless it
+    knows that a file is missing there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
+    commit = cached.read_text().strip() if cached.is_file() else revision
+    only = not _downloads.get()
     with _quiet():
-        try:
-            cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            if not _downloads.get():
-                raise
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        if _downloads.get():  # completes a download that was cut off; without a network, the cached folder as it is
-            snapshot_download(repo, revision=cached.name, allow_patterns=patterns)
-        return cached
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, local_files_only=only))
 
 
 def _fetch(fetched: list[Path], repo_id: str, filename: str, subfolder: str | None = None, **more: Any) -> str:
