@@ -418,3 +418,18 @@ def test_what_was_opened_is_recorded(put, cache, run_script, refused, tmp_path, 
 
 def test_every_imitated_loader_has_an_imitation():
     assert set(catalogue.IMITATED) == {i.loader for i in IMITATIONS}
+
+
+def test_a_repository_of_which_a_part_is_cached(repository, cache):
+    """The hub's client remembers which files a repository has: those that are not asked for may be missing."""
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+
+    folder = repository.parents[1]
+    paths = [str(p.relative_to(repository)) for p in repository.rglob("*") if p.is_file()]
+    entry = TreeCacheEntry(size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+    write_tree_cache(str(folder), imitations.COMMIT, dict.fromkeys([*paths, "other/sae_weights.safetensors"], entry))
+    (repository / "saes" / "seed3" / "sae_weights.safetensors").unlink()
+    assert foreign.open_checkpoint(Path("hf:some/saes/saes/seed1")).d_sae == imitations.D_SAE
+    for lacking in ("hf:some/saes/saes/seed3", "hf:some/saes/other", "hf:some/saes/saes"):
+        with pytest.raises(BadInput, match=f"{lacking} is not in the local hub cache"):
+            foreign.find_all([Path(lacking)], "--checkpoint")
