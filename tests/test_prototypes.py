@@ -15,6 +15,7 @@ from husai.evidence.estimates import fitted_change
 from husai.evidence.schemas import Code, Heldout
 from husai.runs.errors import BadInput
 from husai.stability import prototypes
+from husai.stability.compare import Dictionary
 from husai.stability.matching import unit_rows
 from husai.stability.prototypes import TopKLeastSquares
 from husai.training.grid import members
@@ -109,7 +110,7 @@ def test_one_document_gives_no_prototypes(make_store):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_apart_is_that_no_prototype_has_a_cosine_of_seven_tenths(n, m, block, seed):
+def test_the_nearest_prototype_is_that_of_the_largest_signed_cosine(n, m, block, seed):
     g = torch.Generator().manual_seed(seed)
     W, p = torch.randn(n, 3, generator=g), unit_rows(torch.randn(m, 3, generator=g))
     W[0] = -p[0]  # a feature opposite to a prototype is not like it
@@ -117,11 +118,11 @@ def test_apart_is_that_no_prototype_has_a_cosine_of_seven_tenths(n, m, block, se
     before = prototypes.BLOCK
     prototypes.BLOCK = block
     try:
-        found = prototypes.apart(W, p)
+        found = prototypes.nearest(W, p)
     finally:
         prototypes.BLOCK = before
-    assert found.tolist() == (cosines.max(1) < 0.7).tolist()
-    assert not prototypes.apart(p, p).any()
+    assert np.allclose(found.numpy(), cosines.max(1), atol=1e-6)
+    assert not Dictionary(p, torch.ones(len(p)), nearest=prototypes.nearest(p, p)).others.any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

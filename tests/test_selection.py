@@ -25,7 +25,7 @@ def frontier() -> dict:
     path = REPOSITORY / "docs" / "evidence" / "earlier_rules" / "architecture_frontier" / "results.json"
     results = json.loads(path.read_text())
     for section in (section for bank in results["banks"] for section in bank["sections"]):
-        section |= {"gaussian": None, "others": None}
+        section |= {"gaussian": None, "others": None, "strata": []}
         section["stability"]["verdict"] |= {"outcome": "MISSING", "sentence": ""}
         for value in (v for pair in section["pairs"] for v in pair.values() if isinstance(v, dict)):
             value["mcc_alive_abs"] = value["mcc_alive"]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.optimize import linear_sum_assignment
 
 import processes
 from husai.evidence import contrast, names, rules, stability
@@ -218,6 +219,32 @@ def test_features_on_single_components_have_no_excess_and_others_do():
     assert value["observed"]["mean"]["mcc"] - value["spectral"]["mean"]["mcc"] > 0.3
 
 
+def test_strata_count_each_matched_feature_once_on_either_side():
+    rates = (
+        torch.tensor([0.0, 5e-4, 1e-3, 0.05, 0.05, 0.5, 1.0]),
+        torch.tensor([0.2, 0.0, 0.002, 0.002, 1e-4, 0.3, 0.9]),
+    )
+    near = torch.tensor([0.0, 0.3, 0.5, 0.69, 0.7, 0.9, -0.5]), torch.tensor([0.1, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0])
+    a, b = (Dictionary(rows(i, 7), rate, nearest=n) for i, rate, n in zip((1, 2), rates, near, strict=True))
+    b.W_dec[2] = 2 * a.W_dec[3]
+    places = [np.flatnonzero(d.alive.numpy()) for d in (a, b)]
+    A, B = (unit_rows(d.W_dec).numpy()[at] for d, at in zip((a, b), places, strict=True))
+    worth = np.maximum(A @ B.T, 0)
+    left, right = linear_sum_assignment(worth, maximize=True)
+    found = compare.strata(a, b)
+    for figure, values in (("firing_rate", rates), ("nearest", near)):
+        edges, expected = compare.STRATA[figure], np.zeros((4, 3))
+        for i, j in zip(left, right, strict=True):
+            for value in (values[0][places[0][i]], values[1][places[1][j]]):
+                stratum = max(n for n in range(4) if float(value) >= edges[n] or n == 0)
+                expected[stratum] += 1, worth[i, j], worth[i, j] >= 0.7
+        assert np.allclose(found[figure], expected, atol=1e-6)
+    assert sum(row[2] for row in found["nearest"]) >= 2, "the copy is matched"
+    assert compare.strata(a, Dictionary(b.W_dec, torch.zeros(7))) == {}
+    doubled = compare.added([found, found])
+    assert np.allclose(doubled["nearest"], 2 * np.array(found["nearest"]))
+
+
 def test_random_rotations_are_orthogonal_and_seeded():
     q = nulls.random_rotation(6, torch.Generator().manual_seed(0))
     torch.testing.assert_close(q @ q.T, torch.eye(6), atol=1e-6, rtol=0)
@@ -365,6 +392,7 @@ def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
             "pairs": pairs,
             "gaussian": None,
             "others": None,
+            "strata": [],
         }
     )
 
@@ -489,7 +517,7 @@ def estimates(low, high):
     ("low", "high", "seeds", "outcome"),
     [
         (0.01, 0.02, 5, "better"),
-        (0.01, 0.02, 4, "inconclusive"),
+        (0.01, 0.02, 4, rules.MISSING),
         (-0.02, -0.01, 5, "worse"),
         (-0.01, 0.01, 5, "not shown to differ"),
     ],

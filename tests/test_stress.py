@@ -118,7 +118,7 @@ def problems(results):
 @pytest.mark.slow
 def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, structured, saes, root, tmp_path):
     results = stress(RANDOM_MODEL, structured, saes, *DRAWS)
-    assert results["verdict"]["outcome"] == "holds", results["gains"]
+    assert results["verdict"]["outcome"] == rules.PASS, results["gains"]
     assert results["candidate"]["facts"]["store_digest"] == results["section"]["store_digest"]
     section, randoms = results["section"], results["random_models"]
     subject = section["subject_digest"]
@@ -140,7 +140,7 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert found.gains[2].gaussian.estimate == pytest.approx(np.mean(scores) - np.mean(below))
     assert problems(results) == []
     for change, reason in (
-        (lambda r: r["verdict"].update(outcome="does not hold"), "/verdict/outcome "),
+        (lambda r: r["verdict"].update(outcome=rules.FAIL), "/verdict/outcome "),
         (lambda r: r["gains"][1]["spectral"].update(low=-1.0), "/gains/1/spectral/low "),
         (lambda r: r["section"]["members"][0].update(checkpoint_sha256="0" * 64), "/candidate/checkpoints/1 "),
         (lambda r: r["random_models"][2]["pairs"][0]["gaussian"].update(mcc_alive=0.0), "excess/gaussian"),
@@ -164,7 +164,7 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
 
 def test_a_subject_that_has_learned_nothing_does_not_exceed_it(stress, train, meaningless):
     results = stress(RANDOM_MODEL, meaningless, train(meaningless, "of_nothing"), *DRAWS)
-    assert results["verdict"]["outcome"] == rules.PAGE[rules.FAIL], results["gains"]
+    assert results["verdict"]["outcome"] == rules.FAIL, results["gains"]
     assert all(abs(gain["observed"]["estimate"]) < 0.05 for gain in results["gains"])
 
 
@@ -211,11 +211,11 @@ def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, 
     refused(["--random-model-checkpoint: ", ": none;"], *here, saes)
     alike = of_draws(train, structured, "alike")
     results = stress(RANDOM_MODEL, structured, saes, *DRAWS, "--random-model-checkpoint", *alike)
-    assert results["verdict"]["outcome"] == "holds"
+    assert results["verdict"]["outcome"] == rules.PASS
     trained = stress(RANDOM_MODEL, structured, saes, *DRAWS)
     assert results["gains"] == trained["gains"], "the controls that HUSAI trains are the same"
     two = stress(RANDOM_MODEL, structured, saes, *DRAWS, "--random-model-checkpoint", alike[2], alike[0])
-    assert two["verdict"]["outcome"] == rules.PAGE[rules.MISSING]
+    assert two["verdict"]["outcome"] == rules.MISSING
     assert re.search(r"draw 1\b.*--random-model-checkpoint", two["verdict"]["reason"])
     assert two["gains"] == [trained["gains"][0], trained["gains"][2]]
 
@@ -231,7 +231,7 @@ def test_saes_trained_elsewhere_need_supplied_controls(stress, refused, train, s
     refused(f"checkpoint: {foreign}", TRANSCODER, *here)
     alike = of_draws(train, structured, "alike")
     results = stress(RANDOM_MODEL, structured, foreign, *DRAWS, "--random-model-checkpoint", *alike)
-    assert results["verdict"]["outcome"] == "holds", results["gains"]
+    assert results["verdict"]["outcome"] == rules.PASS, results["gains"]
     assert results["section"]["stability"]["missing_nulls"] == {}
     assert problems(results) == []
 
@@ -256,7 +256,7 @@ def test_the_activations_must_be_those_that_the_candidate_saw(refused, structure
 
 def test_transcoders_find_what_the_candidate_found(stress, structured, saes, root, tmp_path):
     results = stress(TRANSCODER, structured, saes, *DRAWS)
-    assert results["verdict"]["outcome"] == "holds", results["across"]["stability"]["scores"]["mcc_alive"]["excess"]
+    assert results["verdict"]["outcome"] == rules.PASS, results["across"]["stability"]["scores"]["mcc_alive"]["excess"]
     s, own = results["setting"], results["section"]
     assert s["preregistered"]
     assert (s["hook_in"], s["hook_out"]) == ("blocks.0.hook_resid_pre", HOOK)
@@ -307,7 +307,7 @@ def test_transcoders_find_what_the_candidate_found(stress, structured, saes, roo
     assert other["candidate"] == results["candidate"]
     assert other["setting"]["k"] == 3
     assert not other["setting"]["preregistered"]
-    assert (other["verdict"]["outcome"], "setting" in other["verdict"]["reason"]) == ("inconclusive", True)
+    assert (other["verdict"]["outcome"], "setting" in other["verdict"]["reason"]) == (rules.MISSING, True)
     assert problems(other) == []
 
     # A repeat reads what is finished.

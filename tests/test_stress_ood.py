@@ -206,15 +206,15 @@ def test_the_rule():
         verdict = rules.verdict(lambda: rules.ood(Shifted.model_validate(section), skipped))
         return verdict["outcome"], verdict["reason"]
 
-    assert outcome(loss=0.05)[0] == rules.PAGE[rules.PASS]
-    assert outcome(loss=0.12)[0] == rules.PAGE[rules.FAIL]
+    assert outcome(loss=0.05)[0] == rules.PASS
+    assert outcome(loss=0.12)[0] == rules.FAIL
     # One set on which the model's probe survives answers, and nothing that happens on the others does.
     last, rest = (0.5,) * 6 + (0.51,), (0.3,) * 6 + (0.0,)
     found, why = outcome(loss=0.05, alive=last, worse=rest)
-    assert found == rules.PAGE[rules.PASS]
+    assert found == rules.PASS
     assert re.search(r"\b87_glue_cola_OOD is\b", why)
     assert not re.search(r"hist_fig|living-room", why)
-    assert outcome(loss=0.05, worse=rest)[0] == rules.PAGE[rules.FAIL]
+    assert outcome(loss=0.05, worse=rest)[0] == rules.FAIL
     for changed, named in (
         ({"loss": 0.05, "alive": (0.5,) * 7}, r"^not answerable on this subject\b.*\bprobe\b"),
         ({"seeds": 4}, r"\b4\b.*\b5\b.* seeds"),
@@ -222,7 +222,7 @@ def test_the_rule():
         ({"only": [0, 1, 2]}, r"\b66_living-room_OOD\b"),
     ):
         found, why = outcome(**changed)
-        assert found == rules.PAGE[rules.MISSING]
+        assert found == rules.MISSING
         assert re.search(named, why), why
 
 
@@ -298,7 +298,7 @@ def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     assert (shifted["data_sets"], shifted["families"]) == (SETS, ["historical_figures", "phrases"])
     assert [sae["seed"] for sae in shifted["saes"]] == [1, 2]
     assert list(results["candidate"]["checkpoints"]) == ["1", "2"]
-    assert re.search(r"^\*\*inconclusive\*\*: .*\b2\b.*\b5\b", out, re.M)
+    assert re.search(r"^\*\*MISSING\*\*: .*\b2\b.*\b5\b", out, re.M)
     assert OODStress.model_validate(results).shifted.prompts == [299, 300], "as the gate reads it"
     official = results["families"]
     assert official["ood"]["data_sets"] == ["161_agnews_0"]
@@ -325,7 +325,7 @@ def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["families"] is None
-    assert re.search(r"^\*\*inconclusive\*\*: .*\b1\b.*\b5\b", out, re.M)
+    assert re.search(r"^\*\*MISSING\*\*: .*\b1\b.*\b5\b", out, re.M)
     assert phase_problems(results) == []
 
 

@@ -181,7 +181,7 @@ def test_rules():
     assert refusal(rules.enough_seeds, 4) == "4 seeds; a verdict needs 5"
     delta = {"estimate": 0.1, "low": -0.01, "n_seeds": 5, "reference_mean": 0.5, "reason": None}
     assert rules.cebench_delta("cebench", delta, 0.0) == "lower bound -0.0100; above 0 expected"
-    sentence = "inconclusive: refused: no SAE can reach 0.6 above a reference of 0.500 of 1"
+    sentence = "MISSING: refused: no SAE can reach 0.6 above a reference of 0.500 of 1"
     assert rules.cebench_delta("cebench", delta, 0.6) == sentence
     each = Interval.of(Estimate(0.5, 0.0, 1.0, 0.1, 4, ""))
     gain = Gain(observed=each, isotropic=each, spectral=each, gaussian=each, least="spectral")

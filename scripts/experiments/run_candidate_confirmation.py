@@ -116,7 +116,7 @@ def benchmarks(found) -> list[tuple[str, str, dict, dict]]:
 def summary(results: dict) -> str:
     from husai.evidence.estimates import mean_over_seeds
     from husai.evidence.schemas import read_evaluation
-    from husai.report.text import interval, stand_in, table
+    from husai.report.text import interval, stand_in, strata, table
 
     found = read_evaluation(results)
     section, own = found.section, [r for r in found.bank.saes if r.candidate]
@@ -151,6 +151,8 @@ def summary(results: dict) -> str:
         *table(["figure", "95 % interval"], rows),
         "",
         *[f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()],
+        "",
+        *strata(section),
         "",
         f"Probing data sets: {', '.join(probing.data_sets)}.",
         "",

@@ -328,7 +328,7 @@ def summary(results: dict) -> str:
 
 def table(section) -> list[str]:
     """The verdict, then each score beside its nulls, as markdown."""
-    from husai.report.text import interval
+    from husai.report.text import interval, strata
 
     stability, members = section.stability, section.members
     verdict = stability.verdict
@@ -353,6 +353,7 @@ def table(section) -> list[str]:
             first = f"`{name}` | {interval(score.observed)}" if i == 0 else " | "
             lines.append(f"| {first} | {null} | {value.mean:.4f} | {interval(score.excess[null])} |")
     lines += [f"\nNot computed: {null} ({why})." for null, why in stability.missing_nulls.items()]
+    lines += ["", *strata(section)]
     lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
     return lines
 
@@ -367,7 +368,7 @@ def positive_control(planted) -> list[str]:
     control = rules.verdict(lambda: rules.positive_control(planted))
     data, last = planted.data, planted.degrees[-1]
     lines = [
-        f"The positive control **{control['outcome']}**: {control['reason']}. It is decided at {last.tokens:,} tokens, "
+        f"Positive control: **{control['outcome']}**: {control['reason']}. It is decided at {last.tokens:,} tokens, "
         f"where the recovery must be at least {levels.MIN_RECOVERY:g}.",
         "",
         f"{len(last.recovery)} SAEs for each number of tokens, on {data.rows:,} rows of {data.d_in} coordinates that "

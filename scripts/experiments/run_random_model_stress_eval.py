@@ -129,7 +129,7 @@ def summary(results: dict) -> str:
     from husai.evidence import contrast, random_model
     from husai.evidence.names import GATED_NULLS
     from husai.evidence.schemas import Control, OwnSection, RandomModelStress
-    from husai.report.text import GAINS, interval, stand_in, table
+    from husai.report.text import GAINS, interval, stand_in, strata, table
 
     found = RandomModelStress.model_validate(results)
     section, verdict = found.section, found.verdict
@@ -161,6 +161,7 @@ def summary(results: dict) -> str:
         rows.append([name, interval(score.observed), *excess, *heldout])
     header = ["SAEs of", "`mcc_alive`", *(f"excess over {null}" for null in GATED_NULLS)]
     lines += [*table([*header, "held-out explained variance", "L0", "dead features"], rows), ""]
+    lines += [*strata(section), ""]
     lines += [
         "A random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. Each "
         "null is drawn in the activations of its own subject; `gaussian` are SAEs trained alike on Gaussian rows with "

@@ -58,9 +58,10 @@ HARMLESS = {
 READ = {"architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", *SIZES}
 
 
-def alive(folder: Path) -> Tensor:
-    """Features that fire on the held-out rows that a checkpoint's training left aside, bool `[d_sae]`."""
-    return load_file(folder / SPARSITY)["sparsity"].double() > math.log10(10 * NEVER)
+def firing_rate(folder: Path) -> Tensor:
+    """Share of the held-out rows of a checkpoint's training on which each feature fires, float64 `[d_sae]`."""
+    sparsity = load_file(folder / SPARSITY)["sparsity"].double()
+    return (10**sparsity).where(sparsity > math.log10(10 * NEVER), 0.0)
 
 
 def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path]:

@@ -46,8 +46,8 @@ class LoadedSAE:
     sae: SAE
     record: SAERecord
     """Its held-out figures are of documents that neither the subject nor an SAE was trained on."""
-    alive: Tensor
-    """Features that fire on these rows, bool `[d_sae]`."""
+    firing_rate: Tensor
+    """Share of these rows on which each feature fires, `[d_sae]`."""
 
     @property
     def identity(self) -> str:
@@ -243,7 +243,7 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
 
 
 def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) -> tuple[Heldout, Tensor]:
-    """(held-out figures, features that fire) of an SAE on all rows of a store; computed once for all phases.
+    """(held-out figures, firing rates `[d_sae]`) of an SAE on all rows of a store; computed once for all phases.
 
     Args:
         name: its identity. artifact_root: the cell lies below it, in saes/.
@@ -257,7 +257,7 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
         write_bytes(file, to_bytes({"firing_rate": firing_rate.contiguous()}))
         return figures, [file]
 
-    return Heldout(**cells.get("heldout", key, compute)), load_file(file)["firing_rate"] > 0
+    return Heldout(**cells.get("heldout", key, compute)), load_file(file)["firing_rate"]
 
 
 class Opener:
@@ -295,11 +295,11 @@ def open_all(
         name = identity(sae, sha)
         if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
             continue  # the same SAE again; two recipes that give one SAE are two
-        heldout, alive = measure(sae, name, store, artifact_root)
+        heldout, firing_rate = measure(sae, name, store, artifact_root)
         record = record_of(folder, sae, sha, heldout)
         if record.facts.source != "husai":
             record = record.model_copy(update={"label": names[folder], "condition": names[folder]})
-        opened[key] = LoadedSAE(folder, sae, record, alive)
+        opened[key] = LoadedSAE(folder, sae, record, firing_rate)
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
 
 

@@ -138,7 +138,7 @@ def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[D
     """Dictionaries of SAEs, with their untrained states where the user gives them."""
     states: Sequence[Path | None] = before or [None] * len(saes)
     pairs = zip(saes, states, strict=True)
-    return [Dictionary(c.sae.W_dec, c.alive, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
+    return [Dictionary(c.sae.W_dec, c.firing_rate, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
 def trained_draws(

@@ -87,9 +87,7 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
         initial = [foreign.open_checkpoint(before[folder]).W_dec for folder in folders]
     if torch.device(args.device).type == "cpu":
         torch.set_num_threads(args.threads)
-    dictionaries = [
-        Dictionary(s.W_dec, torch.ones(s.d_sae, dtype=torch.bool), b) for s, b in zip(saes, initial, strict=True)
-    ]
+    dictionaries = [Dictionary(s.W_dec, torch.ones(s.d_sae), b) for s, b in zip(saes, initial, strict=True)]
     replicates.check("--checkpoint", folders, saes)
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)

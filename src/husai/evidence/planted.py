@@ -32,7 +32,7 @@ def _at(degree: PlantedDegree) -> Sensitivity:
             which=", ".join(failing), threshold=f"{shown.threshold:g}"
         )
     except (rules.Missing, BadInput) as missing:
-        over, excess, passes, reason = None, None, False, f"inconclusive: {missing}"
+        over, excess, passes, reason = None, None, False, f"{rules.MISSING}: {missing}"
     recovered = Interval.of(mean_over_seeds(degree.recovery))
     return Sensitivity(tokens=degree.tokens, recovery=recovered, over=over, excess=excess, passes=passes, reason=reason)
 

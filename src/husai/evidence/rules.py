@@ -215,19 +215,15 @@ def checked(judge: Callable[[], Shown]) -> Shown:
     return shown
 
 
-PAGE = {PASS: "holds", FAIL: "does not hold", MISSING: "inconclusive"}
-"""Outcome -> its words on the page of a stress test, which evidence has held since before there was one vocabulary."""
-
-
 def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
     """The outcome on a stress test's page: {"outcome", "reason"}."""
     try:
         shown = checked(judge)
     except (Missing, BadInput) as missing:
-        return {"outcome": PAGE[MISSING], "reason": str(missing)}
+        return {"outcome": MISSING, "reason": str(missing)}
     failing = shown.failing()
     sentence = shown.rule.failed if failing else shown.rule.passed
-    outcome = PAGE[FAIL if failing else PASS]
+    outcome = FAIL if failing else PASS
     ends = " and ".join(f"{getattr(e, shown.rule.end):.4f}" for e in shown.estimates.values())
     facts = {"threshold": f"{shown.threshold:g}", "which": ", ".join(failing), "ends": ends, "note": shown.note}
     return {"outcome": outcome, "reason": sentence.format(**facts)}
@@ -253,7 +249,8 @@ CHANCE = {
 """Name of an excess -> its score, and the control that it is over."""
 SINGLE = {f"single features, {null}": ("share70_alive", null) for null in ("spectral", "gaussian")}
 NO_PROTOTYPES = {
-    f"others, {name}": (score.replace("_alive", "_others"), null) for name, (score, null) in (CHANCE | SINGLE).items()
+    f"without prototypes: {name}": (score.replace("_alive", "_others"), null)
+    for name, (score, null) in (CHANCE | SINGLE).items()
 }
 """The same of features that are like no prototype."""
 STABLE = CHANCE | SINGLE | NO_PROTOTYPES
@@ -687,7 +684,7 @@ def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
         reachable(delta["reference_mean"], minimum)
         require(delta["low"] is not None, delta["reason"] or "there is no interval")
     except Missing as missing:
-        return f"inconclusive: {missing}"
+        return f"{MISSING}: {missing}"
     return None if CEBENCH.met_by(delta, minimum) else f"lower bound {delta['low']:.4f}; above {minimum:g} expected"
 
 
@@ -712,9 +709,9 @@ def better(gain: Gain) -> bool:
 
 
 def gain_verdict(gain: Gain, seeds: int) -> str:
-    """The outcome of a gain: `better`, `worse`, `not shown to differ`, or `inconclusive` with too few seeds."""
+    """The outcome of a gain: `better`, `worse`, `not shown to differ`, or MISSING with too few seeds."""
     if seeds < MINIMUM_SEEDS or gain.observed.low is None:
-        return "inconclusive"
+        return MISSING
     if better(gain):
         return "better"
     worse = all(e.high is not None and e.high < 0 for e in gain.over.values())

@@ -595,6 +595,20 @@ class Alike(Strict):
         return {f"{name}: subject": self.subject_digest, f"{name}: activations": self.store_digest} | checkpoints
 
 
+class Stratum(Strict):
+    """Matched alive features for which a figure lies in [low, high), over all pairs and both sides. Nothing is decided
+    by them."""
+
+    figure: str
+    """Share of held-out rows on which a feature fires, or its signed cosine with the nearest prototype."""
+    low: Number
+    high: Number
+    features: Number
+    """Mean number a SAE."""
+    mcc: Number
+    share70: Number
+
+
 class Comparison(Scored, OnStore):
     """All pairs of SAEs on one store (`stability.study.compare_all`)."""
 
@@ -602,6 +616,8 @@ class Comparison(Scored, OnStore):
     """SAEs of Gaussian rows; None: not part of the study."""
     others: list[int] | None
     """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
+    strata: list[Stratum]
+    """Matched alive features by how often they fire, and by how near a prototype they lie."""
 
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
@@ -695,7 +711,7 @@ class Drawn(InOrder):
     KEYS = (
         *("members", "curve_steps", "snapshot_steps", *OnStore.model_fields, "spectral_groups"),
         *(*Scored.model_fields, "histogram_bins", "histograms", *Followed.model_fields),
-        *("gaussian", "others", "random_model", "cross_entropy", "notes"),
+        *("gaussian", "others", "strata", "random_model", "cross_entropy", "notes"),
     )
     spectral_groups: list[int]
     """Sizes of the groups of principal components that the spectral null rotates."""

@@ -9,7 +9,7 @@ from husai.evidence.names import COMPARED_NULLS, GATED_NULLS
 from husai.runs.files import write_text
 
 if TYPE_CHECKING:
-    from husai.evidence.schemas import Gain, Interval, Scored, Section
+    from husai.evidence.schemas import Comparison, Gain, Interval, Scored, Section
 
 
 def interval(e: dict | Interval, sign: str = "") -> str:
@@ -41,6 +41,17 @@ def gain_sentence(gain: Gain) -> str:
 def at_rest(section: Section) -> str:
     """Whether stability had come to rest at the end of training, as a cell."""
     return {True: "yes", False: "**no**", None: "not known"}[section.convergence.converged]
+
+
+def strata(section: Comparison) -> list[str]:
+    """Lines of markdown: how well features match, by firing rate and by cosine with the nearest prototype."""
+    named = {"firing_rate": "share of held-out rows it fires on", "nearest": "cosine with the nearest prototype"}
+    rows = [
+        [named[s.figure], f"{s.low:g} to {s.high:g}", f"{s.features:.1f}", f"{s.mcc:.4f}", f"{s.share70:.1%}"]
+        for s in section.strata
+    ]
+    header = ["figure of a feature", "stratum", "features an SAE", "mean matched cosine", "matched at 0.7 or more"]
+    return ["Matched alive features, all pairs of SAEs together:", "", *table(header, rows)] if rows else []
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

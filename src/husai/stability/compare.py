@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,12 @@ from husai.evidence.names import GAP, SCORES
 from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.matching import match
-from husai.stability.scores import score
+from husai.stability.prototypes import NEAR
+from husai.stability.scores import MATCHED, score
 
 BINS = np.linspace(0, 1, 51)
+STRATA = {"firing_rate": (0.0, 1e-3, 1e-2, 1e-1, 1.0), "nearest": (-1.0, 0.3, 0.5, NEAR, 1.0)}
+"""Figure of a feature -> edges of the strata that its match is reported in. A stratum holds its lower edge."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,19 @@ class Dictionary:
     """What the comparison needs of one SAE."""
 
     W_dec: Tensor  # [d_sae, d_in]
-    alive: Tensor  # bool [d_sae]
+    firing_rate: Tensor  # [d_sae], share of held-out rows on which each feature fires
     untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
-    apart: Tensor | None = None  # bool [d_sae], features that are like no prototype; None: not known
+    nearest: Tensor | None = None  # [d_sae], signed cosine with the nearest prototype; None: not known
+
+    @property
+    def alive(self) -> Tensor:
+        """Features that fire on held-out rows, bool `[d_sae]`."""
+        return self.firing_rate > 0
+
+    @property
+    def apart(self) -> Tensor | None:
+        """Features that are like no prototype, bool `[d_sae]`."""
+        return None if self.nearest is None else self.nearest < NEAR
 
     @property
     def others(self) -> Tensor | None:
@@ -36,11 +49,19 @@ class Dictionary:
         return None if self.apart is None else self.alive & self.apart
 
     def digest(self) -> str:
-        """sha256 of all that a comparison reads of it."""
-        sha = hashlib.sha256()
-        for tensor in (self.W_dec, self.alive, self.untrained, self.apart):
-            sha.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
-        return sha.hexdigest()
+        """sha256 of all that scores read: the directions, and which of them count. It seeds the draws of the nulls."""
+        return _sha256(self.W_dec, self.alive, self.untrained, self.apart)
+
+    def content(self) -> str:
+        """sha256 of all that a comparison reads, strata included."""
+        return _sha256(self.W_dec, self.firing_rate, self.untrained, self.nearest)
+
+
+def _sha256(*tensors: Tensor | None) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def pair(
@@ -88,9 +109,38 @@ def pair(
 
 
 def given(a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict:
-    """Scores of two dictionaries as they are, in the form of `pair`'s entries."""
+    """Scores of two dictionaries as they are, in the form of `pair`'s entries, and `strata`."""
     means = scores_of(a.W_dec, b.W_dec, a, b, scores)
-    return {"mean": means, "draws": None, "histogram": histogram(a.W_dec, b.W_dec, a, b).tolist()}
+    counts = histogram(a.W_dec, b.W_dec, a, b).tolist()
+    return {"mean": means, "draws": None, "histogram": counts, "strata": strata(a, b)}
+
+
+def strata(a: Dictionary, b: Dictionary) -> dict[str, list[list[float]]]:
+    """Matched alive features in strata of STRATA: figure -> for each stratum the number of features of both sides, the
+    sum of their matched signed cosines, and the number matched at MATCHED or more."""
+    places = [torch.nonzero(d.alive).squeeze(1) for d in (a, b)]
+    if not all(map(len, places)):
+        return {}
+    matching = match(a.W_dec[places[0]], b.W_dec[places[1]], signed=True)
+    both = np.concatenate([matching.cosines, matching.cosines])
+    sides = ((a, places[0][matching.rows]), (b, places[1][matching.columns]))
+    counted = {}
+    for figure, edges in STRATA.items():
+        values = [getattr(d, figure) for d, _ in sides]
+        if any(v is None for v in values):
+            continue
+        of_both = torch.cat([v[at].double() for v, (_, at) in zip(values, sides, strict=True)])
+        stratum = np.digitize(of_both.numpy(), edges[1:-1])
+        weights = (None, both, (both >= MATCHED).astype(float))
+        columns = [np.bincount(stratum, w, minlength=len(edges) - 1) for w in weights]
+        counted[figure] = np.stack(columns, 1).tolist()
+    return counted
+
+
+def added(strata: Sequence[dict]) -> dict[str, list[list[float]]]:
+    """Strata of several pairs together; figures that a pair lacks are left out."""
+    shared = set(STRATA).intersection(*strata) if strata else ()
+    return {f: np.sum([pair[f] for pair in strata], axis=0).tolist() for f in STRATA if f in shared}
 
 
 def scores_of(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict[str, float]:

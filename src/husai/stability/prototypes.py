@@ -1,7 +1,7 @@
 """Prototypes: directions that the activations give without training. Single rows, means of tokens, centroids.
 
 Every seed finds them again, so that a score of stability does not tell them from features. They enter twice: features
-whose direction lies near a prototype are told apart (`of_store`, `apart`), and an SAE must code better than a
+whose direction lies near a prototype are told apart (`of_store`, `nearest`), and an SAE must code better than a
 dictionary of them (`dictionaries`, `TopKLeastSquares`). Stores are read in blocks, therefore memory does not grow with
 their rows.
 """
@@ -81,10 +81,10 @@ def prototypes(store: ActivationStore, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def apart(W_dec: Tensor, prototypes: Tensor) -> Tensor:
-    """Whether each direction is far from every prototype, bool `[d_sae]`."""
+def nearest(W_dec: Tensor, prototypes: Tensor) -> Tensor:
+    """Signed cosine of each direction with the prototype nearest to it, `[d_sae]`."""
     U = unit_rows(W_dec.to(prototypes))
-    return torch.stack([(U @ part.T).amax(1) < NEAR for part in prototypes.split(BLOCK)]).all(0)
+    return torch.stack([(U @ part.T).amax(1) for part in prototypes.split(BLOCK)]).amax(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from husai.evidence.schemas import (
     Interval,
     Section,
     Snapshot,
+    Stratum,
     TrainedMember,
 )
 from husai.kernels.workers import one_torch_thread
@@ -64,7 +65,7 @@ class ControlArm:
 def own_dictionary(folder: Path) -> Dictionary:
     """A checkpoint that the grid trained, with its state before training."""
     return Dictionary(
-        checkpoints.load(folder).W_dec, checkpoints.alive(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
+        checkpoints.load(folder).W_dec, checkpoints.firing_rate(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
     )
 
 
@@ -126,7 +127,7 @@ def external_dictionary(
     sae = open_fitting(folder, store)
     before = untrained_state(folder, sae, untrained)
     figures, firing_rate = evaluate(sae, store, heldout)
-    return Dictionary(sae.W_dec, firing_rate > 0, before), figures
+    return Dictionary(sae.W_dec, firing_rate, before), figures
 
 
 def untrained_state(folder: Path, sae: SAE, untrained: Path | None) -> Tensor | None:
@@ -177,7 +178,7 @@ def compare_all(
     with one_torch_thread(), progress("scoring pairs of SAEs against the nulls", len(all_pairs)) as advance:
         for i, j in all_pairs:
             key = {
-                "dictionaries": [[arm and arm[n].digest() for n in (i, j)] for arm in (dictionaries, *arms.values())],
+                "dictionaries": [[arm and arm[n].content() for n in (i, j)] for arm in (dictionaries, *arms.values())],
                 "store": store.digest,
                 "draws": draws,
                 "scores": scores,
@@ -226,8 +227,20 @@ def _comparison(
             {"a": labels[i], "b": labels[j], **{name: value[name]["mean"] for name in present}}
             for (i, j), value in scored.items()
         ],
+        strata=_strata([value["observed"]["strata"] for value in scored.values()]),
         **more,
     )
+
+
+def _strata(of_pairs: list[dict]) -> list[Stratum]:
+    """Strata of the features of all pairs, those without a feature left out."""
+    made, sides = [], 2 * len(of_pairs)
+    for figure, rows in compare.added([pair for pair in of_pairs if pair]).items():
+        for (low, high), (n, cosines, matched) in zip(pairwise(compare.STRATA[figure]), rows, strict=True):
+            if n:
+                shares = {"features": n / sides, "mcc": cosines / n, "share70": matched / n}
+                made.append(Stratum(figure=figure, low=low, high=high, **shares))
+    return made
 
 
 def compare_across(
@@ -257,7 +270,7 @@ def compare_across(
     with one_torch_thread(), progress("scoring pairs of SAEs and transcoders against the nulls", len(pairs)) as advance:
         for i, j in pairs:
             key = {
-                "dictionaries": [[arm[n].digest() for n in (i, j)] for arm in arms],
+                "dictionaries": [[arm[n].content() for n in (i, j)] for arm in arms],
                 "store": store.digest,
                 "draws": draws,
                 "scores": scores,
@@ -286,7 +299,10 @@ def mean_of_two(first: dict, second: dict) -> dict:
         draws = a["draws"] and {s: np.mean([a["draws"][s], b["draws"][s]], axis=0).tolist() for s in a["draws"]}
         return {"mean": means, "draws": draws}
 
-    return {null: of_null(first[null], second[null]) for null in first}
+    merged = {null: of_null(first[null], second[null]) for null in first}
+    both = first["observed"]["strata"], second["observed"]["strata"]
+    merged["observed"]["strata"] = compare.added(both)
+    return merged
 
 
 def told_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
@@ -295,7 +311,7 @@ def told_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
     Args:
         of: prototypes, unit rows `[n, d_in]`.
     """
-    return [replace(d, apart=prototypes.apart(d.W_dec, of)) for d in dictionaries]
+    return [replace(d, nearest=prototypes.nearest(d.W_dec, of)) for d in dictionaries]
 
 
 def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
@@ -303,7 +319,9 @@ def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary
     none to compare with, any excess would be shown."""
     known = told_apart(dictionaries, of)
     few = [d.others is not None and int(d.others.sum()) < FEWEST for d in known]
-    return [replace(d, apart=torch.ones_like(d.alive)) if f else d for d, f in zip(known, few, strict=True)]
+    return [
+        replace(d, nearest=torch.full_like(d.W_dec[:, 0], -1.0)) if f else d for d, f in zip(known, few, strict=True)
+    ]
 
 
 def last_third(steps: list[int]) -> list[int]:

@@ -361,6 +361,7 @@ def _section(members: list[dict], subject: str, hook_name: str, store: str, null
         "members": [s | {"heldout": m["heldout"]} for s, m in zip(seeds, members, strict=True)]
     }
     about["others"] = [D_SAE // 2] * len(members)
+    about["strata"] = [{"figure": "nearest", "low": -1, "high": 0.3, "features": D_SAE, "mcc": 0.4, "share70": 0.1}]
     about["convergence"] = {"from_step": 400, "to_step": 1200, "moved": moved, "converged": True}
     below = {name: _scores(0.2) for name in present}
     labels = [m["label"] for m in members]
