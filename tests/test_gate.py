@@ -492,6 +492,8 @@ def test_no_damage_of_supplied_evidence_gets_through(supplied):
     rng = np.random.default_rng(0)
     files = {"confirmation": supplied.files["confirmation"]}
     cases = [c for c in damage.of_values(replace(supplied, files=files), rng) if rng.random() < 0.03]
+    # Nothing was selected, therefore no selection says which versions are expected.
+    cases = [c for c in cases if "/versions/" not in c.place]
     cases = [replace(c, bundle=Bundle(supplied.files | c.bundle.files, supplied.on_disk)) for c in cases]
     assert len(cases) > 60
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []

@@ -233,7 +233,7 @@ def test_strata_count_each_matched_feature_once_on_either_side():
     left, right = linear_sum_assignment(worth, maximize=True)
     found = compare.strata(a, b)
     for figure, values in (("firing_rate", rates), ("nearest", near)):
-        edges, expected = compare.STRATA[figure], np.zeros((4, 3))
+        edges, expected = names.STRATA[figure], np.zeros((4, 3))
         for i, j in zip(left, right, strict=True):
             for value in (values[0][places[0][i]], values[1][places[1][j]]):
                 stratum = max(n for n in range(4) if float(value) >= edges[n] or n == 0)

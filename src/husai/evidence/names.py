@@ -17,3 +17,8 @@ COMPARED_NULLS = ("isotropic", "spectral")
 """Nulls of phases that compare arms, and train no control for each."""
 ASKED_FOR_NULLS = ("untrained", "random_model")
 """Reported where they were computed, and not missed where they were not."""
+NEAR = 0.7
+"""Signed cosine from which a feature is prototype-like."""
+STRATA = {"firing_rate": (0.0, 1e-3, 1e-2, 1e-1, 1.0), "nearest": (-1.0, 0.3, 0.5, NEAR, 1.0)}
+"""Figure of a feature -> edges of the strata that its match is reported in. A stratum holds its lower edge. The figures
+are the share of held-out rows on which it fires, and its signed cosine with the nearest prototype."""

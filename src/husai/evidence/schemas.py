@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -17,13 +18,14 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from husai.evidence.estimates import Estimate, noise
 from husai.evidence.levels import K
-from husai.evidence.names import GAP, GATED_NULLS, PRIMARY_SCORE, SCORED
+from husai.evidence.names import GAP, GATED_NULLS, PRIMARY_SCORE, SCORED, STRATA
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -31,6 +33,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
+Versions = Annotated[dict[str, Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Place = Annotated[str, Field(pattern=r"^[0-9]+$")]
 """A seed, or the place of an SAE in its group if seeds are not known (`seed_names`)."""
 ContrastiveName = Literal["cebench", "cebench_local_copy", "contrastive_local"]
@@ -354,7 +357,7 @@ class Probing(Strict):
     families: Names
     random_seed: int
     probing: ProbingName = "sae_probes"
-    versions: dict[str, str]
+    versions: Versions
     saes: list[ProbedRecord]
     controls: list[ProbedControl]
     baselines: dict[str, Figures]
@@ -600,13 +603,19 @@ class Stratum(Strict):
     by them."""
 
     figure: str
-    """Share of held-out rows on which a feature fires, or its signed cosine with the nearest prototype."""
     low: Number
     high: Number
     features: Number
-    """Mean number a SAE."""
-    mcc: Number
-    share70: Number
+    """Mean number an SAE."""
+    mcc: Number | None
+    """None, as the next: no feature lies in the stratum."""
+    share70: Number | None
+
+    @model_validator(mode="after")
+    def _empty(self) -> Stratum:
+        if (self.features == 0) != (self.mcc is None) or (self.mcc is None) != (self.share70 is None):
+            raise ValueError("a stratum has figures if it has features")
+        return self
 
 
 class Comparison(Scored, OnStore):
@@ -617,7 +626,17 @@ class Comparison(Scored, OnStore):
     others: list[int] | None
     """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
     strata: list[Stratum]
-    """Matched alive features by how often they fire, and by how near a prototype they lie."""
+    """Matched alive features by each figure of STRATA that is known."""
+
+    @field_validator("strata")
+    @classmethod
+    def _every_stratum(cls, strata: list[Stratum]) -> list[Stratum]:
+        found: dict[str, list[tuple]] = {}
+        for s in strata:
+            found.setdefault(s.figure, []).append((s.low, s.high))
+        if any(found[figure] != [*pairwise(STRATA.get(figure, ()))] for figure in found):
+            raise ValueError("strata: each stratum of a figure once expected, in order")
+        return strata
 
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
@@ -1384,7 +1403,7 @@ class OODStress(Strict):
     families: dict[str, Any] | None
     activations: dict[str, Any]
     probing: ProbingName = "sae_probes"
-    versions: dict[str, str]
+    versions: Versions
     skipped: dict[str, str]
     text: str = "packaged"
     """Source of the held-out text (`subjects.sources.TextSource`)."""

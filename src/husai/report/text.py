@@ -49,6 +49,7 @@ def strata(section: Comparison) -> list[str]:
     rows = [
         [named[s.figure], f"{s.low:g} to {s.high:g}", f"{s.features:.1f}", f"{s.mcc:.4f}", f"{s.share70:.1%}"]
         for s in section.strata
+        if s.mcc is not None and s.share70 is not None
     ]
     header = ["figure of a feature", "stratum", "features an SAE", "mean matched cosine", "matched at 0.7 or more"]
     return ["Matched alive features, all pairs of SAEs together:", "", *table(header, rows)] if rows else []

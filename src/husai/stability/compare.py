@@ -12,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from husai.evidence.names import GAP, SCORES
+from husai.evidence.names import GAP, NEAR, SCORES, STRATA
 from husai.runs.seeds import generator
 from husai.stability import nulls
 from husai.stability.matching import match
-from husai.stability.prototypes import NEAR
 from husai.stability.scores import MATCHED, score
 
 BINS = np.linspace(0, 1, 51)
-STRATA = {"firing_rate": (0.0, 1e-3, 1e-2, 1e-1, 1.0), "nearest": (-1.0, 0.3, 0.5, NEAR, 1.0)}
-"""Figure of a feature -> edges of the strata that its match is reported in. A stratum holds its lower edge."""
 
 
 @dataclass(frozen=True)

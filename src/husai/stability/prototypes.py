@@ -27,8 +27,6 @@ from husai.runs.seeds import generator
 from husai.stability.matching import unit_rows
 from husai.training.trainer import TrainingConfig, evaluate
 
-NEAR = 0.7
-"""Signed cosine from which a feature is prototype-like."""
 LEAST = 5
 """Occurrences that the mean of a token needs."""
 BLOCK = 16_384

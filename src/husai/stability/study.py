@@ -20,7 +20,7 @@ from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
 from husai.evidence.estimates import fitted_change, jackknife
-from husai.evidence.names import GAP, OTHERS, SCORES
+from husai.evidence.names import GAP, OTHERS, SCORES, STRATA
 from husai.evidence.schemas import (
     Alike,
     Comparison,
@@ -233,13 +233,12 @@ def _comparison(
 
 
 def _strata(of_pairs: list[dict]) -> list[Stratum]:
-    """Strata of the features of all pairs, those without a feature left out."""
+    """Strata of the features of all pairs that have matched features."""
     made, sides = [], 2 * len(of_pairs)
     for figure, rows in compare.added([pair for pair in of_pairs if pair]).items():
-        for (low, high), (n, cosines, matched) in zip(pairwise(compare.STRATA[figure]), rows, strict=True):
-            if n:
-                shares = {"features": n / sides, "mcc": cosines / n, "share70": matched / n}
-                made.append(Stratum(figure=figure, low=low, high=high, **shares))
+        for (low, high), (n, cosines, matched) in zip(pairwise(STRATA[figure]), rows, strict=True):
+            shares = {"mcc": cosines / n, "share70": matched / n} if n else {"mcc": None, "share70": None}
+            made.append(Stratum(figure=figure, low=low, high=high, features=n / sides, **shares))
     return made
 
 

@@ -55,8 +55,8 @@ INFORMATIONAL = {
     A_SECTION + r"/stability/(missing_nulls/.*|scores/.*/(draws|q95_of_mean))": "why a null that no gate reads is not "
     "there; how a null's draws spread, which the evidence does not keep",
     A_SECTION + r"/pairs/\d+/.*/mcc_gap_bound": "of a pair; the largest is made again",
-    A_SECTION
-    + r"/(others/\d+|strata(/.*)?|gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
+    A_SECTION + r"/(others/\d+|strata/\d+/(features|mcc|share70)|"
+    r"gaussian/members/\d+/heldout/(explained_variance|mse|dead_share))": "reported",
     A_SECTION + r"/gaussian/members/\d+/heldout/l0": "within the tolerance it changes nothing; beyond, test_gate asks",
     r"phase4a/husai/(hook_name|rows|d_in|members/\d+/(d_sae|k|family|learning_rate|assignment_weight))": "modular "
     "addition, which decides nothing",

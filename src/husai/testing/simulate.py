@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from husai.evidence import (
 )
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate, noise
-from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS
+from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS, STRATA
 from husai.evidence.rules import SPECTRAL_DRAWS
 from husai.evidence.schemas import (
     Alike,
@@ -361,7 +361,11 @@ def _section(members: list[dict], subject: str, hook_name: str, store: str, null
         "members": [s | {"heldout": m["heldout"]} for s, m in zip(seeds, members, strict=True)]
     }
     about["others"] = [D_SAE // 2] * len(members)
-    about["strata"] = [{"figure": "nearest", "low": -1, "high": 0.3, "features": D_SAE, "mcc": 0.4, "share70": 0.1}]
+    about["strata"] = [
+        {"figure": figure, "low": low, "high": high, "features": D_SAE / 4, "mcc": 0.4, "share70": 0.1}
+        for figure, edges in STRATA.items()
+        for low, high in pairwise(edges)
+    ]
     about["convergence"] = {"from_step": 400, "to_step": 1200, "moved": moved, "converged": True}
     below = {name: _scores(0.2) for name in present}
     labels = [m["label"] for m in members]
