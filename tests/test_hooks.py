@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from husai.runs.errors import BadInput
-from husai.runs.subjects import same_model
 from husai.stability.study import refuse_processed
-from husai.subjects.hooks import hook_name_of, same_place
+from husai.subjects.hooks import hook_name_of, same_model, same_place
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from husai.stability import compare, nulls
 from husai.stability.compare import Dictionary
 from husai.stability.recovery import recovery
 from husai.subjects.planted import NOISE, generate
+from husai.subjects.sources import TextSource
 from husai.testing import simulate
 
 PHASE4A = "scripts/experiments/run_phase4a_reproduction.py"
@@ -300,6 +301,7 @@ def arguments(root) -> Namespace:
     sources = {"subject": None, "activation_cache_dir": None, "sae_root": None, "hook_name": None, "rows": None}
     sizes = {"d_sae": 256, "k": 8, "learning_rate": 0.003, "tokens": 1, "batch_size": 1, "null_draws": 100}
     where = {"artifact_root": root / "artifacts", "output_dir": root / "out", "threads": 1}
+    sources["text"] = TextSource()
     return Namespace(**sources, **sizes, **where, seeds=[42, 123, 456, 789, 1011])
 
 

@@ -255,6 +255,7 @@ def test_grid_script(run_script, small_activations, tmp_path):
         assert SAE.load_from_disk(tmp_path / m["checkpoint"]).cfg.k == m["k"]
 
 
+@pytest.mark.nightly
 def test_arithmetic_in_float64_from_the_shell(run_script, small_activations, tmp_path):
     """Nearly the same SAEs, and the same kind of checkpoints."""
     found = {}

@@ -28,9 +28,9 @@ from husai.runs.checkpoints import is_name, read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
-from husai.runs.subjects import same_model
 from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained
+from husai.subjects.hooks import same_model
 from husai.subjects.pretrained import LanguageModel
 from husai.subjects.sources import TextSource
 from husai.training.trainer import TrainingConfig, evaluate

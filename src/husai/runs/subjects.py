@@ -71,17 +71,6 @@ def short_name(subject: str | Path) -> str:
     return path.name
 
 
-def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model: case and owner aside, or by TransformerLens' aliases."""
-    names = [short_name(n).lower() for n in (one, other)]
-    if names[0] == names[1]:
-        return True
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    known = ({n.rpartition("/")[2].lower() for n in (full, *short)} for full, short in MODEL_ALIASES.items())
-    return any(set(names) <= names_of_one for names_of_one in known)
-
-
 def is_language_model(subject: str | Path | None) -> bool:
     """Whether this is the name or folder of a language model; False for none and for a folder of modular addition."""
     return subject is not None and not (Path(subject) / "subject.json").is_file()

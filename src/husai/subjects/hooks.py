@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from husai.runs.subjects import short_name
+
 MODULES = {
     "": "hook_resid_post",
     "mlp": "mlp.hook_out",
@@ -61,7 +63,18 @@ def canonical(place: str) -> str:
 def same_place(one: str, other: str) -> bool:
     """Whether two names are of one place, as far as names say.
 
-    Models that normalise the output of a block's parts (Gemma 2) compute other values at `hook_mlp_out` than at
-    `mlp.hook_out`: `activations.language_model.refuse_unequal` compares values.
+    Limit: models that normalise the output of a block's parts (Gemma 2) compute other values at `hook_mlp_out` than at
+    `mlp.hook_out`. Names cannot say so.
     """
     return canonical(one) == canonical(other)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: case and owner aside, or by TransformerLens' aliases."""
+    names = [short_name(n).lower() for n in (one, other)]
+    if names[0] == names[1]:
+        return True
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    known = ({n.rpartition("/")[2].lower() for n in (full, *short)} for full, short in MODEL_ALIASES.items())
+    return any(set(names) <= names_of_one for names_of_one in known)
