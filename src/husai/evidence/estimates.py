@@ -274,3 +274,49 @@ def tost(estimate: Estimate, margin: float, alpha: float = 0.05) -> Equivalence:
         upper = special.stdtr(df, (estimate.estimate - margin) / estimate.standard_error)
         p = float(max(lower, upper))
     return Equivalence(p, p < alpha, margin, alpha)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single features
+
+
+def clopper_pearson_low(hits: np.ndarray | int, n: int, level: float = 0.95) -> np.ndarray:
+    """One-sided lower confidence bound of a probability after `hits` of `n` independent trials; 0 where none hit.
+
+    Clopper & Pearson (1934): the probability at which `hits` or more would happen with probability 1 − level, the
+    1 − level quantile of Beta(hits, n − hits + 1). At n of n it is (1 − level)^(1/n).
+
+    Args:
+        hits: whole numbers 0 … n, of any shape.
+
+    Raises:
+        ValueError: n < 1, or hits outside 0 … n.
+    """
+    k = np.asarray(hits, dtype=float)
+    if n < 1 or (k < 0).any() or (k > n).any():
+        raise ValueError(f"hits between 0 and n, and n of at least 1, expected; n is {n}")
+    return np.where(k > 0, special.betaincinv(np.maximum(k, 1), n - k + 1, 1 - level), 0.0)
+
+
+def clopper_pearson_high(hits: int, n: int, level: float = 0.95) -> float:
+    """One-sided upper confidence bound of a probability; 1 where all trials hit."""
+    return float(1 - clopper_pearson_low(n - hits, n, level))
+
+
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+    """q-values `[m]`: marking all with q ≤ α controls the expected share of false ones among those marked at α.
+
+    Benjamini & Hochberg (1995), for p-values that are independent or positively dependent: the least of
+    p₍ⱼ₎ · m / j over the ranks j from the rank of a p-value on.
+
+    Raises:
+        ValueError: a p-value outside 0 … 1, or NaN.
+    """
+    p = np.asarray(p_values, dtype=float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p-values between 0 and 1 expected, in one row")
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.empty_like(p)
+    q[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(0, 1)
+    return q

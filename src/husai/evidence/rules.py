@@ -18,12 +18,14 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from scipy import special
 
 from husai.evidence import contrast, drop, levels
 from husai.evidence.data_sets import families, gated
 from husai.evidence.deltas import K
 from husai.evidence.estimates import (
     Estimate,
+    clopper_pearson_low,
     effect_for,
     jackknife,
     mean_over_seeds,
@@ -769,6 +771,122 @@ def acceptance(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Single features
+
+RECURS_COSINE, RECURS_CORRELATION = 0.7, 0.5
+"""Least signed decoder cosine, and least held-out correlation of activations, with the one-to-one partner."""
+CERTIFIED_AT = 0.5
+"""Share π of trainings in which a certified feature recurs, by its one-sided 95 % Clopper–Pearson bound."""
+CERTIFIED_LEVEL = 0.95
+FALSE_SHARE = 0.05
+"""Expected share of false ones among features that are marked as above chance (Benjamini–Hochberg)."""
+REBUILT_BY, REBUILT_COSINE = 3, 0.9
+"""Most features of a sibling, and least cosine with what they rebuild, for a feature that is split or merged there."""
+DENSE = 0.1
+"""Share of tokens on which a feature fires, above which it counts as dense."""
+CALIBRATED_SHARE, CALIBRATED_BOUND, FEATURE_POWER = 0.05, 0.07, 0.8
+"""Calibration: largest realised share of false ones, its largest 95 % upper bound, and least share of true features of
+at least RARE firing that are marked."""
+RARE = 0.001
+
+STATEMENTS = {
+    "certified": "recurs in at least the share π of trainings, and more than chance explains",
+    "certified, not above chance": "recurs in at least the share π of trainings; chance can explain it",
+    "above chance": "is more alike than chance explains; too few trainings show that it recurs",
+    "recurs in some": "recurs in a sibling; chance can explain it",
+    "prototype-like": "lies near a token mean or a centroid, which every training finds",
+    "split or merged": "does not recur; a few features of most siblings rebuild its direction",
+    "not found": "does not recur, and few features of a sibling do not rebuild it",
+    "withheld": "does not recur; the siblings saw too few tokens to say that it is not to be found",
+    "dead": "does not fire on the held-out tokens",
+}
+"""What may be said of a feature -> what it means."""
+
+
+def recurs(
+    cosines: np.ndarray,
+    correlations: np.ndarray | None,
+    cosine: float = RECURS_COSINE,
+    correlation: float = RECURS_CORRELATION,
+) -> np.ndarray:
+    """Whether each feature recurs in each sibling, bool `[siblings, features]`.
+
+    Args:
+        cosines: signed, with the one-to-one partner. correlations: of their held-out activations; None: not known, and
+            the cosine alone decides.
+    """
+    found = np.asarray(cosines) >= cosine
+    return found if correlations is None else found & (np.asarray(correlations) >= correlation)
+
+
+def certified(bounds: np.ndarray, share: float = CERTIFIED_AT) -> np.ndarray:
+    """Whether lower bounds of recurrence reach the share; rounding aside."""
+    return np.asarray(bounds) >= share - ROUNDING
+
+
+def siblings_needed(share: float = CERTIFIED_AT, misses: int = 0) -> int:
+    """Fewest siblings of which all but `misses` certify a feature at a share."""
+    n = misses + 1
+    while not certified(clopper_pearson_low(n - misses, n, CERTIFIED_LEVEL), share):
+        n += 1
+    return n
+
+
+def above_chance(q_values: np.ndarray) -> np.ndarray:
+    """Whether q-values mark their features."""
+    return np.asarray(q_values) <= FALSE_SHARE
+
+
+def differs_from_siblings(own: Sequence[float], among: Sequence[float]) -> bool | None:
+    """Whether an SAE recurs less than its siblings do among each other: its mean share lies below the 95 % prediction
+    interval of one more sibling's. None with fewer than three siblings.
+
+    Args:
+        own: share of its features with a partner in each sibling, by decoder cosine. among: the same of each sibling,
+            its mean over the others.
+    """
+    if len(among) < 3:
+        return None
+    spread = math.sqrt(1 + 1 / len(among)) * float(np.std(among, ddof=1))
+    return (
+        float(np.mean(own)) < float(np.mean(among)) + float(special.stdtrit(len(among) - 1, 0.025)) * spread - ROUNDING
+    )
+
+
+def statements(
+    recurrent: np.ndarray,
+    bounds: np.ndarray,
+    marked: np.ndarray,
+    prototype: np.ndarray,
+    rebuilt: np.ndarray,
+    dead: np.ndarray,
+    siblings: int,
+    share: float | None,
+    withheld: bool,
+) -> np.ndarray:
+    """What may be said of each feature, one of STATEMENTS, `[features]`.
+
+    Args:
+        recurrent: siblings in which it recurs. bounds: their Clopper–Pearson bounds. marked: above chance. prototype:
+            like one. rebuilt: siblings in which it does not recur and is rebuilt. dead: fires nowhere.
+        share: to certify at; None: nothing can be certified, because the siblings are no fresh trainings.
+        withheld: why nothing is said to be missing is known.
+    """
+    sure = certified(bounds, share) if share is not None else np.zeros(len(bounds), bool)
+    missing = "withheld" if withheld else "not found"
+    kinds = {
+        "dead": dead,
+        "prototype-like": prototype & (sure | marked | (recurrent > 0)),
+        "certified": sure & marked,
+        "certified, not above chance": sure,
+        "above chance": marked,
+        "recurs in some": recurrent > 0,
+        "split or merged": 2 * rebuilt > siblings,
+    }
+    return np.select([*kinds.values()], [*kinds], missing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -824,6 +942,20 @@ def table() -> str:
         "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the excess of `{PRIMARY_SCORE}` "
         "between the candidate's SAEs and transcoders of other seeds is above the minimum "
         f"({TRANSCODER.threshold:g} where none is set) over each required null",
+        "single features, recurs": f"in a sibling: signed decoder cosine with the one-to-one partner of at least "
+        f"{RECURS_COSINE:g}, and held-out correlation with it of at least {RECURS_CORRELATION:g}",
+        "single features, certified": f"the one-sided {100 * CERTIFIED_LEVEL:g} % Clopper–Pearson bound of k of n "
+        f"siblings is at least π ({CERTIFIED_AT:g} where none is set)",
+        "single features, above chance": "the larger of two p-values (rotated siblings; permuted labels of siblings "
+        f"and SAEs of Gaussian rows) has a Benjamini–Hochberg q of at most {FALSE_SHARE:g}",
+        "single features, prototype-like": "signed cosine of at least 0.7 with a token mean or a centroid of other "
+        "documents",
+        "single features, split or merged": "does not recur, and in more than half of the siblings a non-negative sum "
+        f"of at most {REBUILT_BY} features has a cosine of at least {REBUILT_COSINE:g} with it",
+        "single features, calibration": "realised share of false ones among *above chance*, prototype-like ones "
+        f"aside: at most {CALIBRATED_SHARE:g}, its 95 % upper bound at most {CALIBRATED_BOUND:g}; share of certified "
+        f"features whose fresh trainings reject π: at most {CALIBRATED_SHARE:g}; share of marked ones among true "
+        f"features that fire on {100 * RARE:g} % of the rows: at least {FEATURE_POWER:g}",
         "one condition": "of user-supplied SAEs, what the library wrote is equal but for seeds, names, places of "
         f"output, logs and the machine; L0 that ranges over more than {UNUSUAL_L0:.0%} of its median, or an explained "
         f"variance more than {UNUSUAL_EV:g} from the median, is said; {FAR_L0:.0%} and {FAR_EV:g} are refused where "

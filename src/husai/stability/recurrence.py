@@ -1,0 +1,459 @@
+"""Does a feature come back in other trainings? One feature at a time, of one SAE against its siblings.
+
+    import husai
+    found = husai.compare([a, b, c])      # decoders, arrays [d_sae, d_in]
+    print(found.scores["mcc"], found.recurrence[0])
+
+A *sibling* differs from the SAE in its seed alone. A feature *recurs* in a sibling if the one-to-one partner (signed,
+`matching.py`) has a decoder cosine of at least 0.7 and, where activations are at hand, correlates with it on held-out
+rows. *Recurrence* is k of n siblings, with a one-sided Clopper–Pearson bound.
+
+*Above chance*: the feature stays as it is, and every sibling is rotated by the spectral null (`nulls.py`), each by
+itself. The statistic is the mean over siblings of the largest signed cosine with the feature. Under the null a sibling
+and its rotations are exchangeable, therefore one value of each sibling's, drawn from its own and its rotations', has
+the null distribution. A second test permutes the labels of siblings and SAEs of Gaussian rows. The larger p counts.
+
+The numbers that decide stand in `evidence/rules.py`. Nothing here loads a language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from husai.evidence import rules
+from husai.evidence.estimates import Estimate, benjamini_hochberg, clopper_pearson_low, jackknife
+from husai.runs.errors import BadInput
+from husai.runs.seeds import generator
+from husai.stability import nulls
+from husai.stability.matching import match, unit_rows
+from husai.stability.nulls import Spectrum
+from husai.stability.scores import MATCHED, pwmcc
+
+BLOCK = 1024
+"""Rows of the SAE whose cosines with a whole sibling are in memory at a time."""
+DRAWS = 20_000
+"""Draws of the null of a mean over siblings, and of relabellings where there are more."""
+DRAWS_AT_ONCE = 256
+ROUNDING = 1e-6
+"""Sums of cosines that differ by less count as equal."""
+NONE = -1
+"""In place of a feature: no partner."""
+FEWEST_ROTATIONS, TUPLES = 20, 50_000
+"""Rotations of each sibling at least, and so many that their combinations give p-values this fine."""
+BFLOAT16 = 2.0**-8
+"""Relative rounding of a bfloat16 number is at most half of it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Partners
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The one-to-one partners of an SAE's features in each sibling."""
+
+    features: np.ndarray  # int [siblings, d_sae]; NONE where a smaller sibling leaves a feature without a partner
+    cosines: np.ndarray  # float64 [siblings, d_sae], decoder cosines with them; negative ones count 0
+
+
+def partners(W_dec: Tensor, siblings: Sequence[Tensor]) -> Partners:
+    """Match `W_dec [d_sae, d_in]` with each sibling `[m, d_in]` by signed cosine."""
+    features = np.full((len(siblings), len(W_dec)), NONE, np.int64)
+    cosines = np.zeros((len(siblings), len(W_dec)))
+    for i, sibling in enumerate(siblings):
+        found = match(W_dec, sibling, signed=True)
+        features[i, found.rows], cosines[i, found.rows] = found.columns, found.cosines
+    return Partners(features, cosines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Above chance
+
+
+@torch.no_grad()
+def maxima(W_dec: Tensor, sibling: Tensor, bfloat16: bool = False) -> Tensor:
+    """Largest signed cosine of each row of `W_dec [d_sae, d_in]` with a row of `sibling [m, d_in]`, `[d_sae]`.
+
+    Args:
+        bfloat16: the products are of rounded rows, twice to many times faster, and what is returned is an upper bound:
+            each rounded unit row is off by at most 2⁻⁹ of its norm, and the product by 2⁻⁹ of itself.
+    """
+    a, b = unit_rows(W_dec.float()), unit_rows(sibling.float())
+    if not bfloat16:
+        return torch.cat([(part @ b.T).amax(1) for part in a.split(BLOCK)])
+    a, b = a.bfloat16(), b.bfloat16()
+    found = torch.cat([(part @ b.T).amax(1) for part in a.split(BLOCK)]).float()
+    return found + found.abs() * BFLOAT16 + BFLOAT16 + BFLOAT16**2 + a.shape[1] * 2.0**-24
+
+
+def rotations_for(siblings: int) -> int:
+    """Rotations of each sibling that are drawn where nothing is said."""
+    return max(FEWEST_ROTATIONS, int(np.ceil(TUPLES ** (1 / siblings))) - 1)
+
+
+@torch.no_grad()
+def rotated_maxima(
+    W_dec: Tensor,
+    siblings: Sequence[Tensor],
+    spectrum: Spectrum,
+    rotations: int,
+    stream: Sequence[int | str] = (),
+    bfloat16: bool = False,
+) -> Tensor:
+    """`maxima` with each sibling rotated by the spectral null, float32 `[rotations, siblings, d_sae]`.
+
+    Memory: one sibling, one rotation, and BLOCK × m cosines.
+
+    Args:
+        spectrum: of the activations, the mean direction set apart.
+        stream: names the draws. They are independent over rotations and siblings.
+    """
+    found = torch.empty(rotations, len(siblings), len(W_dec))
+    for s, sibling in enumerate(siblings):
+        for r in range(rotations):
+            g = generator("recurrence", *stream, s, r)
+            found[r, s] = maxima(W_dec, nulls.spectral(W_dec, sibling.float(), spectrum, g)[1], bfloat16)
+    return found
+
+
+def rotation_p_values(observed: Tensor, rotated: Tensor, draws: int = DRAWS) -> np.ndarray:
+    """p-value of each feature's mean over siblings, `[d_sae]`.
+
+    One value a sibling is drawn from its own and its rotations'. The observed ones are among them, because under the
+    null they are exchangeable with the others; without them the test would be too liberal (Phipson & Smyth 2010).
+
+    Args:
+        observed: `[siblings, d_sae]`. rotated: `[rotations, siblings, d_sae]`.
+    """
+    pools = torch.cat([observed[None], rotated])
+    total = observed.sum(0) - ROUNDING
+    g, reached = generator("recurrence", "tuples"), torch.zeros(observed.shape[1], dtype=torch.int64)
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        chosen = torch.randint(len(pools), (min(DRAWS_AT_ONCE, draws - start), len(observed)), generator=g)
+        sums = torch.zeros(len(chosen), observed.shape[1])
+        for s in range(len(observed)):
+            sums += pools[chosen[:, s], s]
+        reached += (sums >= total).sum(0)
+    return ((1 + reached.double()) / (1 + draws)).numpy()
+
+
+def permutation_p_values(siblings: Tensor, gaussian: Tensor, draws: int = DRAWS) -> np.ndarray:
+    """One-sided p-value of each feature's mean over siblings against SAEs of Gaussian rows, `[d_sae]`.
+
+    All ways to call n of the n + m SAEs siblings are enumerated up to `draws` of them; else as many are drawn. The
+    least p-value of n siblings and n others is 1/C(2n, n).
+
+    Args:
+        siblings: largest cosines `[n, d_sae]`. gaussian: `[m, d_sae]`.
+    """
+    values = torch.cat([siblings, gaussian]).double()
+    n, both = len(siblings), len(values)
+    total = values[:n].sum(0) - ROUNDING
+    exact = comb(both, n) <= draws
+    if exact:
+        labels = torch.zeros(comb(both, n), both, dtype=torch.float64)
+        labels.scatter_(1, torch.tensor([*combinations(range(both), n)]), 1.0)
+    else:
+        order = torch.rand(draws, both, generator=generator("recurrence", "labels")).argsort(1)[:, :n]
+        labels = torch.zeros(draws, both, dtype=torch.float64).scatter_(1, order, 1.0)
+    reached = torch.zeros(values.shape[1], dtype=torch.int64)
+    for part in labels.split(DRAWS_AT_ONCE):
+        reached += (part @ values >= total).sum(0)
+    return (reached.double() / len(labels) if exact else (1 + reached.double()) / (1 + draws)).numpy()
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What chance explains of each feature, `[d_sae]` each."""
+
+    similarity: np.ndarray  # mean over siblings of the largest signed cosine
+    rotated: np.ndarray  # the same of rotated siblings, the mean over rotations
+    gaussian: np.ndarray | None  # the same of SAEs of Gaussian rows
+    p_rotation: np.ndarray
+    p_permutation: np.ndarray | None
+    rotations: int
+
+    @property
+    def p_value(self) -> np.ndarray:
+        """The larger of the two."""
+        return self.p_rotation if self.p_permutation is None else np.maximum(self.p_rotation, self.p_permutation)
+
+    def q_values(self, tested: np.ndarray) -> np.ndarray:
+        """Benjamini–Hochberg over the tested features `[d_sae]` bool; 1 for the others."""
+        q = np.ones(len(self.p_value))
+        q[tested] = benjamini_hochberg(self.p_value[tested])
+        return q
+
+
+def chance(
+    W_dec: Tensor,
+    siblings: Sequence[Tensor],
+    spectrum: Spectrum,
+    gaussian: Sequence[Tensor] | None = None,
+    rotations: int | None = None,
+    draws: int = DRAWS,
+    bfloat16: bool = False,
+    stream: Sequence[int | str] = (),
+) -> Chance:
+    """Both tests of every feature.
+
+    Args:
+        W_dec: `[d_sae, d_in]`. siblings, gaussian: `[m, d_in]` each, SAEs alike, and SAEs of Gaussian rows alike.
+        rotations: of each sibling (`rotations_for`). bfloat16: see `maxima`; of rotated siblings alone, whose largest
+            cosines it can only raise.
+    """
+    rotations = rotations or rotations_for(len(siblings))
+    observed = torch.stack([maxima(W_dec, s) for s in siblings])
+    rotated = rotated_maxima(W_dec, siblings, spectrum, rotations, stream, bfloat16)
+    noise = torch.stack([maxima(W_dec, s) for s in gaussian]) if gaussian else None
+    return Chance(
+        similarity=observed.mean(0).double().numpy(),
+        rotated=rotated.mean((0, 1)).double().numpy(),
+        gaussian=None if noise is None else noise.mean(0).double().numpy(),
+        p_rotation=rotation_p_values(observed, rotated, draws),
+        p_permutation=None if noise is None else permutation_p_values(observed, noise, draws),
+        rotations=rotations,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Split or merged
+
+
+@torch.no_grad()
+def rebuilt(W_dec: Tensor, sibling: Tensor, most: int = rules.REBUILT_BY) -> tuple[Tensor, Tensor]:
+    """(cosine of each row of `W_dec [n, d_in]` with a non-negative sum of few rows of `sibling [m, d_in]`, `[n]`; which
+    rows, int `[n, most]`, NONE where fewer do).
+
+    Rows are chosen one by one, each the one with the largest cosine with what is left over (orthogonal matching
+    pursuit); their coefficients are those of non-negative least squares. A better choice may exist.
+    """
+    a, b = unit_rows(W_dec.float()), unit_rows(sibling.float())
+    most = min(most, len(b))
+    subsets = [s for size in range(1, most + 1) for s in combinations(range(most), size)]
+    cosines, features = [], []
+    for part in a.split(BLOCK):
+        left, chosen = part, torch.full((len(part), most), NONE)
+        best = torch.zeros(len(part))
+        weights = torch.zeros(len(part), most)
+        for step in range(most):
+            scores = left @ b.T
+            if step:
+                scores.scatter_(1, chosen[:, :step], -torch.inf)
+            chosen[:, step] = scores.argmax(1)
+            atoms = b[chosen[:, : step + 1]].double()  # [n, step + 1, d_in]
+            gram, to = atoms @ atoms.transpose(1, 2), (atoms @ part.double()[:, :, None])[:, :, 0]
+            for subset in (s for s in subsets if max(s) == step):
+                own = torch.tensor(subset)
+                # lstsq in place of solve: two equal rows make the matrix singular.
+                solved = torch.linalg.lstsq(gram[:, own[:, None], own], to[:, own, None]).solution[:, :, 0]
+                squares = (solved * to[:, own]).sum(1)
+                better = (solved >= 0).all(1) & (squares.clamp_min(0).sqrt() > best + ROUNDING)
+                best = torch.where(better, squares.clamp_min(0).sqrt().float(), best)
+                filled = torch.zeros(len(part), most).index_copy_(1, own, solved.float())
+                weights = torch.where(better[:, None], filled, weights)
+            left = part - (weights[:, : step + 1, None] * atoms.float()).sum(1)
+        cosines.append(best.clamp_max(1))
+        features.append(torch.where(weights > 0, chosen, NONE))
+    return torch.cat(cosines), torch.cat(features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders alone
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Decoders against each other; what of them needs no activations."""
+
+    labels: list[str]
+    scores: dict[str, Estimate]
+    """mcc, pwmcc and share70 over all pairs, with the delete-one jackknife."""
+    isotropic: dict[str, float]
+    """The same of Gaussian directions of the same shapes."""
+    spectral: dict[str, float] | None
+    """The same of decoders rotated by the spectral null; None without a covariance."""
+    partners: list[Partners]
+    """Of each decoder's features in all others."""
+    chances: list[Chance] | None
+    prototypes: list[np.ndarray] | None
+    """Of each decoder, largest cosine with a token mean `[d_sae]`; None where these are not known."""
+
+    @cached_property
+    def recurrence(self) -> list[np.ndarray]:
+        """Of each decoder, the others in which each feature recurs by decoder cosine, int `[d_sae]`."""
+        return [rules.recurs(p.cosines, None).sum(0) for p in self.partners]
+
+    @property
+    def bounds(self) -> list[np.ndarray]:
+        """One-sided lower 95 % bounds of the probability that each feature recurs, `[d_sae]` each."""
+        return [clopper_pearson_low(k, len(self.labels) - 1, rules.CERTIFIED_LEVEL) for k in self.recurrence]
+
+    @property
+    def q_values(self) -> list[np.ndarray] | None:
+        """Of the spectral null, Benjamini–Hochberg over the features of each decoder; None without a covariance."""
+        return None if self.chances is None else [c.q_values(np.ones(len(c.p_value), bool)) for c in self.chances]
+
+
+def compare(
+    decoders: Sequence[Any],
+    covariance: Any = None,
+    mean: Any = None,
+    rows: int = 100_000,
+    token_means: Any = None,
+    labels: Sequence[str] | None = None,
+    rotations: int | None = None,
+    draws: int = 5,
+) -> Compared:
+    """Compare decoders without a model: scores of all pairs, and the recurrence of each feature.
+
+    >>> import husai, numpy as np
+    >>> shared = np.random.default_rng(0).normal(size=(40, 64))     # features that all three have
+    >>> a, b, c = (np.vstack([shared, np.random.default_rng(seed).normal(size=(10, 64))]) for seed in (1, 2, 3))
+    >>> found = husai.compare([a, b, c])
+    >>> [round(found.scores[name].estimate, 2) for name in ("mcc", "share70")], round(found.isotropic["mcc"], 2)
+    ([0.83, 0.8], 0.25)
+    >>> found.recurrence[0][:3], found.recurrence[0][-3:]           # of the first decoder's features, in two others
+    (array([2, 2, 2]), array([0, 0, 0]))
+    >>> float(found.bounds[0][0].round(2))                          # 2 of 2 shows little: at least in 22 % of trainings
+    0.22
+
+    Args:
+        decoders: arrays or tensors `[d_sae, d_in]`, a row a feature; two at least, widths may differ.
+        covariance: `[d_in, d_in]` of the activations; with it, the spectral null and a test of each feature.
+        mean: `[d_in]` of the activations; its direction is then set apart. rows: that the covariance is of.
+        token_means: `[n, d_in]`; each counts with the mean and without it.
+        labels: names of the decoders. rotations: of each decoder, for the test of each feature.
+        draws: of each null of the scores, a pair.
+
+    Raises:
+        BadInput: fewer than two decoders, values that are not finite, other shapes, or one decoder twice.
+    """
+    names = list(labels) if labels is not None else [f"decoder {i}" for i in range(len(decoders))]
+    W = [as_decoder(d, name) for d, name in zip(decoders, names, strict=True)]
+    refuse_unlike(names, W)
+    pairs = list(combinations(range(len(W)), 2))
+    spectrum, near = None, None
+    if covariance is not None:
+        spectrum = spectrum_of(covariance, mean, rows, W[0].shape[1])
+    if token_means is not None:
+        near = [nearest(w, directions_of(token_means, mean))[0].double().numpy() for w in W]
+
+    matrices = {name: np.zeros((len(W), len(W))) for name in ("mcc", "pwmcc", "share70")}
+    found = [Partners(np.full((len(W) - 1, len(w)), NONE), np.zeros((len(W) - 1, len(w)))) for w in W]
+    for i, j in pairs:
+        matching = match(W[i], W[j], signed=True)
+        values = _scores(matching.cosines, W[i], W[j])
+        for name, value in values.items():
+            matrices[name][i, j] = matrices[name][j, i] = value
+        found[i].features[j - 1, matching.rows], found[i].cosines[j - 1, matching.rows] = (
+            matching.columns,
+            matching.cosines,
+        )
+        found[j].features[i, matching.columns], found[j].cosines[i, matching.columns] = matching.rows, matching.cosines
+    return Compared(
+        labels=names,
+        scores={name: jackknife(matrix) for name, matrix in matrices.items()},
+        isotropic=_null_scores(W, pairs, draws, "isotropic", nulls.isotropic),
+        spectral=None
+        if spectrum is None
+        else _null_scores(W, pairs, draws, "spectral", lambda a, b, g: nulls.spectral(a, b, spectrum, g)),
+        partners=found,
+        chances=None
+        if spectrum is None
+        else [
+            chance(w, [v for v in W if v is not w], spectrum, rotations=rotations, stream=("compare", i))
+            for i, w in enumerate(W)
+        ],
+        prototypes=near,
+    )
+
+
+def _scores(cosines: np.ndarray, a: Tensor, b: Tensor) -> dict[str, float]:
+    return {"mcc": cosines.mean(), "pwmcc": pwmcc(a, b), "share70": (cosines >= MATCHED).mean()}
+
+
+def _null_scores(W: Sequence[Tensor], pairs: list[tuple[int, int]], draws: int, name: str, draw) -> dict[str, float]:
+    """Mean scores of null pairs. The isotropic null depends on shapes alone: equal shapes share their draws."""
+    found: list[dict[str, float]] = []
+    shapes = {}
+    for i, j in pairs:
+        key = (W[i].shape, W[j].shape) if name == "isotropic" else (i, j)
+        if key not in shapes:
+            drawn = []
+            for r in range(draws):
+                a, b = draw(W[i], W[j], g=generator("compare", name, i, j, r))
+                drawn.append(_scores(match(a, b, signed=True).cosines, a, b))
+            shapes[key] = {score: float(np.mean([d[score] for d in drawn])) for score in drawn[0]}
+        found.append(shapes[key])
+    return {score: float(np.mean([f[score] for f in found])) for score in found[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input
+
+
+def as_decoder(value: Any, name: str) -> Tensor:
+    """A decoder as a float32 tensor `[d_sae, d_in]`.
+
+    Raises:
+        BadInput: no matrix, or a value that is not finite.
+    """
+    W = torch.as_tensor(value).detach().cpu()
+    if W.ndim != 2 or 0 in W.shape:
+        raise BadInput(f"{name}: shape {tuple(W.shape)}; a matrix [features, d_in] expected")
+    W = W.float()
+    if not W.isfinite().all():
+        raise BadInput(f"{name}: holds a NaN or infinite value; finite numbers expected")
+    if not W.any(1).any():
+        raise BadInput(f"{name}: all its rows are zero; feature directions expected")
+    return W
+
+
+def refuse_unlike(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
+    """Raise BadInput for fewer than two decoders, other d_in, or one decoder twice."""
+    if len(decoders) < 2:
+        raise BadInput(f"{len(decoders)} decoder given; at least two are compared")
+    for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
+        if a.shape[1] != b.shape[1]:
+            raise BadInput(f"{name_a} and {name_b} have d_in {a.shape[1]} and {b.shape[1]}; one d_in expected")
+        if a.shape == b.shape and torch.equal(a, b):
+            raise BadInput(f"{name_a} and {name_b} are the same decoder; independently trained SAEs expected")
+
+
+def spectrum_of(covariance: Any, mean: Any, rows: int, d_in: int) -> Spectrum:
+    """The spectrum of a covariance `[d_in, d_in]`, the direction of the mean `[d_in]` set apart.
+
+    Raises:
+        BadInput: other shapes, not finite, or not symmetric.
+    """
+    C = torch.as_tensor(covariance).double()
+    if C.shape != (d_in, d_in):
+        raise BadInput(f"covariance: shape {tuple(C.shape)}; {(d_in, d_in)} expected, as the decoders have")
+    if not C.isfinite().all() or not torch.allclose(C, C.T, rtol=1e-4, atol=1e-6 * float(C.abs().max())):
+        raise BadInput("covariance: not finite, or not symmetric")
+    m = None if mean is None else torch.as_tensor(mean).double()
+    if m is not None and m.shape != (d_in,):
+        raise BadInput(f"mean: shape {tuple(m.shape)}; {(d_in,)} expected")
+    return Spectrum.of((C + C.T) / 2, rows, m)
+
+
+def directions_of(token_means: Any, mean: Any) -> Tensor:
+    """Unit directions of token means `[n, d_in]`, each with the mean of all rows and, where it is known, without it."""
+    P = torch.as_tensor(token_means).float()
+    return unit_rows(P if mean is None else torch.cat([P, P - torch.as_tensor(mean).float()]))
+
+
+def nearest(W_dec: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest signed cosine of each row with one of the unit directions `[p, d_in]`, which one)."""
+    found = [(part @ directions.T).max(1) for part in unit_rows(W_dec.float()).split(BLOCK)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
