@@ -71,3 +71,9 @@ FRESH_SEEDS = (2027, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099, 2111,
 def fresh_seeds(used: Iterable[int], n: int) -> list[int]:
     """The first n of FRESH_SEEDS that no study used."""
     return [seed for seed in FRESH_SEEDS if seed not in set(used)][:n]
+
+
+OUTLIER_NORM = 10.0
+"""A row of activations is an outlier if its norm exceeds this multiple of the median norm: an attention sink."""
+SHRUNK_NORM = 3.0
+"""Multiple of the median norm that outliers are brought down to in training."""

@@ -116,11 +116,23 @@ WholeFacts = Annotated[Facts, AfterValidator(_whole)]
 """The facts of one SAE."""
 
 
+class Outliers(Strict):
+    """Held-out rows whose norm exceeds `levels.OUTLIER_NORM` times the median norm."""
+
+    share: Share
+    explained_variance: Number
+    """Of the other rows."""
+    norms: dict[str, Number]
+    """Quantile -> norm of a row, of at most `activations.outliers.SAMPLE` rows; `1`: the largest of all rows."""
+
+
 class Heldout(Strict):
     explained_variance: Number
     mse: Number
     l0: Number
     dead_share: Share
+    outliers: Outliers | None = None
+    """Absent where no row is an outlier."""
 
 
 class SAERecord(Strict):

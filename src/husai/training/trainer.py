@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from husai.activations.order import BatchReader, WindowReader
+from husai.activations.outliers import norm_limit, sampled_norms, shrunk
 from husai.activations.store import ActivationStore
 from husai.activations.stream import HookStream
 from husai.dictionaries import jumprelu
@@ -133,24 +134,33 @@ def check_members(members: list[Member]) -> None:
 @dataclass(frozen=True)
 class Scaling:
     """Activations are centred, and scaled to unit variance a coordinate on average, so that one learning rate fits
-    every hook; `folded` puts this into the weights."""
+    every hook; `folded` puts this into the weights.
+
+    Outliers would decide both, and the loss: a row of 300 times the norm weighs as much as 90,000. Centre and scale
+    are those of the other rows, and outliers are brought down to SHRUNK_NORM medians.
+    """
 
     centre: Tensor  # [d]
     scale: float
+    limit: float = math.inf
+    """Largest norm that is no outlier's."""
 
     @classmethod
     def of(cls, store: ActivationStore | HookStream, config: TrainingConfig, dtype: torch.dtype) -> Scaling:
         """From a sample of the store's training rows; BadInput where they do not vary."""
         train_rows, _ = store.split(config.heldout_fraction)
         sample = store.read(0, min(len(train_rows), config.window_rows, SAMPLED_ROWS)).to(dtype)
+        norms = sample.norm(dim=1)
+        limit = norm_limit(norms)
+        sample = sample[norms <= limit]
         variance = (sample - sample.mean(0)).square().sum(1).mean().item()
         if variance == 0:
             raise BadInput(f"activation store: {store.folder}: all rows are equal; there is nothing to learn")
         centre = geometric_median(sample[:8192]) if config.b_dec_init == "geometric_median" else sample.mean(0)
-        return cls(centre, math.sqrt(store.d_in / variance))
+        return cls(centre, math.sqrt(store.d_in / variance), limit)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x.to(self.centre.dtype) - self.centre) * self.scale
+        return (shrunk(x.to(self.centre.dtype), self.limit) - self.centre) * self.scale
 
 
 def train(
@@ -450,39 +460,73 @@ def _restore(path: Path, key: str, stacks: list[tuple[list[int], Stack]], curves
         return 0
 
 
+@dataclass
+class Sums:
+    """What explained variance is made of, summed over batches."""
+
+    offset: Tensor  # [d_in], sum of the rows less a fixed centre, float64
+    squares: float = 0.0
+    error: float = 0.0
+    rows: int = 0
+
+    def add(self, difference: Tensor, shifted: Tensor) -> None:
+        """Rows `[rows, d_in]`, float64: y − ŷ, and y less the centre."""
+        self.error += difference.square().sum().item()
+        self.squares += shifted.square().sum().item()
+        self.offset += shifted.sum(0)
+        self.rows += len(shifted)
+
+    @property
+    def total(self) -> float:
+        """Σ‖y − mean(y)‖²."""
+        return self.squares - self.offset.square().sum().item() / self.rows
+
+    @property
+    def explained(self) -> float:
+        return 1 - self.error / self.total
+
+
 @torch.no_grad()
 def evaluate(
     sae: Autoencoder, store: ActivationStore, rows: range, target: ActivationStore | None = None, batch: int = 8192
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """Held-out figures of one SAE, streamed; of a transcoder from `store` to `target`.
 
     Returns:
         ({explained_variance: 1 − Σ‖y−ŷ‖²/Σ‖y−mean(y)‖², mse: a coordinate, l0: active features a row, dead_share:
-        features active on none of the rows}, firing rate `[d_sae]`)
+        features active on none of the rows; outliers: `schemas.Outliers`, where there are some}, firing rate `[d_sae]`)
     """
     target = target or store
     centre, _ = target.stats()
+    sampled = sampled_norms(target, rows)
+    limit, largest = norm_limit(sampled), 0.0
+    everything, ordinary = (Sums(torch.zeros(target.d_in, dtype=torch.float64)) for _ in range(2))
     fired = torch.zeros(sae.d_sae, dtype=torch.float64)
-    error = total = 0.0
-    offset = torch.zeros(target.d_in, dtype=torch.float64)
     for start in range(rows.start, rows.stop, batch):
         x = store.read(start, min(start + batch, rows.stop))
         y = x if target is store else target.read(start, min(start + batch, rows.stop))
         features = sae.encode(x)
-        error += (y - sae.decode(features, x)).double().square().sum().item()
-        shifted = y.double() - centre
-        total += shifted.square().sum().item()
-        offset += shifted.sum(0)
+        difference, shifted = (y - sae.decode(features, x)).double(), y.double() - centre
+        everything.add(difference, shifted)
+        norms = y.norm(dim=1)
+        kept, largest = norms <= limit, max(largest, norms.max().item())
+        ordinary.add(difference[kept], shifted[kept])
         fired += (features > 0).sum(0)
-    total -= offset.square().sum().item() / len(rows)
-    if total <= 0:
+    if everything.total <= 0:
         raise BadInput(
             f"activation store: {target.folder}: its {len(rows)} held-out rows are all equal; nothing to explain"
         )
-    figures = {
-        "explained_variance": 1 - error / total,
-        "mse": error / (len(rows) * target.d_in),
+    figures: dict[str, Any] = {
+        "explained_variance": everything.explained,
+        "mse": everything.error / (len(rows) * target.d_in),
         "l0": fired.sum().item() / len(rows),
         "dead_share": (fired == 0).double().mean().item(),
     }
+    if ordinary.rows < len(rows) and ordinary.rows and ordinary.total > 0:
+        quantiles = {str(q): sampled.quantile(q).item() for q in (0.5, 0.9, 0.99, 0.999)} | {"1": largest}
+        figures["outliers"] = {
+            "share": 1 - ordinary.rows / len(rows),
+            "explained_variance": ordinary.explained,
+            "norms": quantiles,
+        }
     return figures, fired / len(rows)
