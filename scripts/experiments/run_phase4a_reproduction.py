@@ -328,6 +328,7 @@ def summary(results: dict) -> str:
 
 def table(section) -> list[str]:
     """The verdict, then each score beside its nulls, as markdown."""
+    from husai.evidence.rules import outlier_note
     from husai.report.text import interval, strata
 
     stability, members = section.stability, section.members
@@ -343,7 +344,11 @@ def table(section) -> list[str]:
         f"(effective rank {section.effective_rank:.1f}); held-out explained variance {min(ev):.4f} to "
         f"{max(ev):.4f}, dead features {min(dead):.0%} to {max(dead):.0%}.",
         "",
-        *(line for note in getattr(section, "notes", []) for line in (note, "")),
+        *(
+            line
+            for note in getattr(section, "notes", outlier_note([m.heldout for m in members]))
+            for line in (note, "")
+        ),
         *spliced(section),
         "| score | trained, 95 % interval | null | null mean | excess, 95 % interval |",
         "|---|---|---|---|---|",

@@ -50,6 +50,7 @@ def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequen
             )
         far = rules.far_apart(*figures, rules.UNUSUAL_L0, rules.UNUSUAL_EV)
         notes += [f"Figures of seeds of one condition lie apart: {each}." for each in far]
+        notes += rules.outlier_note(heldout)
     return notes
 
 

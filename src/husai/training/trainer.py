@@ -525,7 +525,7 @@ def evaluate(
     if ordinary.rows < len(rows) and ordinary.rows and ordinary.total > 0:
         quantiles = {str(q): sampled.quantile(q).item() for q in (0.5, 0.9, 0.99, 0.999)} | {"1": largest}
         figures["outliers"] = {
-            "share": 1 - ordinary.rows / len(rows),
+            "share": (len(rows) - ordinary.rows) / len(rows),
             "explained_variance": ordinary.explained,
             "norms": quantiles,
         }
