@@ -56,11 +56,12 @@ test: setup $(PEERS) ## the test suite without its slow parts, some three minute
 test-slow: setup $(PEERS) ## whole studies, a Ray cluster, some four minutes
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "slow and not nightly"
 
-test-chaos: setup ## the queue killed at random moments, on a full disk, with damaged artefacts, some four minutes
-	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs
+test-chaos: setup ## the queue killed at random moments, with damaged artefacts, some four minutes
+	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs -m "not nightly"
 
 test-nightly: setup $(PEERS) ## what takes longer and CI does not run
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m nightly
+	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs -m nightly
 
 smoke: setup ## the pipeline at tiny sizes, figures checked
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/ci/smoke_pipeline.sh

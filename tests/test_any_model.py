@@ -61,10 +61,8 @@ def own(tmp_path, texts):
     return make
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(n, marks=pytest.mark.slow if n == "gemma2" else pytest.mark.nightly) for n in SHAPES],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", SHAPES)
 def test_from_a_text_to_the_page(own, architecture, run_script, tmp_path):
     folder, path = own(architecture)
     text = ["--text", path, "--text-column", "body"]

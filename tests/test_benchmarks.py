@@ -477,7 +477,7 @@ def task(subject, few, tmp_path_factory):
     return sae_probes.ProbeTask("sae", "sae", str(path), sha, 42, settings, **places)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # test_probing.py holds the exact probes against the library
 def test_probing_is_the_librarys_own_and_never_stale(task, tmp_path):
     from dataclasses import replace
 

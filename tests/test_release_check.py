@@ -161,7 +161,7 @@ def gates(results):
     return {g["gate"]: g for g in results["decision"]["gates"]}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # five SAEs of another library take the same way in CI
 def test_three_saes_from_the_command_line_to_the_page(check, root, saes):
     saes = saes[:3]
     code, results, said = check("own", saes)

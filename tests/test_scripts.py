@@ -148,7 +148,7 @@ def test_interrupt_exits_130_and_says_so_in_the_manifest(phase4a, tmp_path):
     assert json.loads(manifest.read_text())["status"] == "interrupted"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the protocol decides nothing
 def test_published_protocol_puts_its_figures_beside_ours(phase4a, run_script, tmp_path):
     command, _ = phase4a
     arguments = [

@@ -182,7 +182,7 @@ def test_frontier_from_the_shell(run_script, common, tmp_path):
     assert "--require-matched: topk d24 k3" in err.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # smoke and the chaos tests run the study
 def test_scaling_from_the_shell(run_script, common, tmp_path):
     arguments = [
         *common,

@@ -57,6 +57,7 @@ def test_too_small_a_disk_is_refused_before_anything_runs(disk, subject, tmp_pat
     assert queue.stages() == []
 
 
+@pytest.mark.nightly
 def test_a_disk_that_fills_up_costs_nothing_that_was_finished(disk, undisturbed, tmp_path):
     """Everything up to the stress tests is there; the disk is full as the first of them begins."""
     queue = undisturbed.copied_to(disk(600) / "out", tmp_path / "full.log")
