@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from husai.dictionaries import checkpoints, foreign
 from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
+from peers import in_unit_scale
 
 
 def made(architecture: str, d_in: int = 8, d_sae: int = 20) -> SAE:
-    """Random weights, biases that are not zero."""
+    """Random weights, decoder rows of norm 1, biases that are not zero."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     transcoder = "transcoder" in architecture
@@ -20,7 +21,8 @@ def made(architecture: str, d_in: int = 8, d_sae: int = 20) -> SAE:
     vectors = {name: draw(d_sae) for name in ENCODER[ARCHITECTURES[architecture]] if name != "W_enc"}
     if "threshold" in vectors:
         vectors["threshold"] = vectors["threshold"].abs()
-    weights = {"W_enc": draw(d_in, d_sae), "W_dec": draw(d_sae, d_out), "b_dec": draw(d_out), **vectors}
+    W_dec = torch.nn.functional.normalize(draw(d_sae, d_out))
+    weights = {"W_enc": draw(d_in, d_sae), "W_dec": W_dec, "b_dec": draw(d_out), **vectors}
     if "skip" in architecture:
         weights["W_skip"] = draw(d_out, d_in)
     metadata = {"model_name": "modular_addition", "hook_name": "blocks.0.hook_resid_post", "husai": {"seed": 1}}
@@ -82,7 +84,8 @@ def test_what_sae_lens_saves_is_read(kind, tmp_path):
     theirs, ours = TheirSAE.load_from_disk(tmp_path), checkpoints.load(tmp_path)
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * 2
     assert (theirs.encode(x) > 0).any()
-    torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-5)
+    features = in_unit_scale(theirs.encode(x), theirs.W_dec, topk=kind == "topk")
+    torch.testing.assert_close(ours.encode(x), features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(ours.encode(x)), theirs(x), rtol=1e-5, atol=1e-5)
 
 
@@ -169,7 +172,7 @@ def truncate(folder):
         (edit_config(activation_fn="tanh"), "cfg.json", "activation_fn 'tanh'"),
         (edit_config(finetuning_scaling_factor=True), "cfg.json", "finetuning_scaling_factor"),
         (
-            edit_config(architecture="standard", rescale_acts_by_decoder_norm=True),
+            edit_config(architecture="standard", k=None, rescale_acts_by_decoder_norm=True),
             "cfg.json",
             "rescale_acts_by_decoder_norm",
         ),

@@ -10,6 +10,7 @@ import torch
 
 from husai.dictionaries.foreign import open_checkpoint, weights_file
 from husai.runs.errors import BadInput
+from peers import in_unit_scale
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 INSTALL = "pip install --no-deps -r requirements-bench.txt"
@@ -40,8 +41,6 @@ def learning(cls: str, d_sae: int) -> torch.nn.Module:
             module.threshold.fill_(0.4)
         if cls == "JumpReluAutoEncoder":
             module.threshold.abs_()
-        if cls == "AutoEncoder":  # as its loader does
-            module.normalize_decoder()
     return module
 
 
@@ -58,7 +57,8 @@ CLASSES = [
 
 def save_learning(module, cls, folder):
     torch.save(module.state_dict(), folder / "ae.pt")
-    trainer = {"dict_class": cls, "lm_name": "pythia", "submodule_name": "resid_post_layer_3", "k": 3}
+    trainer = {"dict_class": cls, "lm_name": "pythia", "submodule_name": "resid_post_layer_3"}
+    trainer |= {"k": 3} if "TopK" in cls else {}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
 
 
@@ -70,8 +70,10 @@ def test_dictionary_learning(cls, d_sae, tmp_path):
     ours = open_checkpoint(tmp_path)
     features = theirs.encode(X).detach()
     assert (features > 0).any()
-    torch.testing.assert_close(ours.encode(X), features, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.decode(features), theirs.decode(features).detach(), rtol=1e-5, atol=1e-5)
+    W_dec = theirs.W_dec if hasattr(theirs, "W_dec") else theirs.decoder.weight.T
+    scaled = in_unit_scale(features, W_dec, topk=cls == "AutoEncoderTopK")
+    torch.testing.assert_close(ours.encode(X), scaled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.decode(scaled), theirs.decode(features).detach(), rtol=1e-5, atol=1e-5)
     assert ours.metadata["model_name"] == "pythia"
     assert weights_file(tmp_path) == tmp_path / "ae.pt"
 
@@ -88,6 +90,7 @@ def test_sparsify(transcode, skip, d_sae, tmp_path):
     ours = open_checkpoint(tmp_path)
     top = theirs.encode(X)
     features = torch.zeros(len(X), d_sae).scatter(1, top.top_indices, top.top_acts).detach()
+    features = in_unit_scale(features, theirs.W_dec, topk=True)
     torch.testing.assert_close(ours.encode(X), features, rtol=1e-5, atol=1e-5)
     out = theirs(X).sae_out.detach()
     torch.testing.assert_close(ours.decode(ours.encode(X), X), out, rtol=1e-5, atol=1e-5)
@@ -99,6 +102,7 @@ def test_the_earlier_study(architecture, linear, tmp_path):
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     W_enc, W_dec, b_enc, b_dec = draw(12, 12), draw(12, 12), draw(12), draw(12)
+    W_dec = torch.nn.functional.normalize(W_dec)
     if linear:
         state = {"encoder.weight": W_enc.T, "encoder.bias": b_enc, "decoder.weight": W_dec.T}
         state |= {"feature_counts": torch.ones(12)}

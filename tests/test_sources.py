@@ -63,8 +63,13 @@ def peer_of(imitation: Imitation, monkeypatch):
 
 
 def same(ours: SAE, peer) -> None:
-    """Encode and decode as SAELens, whose decoder rows are made unit where ours are."""
-    if torch.allclose(ours.W_dec.norm(dim=1), torch.ones(ours.d_sae)):
+    """Encode and decode as SAELens, whose decoder rows are made unit where ours are, and as a whole those of TopK."""
+    if ours.architecture == "topk":
+        factor = peer.W_dec.norm(dim=1).median()
+        peer.W_enc.data *= factor
+        peer.b_enc.data *= factor
+        peer.W_dec.data /= factor
+    elif torch.allclose(ours.W_dec.norm(dim=1), torch.ones(ours.d_sae)):
         peer.fold_W_dec_norm()
     heads = peer.hook_z_reshaping_mode
     x = X.view(len(X), 2, -1) if heads else X

@@ -7,15 +7,18 @@ training used is folded into the weights. Checkpoints of other libraries: `forei
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from husai.dictionaries import sources
+from husai.dictionaries.keys import SAELENS_OBJECTS, TABLE, Described, metadata_of
 from husai.dictionaries.sae import ARCHITECTURES, ENCODER, SAE
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file, write_bytes, write_json
@@ -29,33 +32,16 @@ ASSUMED = {
     "normalize_activations": "none",
     "reshape_activations": "none",
 }
-SIZES = ("d_in", "d_sae", "d_out", "k")
-# Keys of SAELens before version 6 that say where an SAE belongs; since then they are in `metadata`.
-MOVED = {
-    "model_name": "model_name",
-    "hook_name": "hook_name",
-    "hook_point": "hook_name",
-    "hook_layer": "hook_layer",
-    "hook_point_layer": "hook_layer",
-    "hook_head_index": "hook_head_index",
-    "hook_point_head_index": "hook_head_index",
-    "context_size": "context_size",
-    "prepend_bos": "prepend_bos",
-    "dataset_path": "dataset_path",
-    "neuronpedia_id": "neuronpedia_id",
-    "sae_lens_training_version": "sae_lens_training_version",
-    "sae_lens_version": "sae_lens_version",
-    "hook_name_out": "hook_name_out",
-}
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+"""How SAELens 6 scales activations while it trains; not yet in the weights of a checkpoint from before the end."""
+STORE_STATE = "activations_store_state.safetensors"
+"""The same of SAELens 5, among other tensors."""
+RUNNER = "runner_cfg.json"
 STANDARD = ("standard", "topk")
-# Where and how it was made, or settings of training alone.
-HARMLESS = {
-    *("dtype", "device", "dataset_trust_remote_code", "model_from_pretrained_kwargs", "seqpos_slice"),
-    *("l1_coefficient", "lp_norm", "use_ghost_grads", "normalize_sae_decoder", "noise_scale", "mse_loss_normalization"),
-    *("decoder_orthogonal_init", "decoder_heuristic_init", "decoder_heuristic_init_norm", "jumprelu_init_threshold"),
-    *("init_encoder_as_decoder_transpose", "scale_sparsity_penalty_by_decoder_norm", "jumprelu_bandwidth"),
-}
-READ = {"architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", *SIZES}
+BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of trainings whose SAEs encode with a threshold, as JumpReLU SAEs do."""
+UNIT = 1e-5
+"""Largest distance from 1 of a norm that is left as it is: the rounding of float32."""
 
 
 def firing_rate(folder: Path) -> Tensor:
@@ -105,21 +91,27 @@ def _write(folder: Path, weights: dict[str, Tensor], config: dict, firing_rate: 
     return files
 
 
-def load(folder: Path) -> SAE:
-    """Open a checkpoint folder.
+def load(folder: Path, weights_name: str = WEIGHTS, config_name: str = CONFIG) -> SAE:
+    """Open a checkpoint folder in SAELens' layout; decoder rows come out with norm 1 (`unit_decoder`).
+
+    The scale of activations that a checkpoint from before the end of a training keeps beside its weights is folded into
+    them.
 
     Raises:
-        BadInput: it is missing, truncated, of another family or layout, non-finite, or its shapes do not fit cfg.json.
+        BadInput: it is missing, truncated, of another architecture or layout, non-finite, or contradicts itself.
     """
-    config = read_json(folder / CONFIG, "checkpoint")
-    where = f"checkpoint: {folder / CONFIG}"
+    config, path = read_json(folder / config_name, "checkpoint"), folder / weights_name
+    where = f"checkpoint: {folder / config_name}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
-    if sources.beyond_formulas(config):
+    whitened = config.get("normalize_activations") == "covariance_whitening" and (folder / WHITENING).is_file()
+    if sources.beyond_formulas(config) and not whitened:
         sae = sources.open_folder(folder)
-        return checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, folder / WEIGHTS)
-    config = modern(config, where)
-    architecture, metadata = config["architecture"], config["metadata"]
+        sae.metadata |= modern(config, where, folder)[1]
+        return unit_decoder(checked(sae, {name: tuple(t.shape) for name, t in sae.weights.items()}, path))
+    saved = config
+    config, metadata = modern(saved, where, folder)
+    architecture, scaling = config["architecture"], config["normalize_activations"]
     transcoder = "transcoder" in architecture
     subtract = config.get("apply_b_dec_to_input", not transcoder)
     if not isinstance(subtract, bool) or (subtract and transcoder):
@@ -132,64 +124,210 @@ def load(folder: Path) -> SAE:
     d_in, d_sae, k = sizes["d_in"], sizes["d_sae"], sizes.get("k")
     if k is not None and k > d_sae:
         raise BadInput(f"{where}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
-    weights = read_tensors(folder / WEIGHTS)
+    weights = _inference(read_tensors(path), architecture, d_sae, path)
+    architecture = "jumprelu" if architecture in BY_BATCH else architecture
     d_out = sizes.get("d_out", d_in)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ENCODER[ARCHITECTURES[architecture]], (d_sae,))
     shapes |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
-    sae = checked(SAE(weights, architecture, k, subtract, metadata), shapes, folder / WEIGHTS)
-    # As if decoder rows had norm 1: made so.
-    return unit_decoder(sae, folder / WEIGHTS) if config.get("rescale_acts_by_decoder_norm") else sae
+    sae = checked(SAE(weights, architecture, k, subtract, metadata), shapes, path)
+    if config.get("rescale_acts_by_decoder_norm"):  # encode and decode as if decoder rows had norm 1: made so
+        if (sae.W_dec.norm(dim=1) == 0).any():
+            raise BadInput(f"checkpoint: {path}: a decoder row is zero and cannot be scaled to norm 1")
+        # A threshold that a batch's k-th activation set is of activations that are scaled already.
+        _scale_features(sae, sae.W_dec.norm(dim=1), but=("threshold",))
+    if scaling == "expected_average_only_in":
+        factor = _scale(folder, saved, where)
+        b_dec = sae.weights["b_dec"] / factor
+        sae.weights |= {"W_enc": sae.W_enc * factor, "W_dec": sae.W_dec / factor, "b_dec": b_dec}
+    if whitened:
+        _fold_whitening(sae, read_tensors(folder / WHITENING), folder / WHITENING)
+    return unit_decoder(sae)
 
 
-def unit_decoder(sae: SAE, path: Path) -> SAE:
-    """The same map with decoder rows of norm 1, for encoders that are scaled along; BadInput where a row is zero."""
+def _inference(state: dict[str, Tensor], architecture: str, d_sae: int, path: Path) -> dict[str, Tensor]:
+    """Tensors of a training's state as those that encode and decode."""
+    state = dict(state)
+    if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
+        del state["scaling_factor"]  # versions 3 to 5 wrote it where nothing was fine-tuned, too
+    if architecture == "jumprelu" and "log_threshold" in state:
+        state["threshold"] = state.pop("log_threshold").exp()
+    if architecture in BY_BATCH and "topk_threshold" in state:
+        threshold = state.pop("topk_threshold").float().reshape(-1)
+        if len(threshold) != 1:
+            raise BadInput(f"checkpoint: {path}: topk_threshold holds {len(threshold)} numbers; one expected")
+        state["threshold"] = threshold.expand(d_sae).clone()
+    return state
+
+
+def _scale(folder: Path, config: dict, where: str) -> float:
+    """Factor of the activations that a training saw, where the weights do not hold it yet; 1 where they do.
+
+    SAELens folds it into the weights at the end. Its versions 3.15 to 5 go on to write `expected_average_only_in` into
+    the cfg.json of that last checkpoint, `final_<tokens>`, because they write the whole configuration of the run.
+
+    Raises:
+        BadInput: the files do not say which.
+    """
+    if (folder / SCALER).is_file():
+        saved = read_json(folder / SCALER, "checkpoint")
+        factor = saved.get("scaling_factor") if isinstance(saved, dict) else None
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
+            raise BadInput(f"checkpoint: {folder / SCALER}: scaling_factor is {factor!r}; a positive number expected")
+        return factor
+    if "training_tokens" in config:  # the configuration of a run
+        if (folder / STORE_STATE).is_file() and version(config) >= (5, 2):
+            with safe_open(folder / STORE_STATE, framework="pt") as state:
+                name = "estimated_norm_scaling_factor"  # absent: folded, then forgotten
+                return float(state.get_tensor(name)) if name in state.keys() else 1.0  # noqa: SIM118
+        names = {folder.name, folder.resolve().name}
+        ended = any(re.fullmatch(r"final_\d+", name) for name in names)
+        one_only = config.get("n_checkpoints") == 0 and not any(name.isdigit() for name in names)
+        if (ended or one_only) and version(config) >= (3, 15):
+            return 1.0
+    raise BadInput(
+        f"{where}: normalize_activations is 'expected_average_only_in', and no file says by what activations were "
+        f"scaled or that the weights hold it; a checkpoint with {SCALER} or the last one of its training, "
+        "final_<tokens>, expected"
+    )
+
+
+def version(config: dict) -> tuple[int, ...]:
+    """SAELens' version, as far as it is numbers; that of before the layout said it is (0,)."""
+    said = str(config.get("sae_lens_version") or "")
+    return tuple(int(n) for n in re.findall(r"\d+", said)[:2]) or (0,)
+
+
+def _scale_features(sae: SAE, factor: Tensor, but: tuple[str, ...] = ()) -> None:
+    """Multiply features by a factor, `[d_sae]` or one number, and divide decoder rows by it: the same map."""
+    names = {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"} & set(sae.weights) - set(but)
+    sae.weights |= {name: sae.weights[name] * factor for name in names}
+    sae.weights["W_dec"] = sae.W_dec / (factor.unsqueeze(1) if factor.ndim else factor)
+
+
+def _fold_whitening(sae: SAE, tensors: dict[str, Tensor], path: Path) -> None:
+    """Fold z = (x − mean) @ matrix, and its inverse behind the decoder, into the weights."""
+    shapes = {"mean": (sae.d_in,), "matrix": (sae.d_in, sae.d_in), "inverse_matrix": (sae.d_in, sae.d_in)}
+    if (found := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != shapes:
+        raise BadInput(f"checkpoint: {path} holds {found}; {shapes} expected")
+    mean, matrix, inverse = (tensors[name].double() for name in shapes)
+    w = {name: tensor.double() for name, tensor in sae.weights.items()}
+    w["W_enc"] = matrix @ w["W_enc"]
+    if not sae.subtract_b_dec:
+        shift = mean @ w["W_enc"]
+        for name in {"b_enc", "b_gate"} & set(w):
+            w[name] = w[name] - shift
+        if "b_mag" in w:
+            w["b_mag"] = w["b_mag"] - shift * w["r_mag"].exp()
+    w |= {"W_dec": w["W_dec"] @ inverse, "b_dec": w["b_dec"] @ inverse + mean}
+    sae.weights = {name: tensor.float() for name, tensor in w.items()}
+
+
+def unit_decoder(sae: SAE) -> SAE:
+    """The same map with decoder rows of norm 1, where features' scale is free: encoder × s with decoder ÷ s is one SAE,
+    and no figure may depend on s.
+
+    Of a TopK SAE the scales of single features say which are the k largest. One factor brings the median norm to 1.
+    """
+    if isinstance(sae, sources.PeerSAE):
+        sae.unit()
+        return sae
     norms = sae.W_dec.norm(dim=1)
-    if (norms == 0).any():
-        raise BadInput(f"checkpoint: {path}: a decoder row is zero and cannot be scaled to norm 1")
-    sae.weights |= {"W_enc": sae.W_enc * norms, "b_enc": sae.weights["b_enc"] * norms}
-    sae.weights["W_dec"] = sae.W_dec / norms.unsqueeze(1)
+    if ARCHITECTURES[sae.architecture] == "topk":
+        norms = norms[norms > 0].median()
+    factor = torch.where(norms > 0, norms, 1.0)
+    if (factor - 1).abs().max() > UNIT:
+        _scale_features(sae, factor)
     return sae
 
 
-def modern(config: dict, where: str) -> dict:
-    """A `cfg.json` of SAELens 5 or later in the terms of version 6; BadInput for what would change encode or decode and
-    is not computed here, and for keys whose meaning is not known."""
-    config = dict(config)
-    metadata = config.pop("metadata", None) or {}
-    if not isinstance(metadata, dict):
+def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
+    """(settings of a `cfg.json` of SAELens 3 or later in the terms of version 6, `SAE.metadata`).
+
+    Args:
+        folder: of the checkpoint; SAELens 6 writes the configuration of the run beside it.
+
+    Raises:
+        BadInput: a setting would change encode or decode and is not computed here, is unknown, or contradicts another.
+    """
+    about = config.get("metadata") or {}
+    if not isinstance(about, dict):
         raise BadInput(f"{where}: metadata is no object")
-    metadata = metadata | {MOVED[key]: config.pop(key) for key in list(config) if key in MOVED}
-    activation = config.pop("activation_fn", None) or config.pop("activation_fn_str", None)
-    arguments = config.pop("activation_fn_kwargs", None) or {}
-    config.pop("activation_fn_str", None)
+    config = {key: value for key, value in config.items() if key != "metadata"}
+    described = TABLE["sae_lens cfg.json"].split(config, where)
+    settings = dict(described.computes)
+    activation = settings.pop("activation_fn", None) or settings.pop("activation_fn_str", None)
+    arguments = settings.pop("activation_fn_kwargs", None) or {}
+    settings.pop("activation_fn_str", None)
     if not isinstance(arguments, dict):
         raise BadInput(f"{where}: activation_fn_kwargs is {arguments!r}; an object expected")
-    if activation == "topk" and set(arguments) == {"k"} and config.get("architecture", "standard") in STANDARD:
-        config |= {"architecture": "topk", "k": arguments["k"]}
+    if activation == "topk" and set(arguments) == {"k"} and settings.get("architecture", "standard") in STANDARD:
+        if settings.get("k") not in (None, arguments["k"]):
+            raise BadInput(f"{where}: k is {settings['k']!r} and activation_fn_kwargs {arguments!r}; one k expected")
+        settings |= {"architecture": "topk", "k": arguments["k"]}
     elif activation not in (None, "relu") or arguments:
         raise BadInput(f"{where}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
-    if config.pop("finetuning_scaling_factor", False):
+    if settings.pop("finetuning_scaling_factor", False):
         raise BadInput(f"{where}: finetuning_scaling_factor is set; an SAE without one expected")
-    if config.get("normalize_activations") in (None, False):
-        config.pop("normalize_activations", None)
-    old = metadata.get("sae_lens_version") is None and "reshape_activations" not in config
-    if old and "hook_z" in str(metadata.get("hook_name", "")):
+    if not {"reshape_activations", "sae_lens_version"} & {*config, *about} and "hook_z" in str(about.get("hook_name")):
         raise BadInput(f"{where}: an SAE of hook_z without reshape_activations reshapes its input; none expected")
+    architecture = settings.setdefault("architecture", "standard")
+    scaling = settings.get("normalize_activations")
+    if scaling in (None, False):
+        scaling = "none"
+    settings["normalize_activations"] = scaling = "expected_average_only_in" if scaling is True else scaling
+    trained = about.get("training_architecture") or architecture
+    details = about.get("training_architecture_details")
+    runner = _runner(folder, where)
+    training = (details if isinstance(details, dict) else {}) | described.training
+    if training or runner:  # else the files say nothing
+        training["architecture"] = trained
+        training |= {} if settings.get("k") is None else {"k": settings["k"]}
+        training |= {} if scaling == "none" else {"normalize_activations": scaling}
+    in_metadata = {k: v for k, v in about.items() if not k.startswith("training_") and v not in (None, [], {}, ())}
+    if "husai" in about:  # trained here: `husai` says how
+        return _computed(settings, where), dict(about)
+    own = Described({}, in_metadata), Described({}, described.activations, training)
+    return _computed(settings, where), metadata_of(*own, *runner, where=where)
+
+
+def _runner(folder: Path, where: str) -> list[Described]:
+    """What the configuration of a SAELens 6 run says; empty where the file is missing."""
+    if not (folder / RUNNER).is_file():
+        return []
+    runner, at = read_json(folder / RUNNER, "checkpoint"), f"checkpoint: {folder / RUNNER}"
+    if not isinstance(runner, dict) or not isinstance(runner.get("sae", {}), dict):
+        raise BadInput(f"{at} does not hold the configuration of a run")
+    described = TABLE["sae_lens runner_cfg.json"].split(runner, at)
+    inner = {k: v for k, v in described.computes.get("sae", {}).items() if k not in ("metadata", "dtype", "device")}
+    sae = TABLE["sae_lens cfg.json"].split(inner, at)
+    trained: dict[str, Any] = {k: sae.computes[k] for k in ("k", "rescale_acts_by_decoder_norm") if k in sae.computes}
+    scaling = sae.computes.get("normalize_activations", "none")
+    trained |= {} if scaling == "none" else {"normalize_activations": scaling}
+    return [Described({}, described.activations, described.training | sae.training | trained)]
+
+
+def _computed(settings: dict, where: str) -> dict:
+    """The settings, or BadInput where one is not computed here."""
+    architecture = settings["architecture"]
+    known = (*ARCHITECTURES, *BY_BATCH)
+    if sources.beyond_formulas(settings):
+        return settings  # SAELens' own object computes it
+    for key in sorted(set(SAELENS_OBJECTS) & set(settings)):
+        raise BadInput(f"{where}: {key} is {settings[key]!r} in a {architecture} SAE, which has none")
+    if not isinstance(architecture, str) or architecture not in known:
+        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {', '.join(known)} expected")
     for key, expected in ASSUMED.items():
-        if (value := config.pop(key, expected)) != expected:
+        values = (expected, "expected_average_only_in") if key == "normalize_activations" else (expected,)
+        if (value := settings.get(key, expected)) not in values:
             raise BadInput(
                 f"{where}: {key} is {value!r}; only {expected!r} can be read (fold it into the weights first)"
             )
-    architecture = config.setdefault("architecture", "standard")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {known} expected")
-    if config.get("rescale_acts_by_decoder_norm") and architecture != "topk":
+    if settings.get("k") is not None and ARCHITECTURES.get(architecture) in ("standard", "gated"):
+        raise BadInput(f"{where}: k is {settings['k']!r} in a {architecture} SAE, which has none; one of both expected")
+    if settings.get("rescale_acts_by_decoder_norm") and architecture not in ("topk", *BY_BATCH):
         raise BadInput(f"{where}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
-    for key in sorted(set(config) - READ - HARMLESS):
-        raise BadInput(f"{where}: {key} ({config[key]!r}) is not known; it may change what the SAE computes")
-    return config | {"metadata": metadata}
+    return settings
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -3,20 +3,27 @@ of tensors, never shapes, say which side is which."""
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from husai.dictionaries import checkpoints, sources
-from husai.dictionaries.checkpoints import checked, read_tensors
+from husai.dictionaries import checkpoints, finding, sources
+from husai.dictionaries.checkpoints import checked, read_tensors, unit_decoder
+from husai.dictionaries.finding import LEARNING_STEP, STEPS_FOLDER
+from husai.dictionaries.keys import TABLE, Described, metadata_of
 from husai.dictionaries.sae import SAE
 from husai.runs.checkpoints import in_catalogue, is_name
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
+from husai.subjects.hooks import hook_name_of, same_place
 
+log = logging.getLogger("husai")
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 """torch's Linear layers store `[out, in]`: both weights are transposed on the way."""
 DIRECT = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -38,6 +45,9 @@ DICTIONARY_LEARNING = {
 }
 FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", sources.GEMMA_SCOPE, checkpoints.WEIGHTS)
 """Of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
+UPLOAD = "model.safetensors"
+"""What uploads to the hub call the weights of any library; and language models call theirs."""
+CONFIGS = ("cfg.json", "config.json")
 # Tensors beside the weights that say nothing about encode or decode, or that are read by themselves.
 BESIDE = {"k", "group_sizes", "feature_counts"}
 
@@ -52,12 +62,21 @@ def open_checkpoint(path: Path) -> SAE:
     """
     if in_catalogue(path):
         return finite(sources.open_named(path), path)
-    path, openers = sources.local(path), dict(zip(FILES, OPENERS, strict=True))
+    return unit_decoder(_open(sources.local(path)))
+
+
+def _open(path: Path) -> SAE:
+    openers = dict(zip(FILES, OPENERS, strict=True))
     if path.is_file():
-        return openers[path.name](path.parent) if path.name in openers else _earlier_study(path.parent, path.name)
+        if path.name in openers:
+            return openers[path.name](path.parent)
+        if path.name == UPLOAD:
+            return _upload(path.parent)
+        return _learning_step(path) if LEARNING_STEP.fullmatch(path.name) else _earlier_study(path.parent, path.name)
     if len(kinds := [name for name in FILES if (path / name).is_file()]) > 1:
         raise BadInput(f"checkpoint: {path} holds {' and '.join(kinds)}; one of them expected")
-    return openers[weights_file(path).name](path)
+    weights = weights_file(path)
+    return _upload(path) if weights.name == UPLOAD else openers[weights.name](path)
 
 
 def weights_file(path: Path) -> Path:
@@ -65,7 +84,8 @@ def weights_file(path: Path) -> Path:
     if in_catalogue(path):
         return sources.weights_of(path)[0]
     path = sources.local(path)
-    return path if path.is_file() else next((path / n for n in FILES if (path / n).is_file()), path / FILES[-1])
+    names = (*FILES, UPLOAD)
+    return path if path.is_file() else next((path / n for n in names if (path / n).is_file()), path / FILES[-1])
 
 
 def checkpoint_sha256(path: Path) -> str:
@@ -73,22 +93,64 @@ def checkpoint_sha256(path: Path) -> str:
     return sources.sha256_of(path) if in_catalogue(path) else sha256_file(weights_file(path))
 
 
-def find(root: Path, flag: str = "--sae-root") -> list[Path]:
-    """The checkpoint folders of any kind below `root`, sorted.
+def find(root: Path, flag: str = "--sae-root", hook_name: str | None = None, untrained: bool = False) -> list[Path]:
+    """The checkpoints of any kind at or below `root`, sorted: one of each training (`finding.of_each_run`).
+
+    Args:
+        hook_name: where SAEs of several places lie below `root`, those of this place.
+        untrained: take a run's state before its first step where it is kept.
 
     Raises:
         BadInput: `root` is no folder or holds no checkpoint.
     """
     if not root.is_dir():
         raise BadInput(f"{flag}: {root} is not a folder")
-    folders = sorted({path.parent for name in FILES for path in root.rglob(name)})
-    if not folders:
+    found = finding.of_each_run(finding.below(root, _here), untrained)
+    if not found:
         raise BadInput(f"{flag}: no checkpoint ({', '.join(FILES)}) below {root}")
-    return folders
+    return found if hook_name is None else _of_place(found, hook_name)
 
 
-def find_all(paths: list[Path], flag: str) -> list[Path]:
+def _here(folder: Path, names: list[str]) -> list[Path]:
+    """The checkpoints whose weights lie in a folder."""
+    steps = [folder / name for name in names if LEARNING_STEP.fullmatch(name)] if folder.name == STEPS_FOLDER else []
+    upload = UPLOAD in names and not set(FILES) & set(names) and _uploaded(folder) is not None
+    return steps or ([folder] if set(FILES) & set(names) or upload else [])
+
+
+def _of_place(found: list[Path], hook_name: str) -> list[Path]:
+    """The checkpoints of one place of the model, where some are; else all, for a message that names one."""
+    places = {path: place_of(path) for path in found}
+    fitting = [path for path, place in places.items() if place and same_place(place, hook_name)]
+    others = [path for path, place in places.items() if place and path not in fitting]
+    if not fitting or not others:
+        return found
+    log.info("%s: left out with %d more SAEs of other places than %s", others[0], len(others) - 1, hook_name)
+    return [path for path in found if path not in others]
+
+
+def place_of(path: Path) -> str | None:
+    """The place in the model that the files beside an SAE's weights say it was trained on; None where they do not."""
+    folder = path.parent if path.is_file() else path
+    folder = folder.parent if folder.name == STEPS_FOLDER else folder
+    if (folder / FILES[0]).is_file():
+        return _hookpoint(folder).get("hook_name")
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            config = read_json(folder / name, "checkpoint")
+            parts = [config.get(part) for part in ("metadata", "trainer")] if isinstance(config, dict) else []
+            said = [part for part in (config, *parts) if isinstance(part, dict)]
+            keys = ("hook_name", "hook_point", "submodule_name")
+            place = next((part[key] for part in said for key in keys if part.get(key)), None)
+            return None if place is None else hook_name_of(str(place))
+    return None
+
+
+def find_all(paths: list[Path], flag: str, hook_name: str | None = None, untrained: bool = False) -> list[Path]:
     """The checkpoints at or below these paths and names, in their order, each once. Names stay names (`sources`).
+
+    Args:
+        hook_name, untrained: as in `find`.
 
     Raises:
         BadInput: a path does not exist, or holds no checkpoint.
@@ -96,15 +158,15 @@ def find_all(paths: list[Path], flag: str) -> list[Path]:
     for path in paths:
         if not is_name(path) and not path.exists():
             raise BadInput(f"{flag}: {path} does not exist")
-    return list(dict.fromkeys(f for path in paths for f in _at_or_below(path, flag)))
+    return list(dict.fromkeys(f for path in paths for f in _at_or_below(path, flag, hook_name, untrained)))
 
 
-def _at_or_below(path: Path, flag: str) -> list[Path]:
+def _at_or_below(path: Path, flag: str, hook_name: str | None, untrained: bool) -> list[Path]:
     if in_catalogue(path):
         sources.refuse_unknown(path, flag)
         return [path]
     place = sources.local(path, flag)
-    below = [place] if place.is_file() else find(place, flag)
+    below = [place] if place.is_file() else find(place, flag, hook_name, untrained)
     return [sources.pinned(path, f, flag) for f in below] if is_name(path) else below
 
 
@@ -117,57 +179,138 @@ def folder_of(checkpoint: Path) -> Path:
     return checkpoint.parent if checkpoint.is_file() else checkpoint
 
 
-def _dictionary_learning(folder: Path) -> SAE:
-    path, config = folder / "ae.pt", read_json(folder / "config.json", "checkpoint")
+def _dictionary_learning(folder: Path, weights: str = "ae.pt") -> SAE:
+    return _learning(folder / weights, folder / "config.json")
+
+
+def _learning_step(path: Path) -> SAE:
+    """RUN/checkpoints/ae_<step>.pt, whose configuration lies in RUN."""
+    folder = path.parent
+    folder = folder.parent if folder.name == STEPS_FOLDER else folder
+    return _learning(path, folder / "config.json", finding.step_of(path))
+
+
+def _learning(path: Path, at: Path, step: int | None = None) -> SAE:
+    """A checkpoint of dictionary_learning.
+
+    Args:
+        at: its configuration. step: of a checkpoint from before the end of the training; 0 is the untrained state.
+    """
+    config, where = read_json(at, "checkpoint"), f"checkpoint: {at}"
     trainer = config.get("trainer") if isinstance(config, dict) else None
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(name, str) or name not in DICTIONARY_LEARNING:
         known = ", ".join(DICTIONARY_LEARNING)
-        raise BadInput(f"checkpoint: {folder / 'config.json'}: trainer.dict_class {name!r}; one of {known} expected")
+        raise BadInput(f"{where}: trainer.dict_class {name!r}; one of {known} expected")
+    if unknown := sorted(set(config) - {"trainer", "buffer"}):
+        raise BadInput(f"{where}: {unknown[0]} is not known; trainer and buffer expected")
+    about = TABLE["dictionary_learning config.json trainer"].split(trainer, where)
+    data = TABLE["dictionary_learning config.json buffer"].split(config.get("buffer") or {}, f"{where}: buffer")
     architecture, subtract, names = DICTIONARY_LEARNING[name]
     state = _tensors(path)
-    k = _k(state, trainer, path) if architecture == "topk" else None
+    if "TopK" not in name and (trainer.get("k") is not None or "k" in state):
+        raise BadInput(f"{where}: k is {trainer.get('k', state.get('k'))!r} of {name}, which has none")
+    k = _k(state, trainer, path) if "TopK" in name else None
     if "threshold" not in names:
         state.pop("threshold", None)  # AutoEncoderTopK keeps one that its encode does not use
     weights = _renamed(state, names, path)
-    metadata = {"model_name": trainer.get("lm_name"), "hook_name": _hook_name(trainer.get("submodule_name"))}
-    sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path)
+    training = {"architecture": name} | about.training | data.training | ({} if k is None else {"k": k})
+    place = _place(about.activations.pop("hook_name", None), data, where)
+    activations = about.activations | data.activations | place
+    metadata = metadata_of(Described({}, activations, training), where=where)
+    metadata |= {} if step is None else {"checkpoint_step": step}
+    k = k if architecture == "topk" else None
+    sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path, untrained=step == 0)
     _fits(trainer, "activation_dim", sae.d_in, path)
     _fits(trainer, "dict_size", sae.d_sae, path)
-    return checkpoints.unit_decoder(sae, path) if name == "AutoEncoder" else sae  # as its own loader does
+    return sae
 
 
-def _hook_name(submodule: str | None) -> str | None:
-    """dictionary_learning's name of a place in the model (`resid_post_layer_3`) as TransformerLens has it; None where
-    it says nothing that is known."""
-    places = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}
-    match = re.fullmatch(r"(\w+)_layer_(\d+)", submodule or "")
-    if match and match[1] in places:
-        return f"blocks.{match[2]}.{places[match[1]]}"
-    return submodule if submodule and "hook_" in submodule else None
+def _place(submodule: Any, buffer: Described, where: str) -> dict[str, str]:
+    """Metadata of the place that dictionary_learning names, and whether its activations are that module's output."""
+    io = buffer.activations.get("io", "out")
+    if io not in ("in", "out"):
+        raise BadInput(f"{where}: buffer: io is {io!r}; activations of one place expected, 'in' or 'out'")
+    if not submodule:
+        return {}
+    name = hook_name_of(str(submodule))
+    if "hook_" not in name or (io == "in" and name != submodule):  # names of modules are read as their outputs
+        return {"hf_hook_name": str(submodule)}
+    return {"hook_name": name} | ({} if name == submodule else {"hf_hook_name": str(submodule)})
 
 
-def _sparsify(folder: Path) -> SAE:
-    path, config = folder / "sae.safetensors", read_json(folder / "cfg.json", "checkpoint")
-    where = f"checkpoint: {folder / 'cfg.json'}"
+def _sparsify(folder: Path, weights: str = "sae.safetensors", config_name: str = "cfg.json") -> SAE:
+    path, config = folder / weights, read_json(folder / config_name, "checkpoint")
+    where = f"checkpoint: {folder / config_name}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
-    known = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk"}
-    known |= {"skip_connection", "transcode", "d_in", "signed"}
-    if unknown := sorted(set(config) - known):
-        raise BadInput(f"{where}: {unknown[0]} is not known; it may change what the SAE computes")
+    own = TABLE["sparsify cfg.json"].split(config, where)
     if config.get("activation", "topk") != "topk" or config.get("signed"):
         raise BadInput(f"{where}: activation {config.get('activation')!r}; 'topk', not signed, expected")
     state = read_tensors(path)
     k = _k(state, config, path)
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
     names |= {"W_skip": "W_skip"} if config.get("skip_connection") else {}
-    weights = _renamed(state, names, path)
-    sae = _finished(weights, "topk", k, not config.get("transcode", False), {}, "sparsify", path)
+    weights_of = _renamed(state, names, path)
+    run = _sparsify_run(folder, k)
+    training = {"architecture": "topk", "k": k} | own.training if run else {}  # cfg.json alone says too little
+    metadata = metadata_of(Described({}, _hookpoint(folder), training), *run, where=where)
+    sae = _finished(weights_of, "topk", k, not config.get("transcode", False), metadata, "sparsify", path)
     _fits(config, "d_in", sae.d_in, path)
     if config.get("num_latents"):  # 0: not said
         _fits(config, "num_latents", sae.d_sae, path)
     return sae
+
+
+def _hookpoint(folder: Path) -> dict[str, str]:
+    """Metadata of the place of sparsify's RUN/<hookpoint>/ or RUN/<hookpoint>/seed<n>/: the folder's name is all that
+    says it."""
+    place = folder.resolve()
+    name = place.parent.name if re.fullmatch(r"seed\d+", place.name) else place.name
+    hook = hook_name_of(name)
+    return {"hook_name": hook, "hf_hook_name": name} if "hook_" in hook else {}
+
+
+def _sparsify_run(folder: Path, k: int) -> list[Described]:
+    """What sparsify's configuration of the run, one or more levels up, says; empty where there is none."""
+    for place in list(folder.resolve().parents)[:3]:
+        at = place / "config.json"
+        config = read_json(at, "checkpoint") if at.is_file() else None
+        if isinstance(config, dict) and isinstance(config.get("sae"), dict):
+            where = f"checkpoint: {at}"
+            run = TABLE["sparsify config.json"].split(config, where)
+            sae = TABLE["sparsify cfg.json"].split(config["sae"], f"{where}: sae")
+            if sae.computes.get("k", k) != k:
+                raise BadInput(f"{where}: sae.k is {sae.computes['k']!r}, and {k} in {folder}; one k expected")
+            return [Described({}, run.activations, run.training | sae.training)]
+    return []
+
+
+def _uploaded(folder: Path) -> Callable[[], SAE] | None:
+    """How to open `model.safetensors` of a folder; None where the files beside it describe no SAE."""
+    for name in CONFIGS:
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name, "checkpoint")
+        if not isinstance(config, dict):
+            continue
+        if "trainer" in config:
+            return lambda: _dictionary_learning(folder, UPLOAD)
+        if "d_in" in config and ({"num_latents", "expansion_factor"} & set(config)) and "d_sae" not in config:
+            return lambda name=name: _sparsify(folder, UPLOAD, name)  # type: ignore[misc]
+        if "d_sae" in config:
+            return lambda name=name: checkpoints.load(folder, UPLOAD, name)  # type: ignore[misc]
+    return None
+
+
+def _upload(folder: Path) -> SAE:
+    opener = _uploaded(folder)
+    if opener is None:
+        raise BadInput(
+            f"checkpoint: {folder / UPLOAD} has no cfg.json or config.json that describes an SAE; that of SAELens, "
+            "dictionary_learning or sparsify expected beside it"
+        )
+    return opener()
 
 
 def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
@@ -208,14 +351,20 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
 
 def finite(sae: SAE, path: Path) -> SAE:
     """The SAE, or BadInput where a tensor is no finite float, or the decoder is zero."""
-    return checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, path)
+    return unit_decoder(checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, path))
 
 
 def _gemma_scope(folder: Path) -> SAE:
     return finite(sources.open_gemma_scope(folder), folder / sources.GEMMA_SCOPE)
 
 
-OPENERS = (_sparsify, _dictionary_learning, _earlier_study, _gemma_scope, checkpoints.load)
+OPENERS: tuple[Callable[[Path], SAE], ...] = (
+    _sparsify,
+    _dictionary_learning,
+    _earlier_study,
+    _gemma_scope,
+    checkpoints.load,
+)
 """One for each of `FILES`."""
 
 
@@ -253,13 +402,14 @@ def _finished(
     metadata: dict,
     source: str,
     path: Path,
+    untrained: bool = False,
 ) -> SAE:
     plain = all(t.layout == torch.strided and t.is_floating_point() for t in weights.values())
     if not plain or weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
         raise BadInput(f"checkpoint: {path}: its weights are no dense matrices and vectors of floats")
     (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
     if "threshold" in weights and weights["threshold"].ndim == 0:  # one for all features, as BatchTopK learns it
-        if weights["threshold"] < 0:
+        if weights["threshold"] < 0 and not untrained:
             raise BadInput(f"checkpoint: {path}: its threshold was never learned; train it for longer")
         weights["threshold"] = weights["threshold"].expand(d_sae)
     if k is not None and k > d_sae:
@@ -273,7 +423,7 @@ def _finished(
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    state = _torch_load(path)
+    state = read_tensors(path) if path.suffix == ".safetensors" else _torch_load(path)
     if not all(isinstance(t, Tensor) for t in state.values()):
         raise BadInput(f"checkpoint: {path}: a dictionary of tensors expected")
     return dict(state)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from husai.dictionaries import foreign
+from husai.dictionaries.keys import ACTIVATIONS
 from husai.dictionaries.sae import SAE
 from husai.runs.checkpoints import is_name
 from husai.runs.files import read_json
@@ -60,7 +61,7 @@ def settings_of(path: Path, sae: SAE) -> dict[str, Any]:
     if library(sae) == "husai":
         return flat(sae.metadata["husai"])
     if training := sae.metadata.get("training"):
-        return flat(training)
+        return flat({name: sae.metadata[name] for name in ACTIVATIONS if name in sae.metadata} | training)
     found = flat({name: sae.metadata[name] for name in DETAILS if name in sae.metadata})
     if foreign.in_catalogue(path):
         return found

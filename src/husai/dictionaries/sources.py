@@ -372,6 +372,21 @@ class PeerSAE(SAE):
         config = self.peer.cfg.to_dict()
         return {k: v for k, v in config.items() if k not in ("metadata", "device", "dtype", "d_in", "d_sae")}
 
+    def unit(self) -> None:
+        """Bring decoder rows to norm 1 where the scale of features is free, the median norm of a TopK SAE's
+        (`checkpoints.unit_decoder`)."""
+        architecture = self.peer.cfg.architecture()
+        if architecture == "topk":
+            norms = self.peer.W_dec.norm(dim=1)
+            factor = norms[norms > 0].median()
+            for name, by in (("W_enc", factor), ("b_enc", factor), ("W_dec", 1 / factor)):
+                getattr(self.peer, name).data.mul_(by)
+        elif architecture in ARCHITECTURES:
+            self.peer.fold_W_dec_norm()
+        else:
+            return
+        self.weights = {name: tensor.detach() for name, tensor in self.peer.state_dict().items()}
+
     def to(self, device: torch.device | str) -> PeerSAE:
         """The same on another device."""
         weights = {name: tensor.to(device) for name, tensor in self.weights.items()}

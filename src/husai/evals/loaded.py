@@ -286,7 +286,7 @@ def open_all(
     """
     opener, about = opener or Opener(), store.manifest
     opened: dict[str, LoadedSAE] = {}
-    folders = foreign.find_all(paths, f"--{flag}")
+    folders = foreign.find_all(paths, f"--{flag}", about.hook_name)
     names = names_of(folders)
     for folder in folders:
         sae, sha = opener.sae(folder), opener.sha256(folder)

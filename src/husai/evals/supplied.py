@@ -59,7 +59,7 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
             or an initialisation, that are two checkpoints of one run, or that were trained on a control or towards a
             reference; references, controls, stories or a positive control that could not be read later.
     """
-    opener, folders = opener or Opener(), foreign.find_all(args.checkpoint, "--checkpoint")
+    opener, folders = opener or Opener(), foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
     if len(folders) < MINIMUM:
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
@@ -67,7 +67,10 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     subject, name = pretrained.digest_of(args.subject), short_name(args.subject)
     width = _width(args.hook_name, pretrained.open_folder(str(args.subject)))
     saes = [opener.sae(folder) for folder in folders]
-    for flag, these in (("checkpoint", folders), ("reference", foreign.find_all(args.reference, "--reference"))):
+    for flag, these in (
+        ("checkpoint", folders),
+        ("reference", foreign.find_all(args.reference, "--reference", args.hook_name)),
+    ):
         for folder in these:
             loaded.refuse_other_model(folder, opener.sae(folder), name, flag)
             study.refuse_unfitting(folder, opener.sae(folder), args.hook_name, subject, width)
@@ -98,7 +101,7 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
 
 def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
     """Number or seed of each SAE in results -> what the user calls it."""
-    names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint"))
+    names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name))
     of_identity = {loaded.identity(opener.sae(c), opener.sha256(c)): name for c, name in names.items()}
     return {seed: of_identity[identity] for seed, identity in group.identities.items()}
 
@@ -109,7 +112,8 @@ def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
     Raises:
         BadInput: not one for each.
     """
-    folders, before = foreign.find_all(args.checkpoint, "--checkpoint"), foreign.find_all(args.untrained, "--untrained")
+    folders = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
+    before = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
     if before and len(before) != len(folders):
         raise BadInput(
             f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in the "

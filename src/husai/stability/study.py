@@ -94,6 +94,8 @@ def refuse_unfitting(folder: Path, sae: SAE, hook_name: str, subject_digest: str
     if made_for is not None and not same_place(made_for, hook_name):
         raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
     refuse_processed(folder, sae.metadata)
+    if sae.metadata.get("checkpoint_step") == 0:
+        raise BadInput(f"checkpoint: {folder} is a state from before training; give it as --untrained")
     if subject is not None and subject != subject_digest:
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
 
