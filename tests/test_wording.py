@@ -141,7 +141,8 @@ def test_checkpoints(tmp_path):
     save_file(tensors | {"b_dec": torch.full((4,), torch.nan)}, weights)
     assert refusal(checkpoints.load, tmp_path) == f"checkpoint: {weights} holds NaN or infinite weights"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"whitening": 0.1}))
-    sentence = f"checkpoint: {config}: whitening (0.1) is not known; it may change what the SAE computes"
+    sentence = f"checkpoint: {config}: whitening (0.1) is not known; it may change what the SAE computes or how its "
+    sentence += "activations were made; remove it from the file if it changes neither"
     assert refusal(checkpoints.load, tmp_path) == sentence
 
 
