@@ -826,3 +826,9 @@ def test_features_in_another_order_are_independent(seed, share):
     a[:60, 0] += 3
     b[:60, 0] += 3
     independence.refuse_dependent(["x", "y"], [a, b])
+
+
+def test_the_pass_probability_far_in_a_tail_is_0_or_1():
+    e = Estimate(0.19, 0.18, 0.20, 0.0022, 5, "m", freedom=4)
+    for low, truth in ((0.02, -5.0), (0.02, 0.0), (0.02, 0.19), (0.02, 5.0)):
+        assert pass_probability(e, "low", low, truth) == pytest.approx(float(truth > 0.1), abs=1e-6)

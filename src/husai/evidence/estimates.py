@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -173,7 +174,11 @@ def pass_probability(estimate: Estimate, end: str, threshold: float, truth: floa
     error, critical, sign = _scale(estimate, end)
     if error == 0:
         return float(sign * (truth - threshold) > 0)
-    return 1 - float(special.nctdtr(estimate.freedom, sign * (truth - threshold) / error, critical))
+    centre = sign * (truth - threshold) / error
+    missed = float(special.nctdtr(estimate.freedom, centre, critical))
+    if math.isnan(missed):  # scipy gives NaN far in a tail, where the probability is 0 or 1
+        missed = float(centre < critical)
+    return 1 - missed
 
 
 def effect_for(estimate: Estimate, end: str, threshold: float, probability: float = 0.8) -> float:
