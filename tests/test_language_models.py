@@ -208,7 +208,7 @@ def test_stores_of_one_pass_correspond_and_hold_out_whole_documents(harvested, s
 
 def test_harvest_is_found_again_and_resumes_to_the_same_bytes(subject, documents, harvested, tmp_path, monkeypatch):
     root, folders = harvested
-    monkeypatch.setattr(lm, "run", None)  # nothing is computed again
+    monkeypatch.setattr(lm, "_harvest", None)  # nothing is computed again
     assert lm.harvest_tokens(subject, HOOKS, documents, root, rows=2000, heldout_fraction=0.25) == folders
     monkeypatch.undo()
 

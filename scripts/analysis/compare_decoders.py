@@ -1,0 +1,75 @@
+"""Compare the decoders of SAEs that differ in their seed, without a model: which features come back?
+
+    python scripts/analysis/compare_decoders.py assets/husai-tiny-saes --covariance assets/husai-tiny-saes-activations.safetensors
+    python scripts/analysis/compare_decoders.py seed0.npy seed1.npy seed2.npy --rows-are-features yes
+
+Takes checkpoints of any library, folders of them, names (sae-lens:RELEASE/SAE_ID, hf:REPO/PATH), or bare matrices
+(.npy, .safetensors, .pt). Prints mcc, pwmcc and share70 with jackknife intervals over the SAEs, beside random directions
+and, with --covariance, beside the spectral null; then in how many others the features of each SAE recur. Figures alone:
+the release check gives a verdict. Exit 0 done, 2 bad input.
+"""  # noqa: E501
+
+import argparse
+from pathlib import Path
+
+from husai.runs.cli import Parser, run_main
+
+
+def parse() -> argparse.Namespace:
+    p = Parser(__doc__)
+    p.add_argument("decoders", nargs="+", type=Path, help="two at least, or a folder of checkpoints")
+    p.add_argument(
+        "--covariance", type=Path, help="activation store, .npy, or .safetensors with covariance, mean, rows"
+    )
+    p.add_argument("--rows-are-features", choices=["yes", "no"], help="of bare matrices, whose shape does not say it")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    import numpy as np
+
+    import husai
+    from husai.dictionaries import foreign
+    from husai.dictionaries.decoders import ARRAYS, read_decoder, read_moments
+    from husai.evidence import rules
+    from husai.report.text import interval, table
+
+    bare = [p for p in args.decoders if p.suffix in ARRAYS and p.name not in foreign.FILES]
+    named = [p for p in args.decoders if p not in bare]
+    paths = bare + (foreign.find_all(named, "decoders") if named else [])
+    rows = None if args.rows_are_features is None else args.rows_are_features == "yes"
+    moments = read_moments(args.covariance) if args.covariance else {}
+    labels = [str(p) for p in paths]
+    found = husai.compare([read_decoder(p, rows) for p in paths], labels=labels, **moments)
+
+    header = ["score", "observed, 95 % interval", "random directions"]
+    header += ["spectral null"] if found.spectral is not None else []
+    scores = []
+    for name, estimate in found.scores.items():
+        row = [name, interval(estimate.to_json()), f"{found.isotropic[name]:.4f}"]
+        scores.append(row + ([f"{found.spectral[name]:.4f}"] if found.spectral is not None else []))
+    print(*table(header, scores), "", sep="\n")
+
+    others = len(labels) - 1
+    header = ["SAE", "features", "recur in any other", "in every other", "certified"]
+    header += ["above the spectral null"] if found.q_values is not None else []
+    lines = []
+    for i, (label, k, bound) in enumerate(zip(labels, found.recurrence, found.bounds, strict=True)):
+        counts = [len(k), int((k > 0).sum()), int((k == others).sum()), int((bound >= rules.CERTIFIED_AT).sum())]
+        above = [] if found.q_values is None else [int((found.q_values[i] <= rules.FALSE_SHARE).sum())]
+        lines.append([label, *counts, *above])
+    print(*table(header, lines), "", sep="\n")
+    needed = rules.siblings_needed(rules.CERTIFIED_AT)
+    print(
+        f"A feature recurs in another SAE if its one-to-one partner there has a decoder cosine of at least "
+        f"{rules.RECURS_COSINE:g}.\nCertified: the one-sided 95 % bound of its share of trainings reaches "
+        f"{rules.CERTIFIED_AT:g}, which needs {needed} other SAEs or more; here are {others}."
+    )
+    if found.q_values is not None:
+        share = float(np.mean([(q <= rules.FALSE_SHARE).mean() for q in found.q_values]))
+        print(f"{share:.0%} of the features lie above the spectral null. That alone does not make a feature stable.")
+
+
+if __name__ == "__main__":
+    run_main(main)
