@@ -3,13 +3,16 @@
 import json
 import os
 import pickle
+import shutil
 from functools import partial
 
 import pytest
 import torch
 
+from husai.dictionaries import foreign
 from husai.dictionaries.foreign import open_checkpoint, weights_file
 from husai.runs.errors import BadInput
+from husai.runs.files import REPOSITORY
 from peers import in_unit_scale
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
@@ -227,3 +230,16 @@ def test_unknown_settings_of_sparsify_are_refused(change, named, tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(config | change))
     with pytest.raises(BadInput, match=rf"cfg\.json: {named}\W"):
         open_checkpoint(tmp_path)
+
+
+def test_the_final_checkpoint_of_each_training_is_taken(tmp_path, caplog):
+    shipped = REPOSITORY / "assets" / "husai-tiny-saes"
+    for seed in ("seed42", "seed123"):
+        for place in (tmp_path / seed, tmp_path / seed / "checkpoints" / "500"):
+            shutil.copytree(shipped / seed, place, dirs_exist_ok=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one").symlink_to(shipped / "seed456")
+    with caplog.at_level("INFO", logger="husai"):
+        found = foreign.find_all([tmp_path], "--checkpoint")
+    assert found == [tmp_path / "links" / "one", tmp_path / "seed123", tmp_path / "seed42"]
+    assert sum("2 checkpoints" in record.message for record in caplog.records) == 2
