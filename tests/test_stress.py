@@ -132,7 +132,7 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert len(shas) == 40
     assert shas | {arm["store_digest"] for arm in arms} <= set(results["inputs"].values())
     assert str(tmp_path) not in json.dumps(results)
-    assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**holds**")
+    assert (tmp_path / "out" / "summary.md").read_text().split("\n")[2].startswith("**PASS**")
 
     found = RandomModelStress.model_validate(results)  # what the gate reads
     scores = [p["observed"]["mcc_alive"] - p["gaussian"]["mcc_alive"] for p in section["pairs"]]
