@@ -33,7 +33,7 @@ from husai.evidence import rules
 from husai.evidence.estimates import Estimate, benjamini_hochberg, clopper_pearson_low, jackknife
 from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
-from husai.stability import nulls
+from husai.stability import nulls, prototypes
 from husai.stability.matching import match, unit_rows
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import MATCHED, pwmcc
@@ -346,7 +346,8 @@ def compare(
     if covariance is not None:
         spectrum = spectrum_of(covariance, mean, rows, W[0].shape[1])
     if token_means is not None:
-        near = [nearest(w, directions_of(token_means, mean))[0].double().numpy() for w in W]
+        directions = directions_of(token_means, mean)
+        near = [prototypes.nearest(w, directions).double().numpy() for w in W]
 
     matrices = {name: np.zeros((len(W), len(W))) for name in ("mcc", "pwmcc", "share70")}
     found = [Partners(np.full((len(W) - 1, len(w)), NONE), np.zeros((len(W) - 1, len(w)))) for w in W]
@@ -451,9 +452,3 @@ def directions_of(token_means: Any, mean: Any) -> Tensor:
     """Unit directions of token means `[n, d_in]`, each with the mean of all rows and, where it is known, without it."""
     P = torch.as_tensor(token_means).float()
     return unit_rows(P if mean is None else torch.cat([P, P - torch.as_tensor(mean).float()]))
-
-
-def nearest(W_dec: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest signed cosine of each row with one of the unit directions `[p, d_in]`, which one)."""
-    found = [(part @ directions.T).max(1) for part in unit_rows(W_dec.float()).split(BLOCK)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
