@@ -111,3 +111,23 @@ def initial_seed(path: Path, sae: SAE, settings: dict[str, Any]) -> Any:
         return value[0]
     name = foreign.folder_of(path).name  # of several seeds, each has a folder
     return name.removeprefix("seed") if name.startswith("seed") else None
+
+
+TOKENS = ("training_tokens", "total_training_tokens", "tokens", "num_tokens")
+"""Last parts of keys that hold the tokens of a training."""
+
+
+def tokens_of(sae: SAE, settings: dict[str, Any]) -> int | None:
+    """Tokens that an SAE was trained on, as its files say; None where they do not.
+
+    Args:
+        settings: of `settings_of`. dictionary_learning writes steps and the rows of a batch.
+    """
+    named = {key.rpartition(".")[2]: value for key, value in settings.items()}
+    for key in TOKENS:
+        if isinstance(named.get(key), int):
+            return named[key]
+    steps, batch = named.get("steps"), named.get("out_batch_size")
+    if library(sae) == "dictionary_learning" and isinstance(steps, int) and isinstance(batch, int):
+        return steps * batch
+    return None

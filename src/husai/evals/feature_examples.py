@@ -10,6 +10,7 @@ import torch
 
 from husai.activations.language_model import Inputs, batches, run
 from husai.activations.store import ActivationStore
+from husai.dictionaries.sae import SAE
 from husai.evals.loaded import LoadedSAE
 from husai.runs.errors import BadInput
 from husai.runs.progress import progress
@@ -75,16 +76,20 @@ def sample(stable: np.ndarray, alive: np.ndarray, n: int, seed: int) -> list[int
 
 @torch.inference_mode()
 def strongest_contexts(
-    subject: LanguageModel, hook_name: str, candidate: LoadedSAE, features: list[int], inputs: Inputs
+    subject: LanguageModel, hook_name: str, wanted: list[tuple[SAE, list[int]]], inputs: Inputs
 ) -> list[list[dict]]:
-    """Of each feature, the CONTEXTS documents in which it fires most, each with the tokens around its peak.
+    """The CONTEXTS documents in which each feature fires most, each with the tokens around its peak.
+
+    Args:
+        wanted: SAEs with the features asked for. The model reads the text once for all of them.
 
     Returns:
-        For each feature `[{"text": [piece, …], "values": [activation, …]}]`, strongest first; neighbouring tokens on
-        which the feature is silent are one piece, with the value 0.
+        For each feature, SAE by SAE, `[{"text": [piece, …], "values": [activation, …]}]`, strongest first; neighbouring
+        tokens on which the feature is silent are one piece, with the value 0.
     """
     device = next(subject.model.parameters()).device
-    sae, tokens, peaks = candidate.sae.to(device), [], []
+    saes = [(sae.to(device), features) for sae, features in wanted]
+    tokens, peaks = [], []
     values: list[np.ndarray] = []  # of each input, float32 [tokens, features]
     with progress("reading documents", len(inputs.rows)) as advance:
         for part in inputs.parts():
@@ -93,14 +98,16 @@ def strongest_contexts(
             for chosen in batches(np.array([*map(len, of_part)])):
                 x = run(subject, [of_part[i] for i in chosen], [hook_name])[hook_name]
                 for row, i in enumerate(chosen):  # position 0 gives no row, here as in the stores
-                    found[i] = sae.encode(x[row, 1 : len(of_part[i])])[:, features].float().cpu().numpy()
+                    rows = x[row, 1 : len(of_part[i])]
+                    fired = [sae.encode(rows)[:, features].float() for sae, features in saes]
+                    found[i] = torch.cat(fired, 1).cpu().numpy()
                 advance(len(chosen))
             tokens += [t[1:] for t in of_part]
             values += found
             peaks += [v.max(0) for v in found]
     strength = np.stack(peaks)  # [inputs, features]
     contexts = []
-    for column in range(len(features)):
+    for column in range(strength.shape[1]):
         shown: dict[str, dict] = {}  # by text: news agencies repeat themselves
         read: set[int] = set()  # long documents are several inputs, and count once
         for i in np.argsort(-strength[:, column], kind="stable"):
@@ -157,7 +164,7 @@ def collect(
     if not chosen:
         raise BadInput(f"--checkpoint: no feature of {first.folder} fires on {store.rows} held-out tokens")
     inputs = Inputs.of(subject, documents, store.rows, 0, root)
-    contexts = strongest_contexts(subject, hook_name, first, chosen, inputs)
+    contexts = strongest_contexts(subject, hook_name, [(first.sae, chosen)], inputs)
     seeds = [c.label if c.facts.seed is None else c.facts.seed for c in candidates]
     return {
         "condition": first.record.condition,

@@ -1,10 +1,12 @@
-"""The feature table: one row a feature of one SAE. `COLUMNS` is its data dictionary."""
+"""The feature table, one row a feature of one SAE, and the results beside it. `COLUMNS` is the data dictionary."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from husai.evidence import rules
+from husai.evidence.schemas import Heldout, Interval, Number, SAERecord, Sha256, Share, Strict
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,7 @@ COLUMNS: dict[str, Column] = {
     "statement": Column("string", f"what may be said of it: {', '.join(rules.STATEMENTS)}"),
     "recurs": Column("int64", "siblings in which it recurs (k)"),
     "siblings": Column("int64", "siblings that were asked (n)"),
-    "low": Column(
-        "float64", "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs"
-    ),
+    "low": Column("float64", "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs"),
     "certified": Column("boolean", "the bound reaches π; empty where nothing can be certified"),
     "above_chance": Column("boolean", "q_value is at most 0.05; empty where a test was not run"),
     "q_value": Column("Float64", "Benjamini–Hochberg over the alive features, on the larger of the two p-values"),
@@ -43,9 +43,7 @@ COLUMNS: dict[str, Column] = {
     "nearest_partner": Column("Int64", "number of that partner in the sibling"),
     "nearest_cosine": Column("Float64", "decoder cosine with that partner"),
     "prototype_cosine": Column("Float64", "cosine with the nearest token mean or centroid of other documents"),
-    "prototype": Column(
-        "string", "that prototype: the token, or `centroid`; empty below a cosine of 0.7"
-    ),
+    "prototype": Column("string", "that prototype: the token, or `centroid`; empty below a cosine of 0.7"),
     "rebuilt": Column(
         "int64",
         f"siblings in which it does not recur and at most {rules.REBUILT_BY} features rebuild its direction",
@@ -63,3 +61,96 @@ def dictionary() -> str:
     """The data dictionary, as a table of markdown."""
     lines = [f"| `{name}` | {column.dtype} | {column.meaning} |" for name, column in COLUMNS.items()]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *lines]) + "\n"
+
+
+class Bars(Strict):
+    """What decides; each is a flag."""
+
+    cosine: Number = rules.RECURS_COSINE
+    correlation: Number = rules.RECURS_CORRELATION
+    certified_at: Share = rules.CERTIFIED_AT
+
+
+class Sibling(Strict):
+    """An SAE that the SAE is compared with."""
+
+    label: str
+    origin: Literal["trained", "supplied", "relative"]
+    checkpoint_sha256: Sha256
+    d_sae: int
+    heldout: Heldout | None
+    """None for a relative, whose decoder alone is read."""
+    partners: Share
+    """Share of the SAE's features with a one-to-one partner at the bar of decoder cosines."""
+
+
+class Decile(Strict):
+    """A tenth of the alive features, by firing rate."""
+
+    low: Number
+    high: Number
+    features: int
+    recur: Interval
+    """Share that recurs in a sibling."""
+
+
+class Training(Strict):
+    """How siblings were trained."""
+
+    family: str
+    d_sae: int
+    k: int
+    tokens: int
+    rows: int
+    """Different activations that these tokens are of."""
+    learning_rate: Number
+    batch_size: int
+    recipe: Literal["the SAE's own", "HUSAI's own, at the SAE's width and L0"]
+    recipe_tokens: int | None
+    """Tokens of the SAE's own training; None: its files do not say."""
+
+
+class FeatureReliability(Strict):
+    """Results of `run_feature_reliability.py`. The table beside it holds the features."""
+
+    phase: Literal["feature_reliability"]
+    inputs: dict[str, str]
+    """Label -> sha256 of what the results rest on."""
+    subject: str
+    hook_name: str
+    text: str | None
+    """Source of the text; None for the packaged one."""
+    sae: SAERecord
+    siblings: list[Sibling]
+    training: Training | None
+    """None where no sibling was trained."""
+    bars: Bars
+    heldout_tokens: int
+    rotations: int | None
+    gaussian: int
+    """SAEs of Gaussian rows; 0: *above chance* is not tested."""
+    statements: dict[str, int]
+    """Statement -> number of features."""
+    alive: int
+    recur: Interval
+    """Share of the alive features that recur in a sibling."""
+    recur_others: Interval | None
+    """The same of alive features that are like no prototype; None where all are."""
+    certified: Share | None
+    """Of the alive features; None where nothing can be certified."""
+    above_chance: Share | None
+    deciles: list[Decile]
+    in_every: list[Share]
+    """Expected share of the alive features that recur in every one of j siblings, j = 1 … n."""
+    in_some: list[Share]
+    """The same, in at least one."""
+    differs: bool | None
+    """Whether the SAE recurs less in its siblings than they do in each other; None: too few to say."""
+    among_siblings: list[Share]
+    """Share of each sibling's features with a partner in the others."""
+    limits: list[str]
+    """What narrows the statements, a sentence each."""
+    notes: list[str]
+    """What a reader should know of the SAEs, a sentence each."""
+    table_sha256: Sha256
+    """Digest of features.csv."""

@@ -1,0 +1,417 @@
+"""A calibrated statement about each feature of an SAE, from its siblings: the feature table and what sums it up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from husai.activations.language_model import Inputs
+from husai.activations.store import ActivationStore
+from husai.dictionaries.sae import SAE
+from husai.evals.feature_examples import strongest_contexts
+from husai.evals.loaded import LoadedSAEs
+from husai.evals.siblings import Group
+from husai.evidence import rules
+from husai.evidence.estimates import clopper_pearson_low, mean_over_seeds
+from husai.evidence.features import COLUMNS, Bars, Decile, FeatureReliability, Sibling
+from husai.evidence.names import NEAR
+from husai.evidence.schemas import Interval
+from husai.runs.files import sha256_file
+from husai.runs.progress import progress
+from husai.runs.seeds import generator
+from husai.stability import prototypes
+from husai.stability.matching import match, unit_rows
+from husai.stability.recurrence import NONE, Chance, Partners, chance, partners, rebuilt
+
+NUMBERS = 2**25
+"""Features × rows of one SAE's code that are in memory at a time."""
+DECILES = 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations of partners
+
+
+@dataclass(frozen=True)
+class Coactivation:
+    """How features and their partners fire on held-out rows."""
+
+    correlations: np.ndarray  # float64 [siblings, d_sae]; 0 without a partner, or where either never varies
+    mean_activation: np.ndarray  # float64 [d_sae], on the rows on which the feature fires; NaN where it is dead
+
+
+@torch.no_grad()
+def coactivation(
+    sae: SAE, siblings: Sequence[SAE], partner: np.ndarray, store: ActivationStore, device: torch.device
+) -> Coactivation:
+    """Pearson correlation of each feature with its partner in each sibling, over all rows of a store.
+
+    Rows are read in blocks, therefore memory does not grow with them.
+
+    Args:
+        partner: number of each feature's partner, int `[siblings, d_sae]`; NONE without one.
+    """
+    rows = max(1, NUMBERS // max(s.d_sae for s in (sae, *siblings)))
+    own, others = sae.to(device), [s.to(device) for s in siblings]
+    columns = torch.from_numpy(np.where(partner == NONE, 0, partner)).to(device)
+    shape = len(siblings), sae.d_sae
+    first, squares, fired = (torch.zeros(sae.d_sae, dtype=torch.float64, device=device) for _ in range(3))
+    theirs, theirs_squares, products = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+
+    with progress("held-out activations of partners", store.rows) as advance:
+        for start in range(0, store.rows, rows):
+            x = store.read(start, min(start + rows, store.rows)).to(device)
+            f = own.encode(x)
+            first += f.sum(0, dtype=torch.float64)
+            squares += f.square().sum(0, dtype=torch.float64)
+            fired += (f > 0).sum(0)
+            for i, other in enumerate(others):
+                g = other.encode(x)[:, columns[i]]
+                theirs[i] += g.sum(0, dtype=torch.float64)
+                theirs_squares[i] += g.square().sum(0, dtype=torch.float64)
+                products[i] += (f * g).sum(0, dtype=torch.float64)
+            advance(len(x))
+
+    n = store.rows
+    covariance = products - first * theirs / n
+    variances = (squares - first.square() / n).clamp_min(0) * (theirs_squares - theirs.square() / n).clamp_min(0)
+    found = torch.where(variances > 0, covariance / variances.sqrt(), 0.0).clamp(-1, 1).cpu().numpy()
+    found[partner == NONE] = 0
+    return Coactivation(found, (first / fired).cpu().numpy())
+
+
+def encoder_cosines(sae: SAE, siblings: Sequence[SAE], partner: np.ndarray) -> np.ndarray:
+    """Cosine between the encoder directions of features and their partners, `[siblings, d_sae]`; NaN without one."""
+    own = unit_rows(sae.W_enc.T.float())
+    found = np.full(partner.shape, np.nan)
+    for i, sibling in enumerate(siblings):
+        there = partner[i] != NONE
+        other = unit_rows(sibling.W_enc.T.float())[partner[i][there]]
+        found[i, there] = (own[torch.from_numpy(there)] * other).sum(1).numpy()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prototypes
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The prototype nearest to each feature."""
+
+    cosine: np.ndarray  # [d_sae]
+    name: list[str | None]  # the token, or `centroid`; None below NEAR
+
+
+def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) -> Nearest:
+    """Token means and centroids of held-out documents, which no sibling was trained on.
+
+    A token mean counts with the mean of all rows and without it (`prototypes.prototypes`).
+    """
+    made = prototypes.of_store(asked.store, artifact_root, len(W_dec))
+    cosine = prototypes.nearest(W_dec, made).double().numpy()
+    tokens, means = prototypes.token_means(asked.store, True)
+    both = torch.cat([means, means - asked.store.stats()[0].float()])
+    U, P = unit_rows(W_dec.float()), unit_rows(both)
+    products = [(part @ P.T).max(1) for part in U.split(1024)]
+    largest, at = (torch.cat([getattr(p, name) for p in products]) for name in ("values", "indices"))
+    names: list[str | None] = []
+    for value, of_token, index in zip(cosine, largest.tolist(), at.tolist(), strict=True):
+        if value < NEAR:
+            names.append(None)
+        elif of_token < value - 1e-5:
+            names.append("centroid")
+        else:
+            names.append(asked.subject.tokenizer.decode([int(tokens[index % len(tokens)])]))
+    return Nearest(cosine, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of an SAE's features."""
+
+    table: pd.DataFrame
+    """`evidence.features.COLUMNS`, one row a feature."""
+    partners: Partners
+    recurs: np.ndarray
+    """Whether each feature recurs in each sibling, bool `[siblings, d_sae]`."""
+    chance: Chance | None
+
+
+def judge(
+    asked: LoadedSAEs,
+    group: Group,
+    bars: Bars,
+    artifact_root: Path,
+    device: torch.device,
+    rotations: int | None,
+    certifiable: bool,
+) -> Judged:
+    """The statement about each feature of the first SAE.
+
+    Args:
+        rotations: of each sibling by the spectral null (`recurrence.rotations_for`).
+        certifiable: whether the siblings are fresh trainings. Relatives never are.
+    """
+    own, others = asked.saes[0], group.others
+    W, decoders = own.sae.W_dec.float().cpu(), [o.W_dec for o in others]
+    saes = [o.sae for o in others if o.sae is not None]
+    whole = len(saes) == len(others)  # relatives have no encoder here
+    certifiable &= whole
+    alive = own.firing_rate.numpy() > 0
+
+    # Recurrence: a partner in each sibling, by decoder and by activations.
+    found = partners(W, decoders)
+    fired = coactivation(own.sae, saes, found.features if whole else found.features[:0], asked.store, device)
+    correlations = fired.correlations if whole else None
+    recurrent = rules.recurs(found.cosines, correlations, bars.cosine, bars.correlation)
+    k, n = recurrent.sum(0), len(others)
+    low = clopper_pearson_low(k, n, rules.CERTIFIED_LEVEL)
+
+    # Chance: rotated siblings, and SAEs of Gaussian rows.
+    tested = None
+    if group.spectrum is not None:
+        tested = chance(W, decoders, group.spectrum, group.gaussian, rotations, stream=("features",))
+    q = None if tested is None else tested.q_values(alive)
+    marked = np.zeros(len(W), bool) if q is None else rules.above_chance(q)
+
+    # Other explanations: a prototype, or a feature that others share among them.
+    near = nearest_prototypes(W, asked, artifact_root)
+    split = rebuilt_in(W, decoders, ~recurrent & alive)
+    withheld = group.withheld is not None
+    certified_at = bars.certified_at if certifiable else None
+    statements = rules.statements(k, low, marked, near.cosine >= NEAR, split, ~alive, n, certified_at, withheld)
+
+    best = found.cosines.argmax(0)
+    partner, cosine = (values[best, np.arange(len(W))] for values in (found.features, found.cosines))
+    rate = own.firing_rate.double().numpy()
+    columns: dict[str, Any] = {
+        "feature": np.arange(len(W)),
+        "statement": statements,
+        "recurs": k,
+        "siblings": np.full(len(W), n),
+        "low": low,
+        "certified": rules.certified(low, bars.certified_at) if certifiable else None,
+        "above_chance": None if q is None else marked,
+        "q_value": q,
+        "p_rotation": tested and tested.p_rotation,
+        "p_permutation": tested and tested.p_permutation,
+        "similarity": tested.similarity if tested else np.mean([_largest(W, d) for d in decoders], axis=0),
+        "similarity_rotated": tested and tested.rotated,
+        "similarity_gaussian": tested and tested.gaussian,
+        "partner_cosine": found.cosines.mean(0),
+        "partner_correlation": None if correlations is None else correlations.mean(0),
+        "encoder_cosine": _mean_of_known(encoder_cosines(own.sae, saes, found.features)) if whole else None,
+        "nearest_sibling": [None if p == NONE else others[i].label for i, p in zip(best, partner, strict=True)],
+        "nearest_partner": np.where(partner == NONE, np.nan, partner),
+        "nearest_cosine": np.where(partner == NONE, np.nan, cosine),
+        "prototype_cosine": near.cosine,
+        "prototype": near.name,
+        "rebuilt": split,
+        "firing_rate": rate,
+        "mean_activation": fired.mean_activation,
+        "dead": ~alive,
+        "dense": rate > rules.DENSE,
+        "encoder_decoder_cosine": _aligned(own.sae),
+    }
+    table = pd.DataFrame(
+        {name: pd.Series(columns[name], index=range(len(W)), dtype=c.dtype) for name, c in COLUMNS.items()}
+    )
+    return Judged(table, found, recurrent, tested)
+
+
+def rebuilt_in(W_dec: Tensor, siblings: Sequence[Tensor], missing: np.ndarray) -> np.ndarray:
+    """Siblings in which each feature is missing and few features rebuild it, int `[d_sae]`.
+
+    Args:
+        missing: bool `[siblings, d_sae]`.
+    """
+    found = np.zeros(len(W_dec), int)
+    with progress("features that a few others rebuild (siblings)", len(siblings)) as advance:
+        for sibling, numbers in zip(siblings, map(np.flatnonzero, missing), strict=True):
+            if len(numbers):
+                cosines, _ = rebuilt(W_dec[torch.from_numpy(numbers)], sibling)
+                found[numbers] += (cosines >= rules.REBUILT_COSINE).numpy()
+            advance(1)
+    return found
+
+
+def _aligned(sae: SAE) -> np.ndarray:
+    """Cosine between the encoder and the decoder direction of each feature, `[d_sae]`."""
+    pairs = (unit_rows(W.float().cpu()) for W in (sae.W_enc.T, sae.W_dec))
+    encoder, decoder = pairs
+    return (encoder * decoder).sum(1).double().numpy()
+
+
+def _largest(W: Tensor, decoder: Tensor) -> np.ndarray:
+    a, b = unit_rows(W), unit_rows(decoder)
+    return torch.cat([(part @ b.T).amax(1) for part in a.split(1024)]).double().numpy()
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is no NaN; NaN where all are."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What sums it up
+
+
+def sum_up(
+    asked: LoadedSAEs, group: Group, judged: Judged, bars: Bars, limits: list[str], notes: list[str], table: Path
+) -> FeatureReliability:
+    """The results beside the table.
+
+    Args:
+        limits: why nothing can be certified. table: the file that holds the table.
+    """
+    t, n = judged.table, len(group.others)
+    alive = ~t["dead"].to_numpy(bool)
+    apart = alive & (t["prototype_cosine"].to_numpy(float) < NEAR)
+    k = t["recurs"].to_numpy()[alive]
+    every, some = by_number_of_siblings(k, n)
+    siblings = [o for o in group.others if o.origin != "relative"]
+    among = among_siblings([o.W_dec for o in siblings], bars.cosine)
+    own = (judged.partners.cosines >= bars.cosine).mean(1)
+    if group.withheld is not None:
+        limits = [*limits, f"No feature is called *not found*, because {group.withheld}."]
+    return FeatureReliability(
+        phase="feature_reliability",
+        inputs=group.inputs,
+        subject=asked.subject.name,
+        hook_name=asked.hook_name,
+        text=asked.source.record().get("text"),
+        sae=asked.saes[0].record,
+        siblings=[
+            Sibling(
+                label=o.label,
+                origin=o.origin,
+                checkpoint_sha256=o.sha256,
+                d_sae=len(o.W_dec),
+                heldout=o.heldout,
+                partners=float(share),
+            )
+            for o, share in zip(group.others, own, strict=True)
+        ],
+        training=group.training,
+        bars=bars,
+        heldout_tokens=asked.store.rows,
+        rotations=None if judged.chance is None else judged.chance.rotations,
+        gaussian=len(group.gaussian),
+        statements={name: int((t["statement"] == name).sum()) for name in rules.STATEMENTS},
+        alive=int(alive.sum()),
+        recur=share_over_siblings(judged.recurs, alive),
+        recur_others=share_over_siblings(judged.recurs, apart) if apart.any() else None,
+        certified=None if t["certified"].isna().all() else float(t["certified"][alive].mean()),
+        above_chance=None if t["above_chance"].isna().all() else float(t["above_chance"][alive].mean()),
+        deciles=deciles(t["firing_rate"].to_numpy(), judged.recurs),
+        in_every=every,
+        in_some=some,
+        differs=rules.differs_from_siblings(own.tolist(), among) if siblings else None,
+        among_siblings=among,
+        limits=limits,
+        notes=notes,
+        table_sha256=sha256_file(table),
+    )
+
+
+def share_over_siblings(recurrent: np.ndarray, chosen: np.ndarray) -> Interval:
+    """Share of the chosen features that recur in a sibling, the mean over siblings with its interval.
+
+    Args:
+        recurrent: bool `[siblings, d_sae]`. chosen: bool `[d_sae]`, one at least.
+    """
+    return Interval.of(mean_over_seeds([float(v) for v in recurrent[:, chosen].mean(1)]))
+
+
+def deciles(rate: np.ndarray, recurrent: np.ndarray) -> list[Decile]:
+    """Recurrence of alive features by decile of their firing rate."""
+    order = np.argsort(rate, kind="stable")
+    groups = [g for g in np.array_split(order[rate[order] > 0], DECILES) if len(g)]
+    found = []
+    for group in groups:
+        chosen = np.zeros(len(rate), bool)
+        chosen[group] = True
+        share = share_over_siblings(recurrent, chosen)
+        found.append(
+            Decile(low=float(rate[group].min()), high=float(rate[group].max()), features=len(group), recur=share)
+        )
+    return found
+
+
+def by_number_of_siblings(k: np.ndarray, n: int) -> tuple[list[float], list[float]]:
+    """Expected share of features that recur in (every one, at least one) of j of the n siblings, j = 1 … n."""
+    every = [float(np.mean([comb(int(hits), j) / comb(n, j) for hits in k])) for j in range(1, n + 1)]
+    some = [float(np.mean([1 - comb(n - int(hits), j) / comb(n, j) for hits in k])) for j in range(1, n + 1)]
+    return every, some
+
+
+def among_siblings(decoders: Sequence[Tensor], cosine: float) -> list[float]:
+    """Share of each sibling's features with a partner at or above the cosine, the mean over the other siblings."""
+    n = len(decoders)
+    shares = np.full((n, n), np.nan)
+    with progress("siblings with each other (pairs)", n * (n - 1) // 2) as advance:
+        for i in range(n):
+            for j in range(i + 1, n):
+                hits = (match(decoders[i], decoders[j], signed=True).cosines >= cosine).sum()
+                shares[i, j], shares[j, i] = hits / len(decoders[i]), hits / len(decoders[j])
+                advance(1)
+    return [float(v) for v in np.nanmean(shares, 1)] if n > 1 else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contexts
+
+
+def shown(table: pd.DataFrame, n: int) -> list[int]:
+    """Features to read: as many of each statement as there are, up to n in all, the others in turn; sorted."""
+    queues = []
+    for number, (_, group) in enumerate(table[~table["dead"]].groupby("statement", sort=True)):
+        order = torch.randperm(len(group), generator=generator("features", "shown", number)).numpy()
+        queues.append([int(f) for f in group["feature"].to_numpy()[order]])
+    chosen: list[int] = []
+    while queues and len(chosen) < n:
+        queues = [q for q in queues if q]
+        chosen += [q.pop() for q in queues][: n - len(chosen)]
+    return sorted(chosen)
+
+
+def contexts(asked: LoadedSAEs, group: Group, judged: Judged, features: list[int]) -> dict[str, dict]:
+    """Feature -> its strongest held-out contexts, and those of its nearest partner.
+
+    Returns:
+        {"<feature>": {"contexts": [{"text": [piece, …], "values": [activation, …]}], "partner": None or {"sibling",
+        "feature", "cosine", "contexts"}}}
+    """
+    best, partner, others = judged.partners.cosines.argmax(0), judged.partners.features, group.others
+    theirs = [
+        [f for f in features if best[f] == i and partner[i, f] != NONE and o.sae is not None]
+        for i, o in enumerate(others)
+    ]
+    wanted = [(asked.saes[0].sae, features)]
+    wanted += [(o.sae, partner[i, theirs[i]].tolist()) for i, o in enumerate(others) if o.sae is not None]
+    documents = asked.source.heldout()
+    inputs = Inputs.of(asked.subject, documents, asked.store.rows, 0, asked.store.folder.parent)
+    found = iter(strongest_contexts(asked.subject, asked.hook_name, [w for w in wanted if w[1]], inputs))
+
+    rows: dict[str, dict] = {str(f): {"contexts": next(found), "partner": None} for f in features}
+    for i, of_sibling in enumerate(theirs):
+        for f in of_sibling:
+            about = {"sibling": others[i].label, "feature": int(partner[i, f])}
+            about["cosine"] = round(float(judged.partners.cosines[i, f]), 4)
+            rows[str(f)]["partner"] = about | {"contexts": next(found)}
+    return rows

@@ -1,0 +1,281 @@
+"""Statements about single features, from an SAE and its siblings: on a miniature model, and on arrays."""
+
+import csv
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from husai.activations import source
+from husai.dictionaries import checkpoints, recipes
+from husai.dictionaries.sae import SAE
+from husai.evals import features, siblings
+from husai.evals.loaded import LoadedSAEs, heldout_store, open_all
+from husai.evidence import rules
+from husai.evidence.estimates import clopper_pearson_low
+from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.runs.cells import Cells
+from husai.runs.errors import BadInput
+from husai.stability.recurrence import NONE
+from husai.subjects import pretrained, text
+from husai.training.grid import members, train_or_find
+from husai.training.trainer import TrainingConfig
+from miniature import few_texts, save_miniature
+
+SCRIPT = "scripts/experiments/run_feature_reliability.py"
+HOOK, ROWS, CPU = "blocks.1.hook_resid_pre", 3000, torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    corpus = few_texts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "corpus", lambda: corpus)
+        yield corpus
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("reliability")
+
+
+@pytest.fixture(scope="module")
+def subject(few, root):
+    """A subject with something to find: each token stands for one of 24 directions."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
+    return save_miniature(root / "subject", few.train, tokens=directions[torch.randint(24, (400,), generator=g)])
+
+
+@pytest.fixture(scope="module")
+def saes(root, subject):
+    """Folders of five TopK SAEs that HUSAI trained on it."""
+    store = source.open_store(root, CPU, 1, subject=subject, hook_name=HOOK, rows=ROWS)
+    recipe = TrainingConfig(tokens=6000, batch_size=128)
+    grid = members([1, 2, 3, 4, 5], [48], [1], [3e-3])
+    records = train_or_find(Cells(root / "saes" / "cells"), store, grid, recipe, CPU, 1)["members"]
+    return [root / "saes" / r["checkpoint"] for r in records]
+
+
+@pytest.fixture(scope="module")
+def asked(root, subject, saes):
+    model = pretrained.load(str(subject))
+    store = heldout_store(model, HOOK, root, 1500, 1)
+    return LoadedSAEs(str(subject), model, store, open_all(saes, store, "checkpoint", model, root))
+
+
+@pytest.fixture
+def reliability(run_script, root, subject, tmp_path):
+    """`reliability(*checkpoints, **flags)` -> (exit code, its standard error, output folder)."""
+
+    def run(*named, **flags):
+        out = tmp_path / "out"
+        arguments = ["--checkpoint", *named, "--model-name", subject, "--hook-name", HOOK, "--rows", 1500]
+        arguments += ["--artifact-root", root, "--output-dir", out, "--threads", 1]
+        for flag, value in flags.items():
+            arguments += [f"--{flag.replace('_', '-')}", *([] if value is True else [value])]
+        code, _, error = run_script(SCRIPT, *arguments)
+        return code, error, out
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the shell
+
+
+@pytest.mark.slow
+def test_one_sae(reliability, saes):
+    """Siblings are trained, and each column follows from the others by the rules."""
+    code, error, out = reliability(saes[0], siblings=6, contexts=5)
+    assert code == 0, error
+    results = FeatureReliability.model_validate(json.loads((out / "results.json").read_text()))
+    table = pd.read_parquet(out / "features.parquet")
+    assert list(table.columns) == list(COLUMNS) and len(table) == 48
+    with open(out / "features.csv") as f:
+        assert [int(row["recurs"]) for row in csv.DictReader(f)] == table["recurs"].tolist()
+
+    assert [s.origin for s in results.siblings] == ["trained"] * 6 and results.gaussian == 6
+    assert results.training.tokens == 6000 and results.training.recipe == "the SAE's own"
+    assert table["low"].to_numpy() == pytest.approx(clopper_pearson_low(table["recurs"].to_numpy(), 6, 0.95))
+    assert (table["certified"] == (table["low"] >= rules.CERTIFIED_AT)).all()
+    assert (table["above_chance"] == (table["q_value"] <= rules.FALSE_SHARE)).all()
+    worst = np.maximum(table["p_rotation"], table["p_permutation"])
+    assert (table["q_value"] >= worst - 1e-12)[~table["dead"]].all()
+    assert sum(results.statements.values()) == 48
+    assert results.recur.estimate == pytest.approx((table["recurs"] / 6)[~table["dead"]].mean())
+    assert results.recur.estimate > 0.1  # the subject has directions to find
+    contexts = json.loads((out / "contexts.json").read_text())
+    assert len(contexts) == 5 and all(c["contexts"] for c in contexts.values())
+
+
+def test_several_saes(reliability, saes):
+    """The first that is named is judged, the others are its siblings, and nothing is trained of them."""
+    code, error, out = reliability(saes[2], saes[0], saes[1], saes[3], contexts=3)
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text())
+    assert results["sae"]["label"] == saes[2].name
+    assert [s["origin"] for s in results["siblings"]] == ["supplied"] * 3
+    assert results["training"] is None and results["limits"] == []
+
+
+def test_dry_run(reliability, saes):
+    """A forecast, and nothing that is left."""
+    code, error, out = reliability(saes[0], dry_run=True)
+    assert code == 0, error
+    assert not out.exists()
+
+
+def test_relatives(reliability, saes):
+    """Decoders alone: nothing is trained, certified, or called missing or above chance."""
+    code, error, out = reliability(saes[0], relatives=saes[1], contexts=3)
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text())
+    table = pd.read_parquet(out / "features.parquet")
+    assert [s["origin"] for s in results["siblings"]] == ["relative"]
+    assert results["certified"] is None and results["above_chance"] is None
+    assert table["certified"].isna().all() and table["q_value"].isna().all()
+    assert not results["statements"]["not found"] and not results["statements"]["certified"]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({"siblings": 0}, "--siblings"),
+        ({"features": "48"}, "--features"),
+        ({"relatives": "nowhere"}, "nowhere"),
+        ({"tokens": 10, "relatives": True}, "--relatives"),
+        ({"certify_at": 1.5}, "--certify-at"),
+    ],
+)
+def test_bad_input(reliability, saes, flags, named):
+    code, error, _ = reliability(saes[0], **flags)
+    assert code == 2 and named in error.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def test_own_recipe(asked):
+    """Siblings of an SAE that HUSAI trained differ in their seeds alone, and share none with it."""
+    made = siblings.plan(asked, 4, None, None)
+    own = asked.saes[0].sae.metadata["husai"]
+    assert made.config == asked.recipe and made.recipe_known and made.fewer_tokens is None
+    assert {(m.family, m.d_sae, m.k, m.learning_rate) for m in made.grid} == {("topk", 48, 1, own["learning_rate"])}
+    assert len({m.seed for m in made.grid} | {c.facts.seed for c in asked.saes}) == 9
+    assert siblings.plan(asked, 4, 100, None).fewer_tokens is not None
+
+
+def test_unknown_recipe(asked):
+    """Of an SAE from elsewhere, width, architecture and measured L0 are kept; nothing may be said to be missing."""
+    c = asked.saes[0]
+    sae = SAE(c.sae.weights, "topk", 1, c.sae.subtract_b_dec, {"hook_name": HOOK})
+    facts = c.record.facts.model_copy(update={"source": "SAELens"})
+    other = replace(c, sae=sae, record=c.record.model_copy(update={"facts": facts}))
+    made = siblings.plan(replace(asked, saes=[other]), 3, None, 500)
+    assert not made.recipe_known and made.rows == 500 and made.fewer_tokens is not None
+    assert {(m.family, m.d_sae, m.k) for m in made.grid} == {("topk", 48, 1)}
+
+
+@pytest.mark.parametrize(
+    "source_name, settings, tokens",
+    [
+        (None, {"training_tokens": 300}, 300),
+        (None, {"cfg.total_training_tokens": 7}, 7),
+        ("dictionary_learning", {"trainer.steps": 10, "buffer.out_batch_size": 32}, 320),
+        ("sparsify", {"batch_size": 32}, None),
+    ],
+)
+def test_tokens_of(source_name, settings, tokens):
+    sae = SAE({}, metadata={} if source_name is None else {"husai": {"source": source_name}})
+    assert recipes.tokens_of(sae, settings) == tokens
+
+
+def test_l0_is_matched(asked, root, monkeypatch):
+    """A penalised architecture that misses the L0 is aimed anew once, and refused if it still misses."""
+    tried = []
+
+    def trained(asked, made, *rest):
+        tried.append(made.grid[0].k)
+        reached = 20.0 if len(tried) == 1 else asked.saes[0].record.heldout.l0
+        heldout = asked.saes[0].record.heldout.model_copy(update={"l0": reached})
+            c = asked.saes[0]
+        return [replace(c, record=c.record.model_copy(update={"heldout": heldout}))]
+
+    monkeypatch.setattr(siblings, "_trained", trained)
+    plan = siblings.plan(asked, 1, None, None)
+    plan = replace(plan, grid=[replace(plan.grid[0], k=10)])
+    _, made = siblings.train(asked, plan, None, Cells(root / "cells"), root, CPU, 1)
+    assert tried[0] == 10 and made.grid[0].k == max(1, round(10 * asked.saes[0].record.heldout.l0 / 20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_coactivation_is_numpys(asked):
+    """Correlations are Pearson's, and rows are read in blocks without a difference."""
+    first, second, third = (c.sae for c in asked.saes[:3])
+    g = np.random.default_rng(0)
+    partner = np.stack([g.permutation(48), g.permutation(48)])
+    partner[0, :3] = NONE
+    found = features.coactivation(first, [second, third], partner, asked.store, CPU)
+    x = asked.store.read(0, asked.store.rows)
+    f, others = first.encode(x).numpy(), [second.encode(x).numpy(), third.encode(x).numpy()]
+    for i, j in itertools.product(range(2), range(48)):
+        own, theirs = f[:, j], others[i][:, partner[i, j]]
+        varies = partner[i, j] != NONE and own.std() > 0 and theirs.std() > 0
+        expected = np.corrcoef(own, theirs)[0, 1] if varies else 0
+        assert found.correlations[i, j] == pytest.approx(expected, abs=1e-5)
+    alive = (f > 0).any(0)
+    means = f.sum(0)[alive] / (f > 0).sum(0)[alive]
+    assert found.mean_activation[alive] == pytest.approx(means, rel=1e-5)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_by_number_of_siblings(hits):
+    """The mean over all choices of j of n siblings, enumerated."""
+    n, k = 6, np.array(hits)
+    recurrent = np.arange(n)[:, None] < k  # [siblings, features]
+    every, some = features.by_number_of_siblings(k, n)
+    for j in range(1, n + 1):
+        chosen = [recurrent[list(c)] for c in itertools.combinations(range(n), j)]
+        assert every[j - 1] == pytest.approx(np.mean([c.all(0).mean() for c in chosen]))
+        assert some[j - 1] == pytest.approx(np.mean([c.any(0).mean() for c in chosen]))
+
+
+def test_deciles_hold_each_alive_feature_once():
+    rate = np.r_[np.zeros(5), np.linspace(0.001, 0.5, 95)]
+    recurrent = np.random.default_rng(0).random((4, 100)) < 0.3
+    found = features.deciles(rate, recurrent)
+    assert sum(d.features for d in found) == 95
+    assert all(a.high <= b.low for a, b in itertools.pairwise(found))
+    total = sum(d.features * d.recur.estimate for d in found)
+    assert total / 95 == pytest.approx(recurrent[:, 5:].mean())
+
+
+@given(st.lists(st.sampled_from(list(rules.STATEMENTS)), min_size=1, max_size=60), st.integers(1, 20))
+def test_shown_takes_of_each_statement(said, n):
+    table = pd.DataFrame({"feature": range(len(said)), "statement": said, "dead": [s == "dead" for s in said]})
+    chosen = features.shown(table, n)
+    alive = [s for s in said if s != "dead"]
+    assert len(chosen) == len(set(chosen)) == min(n, len(alive))
+    assert not {said[f] for f in chosen} & {"dead"}
+    if n >= len(set(alive)):
+        assert {said[f] for f in chosen} == set(alive)
+
+
+def test_saes_that_differ_in_more_than_their_seed(asked, saes, root):
+    """Another width is no sibling."""
+    sae = checkpoints.load(saes[0])
+    narrow = {n: w[:, :40] if n == "W_enc" else w[:40] if n in ("W_dec", "b_enc") else w for n, w in sae.weights.items()}
+    c = replace(asked.saes[0], sae=replace(sae, weights=narrow))
+    with pytest.raises(BadInput, match="d_sae"):
+        siblings.check(replace(asked, saes=[asked.saes[1], c]))
