@@ -97,12 +97,15 @@ def test_one_sae(reliability, saes):
     assert code == 0, error
     results = FeatureReliability.model_validate(json.loads((out / "results.json").read_text()))
     table = pd.read_parquet(out / "features.parquet")
-    assert list(table.columns) == list(COLUMNS) and len(table) == 48
+    assert list(table.columns) == list(COLUMNS)
+    assert len(table) == 48
     with open(out / "features.csv") as f:
         assert [int(row["recurs"]) for row in csv.DictReader(f)] == table["recurs"].tolist()
 
-    assert [s.origin for s in results.siblings] == ["trained"] * 6 and results.gaussian == 6
-    assert results.training.tokens == 6000 and results.training.recipe == "the SAE's own"
+    assert [s.origin for s in results.siblings] == ["trained"] * 6
+    assert results.gaussian == 6
+    assert results.training.tokens == 6000
+    assert results.training.recipe == "the SAE's own"
     assert table["low"].to_numpy() == pytest.approx(clopper_pearson_low(table["recurs"].to_numpy(), 6, 0.95))
     assert (table["certified"] == (table["low"] >= rules.CERTIFIED_AT)).all()
     assert (table["above_chance"] == (table["q_value"] <= rules.FALSE_SHARE)).all()
@@ -112,7 +115,8 @@ def test_one_sae(reliability, saes):
     assert results.recur.estimate == pytest.approx((table["recurs"] / 6)[~table["dead"]].mean())
     assert results.recur.estimate > 0.1  # the subject has directions to find
     contexts = json.loads((out / "contexts.json").read_text())
-    assert len(contexts) == 5 and all(c["contexts"] for c in contexts.values())
+    assert len(contexts) == 5
+    assert all(c["contexts"] for c in contexts.values())
 
 
 def test_several_saes(reliability, saes):
@@ -122,7 +126,8 @@ def test_several_saes(reliability, saes):
     results = json.loads((out / "results.json").read_text())
     assert results["sae"]["label"] == saes[2].name
     assert [s["origin"] for s in results["siblings"]] == ["supplied"] * 3
-    assert results["training"] is None and results["limits"] == []
+    assert results["training"] is None
+    assert results["limits"] == []
 
 
 def test_dry_run(reliability, saes):
@@ -139,13 +144,16 @@ def test_relatives(reliability, saes):
     results = json.loads((out / "results.json").read_text())
     table = pd.read_parquet(out / "features.parquet")
     assert [s["origin"] for s in results["siblings"]] == ["relative"]
-    assert results["certified"] is None and results["above_chance"] is None
-    assert table["certified"].isna().all() and table["q_value"].isna().all()
-    assert not results["statements"]["not found"] and not results["statements"]["certified"]
+    assert results["certified"] is None
+    assert results["above_chance"] is None
+    assert table["certified"].isna().all()
+    assert table["q_value"].isna().all()
+    assert not results["statements"]["not found"]
+    assert not results["statements"]["certified"]
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    ("flags", "named"),
     [
         ({"siblings": 0}, "--siblings"),
         ({"features": "48"}, "--features"),
@@ -156,7 +164,8 @@ def test_relatives(reliability, saes):
 )
 def test_bad_input(reliability, saes, flags, named):
     code, error, _ = reliability(saes[0], **flags)
-    assert code == 2 and named in error.splitlines()[-1]
+    assert code == 2
+    assert named in error.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +176,9 @@ def test_own_recipe(asked):
     """Siblings of an SAE that HUSAI trained differ in their seeds alone, and share none with it."""
     made = siblings.plan(asked, 4, None, None)
     own = asked.saes[0].sae.metadata["husai"]
-    assert made.config == asked.recipe and made.recipe_known and made.fewer_tokens is None
+    assert made.config == asked.recipe
+    assert made.recipe_known
+    assert made.fewer_tokens is None
     assert {(m.family, m.d_sae, m.k, m.learning_rate) for m in made.grid} == {("topk", 48, 1, own["learning_rate"])}
     assert len({m.seed for m in made.grid} | {c.facts.seed for c in asked.saes}) == 9
     assert siblings.plan(asked, 4, 100, None).fewer_tokens is not None
@@ -180,12 +191,14 @@ def test_unknown_recipe(asked):
     facts = c.record.facts.model_copy(update={"source": "SAELens"})
     other = replace(c, sae=sae, record=c.record.model_copy(update={"facts": facts}))
     made = siblings.plan(replace(asked, saes=[other]), 3, None, 500)
-    assert not made.recipe_known and made.rows == 500 and made.fewer_tokens is not None
+    assert not made.recipe_known
+    assert made.rows == 500
+    assert made.fewer_tokens is not None
     assert {(m.family, m.d_sae, m.k) for m in made.grid} == {("topk", 48, 1)}
 
 
 @pytest.mark.parametrize(
-    "source_name, settings, tokens",
+    ("source_name", "settings", "tokens"),
     [
         (None, {"training_tokens": 300}, 300),
         (None, {"cfg.total_training_tokens": 7}, 7),
@@ -206,14 +219,15 @@ def test_l0_is_matched(asked, root, monkeypatch):
         tried.append(made.grid[0].k)
         reached = 20.0 if len(tried) == 1 else asked.saes[0].record.heldout.l0
         heldout = asked.saes[0].record.heldout.model_copy(update={"l0": reached})
-            c = asked.saes[0]
+        c = asked.saes[0]
         return [replace(c, record=c.record.model_copy(update={"heldout": heldout}))]
 
     monkeypatch.setattr(siblings, "_trained", trained)
     plan = siblings.plan(asked, 1, None, None)
     plan = replace(plan, grid=[replace(plan.grid[0], k=10)])
     _, made = siblings.train(asked, plan, None, Cells(root / "cells"), root, CPU, 1)
-    assert tried[0] == 10 and made.grid[0].k == max(1, round(10 * asked.saes[0].record.heldout.l0 / 20))
+    assert tried[0] == 10
+    assert made.grid[0].k == max(1, round(10 * asked.saes[0].record.heldout.l0 / 20))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +289,9 @@ def test_shown_takes_of_each_statement(said, n):
 def test_saes_that_differ_in_more_than_their_seed(asked, saes, root):
     """Another width is no sibling."""
     sae = checkpoints.load(saes[0])
-    narrow = {n: w[:, :40] if n == "W_enc" else w[:40] if n in ("W_dec", "b_enc") else w for n, w in sae.weights.items()}
+    narrow = {
+        n: w[:, :40] if n == "W_enc" else w[:40] if n in ("W_dec", "b_enc") else w for n, w in sae.weights.items()
+    }
     c = replace(asked.saes[0], sae=replace(sae, weights=narrow))
     with pytest.raises(BadInput, match="d_sae"):
         siblings.check(replace(asked, saes=[asked.saes[1], c]))
