@@ -130,6 +130,16 @@ def test_several_saes(reliability, saes):
     assert results["limits"] == []
 
 
+@pytest.mark.slow
+def test_siblings_on_a_stream(reliability, saes):
+    """Each token is seen once, and siblings still find what the SAE found."""
+    code, error, out = reliability(saes[0], siblings=3, tokens=4096, buffer_rows=1024, contexts=2)
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text())
+    assert results["training"]["rows"] == results["training"]["tokens"] == 4096
+    assert results["recur"]["estimate"] > 0.02  # three siblings of a few hundred steps find little
+
+
 def test_dry_run(reliability, saes):
     """A forecast, and nothing that is left."""
     code, error, out = reliability(saes[0], dry_run=True)
@@ -158,7 +168,8 @@ def test_relatives(reliability, saes):
         ({"siblings": 0}, "--siblings"),
         ({"features": "48"}, "--features"),
         ({"relatives": "nowhere"}, "nowhere"),
-        ({"tokens": 10, "relatives": True}, "--relatives"),
+        ({"tokens": 10, "relatives": True}, "--tokens"),
+        ({"buffer_rows": 3}, "--buffer-rows"),
         ({"certify_at": 1.5}, "--certify-at"),
     ],
 )

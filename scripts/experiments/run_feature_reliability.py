@@ -32,7 +32,12 @@ def parse() -> argparse.Namespace:
         "--siblings", type=int, help="to train: 14 for one checkpoint, none for several where nothing is said"
     )
     p.add_argument("--tokens", type=positive_int, help="that each sibling sees (default: as many as the SAE saw)")
-    p.add_argument("--train-rows", type=positive_int, help="different ones of these tokens (default: up to 1000000)")
+    p.add_argument("--train-rows", type=positive_int, help="of the store they are of (default: up to 1000000)")
+    p.add_argument(
+        "--buffer-rows",
+        type=positive_int,
+        help="train siblings while the model gives activations, each token once, through a buffer of so many rows",
+    )
     p.add_argument(
         "--relatives",
         type=Path,
@@ -58,8 +63,10 @@ def parse() -> argparse.Namespace:
     args = p.parse_benchmark()
     if args.siblings is not None and args.siblings < 0:
         p.error(f"--siblings {args.siblings}: 0 or more expected")
-    if args.relatives is not None and (args.siblings or args.tokens or args.train_rows):
-        p.error("--relatives: nothing is trained; --siblings, --tokens and --train-rows do not go with it")
+    if args.relatives is not None:
+        p.refuse_unheard(
+            args, ("siblings", "tokens", "train_rows", "buffer_rows"), "nothing is trained with --relatives"
+        )
     return args
 
 
@@ -99,7 +106,7 @@ def planned(args, device):
     to_train = args.siblings if args.siblings is not None else 0 if others else siblings.DEFAULT
     if others + to_train == 0:
         raise BadInput("--siblings 0 with one checkpoint: one sibling expected at least")
-    plan = siblings.plan(asked, to_train, args.tokens, args.train_rows)
+    plan = siblings.plan(asked, to_train, args.tokens, args.train_rows, args.buffer_rows)
     forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train)
     return asked, plan, limits, notes, forecast.lines()
 

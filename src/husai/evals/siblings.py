@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from husai.activations.language_model import run
+from husai.activations.language_model import Inputs, run
 from husai.activations.source import LANGUAGE_MODEL_ROWS, open_store
 from husai.activations.store import ActivationStore
+from husai.activations.stream import ActivationStream
 from husai.dictionaries import catalogue, foreign, recipes
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE
@@ -33,7 +34,7 @@ from husai.stability.nulls import Spectrum
 from husai.stability.recurrence import refuse_unlike, rotations_for
 from husai.subjects.hooks import same_place
 from husai.training import memory
-from husai.training.grid import train_or_find
+from husai.training.grid import train_on_stream, train_or_find
 from husai.training.stack import Member, Stack, StepSettings
 from husai.training.trainer import TrainingConfig
 
@@ -53,6 +54,8 @@ class Plan:
     config: TrainingConfig
     rows: int | None
     """Rows of the activation store to train on; None: the store that the SAE names."""
+    buffer_rows: int | None
+    """Rows of the buffer of a stream, on which siblings see each token once; None: they are trained on a store."""
     recipe_known: bool
     """Whether the SAE says how it was trained."""
     recipe_tokens: int | None
@@ -68,12 +71,14 @@ class Plan:
         return None
 
 
-def plan(asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None) -> Plan:
+def plan(
+    asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None, buffer_rows: int | None = None
+) -> Plan:
     """The recipe of an SAE's siblings: the SAE's own where HUSAI trained it, else HUSAI's at its width and L0.
 
     Args:
         siblings: number of SAEs to train. tokens: each sees; None: as many as the SAE saw. rows: of the store that
-            they are trained on.
+            they are trained on, or that Gaussian rows have the moments of. buffer_rows: of a stream.
 
     Raises:
         BadInput: an SAE that was pulled towards a reference, or one without an active feature.
@@ -90,7 +95,8 @@ def plan(asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None)
             raise BadInput(f"--checkpoint: {first.folder} was pulled towards a reference; an independent SAE expected")
         shape = {n: made[n] for n in ("d_sae", "k", "learning_rate", "family")}
         config = replace(asked.recipe, tokens=tokens or asked.recipe.tokens)
-        return Plan([Member(seed=s, order_seed=s, **shape) for s in seeds], config, rows, True, own_tokens)
+        grid = [Member(seed=s, order_seed=s, **shape) for s in seeds]
+        return Plan(grid, config, rows, whole_batches(buffer_rows, config), True, own_tokens)
 
     l0 = first.record.heldout.l0
     if l0 <= 0:
@@ -102,7 +108,20 @@ def plan(asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None)
     tokens = tokens or own_tokens or PASSES * rows
     config = TrainingConfig(tokens=tokens, batch_size=min(1024, rows))
     grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, family_of(first.sae)) for s in seeds]
-    return Plan(grid, config, rows, False, own_tokens)
+    return Plan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
+
+
+def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None:
+    """The buffer in whole batches, because it is filled again in place.
+
+    Raises:
+        BadInput: less than a batch.
+    """
+    if buffer_rows is None:
+        return None
+    if buffer_rows < config.batch_size:
+        raise BadInput(f"--buffer-rows {buffer_rows}: at least a batch of {config.batch_size} expected")
+    return buffer_rows - buffer_rows % config.batch_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +137,7 @@ class Forecast:
     tokens: int
     """Rows that each of them sees."""
     rows: int
-    """Activations to harvest and to store."""
+    """Activations to harvest."""
     passes: int
     """Over the data, because not all SAEs fit into memory together."""
     harvest_seconds: float
@@ -149,7 +168,8 @@ def forecast(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
         siblings: all that the SAE is compared with.
     """
     first, config = asked.saes[0].sae, made.config
-    rows = made.rows or config.tokens
+    rows = made.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)
+    read = rows + (config.tokens if made.buffer_rows else 0)
     sizes = memory.Sizes(first.d_in, first.d_out, config.batch_size, len(config.snapshot_steps()))
     passes = memory.passes(made.grid, sizes, device) if made.grid else []
     step = _seconds_of_step([made.grid[i] for i in passes[0]], config, first.d_in, device) if passes else 0.0
@@ -163,9 +183,9 @@ def forecast(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
     return Forecast(
         saes=2 * n,
         tokens=config.tokens,
-        rows=rows,
+        rows=read,
         passes=2 * len(passes),
-        harvest_seconds=rows * _seconds_of_token(asked, device) if n else 0.0,
+        harvest_seconds=read * _seconds_of_token(asked, device) if n else 0.0,
         training_seconds=training,
         rotation_seconds=siblings * rotations_for(siblings) * _seconds_of_product(first.W_dec, device),
         memory_bytes=largest,
@@ -321,12 +341,13 @@ def compared(
         others += [Other.of(c, "trained") for c in trained]
         recipe = made.grid, made.config
         member, config = made.grid[0], made.config
+        of_store = len(store.split(config.heldout_fraction)[0])
         training = Training(
             family=member.family,
             d_sae=member.d_sae,
             k=member.k,
             tokens=config.tokens,
-            rows=min(config.tokens, len(store.split(config.heldout_fraction)[0])),
+            rows=config.tokens if made.buffer_rows else min(config.tokens, of_store),
             learning_rate=member.learning_rate,
             batch_size=config.batch_size,
             recipe="the SAE's own" if made.recipe_known else "HUSAI's own, at the SAE's width and L0",
@@ -456,7 +477,14 @@ def _trained(
     device: torch.device,
     threads: int,
 ) -> list[LoadedSAE]:
-    records = train_or_find(cells, store, made.grid, made.config, device, threads)["members"]
+    if made.buffer_rows is None:
+        records = train_or_find(cells, store, made.grid, made.config, device, threads)["members"]
+    else:
+        hook, config = asked.hook_name, replace(made.config, window_rows=made.buffer_rows)
+        inputs = Inputs.of(asked.subject, asked.source.training(), config.tokens, 0, artifact_root / "activations")
+        stream = ActivationStream(asked.subject, [hook], inputs, made.buffer_rows)
+        heldout = {hook: asked.store}
+        records = train_on_stream(cells, stream, heldout, made.grid, config, device, threads)["members"]
     folders = [cells.folder.parent / r["checkpoint"] for r in records]
     opened = loaded.open_all(folders, asked.store, "siblings", asked.subject, artifact_root)
     names = {folder.resolve(): f"sibling {m.seed}" for folder, m in zip(folders, made.grid, strict=True)}
