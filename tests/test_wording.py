@@ -208,9 +208,18 @@ def test_the_audit():
 
 def test_the_report():
     gate = {"gate": "ood", "status": "FAIL", "low": -0.01, "bound": "low", "relation": ">", "threshold": 0.0}
-    assert Gate(**gate).by_how_much == "lower end must be above 0: falls short by 0.0100"
-    assert Gate(**gate | {"low": 0.01}).by_how_much == "lower end must be above 0: clears it by 0.0100"
+    assert (
+        Gate(**gate).by_how_much
+        == "The lower end of the interval is −0.0100. It must be above 0, and misses the bound by 0.0100."
+    )
+    assert (
+        Gate(**gate | {"low": 0.01}).by_how_much
+        == "The lower end of the interval is 0.0100. It must be above 0, and clears the bound by 0.0100."
+    )
     assert Gate(**gate).power is None
     known = gate | {"passes_at_no_effect": 0.0125, "effect_for_80": 0.05, "without_one_seed": [-0.02, 0.03]}
-    sentence = "passes in 1.25 % at no effect, in 80 % at 0.0500; without one seed −0.0200 to 0.0300"
+    sentence = (
+        "If there were no effect, 1.25 % of such studies would pass. If the true figure were 0.0500, 80 % would. "
+        "Without one of the SAEs the figure is −0.0200 to 0.0300."
+    )
     assert Gate(**known).power == sentence

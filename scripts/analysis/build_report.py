@@ -1,13 +1,13 @@
-"""The report card: verdict, evidence and features on one HTML page that needs no network.
+"""One HTML page about SAEs: how good they are, what can be trusted, what failed, and what to do next.
 
     python scripts/analysis/build_report.py
     python scripts/analysis/build_report.py --results-root results/experiments --output report.html
     python scripts/analysis/build_report.py --results-root docs/evidence --gate GATE/results.json
 
-Made from nothing but what runs have left: each folder below --results-root with its results, summary and figures, each
-checked against its own manifest. A damaged or unfinished run is named on the page, and the others are shown. The page
-says that nothing may be claimed externally unless a gate decision says that something may; it decides nothing itself,
-and its exit code is 0 whatever the verdict.
+The page needs no network. It reads the folders below --results-root: the results, summary and figures of each run, each
+checked against its own manifest. A damaged or unfinished run is named, and the other runs are shown. The page decides
+nothing: without the decision of a release gate it says that nothing may be claimed externally. Exit 0 whatever the
+verdict, 2 bad input.
 """
 
 from pathlib import Path
@@ -26,6 +26,12 @@ def parse():
         help="holds a folder a phase (default: %(default)s)",
     )
     p.add_argument("--gate", type=Path, help="a gate's results.json (default: that of the gate run below RESULTS_ROOT)")
+    p.add_argument(
+        "--command",
+        metavar="TEXT",
+        help="command line of the release check; steps that the page suggests begin with it (default: that of the "
+        "manifest)",
+    )
     p.add_argument("--output", type=Path, default=Path("report.html"), counts=not_at_all, help="default: %(default)s")
     return p.parse_args()
 
@@ -35,7 +41,7 @@ def main() -> None:
     from husai.report.card import render
     from husai.runs.files import write_text
 
-    page = render(args.results_root, args.gate, args.output)
+    page = render(args.results_root, args.gate, args.output, args.command)
     write_text(args.output, page)
     print(f"report  {args.output} ({len(page.encode()) / 1e6:.1f} MB)")
 

@@ -13,6 +13,7 @@ what is finished. HUSAI cannot see how you selected these SAEs: at best the deci
 whatever the verdict (--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def main() -> None:
         for part in [*evidence(args, root, group), gate(args, root)]:
             done.append(record(run, part, root, done))
         report = args.output_dir / "report.html"
-        page = Part("report", "analysis/build_report.py", ["--results-root", str(root), "--output", str(report)])
+        typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
+        where = ["--results-root", str(root), "--output", str(report), "--command", typed]
+        page = Part("report", "analysis/build_report.py", where)
         done.append(record(run, page, root, done))
 
         decided = root / "release_gate" / "results.json"

@@ -189,6 +189,19 @@ def effect_for(estimate: Estimate, end: str, threshold: float, probability: floa
     return threshold + sign * error * float(special.nctdtrinc(estimate.freedom, 1 - probability, critical))
 
 
+def narrowing(estimate: float, reached: float, end: str, threshold: float) -> float | None:
+    """How many times as narrow an interval must be for its end to reach a threshold, were the estimate the true figure.
+
+    Args:
+        reached: the end that is compared. end: `low` or `high`, which it is.
+
+    Returns:
+        At most 1 where the end reaches the threshold; None where the estimate itself is not beyond it.
+    """
+    margin = (estimate - threshold) * (-1 if end == "high" else 1)
+    return abs(reached - estimate) / margin if margin > 0 else None
+
+
 def _scale(estimate: Estimate, end: str) -> tuple[float, float, int]:
     """(standard error, quantile of the interval, 1 for lower ends and −1 for upper ones)."""
     error, reached = estimate.standard_error, getattr(estimate, end)

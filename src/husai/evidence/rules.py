@@ -84,6 +84,11 @@ UNUSUAL_L0, FAR_L0 = 0.1, 0.5
 not say how the SAEs were trained."""
 UNUSUAL_EV, FAR_EV = 0.1, 0.3
 """The same of an SAE's explained variance, as the distance from the median."""
+MANY_DEAD = 0.2
+"""Share of dead features from which the report page warns; the rule *fit* decides by another bound."""
+NOT_SPARSE = 0.5
+"""L0 as a share of the smaller of d_in and d_sae, from which the report page warns. Above, a code has more active
+features than half the dimensions that it codes."""
 FEW_DIMENSIONS = 8
 """Below, directions may coincide by chance."""
 BELOW_BIGRAM = 0.8
@@ -93,6 +98,16 @@ BELOW_BIGRAM = 0.8
 def in_one_order(excess: float, errors: float) -> bool:
     """Whether features of one number are alike beyond those of neighbouring numbers (SAME_NUMBER)."""
     return excess > SAME_NUMBER and errors > SAME_NUMBER_ERRORS
+
+
+def many_dead(share: float) -> bool:
+    """Whether so many features are dead that a reader must know (MANY_DEAD)."""
+    return share >= MANY_DEAD
+
+
+def not_sparse(l0: float, d_in: int, d_sae: int) -> bool:
+    """Whether a code has so many active features that it is no sparse one (NOT_SPARSE)."""
+    return l0 >= NOT_SPARSE * min(d_in, d_sae)
 
 
 def far_apart(l0: Sequence[float], explained_variance: Sequence[float], of_l0: float, of_ev: float) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from husai.evidence import deltas, levels, planted, random_model, rules, transcoder
 from husai.evidence.data_sets import DATA_SETS, families, pair_names
-from husai.evidence.estimates import Estimate
+from husai.evidence.estimates import Estimate, narrowing
 from husai.evidence.levels import fresh_seeds
 from husai.evidence.references import matched
 from husai.evidence.rules import FAIL, MISSING, PASS, AgainstReference, Missing, Shown, require
@@ -232,14 +232,13 @@ def _judge(name: str, judge: Callable[[], Shown], level: float) -> dict:
 
 
 def _to_pass(shown: Shown, worst: Estimate) -> str:
-    margin = (worst.estimate - shown.threshold) * (-1 if shown.rule.end == "high" else 1)
-    if margin <= 0:
+    times = narrowing(worst.estimate, getattr(worst, shown.rule.end), shown.rule.end, shown.threshold)
+    if times is None:
         return f"the figure itself must change: the estimate, {worst.estimate:+.4f}, is on the wrong side"
-    half = abs(getattr(worst, shown.rule.end) - worst.estimate)
-    seeds = int(np.ceil(shown.n * (half / margin) ** 2))
+    seeds = int(np.ceil(shown.n * times**2))
     if shown.families is not None:
         return (
-            f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true, an interval {half / margin:.1f} "
+            f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true, an interval {times:.1f} "
             f"times as narrow would show it: it is of {shown.families} families of data sets and {shown.n} seeds"
         )
     return (

@@ -10,40 +10,48 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import ValidationError
 
-from husai.report import markup, verdict
+from husai.report import glossary, markup, verdict
 from husai.report.browser import Browser
 from husai.report.evidence import Phase, phases, read_phase
 from husai.report.forest import Forest
 from husai.report.markup import Picture
+from husai.report.steps import Reader, general, next_step
+from husai.report.tiles import Good
 from husai.runs.errors import BadInput
+from husai.runs.files import read_json
+from husai.runs.folder import Manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
 PHASES = {
-    "4a": ("Phase 4a", "Are the features of SAEs trained with different seeds more alike than chance?"),
-    "language_model": ("The language model", "Does the model know enough for its features to be worth explaining?"),
-    "core_ablations": ("Core ablations", "How does stability depend on sparsity, width and the way of training?"),
-    "adaptive_l0_calibration": ("Adaptive L0", "Which sparsity gives the most reproducible features, on fresh seeds?"),
+    "candidate_confirmation": ("Confirmation", "How good and how stable are the selected SAEs on fresh seeds?"),
+    "random_model_stress": ("Random-model stress", "Would a model with random weights give equally stable features?"),
+    "transcoder_stress": ("Transcoder stress", "Do transcoders find the same features?"),
+    "ood_stress": ("Shifted text", "What is left of the probes on text unlike the training text?"),
+    "feature_reliability": ("Feature table", "Which single features can be trusted?"),
+    "release_gate": ("Release gate", "May anything be claimed externally?"),
+    "feature_examples": ("Features to read", "What do single features respond to, and do they come back?"),
+    "candidate_selection": ("Selection", "Which condition goes to the gate?"),
+    "architecture_frontier": ("Architecture frontier", "At one L0, which architecture is both stable and useful?"),
+    "external_metric_scaling": ("Scaling", "How do stability and benchmarks change with tokens, layer and width?"),
+    "saebench_custom": ("SAEBench", "Are probes on few features as good as on a matched reference?"),
+    "cebench_custom": ("CE-Bench", "How sharply do single features separate two contrasting texts?"),
+    "official_external_benchmarks": ("The libraries' own benchmarks", "What do the benchmarks' own programs report?"),
+    "core_ablations": ("Core ablations", "How does stability depend on sparsity, width and training?"),
+    "adaptive_l0_calibration": ("Adaptive L0", "Which sparsity gives the most reproducible features on fresh seeds?"),
     "assignment_consistency_v2": (
         "Assignment consistency",
         "Does a pull towards a reference make independently trained SAEs more alike?",
     ),
-    "architecture_frontier": ("Architecture frontier", "At one L0, which family is stable and useful at once?"),
-    "external_metric_scaling": ("Scaling", "How do stability and benchmarks change with tokens, layer and width?"),
-    "saebench_custom": ("SAEBench", "Are probes on few features as good as on a matched reference's?"),
-    "cebench_custom": ("CE-Bench", "How sharply do single features tell two contrasting texts apart?"),
-    "official_external_benchmarks": ("The libraries' own benchmarks", "What do the benchmarks' own programs say?"),
-    "candidate_selection": ("Selection", "Which condition goes to the gate?"),
-    "candidate_confirmation": ("Confirmation", "Does the selected recipe hold on fresh seeds?"),
-    "random_model_stress": ("Random-model stress", "Would a model of random weights have given the same?"),
-    "transcoder_stress": ("Transcoder stress", "Do transcoders find the candidate's features?"),
-    "ood_stress": ("Out-of-distribution stress", "What is left on text unlike that of training?"),
-    "release_gate": ("Release gate", "May anything be claimed externally?"),
-    "feature_examples": ("Features to read", "What do single features respond to, and were they found again?"),
+    "language_model": ("The language model", "Does the model know enough for its features to be worth explaining?"),
+    "4a": ("Phase 4a", "Are the features of SAEs with different seeds more alike than chance?"),
 }
 """Known phases in the order of the page: title, and what each asks."""
-SUPPLIED = ("SAEs of your own", "How stable and how useful are SAEs that no study selected?")
+SUPPLIED = ("Your SAEs", "How good, how stable and how useful are they?")
 """The confirmation of user-supplied SAEs."""
+ABOUT_METHOD = ("4a", "positive_control")
+"""Phases that check the method on other SAEs; a report on a reader's own SAEs leaves them out."""
 ALT = {
     "matches": "Histogram of the cosines of matched features: trained SAEs beside each null",
     "over_training": "Stability against training steps with its interval, and the levels of the nulls",
@@ -69,13 +77,14 @@ ALT = {
 """What a figure shows, for those who do not see it."""
 
 
-def render(root: Path, gate: Path | None, output: Path) -> str:
+def render(root: Path, gate: Path | None, output: Path, command: str | None = None) -> str:
     """The page.
 
     Args:
         root: holds a folder a phase.
         gate: a gate's results.json, in place of the one below `root`.
         output: where the page will lie: links to the evidence are relative to it.
+        command: command line of the release check that made the results. Steps that the page suggests begin with it.
 
     Raises:
         BadInput: `root` or `gate` does not exist, or `root` holds no run.
@@ -90,45 +99,76 @@ def render(root: Path, gate: Path | None, output: Path) -> str:
     decided = read_phase(gate.parent) if gate else _last(strict, "release_gate")
     decision = verdict.judge(decided, found)
     examples = _last(found, "feature_examples")
+    confirmed = _last(found, "candidate_confirmation")
+    reader = Reader.of(found, decision.decision, root, command or _command_of_check(root))
     order = [*PHASES]
     shown = sorted(
         (p for p in found if p is not decided and p is not examples),  # these have parts of the page of their own
         key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
     )
+    if reader.supplied:
+        shown = [p for p in shown if p.phase not in ABOUT_METHOD]
+    good = Good.of(confirmed)
     sections = [PageSection(p, output) for p in shown]
     script = (TEMPLATES / "card.js").read_text()
-    page = Environment(
+    page = environment().get_template("card.html")
+    return glossary.explain(
+        page.render(
+            verdict=decision,
+            supplied=reader.supplied,
+            good=good,
+            steps={g.gate: next_step(g, reader) for g in decision.open},
+            general=general(reader, decision.open) if confirmed is not None else [],
+            gate=PageSection(decided, output) if decided else None,
+            read=_where_read(decision.decision, sections),
+            sections=sections,
+            examples=PageSection(examples, output) if examples else None,
+            browser=Browser.of(examples) if examples else None,
+            absent=[] if reader.supplied else _absent(found, decided),
+            terms=[*glossary.TERMS.values()],
+            root=root.parent.name if reader.supplied and root.name == "parts" else root.name,
+            last=max((p.manifest.started_utc for p in found if p.manifest), default=None),
+            script=Markup(script),
+            script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates of the pages."""
+    found = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("card.html")
-    return page.render(
-        verdict=decision,
-        gate=PageSection(decided, output) if decided else None,
-        read=_where_read(decision.decision, sections),
-        sections=sections,
-        examples=PageSection(examples, output) if examples else None,
-        browser=Browser.of(examples) if examples else None,
-        absent=[
-            (PHASES[p][0], PHASES[p][1]) for p in PHASES if all(q.phase != p for q in found) and not _is(p, decided)
-        ],
-        root=root.name,
-        last=max((p.manifest.started_utc for p in found if p.manifest), default=None),
-        script=Markup(script),
-        script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    found.filters["flags"] = markup.flags
+    return found
+
+
+def _command_of_check(root: Path) -> str | None:
+    """The command line of the release check whose parts these are; None where there is none, or it has not ended."""
+    results, manifest = (root.parent / name for name in ("results.json", "manifest.json"))
+    try:
+        found = read_json(results, "results")
+        if isinstance(found, dict) and found.get("phase") == "release_check":
+            return Manifest.model_validate(read_json(manifest, "manifest")).command
+    except (BadInput, ValidationError):
+        pass
+    return None
+
+
+def _absent(found: list[Phase], decided: Phase | None) -> list[tuple[str, str]]:
+    """(title, question) of each phase of the program that was not run."""
+    present = {p.phase for p in [*found, *([decided] if decided else [])]}
+    return [PHASES[p] for p in PHASES if p not in present]
 
 
 def _last(found: list[Phase], kind: str) -> Phase | None:
     """The latest whole run of a kind, else a damaged one."""
     of_kind = [p for p in found if kind in (p.phase, p.name)]
     return max(of_kind, key=lambda p: (not p.problems, p.manifest.started_utc if p.manifest else ""), default=None)
-
-
-def _is(kind: str, run: Phase | None) -> bool:
-    return run is not None and run.phase == kind
 
 
 def _where_read(

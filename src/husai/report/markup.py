@@ -6,10 +6,12 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from math import floor, log10
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markupsafe import Markup
 from PIL import Image
 
@@ -20,18 +22,48 @@ COLOURS = 96
 
 
 def html(markdown: str) -> Markup:
-    """A summary as HTML. Raw HTML in it is escaped; links and images, which could lead out of the page, stay text."""
+    """A summary as HTML. Raw HTML in it is escaped; links and images, which could lead out of the page, stay text.
+
+    A table's cells carry their column's name, which narrow screens show in place of the header.
+    """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
     tokens = parser.parse(markdown)
     if tokens and tokens[0].tag == "h1":
         del tokens[:3]  # open, text, close
+    _label_cells(tokens)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1]) + HEADINGS)}"
     text = parser.renderer.render(tokens, parser.options, {})
-    scroll = '<div class="scroll" tabindex="0" role="region" aria-label="table">'
-    text = text.replace("<table>", f"{scroll}<table>").replace("</table>", "</table></div>")
     return Markup(re.sub(r"(?<=\d) (\[[^\[\]<>]*\d\])", r' <span class="interval">\1</span>', text))
+
+
+WIDE = 7
+"""Columns from which a table needs a wide screen to be shown as one."""
+
+
+def _label_cells(tokens: list[Token]) -> None:
+    """Name the column of each cell, and mark wide tables."""
+    table: Token | None = None
+    names: list[str] = []
+    column = 0
+    for token, following in pairwise([*tokens, Token("", "", 0)]):
+        if token.type == "table_open":
+            table, names = token, []
+        elif token.type == "th_open":
+            names.append(following.content.replace("`", ""))
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "td_open":
+            token.attrSet("data-label", names[column] if column < len(names) else "")
+            column += 1
+        elif token.type == "thead_close" and table is not None:
+            table.attrSet("class", "wide" if len(names) >= WIDE else "narrow")
+
+
+def flags(command: str) -> list[str]:
+    """A command line in pieces: the program, then each flag with its values. Joined by spaces they are the line."""
+    return re.split(r" (?=--?[a-zA-Z])", command)
 
 
 def title(markdown: str) -> str | None:

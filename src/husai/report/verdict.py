@@ -11,18 +11,32 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, Vali
 from husai.report.evidence import Phase
 from husai.report.markup import Scale, Strip, interval, number
 
+CONTROL = "positive_control"
+"""Gate on the method itself. It says nothing about the SAEs, and is not counted among their gates."""
 GATES = {
-    "positive_control": "Does the method find stable features where there are known ones?",
-    "stability": "Are the candidate's features more alike across seeds than every required null?",
+    CONTROL: "Does the method find planted features, and find the same ones in every training?",
+    "stability": "Do the same features come back in other trainings, more than in every control?",
     "code": "Do the SAEs code activations better than single rows, token means and centroids do?",
-    "fit": "Do explained variance, CE recovered and dead features reach their registered bounds?",
-    "random_model": "Are they more alike than those of each draw of the same model with random weights?",
+    "fit": "Are explained variance and CE recovered high enough, and are few enough features dead?",
+    "random_model": "Do features come back more than those of the same model with random weights?",
     "transcoder": "Do transcoders of other seeds find the same features?",
-    "ood": "On shifted text that the model's own probe survives, do probes on its features lose hardly more?",
-    "saebench": "Are probes on its features shown to be better than on a matched reference's, by SAEBench?",
-    "cebench": "Are its features shown to tell contrasts apart better than a matched reference's, by CE-Bench?",
+    "ood": "On shifted text, do probes on the SAE's features lose hardly more than the model's own?",
+    "saebench": "Are probes on few features better than those on a matched reference's features?",
+    "cebench": "Do single features separate contrasting texts better than a matched reference's?",
 }
-"""In the order of the page; asked so where the decision brings no question of its own."""
+"""Gate -> its question, in the order of the page."""
+SHOWN = {
+    CONTROL: "The method finds planted features, and finds the same ones in every training.",
+    "stability": "A share of the features comes back in other trainings, beyond every control.",
+    "code": "The SAEs code activations better than single rows, token means and centroids do.",
+    "fit": "Explained variance and CE recovered are high enough, and few enough features are dead.",
+    "random_model": "Features come back more than those of the same model with random weights.",
+    "transcoder": "Transcoders of other seeds find the same features.",
+    "ood": "On shifted text, probes on the SAE's features lose hardly more than the model's own.",
+    "saebench": "Probes on few features are better than those on a matched reference's features.",
+    "cebench": "Single features separate contrasting texts better than a matched reference's.",
+}
+"""Gate -> what its pass shows."""
 NOTHING = "Nothing may be claimed externally."
 
 
@@ -92,7 +106,12 @@ class Gate(BaseModel):
 
     @property
     def asks(self) -> str:
-        return self.question or GATES.get(self.gate, "")
+        return GATES.get(self.gate) or self.question or ""
+
+    @property
+    def shows(self) -> str:
+        """What its pass shows."""
+        return SHOWN.get(self.gate, "")
 
     @property
     def state(self) -> str:
@@ -108,40 +127,47 @@ class Gate(BaseModel):
         if self.margin is None or self.relation is None:
             return None
         relation = {">": "above", ">=": "at least", "<=": "at most"}[self.relation]
-        end = "lower end" if self.bound == "low" else "upper end"
-        how = "clears it by" if self.margin >= 0 else "falls short by"
-        return f"{end} must be {relation} {self.threshold:g}: {how} {number(abs(self.margin))}"
+        reached = number({"low": self.low, "high": self.high, None: None}[self.bound] or 0.0)
+        end = "lower" if self.bound == "low" else "upper"
+        how = "clears the bound by" if self.margin >= 0 else "misses the bound by"
+        return (
+            f"The {end} end of the interval is {reached}. It must be {relation} {self.threshold:g}, "
+            f"and {how} {number(abs(self.margin))}."
+        )
 
     @property
     def power(self) -> str | None:
-        """What the gate could have seen, and how the figure moves without one seed."""
+        """What the gate could have seen, and how the figure moves without one SAE."""
         if self.passes_at_no_effect is None or self.effect_for_80 is None:
             return None
         sentence = (
-            f"passes in {100 * self.passes_at_no_effect:.2f} % at no effect, in 80 % at {number(self.effect_for_80)}"
+            f"If there were no effect, {100 * self.passes_at_no_effect:.2f} % of such studies would pass. "
+            f"If the true figure were {number(self.effect_for_80)}, 80 % would."
         )
         if self.without_one_seed is not None:
             least, largest = (number(end) for end in self.without_one_seed)
-            sentence += f"; without one seed {least} to {largest}"
+            sentence += f" Without one of the SAEs the figure is {least} to {largest}."
         return sentence
 
     @property
     def more(self) -> list[str]:
         """What stands beside the figure, and what does not count in it."""
         shown = {name: interval(e.estimate, e.low, e.high) for name, e in self.beside.items()}
-        lines = [f"Beside it, and deciding nothing: {name} {figure}." for name, figure in shown.items()]
+        lines = [f"For information, {name}: {figure}. This figure decides nothing." for name, figure in shown.items()]
         if self.left_out:
             named, rest = ", ".join(self.left_out[:FEW]), len(self.left_out) - FEW
             named += f" and {rest} more" if rest > 0 else ""
-            lines.append(f"Not counted, because no group may hold more than a quarter: {named}.")
+            lines.append(f"Not counted, because no group of data sets may hold more than a quarter: {named}.")
         return lines
 
     @property
     def why(self) -> str | None:
-        """The reason, where the figure and what it lacks do not say it."""
+        """The reason as a sentence, where the figure and its distance from the bound do not give it."""
         margin = self.margin
-        says_it = margin is not None and (margin >= 0) == (self.status == "PASS")
-        return None if says_it else self.reason
+        given = margin is not None and (margin >= 0) == (self.status == "PASS")
+        if given or not self.reason:
+            return None
+        return f"{self.reason[0].upper()}{self.reason[1:].rstrip('.')}."
 
     @property
     def scale(self) -> Scale | None:
@@ -176,8 +202,9 @@ class Decision(BaseModel):
     unconfirmed: str | None = None
     """Why the candidate is not a confirmed one."""
     attempt: int | None = None
-    licensed: str | None = None
     """Number of confirmations of the configuration, this one included."""
+    licensed: str | None = None
+    """Sentence that the stability of the SAEs licenses."""
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
@@ -191,12 +218,11 @@ class Decision(BaseModel):
         subject = str(c.get("subject") or facts.get("subject_digest") or "")
         name = subjects.get(subject)
         found = {
-            "Candidate": c.get("condition"),
-            "Subject": f"{name} ({subject[:12]}…)" if name else subject,
+            "SAEs": c.get("condition"),
+            "Model": f"{name} ({subject[:12]}…)" if name else subject,
             "Hook": c.get("hook_name") or facts.get("hook_name"),
             "Seeds": ", ".join(map(str, seeds)),
             "Attempt": self.attempt,
-            "Licensed sentence": self.licensed,
         }
         return [(what, str(which)[:300]) for what, which in found.items() if which]
 
@@ -221,11 +247,27 @@ class Verdict:
     def count(self, state: str) -> int:
         return sum(g.state == state for g in self.gates)
 
+    @property
+    def control(self) -> Gate | None:
+        """The gate on the method itself."""
+        return next((g for g in self.gates if g.gate == CONTROL), None)
+
+    @property
+    def shown(self) -> list[Gate]:
+        """Gates about the SAEs that passed."""
+        return [g for g in self.gates if g.state == "pass" and g.gate != CONTROL]
+
+    @property
+    def open(self) -> list[Gate]:
+        """Gates that did not pass: those that failed come first."""
+        rest = [g for g in self.gates if g.state != "pass"]
+        return sorted(rest, key=lambda g: g.status == "MISSING")
+
 
 def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
     """The verdict of a gate run on the phases that lie beside it."""
     if run is None:
-        return Verdict("No verdict", f"No gate decision: {NOTHING[0].lower()}{NOTHING[1:]}", "none")
+        return Verdict("No verdict", f"The release gate has not judged these results. {NOTHING}", "none")
     try:
         decision = Decision.model_validate(run.results)
     except ValidationError as error:
@@ -234,27 +276,30 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
         if run.results:
             doubts.append(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         return Verdict(
-            "No valid gate decision", f"The gate's result cannot be used. {NOTHING}", "none", None, [], doubts, run
+            "No valid gate decision", f"The result of the gate cannot be read. {NOTHING}", "none", None, [], doubts, run
         )
     gates = in_order(decision.gates)
     doubts = [*run.problems, *contradictions(decision, gates), *stale(decision, phases)]
     verdict = Verdict("", "", "fail", decision, gates, doubts, run, decision.about(subject_names(phases)))
     passed, waived = verdict.count("pass"), verdict.count("waived")
-    counts = f"{passed} of {len(gates)} gates passed"
+    own = [g for g in gates if g.gate != CONTROL]
+    counts = f"{sum(g.state == 'pass' for g in own)} of {len(own)} gates passed."
+    if (control := verdict.control) is not None and control.status != "PASS":
+        counts += " The check of the method itself did not."
     if not decision.pass_all and decision.unconfirmed and passed == len(gates):
         verdict.headline, verdict.state = "No pass: provisional", "waived"
-        verdict.sentence = f"{counts}: every gate holds, and {decision.unconfirmed}. {NOTHING}"
+        verdict.sentence = f"{counts} {NOTHING}"
     elif not decision.pass_all and decision.provisional and waived + passed == len(gates):
         verdict.headline, verdict.state = "No pass: provisional", "waived"
-        verdict.sentence = f"{counts}; what was waived or asked for less than is registered makes no pass. {NOTHING}"
+        verdict.sentence = f"{counts} A waived or loosened gate makes no pass. {NOTHING}"
     elif not decision.pass_all:
-        verdict.headline, verdict.sentence = "Not passed", f"{counts}. {NOTHING}"
+        verdict.headline, verdict.sentence = "Not passed", f"{counts} {NOTHING}"
     elif doubts:
         verdict.headline, verdict.state = "Not established", "none"
-        verdict.sentence = f"The gate says that it passed, and its decision does not hold up. {NOTHING}"
+        verdict.sentence = f"The decision claims a pass and contradicts itself. {NOTHING}"
     else:
         verdict.headline, verdict.state = "Passed", "pass"
-        verdict.sentence = f"{counts}. What may be claimed externally is what these gates tested, and no more."
+        verdict.sentence = f"{counts} You may claim externally what these gates tested, and no more."
     return verdict
 
 
@@ -278,16 +323,16 @@ def in_order(gates: list[Gate]) -> list[Gate]:
 def contradictions(decision: Decision, gates: list[Gate]) -> list[str]:
     """What in the decision speaks against itself."""
     names = [g.gate for g in decision.gates]
-    found = [f"the gate {name} stands twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    found += [f"{g.title}: said to have passed, and its own figures do not pass" for g in gates if g.contradicts_itself]
+    found = [f"The gate {name} is listed twice." for name in sorted({n for n in names if names.count(n) > 1})]
+    found += [f"{g.title}: listed as passed, but its own figures do not pass." for g in gates if g.contradicts_itself]
     open_gates = [g.title for g in gates if g.state in ("fail", "missing")]
     if decision.pass_all and open_gates:
-        found.append(f"it says that all passed, and these did not: {', '.join(open_gates)}")
+        found.append(f"The decision claims that all gates passed, but some did not: {', '.join(open_gates)}")
     lenient = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
     if decision.pass_all and (lenient or any(g.waived for g in gates)):
-        found.append("it says that all passed, and is provisional, waived or loosened, which is no pass")
+        found.append("The decision claims a pass although it is provisional, waived or loosened.")
     if decision.pass_all and not decision.read:
-        found.append("it names nothing that it read")
+        found.append("The decision names no file that it read.")
     return found
 
 
@@ -304,7 +349,7 @@ def stale(decision: Decision, phases: list[Phase]) -> list[str]:
             and here
             and PurePosixPath(read.path).name == "results.json"
         ):
-            found.append(f"{label}: {folder}/results.json has changed since the gate read it")
+            found.append(f"{label}: {folder}/results.json has changed since the gate read it.")
         elif decision.pass_all and read.sha256 not in digests:
-            found.append(f"{label}: what the gate read is not here")
+            found.append(f"{label}: the file that the gate read is not here.")
     return found
