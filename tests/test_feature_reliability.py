@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import husai
 from husai.activations import source
 from husai.dictionaries import checkpoints, recipes
 from husai.dictionaries.sae import SAE
@@ -138,6 +139,17 @@ def test_siblings_on_a_stream(reliability, saes):
     results = json.loads((out / "results.json").read_text())
     assert results["training"]["rows"] == results["training"]["tokens"] == 4096
     assert results["recur"]["estimate"] > 0.02  # three siblings of a few hundred steps find little
+
+
+def test_in_python(asked, root, saes):
+    """A notebook gets the same answer in one call, and an error in place of an exit."""
+    where = {"model_name": asked.name, "hook_name": HOOK, "artifact_root": root, "rows": 1500, "threads": 1}
+    found = husai.feature_reliability([saes[0], saes[1], saes[2]], contexts=2, **where)
+    assert found.results.siblings[0].origin == "supplied"
+    assert found.table["recurs"].max() <= 2
+    assert len(found.contexts) == 2
+    with pytest.raises(BadInput, match="--siblings"):
+        husai.feature_reliability(saes[0], siblings=-1, **where)
 
 
 def test_dry_run(reliability, saes):

@@ -3,6 +3,9 @@
 import husai
 found = husai.compare([a, b, c])      # decoders, arrays [d_sae, d_in]; see husai.stability.recurrence.compare
 print(found.scores["mcc"], found.recurrence[0])
+
+found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre")    # trains siblings
+print(found.table.query("certified and above_chance"))
 """
 
 import importlib
@@ -11,7 +14,7 @@ import os
 import sys
 
 __version__ = "0.1.0"
-__all__ = ["compare"]
+__all__ = ["compare", "feature_reliability"]
 
 # File locks come from fcntl, which Windows lacks. The number of usable cores comes from sched_getaffinity, which macOS
 # lacks. Either would end in a traceback wherever it is first called.
@@ -25,7 +28,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str):
-    """`husai.compare`, which imports torch, is imported when it is asked for, and by no other module of the package."""
+    """Functions for notebooks, which import torch, are imported when they are asked for, and by no other module."""
     if name == "compare":
         return importlib.import_module("husai.stability.recurrence").compare
+    if name == "feature_reliability":
+        return importlib.import_module("husai.evals.reliability").feature_reliability
     raise AttributeError(f"module 'husai' has no attribute {name!r}")

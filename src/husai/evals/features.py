@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from husai.evidence.estimates import clopper_pearson_low, mean_over_seeds
 from husai.evidence.features import COLUMNS, Bars, Decile, FeatureReliability, Sibling
 from husai.evidence.names import NEAR
 from husai.evidence.schemas import Interval
-from husai.runs.files import sha256_file
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.stability import prototypes
@@ -272,12 +272,12 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
 
 
 def sum_up(
-    asked: LoadedSAEs, group: Group, judged: Judged, bars: Bars, limits: list[str], notes: list[str], table: Path
+    asked: LoadedSAEs, group: Group, judged: Judged, bars: Bars, limits: list[str], notes: list[str]
 ) -> FeatureReliability:
     """The results beside the table.
 
     Args:
-        limits: why nothing can be certified. table: the file that holds the table.
+        limits: why nothing can be certified. notes: what a reader should know of the SAEs.
     """
     t, n = judged.table, len(group.others)
     alive = ~t["dead"].to_numpy(bool)
@@ -287,6 +287,10 @@ def sum_up(
     siblings = [o for o in group.others if o.origin != "relative"]
     among = among_siblings([o.W_dec for o in siblings], bars.cosine)
     own = (judged.partners.cosines >= bars.cosine).mean(1)
+    trained = [o.heldout.explained_variance for o in group.others if o.heldout is not None and o.origin == "trained"]
+    lost = asked.saes[0].record.heldout.explained_variance - float(np.mean(trained)) if trained else 0.0
+    if lost > rules.UNUSUAL_EV:
+        notes = [*notes, f"The siblings explain less variance, by {lost:.3f}, therefore fewer features recur."]
     if group.withheld is not None:
         limits = [*limits, f"No feature is called *not found*, because {group.withheld}."]
     return FeatureReliability(
@@ -325,7 +329,7 @@ def sum_up(
         among_siblings=among,
         limits=limits,
         notes=notes,
-        table_sha256=sha256_file(table),
+        table_sha256=sha256(t.to_csv(index=False).encode()).hexdigest(),
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from husai.evals.inputs import by_baseline_map, by_checkout, by_named_checkpoint, by_text
+from husai.evidence import levels
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
-from husai.runs.cli import int_list, name_list, positive_float, positive_int
+from husai.runs.cli import fraction, int_list, name_list, positive_float, positive_int
 from husai.runs.errors import BadInput
 from husai.runs.inputs import Arguments, by_content_or_name, by_subject, not_at_all
 from husai.runs.subjects import DTYPES, with_version
@@ -272,6 +273,52 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
         )
+
+    def add_feature_reliability(self) -> None:
+        """The SAE whose features are judged, and its siblings: the flags of `add_candidate` and of a training."""
+        self.add_candidate()
+        self.add_argument("--siblings", type=int, help="to train (default: 14 for one checkpoint, none for several)")
+        self.add_argument(
+            "--tokens", type=positive_int, help="that each sibling sees (default: as many as the SAE saw)"
+        )
+        self.add_argument("--train-rows", type=positive_int, help="of the store they are of (default: up to 1000000)")
+        self.add_argument(
+            "--buffer-rows",
+            type=positive_int,
+            help="train siblings while the model gives activations, each token once, through a buffer of so many rows",
+        )
+        self.add_argument(
+            "--relatives",
+            type=Path,
+            nargs="*",
+            counts=by_named_checkpoint,
+            metavar="SAE",
+            help="other SAEs of the hook in place of siblings; without a name: those of SAELens' catalogue",
+        )
+        self.add_argument(
+            "--features", type=int_list, help="whose contexts are collected, as 12,34 (default: a sample)"
+        )
+        self.add_argument(
+            "--contexts", type=positive_int, default=200, help="size of that sample (default: %(default)s)"
+        )
+        bars = {
+            "--recurs-cosine": (levels.RECURS_COSINE, "least decoder cosine with a partner"),
+            "--recurs-correlation": (levels.RECURS_CORRELATION, "least held-out correlation with a partner"),
+            "--certify-at": (levels.CERTIFIED_AT, "share π of trainings that a certified feature recurs in"),
+        }
+        for flag, (bar, meaning) in bars.items():
+            self.add_argument(flag, type=fraction, default=bar, help=f"{meaning} (default: %(default)s)")
+        self.add_argument("--rotations", type=positive_int, help="of each sibling (default: by the number of siblings)")
+
+    def parse_feature_reliability(self, words: list[str] | None = None) -> argparse.Namespace:
+        """The arguments; exit 2 where a number of siblings is negative, or flags of a training go unheard."""
+        args = self.with_hook(self.parse_args(words))
+        if args.siblings is not None and args.siblings < 0:
+            self.error(f"--siblings {args.siblings}: 0 or more expected")
+        if args.relatives is not None:
+            unheard = ("siblings", "tokens", "train_rows", "buffer_rows")
+            self.refuse_unheard(args, unheard, "nothing is trained with --relatives")
+        return args
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
         """The arguments; --text with its column and split, --model-name with its revision and dtype, are one each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from husai.evidence import rules
+from husai.evidence import levels, rules
 from husai.evidence.schemas import Heldout, Interval, Number, SAERecord, Sha256, Share, Strict
 
 
@@ -66,9 +66,9 @@ def dictionary() -> str:
 class Bars(Strict):
     """What decides; each is a flag."""
 
-    cosine: Number = rules.RECURS_COSINE
-    correlation: Number = rules.RECURS_CORRELATION
-    certified_at: Share = rules.CERTIFIED_AT
+    cosine: Number = levels.RECURS_COSINE
+    correlation: Number = levels.RECURS_CORRELATION
+    certified_at: Share = levels.CERTIFIED_AT
 
 
 class Sibling(Strict):

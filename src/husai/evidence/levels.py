@@ -77,3 +77,7 @@ OUTLIER_NORM = 10.0
 """A row of activations is an outlier if its norm exceeds this multiple of the median norm: an attention sink."""
 SHRUNK_NORM = 3.0
 """Multiple of the median norm that outliers are brought down to in training."""
+RECURS_COSINE, RECURS_CORRELATION = 0.7, 0.5
+"""Least signed decoder cosine, and least held-out correlation of activations, with the one-to-one partner."""
+CERTIFIED_AT = 0.5
+"""Share π of trainings in which a certified feature recurs, by its one-sided 95 % Clopper–Pearson bound."""

@@ -32,7 +32,7 @@ from husai.evidence.estimates import (
     mean_over_seeds_and_sets,
     pass_probability,
 )
-from husai.evidence.levels import SPECTRAL_DRAWS
+from husai.evidence.levels import CERTIFIED_AT, RECURS_CORRELATION, RECURS_COSINE, SPECTRAL_DRAWS
 from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
@@ -801,10 +801,6 @@ def acceptance(
 # ---------------------------------------------------------------------------------------------------------------------
 # Single features
 
-RECURS_COSINE, RECURS_CORRELATION = 0.7, 0.5
-"""Least signed decoder cosine, and least held-out correlation of activations, with the one-to-one partner."""
-CERTIFIED_AT = 0.5
-"""Share π of trainings in which a certified feature recurs, by its one-sided 95 % Clopper–Pearson bound."""
 CERTIFIED_LEVEL = 0.95
 FALSE_SHARE = 0.05
 """Expected share of false ones among features that are marked as above chance (Benjamini–Hochberg)."""

@@ -68,7 +68,7 @@ def _siblings(results: dict) -> str:
             else f"{counts['trained']} siblings trained on {made['tokens']:,} tokens (recipe: {made['recipe']}, "
             f"{made['family']}, k {made['k']})"
         )
-    return f"Compared with {' and '.join(parts)}."
+    return f"Compared with {' and '.join(parts)}; explained variance and L0 of siblings {_figures(results)}."
 
 
 def _without_prototypes(results: dict) -> str:
