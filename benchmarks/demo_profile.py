@@ -96,7 +96,7 @@ def sample(folder: Path) -> None:
 def main() -> None:
     from husai.runs.cli import Parser
     from husai.runs.files import write_json, write_text
-    from husai.runs.machine import cpu_model
+    from husai.runs.machine import cpu_model, usable_cores
 
     p = Parser(__doc__)
     p.add_argument("--profile", default="embedded", help="profile of the queue (default: %(default)s)")
@@ -111,7 +111,7 @@ def main() -> None:
     result = {}
     for name, checkout in versions.items():
         result[name] = measured(checkout, args.profile, args.keep if name == "after" else None)
-    result |= {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "profile": args.profile}
+    result |= {"cpu": cpu_model(), "cores": usable_cores(), "profile": args.profile}
     write_json(args.output_dir / "demo_profile.json", result)
     write_text(args.output_dir / "demo_profile.md", text := markdown(result))
     print(text)

@@ -33,6 +33,7 @@ from husai.runs.cli import Parser, run_main
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_json
 from husai.runs.inputs import key_of
+from husai.runs.machine import usable_cores
 
 STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
@@ -230,7 +231,7 @@ def own_code() -> list:
     files = [path for folder in (package, SCRIPTS) for path in sorted(folder.rglob("*.py"))]
     # A folder's name says name and version; to parse 170 files of metadata would take most of this script's time.
     installed = sorted(p.name for place in sys.path if place for p in Path(place).glob("*.*-info"))
-    return [digest([sha256_file(path) for path in files]), digest(installed), len(os.sched_getaffinity(0))]
+    return [digest([sha256_file(path) for path in files]), digest(installed), usable_cores()]
 
 
 if __name__ == "__main__":

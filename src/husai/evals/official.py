@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.machine import usable_cores
 
 NOT_HERE = {
     "sparse_probing": "its data sets (bias_in_bios, amazon_reviews, github-code, ag_news, europarl) come from the hub; "
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dataset-names", type=lambda t: t.split(","), help="of sparse_probing_sae_probes")
     parser.add_argument("--documents", type=Path, help="JSON list of held-out texts, of core (default: packaged ones)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:

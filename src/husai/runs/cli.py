@@ -6,7 +6,6 @@ import argparse
 import errno
 import logging
 import math
-import os
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.inputs import Arguments, Counts, by_content, by_value, not_at_all
+from husai.runs.machine import usable_cores
 
 INTERRUPTED = threading.Event()
 """Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--threads",
             type=positive_int,
-            default=len(os.sched_getaffinity(0)),
+            default=usable_cores(),
             help="CPU threads; part of what makes a result repeatable to the byte (default: the cores at hand)",
         )
 

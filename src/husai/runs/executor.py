@@ -22,6 +22,7 @@ from typing import Any
 import husai
 from husai.runs.cli import INTERRUPTED, prepare
 from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.machine import usable_cores
 from husai.runs.progress import progress
 
 log = logging.getLogger("husai")
@@ -213,7 +214,7 @@ def _connect(address: str | None, threads: int):
     logging.getLogger("ray").setLevel(logging.ERROR)
     start: dict[str, Any] = {"address": address}
     if address is None:
-        cores = max(threads, len(os.sched_getaffinity(0)))
+        cores = max(threads, usable_cores())
         start = {"address": "local", "num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
         start["include_dashboard"] = False
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

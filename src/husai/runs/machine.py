@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's on macOS, which cannot say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
