@@ -238,7 +238,11 @@ def test_five_saes_of_another_library(check, root, foreign, saes, controls, trai
     assert list(own["checkpoints"]) == [*"01234"] == list(confirmed["untrained"])
     assert {r["condition"] for r in confirmed["bank"]["saebench"]["saes"]} == {own["condition"]}
     assert [len(c["seeds"]) for c in confirmed["bank"]["saebench"]["conditions"]] == [5]
-    assert part(root, "foreign", "random_model_stress")["candidate"] == own
+    stress = part(root, "foreign", "random_model_stress")
+    assert stress["candidate"] == own
+    states = {f"untrained {seed}": sha256 for seed, sha256 in confirmed["untrained"].items()}
+    assert states.items() <= stress["inputs"].items()
+    assert all("untrained" in pair for pair in stress["section"]["pairs"]), "--untrained reaches this part too"
 
     found = gates(results)
     assert part(root, "foreign", "release_gate")["candidate"] == own
@@ -300,6 +304,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     assert not (tmp_path / "activations").exists()
     assert not (tmp_path / "x").exists()
     refused("--checkpoint: 2 SAEs", CONFIRMATION, "--checkpoint", *saes[:2], *where)
+
+
+def test_each_check_has_a_folder_named_by_its_saes_and_all_share_one_control(tmp_path):
+    script = runpy.run_path(str(ROOT / CHECK))
+    names = [script["folder_of"]([Path(p)], shas) for p in ("my saes", "hf:a/b@c/d") for shas in ("ab", "ac", "ba")]
+    assert len(set(names)) == 4, "two groups by two names, in whatever order"
+    assert all(re.fullmatch(r"(my-saes|d)-[0-9a-f]{8}", name) for name in names)
+    args = Namespace(phase4a_results=None, artifact_root=tmp_path)
+    assert script["positive_control"](args) is None
+    shared = script["shared_control"](args)
+    shared.parent.mkdir(parents=True)
+    shared.write_text('{"planted": null}')
+    assert script["positive_control"](args) is None, "of another subject"
+    shutil.copy(PHASE4A, shared)
+    assert script["positive_control"](args) == shared
 
 
 def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject, monkeypatch):

@@ -23,6 +23,7 @@ def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/random_model_stress")
     p.add_candidate()
+    p.add_untrained()
     p.add_train_rows()
     p.add_argument(
         "--random-model-checkpoint",
@@ -64,7 +65,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     controls = [random_model.control_of(cells, draw, labels, args.null_draws, args.threads) for draw in draws]
     results = RandomModelStress(
         phase="random_model_stress",
-        inputs=tested.inputs() | rule.inputs(section, controls),
+        inputs=tested.inputs() | tested.untrained_inputs() | rule.inputs(section, controls),
         subject=tested.subject.name,
         candidate=tested.group,
         section=section,

@@ -7,21 +7,27 @@
 
 Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone, the last of each
 training: three at least, five for a verdict. `sae-lens:RELEASE/SAE_ID` and `hf:REPO[@REVISION]/PATH` name checkpoints
-too (docs/sources.md). What does not fit is refused before anything is computed. Then each part
-runs in a process of its own; one that fails is named, with its log, and the others go on. The same command again reads
-what is finished. HUSAI cannot see how you selected these SAEs: at best the decision is provisional. Exit 0 done,
-whatever the verdict (--fail-on-gate-fail: 1 where it is not a pass), 1 a part failed, 2 bad input.
+too (docs/sources.md). Input that does not fit is refused before anything is computed. Each part runs in a process of
+its own. A part that fails is named with its log, and the others go on. The same command again reads finished parts.
+Each group of SAEs has an output folder of its own. The check of the method itself (the positive control) runs once, and
+all groups share it. HUSAI cannot see how you selected these SAEs, therefore the decision is provisional at best. Exit 0
+done, whatever the verdict (--fail-on-gate-fail: 1 without a pass), 1 a part failed, 2 bad input.
 """
 
+import re
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from husai.evals.flags import EvalParser
 from husai.runs.cli import positive_int, prepare, run_main
+from husai.runs.inputs import not_at_all
 
 SCRIPTS = Path(__file__).resolve().parents[1]
+CHECKS = Path("results/experiments/release_check")
+"""Holds a folder for each group of SAEs, named by these (`folder_of`)."""
 STRESS = ("random_model_stress", "transcoder_stress", "ood_stress")
 GATE_FLAGS = {"candidate_confirmation": "confirmation", "positive_control": "phase4a"} | {
     name: name.removesuffix("_stress").replace("_", "-") for name in STRESS
@@ -34,17 +40,27 @@ class Part:
     """A script to run."""
 
     name: str
-    """Of its folder below parts/."""
     script: str
-    """Below scripts/."""
+    """Path below scripts/."""
     arguments: list[str]
+    folder: Path | None = None
+    """Folder of its results; None: it leaves a page alone."""
     not_run: str | None = None
     """Why it cannot be run on these SAEs."""
+
+    @property
+    def words(self) -> list[str]:
+        """Its command line."""
+        where = [] if self.folder is None else ["--output-dir", str(self.folder)]
+        return [sys.executable, str(SCRIPTS / self.script), *self.arguments, *where]
 
 
 def parse():
     p = EvalParser(__doc__)
-    p.add_common("results/experiments/release_check")
+    p.add_argument(
+        "--output-dir", type=Path, counts=not_at_all, help=f"default: a folder below {CHECKS}, named by the SAEs"
+    )
+    p.add_shared()
     p.add_supplied()
     p.add_train_rows()
     p.add_argument(
@@ -82,6 +98,8 @@ def main() -> None:
     names = supplied.named(args, group, opener)
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)
+    if args.output_dir is None:
+        args.output_dir = CHECKS / folder_of(args.checkpoint, group.checkpoints.values())
 
     root = args.output_dir / "parts"
     config = {"subject": subject, "hook_name": args.hook_name, "candidate": group.to_json(), "data_sets": data_sets}
@@ -91,12 +109,12 @@ def main() -> None:
             run.add_input(f"checkpoint {seed}", sha256)
         done: list[dict] = []
         for part in [*evidence(args, root, group), gate(args, root)]:
-            done.append(record(run, part, root, done))
+            done.append(record(run, part, done))
         report = args.output_dir / "report.html"
         typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
         where = ["--results-root", str(root), "--output", str(report), "--command", typed]
         page = Part("report", "analysis/build_report.py", where)
-        done.append(record(run, page, root, done))
+        done.append(record(run, page, done))
 
         decided = root / "release_gate" / "results.json"
         decision = read_json(decided, "decision") if decided.is_file() else None
@@ -140,7 +158,7 @@ def evidence(args, root: Path, group) -> list[Part]:
         str(args.rows),
         *machine,
     ]
-    trained = [*candidate, *draws, *given("train_rows", args.train_rows)]
+    trained = [*candidate, *draws, *given("train_rows", args.train_rows), *given("untrained", args.untrained)]
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
     no_recipe = None if group.facts.source == "husai" else "the SAEs do not say how they were trained"
     no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
@@ -151,9 +169,9 @@ def evidence(args, root: Path, group) -> list[Part]:
             "random_model_stress",
             "experiments/run_random_model_stress_eval.py",
             [*trained, *controls],
-            no_control or None,
+            not_run=no_control or None,
         ),
-        Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, no_recipe),
+        Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, not_run=no_recipe),
         Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, *probing, "--skip-families"]),
         Part(
             "feature_examples",
@@ -161,9 +179,11 @@ def evidence(args, root: Path, group) -> list[Part]:
             [*candidate, "--features", str(args.features)],
         ),
     ]
+    parts = [replace(p, folder=root / p.name) for p in parts]
     if positive_control(args) is None:  # last: what is wrong with the SAEs is seen sooner
-        parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws]))
-    return [Part(p.name, p.script, [*p.arguments, "--output-dir", str(root / p.name)], p.not_run) for p in parts]
+        shared = shared_control(args).parent
+        parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws], shared))
+    return parts
 
 
 def given(flag: str, value) -> list[str]:
@@ -181,6 +201,19 @@ def make_folder(folder: Path) -> None:
         raise BadInput(f"--artifact-root: {folder} cannot be made ({error.strerror})") from None
 
 
+def folder_of(given: list[Path], sha256: Iterable[str]) -> str:
+    """Name of the folder of a check: what the user calls the SAEs, and a digest of their weights."""
+    from husai.runs.files import digest
+
+    called = re.sub(r"[^A-Za-z0-9.]+", "-", given[0].name).strip("-.")[:40] or "saes"
+    return f"{called}-{digest(sorted(sha256))[:8]}"
+
+
+def shared_control(args) -> Path:
+    """Results of the positive control that all checks below --artifact-root share."""
+    return args.artifact_root / "experiments" / "positive_control" / "results.json"
+
+
 def positive_control(args) -> Path | None:
     """Where its results lie; None: it has to be run."""
     from husai.runs.errors import BadInput
@@ -188,44 +221,48 @@ def positive_control(args) -> Path | None:
 
     if args.phase4a_results:
         return args.phase4a_results
-    there = args.artifact_root / "experiments" / "phase4a_trained_vs_random" / "results.json"
-    try:
-        return there if read_json(there, "phase 4a").get("planted") else None
-    except (BadInput, AttributeError):  # none there, or no whole one
-        return None
+    of_the_program = args.artifact_root / "experiments" / "phase4a_trained_vs_random" / "results.json"
+    for path in (shared_control(args), of_the_program):
+        try:
+            if read_json(path, "phase 4a").get("planted"):
+                return path
+        except (BadInput, AttributeError):  # none there, or no whole one
+            continue
+    return None
 
 
 def gate(args, root: Path) -> Part:
     """The gate on what the parts have left. Nothing else lying around is read: each file is named."""
     read = {flag: root / name / "results.json" for name, flag in GATE_FLAGS.items()}
-    read["phase4a"] = positive_control(args) or read["phase4a"]
+    read["phase4a"] = positive_control(args) or shared_control(args)
     arguments = [a for flag, path in read.items() for a in (f"--{flag}-results", str(path))]
     arguments += ["--external-candidate-json", str(root / "candidate_selection" / "results.json")]
     return Part(
         "release_gate",
         "experiments/run_stress_gated_release_policy.py",
-        [*arguments, "--output-dir", str(root / "release_gate")],
+        arguments,
+        root / "release_gate",
     )
 
 
-def record(run, part: Part, root: Path, done: list[dict]) -> dict:
+def record(run, part: Part, done: list[dict]) -> dict:
     """Run one part; its return code, log, and results."""
-    from husai.runs.files import sha256_file
+    from husai.runs.files import relative, sha256_file
 
-    folder = root / part.name
     about = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
     reason = part.not_run
     if "--candidate" in part.arguments and next(p for p in done if p["name"] == "candidate_confirmation")["reason"]:
         reason = reason or "it takes what candidate_confirmation leaves"
     if reason is None:
-        code = run.command(part.name, [sys.executable, str(SCRIPTS / part.script), *part.arguments])
+        code = run.command(part.name, part.words)
         about |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
         reason = None if code == 0 else f"return code {code}: {last_line(run.folder / about['log'])}"
-    if reason is not None:  # what an earlier check left there is not about this one; its run folder keeps it
+    if part.folder is not None and reason is not None:
+        # What an earlier check left there is not about this one; its run folder keeps it.
         for name in ("results.json", "summary.md", "manifest.json", "release_policy.json", "release_policy.md"):
-            (folder / name).unlink(missing_ok=True)
-    elif (file := folder / "results.json").is_file():
-        about |= {"result": str(file.relative_to(run.output_dir)), "sha256": sha256_file(file)}
+            (part.folder / name).unlink(missing_ok=True)
+    elif part.folder is not None and (file := part.folder / "results.json").is_file():
+        about |= {"result": relative(file, run.output_dir), "sha256": sha256_file(file)}
     print(f"{part.name}: {reason or 'done'}", file=sys.stderr)
     return about | {"reason": reason}
 

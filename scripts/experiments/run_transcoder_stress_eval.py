@@ -21,6 +21,7 @@ def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/transcoder_stress")
     p.add_candidate()
+    p.add_untrained()
     p.add_argument("--d-sae", type=positive_int, help="features (default: as judged)")
     p.add_argument("--k", type=positive_int, help="active features a row (default: as judged)")
     p.add_argument("--tokens", type=positive_int, help="rows each sees (default: as judged)")
@@ -50,7 +51,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     section, (transcoders, drawn), across = transcoder.sections(cells, tested, task, *where)
     stress = TranscoderStress(
         phase="transcoder_stress",
-        inputs=tested.inputs() | {"transcoder input": task.read.digest},
+        inputs=tested.inputs() | tested.untrained_inputs() | {"transcoder input": task.read.digest},
         subject=tested.subject.name,
         candidate=tested.group,
         setting=task.setting,

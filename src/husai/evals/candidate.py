@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from husai.activations import source
 from husai.activations.store import ActivationStore, StoreManifest
-from husai.evals.loaded import LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
+from husai.dictionaries import foreign
+from husai.evals.loaded import LoadedSAE, LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
 from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
@@ -31,6 +32,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         BadInput: files that are missing or are others than the candidate's evidence names, or SAEs of several kinds.
     """
     name, hook_name, paths, expected, source = args.subject, args.hook_name, args.checkpoint, None, args.text
+    found = None
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
@@ -54,10 +56,49 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root))
     refuse_twins(saes)
-    tested = LoadedSAEs(str(name), subject, store, saes, source=source)
+    untrained = _untrained(args, found, saes)
+    tested = LoadedSAEs(str(name), subject, store, saes, source=source, untrained=untrained)
     if expected is not None and tested.group != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
+
+
+def _untrained(args: argparse.Namespace, found: Retrained | Supplied | None, saes: list[LoadedSAE]) -> dict[str, Path]:
+    """Identity -> the same SAE before training, as --untrained gives them.
+
+    Args:
+        found: the candidate's evidence, which names the states by content; None: they are in the order of --checkpoint.
+
+    Raises:
+        BadInput: not one for each, or others than the evidence names.
+    """
+    if not getattr(args, "untrained", None):
+        return {}
+    if found is None:
+        before = untrained_of(args)
+        return {c.identity: before[c.folder] for c in saes}
+    folders = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
+    given = {foreign.checkpoint_sha256(folder): folder for folder in folders}
+    named = (found.untrained if isinstance(found, Supplied) else None) or {}
+    if set(named.values()) != set(given):
+        raise BadInput("--untrained: the states from before training that the candidate's evidence names expected")
+    return {found.candidate.identities[seed]: given[sha256] for seed, sha256 in named.items()}
+
+
+def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
+    """Checkpoint -> the same SAE before training; empty where the user gives none.
+
+    Raises:
+        BadInput: not one for each.
+    """
+    folders = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
+    before = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
+    if before and len(before) != len(folders):
+        raise BadInput(
+            f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in the "
+            "order of --checkpoint"
+        )
+    return dict(zip(folders, before, strict=True)) if before else {}
 
 
 def text_of(found: Retrained | Supplied, given: TextSource) -> TextSource:

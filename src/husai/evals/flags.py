@@ -223,6 +223,15 @@ class EvalParser(cli.Parser):
     def add_supplied(self, required: bool = True) -> None:
         """SAEs that a user supplies to be judged: the flags of `add_benchmark`, and what their evidence needs."""
         self.add_benchmark(required)
+        self.add_untrained()
+        self.add_dataset_names()
+        self.add_probing("sae_probes_exact")
+        self.add_cebench()
+        self.add_max_rows()
+        self.add_null_draws()
+
+    def add_untrained(self) -> None:
+        """--untrained."""
         self.add_argument(
             "--untrained",
             type=Path,
@@ -231,11 +240,6 @@ class EvalParser(cli.Parser):
             default=[],
             help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
         )
-        self.add_dataset_names()
-        self.add_probing("sae_probes_exact")
-        self.add_cebench()
-        self.add_max_rows()
-        self.add_null_draws()
 
     def add_dataset_names(self) -> None:
         """--dataset-names."""

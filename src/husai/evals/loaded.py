@@ -85,6 +85,8 @@ class LoadedSAEs:
     """SAEs trained on the random-weights model."""
     source: TextSource = field(default_factory=TextSource)
     """The text whose held-out documents the store is of."""
+    untrained: dict[str, Path] = field(default_factory=dict)
+    """Identity of an SAE -> its checkpoint from before training, where the user gives these."""
 
     @property
     def hook_name(self) -> str:
@@ -134,6 +136,13 @@ class LoadedSAEs:
         found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
         records = [*self.records, *(c.record for c in self.control_saes)]
         return found | {f"checkpoint {r.label}": r.checkpoint_sha256 for r in records}
+
+    def untrained_inputs(self) -> dict[str, str]:
+        """The states from before training that the user gives: label -> sha256."""
+        seeds = {identity: seed for seed, identity in self.group.identities.items()}
+        return {
+            f"untrained {seeds[identity]}": foreign.checkpoint_sha256(path) for identity, path in self.untrained.items()
+        }
 
 
 def facts_of(sae: SAE, l0: float | None = None) -> Facts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -81,16 +80,13 @@ def family_of(sae: SAE) -> str:
     return sae.architecture if sae.architecture in SAE_FAMILIES else "topk"
 
 
-def own_dictionaries(tested: LoadedSAEs, before: list[Path] | None = None) -> list[Dictionary]:
-    """The candidate's dictionaries.
-
-    Args:
-        before: checkpoints of its SAEs before training, in their order, where these do not keep them themselves.
-    """
+def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:
+    """The candidate's dictionaries, with the untrained states that its SAEs keep or the user gives."""
     folders = [foreign.folder_of(c.folder) for c in tested.saes]
     if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders]
-    return _external(tested.saes, before)
+    states = [(c, tested.untrained.get(c.identity)) for c in tested.saes]
+    return [Dictionary(c.sae.W_dec, c.firing_rate, study.untrained_state(c.folder, c.sae, b)) for c, b in states]
 
 
 def own_store(
@@ -132,13 +128,6 @@ def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads:
     compared, _ = study.compare_all(*arguments, {}, draw.gaussian, scores=PAIRED)
     found = dict(arm.alike) | {"stability": compared.stability, "pairs": compared.pairs}
     return Control(**found, gaussian=draw.gaussian.alike)
-
-
-def _external(saes: list[LoadedSAE], before: list[Path] | None = None) -> list[Dictionary]:
-    """Dictionaries of SAEs, with their untrained states where the user gives them."""
-    states: Sequence[Path | None] = before or [None] * len(saes)
-    pairs = zip(saes, states, strict=True)
-    return [Dictionary(c.sae.W_dec, c.firing_rate, study.untrained_state(c.folder, c.sae, b)) for c, b in pairs]
 
 
 def trained_draws(

@@ -17,6 +17,7 @@ from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
 from husai.evals import cebench, coding, contrastive, loaded, random_model, sae_probes, saebench
+from husai.evals.candidate import untrained_of
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED, random_weights
@@ -106,22 +107,6 @@ def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[st
     return {seed: of_identity[identity] for seed, identity in group.identities.items()}
 
 
-def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
-    """Checkpoint -> the same SAE before training; empty where the user gives none.
-
-    Raises:
-        BadInput: not one for each.
-    """
-    folders = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
-    before = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
-    if before and len(before) != len(folders):
-        raise BadInput(
-            f"--untrained: {len(before)} SAEs before training for {len(folders)} after; one of each expected, in the "
-            "order of --checkpoint"
-        )
-    return dict(zip(folders, before, strict=True)) if before else {}
-
-
 def _width(hook_name: str, model: Path) -> int | None:
     """Width of the activations at a hook; None where the model's configuration does not say it.
 
@@ -181,7 +166,10 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     )
 
     saes = loaded.load(args, device, opener)
-    saes = replace(saes, saes=in_order(saes.saes))
+    before = untrained_of(args)
+    saes = replace(
+        saes, saes=in_order(saes.saes), untrained={c.identity: before[c.folder] for c in saes.saes if before}
+    )
     found = [c.folder for c in saes.saes], [c.sae for c in saes.saes], [c.record.heldout for c in saes.saes]
     notes = replicates.check("--checkpoint", *found)
     for note in notes:
@@ -189,7 +177,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     group = saes.group
     if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
         saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
-    section, untrained = stability(cells, saes, untrained_of(args), args, device)
+    section, untrained = stability(cells, saes, args, device)
     where = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     setup = saebench.Setup(names, KS, PROBING_SEED, NOISE_SEEDS, probing=args.probing)
     probing, _ = saebench.evaluate(saes, setup, where, cells)
@@ -232,18 +220,14 @@ def _of_condition(c: LoadedSAE, condition: str) -> LoadedSAE:
 
 
 def stability(
-    cells: Cells, saes: LoadedSAEs, untrained: dict[Path, Path], args: argparse.Namespace, device: torch.device
+    cells: Cells, saes: LoadedSAEs, args: argparse.Namespace, device: torch.device
 ) -> tuple[OwnSection, dict[str, str] | None]:
-    """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them).
-
-    Args:
-        untrained: checkpoint -> the same SAE before training, where the user gives them.
-    """
-    before = [untrained[c.folder] for c in saes.saes] if untrained else None
-    dictionaries = random_model.own_dictionaries(saes, before)
+    """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them)."""
+    dictionaries = random_model.own_dictionaries(saes)
     members, states = [c.member for c in saes.saes], None
     if all(d.untrained is not None for d in dictionaries):
-        initial = [foreign.checkpoint_sha256(b) for b in before or ()]
+        given = [saes.untrained[c.identity] for c in saes.saes if saes.untrained]
+        initial = [foreign.checkpoint_sha256(path) for path in given]
         initial = initial or [sha256_file(_snapshots(c.folder)) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), initial, strict=True))
     labels = [m.label for m in members]
