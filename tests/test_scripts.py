@@ -1,5 +1,6 @@
 """The scripts as a user runs them: results, repeats, interruptions, and bad input."""
 
+import ast
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import processes
 from conftest import ROOT, call_script, run_without_torch
+from husai.evals.flags import EvalParser
 from husai.release.recompute import folder_problems
 from husai.runs.folder import Run
 
@@ -40,9 +42,17 @@ except SystemExit as stopped:
 heavy = {{"torch", "numpy", "pandas", "matplotlib", "transformer_lens", "sae_lens", "pydantic"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = processes.run([sys.executable, "-c", code])
-    assert "usage: " in done.stdout
-    assert f"python {script}" in done.stdout, "the docstring shows how to launch it"
+    shown = processes.run([sys.executable, "-c", code]).stdout
+    sentence = ast.get_docstring(ast.parse((ROOT / script).read_text())).splitlines()[0]
+    assert f"python {script}" in shown, "the docstring shows how to launch it"
+    if script.name == "warm.py":  # runs without site-packages, and has argparse's own parser
+        return
+    assert shown.startswith(sentence)
+    about, _, flags = shown.partition("usage: ")
+    assert f"python {script}" in about
+    titles = re.findall(r"^(\w[\w ]+):$", flags, re.M)
+    *first, last = EvalParser.groups
+    assert titles == [title for title in (*first, "this script", last) if title in titles]
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ the release check gives a verdict. Exit 0 done, 2 bad input.
 import argparse
 from pathlib import Path
 
-from husai.runs.cli import Parser, run_main
+from husai.evals.flags import EvalParser
+from husai.runs.cli import run_main
 
 
 def parse() -> argparse.Namespace:
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_argument("decoders", nargs="+", type=Path, help="two at least, or a folder of checkpoints")
     p.add_argument(
         "--covariance", type=Path, help="activation store, .npy, or .safetensors with covariance, mean, rows"

@@ -37,26 +37,25 @@ def parse():
     p.add_argument("--random-seed", type=int, default=0, help="of --random-model (default: %(default)s)")
     p.add_argument("--row-seed", type=int, default=0, help="of the order of the rows (default: %(default)s)")
     p.add_argument("--position", type=int, help='modular addition: token position (default: that of "=")')
-    language = p.add_argument_group("language models")
-    language.add_argument(
+    p.add_argument(
         "--layout",
         choices=["store", "sae-probes"],
         default="store",
         help="stores of all tokens, or the last token of each prompt where sae-probes looks (default: %(default)s)",
     )
-    language.add_argument(
+    p.add_argument(
         "--data-sets",
         type=name_list,
         help="names, or train, probe, ood (default: what husai-tiny learned from, or the probe sets)",
     )
-    language.add_argument("--rows", type=positive_int, default=1_000_000, help="of a store (default: %(default)s)")
-    language.add_argument(
+    p.add_argument("--rows", type=positive_int, default=1_000_000, help="of a store (default: %(default)s)")
+    p.add_argument(
         "--heldout-fraction", type=fraction, default=0.2, help="by document; last in the store (default: %(default)s)"
     )
-    language.add_argument(
+    p.add_argument(
         "--store-dtype", choices=["float32", "bfloat16"], help="of the rows of a store (default: that of --dtype)"
     )
-    language.add_argument("--probe-cache-dir", type=Path, help="default: ARTIFACT_ROOT/probe_activations")
+    p.add_argument("--probe-cache-dir", type=Path, help="default: ARTIFACT_ROOT/probe_activations")
     p.add_text()
     args = p.parse_args()
     if not args.text.packaged and (args.data_sets or args.subject is None):

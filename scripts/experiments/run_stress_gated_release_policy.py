@@ -20,15 +20,16 @@ about other SAEs than the candidate's, or that does not follow from its own figu
 
 from pathlib import Path
 
+from husai.evals.flags import EvalParser
 from husai.evidence import levels
-from husai.runs.cli import Parser, finite_float, fraction, nonnegative_float, run_main
+from husai.runs.cli import finite_float, fraction, nonnegative_float, run_main
 from husai.runs.inputs import not_at_all
 
 EXPERIMENTS = Path("results/experiments")
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     default = EXPERIMENTS / "release_gate"
     p.add_argument("--output-dir", type=Path, default=default, counts=not_at_all, help="default: %(default)s")
     for name, folder in (

@@ -12,14 +12,15 @@ reason. The gate reads the other families, of SAEs that `run_candidate_confirmat
 
 from pathlib import Path
 
+from husai.evals.flags import EvalParser
 from husai.evidence.levels import CONFIRMATION_SEEDS
-from husai.runs.cli import Parser, nonnegative_float, positive_int, run_main
+from husai.runs.cli import nonnegative_float, positive_int, run_main
 
 WEIGHTS = {"saebench": 0.5, "cebench": 0.5, "stability": 0.5, "train_ev": 0.1}
 
 
 def parse():
-    p = Parser(__doc__)
+    p = EvalParser(__doc__)
     p.add_common("results/experiments/candidate_selection")
     for name in ("frontier", "scaling"):
         p.add_argument(f"--{name}-results", type=Path, action="append", default=[], help="results.json; repeatable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from husai.evals.inputs import by_baseline_map, by_checkout, by_named_checkpoint, by_text
 from husai.evidence import levels
@@ -29,6 +29,32 @@ def probe_ks(text: str) -> list[int]:
 
 class EvalParser(cli.Parser):
     """The flags of subjects, SAEs, benchmarks and studies."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what is judged": (
+            *("decoders", "checkpoint", "candidate", "untrained", "reference", "random_model_checkpoint", "sae_root"),
+            *("untrained_root", "covariance", "rows_are_features", "siblings", "relatives"),
+            "features",
+            *("phase4a_results", "random_model_results", "transcoder_results", "ood_results", "confirmation_results"),
+            *("external_candidate_json", "study_results", "frontier_results", "scaling_results"),
+        ),
+        "model": (
+            *("subject", "revision", "dtype", "hook_name", "hook_layer", "hook_layers", "layer", "random_model"),
+            *("random_seed", "activation_cache_dir", "target_activation_cache_dir"),
+        ),
+        "text": ("text", "text_column", "text_split"),
+        "sizes": (
+            *("architecture", "architectures", "d_sae", "d_saes", "d_sae_values", "k", "ks", "k_candidates", "seeds"),
+            *("tokens", "token_budgets", "epochs", "batch_size", "learning_rate", "rows", "train_rows", "heldout_rows"),
+            *("buffer_rows", "null_draws", "confirmation_seeds"),
+        ),
+        "benchmarks": (
+            *("run_saebench", "dataset_names", "probing", "probe_ks", "core_texts", "run_cebench", "cebench_repo"),
+            *("stories", "max_rows", "cebench_matched_baseline_map", "matched_baseline_summary", "require_matched"),
+            *("noise_seeds",),
+        ),
+        **cli.Parser.groups,
+    }
 
     def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:
         """--model-name, which --subject stands for as well."""

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.inputs import Arguments, Counts, by_content, by_value, not_at_all
@@ -41,6 +41,14 @@ _FOLDER_ERRORS = {
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, the script's docstring as its help, and errors of one line."""
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "output and machine": (
+            *("output_dir", "output", "artifact_root", "force", "device", "threads", "executor", "ray_address", "help"),
+        ),
+    }
+    """Title in `--help` -> arguments, in the order of the page. All others stand in a group of their own before the
+    last one."""
+
     def __init__(self, doc: str):
         self.counts: dict[str, Counts] = {}
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -55,6 +63,24 @@ class Parser(argparse.ArgumentParser):
         if counts is not None:
             self.counts[action.dest] = counts
         return action
+
+    def format_help(self) -> str:
+        """The script's docstring first, because its sentence and example say what the usage line cannot; then groups.
+
+        Groups are made here and not where an argument is added: a script and the methods of a parser that it calls
+        need no agreement on them.
+        """
+        *first, last = self.groups.items()
+        grouped = {dest for dests in self.groups.values() for dest in dests}
+        others = tuple(action.dest for action in self._actions if action.dest not in grouped)
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.add_usage(self.usage, [a for a in self._actions if a.required], [])
+        for title, dests in (*first, ("this script", others), last):
+            formatter.start_section(title)
+            formatter.add_arguments(action for action in self._actions if action.dest in dests)
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
         """The arguments, with how each counts."""
