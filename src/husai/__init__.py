@@ -1,11 +1,24 @@
 """HUSAI: may this claim about a sparse autoencoder be made?
 
-import husai
-found = husai.compare([a, b, c])      # decoders, arrays [d_sae, d_in]; see husai.stability.recurrence.compare
-print(found.scores["mcc"], found.recurrence[0])
+Five lines compare SAEs that differ in their seed, as `scripts/analysis/compare_decoders.py` does:
 
-found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre")    # trains siblings
-print(found.table.query("certified and above_chance"))
+>>> import husai
+>>> from pathlib import Path
+>>> from husai.dictionaries.decoders import read_decoder
+>>> saes = sorted(Path("assets/husai-tiny-saes").glob("seed*"))
+>>> found = husai.compare([read_decoder(sae) for sae in saes])
+>>> mcc = found.scores["mcc"]
+>>> print(f"{mcc.estimate:.4f} [{mcc.low:.4f}, {mcc.high:.4f}], random directions {found.isotropic['mcc']:.4f}")
+0.4894 [0.4772, 0.5016], random directions 0.1663
+>>> features = found.table()          # a row a feature of the first SAE: in how many of the four others it recurs
+>>> features["recurs"].value_counts().sort_index().tolist()
+[187, 21, 7, 17, 24]
+
+`husai.compare(decoders, **read_moments(path))` adds the spectral null and a test of each feature. One SAE is enough for
+the feature table, because its siblings are trained here:
+
+    found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre")
+    print(found.table.query("certified and above_chance"))
 """
 
 import importlib

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,12 +31,16 @@ from torch import Tensor
 
 from husai.evidence import rules
 from husai.evidence.estimates import Estimate, benjamini_hochberg, clopper_pearson_low, jackknife
+from husai.evidence.features import COLUMNS
 from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls, prototypes
 from husai.stability.matching import match, unit_rows
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import MATCHED, pwmcc
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BLOCK = 1024
 """Rows of the SAE whose cosines with a whole sibling are in memory at a time."""
@@ -302,6 +306,32 @@ class Compared:
     def q_values(self) -> list[np.ndarray] | None:
         """Of the spectral null, Benjamini–Hochberg over the features of each decoder; None without a covariance."""
         return None if self.chances is None else [c.q_values(np.ones(len(c.p_value), bool)) for c in self.chances]
+
+    def table(self, i: int = 0) -> pd.DataFrame:
+        """One row a feature of decoder i: what `features.csv` holds of it without a model.
+
+        Columns are those of `evidence.features.COLUMNS` that need no activations.
+        """
+        import pandas as pd
+
+        partners, chance = self.partners[i], None if self.chances is None else self.chances[i]
+        bounds = self.bounds[i]
+        columns = {
+            "feature": np.arange(len(bounds)),
+            "recurs": self.recurrence[i],
+            "siblings": len(self.labels) - 1,
+            "low": bounds,
+            "certified": rules.certified(bounds),
+            "partner_cosine": partners.cosines.mean(0),
+        }
+        if chance is not None and self.q_values is not None:
+            q = self.q_values[i]
+            columns |= {"above_chance": rules.above_chance(q), "q_value": q, "p_rotation": chance.p_rotation}
+            columns |= {"similarity": chance.similarity, "similarity_rotated": chance.rotated}
+        if self.prototypes is not None:
+            columns |= {"prototype_cosine": self.prototypes[i]}
+        dtypes = {name: column.dtype for name, column in COLUMNS.items() if name in columns}
+        return pd.DataFrame(columns)[[*dtypes]].astype(dtypes)
 
 
 def compare(
