@@ -116,20 +116,60 @@ def test_the_map_names_nothing_that_is_not_there():
         assert (ROOT / name).exists() or name.startswith("results/"), f"REPO_NAVIGATION.md names {name}"
 
 
+def test_every_folder_is_on_the_map():
+    text = (ROOT / "REPO_NAVIGATION.md").read_text()
+    for step in STEPS:
+        assert re.search(rf"[├└]── {step}/ ", text), step
+    for folder in (p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        assert f"{folder}/" in text or folder in ("results", "build"), folder
+
+
+def test_hosted_ci_does_what_ci_does():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    done = set()
+    for job in workflow["jobs"].values():
+        matrix = job["strategy"]["matrix"]
+        assert matrix["python"] == ["3.11", "3.12"]
+        for command in (step["run"] for step in job["steps"] if "run" in step):
+            done |= {command.replace("${{ matrix.tier }}", tier) for tier in matrix.get("tier", [""])}
+    assert {line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make")} <= done
+
+
 def test_the_table_of_rules_is_the_rules():
     for printed in (rules.table(), rules.licences()):
         assert printed in (ROOT / "docs/methods.md").read_text(), "python -m husai.evidence.rules prints it"
 
 
 def documents():
-    return [ROOT / n for n in ("README.md", "START_HERE.md", "REPO_NAVIGATION.md", "RUNBOOK.md", "EXPERIMENT_LOG.md")]
+    """Every page of the repository, those below evidence included."""
+    listed = processes.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"], cwd=ROOT)
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("path", [*documents(), *sorted(ROOT.glob("docs/**/*.md"))], ids=lambda p: p.name)
+def anchors(path):
+    """Names of a page's headings, as GitHub makes them."""
+    without_code = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    for heading in re.findall(r"^#+ +(.+)$", without_code, re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        yield re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+    for target, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?\)", path.read_text()):
         if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+            page = path.parent / target if target else path
+            assert page.exists(), f"{path.name} links to {target}"
+            assert not anchor or anchor in anchors(page), f"{path.name} links to {target}#{anchor}"
+
+
+def test_a_broken_link_is_noticed(tmp_path):
+    (tmp_path / "a.md").write_text("# A title: *of* `x`, 2\n\n```bash\n# no heading\n```\n")
+    assert [*anchors(tmp_path / "a.md")] == ["a-title-of-x-2"]
+    for link in ("[a](b.md)", "[a](a.md#none)", "[a](#none)"):
+        (tmp_path / "c.md").write_text(link)
+        with pytest.raises(AssertionError, match="links to"):
+            test_links_lead_somewhere(tmp_path / "c.md")
 
 
 def test_make_targets_in_the_documents_exist():

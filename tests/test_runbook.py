@@ -10,6 +10,7 @@ import runpy
 import shlex
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,7 @@ import processes
 from conftest import ROOT
 from husai.runs.cli import Parser
 
-DOCUMENTS = "RUNBOOK.md", "README.md", "START_HERE.md", "CONTRIBUTING.md"
-LOG_AND_MAP = "EXPERIMENT_LOG.md", "REPO_NAVIGATION.md"
+PAGES = [path.relative_to(ROOT) for pattern in ("*.md", "docs/*.md", "assets/**/*.md") for path in ROOT.glob(pattern)]
 
 CANNOT_RUN = {
     # What makes or enters an environment: with a network, and outside of this one.
@@ -27,6 +27,7 @@ CANNOT_RUN = {
     "source .venv/bin/activate": "the tests' own interpreter stands for it",
     "pip install": "downloads; test_repository.py checks what the requirement files pin",
     "pre-commit install": "changes the checkout's git hooks",
+    "pytest": "this suite",
     # A cluster: test_executor.py and test_kill_studies.py run on a Ray of this machine alone.
     "export": "a setting of the shell that Ray is started from",
     "ray get-auth-token": "writes to the home folder",
@@ -45,6 +46,13 @@ PLACEHOLDERS = {
     "MLP_OUT_STORE": "as above",
     "MY_SAES": "the reader's checkpoints",
     "MY_SAES_BEFORE": "the same before training",
+    "MY_SAE": "the reader's checkpoint",
+    "CKPT": "as above",
+    "RELEASE": "a name of SAELens' catalogue",
+    "SAE_ID": "as above",
+    "MODEL": "a model's name",
+    "HOOK": "a place in it",
+    "PATH": "the reader's checkout of CE-Bench",
     "LOCAL_HF_FOLDER": "the reader's model",
     "TEXT_FOLDER": "the reader's text; a folder with one file stands for it",
     "HEAD": "a machine's name",
@@ -61,11 +69,14 @@ SMALL = {
 """Script -> what makes it take seconds; it is run here. Of a flag that is given twice the last one counts."""
 
 
-def commands(name: str, section: str = "") -> list[list[str]]:
-    """The words of each command in the shell blocks of a document, or of one section, without comments."""
+def commands(name: str | Path, section: str = "") -> list[list[str]]:
+    """The words of each command in the shell blocks of a document, or of one section, without comments. In a block
+    that is indented, of the lines that begin with `python`."""
     text = (ROOT / name).read_text()
-    text = text[text.index(f"\n## {section}\n") :].split("\n## ")[1] if section else text
+    if section:
+        (text,) = [part for part in re.split(r"^#{2,3} ", text, flags=re.M) if part.startswith(f"{section}\n")]
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    blocks += [line + "\n" for line in re.findall(r"^    (python .*)$", text, re.M)]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -75,14 +86,14 @@ def without_settings(words: list[str]) -> list[str]:
     return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
 
 
-def inline(name: str) -> list[list[str]]:
+def inline(name: Path) -> list[list[str]]:
     """The words of each `python …` in a document's text."""
     spans = re.findall(r"`(python (?:scripts|benchmarks)/[^`…]+)`", (ROOT / name).read_text())
     return [shlex.split(span) for span in spans]
 
 
-EVERY = {" ".join(words): words for name in DOCUMENTS for words in commands(name)}
-INLINE = {" ".join(words): words for name in (*DOCUMENTS, *LOG_AND_MAP) for words in inline(name)}
+EVERY = {" ".join(words): words for name in PAGES for words in commands(name)}
+INLINE = {" ".join(words): words for name in PAGES for words in inline(name)}
 
 
 class Parsed(Exception):
@@ -147,7 +158,7 @@ def test_what_a_command_names_exists(command, parsed, capsys):
         if re.search(r"\.(txt|yml|py|sh)$|^docs/.*\.json$", word):
             assert (ROOT / word).is_file(), word
     for word in words:
-        for capitals in re.findall(r"(?<![\w$-])[A-Z][A-Z_]{3,}(?![\w=.-])", word):
+        for capitals in re.findall(r"(?<![\w$=-])[A-Z][A-Z_]{3,}(?![\w=.-])", word):
             assert capitals in PLACEHOLDERS, f"{capitals} is no known placeholder"
 
 
