@@ -104,9 +104,9 @@ def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reli
 def feature_reliability(checkpoint: Any, model_name: str, hook_name: str, **flags: Any) -> Reliability:
     """The same in Python.
 
-    >>> import husai                                                        # doctest: +SKIP
-    >>> found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre", siblings=14)
-    >>> found.table.query("certified and above_chance")[["feature", "recurs", "low", "prototype"]]  # doctest: +SKIP
+        import husai
+        found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre", siblings=14)
+        found.table.query("certified and above_chance")[["feature", "recurs", "low", "prototype"]]
 
     Args:
         checkpoint: path or name of an SAE, or a list of them, the first of which is judged.
