@@ -149,6 +149,10 @@ def edit_weights(change):
     return edit
 
 
+def runs_as(**sae):
+    return lambda folder: (folder / "runner_cfg.json").write_text(json.dumps({"sae": sae}))
+
+
 def truncate(folder):
     path = folder / "sae_weights.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -188,6 +192,10 @@ def truncate(folder):
         (edit_config(k=21), "cfg.json", r"k 21 .*\b20\b"),
         (edit_config(k=True), "cfg.json", r"\bk .*True"),
         (edit_config(k=None), "cfg.json", r"\bk .*None"),
+        (edit_config(architecture="standard", k=4), "cfg.json", r"\bk .*\b4\b.*standard"),
+        (edit_config(metadata={"training_architecture_details": {"k": 5}}), "cfg.json", r"\bk .*\b4 .*\b5 "),
+        (runs_as(k=5), "cfg.json", r"\bk .*\b4 .*\b5 in runner_cfg.json"),
+        (runs_as(d_sae=16), "cfg.json", r"d_sae .*\b20 .*\b16 in runner_cfg.json"),
         (edit_config(metadata=[1]), "cfg.json", "metadata"),
         (edit_config(d_in=20, d_sae=8), "sae_weights.safetensors", "W_enc.*20, 8"),
         (edit_weights(lambda w: w.update(W_dec=w["W_dec"].T)), "sae_weights.safetensors", "W_dec.*8, 20.*W_dec.*20, 8"),

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from husai.activations.outliers import norm_limit, shrunk
+from husai.activations.harvest import gaussian_rows
+from husai.activations.outliers import moments, norm_limit, shrunk
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.evidence import rules
 from husai.evidence.levels import OUTLIER_NORM, SHRUNK_NORM
@@ -82,6 +83,32 @@ def test_sinks_neither_scale_training_nor_hide_in_its_figures(tmp_path):
             part = rows.numpy()[kept]
             expected = 1 - np.square(rest[kept]).sum() / np.square(part - part.mean(0)).sum()
             assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_nulls_have_the_moments_of_the_rows_that_train(tmp_path):
+    x, _ = planted()
+    clean = stored(x, tmp_path / "clean")
+    assert all(map(torch.equal, moments(clean), clean.stats()))
+    y, _ = with_sinks(x, 300)
+    store = stored(y, tmp_path / "sinks")
+
+    rows = y.double().numpy()
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    median = np.median(norms)
+    rows = np.where(norms > OUTLIER_NORM * median, rows * SHRUNK_NORM * median / norms, rows)
+    mean, covariance = moments(store)
+    np.testing.assert_allclose(mean, rows.mean(0), atol=1e-6)
+    np.testing.assert_allclose(covariance, np.cov(rows.T), atol=1e-6)
+    assert store.stats()[1].trace() > 50 * covariance.trace()
+
+    (folder,) = gaussian_rows([store], tmp_path)
+    drawn = ActivationStore.open(folder)
+    torch.testing.assert_close(drawn.stats()[1], covariance, rtol=0, atol=0.05 * covariance.trace().item())
+    pair = [ActivationStore.open(f) for f in gaussian_rows([store, clean], tmp_path)]
+    assert torch.equal(pair[0].read(0, 100), drawn.read(0, 100))
+    together = torch.cat([s.read(0, ROWS) for s in pair], 1)
+    true = np.cov(np.concatenate([rows, x.double().numpy()], 1).T)
+    np.testing.assert_allclose(np.cov(together.T), true, atol=0.05 * np.trace(true))
 
 
 @given(seed=st.integers(0, 1000), times=st.floats(11, 1e4), n=st.integers(0, 5))

@@ -335,6 +335,7 @@ def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject,
     monkeypatch.setattr(loaded.foreign, "sha256_file", counted(sha256_file))
     about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
     about |= {"checkpoint": saes[:3], "reference": saes[3:], "random_model_checkpoint": controls[:3]}
+    about |= {"same_model": False}
     args = Namespace(**about, threads=1, untrained=[], stories=None, text=TextSource())
     opener = loaded.Opener()
     group = supplied.look_over(args, opener)
@@ -353,6 +354,7 @@ def test_saes_of_the_hub_are_judged_as_local_ones(foreign, root, subject, tmp_pa
     imitations.put(tmp_path / "hub", "some/saes", files)
     about = {"subject": str(subject), "hook_name": HOOK, "artifact_root": root, "rows": 1000, "device": "cpu"}
     about |= {"reference": [], "random_model_checkpoint": [], "threads": 1, "untrained": [], "stories": None}
+    about |= {"same_model": False}
     of_hub = Namespace(**about, text=TextSource(), checkpoint=[Path("hf:some/saes/saes")])
     local = Namespace(**about, text=TextSource(), checkpoint=foreign)
     shas = [list(supplied.look_over(args).checkpoints.values()) for args in (of_hub, local)]

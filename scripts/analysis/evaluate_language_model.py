@@ -51,9 +51,11 @@ def check(results: dict) -> None:
 def compute(args, cells) -> tuple[dict, list[Path]]:
     """Bits per byte, then probes; returns the results and the figures."""
     device = prepare(args.device, args.threads)
+    from husai.activations.language_model import check_hooks
     from husai.subjects import pretrained, text
 
     digest = pretrained.digest_of(args.subject)
+    check_hooks(pretrained.load(args.subject), args.hook_name)
     results = {"phase": "language_model", "subject": args.subject, "subject_digest": digest}
     results["inputs"] = {"subject": digest}
     results |= bits(args, cells, device)
@@ -87,9 +89,8 @@ def bits(args, cells, device) -> dict:
             return rows
 
         c = model.config
-        figures = tiny_lm.bits_per_byte(
-            model.to(device), tokenise, corpus, c.vocab_size, c.max_position_embeddings, end
-        )
+        n_ctx = pretrained.context_of(c, args.subject)
+        figures = tiny_lm.bits_per_byte(model.to(device), tokenise, corpus, c.vocab_size, n_ctx, end)
         return figures, []
 
     code = code_version(tiny_lm.bits_per_byte)

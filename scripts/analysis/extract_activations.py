@@ -81,11 +81,16 @@ def random_seed(args) -> int | None:
 
 
 def modular_addition_stores(args, device) -> list[Path]:
-    from husai.activations.harvest import harvest_modular_addition
+    from husai.activations.harvest import check_modular_addition, harvest_modular_addition
     from husai.subjects import modular_addition
 
+    config = modular_addition.ModularAdditionConfig()
+    if args.subject:
+        config = modular_addition.ModularAdditionConfig(**modular_addition.describe(Path(args.subject))["config"])
+    if args.hook_name:
+        check_modular_addition(config, args.hook_name)
     subject = args.subject or modular_addition.train_or_find(
-        modular_addition.ModularAdditionConfig(), args.artifact_root / "subjects", device, args.threads
+        config, args.artifact_root / "subjects", device, args.threads
     )
     return [
         harvest_modular_addition(

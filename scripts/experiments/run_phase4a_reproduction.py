@@ -37,13 +37,17 @@ def parse():
     p.add_core_texts()
     p.add_argument("--sae-root", type=Path, help="score the checkpoints below this folder; train nothing")
     p.add_argument("--untrained-root", type=Path, help="the same checkpoints before training, same folder names")
+    p.add_same_model()
     args = p.parse_phase()
     if args.k > args.d_sae:
         p.error(f"--k {args.k}: at most --d-sae {args.d_sae} expected")
     if args.protocol == "published" and (args.sae_root or args.activation_cache_dir):
         p.error("--protocol published trains its own SAEs; it goes with neither --sae-root nor --activation-cache-dir")
-    if args.untrained_root and not args.sae_root:
-        p.error("--untrained-root goes with --sae-root")
+    if (args.untrained_root or args.same_model) and not args.sae_root:
+        p.error(f"{'--untrained-root' if args.untrained_root else '--same-model'} goes with --sae-root")
+    args.declared = p.given(("k", "d_sae")) if args.sae_root else {}
+    for flag in p.given(("seeds", "tokens", "batch_size", "learning_rate")).values() if args.sae_root else ():
+        p.error(f"{flag}: --sae-root trains nothing; one of both expected")
     return args
 
 
@@ -264,16 +268,23 @@ def supplied(args, cells, device):
     from husai.dictionaries import foreign
     from husai.evals import loaded
     from husai.evidence.schemas import Heldout, Phase4aSupplied, SuppliedMember
+    from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
+    from husai.runs.subjects import hub_name
     from husai.stability import independence, prototypes, replicates, study
 
     protocol = own(args)
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
-    members, dictionaries, folders = [], [], foreign.find(args.sae_root)
+    members, dictionaries, folders = [], [], foreign.find(args.sae_root, hook_name=store.manifest.hook_name)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
+    subject = hub_name(args.subject) if args.subject else store.manifest.subject
     for folder, sae in zip(folders, saes, strict=True):
-        loaded.refuse_other_model(folder, sae, store.manifest.subject, "sae-root")
+        loaded.refuse_other_model(folder, sae, subject, "sae-root", args.same_model)
+        for name, flag in args.declared.items():
+            read = getattr(sae, name) or sae.metadata.get("training", {}).get(name)
+            if read != getattr(args, name):
+                raise BadInput(f"{flag} {getattr(args, name)}: {folder} has {name} {read or 'none'}; one expected")
     replicates.check("--sae-root", folders, saes)
     for folder in folders:
         name = str(folder.relative_to(args.sae_root))
@@ -283,6 +294,8 @@ def supplied(args, cells, device):
         digest = sha256_file(foreign.weights_file(folder))
         members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
     notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
+    if other := next(filter(None, (loaded.other_model(sae, subject) for sae in saes)), None):
+        notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {subject}.")
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)

@@ -96,6 +96,7 @@ def main() -> None:
     opener = Opener()
     group = supplied.look_over(args, opener)
     names = supplied.named(args, group, opener)
+    del opener  # its memory is for the parts
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)
     if args.output_dir is None:
@@ -151,6 +152,7 @@ def evidence(args, root: Path, group) -> list[Part]:
         own += given(flag, getattr(args, flag))
     for flag in ("stories", "cebench_repo"):
         own += given(flag, getattr(args, flag))
+    own += ["--same-model"] if args.same_model else []
     candidate = [
         "--candidate",
         str(root / "candidate_confirmation" / "results.json"),

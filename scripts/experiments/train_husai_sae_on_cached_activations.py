@@ -170,13 +170,14 @@ def of_stream(args, grid, device) -> dict:
     """As `of_store`; the rows are harvested while the SAEs train."""
     import torch
 
-    from husai.activations.language_model import Inputs
+    from husai.activations.language_model import Inputs, check_hooks
     from husai.activations.stream import ActivationStream
     from husai.evals.loaded import heldout_store
     from husai.subjects import pretrained
     from husai.training.grid import train_on_stream
 
     subject = pretrained.load(str(args.subject), device=device)
+    check_hooks(subject, args.hook_name, by_document=True)  # before a large text is read
     root = args.artifact_root / "activations"
     inputs = Inputs.of(subject, args.text.training(), args.tokens, 0, root)
     buffer = args.output_dir / "buffer" if args.buffer_on_disk else None

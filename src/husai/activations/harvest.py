@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from husai.activations.outliers import limit_of, moments, shrunk
 from husai.activations.store import ActivationStore, StoreManifest, StoreWriter
 from husai.evidence.levels import random_subject, random_weights
 from husai.runs.code import code_version
@@ -30,10 +33,42 @@ DRAWN_AT_ONCE = 65_536
 
 
 def check_hook(model: HookedTransformer, hook_name: str) -> None:
-    """Raise BadInput, naming the residual-stream hooks, where the model has no such hook point."""
-    if hook_name not in model.hook_dict:
-        known = ", ".join(n for n in model.hook_dict if "resid" in n)
-        raise BadInput(f"--hook-name {hook_name}: the subject has no such hook point; among those it has: {known}")
+    """Raise BadInput, naming similar hooks, where the model has no such hook point."""
+    known = model.hook_dict
+    if hook_name not in known:
+        near = difflib.get_close_matches(hook_name, known, 5) or [name for name in known if "resid" in name]
+        raise BadInput(
+            f"--hook-name {hook_name}: the subject has no such hook point; one of those it has, as "
+            f"{', '.join(near[:8])}, or a module as layers.0 expected"
+        )
+
+
+@torch.no_grad()
+def width_of(model: HookedTransformer, hook_name: str, tokens: Tensor) -> int:
+    """d_in of a hook.
+
+    Args:
+        tokens: of one row, `[positions]`.
+
+    Raises:
+        BadInput: there is no such hook, it never fires, or its output is not `[batch, position, d_in]`.
+    """
+    check_hook(model, hook_name)
+    with warnings.catch_warnings(action="ignore"):  # of a hook that never fires, which is refused
+        cached = model.run_with_cache(tokens[None], names_filter=hook_name)[1]
+    if hook_name not in cached:
+        raise BadInput(f"--hook-name {hook_name}: it never fires in the subject; a hook that fires expected")
+    shape = list(cached[hook_name].shape)
+    if len(shape) != 3 or shape[:2] != [1, len(tokens)]:
+        raise BadInput(f"--hook-name {hook_name}: its output has shape {shape}; [batch, position, d_in] expected")
+    return shape[2]
+
+
+def check_modular_addition(config: modular_addition.ModularAdditionConfig, hook_names: list[str]) -> None:
+    """Raise BadInput, without a trained model, for a hook that a modular-addition transformer does not have."""
+    model, tokens = modular_addition.build_model(config), modular_addition.dataset(config)[0]
+    for hook_name in hook_names:
+        width_of(model, hook_name, tokens[0])
 
 
 @torch.no_grad()
@@ -45,13 +80,7 @@ def harvest(
     with progress(f"harvesting {hook_name} (rows)", len(tokens)) as advance:
         for part in tokens.split(batch):
             _, cached = model.run_with_cache(part.to(device), names_filter=hook_name)
-            activations = cached[hook_name]
-            if activations.ndim != 3:
-                raise BadInput(
-                    f"--hook-name {hook_name}: its output has shape {list(activations.shape)}; "
-                    f"[batch, position, d_in] expected"
-                )
-            writer.append(activations[:, position])
+            writer.append(cached[hook_name][:, position])
             advance(len(part))
 
 
@@ -99,13 +128,11 @@ def harvest_modular_addition(
         model, _, _ = modular_addition.load(subject, require_solved)
         if random_seed is not None:
             redraw(model, random_seed)
-        check_hook(model, hook_name)
         tokens, _, _, _ = modular_addition.dataset(config)
         if not -tokens.shape[1] <= position < tokens.shape[1]:
             raise BadInput(f"--position {position}: the sequence has positions 0 to {tokens.shape[1] - 1}")
         order = torch.randperm(len(tokens), generator=generator(row_seed, "rows"))
-        d_in = model.run_with_cache(tokens[:1], names_filter=hook_name)[1][hook_name].shape[-1]
-        writer = StoreWriter(partial, d_in)
+        writer = StoreWriter(partial, width_of(model, hook_name, tokens[0]))
         harvest(model.to(device, print_details=False), tokens[order], hook_name, position, writer)
         writer.finish("modular_addition", subject_digest, hook_name, str(position), row_seed, control)
 
@@ -161,16 +188,17 @@ def _standard_normal(rows: int, d: int, seed: int, row: int, number: int) -> Ten
 
 
 def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
-    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64.
+    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64; of
+    outliers, as training shrinks them.
 
     The root is block-triangular: each store's rows are their regression on the draws of the stores before it, and a
     draw of what that leaves.
     """
-    mean = torch.cat([s.stats()[0] for s in stores])
+    mean = torch.cat([moments(s)[0] for s in stores])
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for start in range(0, stores[0].rows, DRAWN_AT_ONCE) if len(stores) > 1 else ():
         stop = min(start + DRAWN_AT_ONCE, stores[0].rows)
-        centred = torch.cat([s.read(start, stop).double() for s in stores], 1) - mean
+        centred = torch.cat([shrunk(s.read(start, stop), limit_of(s)).double() for s in stores], 1) - mean
         covariance += centred.T @ centred
     covariance /= max(1, stores[0].rows - 1)
     root_of_covariance = torch.zeros_like(covariance)
@@ -178,7 +206,7 @@ def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
     for store in stores:
         before, own = slice(0, first), slice(first, first + store.d_in)
         on_before = covariance[own, before] @ torch.linalg.pinv(root_of_covariance[before, before]).T
-        values, vectors = torch.linalg.eigh(store.stats()[1] - on_before @ on_before.T)
+        values, vectors = torch.linalg.eigh(moments(store)[1] - on_before @ on_before.T)
         root_of_covariance[own, before] = on_before
         root_of_covariance[own, own] = vectors * values.clamp_min(0).sqrt()
         first += store.d_in

@@ -43,28 +43,59 @@ from husai.subjects.sources import Side
 log = logging.getLogger("husai")
 BATCH_TOKENS = 8192
 PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
-EMBEDDING = "blocks.0.hook_resid_pre"
 HASHED = 2**28 - 1
 """Bits of a document's number that say whether a store holds it out; the first 32 bits of its hash say its side."""
 
 
-def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> None:
-    """Raise BadInput for a hook point that the subject does not have; warn of the embedding, held out by token."""
-    for hook in hook_names:
-        check_hook(subject.model, hook)
-        with warnings.catch_warnings(action="ignore"):  # a hook that exists by name may never fire: `run` refuses it
-            run(subject, [np.arange(1, 7)], [hook])
-        if is_embedding(subject, hook) and not by_document:
-            log.warning(
-                "%s of %s is the token embedding: one row for each token, whatever stands before it. Held-out rows are "
-                "of tokens that the others are not of; a later block says more",
-                *(hook, subject.name),
-            )
+@dataclass(frozen=True)
+class Hook:
+    """What two short inputs say of a hook point."""
+
+    d_in: int
+    """Width of its rows."""
+    of_token: bool
+    """Whether a row rests on its token alone, as the token embedding does."""
 
 
-def is_embedding(subject: LanguageModel, hook: str) -> bool:
-    """Whether the hook sees nothing but the token: before the first block of a model without position embeddings."""
-    return hook == EMBEDDING and "pos_embed" not in dict(subject.model.named_children())
+def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> dict[str, Hook]:
+    """What each hook is; a warning for rows of the token alone, which are held out by token.
+
+    Raises:
+        BadInput: the subject has no such hook, or it never fires, or its rows are none of a text.
+    """
+    found = {hook: inspect_hook(subject, hook) for hook in hook_names}
+    for hook in [hook for hook, what in found.items() if what.of_token and not by_document]:
+        log.warning(
+            "%s of %s gives one row for each token, whatever stands before it, as the token embedding does. Held-out "
+            "rows are of tokens that the others are not of; a later block says more",
+            *(hook, subject.name),
+        )
+    return found
+
+
+def inspect_hook(subject: LanguageModel, hook: str) -> Hook:
+    """Run two short inputs of three tokens, and compare rows: names do not say what a hook sees.
+
+    Raises:
+        BadInput: as `check_hooks`.
+    """
+    check_hook(subject.model, hook)
+    special = {*getattr(subject.tokenizer, "all_special_ids", ())}
+    a, b, c = islice((i for i in range(len(subject.tokenizer)) if i not in special), 3)
+    inputs = [np.array(ids) for ids in ([a, b, a, c, a, b], [b, c, b, a, c, c])]
+    with warnings.catch_warnings(action="ignore"):  # of a hook that never fires, which `run` refuses
+        rows = run(subject, inputs, [hook])[hook]
+    if rows.shape[:2] != (2, 6) or _equal(subject, rows[0], rows[1]):
+        raise BadInput(
+            f"--hook-name {hook}: its rows in {subject.name} do not depend on the text; a hook of it expected"
+        )
+    return Hook(rows.shape[2], _equal(subject, rows[0, 2], rows[0, 4]))
+
+
+def _equal(subject: LanguageModel, one: Tensor, other: Tensor) -> bool:
+    """Whether rows are equal but for the rounding of the subject's arithmetic."""
+    rounding = max(1e-5, torch.finfo(getattr(torch, subject.dtype)).eps / 2)
+    return bool((one - other).norm() <= rounding * torch.maximum(one.norm(), other.norm()))
 
 
 @torch.inference_mode()
@@ -337,7 +368,7 @@ def harvest_tokens(
         {hook: folder}
     """
     dtype = dtype or subject.dtype
-    check_hooks(subject, hook_names, by_document)
+    hooks = check_hooks(subject, hook_names, by_document)
     inputs = Inputs.of(subject, documents, rows, row_seed, root)
     device = next(subject.model.parameters()).device.type
     about = {
@@ -350,7 +381,7 @@ def harvest_tokens(
         "device": device,
         "threads": threads,
     }
-    by_token = {hook: is_embedding(subject, hook) and not by_document for hook in hook_names}
+    by_token = {name: hook.of_token and not by_document for name, hook in hooks.items()}
     keys = {hook: about | {"hook": hook, "by_token": by_token[hook]} for hook in hook_names}
     folders = {hook: root / f"{subject.name}-{digest(key)[:16]}" for hook, key in keys.items()}
     work = root / f".{subject.name}-{digest([about, by_document])[:16]}.work"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from husai.activations.harvest import harvest_modular_addition
+from husai.activations.harvest import check_modular_addition, harvest_modular_addition
 from husai.activations.store import ActivationStore
 from husai.runs.subjects import is_language_model
 from husai.subjects import modular_addition
@@ -55,6 +55,8 @@ def open_store(
         )
     config = config or ModularAdditionConfig()
     if subject is None:
+        if hook_name not in (None, DEFAULT_HOOK):  # what the transformer lacks is refused before it is trained
+            check_modular_addition(config, [hook_name])
         subject = modular_addition.train_or_find(config, artifact_root / "subjects", device, threads)
     folder = harvest_modular_addition(
         Path(subject),

@@ -24,6 +24,7 @@ from husai.evidence.schemas import Sha256
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file, write_bytes, write_json
 from husai.runs.subjects import DType
+from husai.subjects.hooks import same_place
 
 
 @cache
@@ -197,11 +198,11 @@ class ActivationStore:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top level"
             raise BadInput(f"activation store: {folder / 'manifest.json'}: {place}: {first['msg']}") from None
-        for name, expected, found in (
-            ("subject", subject_digest, manifest.subject_digest),
-            ("hook", hook_name, manifest.hook_name),
+        for name, expected, found, same in (
+            ("subject", subject_digest, manifest.subject_digest, str.__eq__),
+            ("hook", hook_name, manifest.hook_name, same_place),
         ):
-            if expected is not None and expected != found:
+            if expected is not None and not same(expected, found):
                 raise BadInput(f"activation store: {folder} was harvested from {name} {found}; {expected} expected")
         store = cls(folder, manifest)
         for shard in manifest.shards:

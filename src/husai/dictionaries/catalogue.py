@@ -15,7 +15,8 @@ from husai.dictionaries import foreign, sources
 from husai.runs.checkpoints import CATALOGUE, in_catalogue
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, read_json, write_json
-from husai.subjects.hooks import hook_name_of
+from husai.runs.subjects import short_name
+from husai.subjects.hooks import hook_name_of, same_model
 
 OPENED = REPOSITORY / "docs" / "opened_saes.json"
 """SAEs that someone opened from the hub (`record_opened`)."""
@@ -62,7 +63,7 @@ def listed(model: str | None = None) -> list[Listed]:
     """The SAEs of the catalogue.
 
     Args:
-        model: those of this model alone; owners and case do not count.
+        model: those of this model alone, by any of its names (`hooks.same_model`).
 
     Raises:
         BadInput: the catalogue has no SAE of this model.
@@ -70,12 +71,12 @@ def listed(model: str | None = None) -> list[Listed]:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     entries = get_pretrained_saes_directory().values()
-    models = {_plain(entry.model): entry.model for entry in entries}
-    if model is not None and _plain(model) not in models:
-        near = difflib.get_close_matches(_plain(model), models, 5) or sorted(models)
+    chosen = [entry for entry in entries if model is None or same_model(entry.model, model)]
+    if model is not None and not chosen:
+        models = {short_name(entry.model).lower() for entry in entries}
+        near = difflib.get_close_matches(short_name(model).lower(), models, 5) or sorted(models)
         raise BadInput(f"--model {model}: SAELens' catalogue has no SAE of it; one such as {', '.join(near)} expected")
     opened = {each["name"] for each in read_opened()}
-    chosen = [entry for entry in entries if model is None or _plain(entry.model) == _plain(model)]
     with sources.cached_only():
         loaders, _ = sources.loaders_that_run_nothing()
         fetch, shapes = loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes
@@ -86,11 +87,6 @@ def listed(model: str | None = None) -> list[Listed]:
             loaders.get_safetensors_tensor_shapes = partial(_shapes, shapes if cached else _absent)
             found += _of(entry, loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, opened)
         return found
-
-
-def _plain(model: str) -> str:
-    plain = model.rsplit("/", 1)[-1].lower()
-    return {"gpt2": "gpt2-small"}.get(plain, plain)
 
 
 def _is_cached(repo: str) -> bool:

@@ -40,6 +40,8 @@ RUNNER = "runner_cfg.json"
 STANDARD = ("standard", "topk")
 BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
 """Architectures of trainings whose SAEs encode with a threshold, as JumpReLU SAEs do."""
+SQUARED = 1e-15, 1e15
+"""Numbers whose squares are well inside the range of float32."""
 UNIT = 1e-5
 """Largest distance from 1 of a norm that is left as it is: the rounding of float32."""
 
@@ -232,7 +234,9 @@ def unit_decoder(sae: SAE) -> SAE:
     if isinstance(sae, sources.PeerSAE):
         sae.unit()
         return sae
-    norms = sae.W_dec.norm(dim=1)
+    largest = sae.W_dec.abs().amax(1)
+    extreme = (largest > 0) & ((largest < SQUARED[0]) | (largest > SQUARED[1]))
+    norms = (sae.W_dec.double() if extreme.any() else sae.W_dec).norm(dim=1).float()
     if ARCHITECTURES[sae.architecture] == "topk":
         norms = norms[norms > 0].median()
     factor = torch.where(norms > 0, norms, 1.0)
@@ -278,8 +282,10 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
     settings["normalize_activations"] = scaling = "expected_average_only_in" if scaling is True else scaling
     trained = about.get("training_architecture") or architecture
     details = about.get("training_architecture_details")
-    runner = _runner(folder, where)
-    training = (details if isinstance(details, dict) else {}) | described.training
+    details, runner = details if isinstance(details, dict) else {}, _runner(folder, where)
+    said = {CONFIG: settings, "training_architecture_details": details, RUNNER: runner[0].computes if runner else {}}
+    _refuse_contradiction(said, trained, where)
+    training = details | described.training
     if training or runner:  # else the files say nothing
         training["architecture"] = trained
         training |= {} if settings.get("k") is None else {"k": settings["k"]}
@@ -289,6 +295,22 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
         return _computed(settings, where), dict(about)
     own = Described({}, in_metadata), Described({}, described.activations, training)
     return _computed(settings, where), metadata_of(*own, *runner, where=where)
+
+
+def _refuse_contradiction(said: dict[str, dict], trained: str, where: str) -> None:
+    """Raise BadInput where two files name different sizes, or one names k of an architecture without it.
+
+    Args:
+        said: file -> what it says. trained: architecture of the training.
+    """
+    for name in ("d_in", "d_sae", "k"):
+        values = {file: config[name] for file, config in said.items() if config.get(name) is not None}
+        if len({*map(repr, values.values())}) > 1:
+            listed = ", ".join(f"{value!r} in {file}" for file, value in values.items())
+            raise BadInput(f"{where}: {name} is {listed}; one {name} expected")
+        if name == "k" and values and trained in ("standard", "gated"):
+            file, k = next(iter(values.items()))
+            raise BadInput(f"{where}: k is {k!r} ({file}) in a {trained} SAE, which has none; one of both expected")
 
 
 def _runner(folder: Path, where: str) -> list[Described]:
@@ -304,7 +326,8 @@ def _runner(folder: Path, where: str) -> list[Described]:
     trained: dict[str, Any] = {k: sae.computes[k] for k in ("k", "rescale_acts_by_decoder_norm") if k in sae.computes}
     scaling = sae.computes.get("normalize_activations", "none")
     trained |= {} if scaling == "none" else {"normalize_activations": scaling}
-    return [Described({}, described.activations, described.training | sae.training | trained)]
+    sizes: dict[str, Any] = {name: sae.computes[name] for name in ("d_in", "d_sae", "k") if name in sae.computes}
+    return [Described(sizes, described.activations, described.training | sae.training | trained)]
 
 
 def _computed(settings: dict, where: str) -> dict:
@@ -323,8 +346,6 @@ def _computed(settings: dict, where: str) -> dict:
             raise BadInput(
                 f"{where}: {key} is {value!r}; only {expected!r} can be read (fold it into the weights first)"
             )
-    if settings.get("k") is not None and ARCHITECTURES.get(architecture) in ("standard", "gated"):
-        raise BadInput(f"{where}: k is {settings['k']!r} in a {architecture} SAE, which has none; one of both expected")
     if settings.get("rescale_acts_by_decoder_norm") and architecture not in ("topk", *BY_BATCH):
         raise BadInput(f"{where}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
     return settings

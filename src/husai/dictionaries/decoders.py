@@ -42,10 +42,11 @@ def read_moments(path: Path) -> dict[str, Tensor | int]:
         BadInput: none of these.
     """
     if path.is_dir():
+        from husai.activations.outliers import moments as moments_of
         from husai.activations.store import ActivationStore
 
         store = ActivationStore.open(path)
-        mean, covariance = store.stats()
+        mean, covariance = moments_of(store)
         return {"covariance": covariance, "mean": mean, "rows": store.rows}
     if path.suffix == ".npy":
         return {"covariance": _one_matrix(path)}

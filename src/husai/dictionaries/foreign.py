@@ -21,7 +21,7 @@ from husai.dictionaries.sae import SAE
 from husai.runs.checkpoints import in_catalogue, is_name
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
-from husai.subjects.hooks import hook_name_of, same_place
+from husai.subjects.hooks import BLOCK, hook_name_of, same_place
 
 log = logging.getLogger("husai")
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -134,7 +134,8 @@ def place_of(path: Path) -> str | None:
     folder = path.parent if path.is_file() else path
     folder = folder.parent if folder.name == STEPS_FOLDER else folder
     if (folder / FILES[0]).is_file():
-        return _hookpoint(folder).get("hook_name")
+        said_by_name = _hookpoint(folder)
+        return said_by_name.get("hook_name") or said_by_name.get("hf_hook_name")
     for name in CONFIGS:
         if (folder / name).is_file():
             config = read_json(folder / name, "checkpoint")
@@ -234,7 +235,9 @@ def _place(submodule: Any, buffer: Described, where: str) -> dict[str, str]:
     if not submodule:
         return {}
     name = hook_name_of(str(submodule))
-    if "hook_" not in name or (io == "in" and name != submodule):  # names of modules are read as their outputs
+    if io == "in" and name != submodule:  # names of modules are read as their outputs
+        name = re.sub(r"hook_resid_post$", "hook_resid_pre", re.sub(r"\.hook_out$", ".hook_in", name))
+    if "hook_" not in name:
         return {"hf_hook_name": str(submodule)}
     return {"hook_name": name} | ({} if name == submodule else {"hf_hook_name": str(submodule)})
 
@@ -268,7 +271,9 @@ def _hookpoint(folder: Path) -> dict[str, str]:
     place = folder.resolve()
     name = place.parent.name if re.fullmatch(r"seed\d+", place.name) else place.name
     hook = hook_name_of(name)
-    return {"hook_name": hook, "hf_hook_name": name} if "hook_" in hook else {}
+    if "hook_" in hook:
+        return {"hook_name": hook, "hf_hook_name": name}
+    return {"hf_hook_name": name} if BLOCK.fullmatch(name) else {}
 
 
 def _sparsify_run(folder: Path, k: int) -> list[Described]:

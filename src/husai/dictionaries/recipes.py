@@ -11,6 +11,7 @@ from husai.dictionaries.keys import ACTIVATIONS
 from husai.dictionaries.sae import SAE
 from husai.runs.checkpoints import is_name
 from husai.runs.files import read_json
+from husai.subjects.hooks import BLOCK
 
 FILES = ("runner_cfg.json", "config.json")
 """SAELens' whole runner; dictionary_learning's trainer and buffer, or sparsify's run."""
@@ -87,12 +88,11 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def hookpoint_of(path: Path, sae: SAE) -> str | None:
-    """The place that an SAE was trained on. sparsify says it by the name of the folder alone."""
-    if sae.metadata.get("hook_name") or library(sae) != "sparsify":
-        return sae.metadata.get("hook_name")
-    folder = foreign.folder_of(path).resolve()
-    return folder.parent.name if folder.name.startswith("seed") else folder.name
+def place_of(sae: SAE) -> str | None:
+    """The place of the model that an SAE was trained on: a hook, or the library's name of a module without one. None
+    where the files say nothing, or what names no place of a model."""
+    own = sae.metadata.get("hf_hook_name")
+    return sae.metadata.get("hook_name") or (own if own and BLOCK.fullmatch(own) else None)
 
 
 def library(sae: SAE) -> str:

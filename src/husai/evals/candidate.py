@@ -33,6 +33,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     """
     name, hook_name, paths, expected, source = args.subject, args.hook_name, args.checkpoint, None, args.text
     found = None
+    any_name = args.same_model
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
@@ -44,6 +45,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
         paths = [read_place(place, args.candidate.parent) for place in found.paths.values()]
         source = text_of(found, source)
+        any_name = isinstance(found, Supplied) and found.same_model is not None
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
         log.info("candidate: the SAEs of --checkpoint")
@@ -54,7 +56,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     subject = pretrained.load(str(name), device=device)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
-    saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root))
+    saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root, any_name=any_name))
     refuse_twins(saes)
     untrained = _untrained(args, found, saes)
     tested = LoadedSAEs(str(name), subject, store, saes, source=source, untrained=untrained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from husai.runs.cli import fraction, int_list, name_list, positive_float, positi
 from husai.runs.errors import BadInput
 from husai.runs.inputs import Arguments, by_content_or_name, by_subject, not_at_all
 from husai.runs.subjects import DTYPES, with_version
+from husai.subjects.hooks import hook_name_of
 from husai.subjects.sources import TextSource, with_flags
 
 
@@ -68,6 +70,14 @@ class EvalParser(cli.Parser):
             default=DTYPES[0],
             counts=not_at_all,
             help="of the model's weights and arithmetic (default: %(default)s)",
+        )
+
+    def add_same_model(self) -> None:
+        """--same-model."""
+        self.add_argument(
+            "--same-model",
+            action="store_true",
+            help="the SAEs were made for this model, whatever their files call it; the decision says so",
         )
 
     def add_text(self) -> None:
@@ -205,7 +215,10 @@ class EvalParser(cli.Parser):
             "hf:REPO[@REVISION]/PATH; those that differ in their seed are one condition",
         )
         self.add_model_name()
-        self.add_argument("--hook-name", help="default: blocks.HOOK_LAYER.hook_resid_pre")
+        self.add_same_model()
+        self.add_argument(
+            "--hook-name", help="hook, or module whose output is meant (default: blocks.HOOK_LAYER.hook_resid_pre)"
+        )
         self.add_argument("--hook-layer", type=int, help="default: that of --hook-name, else 1")
         self.add_argument(
             "--rows",
@@ -352,6 +365,7 @@ class EvalParser(cli.Parser):
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
         """The arguments; --text with its column and split, --model-name with its revision and dtype, are one each.
+        --hook-name is TransformerLens' name of a place that a module's name gives.
 
         Exits 2 where a text, or a revision of a folder, cannot be.
         """
@@ -361,9 +375,17 @@ class EvalParser(cli.Parser):
                 found.text = with_flags(found.text, found.text_column, found.text_split)
             if hasattr(found, "revision"):
                 found.subject = with_version(found.subject, found.revision, found.dtype)
+            if hook := getattr(found, "hook_name", None):
+                found.hook_name = [*map(hook_name_of, hook)] if isinstance(hook, list) else hook_name_of(hook)
         except BadInput as error:
             self.error(str(error))
         return found
+
+    def given(self, names: Iterable[str]) -> dict[str, str]:
+        """Argument -> its flag, of those that the command line names."""
+        words = {word.partition("=")[0] for word in sys.argv[1:]}
+        flags = {action.dest: words.intersection(action.option_strings) for action in self._actions}
+        return {name: min(flags[name]) for name in names if flags[name]}
 
     def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
         """Exit 2 where one of these arguments was given and would not be used."""

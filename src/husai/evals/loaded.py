@@ -103,6 +103,12 @@ class LoadedSAEs:
         return [c.record for c in self.opened]
 
     @property
+    def other_model(self) -> str | None:
+        """What the files of the SAEs call their model, where that is no name of the subject (--same-model)."""
+        names = (other_model(c.sae, self.subject.known_as) for c in self.opened)
+        return next((name for name in names if name), None)
+
+    @property
     def control_saes(self) -> list[LoadedSAE]:
         return [] if self.controls is None else self.controls.saes
 
@@ -270,11 +276,12 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
 
 
 class Opener:
-    """Opens and hashes each checkpoint once, however many steps of one process read it."""
+    """Opens each model and checkpoint once, however many steps of one process read it."""
 
     def __init__(self) -> None:
         self.sae = cache(foreign.open_checkpoint)
         self.sha256 = cache(foreign.checkpoint_sha256)
+        self.subject = cache(lambda name, device: pretrained.load(str(name), device=device))
 
 
 def open_all(
@@ -284,11 +291,13 @@ def open_all(
     subject: LanguageModel,
     artifact_root: Path,
     opener: Opener | None = None,
+    any_name: bool = False,
 ) -> list[LoadedSAE]:
     """All checkpoints at or below these paths, of any kind that can be read, each once, in order of seeds.
 
     Args:
         opener: of a process that has read some of them before.
+        any_name: accept SAEs whose files give their model another name (--same-model).
 
     Raises:
         BadInput: a path without one, or an SAE made for another width, hook or subject.
@@ -299,8 +308,8 @@ def open_all(
     names = names_of(folders)
     for folder in folders:
         sae, sha = opener.sae(folder), opener.sha256(folder)
-        refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in)
-        refuse_other_model(folder, sae, subject.name, flag)
+        refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in, subject.same_place)
+        refuse_other_model(folder, sae, subject.known_as, flag, any_name)
         name = identity(sae, sha)
         if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
             continue  # the same SAE again; two recipes that give one SAE are two
@@ -339,11 +348,26 @@ def in_order(saes: list[Ordered]) -> list[Ordered]:
     return sorted(saes, key=lambda c: (c.facts.seed or 0, c.identity))
 
 
-def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str) -> None:
-    """Raise BadInput for an SAE without a subject's digest that names another model."""
+def other_model(sae: SAE, subject: str) -> str | None:
+    """What an SAE without a subject's digest calls its model, where that is no name of the subject."""
     made_for = sae.metadata.get("model_name")
-    if facts_of(sae).subject_digest is None and made_for and not same_model(made_for, subject):
-        raise BadInput(f"--{flag}: {folder} was made for {made_for}; the subject is {subject}")
+    named = made_for is not None and facts_of(sae).subject_digest is None
+    return str(made_for) if named and not same_model(str(made_for), subject) else None
+
+
+def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str, any_name: bool = False) -> None:
+    """Raise BadInput for an SAE without a subject's digest that names another model.
+
+    Args:
+        any_name: only say so, because the user knows that it is the same model.
+    """
+    if made_for := other_model(sae, subject):
+        if not any_name:
+            raise BadInput(
+                f"--{flag}: {folder} was made for {made_for}; the subject is {subject}; --same-model says that both "
+                "are one model"
+            )
+        log.warning("--same-model: %s was made for %s, which is taken for %s", folder, made_for, subject)
 
 
 def refuse_twins(saes: list[LoadedSAE]) -> None:
@@ -448,12 +472,14 @@ def load(args: argparse.Namespace, device: torch.device, opener: Opener | None =
     Raises:
         BadInput: whatever does not fit the subject and the hook.
     """
-    subject = pretrained.load(args.subject, device=device)
+    opener = opener or Opener()
+    subject = opener.subject(args.subject, device)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads, args.text)
-    saes = open_all(args.checkpoint, store, "checkpoint", subject, args.artifact_root, opener)
+    how = args.artifact_root, opener, args.same_model
+    saes = open_all(args.checkpoint, store, "checkpoint", subject, *how)
     known = {c.identity for c in saes}
-    references = open_all(args.reference, store, "reference", subject, args.artifact_root, opener)
+    references = open_all(args.reference, store, "reference", subject, *how)
     references = as_references([c for c in references if c.identity not in known])
     refuse_twins([*saes, *references])
     controls = open_controls(

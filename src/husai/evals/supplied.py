@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from husai.activations.language_model import check_hooks
 from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
@@ -34,7 +34,6 @@ from husai.runs.cells import Cells
 from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
-from husai.runs.subjects import short_name
 from husai.stability import controls, independence, replicates, study
 from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
@@ -49,7 +48,7 @@ NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
 
 
 def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGroup:
-    """Read all that is supplied, and compute nothing.
+    """Read all that is supplied, and compute nothing but two short inputs of the subject.
 
     Args:
         args: of `evals.flags.EvalParser.add_supplied`.
@@ -65,16 +64,17 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
         )
-    subject, name = pretrained.digest_of(args.subject), short_name(args.subject)
-    width = _width(args.hook_name, pretrained.open_folder(str(args.subject)))
+    known_as = pretrained.known_as(args.subject)
     saes = [opener.sae(folder) for folder in folders]
-    for flag, these in (
-        ("checkpoint", folders),
-        ("reference", foreign.find_all(args.reference, "--reference", args.hook_name)),
-    ):
+    references = foreign.find_all(args.reference, "--reference", args.hook_name)
+    for flag, these in (("checkpoint", folders), ("reference", references)):
         for folder in these:
-            loaded.refuse_other_model(folder, opener.sae(folder), name, flag)
-            study.refuse_unfitting(folder, opener.sae(folder), args.hook_name, subject, width)
+            loaded.refuse_other_model(folder, opener.sae(folder), known_as, flag, args.same_model)
+    subject = opener.subject(args.subject, torch.device("cpu"))
+    width = check_hooks(subject, [args.hook_name])[args.hook_name].d_in
+    for folder in (*folders, *references):
+        where = args.hook_name, subject.digest, width, subject.same_place
+        study.refuse_unfitting(folder, opener.sae(folder), *where)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
     for seed, of_draw in loaded.controls_by_draw(args.random_model_checkpoint, opener).items():
@@ -105,19 +105,6 @@ def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[st
     names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name))
     of_identity = {loaded.identity(opener.sae(c), opener.sha256(c)): name for c, name in names.items()}
     return {seed: of_identity[identity] for seed, identity in group.identities.items()}
-
-
-def _width(hook_name: str, model: Path) -> int | None:
-    """Width of the activations at a hook; None where the model's configuration does not say it.
-
-    Raises:
-        BadInput: the model has no such block.
-    """
-    blocks, width = pretrained.sizes(model)
-    if (block := re.match(r"blocks\.(\d+)\.", hook_name)) and int(block[1]) >= blocks:
-        raise BadInput(f"--hook-name {hook_name}: the subject has {blocks} blocks, the first of them blocks.0")
-    residual = re.fullmatch(r"blocks\.\d+\.hook_(resid_(pre|mid|post)|mlp_out|attn_out)", hook_name)
-    return width if residual else None
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
@@ -172,6 +159,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     )
     found = [c.folder for c in saes.saes], [c.sae for c in saes.saes], [c.record.heldout for c in saes.saes]
     notes = replicates.check("--checkpoint", *found)
+    if other := saes.other_model:
+        notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {saes.subject.known_as}.")
     for note in notes:
         log.warning("%s", note)
     group = saes.group
@@ -212,6 +201,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         section=section,
         bank=bank,
         notes=notes,
+        **({} if other is None else {"same_model": other}),
     )
 
 

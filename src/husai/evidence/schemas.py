@@ -1289,6 +1289,8 @@ class Supplied(Evaluation):
     bank: Evaluated
     notes: list[str] = []
     """What a reader must know of the SAEs (`stability.replicates`)."""
+    same_model: str | None = None
+    """What the SAEs' files call their model, where --same-model alone says that it is the subject."""
 
 
 def read_evaluation(results: Any) -> Retrained | Supplied:

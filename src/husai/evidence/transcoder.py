@@ -11,6 +11,7 @@ from husai.runs.errors import BadInput
 
 FIRST = "blocks.0.hook_resid_pre"
 """What enters the first block."""
+BEFORE_ALL = (FIRST, "blocks.0.hook_in")
 
 
 def preregistered(setting: Setting, candidate: SeedGroup) -> bool:
@@ -34,7 +35,7 @@ def hook_before(hook_name: str) -> str:
         raise BadInput(
             f"--hook-name {hook_name}: of no block, so that no hook comes before it; blocks.LAYER.… expected"
         )
-    if hook_name == FIRST:
+    if hook_name in BEFORE_ALL:
         raise BadInput(f"--hook-name {hook_name}: nothing comes before it that transcoders could read")
     number = int(block[1])
     return f"blocks.{number - 1}.{block[2]}" if number else FIRST

@@ -289,6 +289,10 @@ class _Candidate:
             results = None if confirmation is None else confirmation.results
             if isinstance(results, dict) and results.get("origin") == "supplied":
                 self.unconfirmed = UNCONFIRMED
+                if other := results.get("same_model"):
+                    self.unconfirmed += (
+                        f"; --same-model alone says that {other} is their model {results.get('subject')}"
+                    )
             self._check(bundle)
         except UNREADABLE as error:
             self._reason = error

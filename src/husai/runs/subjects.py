@@ -71,6 +71,15 @@ def short_name(subject: str | Path) -> str:
     return path.name
 
 
+def hub_name(subject: str | Path) -> str:
+    """OWNER/NAME of a model, as far as what it is called says its owner: the hub's cache and hub names do."""
+    path = Path(SubjectName.parse(subject).name)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    owned = len(path.parts) == 2 and not path.is_absolute() and folder_of(subject) is None
+    return str(path) if owned else path.name
+
+
 def is_language_model(subject: str | Path | None) -> bool:
     """Whether this is the name or folder of a language model; False for none and for a folder of modular addition."""
     return subject is not None and not (Path(subject) / "subject.json").is_file()

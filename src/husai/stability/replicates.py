@@ -11,11 +11,12 @@ from husai.dictionaries.sae import SAE
 from husai.evidence import rules
 from husai.evidence.schemas import Heldout
 from husai.runs.errors import BadInput
-from husai.runs.subjects import short_name
-from husai.subjects.hooks import canonical
+from husai.subjects.hooks import same_model, same_place
 
 SHOWN = 60
 """Characters of a value in a message."""
+ALIKE = {"hook_name": same_place, "hf_hook_name": same_place, "model_name": same_model}
+"""Key -> whether two names mean one thing; other values must be equal."""
 
 
 def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequence[Heldout] = ()) -> list[str]:
@@ -29,7 +30,7 @@ def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequen
             while the figures lie far apart.
     """
     settings = [recipes.settings_of(*each) for each in zip(paths, saes, strict=True)]
-    conditions = [_condition(*each) for each in zip(paths, saes, strict=True)]
+    conditions = [*map(_condition, saes)]
     _refuse_difference(flag, list(zip(paths, conditions, strict=True)))
     _refuse_difference(flag, [each for each in zip(paths, settings, strict=True) if each[1]])
     _refuse_one_start(flag, paths, saes, settings)
@@ -54,9 +55,8 @@ def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequen
     return notes
 
 
-def _condition(path: Path, sae: SAE) -> dict[str, Any]:
+def _condition(sae: SAE) -> dict[str, Any]:
     """What an SAE is by its weights and names."""
-    model, place = sae.metadata.get("model_name"), recipes.hookpoint_of(path, sae)
     return {
         "source": recipes.library(sae),
         "architecture": sae.architecture,
@@ -64,8 +64,8 @@ def _condition(path: Path, sae: SAE) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "k": sae.k,
         "subtract_b_dec": sae.subtract_b_dec,
-        "hook_name": place and canonical(place),
-        "model_name": model and short_name(model).lower(),
+        "hook_name": recipes.place_of(sae),
+        "model_name": sae.metadata.get("model_name"),
     }
 
 
@@ -74,7 +74,7 @@ def _refuse_difference(flag: str, described: list[tuple[Path, dict[str, Any]]]) 
     for path, other in described[1:]:
         first_path, first = described[0]
         keys = [key for key in dict.fromkeys([*first, *other]) if not recipes.may_differ(key)]
-        different = [key for key in keys if key not in first or key not in other or first[key] != other[key]]
+        different = [key for key in keys if key not in first or key not in other or not _alike(key, first, other)]
         if different:
             shown = ", ".join(f"{key} ({_shown(first, key)} and {_shown(other, key)})" for key in different[:3])
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -82,6 +82,11 @@ def _refuse_difference(flag: str, described: list[tuple[Path, dict[str, Any]]]) 
                 f"{flag}: {first_path} and {path} differ in {shown}{more}; SAEs that differ in their "
                 "seed alone expected"
             )
+
+
+def _alike(key: str, first: dict[str, Any], other: dict[str, Any]) -> bool:
+    one, two = first[key], other[key]
+    return one == two or (key in ALIKE and None not in (one, two) and ALIKE[key](str(one), str(two)))
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from husai.activations.outliers import moments
 from husai.activations.store import ActivationStore
-from husai.dictionaries import checkpoints
+from husai.dictionaries import checkpoints, recipes
 from husai.dictionaries.foreign import open_checkpoint
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules, stability
@@ -80,18 +81,25 @@ def open_fitting(folder: Path, store: ActivationStore) -> SAE:
     return sae
 
 
-def refuse_unfitting(folder: Path, sae: SAE, hook_name: str, subject_digest: str, d_in: int | None = None) -> None:
+def refuse_unfitting(
+    folder: Path,
+    sae: SAE,
+    hook_name: str,
+    subject_digest: str,
+    d_in: int,
+    same: Callable[[str, str], bool] = same_place,
+) -> None:
     """Raise BadInput for a transcoder, or an SAE of another width, hook or subject, as far as it says.
 
     Args:
-        d_in: of the activations; None: there are none yet.
+        d_in: of the activations. same: whether two names are of one place of the subject.
     """
     if "transcoder" in sae.architecture or "W_skip" in sae.weights:
         raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
-    made_for, subject = sae.metadata.get("hook_name"), (sae.metadata.get("husai") or {}).get("subject_digest")
-    if d_in not in (None, sae.d_in):
+    made_for, subject = recipes.place_of(sae), (sae.metadata.get("husai") or {}).get("subject_digest")
+    if d_in != sae.d_in:
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {d_in}")
-    if made_for is not None and not same_place(made_for, hook_name):
+    if made_for is not None and not same(made_for, hook_name):
         raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
     refuse_processed(folder, sae.metadata)
     if sae.metadata.get("checkpoint_step") == 0:
@@ -172,7 +180,7 @@ def compare_all(
         scores += OTHERS
         dictionaries = told_apart(dictionaries, of)
         arms = {name: arm and control_apart(arm, of) for name, arm in arms.items()}
-    mean, covariance = store.stats()
+    mean, covariance = moments(store)
     with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows, mean)
     all_pairs = list(combinations(range(len(labels)), 2))
@@ -215,7 +223,7 @@ def _comparison(
     store: ActivationStore, labels: list[str], scored: dict[tuple[int, int], dict], missing: dict[str, str], **more
 ) -> Comparison:
     with one_torch_thread():
-        rank = Spectrum.of(store.stats()[1], store.rows).effective_rank()
+        rank = Spectrum.of(moments(store)[1], store.rows).effective_rank()
     present = ["observed", *stability.computed(scored, missing)]
     return Comparison(
         subject_digest=store.manifest.subject_digest,
@@ -261,7 +269,7 @@ def compare_across(
         store: the activations in whose space both sides lie. labels: one a seed.
         sides: for each seed, a dictionary of either kind. gaussian: the same, trained alike on Gaussian rows.
     """
-    mean, covariance = store.stats()
+    mean, covariance = moments(store)
     with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows, mean)
     arms = [[replace(d, untrained=None) for d in side] for side in (*sides, *gaussian)]

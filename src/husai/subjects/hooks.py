@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
-from husai.runs.subjects import short_name
+from husai.runs.subjects import hub_name
 
 MODULES = {
     "": "hook_resid_post",
-    "mlp": "mlp.hook_out",
-    "feed_forward": "mlp.hook_out",
-    "attn": "attn.hook_out",
-    "attention": "attn.hook_out",
-    "self_attn": "attn.hook_out",
-    "self_attention": "attn.hook_out",
+    **dict.fromkeys(("mlp", "feed_forward"), "mlp.hook_out"),
+    **dict.fromkeys(("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2", "fc2"), "mlp.hook_out"),
+    **dict.fromkeys(("attn", "attention", "self_attn", "self_attention"), "attn.hook_out"),
+    **dict.fromkeys(("self_attn.o_proj", "self_attn.out_proj", "attention.dense", "attn.c_proj"), "attn.hook_out"),
 }
 """Module inside a block of transformers' models -> hook at its output."""
 EMBEDDINGS = ("embed_in", "embed_tokens", "wte", "word_embeddings")
-SUBMODULES = {"resid_post": "hook_resid_post", "mlp_out": "mlp.hook_out", "attn_out": "attn.hook_out"}
-"""dictionary_learning's `<place>_layer_<n>` -> hook."""
-BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h|blocks|block)\.(\d+)(?:\.([a-z_]+))?")
+SUBMODULES = {
+    **{"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid"},
+    **dict.fromkeys(("resid_post", "resid_out", "resid"), "hook_resid_post"),
+    **dict.fromkeys(("mlp_out", "mlp"), "mlp.hook_out"),
+    **dict.fromkeys(("attn_out", "attn"), "attn.hook_out"),
+}
+"""dictionary_learning's `<place>_layer_<n>` or `<place>_layer<n>` -> hook."""
+BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h|blocks|block)\.(\d+)(?:\.([a-z_0-9.]+))?")
 ALIASES = {
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
-    "hook_mlp_out": "mlp.hook_out",
-    "hook_attn_out": "attn.hook_out",
     "attn.o.hook_out": "attn.hook_out",
     "mlp.out.hook_out": "mlp.hook_out",
     "attn.o.hook_in": "attn.hook_z",
 }
-"""Hook of a block -> another name of the same place, in all but a few models."""
+"""Hook of a block -> another name of the same place, whatever the model."""
 
 
 def hook_name_of(place: str) -> str:
@@ -40,7 +42,7 @@ def hook_name_of(place: str) -> str:
     """
     if "hook_" in place:
         return place
-    if match := re.fullmatch(r"(\w+)_layer_(\d+)", place):
+    if match := re.fullmatch(r"(\w+?)_layer_?(\d+)", place):
         hook = SUBMODULES.get(match[1])
         return f"blocks.{match[2]}.{hook}" if hook else place
     if (match := BLOCK.fullmatch(place)) and (match[2] or "") in MODULES:
@@ -61,20 +63,33 @@ def canonical(place: str) -> str:
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two names are of one place, as far as names say.
+    """Whether two names are of one place in every model.
 
-    Limit: models that normalise the output of a block's parts (Gemma 2) compute other values at `hook_mlp_out` than at
-    `mlp.hook_out`. Names cannot say so.
+    `hook_mlp_out` and `mlp.hook_out` are two places of a model that normalises the output of its blocks' parts (Gemma
+    2), and one place of most others. An opened model says so (`LanguageModel.same_place`).
     """
     return canonical(one) == canonical(other)
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model: case and owner aside, or by TransformerLens' aliases."""
-    names = [short_name(n).lower() for n in (one, other)]
-    if names[0] == names[1]:
+    """Whether two names are of one model: case aside, by TransformerLens' aliases, and by any owner where one is not
+    named."""
+    if (names := [hub_name(n).lower() for n in (one, other)])[0] == names[1]:
         return True
+    (owner, name), (other_owner, other_name) = map(_owner_and_name, names)
+    return name == other_name and (not owner or not other_owner or owner == other_owner)
+
+
+def _owner_and_name(hub_name: str) -> tuple[str, str]:
+    """An alias is replaced by the name that TransformerLens gives first."""
+    owner, _, name = hub_name.rpartition("/")
+    return owner, _aliases().get(name, name)
+
+
+@cache
+def _aliases() -> dict[str, str]:
+    """Lower-case alias -> the model's name, owners aside."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
-    known = ({n.rpartition("/")[2].lower() for n in (full, *short)} for full, short in MODEL_ALIASES.items())
-    return any(set(names) <= names_of_one for names_of_one in known)
+    plain = {full.rpartition("/")[2].lower(): aliases for full, aliases in MODEL_ALIASES.items()}
+    return {a.rpartition("/")[2].lower(): name for name, aliases in plain.items() for a in aliases}

@@ -21,7 +21,8 @@ from husai.evidence.levels import random_subject, random_weights
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file
 from husai.runs.seeds import generator
-from husai.runs.subjects import DTYPES, SHIPPED, DType, SubjectName, folder_of, short_name
+from husai.runs.subjects import DTYPES, SHIPPED, DType, SubjectName, folder_of, hub_name, short_name
+from husai.subjects.hooks import hook_name_of, same_place
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -50,10 +51,17 @@ class LanguageModel:
 
     dtype: DType
     """Of weights and arithmetic."""
+    known_as: str
+    """OWNER/NAME, as far as the name that it was opened by says."""
 
     @property
     def tokenizer(self):
         return self.model.tokenizer
+
+    def same_place(self, one: str, other: str) -> bool:
+        """Whether two names are of one place of this model."""
+        hooks, names = self.model.hook_dict, [hook_name_of(place) for place in (one, other)]
+        return same_place(*names) or (names[0] in hooks and hooks[names[0]] is hooks.get(names[1]))
 
 
 def open_folder(name: str) -> Path:
@@ -75,9 +83,9 @@ def open_folder(name: str) -> Path:
         raise BadInput(f"subject {name}: {SHIPPED[name]} is missing; the repository ships it")
     with quiet():
         from huggingface_hub import snapshot_download
-        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+        from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-    official = next((full for full, short in MODEL_ALIASES.items() if name in short), name)
+    official = official_name(name)
     if official not in OFFICIAL_MODEL_NAMES:
         raise BadInput(f"subject {name}: neither a folder nor a name that TransformerLens knows; {OFFLINE}")
     try:
@@ -88,6 +96,19 @@ def open_folder(name: str) -> Path:
         raise BadInput(
             f"subject {name}: {official}{revision} could not be downloaded ({type(error).__name__}); {OFFLINE}"
         ) from None
+
+
+def official_name(name: str) -> str:
+    """The hub's name of a model that is called by one of TransformerLens' aliases; any other name itself."""
+    with quiet():
+        from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((full for full, short in MODEL_ALIASES.items() if name in short), name)
+
+
+def known_as(name: str | Path) -> str:
+    """OWNER/NAME of a subject, as far as what it is called says its owner."""
+    return hub_name(name if folder_of(name) else official_name(SubjectName.parse(name).name))
 
 
 def digest_of(name: str | Path) -> str:
@@ -114,22 +135,6 @@ def describe(folder: Path) -> str:
         if changed:
             raise BadInput(f"subject: {folder / changed[0]} is not the file that {DIGESTS} names (sha256 differs)")
     return digest(found)
-
-
-def sizes(folder: Path) -> tuple[int, int]:
-    """(number of blocks, width of the residual stream), as the configuration in a folder says.
-
-    Raises:
-        BadInput: transformers does not know such a configuration.
-    """
-    with quiet():
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            return config.num_hidden_layers, config.hidden_size
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise BadInput(f"subject: transformers cannot read {folder / 'config.json'} ({error})") from None
 
 
 def context_of(config, subject: str | Path) -> int:
@@ -215,7 +220,7 @@ def load(name: str, random_seed: int | None = None, device: torch.device | str =
         )
     short = short_name(name) + ("" if random_seed is None else f"-random{random_seed}")
     n_ctx = context_of(model.config, folder_of(name) or name)
-    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, named.dtype)
+    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, named.dtype, known_as(name))
 
 
 def sharing_parameters(model: torch.nn.Module) -> torch.nn.Module:
