@@ -180,6 +180,7 @@ def test_relatives(reliability, saes):
         ({"siblings": 0}, "--siblings"),
         ({"features": "48"}, "--features"),
         ({"relatives": "nowhere"}, "nowhere"),
+        ({"relatives": True}, "--relatives"),
         ({"tokens": 10, "relatives": True}, "--tokens"),
         ({"buffer_rows": 3}, "--buffer-rows"),
         ({"certify_at": 1.5}, "--certify-at"),

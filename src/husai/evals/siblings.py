@@ -386,12 +386,7 @@ def relatives(asked: LoadedSAEs, named: list[Path]) -> Group:
     Raises:
         BadInput: none can be read, or one has another d_in.
     """
-    own = asked.saes[0]
-    names = named or [
-        Path(each.name)
-        for each in catalogue.listed(asked.subject.name)
-        if each.hook is not None and same_place(each.hook, asked.hook_name)
-    ]
+    own, names = asked.saes[0], named or _in_catalogue(asked)
     others, unread = [], []
     with progress("reading relatives", len(names)) as advance:
         for path in foreign.find_all(names, "--relatives", asked.hook_name) if named else names:
@@ -414,6 +409,25 @@ def relatives(asked: LoadedSAEs, named: list[Path]) -> Group:
     refuse_unlike([own.label, *(o.label for o in others)], [own.sae.W_dec, *(o.W_dec for o in others)])
     inputs = asked.inputs() | {f"relative {o.label}": o.sha256 for o in others}
     return Group(others, [], None, None, "relatives are other trainings, of other width or L0", inputs)
+
+
+def _in_catalogue(asked: LoadedSAEs) -> list[Path]:
+    """Names of the catalogue's SAEs at the hook.
+
+    Raises:
+        BadInput: there are none.
+    """
+    model, hook = asked.subject.name, asked.hook_name
+    try:
+        listed = catalogue.listed(model)
+    except BadInput:
+        listed = []
+    names = [Path(each.name) for each in listed if each.hook is not None and same_place(each.hook, hook)]
+    if not names:
+        raise BadInput(
+            f"--relatives: SAELens' catalogue has no SAE of {model} at {hook}; names or paths of SAEs expected"
+        )
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def _chance(results: dict, said: dict) -> str:
 def _figures(results: dict) -> str:
     held = [s["heldout"] for s in results["siblings"] if s["heldout"] is not None]
     figures = [[h[name] for h in held] for name in ("explained_variance", "l0")]
-    ev, l0 = (f"{min(f):.3g} to {max(f):.3g}" for f in figures)
+    ends = [[f"{end(f):.3g}" for end in (min, max)] for f in figures]
+    ev, l0 = (low if low == high else f"{low} to {high}" for low, high in ends)
     return f"{ev} and {l0}"
 
 
