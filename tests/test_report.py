@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import processes
+from browser import CHROMIUM, browse, with_script
 from conftest import ROOT, run_without_torch
 from husai.evidence.quality import Quality
 from husai.report import card, glossary, markup, verdict
@@ -555,9 +555,6 @@ def test_text_can_be_read(theme):
         assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
 
 
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
@@ -567,33 +564,15 @@ def test_in_a_browser(everything, tmp_path, width):
     add_run(everything, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
     html = card.render(everything, None, tmp_path / "r.html")
 
-    def browse(html: str) -> tuple[str, list[str]]:
-        (tmp_path / "r.html").write_text(html)
-        flags = (
-            "headless",
-            "no-sandbox",
-            "disable-gpu",
-            "enable-logging=stderr",
-            "virtual-time-budget=5000",
-            "dump-dom",
-        )
-        flags += (f"user-data-dir={tmp_path / 'profile'}", f"window-size={width},900")
-        command = [CHROMIUM, *(f"--{f}" for f in flags), (tmp_path / "r.html").as_uri()]
-        done = processes.run(command, 120)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    dom, console = browse(html)
+    dom, console = browse(html, tmp_path, width)
     assert console == []
     assert '<output id="count" aria-live="polite">2 of 2</output>' in dom
     assert "alert(1)</script>" not in dom
-    _, console = browse(html.replace("</main>", '<img alt="" src="http://127.0.0.1:9/x.png"></main>'))
+    _, console = browse(html.replace("</main>", '<img alt="" src="http://127.0.0.1:9/x.png"></main>'), tmp_path, width)
     assert console, "a request would be blocked, and seen here"
     measure = "document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`"
     type_in = 'search.value = "2"; search.dispatchEvent(new Event("input", {bubbles: true}))'
-    free = re.sub(r"<meta http-equiv[^>]*>", "", html).replace(
-        "</body>", f"<script>{measure};{type_in}</script></body>"
-    )
-    dom, _ = browse(free)
+    dom, _ = browse(with_script(html, f"{measure};{type_in}"), tmp_path, width)
     wide, of = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
     assert wide <= of
     assert ">1 of 2</output>" in dom

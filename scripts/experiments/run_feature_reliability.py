@@ -46,6 +46,7 @@ def main() -> None:
         return
     run_phase(args, "feature_reliability", compute, summary)
     print(f"features {args.output_dir / 'features.csv'}")
+    print(f"page     {args.output_dir / 'report.html'}")
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
@@ -54,15 +55,19 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.evals import reliability
     from husai.evidence.features import dictionary
     from husai.report import feature_summary
+    from husai.report.features import feature_page
     from husai.runs.files import write_json, write_text
 
     found, out = reliability.answer(args, cells, device), args.output_dir
     results = found.results.to_json()
-    files = {name: out / name for name in ("features.csv", "features.parquet", "columns.md", "contexts.json")}
+    files = {
+        name: out / name for name in ("features.csv", "features.parquet", "columns.md", "contexts.json", "report.html")
+    }
     write_text(files["features.csv"], found.table.to_csv(index=False))
     found.table.to_parquet(files["features.parquet"], index=False)
     write_text(files["columns.md"], dictionary())
     write_json(files["contexts.json"], found.contexts)
+    write_text(files["report.html"], feature_page(results, found.table, found.contexts))
     return results, [*files.values(), *feature_summary.figures(results, found.table, out / "figures")]
 
 

@@ -1,0 +1,202 @@
+"""The page of a feature table: every feature in one table that sorts, filters and searches, with contexts to read.
+
+One HTML file without any request. The rows are embedded as columns, and a script draws those that are in sight, because
+a browser cannot hold tens of thousands of rows as elements.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from husai.evidence import rules
+from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.report import glossary
+from husai.report.card import TEMPLATES, environment
+from husai.report.feature_summary import percent
+from husai.report.tiles import Tile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DIGITS = 4
+"""Significant digits of a figure: more would double the file and show nothing."""
+CONTEXT_BYTES = 9_000_000
+"""Room for contexts. A page of 16,384 features stays below 15 MB."""
+TONES = {
+    "certified": "pass",
+    "certified, not above chance": "waived",
+    "above chance": "pass",
+    "recurs in some": "some",
+    "prototype-like": "waived",
+    "split or merged": "some",
+    "not found": "missing",
+    "withheld": "missing",
+    "dead": "missing",
+}
+"""Statement -> how the page colours it."""
+NAMES = {
+    "feature": "Feature",
+    "statement": "Statement",
+    "recurs": "Recurs in",
+    "low": "At least",
+    "q_value": "q-value",
+    "partner_cosine": "Cosine",
+    "partner_correlation": "Correlation",
+    "firing_rate": "Fires on",
+    "prototype": "Prototype",
+}
+"""Columns that the table shows, and what their headers say. A row's details have all columns."""
+
+
+def feature_page(results: dict, table: pd.DataFrame, contexts: Mapping[str, dict]) -> str:
+    """The page.
+
+    Args:
+        results: `evidence.features.FeatureReliability` as JSON.
+        table: one row a feature, with the columns `evidence.features.COLUMNS`.
+        contexts: feature -> its strongest contexts and those of its nearest partner (`evals.features.contexts`).
+
+    Raises:
+        ValidationError: `results` has another shape.
+        KeyError: `table` lacks a column.
+    """
+    found = FeatureReliability.model_validate(results)
+    kept, left_out = within(contexts, CONTEXT_BYTES)
+    columns = {name: encoded(table[name].tolist()) for name in COLUMNS}
+    numbers = {statement: i for i, statement in enumerate(rules.STATEMENTS)}
+    data = {
+        "columns": columns | {"statement": [numbers[name] for name in table["statement"]]},
+        "statements": list(rules.STATEMENTS),
+        "tones": [TONES[name] for name in rules.STATEMENTS],
+        "meanings": rules.STATEMENTS,
+        "names": NAMES,
+        "about": {name: column.meaning for name, column in COLUMNS.items()},
+        "peers": peers(found),
+        "contexts": kept,
+    }
+    script = (TEMPLATES / "features.js").read_text()
+    page = environment().get_template("features.html")
+    return glossary.explain(
+        page.render(
+            r=found,
+            peers=peers(found),
+            compared=compared(found),
+            tiles=tiles(found),
+            statements=[(n, TONES[n], found.statements.get(n, 0), m) for n, m in rules.STATEMENTS.items()],
+            columns=COLUMNS,
+            names=NAMES,
+            left_out=left_out,
+            deciles=[(f"{d.low:.2g}", f"{d.high:.2g}", d.features, d.recur) for d in found.deciles],
+            terms=[*glossary.TERMS.values()],
+            data=Markup(embedded(data)),
+            script=Markup(script),
+            script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is embedded
+
+
+def encoded(values: list) -> list:
+    """JSON values of a column: figures of DIGITS significant digits, 1 and 0 for true and false, null for no value."""
+    return [_encoded(value) for value in values]
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.{DIGITS}g}")
+    return value if isinstance(value, int | str) else None
+
+
+def within(contexts: Mapping[str, dict], most: int) -> tuple[dict[str, dict], int]:
+    """(the first contexts that fit into a number of bytes, number of features whose contexts are left out)."""
+    kept: dict[str, dict] = {}
+    room = most
+    for feature, of_feature in contexts.items():
+        partner = of_feature["partner"]
+        shown = {"contexts": _rounded(of_feature["contexts"])}
+        if partner is not None:
+            shown["partner"] = partner | {"contexts": _rounded(partner["contexts"])}
+        room -= len(embedded(shown)) + len(feature) + 4
+        if room < 0:
+            return kept, len(contexts) - len(kept)
+        kept[feature] = shown
+    return kept, 0
+
+
+def _rounded(contexts: list[dict]) -> list[dict]:
+    return [{"text": c["text"], "values": [float(f"{v:.3g}") for v in c["values"]]} for c in contexts]
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page says
+
+
+def peers(found: FeatureReliability) -> str:
+    """What the SAE was compared with: siblings, or relatives, which are no fresh trainings."""
+    return "relatives" if any(s.origin == "relative" for s in found.siblings) else "siblings"
+
+
+def compared(found: FeatureReliability) -> str:
+    """A sentence on the SAEs that it was compared with."""
+    n = {origin: sum(s.origin == origin for s in found.siblings) for origin in ("trained", "supplied", "relative")}
+    if n["relative"]:
+        return f"It was compared with {n['relative']} relatives: SAEs of the same hook with another width or L0."
+    parts = [f"{n['supplied']} siblings that you supplied"] if n["supplied"] else []
+    if n["trained"]:
+        tokens = f" on {found.training.tokens:,} tokens" if found.training else ""
+        parts.append(f"{n['trained']} siblings that HUSAI trained{tokens}")
+    return f"It was compared with {' and '.join(parts)}. Siblings differ in their seed alone."
+
+
+def tiles(found: FeatureReliability) -> list[Tile]:
+    """The first figures."""
+    held, n, said = found.sae.heldout, len(found.siblings), found.statements
+    at = f"{100 * found.bars.certified_at:g} %"
+    word = peers(found)
+    alive = f"of {found.alive:,} alive features"
+    above = "Not tested." if found.above_chance is None else f"{100 * found.above_chance:.1f} %"
+    sure = "none" if found.certified is None else f"{said.get('certified', 0):,}"
+    note = (
+        "Nothing can be certified, for the reason below."
+        if found.certified is None
+        else f"They recur in at least {at} of trainings, more than by chance. Up to 5 % of those below may slip in."
+    )
+    recur = percent(found.recur.to_json())
+    return [
+        Tile("Certified", sure, alive, note),
+        Tile(
+            "Above chance", above, alive, "Features that resemble those of other trainings more than chance explains."
+        ),
+        Tile(
+            f"Recur in a {word.removesuffix('s')}",
+            recur.partition(" [")[0],
+            _bounds(recur, word),
+            f"The mean over {n} {word}.",
+        ),
+        Tile("Prototype-like", f"{said.get('prototype-like', 0):,}", alive, "They lie near the mean of a token."),
+        Tile("Dead features", f"{said.get('dead', 0):,}", f"of {found.sae.facts.d_sae:,} features", ""),
+        Tile("Explained variance", f"{held.explained_variance:.3f}", f"L0 {held.l0:.4g}", "On held-out tokens."),
+    ]
+
+
+def _bounds(text: str, word: str) -> str:
+    ends = text.partition(" [")[2].rstrip("]")
+    return f"{ends.replace(', ', ' to ')} % over {word}" if ends else ""
