@@ -394,7 +394,7 @@ def planted_study(structure: str, number: int) -> dict[str, dict[str, float]]:
             data = Data.of(store, noise, *size)
             trained = saes(store, seeds, *size, tokens)
             _, heldout = store.split(0.2)
-            variances = [evaluate(s, store, heldout)[0]["explained_variance"] for s in trained]
+            variances = [evaluate(s, store, heldout)[0].explained_variance for s in trained]
             directions = [s.W_dec for s in trained]
             recovery = float(np.mean([mcc(W, features) for W in directions]))
             result[degree] = study(data, directions, variances, number) | {"recovery": recovery}
@@ -437,7 +437,7 @@ def build_places(root: Path, work: Path, studies: list[int], part: str) -> None:
             group = [(s.W_dec, evaluate(s, store, some)[0]) for s in saes(source, seeds, WIDTH, K, tokens)]
             for at, number in enumerate(studies):
                 five = group[SEEDS * at : SEEDS * (at + 1)]
-                ARMS[place, kind, number] = [(W, figures["explained_variance"]) for W, figures in five]
+                ARMS[place, kind, number] = [(W, figures.explained_variance) for W, figures in five]
 
 
 def one(task: tuple[str, str, int]) -> list[tuple[str, str, dict[str, float]]]:

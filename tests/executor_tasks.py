@@ -20,7 +20,7 @@ def train(folder: str, store: str, k: int) -> dict:
     grid = members([1, 2, 3], [32], [k], [3e-3])
     config = TrainingConfig(tokens=20_000, batch_size=128)
     cells, activations = Cells(Path(folder) / "cells"), ActivationStore.open(Path(store))
-    return train_or_find(cells, activations, grid, config, torch.device("cpu"), torch.get_num_threads())
+    return train_or_find(cells, activations, grid, config, torch.device("cpu"), torch.get_num_threads()).to_json()
 
 
 def threads() -> dict:

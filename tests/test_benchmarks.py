@@ -69,8 +69,8 @@ def trained(folder, few, tmp_path_factory):
         cells = Cells(root / name / "cells")
         grid = members([1, 2, 3], [24], [3], [3e-3], families)
         recipe = TrainingConfig(tokens=4000, batch_size=128)
-        records = train_or_find(cells, ActivationStore.open(store), grid, recipe, torch.device("cpu"), 1)["members"]
-        found[name] = (root / name / records[0]["checkpoint"]).parent
+        saes = train_or_find(cells, ActivationStore.open(store), grid, recipe, torch.device("cpu"), 1).members
+        found[name] = (root / name / saes[0].checkpoint).parent
     return found
 
 

@@ -76,8 +76,8 @@ def trained(root, subject):
     def train(name, seeds=(1, 2, 3, 4, 5), d_sae=24, random_seed=None):
         store = source.open_store(root, CPU, 1, subject=subject, hook_name=HOOK, rows=3000, random_seed=random_seed)
         grid, recipe = members([*seeds], [d_sae], [3], [3e-3]), TrainingConfig(tokens=4000, batch_size=128)
-        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1)["members"]
-        return [root / name / r["checkpoint"] for r in records]
+        saes = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1).members
+        return [root / name / m.checkpoint for m in saes]
 
     return train
 

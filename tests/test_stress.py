@@ -76,8 +76,8 @@ def train(root):
         store = source.open_store(root, CPU, 1, **where, random_seed=random_seed)
         recipe = TrainingConfig(tokens=tokens, batch_size=128)
         grid = members(seeds, [64], [1], [3e-3])
-        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1)["members"]
-        return (root / name / records[0]["checkpoint"]).parent
+        saes = train_or_find(Cells(root / name / "cells"), store, grid, recipe, CPU, 1).members
+        return (root / name / saes[0].checkpoint).parent
 
     return run
 

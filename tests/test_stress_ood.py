@@ -57,8 +57,8 @@ def trained(subject, few, tmp_path_factory):
     for name, d_sae, seeds in (("own", 24, [1, 2]), ("other", 32, [3])):
         recipe = TrainingConfig(tokens=4000, batch_size=128)
         grid = members(seeds, [d_sae], [3], [3e-3])
-        records = train_or_find(Cells(root / name / "cells"), store, grid, recipe, torch.device("cpu"), 1)["members"]
-        found[name] = (root / name / records[0]["checkpoint"]).parent
+        saes = train_or_find(Cells(root / name / "cells"), store, grid, recipe, torch.device("cpu"), 1).members
+        found[name] = (root / name / saes[0].checkpoint).parent
     return found
 
 

@@ -145,15 +145,15 @@ def test_evaluate_against_numpy(make_store, planted, tmp_path):
     features = t.sae.encode(x[4800:])
     error = held - t.sae.decode(features).double().numpy()
     figures, rate = evaluate(t.sae, store, range(4800, 6000), batch=500)
-    assert figures["explained_variance"] == pytest.approx(
+    assert figures.explained_variance == pytest.approx(
         1 - (error**2).sum() / ((held - held.mean(0)) ** 2).sum(), abs=1e-5
     )
-    assert figures["mse"] == pytest.approx((error**2).mean(), rel=1e-5)
+    assert figures.mse == pytest.approx((error**2).mean(), rel=1e-5)
     active = features.numpy() > 0
-    assert figures["l0"] == pytest.approx(active.sum(1).mean())
-    assert figures["dead_share"] == pytest.approx((~active.any(0)).mean())
+    assert figures.l0 == pytest.approx(active.sum(1).mean())
+    assert figures.dead_share == pytest.approx((~active.any(0)).mean())
     np.testing.assert_allclose(rate, active.mean(0))
-    assert figures["l0"] <= 3
+    assert figures.l0 <= 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -260,7 +260,7 @@ def test_transcoders_learn_a_map_between_two_hooks(make_store, planted, tmp_path
     members = [member(s, d_sae=48, k=6, family=f) for f in ("transcoder", "skip_transcoder") for s in (1, 2)]
     trained, _ = train(source, members, config, CPU, tmp_path / "s", target=target)
     rows = source.split(0.2)[1]
-    explained = [evaluate(t.sae, source, rows, target)[0]["explained_variance"] for t in trained]
+    explained = [evaluate(t.sae, source, rows, target)[0].explained_variance for t in trained]
     assert min(explained[:2]) > 0.5
     assert min(explained[2:]) > max(explained[:2]), "a skip connection can only help here"
     with pytest.raises(BadInput, match=f"{tmp_path / 'short'} "):

@@ -74,8 +74,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         trained = train_or_find(cells, store, grid, recipe, device, args.threads)
         sections = {}
         for k in ks:
-            alike = [m for m in trained["members"] if m["k"] == k]
-            steps = trained["snapshot_steps"]
+            alike = [m for m in trained.members if m.k == k]
+            steps = trained.snapshot_steps
             section, _ = study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
             lower, ev = contrast.lower_bound(section), contrast.heldout(section)
             sections[k] = SparsitySection(k=k, lower_bound=lower, explained_variance=ev, **dict(section))

@@ -97,6 +97,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.evidence.names import ALIVE
     from husai.evidence.schemas import (
         AssignmentConsistency,
+        Grid,
+        GridMember,
         PulledSection,
         ReferenceSection,
         Section,
@@ -115,10 +117,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
     decoders: dict[str, Tensor] = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
 
-    def train(grid: list) -> tuple[list[dict], list[int]]:
+    def train(grid: list) -> Grid:
         pull = References(decoders, partners, args.assign_every)
-        trained = train_or_find(cells, store, grid, recipe, device, args.threads, references=pull)
-        return trained["members"], trained["snapshot_steps"]
+        return train_or_find(cells, store, grid, recipe, device, args.threads, references=pull)
 
     def plain(seeds: list[int]) -> list:
         return members(seeds, [args.d_sae], [args.k], [args.learning_rate])
@@ -129,11 +130,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # ----------------------------------------------------------------------------------------------------------------
     # References: trained like everything else, on seeds of their own, and never scored
 
-    references, _ = train(plain([*args.reference_seeds, *args.confirmation_reference_seeds]))
+    references = train(plain([*args.reference_seeds, *args.confirmation_reference_seeds])).members
     for r in references:
-        decoders[r["checkpoint_sha256"]] = checkpoints.load(args.output_dir / r["checkpoint"]).W_dec
-    own = [r["checkpoint_sha256"] for r in references[: len(args.seeds)]]
-    own_fresh = [r["checkpoint_sha256"] for r in references[len(args.seeds) :]]
+        decoders[r.checkpoint_sha256] = checkpoints.load(args.output_dir / r.checkpoint).W_dec
+    own = [r.checkpoint_sha256 for r in references[: len(args.seeds)]]
+    own_fresh = [r.checkpoint_sha256 for r in references[len(args.seeds) :]]
     shared = own[: args.shared_references]
     if args.reference:
         name = sha256_file(weights_file(args.reference))
@@ -145,17 +146,18 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     # Selection seeds: own references and shared ones, at every λ, in one pass
 
     lambdas = sorted(args.lambdas)[1:]
-    arms = {("control", 0.0, None): plain(args.seeds)}
+    arms: dict[tuple[str, float, str | None], list] = {("control", 0.0, None): plain(args.seeds)}
     arms |= {("own", weight, None): pulled(args.seeds, weight, own) for weight in lambdas}
     arms |= {("shared", w, name): pulled(args.seeds, w, [name] * len(args.seeds)) for w in lambdas for name in shared}
     grid = list(dict.fromkeys(m for arm in arms.values() for m in arm))  # a shared reference is some seed's own, too
-    records, steps = train(grid)
-    record = dict(zip(grid, records, strict=True))
+    selection = train(grid)
+    sae_of = dict(zip(grid, selection.members, strict=True))
 
-    def score(alike: list[dict]) -> Section:
+    def score(alike: list[GridMember]) -> Section:
+        steps = selection.snapshot_steps  # the confirmation has the same number of rows
         return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)[0]
 
-    scored = {key: score([record[m] for m in arm]) for key, arm in arms.items()}
+    scored = {key: score([sae_of[m] for m in arm]) for key, arm in arms.items()}
     control = scored["control", 0.0, None]
 
     def pulled_section(section: Section, control: Section, weight: float) -> PulledSection:
@@ -191,8 +193,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     gain = drop = None
     if chosen is not None:
         fresh = args.confirmation_seeds
-        records, steps = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)])
-        base, section = score(records[: len(fresh)]), score(records[len(fresh) :])
+        saes = train([*plain(fresh), *pulled(fresh, chosen, own_fresh)]).members
+        base, section = score(saes[: len(fresh)]), score(saes[len(fresh) :])
         confirmed = pulled_section(section, base, chosen)
         confirmation = [UnpulledSection(**pull(0.0), **dict(base)), confirmed]
         gain, drop = confirmed.gain, confirmed.ev_drop
@@ -217,7 +219,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         shared=arm_shared,
         confirmation=confirmation,
     )
-    folders = [*(m.checkpoint for m in trained), *(r["checkpoint"] for r in references)]
+    folders = [*(m.checkpoint for m in trained), *(r.checkpoint for r in references)]
     return results.to_json(), [*draw(results, args.output_dir), *study.checkpoint_files(cells, folders)]
 
 

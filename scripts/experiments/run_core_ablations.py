@@ -67,7 +67,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.activations import source
     from husai.evidence import contrast
     from husai.evidence.names import ALIVE
-    from husai.evidence.schemas import AblationMethod, AblationRow, CoreAblations, RefusedControl
+    from husai.evidence.schemas import AblationMethod, AblationRow, CoreAblations, Grid, GridMember, RefusedControl
     from husai.runs.errors import BadInput
     from husai.stability import study
     from husai.training.grid import members, train_or_find
@@ -85,27 +85,26 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         raise BadInput("--architectures: SAEs of the activations expected; transcoders need a second store")
     store = source.of_arguments(args, device)
 
-    def train(these: list, how: TrainingConfig = recipe) -> tuple[list[dict], list[int]]:
-        trained = train_or_find(cells, store, these, how, device, args.threads)
-        return trained["members"], trained["snapshot_steps"]
+    def train(grid: list, settings: TrainingConfig = recipe) -> Grid:
+        return train_or_find(cells, store, grid, settings, device, args.threads)
 
-    def scored(records: list[dict], steps: list[int]) -> dict:
-        section, _ = study.score_trained(cells, store, records, steps, args.null_draws, args.threads, scores=ALIVE)
+    def scored(saes: list[GridMember], steps: list[int]) -> dict:
+        section, _ = study.score_trained(cells, store, saes, steps, args.null_draws, args.threads, scores=ALIVE)
         figures = ("explained_variance", "l0", "dead_share")
         return dict(section) | {name: contrast.heldout(section, name) for name in figures}
 
     # ----------------------------------------------------------------------------------------------------------------
     # The two axes: all conditions of a width and family take each step together
 
-    records, steps = train(conditions)
+    grid_of_axes = train(conditions)
     rows = []
     for family in args.architectures:
         for d_sae, k in axes:
-            alike = [r for r in records if (r["family"], r["d_sae"], r["k"]) == (family, d_sae, k)]
+            alike = [m for m in grid_of_axes.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
             on = [axis for axis, here in (("k", d_sae == args.d_sae), ("d_sae", k == args.k)) if here]
             name = f"{family}, d_sae {d_sae}, k {k}"
             about = {"name": name, "axes": on, "family": family, "d_sae": d_sae, "k": k}
-            rows.append(AblationRow(**about, **scored(alike, steps)))
+            rows.append(AblationRow(**about, **scored(alike, grid_of_axes.snapshot_steps)))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Methods credited with higher stability, and controls that must be refused: the first family, at --d-sae and --k
@@ -123,7 +122,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             "half the width, twice the rows": (replace(recipe, tokens=2 * args.tokens), half),
         }
         for name, (how, d_sae) in variants.items():
-            method = AblationMethod(name=name, d_sae=d_sae, rows_seen=how.tokens, **scored(*train(grid(d_sae), how)))
+            varied = train(grid(d_sae), how)
+            figures = scored(varied.members, varied.snapshot_steps)
+            method = AblationMethod(name=name, d_sae=d_sae, rows_seen=how.tokens, **figures)
             if methods:
                 lost = contrast.drop(method, methods[0])
                 method = method.model_copy(update={"gain": contrast.gain([method], methods[:1]), "ev_drop": lost})
@@ -133,7 +134,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             ("shared initialisation", recipe),
             ("shared frozen decoder", replace(recipe, freeze_decoder=True)),
         ):
-            sharing = [study.member_of(record) for record in train(grid(init_seed=args.seeds[0]), how)[0]]
+            sharing = [study.member_of(m) for m in train(grid(init_seed=args.seeds[0]), how).members]
             trained += [(name, m) for m in sharing]
             dictionaries = [study.own_dictionary(args.output_dir / m.checkpoint) for m in sharing]
             controls.append(RefusedControl(name=name, refused=study.refusal(args.seeds, dictionaries)))

@@ -171,19 +171,19 @@ def trained(args, cells, device, protocol: dict):
         random_store = open_store(args, device, protocol, random_seed=0)
         arms.append(train_or_find(cells, random_store, grid, protocol["recipe"], device, args.threads))
 
-    own_records, *others = [arm["members"] for arm in arms]
+    own_saes, *others = [arm.members for arm in arms]
     random_model = others.pop() if others else None
-    steps = arms[0]["snapshot_steps"]
-    arguments = cells, store, own_records, steps, protocol["null_draws"], args.threads, gaussian
+    steps = arms[0].snapshot_steps
+    arguments = cells, store, own_saes, steps, protocol["null_draws"], args.threads, gaussian
     scores = protocol.get("scores", SCORES)
     section, drawn = study.score_trained(*arguments, random_model=random_model, scores=scores, of=of)
-    fields = dict(section) | dict(drawn) | {name: arms[0][name] for name in ("curve_steps", "snapshot_steps")}
+    fields = dict(section) | dict(drawn) | {"curve_steps": arms[0].curve_steps, "snapshot_steps": steps}
     fields["members"] = [
-        Phase4aMember(**dict(m), curve=r["curve"], aux_steps=r["aux_steps"])
-        for m, r in zip(section.members, own_records, strict=True)
+        Phase4aMember(**dict(m), curve=sae.curve, aux_steps=sae.aux_steps)
+        for m, sae in zip(section.members, own_saes, strict=True)
     ]
     if random_model:
-        fields["random_model"] = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields}) for r in random_model]
+        fields["random_model"] = [AlikeMember.of(sae) for sae in random_model]
     if language_model:
         fields["cross_entropy"] = cross_entropy(args, cells, device, store, section)
     return Phase4aSection(**fields)
@@ -267,7 +267,7 @@ def supplied(args, cells, device):
     """Score the checkpoints below --sae-root on the activations of a store."""
     from husai.dictionaries import foreign
     from husai.evals import loaded
-    from husai.evidence.schemas import Heldout, Phase4aSupplied, SuppliedMember
+    from husai.evidence.schemas import Phase4aSupplied, SuppliedMember
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
     from husai.runs.subjects import hub_name
@@ -292,7 +292,7 @@ def supplied(args, cells, device):
         dictionary, figures = study.external_dictionary(folder, store, heldout, before)
         dictionaries.append(dictionary)
         digest = sha256_file(foreign.weights_file(folder))
-        members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=Heldout(**figures)))
+        members.append(SuppliedMember(label=name, checkpoint_sha256=digest, heldout=figures))
     notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
     if other := next(filter(None, (loaded.other_model(sae, subject) for sae in saes)), None):
         notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {subject}.")

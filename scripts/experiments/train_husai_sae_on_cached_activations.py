@@ -19,9 +19,12 @@ Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk
 loss curves. An interrupted run resumes with the same command; a finished one is found.
 """
 
-from dataclasses import asdict
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from husai.evals.flags import EvalParser
 from husai.runs.cli import (
@@ -37,6 +40,11 @@ from husai.runs.cli import (
     seed_list,
 )
 from husai.runs.inputs import by_subject
+
+if TYPE_CHECKING:
+    from husai.evidence.schemas import Grid, GridMember
+    from husai.runs.cells import Cells
+    from husai.training.trainer import TrainingConfig
 
 OF_STREAM = ("revision", "dtype", "text", "hook_name", "buffer_rows", "buffer_on_disk", "heldout_rows")
 OF_STORE = ("target_activation_cache_dir", "epochs", "heldout_fraction")
@@ -100,10 +108,23 @@ def parse():
     return args
 
 
-def missed(record: dict) -> str:
-    """Said in the table where the held-out L0 lies far from k."""
-    miss = record["l0_miss"]
-    return f" (misses {record['k']} by {miss:+.0%})" if abs(miss) > 0.1 else ""
+@dataclass(frozen=True)
+class Plan:
+    """A training on a store or on a stream."""
+
+    config: TrainingConfig
+    inputs: dict[str, str]
+    """Name -> digest."""
+    source: str
+    """Subject and hooks, for the reader."""
+    text: dict[str, Any] | None
+    """Text that was read (`TextUsed`); None for the packaged text."""
+    train: Callable[[Cells], Grid]
+
+
+def missed(sae: GridMember) -> str:
+    """Remark for the table if the held-out L0 lies far from k."""
+    return f" (misses {sae.k} by {sae.l0_miss:+.0%})" if abs(sae.l0_miss) > 0.1 else ""
 
 
 def main() -> None:
@@ -116,19 +137,19 @@ def main() -> None:
 
     grid = members(args.seeds, args.d_sae, args.k, [args.learning_rate], args.architecture, args.init_seed)
     check_members(grid)
-    plan = (of_store if args.subject is None else of_stream)(args, grid, device)
-    settings: dict[str, Any] = {"members": [asdict(m) for m in grid], "training": asdict(plan["config"])}
-    settings |= {"inputs": plan["inputs"], "arithmetic": args.arithmetic}
+    plan = (on_store if args.subject is None else on_stream)(args, grid, device)
+    settings: dict[str, Any] = {"members": [asdict(m) for m in grid], "training": asdict(plan.config)}
+    settings |= {"inputs": plan.inputs, "arithmetic": args.arithmetic}
 
     with Run(args.output_dir, settings, args.device, args.threads) as run:
-        run.inputs |= plan["inputs"]
-        results = plan["train"](Cells(args.output_dir / "cells", args.force))
-        results |= {} if plan["text"] is None else {"text": plan["text"]}
-        run.write(results, summary(results, plan))
+        run.inputs |= plan.inputs
+        trained = plan.train(Cells(args.output_dir / "cells", args.force))
+        text = {} if plan.text is None else {"text": plan.text}
+        run.write(trained.to_json() | text, summary(trained, plan))
     print(args.output_dir / "summary.md")
 
 
-def recipe(args, tokens: int, **more):
+def recipe(args, tokens: int, **more) -> TrainingConfig:
     from husai.training.trainer import TrainingConfig
 
     return TrainingConfig(
@@ -142,8 +163,7 @@ def recipe(args, tokens: int, **more):
     )
 
 
-def of_store(args, grid, device) -> dict:
-    """{"config", "inputs", "about": subject and hooks, "text": what was read, "train": cells -> results}."""
+def on_store(args, grid, device) -> Plan:
     import torch
 
     from husai.activations.store import ActivationStore
@@ -157,17 +177,17 @@ def of_store(args, grid, device) -> dict:
     tokens = args.epochs * len(train_rows) if args.epochs else args.tokens
     config = recipe(args, tokens, heldout_fraction=args.heldout_fraction)
     dtype = getattr(torch, args.arithmetic)
-    return {
-        "config": config,
-        "inputs": {"activation store": store.digest} | ({"target activation store": target.digest} if target else {}),
-        "about": f"{store.manifest.subject}, {store.manifest.hook_name}",
-        "text": store.manifest.text and store.manifest.text.model_dump(),
-        "train": lambda cells: train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype),
-    }
+    return Plan(
+        config,
+        inputs={"activation store": store.digest} | ({"target activation store": target.digest} if target else {}),
+        source=f"{store.manifest.subject}, {store.manifest.hook_name}",
+        text=None if store.manifest.text is None else store.manifest.text.model_dump(),
+        train=lambda cells: train_or_find(cells, store, grid, config, device, args.threads, target, dtype=dtype),
+    )
 
 
-def of_stream(args, grid, device) -> dict:
-    """As `of_store`; the rows are harvested while the SAEs train."""
+def on_stream(args, grid, device) -> Plan:
+    """Rows are harvested while the SAEs train."""
     import torch
 
     from husai.activations.language_model import Inputs, check_hooks
@@ -186,26 +206,26 @@ def of_stream(args, grid, device) -> dict:
     heldout = {hook: heldout_store(subject, hook, *place) for hook in args.hook_name}
     config = recipe(args, args.tokens, window_rows=args.buffer_rows)
     dtype = getattr(torch, args.arithmetic)
-    digests = {f"stream of {hook}": of_hook.digest for hook, of_hook in stream.hooks.items()}
+    digests = {f"stream of {hook}": rows.digest for hook, rows in stream.hooks.items()}
     digests |= {f"held-out activations of {hook}": store.digest for hook, store in heldout.items()}
-    return {
-        "config": config,
-        "inputs": {"subject": subject.digest} | digests,
-        "about": f"{subject.name}, {', '.join(args.hook_name)}, streamed",
-        "text": inputs.used and inputs.used.model_dump(),
-        "train": lambda cells: train_on_stream(cells, stream, heldout, grid, config, device, args.threads, dtype=dtype),
-    }
+    return Plan(
+        config,
+        inputs={"subject": subject.digest} | digests,
+        source=f"{subject.name}, {', '.join(args.hook_name)}, streamed",
+        text=None if inputs.used is None else inputs.used.model_dump(),
+        train=lambda cells: train_on_stream(cells, stream, heldout, grid, config, device, args.threads, dtype=dtype),
+    )
 
 
-def summary(results: dict, plan: dict) -> str:
-    hooks = "hook_name" in results["members"][0]
+def summary(trained: Grid, plan: Plan) -> str:
+    hooks = trained.members[0].hook_name is not None
     lines = [
         "# SAEs on cached activations" if not hooks else "# SAEs on a stream of activations",
         "",
-        f"{plan['about']}; {plan['config'].tokens} rows seen by each SAE; figures on held-out rows.",
+        f"{plan.source}; {plan.config.tokens} rows seen by each SAE; figures on held-out rows.",
         "",
     ]
-    if (used := results.get("text")) is not None:
+    if (used := plan.text) is not None:
         lines += [
             f"Text: {used['source']}, {used['documents']} documents; left out: {used['duplicates']} repeated, "
             f"{used['probing']} of probing data sets, {used['empty']} empty.",
@@ -213,12 +233,12 @@ def summary(results: dict, plan: dict) -> str:
         ]
     header = "| family | d_sae | k | seed | explained variance | MSE | L0 | dead share | checkpoint |"
     lines += [("| hook " if hooks else "") + header, "|---" * (10 if hooks else 9) + "|"]
-    for m in results["members"]:
-        h = m["heldout"]
+    for m in trained.members:
+        h = m.heldout
         lines.append(
-            (f"| {m['hook_name']} " if hooks else "")
-            + f"| {m['family']} | {m['d_sae']} | {m['k']} | {m['seed']} | {h['explained_variance']:.4f} | "
-            f"{h['mse']:.4g} | {h['l0']:.2f}{missed(m)} | {h['dead_share']:.3f} | `{m['checkpoint']}` |"
+            (f"| {m.hook_name} " if hooks else "")
+            + f"| {m.family} | {m.d_sae} | {m.k} | {m.seed} | {h.explained_variance:.4f} | "
+            f"{h.mse:.4g} | {h.l0:.2f}{missed(m)} | {h.dead_share:.3f} | `{m.checkpoint}` |"
         )
     return "\n".join(lines) + "\n"
 

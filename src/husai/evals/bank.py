@@ -22,7 +22,7 @@ from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
 from husai.evidence.names import ALIVE
 from husai.evidence.references import reference_family
-from husai.evidence.schemas import Bank, ConditionSection, Contrastive, Probing, ProbingName, Recipe
+from husai.evidence.schemas import Bank, ConditionSection, Contrastive, GridMember, Probing, ProbingName, Recipe
 from husai.runs import executor
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -135,7 +135,7 @@ class TrainedGroup:
     d_sae: int
     k: int
     budget: int
-    members: list[dict]
+    members: list[GridMember]
     snapshot_steps: list[int]
     reference: bool
     """Trained only to be a reference."""
@@ -214,7 +214,7 @@ def evaluated(plan: BankPlan) -> Bank:
     heldout = loaded.heldout_store(subject, *place, plan.source)
 
     def opened(reference: bool) -> list[LoadedSAE]:
-        paths = [Path(plan.output_dir) / m["checkpoint"] for g in groups if g.reference == reference for m in g.members]
+        paths = [Path(plan.output_dir) / m.checkpoint for g in groups if g.reference == reference for m in g.members]
         return loaded.open_all(paths, heldout, "checkpoint", subject, Path(plan.artifact_root))
 
     references = loaded.as_references(opened(True))
@@ -267,10 +267,10 @@ def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
     groups = []
     for budget in plan.budgets:
         grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*wanted, *missing))
-        result = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
+        trained = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
         for family, d_sae, k in product((*wanted, *missing), plan.d_saes, plan.ks):
-            of = [m for m in result["members"] if (m["family"], m["d_sae"], m["k"]) == (family, d_sae, k)]
-            groups.append(TrainedGroup(family, d_sae, k, budget, of, result["snapshot_steps"], family in missing))
+            saes = [m for m in trained.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
+            groups.append(TrainedGroup(family, d_sae, k, budget, saes, trained.snapshot_steps, family in missing))
     return groups
 
 

@@ -270,9 +270,9 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
     def compute() -> tuple[dict, list[Path]]:
         figures, firing_rate = evaluate(sae, store, range(store.rows))
         write_bytes(file, to_bytes({"firing_rate": firing_rate.contiguous()}))
-        return figures, [file]
+        return figures.to_json(), [file]
 
-    return Heldout(**cells.get("heldout", key, compute)), load_file(file)["firing_rate"]
+    return Heldout.model_validate(cells.get("heldout", key, compute)), load_file(file)["firing_rate"]
 
 
 class Opener:
@@ -519,4 +519,4 @@ def train_default(
     grid = members(int_list(DEFAULT_SEEDS), [512], [16], [3e-3], ("topk", "relu"))
     recipe = TrainingConfig(tokens=600_000, batch_size=512)
     trained = train_or_find(Cells(output_dir / "cells", force), store, grid, recipe, device, threads)
-    return output_dir / Path(trained["members"][0]["checkpoint"]).parent
+    return output_dir / Path(trained.members[0].checkpoint).parent

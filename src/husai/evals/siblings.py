@@ -492,14 +492,14 @@ def _trained(
     threads: int,
 ) -> list[LoadedSAE]:
     if made.buffer_rows is None:
-        records = train_or_find(cells, store, made.grid, made.config, device, threads)["members"]
+        trained = train_or_find(cells, store, made.grid, made.config, device, threads)
     else:
         hook, config = asked.hook_name, replace(made.config, window_rows=made.buffer_rows)
         inputs = Inputs.of(asked.subject, asked.source.training(), config.tokens, 0, artifact_root / "activations")
         stream = ActivationStream(asked.subject, [hook], inputs, made.buffer_rows)
         heldout = {hook: asked.store}
-        records = train_on_stream(cells, stream, heldout, made.grid, config, device, threads)["members"]
-    folders = [cells.folder.parent / r["checkpoint"] for r in records]
+        trained = train_on_stream(cells, stream, heldout, made.grid, config, device, threads)
+    folders = [cells.folder.parent / m.checkpoint for m in trained.members]
     opened = loaded.open_all(folders, asked.store, "siblings", asked.subject, artifact_root)
     names = {folder.resolve(): f"sibling {m.seed}" for folder, m in zip(folders, made.grid, strict=True)}
     return [replace(c, record=c.record.model_copy(update={"label": names[Path(c.folder).resolve()]})) for c in opened]

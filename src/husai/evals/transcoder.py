@@ -90,10 +90,10 @@ def sections(
     noise = controls.gaussian_transcoders(
         artifact_root, task.read, task.written, task.grid, task.config, device, threads
     )
-    records, steps = trained["members"], trained["snapshot_steps"]
-    transcoders, drawn = study.score_trained(cells, task.written, records, steps, draws, threads, noise, scores=PAIRED)
+    saes, steps = trained.members, trained.snapshot_steps
+    transcoders, drawn = study.score_trained(cells, task.written, saes, steps, draws, threads, noise, scores=PAIRED)
     gaussian = controls.gaussian(artifact_root, task.written, *random_model.trained_alike(tested), device, threads)
-    folders = [cells.folder.parent / r["checkpoint"] for r in records]
+    folders = [cells.folder.parent / m.checkpoint for m in saes]
     across = study.compare_across(
         cells,
         task.written,

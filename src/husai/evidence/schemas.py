@@ -448,8 +448,8 @@ class Contrastive(Strict):
         return self
 
 
-class TrainedMember(Strict):
-    """An SAE that a stability study trained (`training.grid`)."""
+class TrainedSAE(Strict):
+    """A checkpoint of `training.grid`."""
 
     seed: int
     d_sae: int
@@ -460,9 +460,16 @@ class TrainedMember(Strict):
     assignment_weight: Number
     reference: str | None
     checkpoint: str
+    """Folder, relative to the output folder of the training."""
     checkpoint_sha256: Sha256
     heldout: Heldout
     l0_miss: Number
+    """Share by which the held-out L0 misses k."""
+
+
+class TrainedMember(TrainedSAE):
+    """An SAE of a stability study, which trained it."""
+
     label: str
 
 
@@ -595,6 +602,10 @@ class AlikeMember(Strict):
     checkpoint: str | None
     checkpoint_sha256: Sha256
     heldout: Heldout
+
+    @classmethod
+    def of(cls, sae: TrainedSAE) -> AlikeMember:
+        return cls(**{name: getattr(sae, name) for name in cls.model_fields})
 
 
 class Alike(Strict):
@@ -751,8 +762,29 @@ class Drawn(InOrder):
     """`observed` or a null -> counts of the matched cosines of alive features."""
 
 
+class GridMember(TrainedSAE, InOrder):
+    """An SAE of a grid, with its course."""
+
+    KEYS = ("hook_name", *TrainedSAE.model_fields, "curve", "aux_steps")
+    hook_name: str | None = None
+    """Absent for SAEs of a store."""
+    curve: list[Number]
+    """‖x − x̂‖² / variance on the batches at `Grid.curve_steps`."""
+    aux_steps: int
+    """Number of steps on which the SAE had dead features."""
+
+
+class Grid(Strict):
+    """SAEs that one training made (`training.grid`)."""
+
+    members: Annotated[list[GridMember], Field(min_length=1)]
+    curve_steps: list[int]
+    snapshot_steps: list[int]
+    """Steps of which each checkpoint keeps the decoder."""
+
+
 class Phase4aMember(TrainedMember, InOrder):
-    KEYS = (*[name for name in TrainedMember.model_fields if name != "label"], "curve", "aux_steps", "label")
+    KEYS = (*TrainedSAE.model_fields, "curve", "aux_steps", "label")
     curve: list[Number]
     aux_steps: int
 

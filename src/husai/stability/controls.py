@@ -61,7 +61,7 @@ def trained(
     """SAEs of a control store, or transcoders from it to a target; trained once for all phases."""
     root = artifact_root / "controls"
     written = target or store
-    records = train_or_find(Cells(root / "cells"), store, grid, config, device, threads, target)["members"]
-    members = [AlikeMember(**{n: r[n] for n in AlikeMember.model_fields} | {"checkpoint": None}) for r in records]
+    saes = train_or_find(Cells(root / "cells"), store, grid, config, device, threads, target).members
+    members = [AlikeMember.of(m).model_copy(update={"checkpoint": None}) for m in saes]
     named = Alike(subject_digest=written.manifest.subject_digest, store_digest=written.digest, members=members)
-    return ControlArm(written, [own_dictionary(root / r["checkpoint"]) for r in records], named)
+    return ControlArm(written, [own_dictionary(root / m.checkpoint) for m in saes], named)

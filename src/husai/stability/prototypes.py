@@ -249,6 +249,6 @@ def explained_variance(
     """
 
     def one(W: Tensor) -> float:
-        return evaluate(TopKLeastSquares.of(W, mean, k), store, rows)[0]["explained_variance"]
+        return evaluate(TopKLeastSquares.of(W, mean, k), store, rows)[0].explained_variance
 
     return {kind: float(np.mean([one(W) for W in of_kind])) for kind, of_kind in made.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
@@ -28,11 +28,14 @@ from husai.evidence.schemas import (
     Convergence,
     Drawn,
     Followed,
+    GridMember,
+    Heldout,
     Interval,
     Section,
     Snapshot,
     Stratum,
     TrainedMember,
+    TrainedSAE,
 )
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cells import Cells
@@ -125,7 +128,7 @@ def refuse_processed(folder: Path, metadata: dict) -> None:
 
 def external_dictionary(
     folder: Path, store: ActivationStore, heldout: range, untrained: Path | None
-) -> tuple[Dictionary, dict]:
+) -> tuple[Dictionary, Heldout]:
     """(a checkpoint that a user supplies, its held-out figures).
 
     Args:
@@ -373,23 +376,24 @@ def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: 
 def score_trained(
     cells: Cells,
     store: ActivationStore,
-    records: list[dict],
+    saes: Sequence[GridMember],
     snapshot_steps: list[int],
     draws: int,
     threads: int,
     gaussian: ControlArm | None = None,
-    random_model: list[dict] | None = None,
+    random_model: Sequence[GridMember] | None = None,
     scores: tuple[str, ...] = SCORES,
     of: Tensor | None = None,
 ) -> tuple[Section, Drawn]:
     """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
 
     Args:
-        records: the members' records. gaussian, random_model, scores, of: see `compare_all`.
+        random_model: SAEs of the random-weights model.
+        gaussian, scores, of: see `compare_all`.
     """
     root = cells.folder.parent
-    folders = [root / m["checkpoint"] for m in records]
-    members = [member_of(m) for m in records]
+    folders = [root / m.checkpoint for m in saes]
+    members = [member_of(m) for m in saes]
     compared, drawn = compare_all(
         cells,
         store,
@@ -399,7 +403,7 @@ def score_trained(
         threads,
         {} if gaussian else {"gaussian": "not part of this study"},
         gaussian,
-        None if random_model is None else [own_dictionary(root / m["checkpoint"]) for m in random_model],
+        None if random_model is None else [own_dictionary(root / m.checkpoint) for m in random_model],
         scores,
         of,
     )
@@ -407,10 +411,10 @@ def score_trained(
     return Section(members=members, **dict(compared), **dict(followed)), drawn
 
 
-def member_of(record: dict) -> TrainedMember:
-    """An SAE that `training.grid.train_or_find` trained, as a stability study names it."""
-    kept = {name: record[name] for name in TrainedMember.model_fields if name != "label"}
-    return TrainedMember(**kept, label=f"seed{record['seed']}")
+def member_of(sae: GridMember) -> TrainedMember:
+    """An SAE of a grid, as a stability study names it."""
+    shared = {name: getattr(sae, name) for name in TrainedSAE.model_fields}
+    return TrainedMember(**shared, label=f"seed{sae.seed}")
 
 
 def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save as to_bytes
 from husai.activations.store import ActivationStore, TextUsed
 from husai.activations.stream import ActivationStream
 from husai.dictionaries import checkpoints
+from husai.evidence.schemas import Grid, GridMember
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
@@ -35,9 +36,8 @@ from husai.training.trainer import (
 
 log = logging.getLogger("husai")
 SNAPSHOTS = "snapshots.safetensors"
-
-
-MISSED_AT_MOST = 0.1  # a penalised family that misses its target by more than this share is reported
+MISSED_AT_MOST = 0.1
+"""Share by which the L0 of a penalised architecture may miss its target without a warning."""
 
 
 def members(
@@ -70,17 +70,13 @@ def train_or_find(
     target: ActivationStore | None = None,
     references: References | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict:
+) -> Grid:
     """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
 
     Args:
-        target: what transcoders reconstruct. references: what members are pulled towards.
-        dtype: of the arithmetic; checkpoints are float32.
-
-    Returns:
-        {"members": one record each (the fields of `Member`; checkpoint: its folder, relative to the output folder;
-        checkpoint_sha256; heldout: the figures of `evaluate`; l0_miss: share by which held-out L0
-        misses k; curve; aux_steps), "curve_steps", "snapshot_steps"}
+        target: activations that transcoders reconstruct.
+        references: dictionaries that members are pulled towards.
+        dtype: precision of the arithmetic; checkpoints are float32.
     """
     check_members(grid)
     config = replace(config, propose=config.proposes(device, store.d_in))
@@ -88,15 +84,15 @@ def train_or_find(
     if len(divided) > 1:
         log.info("%d SAEs do not fit into memory together: trained in %d passes over the data", len(grid), len(divided))
     arguments = config, device, threads, target, references, dtype
-    results = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
-    records = [record for result in results for record in result["members"]]
-    for r in records:
-        if abs(r["l0_miss"]) > MISSED_AT_MOST:
+    passes = [_one_pass(cells, store, [grid[i] for i in p], *arguments) for p in divided]
+    trained = [m for one_pass in passes for m in one_pass.members]
+    for m in trained:
+        if abs(m.l0_miss) > MISSED_AT_MOST:
             log.warning(
                 "%s, d_sae %d, seed %d: L0 %.1f misses its target %d by more than %.0f %%",
-                *(r["family"], r["d_sae"], r["seed"], r["heldout"]["l0"], r["k"], 100 * MISSED_AT_MOST),
+                *(m.family, m.d_sae, m.seed, m.heldout.l0, m.k, 100 * MISSED_AT_MOST),
             )
-    return results[0] | {"members": records}
+    return passes[0].model_copy(update={"members": trained})
 
 
 def _one_pass(
@@ -109,7 +105,7 @@ def _one_pass(
     target: ActivationStore | None,
     references: References | None,
     dtype: torch.dtype,
-) -> dict:
+) -> Grid:
     key = {
         "members": [asdict(m) for m in grid],
         "config": asdict(config),
@@ -132,18 +128,19 @@ def _one_pass(
             store, grid, config, device, state, dtype=dtype, target=target, references=references
         )
         m = store.manifest
-        about = Trainees(m.subject, m.subject_digest, m.hook_name, store.digest, m.control, source_of(m.text))
+        source = Trainees(m.subject, m.subject_digest, m.hook_name, store.digest, m.control, source_of(m.text))
         _, rows = store.split(config.heldout_fraction)
         folder = root / "checkpoints" / name
-        records, files = write_all(trained, about, config, root, folder, Heldout(store, rows, target))
-        return {"members": records, "curve_steps": curve_steps, "snapshot_steps": config.snapshot_steps()}, files
+        saes, files = write_all(trained, source, config, root, folder, HeldoutRows(store, rows, target))
+        result = Grid(members=saes, curve_steps=curve_steps, snapshot_steps=config.snapshot_steps())
+        return result.to_json(), files
 
-    return cells.get("training", key, compute)
+    return Grid.model_validate(cells.get("training", key, compute))
 
 
 @dataclass(frozen=True)
 class Trainees:
-    """What SAEs were trained on, as their checkpoints say it."""
+    """Source of the rows of a training, as its checkpoints name it."""
 
     subject: str
     subject_digest: str
@@ -160,8 +157,8 @@ def source_of(used: TextUsed | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """Rows that figures are of."""
+class HeldoutRows:
+    """Rows that held-out figures are computed on."""
 
     store: ActivationStore
     rows: range
@@ -169,26 +166,27 @@ class Heldout:
 
 
 def write_all(
-    trained: list[Trained], about: Trainees, config: TrainingConfig, root: Path, folder: Path, heldout: Heldout
-) -> tuple[list[dict], list[Path]]:
-    """(a record of each SAE, as `train_or_find` gives them; the files of their checkpoints, below `folder`)."""
-    records, files, target = [], [], heldout.target
-    more: dict[str, Any] = {} if about.text is None else {"text": about.text}
-    more |= {"streamed": True} if about.streamed else {}
+    trained: list[Trained], source: Trainees, config: TrainingConfig, root: Path, folder: Path, heldout: HeldoutRows
+) -> tuple[list[GridMember], list[Path]]:
+    """(the SAEs, files of their checkpoints below `folder`)."""
+    saes, files, target = [], [], heldout.target
+    more: dict[str, Any] = {} if source.text is None else {"text": source.text}
+    more |= {"streamed": True} if source.streamed else {}
+    streamed: dict[str, Any] = {"hook_name": source.hook_name} if source.streamed else {}
     for t in trained:
         m = t.member
         t.sae.weights = {name: w.float() for name, w in t.sae.weights.items()}
         t.sae.metadata = {
-            "model_name": about.subject,
-            "hook_name": about.hook_name,
+            "model_name": source.subject,
+            "hook_name": source.hook_name,
             **({} if target is None else {"hook_name_out": target.manifest.hook_name}),
             "husai": {
                 **asdict(m),
                 "training": asdict(config),
-                "store_digest": about.store_digest,
+                "store_digest": source.store_digest,
                 "target_digest": None if target is None else target.digest,
-                "subject_digest": about.subject_digest,
-                "control": about.control,
+                "subject_digest": source.subject_digest,
+                "control": source.control,
                 **more,
             },
         }
@@ -200,18 +198,19 @@ def write_all(
         files += checkpoints.save(t.sae, place, firing_rate)
         write_bytes(place / SNAPSHOTS, to_bytes({"W_dec": t.decoders.float().contiguous()}))
         files.append(place / SNAPSHOTS)
-        records.append(
-            {
+        saes.append(
+            GridMember(
                 **asdict(m),
-                "checkpoint": str(place.relative_to(root)),
-                "checkpoint_sha256": checkpoints.checkpoint_digest(place),
-                "heldout": figures,
-                "l0_miss": figures["l0"] / m.k - 1,
-                "curve": t.curve,
-                "aux_steps": t.aux_steps,
-            }
+                **streamed,
+                checkpoint=str(place.relative_to(root)),
+                checkpoint_sha256=checkpoints.checkpoint_digest(place),
+                heldout=figures,
+                l0_miss=figures.l0 / m.k - 1,
+                curve=t.curve,
+                aux_steps=t.aux_steps,
+            )
         )
-    return records, files
+    return saes, files
 
 
 def train_on_stream(
@@ -223,15 +222,12 @@ def train_on_stream(
     device: torch.device,
     threads: int,
     dtype: torch.dtype = torch.float32,
-) -> dict:
+) -> Grid:
     """Train the grid at every hook of a stream in one pass of the model, or read the finished cell.
 
     Args:
-        heldout: hook -> activations of held-out documents, all of which figures are of.
-        config: its `window_rows` are those of the stream's buffer.
-
-    Returns:
-        As `train_or_find`; each record begins with its `hook_name`.
+        heldout: hook -> activations of held-out documents, on all of which figures are computed.
+        config: settings, whose `window_rows` are those of the stream's buffer.
 
     Raises:
         BadInput: the grid does not fit into memory in one pass, or what `trainer.Training` refuses.
@@ -270,18 +266,19 @@ def train_on_stream(
         log.info(
             "%d rows of %d hooks in %.0f s, %.0f of them the model's", stream.rows, len(hooks), seconds, stream.seconds
         )
-        records, files, subject, used = [], [], stream.subject, stream.inputs.used
+        saes: list[GridMember] = []
+        files, subject, used = [], stream.subject, stream.inputs.used
         for number, (hook, training) in enumerate(trainings.items()):
             trained, curve_steps = training.finish()
-            about = (subject.name, subject.digest, hook, hooks[hook].digest, subject.control, source_of(used))
+            names = subject.name, subject.digest, hook, hooks[hook].digest, subject.control, source_of(used)
+            source = Trainees(*names, streamed=True)
             folder = root / "checkpoints" / name / str(number) if len(hooks) > 1 else root / "checkpoints" / name
-            store = heldout[hook]
-            of_hook = write_all(
-                trained, Trainees(*about, streamed=True), config, root, folder, Heldout(store, range(store.rows))
-            )
-            records += [{"hook_name": hook, **r} for r in of_hook[0]]
-            files += of_hook[1]
+            rows = HeldoutRows(heldout[hook], range(heldout[hook].rows))
+            hook_saes, hook_files = write_all(trained, source, config, root, folder, rows)
+            saes += hook_saes
+            files += hook_files
         stream.close()
-        return {"members": records, "curve_steps": curve_steps, "snapshot_steps": config.snapshot_steps()}, files
+        result = Grid(members=saes, curve_steps=curve_steps, snapshot_steps=config.snapshot_steps())
+        return result.to_json(), files
 
-    return cells.get("training", key, compute)
+    return Grid.model_validate(cells.get("training", key, compute))

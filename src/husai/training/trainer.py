@@ -28,6 +28,7 @@ from husai.dictionaries import jumprelu
 from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE, Autoencoder
+from husai.evidence.schemas import Heldout, Outliers
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
 from husai.runs.progress import progress
@@ -489,12 +490,13 @@ class Sums:
 @torch.no_grad()
 def evaluate(
     sae: Autoencoder, store: ActivationStore, rows: range, target: ActivationStore | None = None, batch: int = 8192
-) -> tuple[dict[str, Any], Tensor]:
-    """Held-out figures of one SAE, streamed; of a transcoder from `store` to `target`.
+) -> tuple[Heldout, Tensor]:
+    """(figures of an SAE on held-out rows, firing rate `[d_sae]`); of a transcoder from `store` to `target`.
 
-    Returns:
-        ({explained_variance: 1 − Σ‖y−ŷ‖²/Σ‖y−mean(y)‖², mse: a coordinate, l0: active features a row, dead_share:
-        features active on none of the rows; outliers: `schemas.Outliers`, where there are some}, firing rate `[d_sae]`)
+    The rows are read `batch` at a time. Explained variance is 1 − Σ‖y−ŷ‖²/Σ‖y−mean(y)‖².
+
+    Raises:
+        BadInput: the rows are all equal.
     """
     target = target or store
     centre, _ = target.stats()
@@ -516,17 +518,17 @@ def evaluate(
         raise BadInput(
             f"activation store: {target.folder}: its {len(rows)} held-out rows are all equal; nothing to explain"
         )
-    figures: dict[str, Any] = {
-        "explained_variance": everything.explained,
-        "mse": everything.error / (len(rows) * target.d_in),
-        "l0": fired.sum().item() / len(rows),
-        "dead_share": (fired == 0).double().mean().item(),
-    }
+    figures = Heldout(
+        explained_variance=everything.explained,
+        mse=everything.error / (len(rows) * target.d_in),
+        l0=fired.sum().item() / len(rows),
+        dead_share=(fired == 0).double().mean().item(),
+    )
     if ordinary.rows < len(rows) and ordinary.rows and ordinary.total > 0:
-        quantiles = {str(q): sampled.quantile(q).item() for q in (0.5, 0.9, 0.99, 0.999)} | {"1": largest}
-        figures["outliers"] = {
-            "share": (len(rows) - ordinary.rows) / len(rows),
-            "explained_variance": ordinary.explained,
-            "norms": quantiles,
-        }
+        outliers = Outliers(
+            share=(len(rows) - ordinary.rows) / len(rows),
+            explained_variance=ordinary.explained,
+            norms={str(q): sampled.quantile(q).item() for q in (0.5, 0.9, 0.99, 0.999)} | {"1": largest},
+        )
+        figures = figures.model_copy(update={"outliers": outliers})
     return figures, fired / len(rows)
