@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from husai.evidence import names, stability
-from husai.release import decisions, recompute
+from husai.release import claims, decisions, recompute
 from husai.release.claims import (
     DOCUMENTS,
     NUMBER,
@@ -28,7 +29,7 @@ from husai.release.claims import (
     values,
 )
 from husai.release.recompute import studies, study_problems
-from husai.runs.files import sha256_file
+from husai.runs.files import read_json, sha256_file
 from husai.stability import compare
 
 AUDIT = "scripts/analysis/verify_experiment_consistency.py"
@@ -53,38 +54,53 @@ def copy(tmp_path):
     ]:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+        shutil.copy2(path, target)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def sound():
-    """Names and bytes in which an audit here has found nothing wrong."""
-    return set()
+def memory():
+    """Results of functions on unchanged files, for all tests here: each test changes one file or two of many."""
+    return {}
 
 
 @pytest.fixture
-def audit(run_script, copy, sound, monkeypatch):
+def audit(run_script, copy, memory, monkeypatch):
     """`audit(*flags)` -> (exit code, {name: line of what fails}, stderr) on the copy.
 
-    The same bytes are computed again once: each test changes one file or two of many.
+    Each file is read once, and each folder and decision is computed again once, unless its size or time differs.
     """
 
-    def once(function, none, read):
-        def look(path, *rest):
-            bytes_of = {p.relative_to(copy): sha256_file(p) if p.is_file() else None for p in read(path)}
-            key = function.__name__, path.relative_to(copy), frozenset(bytes_of.items())
-            if key in sound:
-                return none
-            if (found := function(path, *rest)) == none:
-                sound.add(key)
-            return found
+    def stamp(path):
+        if not path.is_file():
+            return path.relative_to(copy)
+        return path.relative_to(copy), path.stat().st_size, path.stat().st_mtime_ns
 
-        return look
+    def remember(function, files):
+        """The function, called once for the same files (`files(path)`)."""
 
-    monkeypatch.setattr(recompute, "folder_problems", once(recompute.folder_problems, [], lambda path: path.iterdir()))
-    every = once(decisions.problem, None, lambda path: [path, *(copy / "docs/evidence").rglob("*")])
+        def call(path, *rest):
+            key = function.__name__, str(path.relative_to(copy)), frozenset(map(stamp, files(path)))
+            if key not in memory:
+                memory[key] = function(path, *rest)
+            return memory[key]
+
+        return call
+
+    def parse(text, loader):
+        if text not in memory:
+            memory[text] = load(text, loader)
+        return memory[text]
+
+    for module in (claims, recompute, decisions):
+        monkeypatch.setattr(module, "read_json", remember(read_json, lambda path: [path]))
+        monkeypatch.setattr(module, "sha256_file", remember(sha256_file, lambda path: [path]))
+    folder_problems = remember(recompute.folder_problems, lambda path: path.iterdir())
+    monkeypatch.setattr(recompute, "folder_problems", folder_problems)
+    every = remember(decisions.problem, lambda path: [path, *(copy / "docs/evidence").rglob("*")])
     monkeypatch.setattr(decisions, "problem", every)
+    load = claims.yaml.load
+    monkeypatch.setattr(claims.yaml, "load", parse)
 
     def run(*flags):
         code, out, err = run_script(AUDIT, "--root", copy, *flags)
@@ -100,9 +116,15 @@ def swap(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+@cache
+def listed():
+    """The claims of this repository."""
+    return read(ROOT / CLAIMS).claims
+
+
 def printed(claim, figure):
     """The text of a claim's figure, as it stands in the documents of this repository."""
-    return next(c for c in read(ROOT / CLAIMS).claims if c.id == claim).figures[figure].text
+    return next(c for c in listed() if c.id == claim).figures[figure].text
 
 
 def misprinted(text, at=0):

@@ -344,6 +344,7 @@ def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
 def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
     """Every claim against its document and its artefacts."""
     opened = {path: _open(root / path, path, claims.artefacts.get(path)) for path in claims.files()}
+    internal = {path: may_be_internal(path, root) for path in {claim.artefact for claim in claims.claims}}
     findings = {}
     for claim in claims.claims:
         document, problem = _text(root / claim.document, claim.document)
@@ -354,7 +355,7 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
             gate = opened[claim.gate][0] if claim.gate else None
             problem = gate_problem(claim, gate, claims.artefacts.get(claim.artefact), root)
             problems += [problem] if problem else []
-        elif not may_be_internal(claim.artefact, root):
+        elif not internal[claim.artefact]:
             problems.append(f"internal, and {claim.artefact} is neither a benchmark nor evidence of an internal phase")
         findings[claim.id] = problems
     unused = sorted(claims.artefacts.keys() - opened.keys())
