@@ -88,7 +88,7 @@ def activations(tested: LoadedSAEs, shifted: ActivationStore, cells: Cells, thre
         directions = subspace(sae, tested.store)
         sides = {"id": tested.store, "ood": shifted}
         figures = {
-            side: evaluate(sae, store, range(n))[0] | {"outside": outside(directions, store)}
+            side: evaluate(sae, store, range(n))[0].to_json() | {"outside": outside(directions, store)}
             for side, store in sides.items()
         }
         return {"rank": directions.shape[1]} | figures, []
