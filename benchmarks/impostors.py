@@ -24,12 +24,13 @@ recovered pass in less than 80 %.
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,13 @@ from torch import Tensor
 from husai.activations.source import open_store
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.dictionaries.sae import SAE
-from husai.evidence import rules
+from husai.evidence import levels, rules
 from husai.evidence.estimates import jackknife, mean_over_seeds
 from husai.evidence.schemas import PlantedRows
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cli import Parser, positive_int, run_main
-from husai.runs.errors import CheckFailed
-from husai.runs.files import write_json, write_text
+from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.files import read_json, write_json, write_text
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
 from husai.stability import nulls, prototypes
@@ -58,7 +59,7 @@ from husai.stability.scores import mcc
 from husai.stability.study import control_apart, told_apart
 from husai.subjects.planted import generate
 from husai.training.grid import members
-from husai.training.trainer import TrainingConfig, evaluate, train
+from husai.training.trainer import Training, TrainingConfig, evaluate, train
 
 SEEDS, DRAWS, BUILT = 5, 2, 10
 WIDTH, K, TOKENS = 128, 8, 50_000
@@ -67,6 +68,9 @@ STRUCTURES = ("independent", "correlated", "hierarchical")
 DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 100_000}
 """Training tokens of an SAE of planted features."""
 SHORT = TOKENS // 100
+RECOVERIES = (0.0, 0.5, 0.65, levels.MIN_RECOVERY, 1.0)
+"""Ranges of the recovery that studies are reported in. From the last but one, planted features count as recovered."""
+RECOVERED = f"{RECOVERIES[-2]:g} to {RECOVERIES[-1]:g}"
 HELDOUT = 2000
 """Rows that explained variance is of."""
 MOST, SURELY, POWER = 0.05, 0.1, 0.8
@@ -181,6 +185,22 @@ def saes(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: i
     with tempfile.TemporaryDirectory() as work:
         grid = members(seeds, [width], [k], [6e-3])
         trained, _ = train(store, grid, config, torch.device("cpu"), Path(work) / "state", math.inf)
+    return [t.sae for t in trained]
+
+
+def half_frozen(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: int) -> list[SAE]:
+    """TopK SAEs, one a seed. Half of each decoder stays as it was drawn, which no two seeds share."""
+    config, half = TrainingConfig(tokens=tokens, batch_size=256, snapshots=2), width // 2
+    with tempfile.TemporaryDirectory() as work:
+        grid = members(seeds, [width], [k], [6e-3])
+        training = Training(store, grid, config, torch.device("cpu"), Path(work) / "state")
+        decoders = [stack.params["W_dec"].detach() for _, stack in training.stacks]
+        drawn = [W[:, :half].clone() for W in decoders]
+        for step in range(config.steps):
+            training.step(step)
+            for W, rows in zip(decoders, drawn, strict=True):
+                W[:, :half] = rows
+        trained, _ = training.finish()
     return [t.sae for t in trained]
 
 
@@ -308,9 +328,11 @@ OF_TOKENS = {
 }
 SLOW = {"independent components (FastICA)": independent_components}
 TRAINED = ("SAEs of Gaussian noise", "SAEs of the random-weights model")
-REPORTED = ("SAEs after 1 % of the training", "SAEs")
+REPORTED = ("SAEs after 1 % of the training", "SAEs, half of the decoder frozen", "SAEs")
 IMPOSTORS = (*CHEAP, *OF_TOKENS, *SLOW, *TRAINED)
-RECOVERED = [f"{structure}, most recovered" for structure in STRUCTURES]
+KINDS = (*IMPOSTORS, *REPORTED, *STRUCTURES)
+PLANTED = "planted features"
+"""Name of their place."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,36 +437,44 @@ ARMS: dict[tuple[str, str, int], list[tuple[Tensor, float]]] = {}
 """(place, kind, study) -> directions and explained variance of its five SAEs, of the kinds that are trained."""
 
 
-def build_places(root: Path, work: Path, studies: list[int], part: str) -> None:
-    """Read the activations, and train the SAEs of these studies."""
+def build_places(root: Path, work: Path, studies: range, part: str, kinds: Collection[str]) -> None:
+    """Read the activations, and train the SAEs of these studies, of these kinds."""
     device = torch.device("cpu")
     seeds = [SEEDS * number + i for number in studies for i in range(SEEDS)]
     for place, named in NAMED.items():
         sizes = {"rows": 60_000} if named else {}
         store = open_store(root, device, 2, **named, **sizes)
         noise, control = (noise_like(store, work / f"{place} {i}", (part, i)) for i in range(2))
-        random = open_store(root, device, 2, **named, **sizes, random_seed=0)
+        random = open_store(root, device, 2, **named, **sizes, random_seed=0) if TRAINED[1] in kinds else store
         PLACES[place] = Data.of(store, saes(control, [10_000 + s for s in seeds], WIDTH, K, TOKENS), WIDTH, K)
         arms = {
-            "SAEs of Gaussian noise": (noise, TOKENS),
-            "SAEs of the random-weights model": (random, TOKENS),
-            "SAEs after 1 % of the training": (store, SHORT),
-            "SAEs": (store, TOKENS),
+            "SAEs of Gaussian noise": (saes, noise, TOKENS),
+            "SAEs of the random-weights model": (saes, random, TOKENS),
+            "SAEs after 1 % of the training": (saes, store, SHORT),
+            "SAEs, half of the decoder frozen": (half_frozen, store, TOKENS),
+            "SAEs": (saes, store, TOKENS),
         }
         _, heldout = store.split(0.2)
         some = range(heldout.start, min(heldout.start + HELDOUT, heldout.stop))
-        for kind, (source, tokens) in arms.items():
-            group = [(s.W_dec, evaluate(s, store, some)[0]) for s in saes(source, seeds, WIDTH, K, tokens)]
+        for kind, (trained, source, tokens) in arms.items():
+            if kind not in kinds:
+                continue
+            group = [(s.W_dec, evaluate(s, store, some)[0]) for s in trained(source, seeds, WIDTH, K, tokens)]
             for at, number in enumerate(studies):
                 five = group[SEEDS * at : SEEDS * (at + 1)]
                 ARMS[place, kind, number] = [(W, figures.explained_variance) for W, figures in five]
 
 
-def one(task: tuple[str, str, int]) -> list[tuple[str, str, dict[str, float]]]:
+Figures = dict[str, float]
+Task = tuple[str, str, int]
+"""(place, kind, study)."""
+
+
+def one(task: Task) -> list[tuple[str, str, Figures]]:
     """(place, kind, figures) of one study."""
     place, kind, number = task
     torch.set_num_threads(1)
-    if place == "planted features":
+    if place == PLANTED:
         return [(place, f"{kind}, {degree}", f) for degree, f in planted_study(kind, number).items()]
     data = PLACES[place]
     if group := ARMS.get((place, kind, number)):
@@ -454,21 +484,21 @@ def one(task: tuple[str, str, int]) -> list[tuple[str, str, dict[str, float]]]:
     return [(place, kind, study(data, directions, [explained(data, W) for W in directions], number))]
 
 
-def tasks(studies: int, trained_studies: int, planted_studies: int, part: str) -> list[tuple[str, str, int]]:
+def tasks(studies: int, trained_studies: int, planted_studies: int, part: str, kinds: Collection[str]) -> list[Task]:
     numbers = [range(int(part == "odd"), n, 2) for n in (studies, trained_studies, planted_studies)]
-    found = [("planted features", kind, i) for kind in STRUCTURES for i in numbers[2]]
+    found = [(PLANTED, kind, i) for kind in STRUCTURES for i in numbers[2]]
     for place, named in NAMED.items():
         cheap = CHEAP | (OF_TOKENS if named else {})
         found += [(place, kind, i) for kind in cheap for i in numbers[0]]
         found += [(place, kind, i) for kind in (*SLOW, *TRAINED, *REPORTED) for i in numbers[1]]
-    return found
+    return [task for task in found if task[1] in kinds]
 
 
-def passes(figures: dict[str, float], rule: str) -> bool:
+def passes(figures: Figures, rule: str) -> bool:
     return all(figures[name] > THRESHOLDS[name] for name in RULES[rule])
 
 
-def rates(studies: list[dict[str, float]]) -> dict[str, float]:
+def rates(studies: list[Figures]) -> dict[str, float]:
     """Share of the studies that pass each rule, and all new ones."""
     by_rule = {rule: np.array([passes(f, rule) for f in studies]) for rule in RULES}
     n, passed = len(studies), int(np.logical_and.reduce([by_rule[rule] for rule in NEW]).sum())
@@ -482,19 +512,78 @@ def rates(studies: list[dict[str, float]]) -> dict[str, float]:
     } | means
 
 
-def failures(found: dict[str, dict[str, float]]) -> list[str]:
+def by_recovery(planted: dict[str, list[Figures]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Structure -> range of the recovery -> rates of the studies there, of all trainings together."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for structure in STRUCTURES:
+        every = [f for kind, studies in planted.items() if kind.split(", ")[0] == structure for f in studies]
+        for low, high in pairwise(RECOVERIES):
+            if inside := [f for f in every if low <= f["recovery"] < high]:
+                found.setdefault(structure, {})[f"{low:g} to {high:g}"] = rates(inside)
+    return found
+
+
+def failures(found: dict[str, dict[str, float]], recovered: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     wrong = [f"{kind} pass in {r['all']:.1%}" for kind, r in found.items() if kind in IMPOSTORS and r["all"] > MOST]
     wrong += [f"{k}: at most {r['most']:.1%}" for k, r in found.items() if k in IMPOSTORS and r["most"] > SURELY]
-    return wrong + [f"{kind}: pass in {found[kind]['all']:.1%}" for kind in RECOVERED if found[kind]["all"] < POWER]
+    for structure in STRUCTURES:
+        most = recovered.get(structure, {}).get(RECOVERED)
+        if most is None:
+            wrong.append(f"{structure}: recovered in no study")
+        elif most["all"] < POWER:
+            wrong.append(f"{structure}, recovered: pass in {most['all']:.1%}")
+    return wrong
 
 
-def page(name: str, found: dict[str, dict[str, float]], places: dict[str, dict[str, dict[str, float]]], args) -> str:
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+Zoo = dict[str, dict[str, list[Figures]]]
+"""Place -> kind -> the figures of each study."""
+
+
+def computed(args: argparse.Namespace) -> Zoo:
+    """The studies of the kinds that are asked for."""
+    found: Zoo = {}
+    with tempfile.TemporaryDirectory() as work:
+        todo = tasks(args.studies, args.trained_studies, args.planted_studies, args.part, args.kinds)
+        if any(place != PLANTED for place, _, _ in todo):
+            numbers = range(int(args.part == "odd"), args.trained_studies, 2)
+            build_places(args.artifact_root, Path(work), numbers, args.part, args.kinds)
+        with ProcessPoolExecutor(args.workers) as pool, progress("impostors (studies)", len(todo)) as advance:
+            for results in pool.map(one, todo):
+                for place, kind, figures in results:
+                    rounded = {name: round(value, 4) for name, value in figures.items()}
+                    found.setdefault(place, {}).setdefault(kind, []).append(rounded)
+                advance(1)
+    return found
+
+
+def with_earlier(found: Zoo, path: Path, about: dict) -> Zoo:
+    """The same with the studies that an earlier report holds, of kinds that were not computed again.
+
+    Raises:
+        BadInput: that report is of other settings or thresholds.
+    """
+    earlier = read_json(path, "earlier report")
+    if other := [name for name, value in about.items() if earlier.get(name) != value]:
+        raise BadInput(f"--kinds: {path} is of another {other[0]}; the same expected, or all kinds computed again")
+    for place, kinds in earlier["figures"].items():
+        for kind, columns in kinds.items():
+            studies = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            found.setdefault(place, {}).setdefault(kind, studies)
+    order = [*KINDS, *(f"{structure}, {degree}" for structure in STRUCTURES for degree in DEGREES)]
+    return {place: {kind: found[place][kind] for kind in order if kind in found[place]} for place in (PLANTED, *NAMED)}
+
+
+def page(about: dict, name: str) -> str:
+    found, settings = about["rates"], about["settings"]
+    given = " ".join(f"--{n.replace('_', '-')} {value}" for n, value in settings.items())
     lines = [
         "# Impostors",
         "",
-        f"`python benchmarks/impostors.py --studies {args.studies} --trained-studies {args.trained_studies} "
-        f"--planted-studies {args.planted_studies} --part {args.part}`: share of the {args.part} studies, over all "
-        "places, that pass each rule. A study is five dictionaries; the rules are described at the head of the script. "
+        f"`python benchmarks/impostors.py {given}`: share of the {settings['part']} studies, over all places, that "
+        "pass each rule. A study is five dictionaries; the rules are described at the head of the script. "
         f"Registered minima: {rules.STABILITY.threshold:g}, of the code {rules.CODE.threshold:g}. *At most*: 95 % "
         "upper bound (Clopper-Pearson). *Others*: mean share of the features that are not near a prototype.",
         "",
@@ -510,13 +599,33 @@ def page(name: str, found: dict[str, dict[str, float]], places: dict[str, dict[s
         lines.append(f"| {shown} | {r['studies']} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Bold: impostors, which must not pass. Recovery: mean signed cosine with the planted features, one to one. The "
-        "SAEs of single places, which pass or not on their merits:",
+        "Bold: impostors, which must not pass. SAEs after 1 % of the training, and SAEs with half of the decoder "
+        "frozen, do hold features: they are reported. Recovery: mean signed cosine with the planted features, one to "
+        "one.",
+        "",
+        "## Planted features, by recovery",
+        "",
+        f"Planted features count as recovered in a study whose recovery is at least {levels.MIN_RECOVERY:g}, the "
+        f"registered minimum of the positive control. At least {POWER:.0%} of these studies of each structure must "
+        "pass.",
+        "",
+        f"| structure | recovery | studies | {' | '.join(RULES)} | all new |",
+        "|---|---|" + "---|" * (len(RULES) + 2),
+    ]
+    for structure, ranges in about["by_recovery"].items():
+        for between, r in ranges.items():
+            cells = [f"{r[rule]:.0%}" for rule in (*RULES, "all")]
+            lines.append(f"| {structure} | {between} | {r['studies']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## SAEs of single places",
+        "",
+        "They pass or not on their merits.",
         "",
         "| SAEs of | studies | " + " | ".join(RULES) + " | all new |",
         "|---|" + "---|" * (len(RULES) + 2),
     ]
-    for place, r in places.items():
+    for place, r in about["by_place"].items():
         if "SAEs" in r:
             cells = [f"{r['SAEs'][rule]:.0%}" for rule in (*RULES, "all")]
             lines.append(f"| {place} | {r['SAEs']['studies']} | {' | '.join(cells)} |")
@@ -547,6 +656,14 @@ def main() -> None:
     p.add_argument("--studies", type=positive_int, default=70, help="of a cheap kind in a place (default: %(default)s)")
     p.add_argument("--trained-studies", type=positive_int, default=20, help="of each other (default: %(default)s)")
     p.add_argument("--planted-studies", type=positive_int, default=60, help="of each structure (default: %(default)s)")
+    p.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        metavar="KIND",
+        help=f"compute these alone, and take the others from the report in --output-dir: {', '.join(KINDS)}",
+    )
     p.add_argument("--artifact-root", type=Path, default=Path("results"), help="stores (default: %(default)s)")
     p.add_argument("--workers", type=positive_int, default=2, help="default: %(default)s")
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
@@ -554,34 +671,28 @@ def main() -> None:
     if min(args.studies, args.trained_studies, args.planted_studies) < 2:
         p.error("--studies, --trained-studies, --planted-studies: at least 2 expected, one for each part")
 
-    with tempfile.TemporaryDirectory() as work:
-        todo = tasks(args.studies, args.trained_studies, args.planted_studies, args.part)
-        build_places(args.artifact_root, Path(work), sorted({i for _, kind, i in todo if kind == "SAEs"}), args.part)
-        found: dict[str, dict[str, list[dict[str, float]]]] = {}
-        with ProcessPoolExecutor(args.workers) as pool, progress("impostors (studies)", len(todo)) as advance:
-            for results in pool.map(one, todo):
-                for place, kind, figures in results:
-                    found.setdefault(place, {}).setdefault(kind, []).append(figures)
-                advance(1)
-    by_place = {place: {kind: rates(studies) for kind, studies in kinds.items()} for place, kinds in found.items()}
-    names = list(
-        dict.fromkeys(kind for kinds in (*list(found.values())[1:], found["planted features"]) for kind in kinds)
-    )
-    whole = {kind: rates([f for kinds in found.values() for f in kinds.get(kind, [])]) for kind in names}
-    listed = {
-        place: {
-            kind: {name: [round(f[name], 4) for f in studies] for name in studies[0]} for kind, studies in kinds.items()
-        }
-        for place, kinds in found.items()
-    }
+    settings = {name: getattr(args, name) for name in ("studies", "trained_studies", "planted_studies", "part")}
+    about: dict = {"settings": settings, "thresholds": THRESHOLDS}
     name = "impostors" if args.part == "odd" else "impostors_even"
-    about = {"part": args.part, "thresholds": THRESHOLDS, "rates": whole, "by_place": by_place, "figures": listed}
+    some, args.kinds = bool(args.kinds), args.kinds or list(KINDS)
+    zoo = computed(args)
+    if some:
+        zoo = with_earlier(zoo, args.output_dir / f"{name}.json", about)
+
+    kinds = dict.fromkeys(kind for place in (*NAMED, PLANTED) for kind in zoo.get(place, {}))
+    about["rates"] = {kind: rates([f for of in zoo.values() for f in of.get(kind, [])]) for kind in kinds}
+    about["by_place"] = {place: {kind: rates(studies) for kind, studies in of.items()} for place, of in zoo.items()}
+    about["by_recovery"] = by_recovery(zoo.get(PLANTED, {}))
+    about["figures"] = {
+        place: {kind: {n: [f[n] for f in studies] for n in studies[0]} for kind, studies in of.items()}
+        for place, of in zoo.items()
+    }
     write_json(args.output_dir / f"{name}.json", about)
-    text = page(name, whole, by_place, args)
+    text = page(about, name)
     write_text(args.output_dir / f"{name}.md", text)
-    figure(whole, args.output_dir / f"{name}.png")
+    figure(about["rates"], args.output_dir / f"{name}.png")
     print(text)
-    if wrong := failures(whole):
+    if wrong := failures(about["rates"], about["by_recovery"]):
         raise CheckFailed("; ".join(wrong))
 
 

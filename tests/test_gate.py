@@ -77,8 +77,21 @@ def test_simulated_evidence_follows_from_its_figures_and_passes(seeds):
 
 
 def test_noise_is_known_of_every_gate():
-    assert set(NOISE) == set(GATES)
-    assert all(s.seed >= 0 and (s.seed if g in simulate.OF_SEEDS else s.cell) > 0 for g, s in NOISE.items())
+    for noise in (NOISE, simulate.measure(REPOSITORY / "docs" / "evidence")):
+        assert set(noise) == set(GATES)
+        assert all(s.seed >= 0 and (s.seed if g in simulate.OF_SEEDS else s.cell) > 0 for g, s in noise.items())
+
+
+def test_moments_give_the_noise_that_was_drawn():
+    rng, spread = np.random.default_rng(0), simulate.NoiseSpread(0.3, 0.2, 0.4, 0.1)
+    drawn = [simulate.of_pairs(rng, 5, spread) * (1 - np.eye(5)) for _ in range(400)]
+    found = simulate._pooled(map(simulate._of_matrix, drawn))
+    assert (found.seed, found.cell) == pytest.approx((0.3, 0.2), rel=0.1)
+    families = [f for f in "abcdefgh" for _ in range(4)]
+    found = simulate._pooled(
+        simulate._of_sets(simulate.of_sets(rng, 5, families, spread), families) for _ in range(400)
+    )
+    assert vars(found) == pytest.approx(vars(spread), rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from husai.evidence.estimates import Estimate
 from husai.evidence.schemas import RandomModelStress, Shifted, TranscoderStress
 from husai.release import gate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
+from husai.report import text
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY
 from husai.testing import simulate
@@ -60,6 +61,17 @@ def test_page_and_gate_say_the_same_of_an_effect(label):
         assert page(label, found) == outcome
         assert status(label, found) == outcome
     assert page(label, results(label, seeds=4)) == rules.MISSING
+
+
+def test_pages_give_strata_of_every_arm():
+    meaningless = RandomModelStress.model_validate(results("random_model"))
+    arms = {"own": meaningless.section} | {f"draw {i}": c for i, c in enumerate(meaningless.random_models)}
+    arms["empty"] = meaningless.section.model_copy(update={"strata": []})
+    _, _, header, _, *rows = text.strata(arms)
+    assert header.count("|") == rows[0].count("|")
+    expected = [[name, f"{s.low:g} to {s.high:g}", f"{s.mcc:.4f}"] for name, arm in arms.items() for s in arm.strata]
+    assert [[row.split(" | ")[i].strip("| ") for i in (0, 2, 4)] for row in rows] == expected
+    assert text.strata({"empty": arms["empty"]}) == []
 
 
 def of_members(arm: str, name: str, value):

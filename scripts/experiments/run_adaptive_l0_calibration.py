@@ -158,7 +158,7 @@ def draw(results, output_dir: Path) -> list[Path]:
 
 def summary(results: dict) -> str:
     from husai.evidence.schemas import AdaptiveL0, SparsitySection
-    from husai.report.text import at_rest, gain_sentence, interval, table
+    from husai.report.text import at_rest, gain_sentence, interval, strata, table
 
     phase = AdaptiveL0.model_validate(results)
 
@@ -196,6 +196,8 @@ def summary(results: dict) -> str:
         "*Surest excess*: the least lower end of the intervals of the excess of `mcc_alive` over the required nulls; "
         "the chosen k has the largest. Intervals: delete-one-seed jackknife, t(S−1).",
     ]
+    arms = {f"k {s.k}": s for s in phase.selection} | {f"k {s.k}, fresh seeds": s for s in phase.confirmation}
+    lines += ["", *strata(arms)]
     return "\n".join(lines) + "\n"
 
 

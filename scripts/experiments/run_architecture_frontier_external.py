@@ -93,7 +93,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def summary(results: dict) -> str:
-    from husai.report.text import interval, table
+    from husai.report.text import interval, strata_of_banks, table
 
     (found,) = results["banks"]
     local = found["cebench"] and found["cebench"]["benchmark"] == "contrastive_local"
@@ -133,6 +133,7 @@ def summary(results: dict) -> str:
     if results["pareto"]:
         front = ", ".join(results["pareto"])
         lines += [f"Differences to ReLU, at one L0, that no other beats on both benchmarks (estimates): {front}.", ""]
+    lines += [*strata_of_banks(results["banks"]), ""]
     return "\n".join(lines)
 
 

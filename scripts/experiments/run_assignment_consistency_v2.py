@@ -256,7 +256,7 @@ def draw(results, output_dir: Path) -> list[Path]:
 
 def summary(results: dict) -> str:
     from husai.evidence.schemas import AssignmentConsistency
-    from husai.report.text import GAIN_HEADER, gain_cells, gain_sentence, interval, table
+    from husai.report.text import GAIN_HEADER, gain_cells, gain_sentence, interval, strata, table
 
     phase = AssignmentConsistency.model_validate(results)
     accepted = phase.acceptance
@@ -298,6 +298,9 @@ def summary(results: dict) -> str:
         "*Gain*: against λ = 0, the same seeds in both; the shared arm's is the mean over references, its interval "
         "over seeds given these references. Intervals: delete-one-seed jackknife, t(S−1); of EV, t(S−1).",
     ]
+    arms = {"λ 0": phase.control} | {f"λ {a.weight:g}": a for a in phase.own}
+    arms |= {f"λ {a.weight:g}, fresh seeds": a for a in phase.confirmation}
+    lines += ["", *strata(arms)]
     return "\n".join(lines) + "\n"
 
 

@@ -152,7 +152,7 @@ def summary(results: dict) -> str:
         "",
         *[f"Not computed: {null} ({why})." for null, why in section.stability.missing_nulls.items()],
         "",
-        *strata(section),
+        *strata({"the candidate": section}),
         "",
         f"Probing data sets: {', '.join(probing.data_sets)}.",
         "",

@@ -193,7 +193,7 @@ def draw(results, output_dir: Path) -> list[Path]:
 
 def summary(results: dict) -> str:
     from husai.evidence.schemas import CoreAblations, Reached
-    from husai.report.text import GAIN_HEADER, at_rest, gain_cells, interval, table
+    from husai.report.text import GAIN_HEADER, at_rest, gain_cells, interval, strata, table
 
     phase = CoreAblations.model_validate(results)
 
@@ -243,6 +243,7 @@ def summary(results: dict) -> str:
             "",
             *(f"- {c.name}: {'refused, ' + c.refused if c.refused else '**NOT REFUSED**'}" for c in phase.controls),
         ]
+    lines += ["", *strata({r.name: r for r in phase.rows} | {m.name: m for m in phase.methods})]
     return "\n".join(lines) + "\n"
 
 

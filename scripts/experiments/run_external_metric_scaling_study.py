@@ -106,7 +106,7 @@ def probing_name(results: dict) -> str:
 
 def summary(results: dict) -> str:
     from husai.evidence.schemas import Gain
-    from husai.report.text import GAIN_HEADER, gain_cells, interval, table
+    from husai.report.text import GAIN_HEADER, gain_cells, interval, strata_of_banks, table
 
     rows = [row for found in results["banks"] for row in found["conditions"]]
     names = (
@@ -186,6 +186,7 @@ def summary(results: dict) -> str:
         lines.append(f"- {power} ({setting}; {fit}; up to {law['epochs']:.1f} epochs).")
     if not results["power_laws"]:
         lines.append("No axis has four values: no power law is fitted.")
+    lines += ["", *strata_of_banks(results["banks"])]
     return "\n".join(lines) + "\n"
 
 

@@ -371,7 +371,7 @@ def table(section) -> list[str]:
             first = f"`{name}` | {interval(score.observed)}" if i == 0 else " | "
             lines.append(f"| {first} | {null} | {value.mean:.4f} | {interval(score.excess[null])} |")
     lines += [f"\nNot computed: {null} ({why})." for null, why in stability.missing_nulls.items()]
-    lines += ["", *strata(section)]
+    lines += ["", *strata({"trained": section})]
     lines += ["", "Intervals: delete-one-seed jackknife over seeds, t(S−1); pairs of seeds are not independent."]
     return lines
 

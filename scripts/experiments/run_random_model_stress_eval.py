@@ -162,7 +162,7 @@ def summary(results: dict) -> str:
         rows.append([name, interval(score.observed), *excess, *heldout])
     header = ["SAEs of", "`mcc_alive`", *(f"excess over {null}" for null in GATED_NULLS)]
     lines += [*table([*header, "held-out explained variance", "L0", "dead features"], rows), ""]
-    lines += [*strata(section), ""]
+    lines += [*strata(arms), ""]
     lines += [
         "A random-weights model keeps the mean and variance of each weight matrix and nothing that was learned. Each "
         "null is drawn in the activations of its own subject; `gaussian` are SAEs trained alike on Gaussian rows with "

@@ -108,7 +108,7 @@ def summary(results: dict) -> str:
     from husai.evidence import contrast
     from husai.evidence.names import GATED_NULLS
     from husai.evidence.schemas import OwnSection, Section, TranscoderStress
-    from husai.report.text import at_rest, gain_sentence, interval, stand_in, table
+    from husai.report.text import at_rest, gain_sentence, interval, stand_in, strata, table
 
     found = TranscoderStress.model_validate(results)
     s, verdict = found.setting, found.verdict
@@ -142,6 +142,8 @@ def summary(results: dict) -> str:
             "beside it: transcoders among themselves less the candidate's SAEs among themselves, "
             f"{gain_sentence(found.gain)}. Training of transcoders was at rest: {at_rest(found.transcoder)}. SAEs read "
             "what they reconstruct, transcoders have to compute it: what each explains is no contest.",
+            "",
+            *strata(arms_of(found)),
             "",
             *stand_in(results),
         ]

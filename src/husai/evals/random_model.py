@@ -126,7 +126,7 @@ def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads:
     arm = draw.saes
     arguments = cells, arm.store, labels, arm.dictionaries, draws, threads
     compared, _ = study.compare_all(*arguments, {}, draw.gaussian, scores=PAIRED)
-    found = dict(arm.alike) | {"stability": compared.stability, "pairs": compared.pairs}
+    found = dict(arm.alike) | {n: getattr(compared, n) for n in ("stability", "pairs", "strata")}
     return Control(**found, gaussian=draw.gaussian.alike)
 
 

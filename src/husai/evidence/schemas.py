@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -641,6 +640,19 @@ class Stratum(Strict):
         return self
 
 
+def _every_stratum(strata: list[Stratum]) -> list[Stratum]:
+    found: dict[str, list[tuple]] = {}
+    for s in strata:
+        found.setdefault(s.figure, []).append((s.low, s.high))
+    if any(found[figure] != [*pairwise(STRATA.get(figure, ()))] for figure in found):
+        raise ValueError("strata: each stratum of a figure once expected, in order")
+    return strata
+
+
+Strata = Annotated[list[Stratum], AfterValidator(_every_stratum)]
+"""Matched alive features by each figure of STRATA that is known."""
+
+
 class Comparison(Scored, OnStore):
     """All pairs of SAEs on one store (`stability.study.compare_all`)."""
 
@@ -648,18 +660,7 @@ class Comparison(Scored, OnStore):
     """SAEs of Gaussian rows; None: not part of the study."""
     others: list[int] | None
     """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
-    strata: list[Stratum]
-    """Matched alive features by each figure of STRATA that is known."""
-
-    @field_validator("strata")
-    @classmethod
-    def _every_stratum(cls, strata: list[Stratum]) -> list[Stratum]:
-        found: dict[str, list[tuple]] = {}
-        for s in strata:
-            found.setdefault(s.figure, []).append((s.low, s.high))
-        if any(found[figure] != [*pairwise(STRATA.get(figure, ()))] for figure in found):
-            raise ValueError("strata: each stratum of a figure once expected, in order")
-        return strata
+    strata: Strata
 
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
@@ -1309,6 +1310,8 @@ class Control(Scored, Alike):
 
     gaussian: Alike
     """SAEs of Gaussian rows with the moments of these activations."""
+    strata: Strata = []
+    """Empty in results that are older than this field."""
 
 
 class Supplied(Evaluation):

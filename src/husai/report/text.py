@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from husai.evidence.names import COMPARED_NULLS, GATED_NULLS
 from husai.runs.files import write_text
 
 if TYPE_CHECKING:
-    from husai.evidence.schemas import Comparison, Gain, Interval, Scored, Section
+    from husai.evidence.schemas import Comparison, Control, Gain, Interval, Scored, Section
 
 
 def interval(e: dict | Interval, sign: str = "") -> str:
@@ -43,16 +44,33 @@ def at_rest(section: Section) -> str:
     return {True: "yes", False: "**no**", None: "not known"}[section.convergence.converged]
 
 
-def strata(section: Comparison) -> list[str]:
-    """Lines of markdown: how well features match, by firing rate and by cosine with the nearest prototype."""
+def strata(arms: Mapping[str, Comparison | Control]) -> list[str]:
+    """Lines of markdown: how well features match, by firing rate and by cosine with the nearest prototype.
+
+    Args:
+        arms: name of the SAEs -> their study.
+    """
     named = {"firing_rate": "share of held-out rows it fires on", "nearest": "cosine with the nearest prototype"}
     rows = [
-        [named[s.figure], f"{s.low:g} to {s.high:g}", f"{s.features:.1f}", f"{s.mcc:.4f}", f"{s.share70:.1%}"]
-        for s in section.strata
+        [name, named[s.figure], f"{s.low:g} to {s.high:g}", f"{s.features:.1f}", f"{s.mcc:.4f}", f"{s.share70:.1%}"]
+        for name, arm in arms.items()
+        for s in arm.strata
         if s.mcc is not None and s.share70 is not None
     ]
-    header = ["figure of a feature", "stratum", "features an SAE", "mean matched cosine", "matched at 0.7 or more"]
+    header = ["SAEs", "figure of a feature", "stratum", "features an SAE", "mean matched cosine"]
+    header.append("matched at 0.7 or more")
     return ["Matched alive features, all pairs of SAEs together:", "", *table(header, rows)] if rows else []
+
+
+def strata_of_banks(banks: list[dict]) -> list[str]:
+    """`strata` of each condition of the banks in a study's results."""
+    from husai.evidence.schemas import Bank
+
+    arms: dict[str, Comparison | Control] = {}
+    for bank in map(Bank.model_validate, banks):
+        names = [row["condition"] for row in bank.conditions]
+        arms |= dict(zip(names, bank.sections, strict=True))
+    return strata(arms)
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

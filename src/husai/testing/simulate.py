@@ -7,12 +7,12 @@ that make it in a run, so that `recompute.results_problems` finds nothing. Nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from husai.evidence.estimates import Estimate, noise
 from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS, STRATA
 from husai.evidence.rules import SPECTRAL_DRAWS
 from husai.evidence.schemas import (
+    CODE_FIGURES,
     Alike,
     Bank,
     Code,
@@ -48,9 +49,13 @@ from husai.evidence.schemas import (
     Phase4a,
     PlantedSection,
     Probing,
+    RandomModelStress,
+    Retrained,
     ScoredRecord,
+    Section,
     SeedGroup,
     Selected,
+    Strict,
     TranscoderStress,
 )
 from husai.evidence.stability import summarise
@@ -114,15 +119,117 @@ def shifted(gate: str, by: float) -> float:
 
 
 def measured(docs: Path) -> Noise:
-    """Noise of each gate's figure, as the runs on husai-tiny of November 2026 had it.
-
-    Moments of sections, or of matched pairs of conditions, with five seeds or more; means of their variances.
+    """Noise of each gate's figure, as `benchmarks/gate_calibration.py` found it (`measure`).
 
     Args:
         docs: the documents' folder.
     """
     found = read_json(docs / "benchmarks" / "gate_noise.json", "noise")
     return {gate: NoiseSpread(**found[gate]) for gate in GATES}
+
+
+def measure(evidence: Path) -> Noise:
+    """Noise of each gate's figure in the runs on husai-tiny, by moments; the mean variance of a gate's figures.
+
+    Stability, code, fit and the stress tests are those of the demo's candidate. Benchmarks are the studies of many data
+    sets and pairs that stand beside the demo, each condition against its matched reference.
+
+    Args:
+        evidence: folder of the evidence.
+    """
+    demo = evidence / "embedded_queue"
+    control = _results(demo / "phase4a_trained_vs_random", Phase4a).planted
+    own = _results(demo / "candidate_confirmation", Retrained)
+    meaningless = _results(demo / "random_model_stress", RandomModelStress)
+    across = _results(demo / "transcoder_stress", TranscoderStress).across
+    shift = _results(demo / "ood_stress", OODStress).shifted
+    assert control is not None  # the demo plants features
+    assert own.bank.code is not None  # a confirmation codes
+
+    def excesses(section: Section) -> list[np.ndarray]:
+        return [section.scores(null, score) for score, null in rules.STABLE.values()]
+
+    gains = [
+        meaningless.section.scores(null) - other.scores(null)
+        for other in meaningless.random_models
+        for null in (None, *GATED_NULLS)
+    ]
+    coded, heldout = own.bank.code, [r.heldout for r in own.bank.saes if r.candidate]
+    kinds = {str(kind): of_kind for kind, of_kind in coded.prototypes.items()}
+    best = {figure: getattr(kinds[coded.best(figure)], figure) for figure in CODE_FIGURES}
+    gained = [[v - best[f][seed] for seed, v in getattr(coded.saes, f).items()] for f in CODE_FIGURES]
+    variances = {
+        "positive_control": map(_of_matrix, excesses(control.degrees[-1].study)),
+        "stability": map(_of_matrix, excesses(own.section)),
+        "code": map(_of_seeds, gained),
+        "fit": [_of_seeds([h.explained_variance for h in heldout])],
+        "random_model": map(_of_matrix, gains),
+        "transcoder": [_of_matrix(across.scores(null)) for null in GATED_NULLS],
+        "ood": [_of_sets(drop.drops(shift, shift.k), shift.families)],
+        "saebench": _differences(_results(evidence / "saebench_husai_tiny", Probing)),
+        "cebench": _differences(_results(evidence / "phase4e_cebench_matched200", Contrastive)),
+    }
+    return {gate: _pooled(variances[gate]) for gate in GATES}
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def _results(folder: Path, schema: type[T]) -> T:
+    return schema.model_validate(read_json(folder / "results.json", "evidence"))
+
+
+def _of_seeds(values: list[float]) -> dict[str, float]:
+    return {"seed": float(np.var(values, ddof=1)), "cell": 0.0}
+
+
+def _of_matrix(x: np.ndarray) -> dict[str, float]:
+    """Variances of seeds and of pairs, from the effects of a half-diallel table (Griffing 1956, method 4).
+
+    Args:
+        x: symmetric `[S, S]`, the diagonal 0.
+    """
+    s, sums = len(x), x.sum(1)
+    of_seed = sums / (s - 2)  # up to a constant
+    squares = (x**2).sum() / 2 - (sums**2).sum() / (s - 2) + 2 * (x.sum() / 2) ** 2 / ((s - 1) * (s - 2))
+    cell = max(0.0, float(squares) / (s * (s - 3) / 2))
+    return {"seed": max(0.0, float(of_seed.var(ddof=1)) - cell / (s - 2)), "cell": cell}
+
+
+def _differences(results: Probing | Contrastive) -> Iterator[dict[str, float]]:
+    """Variances of each condition's difference to its reference."""
+    probed = isinstance(results, Probing)
+    groups = results.families if isinstance(results, Probing) else results.clusters
+
+    def figures(records: Sequence) -> np.ndarray:
+        return np.array([r.test_auc[deltas.K] if probed else r.normalised_of_pairs for r in records])
+
+    for group in deltas.by_condition(results.saes).values():
+        match = references.matched(group, results.saes)
+        if len(match.records) == len(group) >= 5:
+            yield _of_sets(figures(group) - figures(match.records), groups)
+
+
+def _of_sets(x: np.ndarray, groups: list[str]) -> dict[str, float]:
+    """Variances of `[S, D]` by moments: seeds, families, data sets, the rest."""
+    (s, d), names = x.shape, np.array(groups)
+    left = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    cell = float((left**2).sum()) / ((s - 1) * (d - 1))
+    of_set = x.mean(0)
+    each = [of_set[names == name] for name in dict.fromkeys(groups)]
+    within = float(sum(((g - g.mean()) ** 2).sum() for g in each)) / max(1, d - len(each))
+    between = float(np.var([g.mean() for g in each], ddof=1))
+    return {
+        "seed": max(0.0, float(x.mean(1).var(ddof=1)) - cell / d),
+        "cell": cell,
+        "family": max(0.0, between - within * float(np.mean([1 / len(g) for g in each]))),
+        "data_set": max(0.0, within - cell / s),
+    }
+
+
+def _pooled(variances: Iterable[dict[str, float]]) -> NoiseSpread:
+    rows = list(variances)
+    return NoiseSpread(**{name: float(np.sqrt(np.mean([r[name] for r in rows]))) for name in rows[0]})
 
 
 def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
@@ -560,7 +667,7 @@ def _random_model(draw: int, seeds: list[int], heldout: dict) -> dict:
     made = [_member(_sha("random", draw, s), s, heldout) for s in seeds]
     kept = {"seed", "checkpoint", "checkpoint_sha256", "heldout"}
     section = _section(made, subject, HOOK, store)
-    about = {n: section[n] for n in ("subject_digest", "store_digest", "pairs", "gaussian")}
+    about = {n: section[n] for n in ("subject_digest", "store_digest", "pairs", "gaussian", "strata")}
     return about | {"members": [{n: v for n, v in m.items() if n in kept} for m in made]}
 
 
