@@ -14,7 +14,7 @@ from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evidence import levels, rules, transcoder
-from husai.evidence.names import PAIRED
+from husai.evidence.names import PAIRED, STRATA
 from husai.evidence.schemas import (
     Control,
     Facts,
@@ -262,6 +262,8 @@ def test_transcoders_find_what_the_candidate_found(stress, structured, saes, roo
     assert (s["hook_in"], s["hook_out"]) == ("blocks.0.hook_resid_pre", HOOK)
     assert (s["d_sae"], s["k"], s["tokens"], s["batch_size"], s["seeds"]) == (64, 1, 20_000, 128, SEEDS)
     assert {m["family"] for m in results["transcoder"]["members"]} == {"transcoder"}
+    for figure in STRATA:  # at most all features of an SAE
+        assert 0 < sum(s["features"] for s in results["across"]["strata"] if s["figure"] == figure) <= 64
     for name in ("section", "transcoder", "across"):
         assert (results[name]["hook_name"], results[name]["rows"]) == (HOOK, ROWS)
         assert results[name]["store_digest"] == results["candidate"]["facts"]["store_digest"]

@@ -23,6 +23,7 @@ from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability import controls, study
 from husai.stability.compare import Dictionary
+from husai.stability.prototypes import of_store
 from husai.stability.study import ControlArm
 from husai.training.grid import SNAPSHOTS
 from husai.training.stack import Member
@@ -111,10 +112,15 @@ def section_of(
     """
     gaussian = controls.gaussian(artifact_root, store, *trained_alike(tested), device, threads)
     members = [c.member for c in tested.saes]
-    labels, dictionaries = [m.label for m in members], own_dictionaries(tested)
+    labels, dictionaries = [m.label for m in members], near_prototypes(own_dictionaries(tested), store, artifact_root)
     cells = Cells(artifact_root / "controls" / "cells")
     compared, drawn = study.compare_all(cells, store, labels, dictionaries, draws, threads, {}, gaussian, scores=PAIRED)
     return OwnSection(members=members, **dict(compared)), drawn
+
+
+def near_prototypes(dictionaries: list[Dictionary], store: ActivationStore, artifact_root: Path) -> list[Dictionary]:
+    """The same dictionaries, which know their cosines with the store's prototypes: matches are reported by them."""
+    return study.told_apart(dictionaries, of_store(store, artifact_root, len(dictionaries[0].W_dec)))
 
 
 def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads: int) -> Control:

@@ -312,8 +312,8 @@ def mean_of_two(first: dict, second: dict) -> dict:
         return {"mean": means, "draws": draws}
 
     merged = {null: of_null(first[null], second[null]) for null in first}
-    both = first["observed"]["strata"], second["observed"]["strata"]
-    merged["observed"]["strata"] = compare.added(both)
+    both = compare.added([first["observed"]["strata"], second["observed"]["strata"]])
+    merged["observed"]["strata"] = {figure: (np.array(rows) / 2).tolist() for figure, rows in both.items()}
     return merged
 
 
