@@ -29,7 +29,10 @@ def summary_lines(results: dict) -> list[str]:
         f"{alive} of them alive on {results['heldout_tokens']:,} held-out tokens; explained variance "
         f"{held['explained_variance']:.3f}, L0 {held['l0']:.1f}. {_siblings(results)}",
         f"2. Recurrence: {percent(results['recur'])} of the alive features recur in a sibling (95 % interval over "
-        f"siblings)" + _without_prototypes(results) + f"; {results['in_every'][-1]:.1%} recur in every one of {n}.",
+        f"siblings)"
+        + _without_prototypes(results)
+        + f"; {results['in_every'][-1]:.1%} recur in every one of {n}."
+        + _partners(results),
         "3. " + _certified(results, said, bars, n),
         "4. " + _chance(results, said),
         f"5. The others: {said['prototype-like']} lie near a token mean or a centroid, which every training finds; "
@@ -37,12 +40,10 @@ def summary_lines(results: dict) -> list[str]:
         f"withheld; {said['dead']} are dead.",
     ]
     if results["differs"]:
-        among = float(np.mean(results["among_siblings"]))
-        own = float(np.mean([s["partners"] for s in results["siblings"]]))
         lines.append(
-            f"\n**The SAE differs from its siblings in more than the seed**: {own:.1%} of its features have a partner "
-            f"in a sibling, {among:.1%} of a sibling's have one in another. Explained variance and L0: "
-            f"{held['explained_variance']:.3f} and {held['l0']:.1f} of the SAE, {_figures(results)} of siblings."
+            "\n**The SAE differs from its siblings in more than the seed**: fewer of its features have a partner "
+            f"than of theirs. Explained variance and L0: {held['explained_variance']:.3f} and {held['l0']:.1f} of the "
+            f"SAE, {_figures(results)} of siblings."
         )
     return [*lines, *(f"\n**Limit**: {limit}" for limit in results["limits"]), *(f"\n{n}" for n in results["notes"])]
 
@@ -74,6 +75,17 @@ def _siblings(results: dict) -> str:
 def _without_prototypes(results: dict) -> str:
     others = results["recur_others"]
     return "" if others is None else f", {percent(others)} of those that are like no prototype"
+
+
+def _partners(results: dict) -> str:
+    """What tells an SAE that was trained otherwise from its siblings."""
+    if not results["among_siblings"]:
+        return ""
+    own = float(np.mean([s["partners"] for s in results["siblings"]]))
+    return (
+        f" By decoder alone, {own:.1%} of its features have a partner in a sibling, and "
+        f"{np.mean(results['among_siblings']):.1%} of a sibling's features have one in another sibling."
+    )
 
 
 def _certified(results: dict, said: dict, bars: dict, n: int) -> str:
