@@ -1,11 +1,7 @@
 """Names of places in a model."""
 
-from pathlib import Path
-
 import pytest
 
-from husai.runs.errors import BadInput
-from husai.stability.study import refuse_processed
 from husai.subjects.hooks import hook_name_of, same_model, same_place
 
 
@@ -76,22 +72,3 @@ def test_two_names_of_one_place(one, other, same):
 )
 def test_names_of_one_model(one, other, same):
     assert same_model(one, other) == same
-
-
-@pytest.mark.parametrize(
-    ("said", "key"),
-    [
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights"),
-        ({"seqpos_slice": [10, None]}, "seqpos_slice"),
-        ({"exclude_special_tokens": True}, "exclude_special_tokens"),
-        ({"hook_head_index": 0}, "hook_head_index"),
-    ],
-)
-def test_activations_made_otherwise_are_refused(said, key):
-    with pytest.raises(BadInput, match=key):
-        refuse_processed(Path("S"), said)
-
-
-def test_usual_activations_are_accepted():
-    usual = {"seqpos_slice": [None], "exclude_special_tokens": False, "hook_head_index": None}
-    refuse_processed(Path("S"), usual | {"model_from_pretrained_kwargs": {"center_writing_weights": False}})

@@ -69,7 +69,7 @@ def by_the_bridge(subject, hook_name, saes, texts) -> dict:
             return subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, 1:-1].double().log_softmax(-1)
 
         whole, truth = predict(None), tokens[0, 2:, None]
-        replacements = [torch.zeros_like, *map(recovered.reconstruction, saes)]
+        replacements = [recovered.Replacement(subject, hook_name, sae) for sae in (None, *saes)]
         total["model"] -= whole.gather(1, truth).sum().item()
         total["tokens"] += len(truth)
         for i, replace in enumerate(replacements):

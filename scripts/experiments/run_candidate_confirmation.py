@@ -117,6 +117,7 @@ def summary(results: dict) -> str:
     from husai.evidence.estimates import mean_over_seeds
     from husai.evidence.schemas import read_evaluation
     from husai.report.text import interval, stand_in, strata, table
+    from husai.subjects.harvesting import line
 
     found = read_evaluation(results)
     section, own = found.section, [r for r in found.bank.saes if r.candidate]
@@ -161,7 +162,8 @@ def summary(results: dict) -> str:
         called = ", ".join(
             f"{seed} is {label}" for seed, label in zip(found.paths, section.stability.labels, strict=True)
         )
-        lines += [f"SAEs: {called}.", "", *(line for note in found.notes for line in (note, ""))]
+        notes = [*found.notes, *([line(found.harvesting.to_json())] if found.harvesting else [])]
+        lines += [f"SAEs: {called}.", "", *(text for note in notes for text in (note, ""))]
         lines += ["HUSAI cannot see how you selected these SAEs, so the result cannot support an external claim.", ""]
         lines += stand_in(results)
     return "\n".join(lines)

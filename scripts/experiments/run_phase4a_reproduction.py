@@ -147,6 +147,7 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
 
     names = ("store", "subject", "hook_name", "position", "rows")
     given = {name: protocol[name] for name in names} | {"config": protocol["subject_config"], "text": args.text}
+    given["harvesting"] = protocol.get("harvesting")
     return source.open_store(args.artifact_root, device, args.threads, **given, random_seed=random_seed)
 
 
@@ -270,10 +271,17 @@ def supplied(args, cells, device):
     from husai.evidence.schemas import Phase4aSupplied, SuppliedMember
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
-    from husai.runs.subjects import hub_name
+    from husai.runs.subjects import as_said, hub_name, is_language_model
     from husai.stability import independence, prototypes, replicates, study
+    from husai.subjects import harvesting
 
     protocol = own(args)
+    folders = foreign.find(args.sae_root)
+    saes = [foreign.open_checkpoint(folder) for folder in folders]
+    said = loaded.agreed_of(folders, saes, args.hook_name, "sae-root")
+    if is_language_model(args.subject):
+        version = None if args.same_model else said.revision, said.dtype, args.dtype
+        protocol |= {"subject": as_said(args.subject, *version, "sae-root"), "harvesting": said}
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
     members, dictionaries, folders = [], [], foreign.find(args.sae_root, hook_name=store.manifest.hook_name)
@@ -296,6 +304,7 @@ def supplied(args, cells, device):
     notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
     if other := next(filter(None, (loaded.other_model(sae, subject) for sae in saes)), None):
         notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {subject}.")
+    notes += [harvesting.line(harvesting.recorded(said))]
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)

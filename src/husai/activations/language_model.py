@@ -43,6 +43,8 @@ from husai.subjects.sources import Side
 log = logging.getLogger("husai")
 BATCH_TOKENS = 8192
 PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
+ARRAYS = ("owner", "start", "rows", "length", "document")
+"""Fields of `Inputs` that hold a number for each input."""
 HASHED = 2**28 - 1
 """Bits of a document's number that say whether a store holds it out; the first 32 bits of its hash say its side."""
 
@@ -108,17 +110,20 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
     stop, at_stop = where_to_stop(hook_names)
     device = next(subject.model.parameters()).device
     cached = [hook for hook in hook_names if hook != at_stop]
-    output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
+    with subject.harvesting.autocast(device):
+        output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
     if silent := [hook for hook in cached if hook not in cache]:
         raise BadInput(f"--hook-name {silent[0]}: it never fires in {subject.name}; a hook that fires expected")
     found = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
+    one_head = subject.harvesting.hook_head_index is not None
     for hook, x in found.items():
-        if hook.endswith("hook_z") and x.ndim == 4:  # what attention heads write: their rows side by side
-            found[hook] = x = x.flatten(2)
+        if x.ndim == 4 and (hook.endswith("hook_z") or one_head):  # attention heads: their rows side by side
+            x = x.flatten(2)
         if x.ndim != 3:
             raise BadInput(
                 f"--hook-name {hook}: its output has shape {list(x.shape)}; [batch, position, d_in] expected"
             )
+        found[hook] = subject.harvesting.read_by_sae(x, hook, subject.heads(hook))
     return found
 
 
@@ -156,7 +161,8 @@ def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.nd
 @dataclass(frozen=True)
 class Inputs:
     """Documents cut into inputs of at most n_ctx tokens. Of an input, position 0 gives no row: it holds the token that
-    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself.
+    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself. Other positions give
+    none where `Harvesting` says so.
 
     Holds where each input lies, not its tokens: those of a list of texts are made again when they are needed, those of
     a stream lie on disk.
@@ -168,7 +174,8 @@ class Inputs:
     begins: list[int]  # what the tokenizer puts before a text
     owner: np.ndarray  # [inputs], number of its document: its position in `texts`, or in the order of the stream
     start: np.ndarray  # [inputs], its first token in the document, or in the file of a stream
-    rows: np.ndarray  # [inputs], rows that it gives: tokens without position 0
+    rows: np.ndarray  # [inputs], rows that it gives
+    length: np.ndarray  # [inputs], its tokens, those before the text included
     document: np.ndarray  # [inputs] int64, the first 60 bits of the document's sha256
     counts: np.ndarray  # [vocabulary], rows of each token
     digest: str  # sha256 (hex) of documents and tokens
@@ -200,15 +207,14 @@ class Inputs:
                 cut.add(i, text.document_id(one), np.array(tokens, dtype=np.int64))
         if cut.missing > 0:
             raise BadInput(f"--rows {rows}: the chosen documents give {rows - cut.missing} rows of activations")
-        owner, start, length, document = cut.arrays()
-        arrays = owner, start, length, document, cut.counts
-        return cls(subject.tokenizer, documents, None, cut.begins, *arrays, cut.sha.hexdigest())
+        arrays: dict[str, Any] = dict(zip(ARRAYS, cut.arrays(), strict=True)) | {"counts": cut.counts}
+        return cls(subject.tokenizer, documents, None, cut.begins, **arrays, digest=cut.sha.hexdigest())
 
     def tokens(self, part: range) -> list[np.ndarray]:
         """Tokens of these inputs, position 0 included."""
         if self.texts is None:
             assert self.stream is not None
-            lengths = self.rows + 1 - len(self.begins)
+            lengths = self.length - len(self.begins)
             on_disk: np.ndarray = np.memmap(self.stream, dtype=np.int32, mode="r")
             pieces = [on_disk[self.start[i] : self.start[i] + lengths[i]] for i in part]
             return [np.concatenate([np.array(self.begins, dtype=np.int64), piece]) for piece in pieces]
@@ -218,7 +224,7 @@ class Inputs:
         found = []
         for i in part:
             piece = of_owner[int(self.owner[i])][self.start[i] :]
-            found.append(np.array([*self.begins, *piece])[: self.rows[i] + 1])
+            found.append(np.array([*self.begins, *piece])[: self.length[i]])
         return found
 
     def parts(self) -> list[range]:
@@ -249,12 +255,12 @@ class Cutter:
     """Cuts documents into inputs until these give enough rows."""
 
     def __init__(self, subject: LanguageModel, rows: int):
-        tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
-        self.begins = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        tokenizer, self.harvesting = subject.tokenizer, subject.harvesting
+        self.begins = self.harvesting.begins(tokenizer)
         self.size = subject.n_ctx - len(self.begins)
         self.missing, self.sha = rows, hashlib.sha256()
         self.counts = np.zeros(len(tokenizer), np.int64)
-        self.found = [array("q") for _ in range(4)]  # owner, start, rows, document of each input
+        self.found = [array("q") for _ in range(5)]  # owner, start, rows, length, document of each input
 
     def add(self, owner: int, sha256: str, tokens: np.ndarray, first: int = 0) -> None:
         """A document's inputs.
@@ -264,18 +270,20 @@ class Cutter:
         """
         number, begins = int(sha256[:15], 16), np.array(self.begins, dtype=np.int64)
         for start in range(0, len(tokens), self.size):
-            piece = np.concatenate([begins, tokens[start : start + self.size]])[: self.missing + 1]
-            if self.missing > 0 and len(piece) > 1:
-                for values, value in zip(self.found, (owner, first + start, len(piece) - 1, number), strict=True):
-                    values.append(value)
+            piece = np.concatenate([begins, tokens[start : start + self.size]])
+            kept = np.flatnonzero(self.harvesting.kept(piece))[: self.missing]
+            if len(kept) > 0:
+                piece = piece[: kept[-1] + 1]  # what comes later changes no row
+                values = owner, first + start, len(kept), len(piece), number
+                for found, value in zip(self.found, values, strict=True):
+                    found.append(value)
                 self.sha.update(number.to_bytes(8, "big") + piece.tobytes())
-                np.add.at(self.counts, piece[1:], 1)
-                self.missing -= len(piece) - 1
+                np.add.at(self.counts, piece[kept], 1)
+                self.missing -= len(kept)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """owner, start, rows and document of each input."""
-        owner, start, rows, document = (np.array(values, dtype=np.int64) for values in self.found)
-        return owner, start, rows, document
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """owner, start, rows, length and document of each input."""
+        return tuple(np.array(values, dtype=np.int64) for values in self.found)
 
 
 def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inputs:
@@ -283,8 +291,8 @@ def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inp
     tokenizer = subject.tokenizer
     key = {"side": [str(side.source), side.source.fingerprint(), side.heldout], "rows": rows, "n_ctx": subject.n_ctx}
     key |= {"tokenizer": tokenizer_digest(tokenizer), "code": code_version(Inputs.of)}
+    key |= {"harvesting": subject.harvesting.to_json()}
     folder = root / "texts" / digest(key)[:16]
-    names = ("owner", "start", "rows", "document")
 
     def build(partial: Path) -> None:
         cut, reading, number, first = Cutter(subject, rows), side.read(tokenizer), 0, 0
@@ -314,7 +322,7 @@ def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inp
                 f"--rows {rows}: {side.source} ended early; its {record['documents']} {side_of} documents give "
                 f"{rows - cut.missing} rows; fewer rows or a larger source expected"
             )
-        arrays = dict(zip(names, map(torch.from_numpy, cut.arrays()), strict=True))
+        arrays = dict(zip(ARRAYS, map(torch.from_numpy, cut.arrays()), strict=True))
         write_bytes(partial / "inputs.safetensors", save(arrays | {"counts": torch.from_numpy(cut.counts)}))
         write_json(partial / "manifest.json", {"begins": cut.begins, **record, "digest": cut.sha.hexdigest()})
 
@@ -322,9 +330,8 @@ def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inp
     about = read_json(folder / "manifest.json", "text")
     arrays = {name: t.numpy() for name, t in load_file(folder / "inputs.safetensors").items()}
     begins = about.pop("begins")
-    owner, start, length, document, counts = (arrays[name] for name in (*names, "counts"))
-    placed = owner, start, length, document, counts
-    return Inputs(tokenizer, None, folder / "tokens.int32", begins, *placed, about["digest"], TextUsed(**about))
+    found: dict[str, Any] = arrays | {"digest": about["digest"], "used": TextUsed(**about)}
+    return Inputs(tokenizer, None, folder / "tokens.int32", begins, **found)
 
 
 def batched(documents: Iterable, n: int) -> Iterator[list]:
@@ -372,7 +379,7 @@ def harvest_tokens(
     inputs = Inputs.of(subject, documents, rows, row_seed, root)
     device = next(subject.model.parameters()).device.type
     about = {
-        "subject": subject.digest,
+        "subject": subject.activations_digest,
         "inputs": inputs.digest,
         "row_seed": row_seed,
         "heldout_fraction": heldout_fraction,
@@ -482,12 +489,13 @@ def rows_of_part(
     lengths = np.array([*map(len, of_part)])
     found: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
     tokens, owner = [], []
+    kept = [np.flatnonzero(subject.harvesting.kept(one)) for one in of_part]
     for chosen in batches(lengths):
         outputs = run(subject, [of_part[i] for i in chosen], hook_names)
         for hook, x in outputs.items():
-            found[hook] += [x[row, 1 : lengths[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
-        tokens += [torch.from_numpy(of_part[i][1:]) for i in chosen]
-        owner += [torch.full((len(of_part[i]) - 1,), part[i]) for i in chosen]
+            found[hook] += [x[row, kept[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
+        tokens += [torch.from_numpy(of_part[i][kept[i]]) for i in chosen]
+        owner += [torch.full((len(kept[i]),), part[i]) for i in chosen]
     return {hook: torch.cat(rows) for hook, rows in found.items()}, torch.cat(tokens), torch.cat(owner)
 
 
@@ -513,7 +521,8 @@ def _merge(
     position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
     assert writer is not None  # a harvest has rows
     about = subject.name, subject.digest, hook, position, plan.seed, subject.control
-    writer.finish(*about, heldout_rows=plan.heldout_rows, text=inputs.used)
+    departs = subject.harvesting.to_json() or None
+    writer.finish(*about, heldout_rows=plan.heldout_rows, text=inputs.used, harvesting=departs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,7 +545,7 @@ def harvest_prompts(
     """
     check_hooks(subject, hook_names)
     folder = cache / f"model_activations_{subject.name}"
-    about = {"subject": subject.digest, "n_ctx": subject.n_ctx}
+    about = {"subject": subject.activations_digest, "n_ctx": subject.n_ctx}
     for place in {folder.with_name(folder.name + ("_OOD" if name.endswith("_OOD") else "")) for name in data_sets}:
         if not (place / "subject.json").exists():
             write_json(place / "subject.json", about)
@@ -549,8 +558,8 @@ def harvest_prompts(
             place = folder.with_name(folder.name + ("_OOD" if name.endswith("_OOD") else ""))
             missing = [h for h in hook_names if force or not (place / f"{name}_{h}.pt").exists()]
             if missing:
-                tokenizer.truncation_side = "left"  # as sae-probes does
-                encoded = tokenizer(text.documents(name), truncation=True, max_length=subject.n_ctx)["input_ids"]
+                prompts = text.documents(name)
+                encoded = subject.harvesting.encode(tokenizer, prompts, subject.n_ctx, "left")  # as sae-probes does
                 inputs = [np.array(ids) for ids in encoded]
                 lengths = np.array([*map(len, inputs)])
                 last = {hook: [None] * len(inputs) for hook in missing}

@@ -11,6 +11,7 @@ from husai.activations.harvest import check_modular_addition, harvest_modular_ad
 from husai.activations.store import ActivationStore
 from husai.runs.subjects import is_language_model
 from husai.subjects import modular_addition
+from husai.subjects.harvesting import Harvesting
 from husai.subjects.modular_addition import ModularAdditionConfig
 from husai.subjects.sources import TextSource
 
@@ -31,6 +32,7 @@ def open_store(
     rows: int | None = None,
     random_seed: int | None = None,
     text: TextSource | None = None,
+    harvesting: Harvesting | None = None,
 ) -> ActivationStore:
     """The store to study.
 
@@ -43,6 +45,7 @@ def open_store(
         rows: language models: by default LANGUAGE_MODEL_ROWS, of the training documents of `text`.
         random_seed: the random-weights control in the subject's place.
         text: by default the packaged one, whose training documents husai-tiny was trained on.
+        harvesting: how the activations of a language model are made, as the files of SAEs say.
 
     Raises:
         BadInput: the store is damaged, or of another subject or hook.
@@ -50,9 +53,8 @@ def open_store(
     if store is not None:
         return ActivationStore.open(store, None if subject is None else _digest(subject), hook_name)
     if is_language_model(subject):
-        return _of_language_model(
-            artifact_root, device, threads, str(subject), hook_name, rows, random_seed, text or TextSource()
-        )
+        model = str(subject), random_seed, device, harvesting
+        return _of_language_model(artifact_root, threads, model, hook_name, rows, text or TextSource())
     config = config or ModularAdditionConfig()
     if subject is None:
         if hook_name not in (None, DEFAULT_HOOK):  # what the transformer lacks is refused before it is trained
@@ -87,12 +89,10 @@ def _digest(subject: str | Path) -> str:
 
 def _of_language_model(
     artifact_root: Path,
-    device: torch.device,
     threads: int,
-    subject: str,
+    model: tuple[str, int | None, torch.device, Harvesting | None],
     hook_name: str | None,
     rows: int | None,
-    random_seed: int | None,
     text: TextSource,
 ) -> ActivationStore:
     from husai.activations.language_model import harvest_tokens
@@ -100,7 +100,7 @@ def _of_language_model(
 
     hook = hook_name or LANGUAGE_MODEL_HOOK
     folders = harvest_tokens(
-        pretrained.load(subject, random_seed, device),
+        pretrained.load(*model),
         [hook],
         text.training(),
         artifact_root / "activations",

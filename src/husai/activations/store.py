@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -73,6 +73,8 @@ class StoreManifest(BaseModel):
     stats_sha256: str
     heldout_rows: int | None = None  # the last ones; null where any last rows may serve
     text: TextUsed | None = None  # what a source gave; absent for the packaged text
+    harvesting: dict[str, Any] | None = None
+    """In what the activations depart from HUSAI's own way (`subjects.harvesting`); absent where in nothing."""
 
     @property
     def digest(self) -> str:
@@ -80,7 +82,7 @@ class StoreManifest(BaseModel):
         return digest(self.to_json() if self.text is None else self.to_json() | {"text": self.text.digest})
 
     def to_json(self) -> dict:
-        return self.model_dump(exclude=None if self.text is not None else {"text"})
+        return self.model_dump(exclude={name for name in ("text", "harvesting") if getattr(self, name) is None})
 
 
 class StoreWriter:
@@ -147,6 +149,7 @@ class StoreWriter:
         control: str | None,
         heldout_rows: int | None = None,
         text: TextUsed | None = None,
+        harvesting: dict[str, Any] | None = None,
     ) -> None:
         """Write what is pending, the statistics, and the manifest."""
         if self.rows == 0:
@@ -170,6 +173,7 @@ class StoreWriter:
             stats_sha256=sha256_file(stats),
             heldout_rows=heldout_rows,
             text=text,
+            harvesting=harvesting,
         )
         write_json(self.folder / "manifest.json", manifest.to_json())
 

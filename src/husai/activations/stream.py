@@ -140,7 +140,7 @@ class HookStream:
     @property
     def digest(self) -> str:
         """Names the rows by what they are made of: they are never together anywhere."""
-        about = {"subject": self.stream.subject.digest, "inputs": self.stream.inputs.digest}
+        about = {"subject": self.stream.subject.activations_digest, "inputs": self.stream.inputs.digest}
         return digest(about | {"hook_name": self.hook_name, "dtype": self.stream.dtype, "in order": True})
 
     def split(self, heldout_fraction: float) -> tuple[range, range]:

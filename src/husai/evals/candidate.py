@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -13,13 +14,22 @@ from pydantic import ValidationError
 from husai.activations import source
 from husai.activations.store import ActivationStore, StoreManifest
 from husai.dictionaries import foreign
-from husai.evals.loaded import LoadedSAE, LoadedSAEs, heldout_store, in_order, open_all, refuse_twins, train_default
+from husai.evals.loaded import (
+    LoadedSAE,
+    LoadedSAEs,
+    Opener,
+    agreed_by,
+    heldout_store,
+    in_order,
+    open_all,
+    refuse_twins,
+    train_default,
+)
 from husai.evidence.levels import random_weights
 from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
-from husai.subjects import pretrained
 from husai.subjects.sources import TextSource
 
 log = logging.getLogger("husai")
@@ -54,12 +64,16 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         place = args.output_dir / "default", args.artifact_root, name, hook_name, device, args.threads, args.force
         root = train_default(*place, source)
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
-    subject = pretrained.load(str(name), device=device)
+    opener = Opener()
+    named = {"checkpoint": paths, "hook_name": hook_name, "subject": name, "dtype": args.dtype, "same_model": any_name}
+    name, said = agreed_by(argparse.Namespace(**named), opener)
+    subject = opener.subject(name, device, said)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
-    saes = in_order(open_all(paths, store, "checkpoint", subject, args.artifact_root, any_name=any_name))
+    how = args.artifact_root, opener, any_name
+    saes = in_order(open_all(paths, store, "checkpoint", subject, *how))
     refuse_twins(saes)
     untrained = _untrained(args, found, saes)
-    tested = LoadedSAEs(str(name), subject, store, saes, source=source, untrained=untrained)
+    tested = LoadedSAEs(name, subject, store, saes, source=source, untrained=untrained, said=said)
     if expected is not None and tested.group != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
@@ -128,9 +142,8 @@ def activations_of(
     """
     subject, hook_name = tested.name, tested.hook_name
     machine = artifact_root, device, threads
-    return source.open_store(
-        *machine, subject=subject, hook_name=hook_name, rows=rows, random_seed=random_seed, text=tested.source
-    )
+    made: dict[str, Any] = {"random_seed": random_seed, "text": tested.source, "harvesting": tested.said}
+    return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, **made)
 
 
 def training_store(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from husai.evidence import deltas, estimates
 from husai.evidence.references import matched, untrained_like
 from husai.evidence.schemas import Contrastive, PairControl, PairNoise, PairRecord, PairScores
 from husai.subjects.pretrained import LanguageModel
+
+log = logging.getLogger("husai")
 
 
 def evaluate(
@@ -89,6 +92,9 @@ def evaluate(
 def run_checkout(loaded: LoadedSAEs, c: LoadedSAE, pairs: Pairs, places: Places, checkout: Path | None) -> dict | None:
     """What the user's own CE-Bench says of an SAE; None for a reference, or without a checkout."""
     if checkout is None or not c.record.candidate:
+        return None
+    if departs := loaded.subject.harvesting.to_json():
+        log.warning("--cebench-repo: its own code does not run, because it does not apply %s", ", ".join(departs))
         return None
     folder = to_saelens(c.sae, loaded.subject, loaded.hook_name, places.output_dir / "encoders" / c.label)
     work = places.output_dir / "cebench_checkout" / c.label

@@ -56,7 +56,7 @@ def evaluate(
     def at(k: int) -> dict[str, Any]:
         key: dict[str, Any] = {"store": source.digest, "heldout": heldout.digest, "width": width, "k": k}
         key |= {"texts": [*map(text.document_id, texts)], "threads": threads, "code": code_version(evaluate)}
-        key |= {"subject": saes.subject.digest, "device": next(saes.subject.model.parameters()).device.type}
+        key |= {"subject": saes.subject.activations_digest, "device": next(saes.subject.model.parameters()).device.type}
 
         def compute() -> tuple[dict, list[Path]]:
             variance = prototypes.explained_variance(made(), mean, k, heldout, range(heldout.rows))

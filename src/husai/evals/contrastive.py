@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from husai.activations.language_model import batches, run
 from husai.dictionaries.sae import SAE
@@ -152,15 +153,18 @@ def story_means(
         folder: holds the means, which do not fit into memory for wide SAEs and many stories.
 
     Returns:
-        (a memory-mapped `[stories, d_sae]` an SAE; tokens of each story `[stories]`; how many stories were cut)
+        (a memory-mapped `[stories, d_sae]` an SAE; tokens of each story that its mean is of, `[stories]`; how many
+        stories were cut)
     """
-    tokenizer = subject.tokenizer
-    tokenizer.truncation_side = "right"
-    whole = tokenizer(stories)["input_ids"]
+    whole = subject.harvesting.encode(subject.tokenizer, stories, None)
     if [] in whole:
         raise BadInput(f"story {whole.index([]) % (len(stories) // 2 or 1)}: no token; a text expected")
     inputs = [np.array(ids[: subject.n_ctx]) for ids in whole]
-    lengths = np.array([*map(len, inputs)])
+    kept = [subject.harvesting.kept(tokens, first=0) for tokens in inputs]
+    if none := [i for i, k in enumerate(kept) if not k.any()]:
+        story = none[0] % (len(stories) // 2 or 1)
+        raise BadInput(f"story {story}: no token at a position that gives rows; longer stories expected")
+    lengths, rows = np.array([*map(len, inputs)]), np.array([int(k.sum()) for k in kept])
     device = next(subject.model.parameters()).device
     saes = [sae.to(device) for sae in saes]
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,9 +175,8 @@ def story_means(
     with progress("reading stories", len(stories)) as advance:
         for chosen in batches(lengths):
             x = run(subject, [inputs[i] for i in chosen], [hook_name])[hook_name]
-            row, position = torch.nonzero(
-                torch.arange(x.shape[1]) < torch.from_numpy(lengths[chosen])[:, None], as_tuple=True
-            )
+            mask = nn.utils.rnn.pad_sequence([torch.from_numpy(kept[i]) for i in chosen], batch_first=True)
+            row, position = torch.nonzero(mask, as_tuple=True)
             tokens, row = x[row.to(device), position.to(device)], row.to(device)
             for sae, mean in zip(saes, means, strict=True):
                 total = torch.zeros(len(chosen), sae.d_sae, device=device)
@@ -181,9 +184,9 @@ def story_means(
                 for first in range(0, len(tokens), step):
                     features = sae.encode(tokens[first : first + step])
                     total.index_add_(0, row[first : first + step], features)
-                mean[chosen] = (total.cpu() / torch.from_numpy(lengths[chosen])[:, None]).numpy()
+                mean[chosen] = (total.cpu() / torch.from_numpy(rows[chosen])[:, None]).numpy()
             advance(len(chosen))
-    return means, lengths, sum(len(ids) > subject.n_ctx for ids in whole)
+    return means, rows, sum(len(ids) > subject.n_ctx for ids in whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

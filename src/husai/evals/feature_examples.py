@@ -101,6 +101,7 @@ def strongest_contexts(
                     rows = x[row, 1 : len(of_part[i])]
                     fired = [sae.encode(rows)[:, features].float() for sae, features in saes]
                     found[i] = torch.cat(fired, 1).cpu().numpy()
+                    found[i][~subject.harvesting.kept(of_part[i])[1:]] = 0
                 advance(len(chosen))
             tokens += [t[1:] for t in of_part]
             values += found

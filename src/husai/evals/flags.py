@@ -67,9 +67,8 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--dtype",
             choices=DTYPES,
-            default=DTYPES[0],
             counts=not_at_all,
-            help="of the model's weights and arithmetic (default: %(default)s)",
+            help="of the model's weights and arithmetic (default: what the files of the SAEs say, else float32)",
         )
 
     def add_same_model(self) -> None:

@@ -28,14 +28,18 @@ from husai.runs.checkpoints import is_name, read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
+from husai.runs.subjects import as_said
 from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained
+from husai.subjects.harvesting import Harvesting, agreed, line, recorded, refuse_other
 from husai.subjects.hooks import same_model
 from husai.subjects.pretrained import LanguageModel
 from husai.subjects.sources import TextSource
 from husai.training.trainer import TrainingConfig, evaluate
 
 log = logging.getLogger("husai")
+FLAGS = ("checkpoint", "reference")
+"""Flags that name SAEs of the subject itself."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class LoadedSAEs:
     """The text whose held-out documents the store is of."""
     untrained: dict[str, Path] = field(default_factory=dict)
     """Identity of an SAE -> its checkpoint from before training, where the user gives these."""
+    said: Harvesting = field(default_factory=Harvesting)
+    """How their activations were made, by their files."""
 
     @property
     def hook_name(self) -> str:
@@ -275,13 +281,20 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
     return Heldout.model_validate(cells.get("heldout", key, compute)), load_file(file)["firing_rate"]
 
 
+def _subject(name: str, device: torch.device, said: Harvesting) -> LanguageModel:
+    """A subject whose activations are made as the files of SAEs say; the log says how."""
+    subject = pretrained.load(name, device=device, harvesting=said)
+    log.info("%s", line(recorded(said, subject)))
+    return subject
+
+
 class Opener:
     """Opens each model and checkpoint once, however many steps of one process read it."""
 
     def __init__(self) -> None:
         self.sae = cache(foreign.open_checkpoint)
         self.sha256 = cache(foreign.checkpoint_sha256)
-        self.subject = cache(lambda name, device: pretrained.load(str(name), device=device))
+        self.subject = cache(_subject)
 
 
 def open_all(
@@ -303,6 +316,7 @@ def open_all(
         BadInput: a path without one, or an SAE made for another width, hook or subject.
     """
     opener, about = opener or Opener(), store.manifest
+    made = Harvesting.of_json(about.harvesting or {})
     opened: dict[str, LoadedSAE] = {}
     folders = foreign.find_all(paths, f"--{flag}", about.hook_name)
     names = names_of(folders)
@@ -310,6 +324,8 @@ def open_all(
         sae, sha = opener.sae(folder), opener.sha256(folder)
         refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in, subject.same_place)
         refuse_other_model(folder, sae, subject.known_as, flag, any_name)
+        said = said_by(folder, sae, about.hook_name)
+        refuse_other(said, subject.resolve(said), made, f"--{flag}: {folder}")
         name = identity(sae, sha)
         if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
             continue  # the same SAE again; two recipes that give one SAE are two
@@ -319,6 +335,44 @@ def open_all(
             record = record.model_copy(update={"label": names[folder], "condition": names[folder]})
         opened[key] = LoadedSAE(folder, sae, record, firing_rate)
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
+
+
+def said_by(folder: Path, sae: SAE, hook_name: str) -> Harvesting:
+    """How an SAE's activations were made, by its files."""
+    return Harvesting.read(sae.metadata, hook_name, f"checkpoint: {folder}")
+
+
+def agreed_of(folders: list[Path], saes: list[SAE], hook_name: str | None, flag: str) -> Harvesting:
+    """How the activations of all these SAEs were made, by their files.
+
+    Args:
+        hook_name: None: the one that each SAE names.
+
+    Raises:
+        BadInput: two say different things.
+    """
+    said = []
+    for folder, sae in zip(folders, saes, strict=True):
+        said.append((str(folder), said_by(folder, sae, hook_name or str(sae.metadata.get("hook_name")))))
+    return agreed(said, f"--{flag}")
+
+
+def agreed_by(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting]:
+    """(the subject in the revision and dtype that the files of the SAEs say, how their activations were made).
+
+    Args:
+        args: of `evals.flags.EvalParser.add_benchmark`.
+
+    With --same-model the revision is the command line's.
+
+    Raises:
+        BadInput: two SAEs, or an SAE and a flag, say different things.
+    """
+    named = {flag: foreign.find_all(getattr(args, flag, []), f"--{flag}", args.hook_name) for flag in FLAGS}
+    folders = [folder for of_flag in named.values() for folder in of_flag]
+    found = agreed_of(folders, [opener.sae(folder) for folder in folders], args.hook_name, "checkpoint")
+    any_revision, dtype = getattr(args, "same_model", False), getattr(args, "dtype", None)
+    return as_said(args.subject, None if any_revision else found.revision, found.dtype, dtype), found
 
 
 def names_of(checkpoints: list[Path]) -> dict[Path, str]:
@@ -408,6 +462,7 @@ def open_controls(
     threads: int,
     opener: Opener | None = None,
     source: TextSource | None = None,
+    said: Harvesting | None = None,
 ) -> LoadedSAEs | None:
     """The SAEs that a benchmark compares with: those of the first draw of the random weights; None where no path is
     given.
@@ -422,7 +477,7 @@ def open_controls(
     seed, folders = next(iter(by_draw.items()))
     if len(by_draw) > 1:
         log.info("benchmarks compare with SAEs of %s alone", random_weights(seed))
-    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener, source)
+    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener, source, said)
 
 
 def open_draw(
@@ -436,9 +491,14 @@ def open_draw(
     threads: int,
     opener: Opener,
     source: TextSource | None = None,
+    said: Harvesting | None = None,
 ) -> LoadedSAEs:
-    """SAEs of one draw of the random weights of a subject, with held-out activations of it."""
-    random_model = pretrained.load(name, seed, device)
+    """SAEs of one draw of the random weights of a subject, with held-out activations of it.
+
+    Args:
+        said: how the activations of the SAEs of the subject itself were made.
+    """
+    random_model = pretrained.load(name, seed, device, said)
     source = source or TextSource()
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads, source)
     controls = open_all(folders, store, "random-model-checkpoint", random_model, artifact_root, opener)
@@ -460,7 +520,7 @@ class Places:
 
     def probe_activations(self, model: LanguageModel) -> Path:
         """The folder of a model's activations of prompts, which all SAEs share."""
-        return self.model_cache_path or self.artifact_root / "probe_activations" / model.digest[:16]
+        return self.model_cache_path or self.artifact_root / "probe_activations" / model.activations_digest[:16]
 
 
 def load(args: argparse.Namespace, device: torch.device, opener: Opener | None = None) -> LoadedSAEs:
@@ -473,7 +533,8 @@ def load(args: argparse.Namespace, device: torch.device, opener: Opener | None =
         BadInput: whatever does not fit the subject and the hook.
     """
     opener = opener or Opener()
-    subject = opener.subject(args.subject, device)
+    name, said = agreed_by(args, opener)
+    subject = opener.subject(name, device, said)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads, args.text)
     how = args.artifact_root, opener, args.same_model
@@ -482,15 +543,14 @@ def load(args: argparse.Namespace, device: torch.device, opener: Opener | None =
     references = open_all(args.reference, store, "reference", subject, *how)
     references = as_references([c for c in references if c.identity not in known])
     refuse_twins([*saes, *references])
-    controls = open_controls(
-        args.random_model_checkpoint, args.subject, *place, device, args.threads, opener, args.text
-    )
-    return LoadedSAEs(str(args.subject), subject, store, saes, references, controls, args.text)
+    machine: dict[str, Any] = {"device": device, "threads": args.threads, "opener": opener, "source": args.text}
+    controls = open_controls(args.random_model_checkpoint, name, *place, **machine, said=said)
+    return LoadedSAEs(name, subject, store, saes, references, controls, args.text, said=said)
 
 
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
     """Write an SAE in the SAELens layout, with what the benchmarks look for in its metadata."""
-    metadata = sae.metadata | {"model_name": subject.name, "hook_name": hook_name, "prepend_bos": True}
+    metadata = {"prepend_bos": True} | sae.metadata | {"model_name": subject.name, "hook_name": hook_name}
     checkpoints.save(replace(sae, metadata=metadata), folder)
     return folder
 

@@ -92,9 +92,14 @@ def main() -> None:
 def _opened(args):
     from sae_lens import SAE
 
+    from husai.dictionaries.foreign import open_checkpoint
     from husai.subjects import pretrained
+    from husai.subjects.harvesting import Harvesting
 
-    return SAE.load_from_disk(args.checkpoint, device=args.device), pretrained.load(args.subject, device=args.device)
+    sae = SAE.load_from_disk(args.checkpoint, device=args.device)
+    metadata, where = open_checkpoint(args.checkpoint).metadata, f"--checkpoint: {args.checkpoint}"
+    said = Harvesting.read(metadata, sae.cfg.metadata.hook_name, where)
+    return sae, pretrained.load(args.subject, device=args.device, harvesting=said)
 
 
 def _sae_probes(args) -> None:
@@ -124,6 +129,8 @@ def _core(args) -> None:
     from husai.subjects import text
 
     sae, subject = _opened(args)
+    if others := sorted(set(subject.harvesting.to_json()) - {"context_size", "prepend_bos"}):
+        raise BadInput(f"core: SAEBench makes activations by itself, and does not apply {others[0]}; HUSAI's core does")
     texts = read_json(args.documents, "--documents") if args.documents else text.corpus().heldout
     with tempfile.TemporaryDirectory() as documents:
         with open(Path(documents) / "train.jsonl", "w") as f:

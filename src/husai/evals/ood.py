@@ -261,7 +261,8 @@ def on_shifted(
 ) -> Shifted:
     """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
     names = chosen.shifted
-    about: dict[str, Any] = {"subject": tested.subject.digest, "hook_name": prompts.hook_name, "data_sets": names}
+    about: dict[str, Any] = {"subject": tested.subject.activations_digest, "data_sets": names}
+    about |= {"hook_name": prompts.hook_name}
     about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
     about["probing"] = prompts.probing
     about["code"] = code_version(of_sae)
@@ -311,11 +312,18 @@ def on_families(tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: 
     """Official probing on probe sets and on the held-out family: SAEs and the model, by sae-probes' workers."""
     names = chosen.probe, chosen.heldout
     settings = sae_probes.Settings(
-        *(tested.subject.digest, prompts.model_name, prompts.hook_name, (*names[0], *names[1]), (int(deltas.K),)),
+        *(
+            tested.subject.activations_digest,
+            prompts.model_name,
+            prompts.hook_name,
+            (*names[0], *names[1]),
+            (int(deltas.K),),
+        ),
         probing=prompts.probing,
     )
     where = {"cache": prompts.cache, "root": str(places.artifact_root / "probes"), "device": places.device}
-    tasks = [sae_probes.ProbeTask("llm", "llm", None, tested.subject.digest, prompts.seed, settings, **where)]
+    llm_digest = tested.subject.activations_digest
+    tasks = [sae_probes.ProbeTask("llm", "llm", None, llm_digest, prompts.seed, settings, **where)]
     for c, path in zip(tested.saes, encoders, strict=True):
         tasks.append(sae_probes.ProbeTask(c.label, "sae", path, c.identity, prompts.seed, settings, **where))
     llm, *saes = sae_probes.run(tasks, places.threads, places.output_dir / "workers", places.force)

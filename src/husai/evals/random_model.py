@@ -192,7 +192,7 @@ def supplied_draws(
     flag, opener, found = "--random-model-checkpoint", loaded.Opener(), []
     for seed, folders in loaded.controls_by_draw(paths, opener).items():
         place = tested.name, tested.hook_name, artifact_root, rows, device, threads
-        opened = loaded.open_draw(folders, seed, *place, opener, tested.source)
+        opened = loaded.open_draw(folders, seed, *place, opener, tested.source, tested.said)
         opened = replace(opened, saes=in_order(opened.saes))
         saes = opened.saes
         if len(saes) != len(tested.saes):

@@ -109,7 +109,7 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
 
     subject, store, hook_name = loaded.subject, loaded.store, loaded.hook_name
     settings = Settings(
-        subject.digest,
+        subject.activations_digest,
         subject.name,
         hook_name,
         tuple(setup.data_sets),
@@ -125,7 +125,7 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
         place = None if path is None else str(path)
         return ProbeTask(name, kind, place, identity, setup.seed, settings, **where)
 
-    tasks = {"llm": task("llm", "llm", None, subject.digest)}
+    tasks = {"llm": task("llm", "llm", None, subject.activations_digest)}
     for c in loaded.opened:
         tasks[c.identity] = task(c.label, "sae", to_saelens(c.sae, subject, hook_name, work / c.label), c.identity)
         if (name := references.untrained_name(c.facts)) not in tasks:
@@ -138,7 +138,7 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
             tasks[name] = task(name, "encoder", file, sha256_file(file))
     if loaded.controls is not None:
         model = loaded.controls.subject
-        on_random = replace(settings, subject_digest=model.digest, model_name=model.name)
+        on_random = replace(settings, subject_digest=model.activations_digest, model_name=model.name)
         on_random_cache = cache(model)
         for c in loaded.controls.saes:
             own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.identity)
@@ -178,7 +178,7 @@ def core_metrics(loaded: LoadedSAEs, documents: int, cells: Cells, threads: int)
     """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
     texts = loaded.source.heldout_texts(documents, loaded.subject.tokenizer)
     saes = loaded.opened
-    key: dict[str, Any] = {"subject": loaded.subject.digest, "hook_name": loaded.hook_name}
+    key: dict[str, Any] = {"subject": loaded.subject.activations_digest, "hook_name": loaded.hook_name}
     key |= {"saes": [c.identity for c in saes], "texts": [*map(text.document_id, texts)], "threads": threads}
     key["code"] = code_version(cross_entropies)
     key["device"] = next(loaded.subject.model.parameters()).device.type

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from husai.activations.language_model import Inputs, harvest_tokens
+from husai.activations.language_model import Cutter, harvest_tokens
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
 from husai.evals.loaded import LoadedSAEs
@@ -17,6 +18,7 @@ from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.subjects import text
+from husai.subjects.harvesting import ENDLESS
 from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import evaluate
 
@@ -25,13 +27,12 @@ HELD = 0.99
 
 
 def token_rows(subject: LanguageModel, documents: list[str]) -> int:
-    """How many rows all tokens of these documents give (`activations.language_model.Inputs`)."""
-    first = next(d for d in documents if len(subject.tokenizer(d, add_special_tokens=False)["input_ids"]) > 1)
-    begins = len(Inputs.of(subject, [first], 1, 0).begins)
-    size = subject.n_ctx - begins
-    tokens = map(len, subject.tokenizer(documents, add_special_tokens=False)["input_ids"])
-    pieces = (min(size, n - start) for n in tokens for start in range(0, n, size))
-    return sum(begins + piece - 1 for piece in pieces)
+    """How many rows all tokens of these documents give."""
+    cut = Cutter(subject, ENDLESS)
+    encoded = subject.tokenizer(documents, add_special_tokens=False)["input_ids"]
+    for i, (document, tokens) in enumerate(zip(documents, encoded, strict=True)):
+        cut.add(i, text.document_id(document), np.array(tokens, dtype=np.int64))
+    return ENDLESS - cut.missing
 
 
 def shifted_store(subject: LanguageModel, hook_name: str, data_sets: list[str], root: Path, threads: int):

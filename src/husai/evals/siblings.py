@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -445,7 +446,8 @@ def store_of(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
             )
     rows = made.rows or min(LANGUAGE_MODEL_ROWS, made.config.tokens)
     place = artifact_root, device, threads
-    return open_store(*place, subject=asked.name, hook_name=asked.hook_name, rows=rows, text=asked.source)
+    store = partial(open_store, *place, subject=asked.name, hook_name=asked.hook_name, rows=rows)
+    return store(text=asked.source, harvesting=asked.said)
 
 
 def train(

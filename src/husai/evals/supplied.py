@@ -23,6 +23,7 @@ from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED, random_weights
 from husai.evidence.schemas import (
     Evaluated,
+    Harvested,
     Heldout,
     OwnSection,
     SAERecord,
@@ -38,6 +39,8 @@ from husai.stability import controls, independence, replicates, study
 from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
+from husai.subjects.harvesting import recorded, refuse_other
+from husai.subjects.pretrained import LanguageModel
 from husai.training.grid import SNAPSHOTS
 
 log = logging.getLogger("husai")
@@ -70,7 +73,8 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     for flag, these in (("checkpoint", folders), ("reference", references)):
         for folder in these:
             loaded.refuse_other_model(folder, opener.sae(folder), known_as, flag, args.same_model)
-    subject = opener.subject(args.subject, torch.device("cpu"))
+    name, said = loaded.agreed_by(args, opener)
+    subject = opener.subject(name, torch.device("cpu"), said)
     width = check_hooks(subject, [args.hook_name])[args.hook_name].d_in
     for folder in (*folders, *references):
         where = args.hook_name, subject.digest, width, subject.same_place
@@ -83,6 +87,7 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
                 f"--random-model-checkpoint: {len(of_draw)} SAEs of {random_weights(seed)} for the {len(folders)} of "
                 "--checkpoint; as many of each draw expected"
             )
+    _refuse_other_way(args, subject, opener)
     contrastive.refuse_unknown(args.stories)
     initial = [_initial(*each) for each in zip(folders, saes, strict=True)]
     if before := untrained_of(args):
@@ -105,6 +110,15 @@ def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[st
     names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name))
     of_identity = {loaded.identity(opener.sae(c), opener.sha256(c)): name for c, name in names.items()}
     return {seed: of_identity[identity] for seed, identity in group.identities.items()}
+
+
+def _refuse_other_way(args: argparse.Namespace, subject: LanguageModel, opener: Opener) -> None:
+    """Refuse SAEs whose activations HUSAI would make in another way than theirs were made."""
+    for flag in (*loaded.FLAGS, "random_model_checkpoint"):
+        flag_name = f"--{flag.replace('_', '-')}"
+        for folder in foreign.find_all(getattr(args, flag), flag_name, args.hook_name):
+            said = loaded.said_by(folder, opener.sae(folder), args.hook_name)
+            refuse_other(said, subject.resolve(said), subject.harvesting, f"{flag_name}: {folder}")
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
@@ -176,8 +190,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     core = {r.identity: r.core for r in probing.saes}
     scored = saebench.scored(saes, core)
     # Prototypes come of as many rows of training documents: held-out documents are what is coded.
-    place: dict[str, Any] = {"subject": str(args.subject), "hook_name": saes.hook_name, "rows": args.rows}
-    source = open_store(args.artifact_root, device, args.threads, **place, text=args.text)
+    place: dict[str, Any] = {"subject": saes.name, "hook_name": saes.hook_name, "rows": args.rows}
+    source = open_store(args.artifact_root, device, args.threads, **place, text=args.text, harvesting=saes.said)
     bank = Evaluated(
         saebench=probing,
         cebench=contrast,
@@ -188,6 +202,9 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         **args.text.record(),
     )
     paths = (write_place(c.folder, args.output_dir) for c in saes.saes)
+    more: dict[str, Any] = {} if other is None else {"same_model": other}
+    if group.facts.source != "husai":
+        more |= {"harvesting": Harvested(**recorded(saes.said, saes.subject))}
     return Supplied(
         phase="candidate_confirmation",
         origin="supplied",
@@ -201,7 +218,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
         section=section,
         bank=bank,
         notes=notes,
-        **({} if other is None else {"same_model": other}),
+        **more,
     )
 
 

@@ -1314,6 +1314,24 @@ class Control(Scored, Alike):
     """Empty in results that are older than this field."""
 
 
+class Harvested(Strict):
+    """How a text became activations, in SAELens' names (`subjects.harvesting`); `unknown`: no file beside the SAEs says
+    it, and HUSAI's own way stands."""
+
+    prepend_bos: bool | Literal["unknown"]
+    context_size: int | Literal["unknown"]
+    """Most tokens of an input."""
+    seqpos_slice: list[int | None] | Literal["unknown"]
+    exclude_special_tokens: list[int] | Literal["unknown"]
+    """Tokens that give no rows."""
+    hook_head_index: int | None = None
+    """Absent: all heads."""
+    center_writing_weights: bool | Literal["unknown"]
+    autocast_lm: bool | Literal["unknown"]
+    dtype: str
+    revision: str
+
+
 class Supplied(Evaluation):
     """SAEs that a user supplies. HUSAI cannot see how they were selected."""
 
@@ -1326,6 +1344,8 @@ class Supplied(Evaluation):
     """What a reader must know of the SAEs (`stability.replicates`)."""
     same_model: str | None = None
     """What the SAEs' files call their model, where --same-model alone says that it is the subject."""
+    harvesting: Harvested | None = None
+    """How the activations of SAEs were made that another library trained."""
 
 
 def read_evaluation(results: Any) -> Retrained | Supplied:

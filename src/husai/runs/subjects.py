@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -40,20 +40,65 @@ class SubjectName:
         return self.name + revision + (f"#{self.dtype}" if self.dtype != DTYPES[0] else "")
 
 
-def with_version(subject: str | Path | None, revision: str | None, dtype: DType) -> str | Path | None:
+def with_version(subject: str | Path | None, revision: str | None, dtype: DType | None) -> str | Path | None:
     """A subject with the revision and dtype of --revision and --dtype; as it is where these are not given.
 
     Raises:
         BadInput: they do not go with this subject.
     """
-    if revision is None and dtype == DTYPES[0]:
+    if revision is None and dtype in (None, DTYPES[0]):
         return subject
     flag = f"--dtype {dtype}" if revision is None else f"--revision {revision}"
     if subject is None or not is_language_model(subject):
         raise BadInput(f"{flag}: goes with a language model as --model-name")
     if revision is not None and folder_of(subject) is not None:
         raise BadInput(f"{flag}: a hub name as --model-name expected; {subject} is a folder")
-    return str(SubjectName(str(subject), revision, dtype))
+    return str(SubjectName(str(subject), revision, dtype or DTYPES[0]))
+
+
+def as_said(
+    subject: str | Path, revision: str | None, dtype: DType | None, given: DType | None = None, flag: str = "checkpoint"
+) -> str:
+    """A subject in the revision and dtype that the files of SAEs say.
+
+    Args:
+        revision, dtype: by these files; None where they do not say. given: by --dtype. flag: that named the SAEs.
+
+    Raises:
+        BadInput: the command line says another revision or dtype, or a folder does not say its revision.
+    """
+    named = SubjectName.parse(subject)
+    if revision not in (None, "main", named.revision):
+        if named.revision is not None:
+            raise BadInput(
+                f"--revision {named.revision}: the SAEs of --{flag} were trained on revision {revision}; one of both "
+                "expected"
+            )
+        folder = folder_of(subject)
+        if folder is not None and revision not in _revisions_of(folder):
+            raise BadInput(
+                f"--{flag}: trained on revision {revision} of the model, and the folder {subject} does not say its "
+                "revision; the hub's name of the model as --model-name, or --same-model where the folder holds this "
+                "revision, expected"
+            )
+        named = replace(named, revision=None if folder else revision)
+    if dtype not in (None, named.dtype) or (dtype and given not in (None, dtype)):
+        if given is not None or named.dtype != DTYPES[0]:
+            raise BadInput(
+                f"--dtype {given or named.dtype}: the SAEs of --{flag} were trained on a model of {dtype}; one of both "
+                "expected"
+            )
+        named = replace(named, dtype=dtype)
+    return str(named)
+
+
+def _revisions_of(folder: Path) -> set[str]:
+    """Names of the revision that a snapshot in the hub's cache holds: its commit, and its branches and tags."""
+    if folder.parent.name != "snapshots":
+        return set()
+    refs = folder.parents[1] / "refs"
+    named = {str(p.relative_to(refs)) for p in refs.rglob("*") if p.is_file() and p.read_text().strip() == folder.name}
+    return {folder.name} | named
 
 
 def folder_of(subject: str | Path) -> Path | None:

@@ -46,13 +46,14 @@ from husai.stability import compare, independence, prototypes
 from husai.stability.compare import Dictionary
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import FEWEST, mcc, pwmcc
+from husai.subjects.harvesting import Harvesting, refuse_other
 from husai.subjects.hooks import same_place
 from husai.training.grid import SNAPSHOTS
 from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
-PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
-"""Processing of a model's weights by TransformerLens that changes activations."""
+TEXT = ("prepend_bos", "context_size")
+"""How a text is cut into inputs."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def open_fitting(folder: Path, store: ActivationStore) -> SAE:
     """
     sae = open_checkpoint(folder)
     refuse_unfitting(folder, sae, store.manifest.hook_name, store.manifest.subject_digest, store.d_in)
+    refuse_other_way(folder, sae, store)
     return sae
 
 
@@ -104,26 +106,28 @@ def refuse_unfitting(
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {d_in}")
     if made_for is not None and not same(made_for, hook_name):
         raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
-    refuse_processed(folder, sae.metadata)
+    Harvesting.read(sae.metadata, hook_name, f"checkpoint: {folder}")  # refuses what cannot be applied
     if sae.metadata.get("checkpoint_step") == 0:
         raise BadInput(f"checkpoint: {folder} is a state from before training; give it as --untrained")
     if subject is not None and subject != subject_digest:
         raise BadInput(f"checkpoint: {folder} was trained on another subject than the activations are of")
 
 
-def refuse_processed(folder: Path, metadata: dict) -> None:
-    """Raise BadInput, naming the key, for activations that were made in a way that HUSAI does not apply."""
-    given = metadata.get("model_from_pretrained_kwargs") or {}
-    said = {name: metadata.get(name) for name in ("exclude_special_tokens", "hook_head_index")}
-    if any(v is not None for v in metadata.get("seqpos_slice") or ()):
-        said["seqpos_slice"] = metadata["seqpos_slice"]
-    said |= {f"model_from_pretrained_kwargs.{name}": given.get(name) for name in PROCESSING}
-    for name, value in said.items():
-        if value is not None and value is not False:
-            raise BadInput(
-                f"checkpoint: {folder}: {name} is {value!r}; HUSAI does not make activations so; an SAE of activations "
-                "without it expected"
-            )
+def refuse_other_way(folder: Path, sae: SAE, store: ActivationStore) -> None:
+    """Raise BadInput where a store's activations were made in another way than an SAE's, as far as both say.
+
+    A store does not keep the tokenizer. Therefore nothing says whether its inputs begin with the BOS token, or how long
+    they are, where that is HUSAI's own way.
+    """
+    said = Harvesting.read(sae.metadata, store.manifest.hook_name, f"checkpoint: {folder}")
+    made = Harvesting.of_json(store.manifest.harvesting or {})
+    known = {name: getattr(made, name) for name in TEXT if getattr(said, name) is not None}
+    if open_questions := [name for name, value in known.items() if value is None]:
+        log.warning("%s: %s of its activations is not compared with that of the store", folder, open_questions[0])
+    if said.complete:
+        return refuse_other(said, said, made, f"checkpoint: {folder}")
+    cut = replace(said, prepend_bos=None, context_size=None)
+    refuse_other(cut, said.without_subject(), made, f"checkpoint: {folder}")
 
 
 def external_dictionary(

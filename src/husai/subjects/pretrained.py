@@ -10,8 +10,9 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, read_json, sha256_file
 from husai.runs.seeds import generator
 from husai.runs.subjects import DTYPES, SHIPPED, DType, SubjectName, folder_of, hub_name, short_name
+from husai.subjects.harvesting import Harvesting
 from husai.subjects.hooks import hook_name_of, same_place
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class LanguageModel:
     control: str | None  # how the weights were redrawn; None for the model itself
     model: TransformerBridge
     n_ctx: int
+    """Most tokens of an input."""
     transformer: torch.nn.Module
     """transformers' own model, without hooks and with its fastest attention; its parameters are those of `model`."""
     counterparts: dict[torch.nn.Module, torch.nn.Module]
@@ -53,6 +56,8 @@ class LanguageModel:
     """Of weights and arithmetic."""
     known_as: str
     """OWNER/NAME, as far as the name that it was opened by says."""
+    harvesting: Harvesting = field(default_factory=Harvesting)
+    """In what its activations depart from HUSAI's own way."""
 
     @property
     def tokenizer(self):
@@ -62,6 +67,26 @@ class LanguageModel:
         """Whether two names are of one place of this model."""
         hooks, names = self.model.hook_dict, [hook_name_of(place) for place in (one, other)]
         return same_place(*names) or (names[0] in hooks and hooks[names[0]] is hooks.get(names[1]))
+
+    @property
+    def activations_digest(self) -> str:
+        """Names the subject and how its activations are made."""
+        departs = self.harvesting.to_json()
+        return digest([self.digest, departs]) if departs else self.digest
+
+    def resolve(self, said: Harvesting) -> Harvesting:
+        """In what an SAE's activations depart from HUSAI's own way on this subject.
+
+        Raises:
+            BadInput: they cannot be made with this model or tokenizer.
+        """
+        return said.on(self.tokenizer, context_of(self.transformer.config, self.name), centred(self.model))
+
+    def heads(self, hook_name: str) -> int:
+        """Number of attention heads side by side at a hook."""
+        config, of_keys = self.transformer.config, re.search(r"attn\.(hook_|rot_)?[kv](\.|$)", hook_name)
+        heads = getattr(config, "num_attention_heads", 1)
+        return (getattr(config, "num_key_value_heads", None) or heads) if of_keys else heads
 
 
 def open_folder(name: str) -> Path:
@@ -197,16 +222,22 @@ def load_transformers(name: str, random_seed: int | None = None):
     return model.eval(), tokenizer_of(name), sha if random_seed is None else random_subject(sha, random_seed), control
 
 
-def load(name: str, random_seed: int | None = None, device: torch.device | str = "cpu") -> LanguageModel:
+def load(
+    name: str,
+    random_seed: int | None = None,
+    device: torch.device | str = "cpu",
+    harvesting: Harvesting | None = None,
+) -> LanguageModel:
     """Open a subject with its hooks.
 
     Args:
         name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it, with a revision and a
             dtype where these are not the usual ones (`runs.subjects.SubjectName`).
         random_seed: give the random-weights control in its place (see `redraw`).
+        harvesting: how its activations are made, as the files of SAEs say.
 
     Raises:
-        BadInput: there is no such subject, or it cannot be had without a network.
+        BadInput: there is no such subject, it cannot be had without a network, or activations of it cannot be made so.
     """
     named = SubjectName.parse(name)
     model, tokenizer, sha, control = load_transformers(name, random_seed)
@@ -220,7 +251,26 @@ def load(name: str, random_seed: int | None = None, device: torch.device | str =
         )
     short = short_name(name) + ("" if random_seed is None else f"-random{random_seed}")
     n_ctx = context_of(model.config, folder_of(name) or name)
-    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, named.dtype, known_as(name))
+    departs = (harvesting or Harvesting()).on(tokenizer, n_ctx, centred(bridge))
+    n_ctx = departs.context_size or n_ctx
+    about = named.dtype, known_as(name), departs
+    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, *about)
+
+
+def centred(bridge: TransformerBridge) -> bool | None:
+    """Whether TransformerLens' `center_writing_weights` centres the residual stream of a model and changes nothing
+    else; None where it does less.
+
+    It leaves models without LayerNorm as they are. Where a LayerNorm writes to the stream, its output keeps a mean.
+    """
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+    config = bridge.cfg
+    if config.normalization_type not in ("LN", "LNPre") or getattr(config, "final_rms", False):
+        return False
+    alone = getattr(bridge.adapter, "supports_center_writing_weights", True)
+    alone &= getattr(config, "original_architecture", None) not in POST_NORM_ARCHITECTURES
+    return True if alone and "embed_ln" not in dict(bridge.named_children()) else None
 
 
 def sharing_parameters(model: torch.nn.Module) -> torch.nn.Module:

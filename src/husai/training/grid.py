@@ -172,6 +172,8 @@ def write_all(
     saes, files, target = [], [], heldout.target
     more: dict[str, Any] = {} if source.text is None else {"text": source.text}
     more |= {"streamed": True} if source.streamed else {}
+    departs = heldout.store.manifest.harvesting
+    more |= {} if departs is None else {"harvesting": departs}
     streamed: dict[str, Any] = {"hook_name": source.hook_name} if source.streamed else {}
     for t in trained:
         m = t.member

@@ -25,16 +25,29 @@ LAYER_ROWS = 8192
 LOGIT_ROWS = 256
 """Predictions whose logits exist at one time, whatever the vocabulary."""
 
-Replacement = Callable[[Tensor], Tensor]
-"""Map of activations `[n, d_in]` to what stands in their place."""
+
+@dataclass(frozen=True)
+class Replacement:
+    """Map of a hook's activations `[n, d]` to what stands in their place: an SAE's reconstruction of what it reads."""
+
+    subject: LanguageModel
+    hook_name: str
+    sae: Autoencoder | None = None
+    """None: zeros."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        way, heads = self.subject.harvesting, self.subject.heads(self.hook_name)
+        read = way.read_by_sae(x.float(), self.hook_name, heads)
+        made = torch.zeros_like(read) if self.sae is None else self.sae.decode(self.sae.encode(read), read)
+        return way.written(x, made, heads)
 
 
 @torch.inference_mode()
 def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoencoder], texts: list[str]) -> dict:
     """Mean cross-entropy of the next token and KL divergence from the unchanged model, in nats.
 
-    Texts are cut to n_ctx. An SAE replaces what it was trained on: every position but the first. Predictions made at
-    these positions are counted.
+    Texts are cut to n_ctx. An SAE replaces what it was trained on: every position but the first, or those that
+    `subject.harvesting` keeps. Predictions made at these positions are counted.
 
     Returns:
         {"model": cross-entropy of the unchanged model, "zeroed": with zeros in the activation's place, "spliced": with
@@ -45,28 +58,29 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoe
             `[batch, position, d_in]`, the model's logits cannot be made again from its final states, or no text has
             more than two tokens.
     """
-    site = Site.of(subject, hook_name)
-    tokenizer, device = subject.tokenizer, next(subject.model.parameters()).device
-    tokenizer.truncation_side = "right"
-    encoded = tokenizer(texts, truncation=True, max_length=subject.n_ctx)["input_ids"]
-    inputs = [torch.tensor(ids) for ids in encoded if len(ids) > 2]
+    site, device = Site.of(subject, hook_name), next(subject.model.parameters()).device
+    encoded = subject.harvesting.encode(subject.tokenizer, texts, subject.n_ctx)
+    kept = [subject.harvesting.kept(np.array(ids)) for ids in encoded]
+    # The last token predicts nothing.
+    inputs = [(torch.tensor(ids), torch.from_numpy(k)) for ids, k in zip(encoded, kept, strict=True) if k[:-1].any()]
     if not inputs:
         raise BadInput(f"texts: none of {len(texts)} has more than two tokens; longer ones expected")
-    replacements: list[Replacement] = [torch.zeros_like, *(reconstruction(sae.to(device)) for sae in saes)]
-    together = max(1, min(len(replacements), LAYER_ROWS // max(map(len, inputs)) - 1))  # beside the unchanged copy
+    replacements = [Replacement(subject, hook_name), *(Replacement(subject, hook_name, sae.to(device)) for sae in saes)]
+    lengths = np.array([len(ids) for ids, _ in inputs])
+    together = max(1, min(len(replacements), LAYER_ROWS // int(lengths.max()) - 1))  # beside the unchanged copy
     total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
 
-    for chosen in batches(np.array([*map(len, inputs)]), LAYER_ROWS // (1 + together)):
-        tokens = nn.utils.rnn.pad_sequence([inputs[i] for i in chosen], batch_first=True).to(device)
-        lengths = torch.tensor([len(inputs[i]) for i in chosen], device=device)
-        position = torch.arange(tokens.shape[1] - 1, device=device)
-        counted = (position >= 1) & (position < lengths[:, None] - 1)
+    for chosen in batches(lengths, LAYER_ROWS // (1 + together)):
+        padded = nn.utils.rnn.pad_sequence
+        tokens, replaced = (padded([inputs[i][j] for i in chosen], batch_first=True).to(device) for j in (0, 1))
+        ends = torch.from_numpy(lengths[chosen]).to(device)[:, None] - 1
+        counted = replaced[:, :-1] & (torch.arange(tokens.shape[1] - 1, device=device) < ends)
         targets = tokens[:, 1:][counted].unsqueeze(1)
         count += len(targets)
 
         for first in range(0, len(replacements), together):
             group = slice(first, first + together)
-            final = site.final_states(tokens, [None, *replacements[group]])
+            final = site.final_states(tokens, replaced, [None, *replacements[group]])
             if count == len(targets) and first == 0:
                 final.check(tokens[:1, :LOGIT_ROWS])
             unchanged, *changed = final.of_copies(counted)
@@ -90,11 +104,6 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoe
         "kl_spliced": kl_spliced,
         "tokens": count,
     }
-
-
-def reconstruction(sae: Autoencoder) -> Replacement:
-    """The SAE as a map of rows `[n, d_in]`."""
-    return lambda x: sae.decode(sae.encode(x.float()), x.float())
 
 
 def recovered(losses: dict) -> list[float]:
@@ -138,11 +147,11 @@ class Site:
             f"--hook-name {hook_name}: an SAE can be spliced in only where one of transformers' modules begins or ends"
         )
 
-    def final_states(self, tokens: Tensor, replacements: list[Replacement | None]) -> FinalStates:
+    def final_states(self, tokens: Tensor, replaced: Tensor, replacements: list[Replacement | None]) -> FinalStates:
         """Run all layers once for every replacement.
 
         Args:
-            tokens: `[batch, position]`.
+            tokens: `[batch, position]`. replaced: the positions at which activations are replaced, likewise.
             replacements: None leaves the activation as it is.
         """
         batch, copies = len(tokens), len(replacements)
@@ -160,7 +169,7 @@ class Site:
             return tuple(map(repeated, args)), {name: repeated(value) for name, value in kwargs.items()}
 
         def splice(x: Tensor) -> Tensor:
-            """Every position but the first, each copy by its own replacement."""
+            """The chosen positions, each copy by its own replacement."""
             if x.ndim != 3:
                 shape = f"{list(x.shape)} in transformers' modules; [batch, position, d_in] expected"
                 raise BadInput(f"hook: its activation has the shape {shape}")
@@ -169,6 +178,7 @@ class Site:
                 if replace is not None:
                     rest = parts[i][:, 1:]
                     new = replace(rest.flatten(0, 1)).reshape(rest.shape).to(x.dtype)
+                    new = torch.where(replaced[:, 1:, None], new, rest)
                     parts[i] = torch.cat([parts[i][:, :1], new], 1)
             return torch.cat(parts)
 
