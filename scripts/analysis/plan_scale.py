@@ -3,9 +3,10 @@
     python scripts/analysis/plan_scale.py
     python scripts/analysis/plan_scale.py --gpu H100 --utilisation 0.3 --output docs/scaling.md
 
-Reads docs/benchmarks/training_speed.json and eval_speed.json. What was measured on a CPU is carried to a GPU by counted
-floating-point operations: a TopK step costs its dense product, divided by the share of that product's speed that the
-measured step reaches; the GPU gives `--utilisation` of its maker's figure, an assumption until it is measured there.
+Reads training_speed.json, eval_speed.json and streaming_memory.json of docs/benchmarks. What was
+measured on a CPU is carried to a GPU by counted floating-point operations: a TopK step costs its
+dense product, divided by the share of that product's speed that the measured step reaches; the GPU
+gives `--utilisation` of its maker's figure, an assumption until it is measured there.
 """
 
 import textwrap
@@ -20,6 +21,8 @@ GPUS = {"H100": 989e12, "B200": 2250e12}
 """Dense bfloat16 operations a second, as the makers state them."""
 WIDTH = 120
 BYTES = 2  # of a stored activation, bfloat16
+BUFFER = 2**20
+"""Rows of a stream's buffer, as RUNBOOK's lines for large models name it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def width(row: dict) -> int:
     return int(row["label"].split("d_sae ")[1].split(", A")[0].replace(",", ""))
 
 
-def document(speed: dict, evals: dict, args) -> str:
+def document(speed: dict, evals: dict, memory: dict, args) -> str:
     widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
     rates = widest["medians"]
     share = rates["HUSAI, float32 product"] / rates["the encoder's dense float32 product alone"]
@@ -129,8 +132,36 @@ def document(speed: dict, evals: dict, args) -> str:
         ),
         "",
         "The bottleneck is the largest of training, harvest, sending the bank, and probing on 16 cores.",
+        "",
+        "## Without a bank",
+        "",
+        *streams(memory),
     ]
     return "\n".join(lines) + "\n"
+
+
+def streams(memory: dict) -> list[str]:
+    """What a stream takes in place of a bank.
+
+    Args:
+        memory: of docs/benchmarks/streaming_memory.json.
+    """
+    sources = memory["sources"]
+    peaks = [source["peak_mb"] for source in sources]
+    sizes = ", ".join(f"{BUFFER * s.d_in * BYTES * s.layers / 1e9:.1f} GB ({s.name})" for s in STUDIES)
+    about = (
+        "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no bank is stored "
+        "or sent. Rows pass a buffer of `--buffer-rows` rows a hook, in memory or on disk. At "
+        f"{BUFFER:,} rows in bfloat16 it takes {sizes}. The price is the harvest, again for each "
+        "training: the column above, once. All SAEs of all hooks that one command names share it. What "
+        "is read more than once (stability, prototypes, Gaussian rows, held-out figures) remains a "
+        f"store, of as many rows as it needs. On husai-tiny, {memory['rows_trained']:,} rows through a "
+        f"buffer of {memory['buffer_rows']:,} had a peak of {min(peaks):,.0f} to {max(peaks):,.0f} MB, on "
+        f"sources of {sources[0]['megabytes']:.0f} to {sources[-1]['megabytes']:.0f} MB of text "
+        "([streaming_memory](benchmarks/streaming_memory.md)). Sixteen bytes a document, for repeated "
+        "documents, are all that grows with the source."
+    )
+    return [textwrap.fill(about, WIDTH)]
 
 
 def main() -> None:
@@ -143,7 +174,8 @@ def main() -> None:
     args = p.parse_args()
     args.peak = GPUS[args.gpu]
     speed, evals = (read_json(args.benchmarks / f"{n}_speed.json", "benchmark") for n in ("training", "eval"))
-    write_text(args.output, text := document(speed, evals, args))
+    memory = read_json(args.benchmarks / "streaming_memory.json", "benchmark")
+    write_text(args.output, text := document(speed, evals, memory, args))
     print(text)
 
 
