@@ -660,8 +660,10 @@ def test_what_cannot_be_run_is_not_applicable():
 def test_a_report_on_a_readers_own_saes_leaves_the_method_out(root):
     shutil.copytree(CONFIRMED.parent, root / CONFIRMED.parent.name)
     add_run(root, "release_gate", change(decision(pass_all=False), "saebench", **FAILS))
+    write_json(root / "parts.json", {"candidate_confirmation": None, "ood_stress": f"return code 1: {HOSTILE}"})
     html = card.render(root, None, root.parent / "report.html", CHECK)
     page = Page(html)
+    assert f"Shifted text: return code 1: {HOSTILE}" in page.inside["failed"]
     assert "modular" not in page.text
     assert "Phase 4a" not in page.text
     assert "absent" not in {a.get("id") for _, a in page.tags}

@@ -75,11 +75,13 @@ def parse():
 
 def main() -> None:
     args = parse()
+    typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
     prepare(args.device, args.threads)
     from husai.evals import cebench_checkout, sae_probes, supplied
     from husai.evals.loaded import Opener
+    from husai.report.evidence import PARTS
     from husai.runs.errors import BadInput, CheckFailed
-    from husai.runs.files import content_or_name, read_json
+    from husai.runs.files import content_or_name, read_json, write_json
     from husai.runs.folder import Run
     from husai.subjects import pretrained
 
@@ -111,8 +113,8 @@ def main() -> None:
         done: list[dict] = []
         for part in [*evidence(args, root, group), gate(args, root)]:
             done.append(record(run, part, done))
+        write_json(root / PARTS, {p["name"]: p["reason"] for p in done})
         report = args.output_dir / "report.html"
-        typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
         where = ["--results-root", str(root), "--output", str(report), "--command", typed]
         page = Part("report", "analysis/build_report.py", where)
         done.append(record(run, page, done))

@@ -129,7 +129,9 @@ def _names(found: Retrained | Supplied, seeds: list[str]) -> list[str]:
     if isinstance(found, Retrained):
         return [f"seed {seed}" for seed in seeds]
     names = [PurePosixPath(found.paths[seed]).name for seed in seeds]
-    return names if len(set(names)) == len(names) else [f"SAE {seed}" for seed in seeds]
+    if len(set(names)) < len(names):
+        return [f"SAE {seed}" for seed in seeds]
+    return [name if seed in name else f"{name} (number {seed})" for name, seed in zip(names, seeds, strict=True)]
 
 
 def _stable(section: Scored) -> tuple[list[float] | None, Interval | None, float | None]:

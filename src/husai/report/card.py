@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from husai.report import glossary, markup, verdict
 from husai.report.browser import Browser
-from husai.report.evidence import Phase, phases, read_phase
+from husai.report.evidence import Phase, not_run, phases, read_phase
 from husai.report.forest import Forest
 from husai.report.markup import Picture
 from husai.report.steps import Reader, general, next_step
@@ -116,6 +116,7 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
         page.render(
             verdict=decision,
             supplied=reader.supplied,
+            not_run=[(PHASES.get(name, (name,))[0], reason) for name, reason in not_run(root).items()],
             good=good,
             steps={g.gate: next_step(g, reader) for g in decision.open},
             general=general(reader, decision.open) if confirmed is not None else [],

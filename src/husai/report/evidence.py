@@ -14,6 +14,19 @@ from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 
+PARTS = "parts.json"
+"""Beside the parts of a release check: part -> why it left no results; null where it did."""
+
+
+def not_run(root: Path) -> dict[str, str]:
+    """Part of a release check -> why it left no results."""
+    try:
+        found = read_json(root / PARTS, "parts")
+    except BadInput:
+        return {}
+    parts = found if isinstance(found, dict) else {}
+    return {name: reason for name, reason in parts.items() if isinstance(reason, str)}
+
 
 @dataclass
 class Phase:

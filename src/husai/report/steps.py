@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from husai.evidence.estimates import narrowing
 from husai.evidence.rules import MINIMUM_SEEDS
 from husai.report.evidence import Phase
 from husai.report.verdict import CONTROL, Decision, Gate
+from husai.runs.checkpoints import is_name
 
 EXPERIMENTS = "scripts/experiments"
 CHECK, CONFIRMATION, SELECTION = (
@@ -38,6 +40,8 @@ class Step:
     text: str
     command: str | None
     """None: not applicable, and `text` says why."""
+    replaces_reason: bool = False
+    """Whether `text` says all that the gate's own reason does."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Reader:
         """The SAEs, as the reader named them, or where the confirmation left them."""
         named = [v for flag in ("--checkpoint", "--checkpoints") for v in _values(self.words, flag)]
         folder = next(iter(_values(self.words, "--output-dir")), self.root)
-        return named or [f"{folder}/{place}" for place in self.places]
+        return named or [place if is_name(place) else os.path.normpath(f"{folder}/{place}") for place in self.places]
 
     @property
     def confirmed(self) -> str:
@@ -189,7 +193,7 @@ def _missing(gate: Gate, reader: Reader) -> Step:
             f"python {EXPERIMENTS}/run_phase4a_reproduction.py",
         )
     if name == "transcoder" and not reader.recipe_known:
-        return Step(f"{UNKNOWN}, therefore no transcoder can be trained alike.", None)
+        return Step(f"{UNKNOWN}, therefore no transcoder can be trained alike.", None, True)
     if name in ("saebench", "cebench") and not reader.recipe_known:
         return Step(f"{UNKNOWN}, therefore no reference SAE can be matched to them.", None)
     if name == "ood" and reader.survives is False:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, ValidationError
 
+from husai.evidence import rules
 from husai.report.evidence import Phase
 from husai.report.markup import Scale, Strip, interval, number
 
@@ -205,9 +206,15 @@ class Decision(BaseModel):
     """Number of confirmations of the configuration, this one included."""
     licensed: str | None = None
     """Sentence that the stability of the SAEs licenses."""
+
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
     read: dict[str, Read] = Field(default_factory=dict)
+
+    @property
+    def licenses(self) -> bool:
+        """Whether the sentence claims anything."""
+        return self.licensed not in (None, rules.LICENCES[0][2])
 
     def about(self, subjects: dict[str, str]) -> list[tuple[str, str]]:
         """(what, which) of the candidate, as far as the decision says; `subjects`: digest -> name."""
@@ -221,7 +228,7 @@ class Decision(BaseModel):
             "SAEs": c.get("condition"),
             "Model": f"{name} ({subject[:12]}…)" if name else subject,
             "Hook": c.get("hook_name") or facts.get("hook_name"),
-            "Seeds": ", ".join(map(str, seeds)),
+            "Seeds" if facts.get("source", "husai") == "husai" else "Numbers": ", ".join(map(str, seeds)),
             "Attempt": self.attempt,
         }
         return [(what, str(which)[:300]) for what, which in found.items() if which]
