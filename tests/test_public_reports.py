@@ -59,7 +59,7 @@ def looked_over(opener, monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(CHECK), *map(str, arguments)])
-        args = parse()
+        args = run.args = parse()
         return supplied.named(args, supplied.look_over(args, opener), opener)
 
     return run
@@ -251,18 +251,26 @@ def test_every_hook_by_name(name, run_script, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "about",
+    ("about", "applied"),
     [
-        {"seqpos_slice": [10, None]},
-        {"exclude_special_tokens": True},
-        {"hook_head_index": 3},
-        {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+        ({"prepend_bos": False}, {"prepend_bos": False}),
+        ({"seqpos_slice": [10, None]}, {"seqpos_slice": [10, None]}),
+        ({"context_size": 16}, {"context_size": 16}),
+        ({"exclude_special_tokens": True}, {"exclude_special_tokens": True}),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, {"center_writing_weights": True}),
+        ({"hook_head_index": 3}, None),
+        ({"model_from_pretrained_kwargs": {"revision": "step1000"}}, None),
     ],
 )
-def test_activations_made_otherwise_are_not_taken_silently(about, looked_over, tmp_path):
+def test_activations_made_otherwise_are_not_taken_silently(about, applied, looked_over, opener, tmp_path):
     saes = [saelens(tmp_path / f"s{seed}", seed, **about) for seed in range(3)]
-    with pytest.raises(BadInput, match=next(iter(about))):
-        looked_over("--checkpoint", *saes, "--hook-name", HOOK)
+    given = "--checkpoint", *saes, "--hook-name", HOOK
+    if applied is None:
+        with pytest.raises(BadInput, match=r"hook_head_index|revision"):
+            looked_over(*given)
+    else:
+        assert len(looked_over(*given)) == 3
+        assert loaded.agreed_by(looked_over.args, opener)[1].to_json() == applied
 
 
 def test_same_model_is_in_record_and_decision():
