@@ -194,6 +194,7 @@ def truncate(folder):
         (edit_config(k=None), "cfg.json", r"\bk .*None"),
         (edit_config(architecture="standard", k=4), "cfg.json", r"\bk .*\b4\b.*standard"),
         (edit_config(metadata={"training_architecture_details": {"k": 5}}), "cfg.json", r"\bk .*\b4 .*\b5 "),
+        (edit_config(metadata={"husai": {"k": 5}}), "cfg.json", r"\bk .*\b4 .*\b5 in metadata.husai"),
         (runs_as(k=5), "cfg.json", r"\bk .*\b4 .*\b5 in runner_cfg.json"),
         (runs_as(d_sae=16), "cfg.json", r"d_sae .*\b20 .*\b16 in runner_cfg.json"),
         (edit_config(metadata=[1]), "cfg.json", "metadata"),

@@ -284,6 +284,8 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
     details = about.get("training_architecture_details")
     details, runner = details if isinstance(details, dict) else {}, _runner(folder, where)
     said = {CONFIG: settings, "training_architecture_details": details, RUNNER: runner[0].computes if runner else {}}
+    if settings.get("k") is not None and isinstance(ours := about.get("husai"), dict):
+        said["metadata.husai"] = ours  # of other architectures, k there is the L0 that they were steered to
     _refuse_contradiction(said, trained, where)
     training = details | described.training
     if training or runner:  # else the files say nothing
