@@ -8,6 +8,9 @@ BIN := .venv/bin
 OUTPUT ?= results
 PROFILE ?= b200
 
+# Images of Python in Docker set it; then each process would compile every library that it imports, for 20 s.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo queue tiny-lm test test-slow test-chaos test-nightly smoke audit-results lint format benchmarks api clean
 .DEFAULT_GOAL := help
 

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,28 @@ def test_bad_usage_is_one_line(tmp_path, arguments, variables, named):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """(output folder, what was printed) of a queue that ran the gate alone, which has no evidence."""
+    out = tmp_path_factory.mktemp("gated")
+    return out, queue("--only", "gate", OUTPUT=str(out))
+
+
+def copied(out, target):
+    """A copy of an output folder, whose manifest names the copy."""
+    shutil.copytree(out, target, dirs_exist_ok=True)
+    manifest = target / "queue/manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(out), str(target)))
+    return target
+
+
 def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
+    """The outcome of an earlier run of the failed stage is set aside."""
+    folder = tmp_path / "experiments/candidate_selection"
+    folder.mkdir(parents=True)
+    earlier = "results.json", "summary.md", "release_policy.json", "release_policy.md"
+    for name in earlier:
+        (folder / name).write_text("{}")
     done = queue("--only", "environment", OUTPUT=str(tmp_path))
     assert "torch" in done.stdout
     failed = queue("--only", "selection", OUTPUT=str(tmp_path))
@@ -184,26 +206,17 @@ def test_a_stage_is_noted_and_a_failed_one_named(tmp_path):
     assert {name: s["return_code"] for name, s in noted.items()} == {"environment": 0, "selection": 2}
     assert "select_release_candidate.py" in noted["selection"]["command"]
     assert not any(name.endswith("/results.json") for name in noted["selection"]["files"])
+    assert {p.name for p in folder.iterdir()} >= {f"{name}.stale" for name in earlier}
+    assert not any((folder / name).exists() for name in earlier)
 
 
-def test_the_outcome_of_an_earlier_run_of_a_failed_stage_is_set_aside(tmp_path):
-    folder = tmp_path / "experiments/candidate_selection"
-    folder.mkdir(parents=True)
-    names = "results.json", "summary.md", "release_policy.json", "release_policy.md"
-    for name in names:
-        (folder / name).write_text("{}")
-    queue("--only", "selection", OUTPUT=str(tmp_path))
-    assert {p.name for p in folder.iterdir()} >= {f"{name}.stale" for name in names}
-    assert not any((folder / name).exists() for name in names)
-
-
-def test_an_earlier_report_is_set_aside_where_none_can_be_made(tmp_path):
+def test_an_earlier_report_is_set_aside_where_none_can_be_made(tmp_path, gated):
     (tmp_path / "report.html").write_text("of an earlier run")
     done = queue("--only", "report", OUTPUT=str(tmp_path))
     assert done.returncode == 2
     assert re.search(r"^failed: report\b", done.stdout, re.M)
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html.stale"]
-    queue("--only", "gate", OUTPUT=str(tmp_path))
+    copied(gated[0], tmp_path)
     assert queue("--only", "report", OUTPUT=str(tmp_path)).returncode == 0
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html"]
 
@@ -253,8 +266,8 @@ def test_a_signal_ends_the_stage_in_order(tmp_path, send, part):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing goes on
 
 
-def test_part_of_the_stages_says_what_does_not_stand(tmp_path):
-    queue("--only", "gate", OUTPUT=str(tmp_path))
+def test_part_of_the_stages_says_what_does_not_stand(tmp_path, gated):
+    copied(gated[0], tmp_path)
     decision = tmp_path / "experiments/release_gate/release_policy.json"
     decision.write_text("{}")
     done = queue("--only", "environment", OUTPUT=str(tmp_path))
@@ -267,11 +280,11 @@ def test_help_says_what_the_variables_are():
     assert all(name in done.stdout for name in ("PROFILE=", "SEEDS=", "--only STAGE", "CEBENCH_BASELINE_MAP="))
 
 
-def test_the_gate_without_evidence_fails_closed(tmp_path):
-    done = queue("--only", "gate", OUTPUT=str(tmp_path))
+def test_the_gate_without_evidence_fails_closed(gated):
+    out, done = gated
     assert done.returncode == 1
-    assert str(tmp_path / "experiments/release_gate/release_policy.md") in done.stdout
-    decision = json.loads((tmp_path / "experiments/release_gate/release_policy.json").read_text())
+    assert str(out / "experiments/release_gate/release_policy.md") in done.stdout
+    decision = json.loads((out / "experiments/release_gate/release_policy.json").read_text())
     assert decision["pass_all"] is False
     assert {g["status"] for g in decision["gates"]} == {"MISSING"}
 

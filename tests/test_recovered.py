@@ -28,7 +28,7 @@ HOOKS = (
 
 @pytest.fixture(scope="module")
 def texts():
-    return few_texts().heldout[:8]
+    return few_texts().heldout[:4]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -238,6 +238,31 @@ def test_code_version_follows_the_code_of_what_is_imported(package, file, source
     assert (package(MODULES | {file: source}) == package(MODULES)) == same
 
 
+def test_what_was_parsed_is_kept_by_content_and_never_trusted_blindly(package, monkeypatch):
+    """The next process parses nothing; a changed file is parsed; a damaged store changes nothing."""
+    version = package(MODULES)
+    store = code.store_of(code.PACKAGE)
+    whole = store.read_text()
+
+    def again() -> tuple[str, int]:
+        """(code version in a new process, number of files that it parses)."""
+        count, parse = [], code.parse
+        for function in (code.code_version, code.closure, code.parsed, code.kept):
+            function.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(code, "parse", lambda source, path: (count.append(path), parse(source, path))[1])
+            return code_version(code.PACKAGE / "a/first.py"), len(count)
+
+    assert again() == (version, 0)
+    for damaged in ("", "[]", "{", '{"a": 1}', whole[:-20]):
+        store.write_text(damaged)
+        assert again() == (version, 4), "two files are empty"
+        assert store.read_text() == whole
+    (code.PACKAGE / "b/third.py").write_text("import json, scipy.stats\ny = 4")
+    changed, parsed = again()
+    assert (changed != version, parsed) == (True, 1)
+
+
 def test_code_version_follows_the_packages(package, monkeypatch):
     before = package(MODULES)
     code_version.cache_clear()

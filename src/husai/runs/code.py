@@ -6,21 +6,36 @@ Cells, checkpoints and activation stores are found again by it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import husai
+from husai.runs.files import write_text
 
 PACKAGE = Path(husai.__file__).resolve().parent
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 """Fields of a statement that hold other statements."""
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Package -> its distribution, where the names differ. To ask the environment takes half a second."""
+KEPT = 2000
+"""Largest number of parsed source files that the package's `__pycache__` keeps."""
+
+
+class Parsed(NamedTuple):
+    """Facts of a source file."""
+
+    tree: str
+    """sha256 of the syntax tree without docstrings."""
+    names: frozenset[str]
+    """Dotted names that the file may import."""
 
 
 @cache
@@ -40,7 +55,7 @@ def code_version(*computing: Callable | Path) -> str:
         sha.update(f"{package} {installed(package)}\n".encode())
     places = {path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.name: path for path in files}
     for place, path in sorted((str(place), path) for place, path in places.items()):
-        sha.update(f"{place} {parsed(path)[0]}\n".encode())
+        sha.update(f"{place} {parsed(path).tree}\n".encode())
     return sha.hexdigest()
 
 
@@ -63,11 +78,12 @@ def closure(roots: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
         if path in files:
             continue
         files.add(path)
-        for name in parsed(path)[1]:
+        for name in parsed(path).names:
             imported, package = modules(name, path), name.split(".")[0]
             left += imported
             if not imported and package not in (*sys.stdlib_module_names, PACKAGE.name):
                 packages.add(package)
+    keep(PACKAGE)
     return frozenset(files), frozenset(packages)
 
 
@@ -85,9 +101,55 @@ def modules(name: str, importer: Path) -> list[Path]:
 
 
 @cache
-def parsed(path: Path) -> tuple[str, frozenset[str]]:
-    """(sha256 of a file's syntax tree without docstrings, the dotted names that it may import)."""
-    tree = ast.parse(path.read_bytes(), str(path))
+def parsed(path: Path) -> Parsed:
+    """Facts of a source file, found by its content if any process parsed it before.
+
+    To parse the whole package takes half a second, which every process of a queue would spend.
+    """
+    source, known = path.read_bytes(), kept(PACKAGE)
+    key = hashlib.sha256(own_digest() + source).hexdigest()
+    if key not in known:
+        known[key] = parse(source, path)
+    return known[key]
+
+
+@cache
+def own_digest() -> bytes:
+    """Digest of this file, because what was parsed depends on it."""
+    return hashlib.sha256(Path(__file__).read_bytes()).digest()
+
+
+def store_of(package: Path) -> Path:
+    return package / "__pycache__" / f"code-{sys.version_info.major}{sys.version_info.minor}.json"
+
+
+@cache
+def kept(package: Path) -> dict[str, Parsed]:
+    """Digest of a source -> its facts, as earlier processes kept them; empty if the file is missing or damaged."""
+    try:
+        entries = json.loads(store_of(package).read_text())
+        return {key: Parsed(str(tree), frozenset(map(str, names))) for key, (tree, names) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def keep(package: Path) -> None:
+    """Write the facts that this process added, where the package's folder can be written."""
+    known, path = kept(package), store_of(package)
+    entries = {key: [facts.tree, sorted(facts.names)] for key, facts in [*known.items()][-KEPT:]}
+    text = json.dumps(entries)
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
+
+
+def parse(source: bytes, path: Path) -> Parsed:
+    """Facts of a source.
+
+    Raises:
+        ValueError: a relative import.
+    """
+    tree = ast.parse(source, str(path))
     names, left = set(), [tree]
     while left:
         statement = left.pop()
@@ -102,7 +164,7 @@ def parsed(path: Path) -> tuple[str, frozenset[str]]:
             if isinstance(inner := getattr(statement, block, None), list):
                 inner[:] = [s for s in inner if not is_text(s)]
                 left += inner
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(names)
+    return Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(names))
 
 
 def is_text(statement: ast.AST) -> bool:
