@@ -30,6 +30,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -46,7 +47,9 @@ from husai.evidence import levels, rules
 from husai.evidence.estimates import jackknife, mean_over_seeds
 from husai.evidence.schemas import PlantedRows
 from husai.kernels.workers import one_torch_thread
+from husai.runs.cells import Cells
 from husai.runs.cli import Parser, positive_int, run_main
+from husai.runs.code import code_version
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import read_json, write_json, write_text
 from husai.runs.progress import progress
@@ -67,6 +70,16 @@ PLANTED_FEATURES, PLANTED_IN, PLANTED_K, PLANTED_ROWS = 128, 64, 8, 20_000
 STRUCTURES = ("independent", "correlated", "hierarchical")
 DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 100_000}
 """Training tokens of an SAE of planted features."""
+LONGEST = {"hierarchical": {"longest training": 500_000}}
+"""Further degrees of a structure that SAEs recover late, because features fire only with their parent."""
+LONGEST_STUDIES = 24
+"""Studies of these degrees, at most, even and odd together: they take minutes each."""
+TRAININGS = {
+    f"{structure}, {degree}": (structure, tokens)
+    for structure in STRUCTURES
+    for degree, tokens in (DEGREES | LONGEST.get(structure, {})).items()
+}
+"""Kind -> its structure, and training tokens."""
 SHORT = TOKENS // 100
 RECOVERIES = (0.0, 0.5, 0.65, levels.MIN_RECOVERY, 1.0)
 """Ranges of the recovery that studies are reported in. From the last but one, planted features count as recovered."""
@@ -330,7 +343,7 @@ SLOW = {"independent components (FastICA)": independent_components}
 TRAINED = ("SAEs of Gaussian noise", "SAEs of the random-weights model")
 REPORTED = ("SAEs after 1 % of the training", "SAEs, half of the decoder frozen", "SAEs")
 IMPOSTORS = (*CHEAP, *OF_TOKENS, *SLOW, *TRAINED)
-KINDS = (*IMPOSTORS, *REPORTED, *STRUCTURES)
+KINDS = (*IMPOSTORS, *REPORTED, *TRAININGS)
 PLANTED = "planted features"
 """Name of their place."""
 
@@ -403,24 +416,21 @@ def planted(structure: str, seed: int) -> tuple[Tensor, Tensor]:
     return made.rows, made.features
 
 
-def planted_study(structure: str, number: int) -> dict[str, dict[str, float]]:
-    """Degree -> the figures of one planted dictionary, and `recovery`: signed mcc with it."""
+def planted_study(structure: str, tokens: int, number: int) -> Figures:
+    """The figures of SAEs of one planted dictionary, and `recovery`: signed mcc with it."""
     rows, features = planted(structure, number)
     with tempfile.TemporaryDirectory() as work, one_torch_thread():
         store = written(Path(work) / "rows", rows)
         size = PLANTED_FEATURES, PLANTED_K
         seeds = [1000 * number + i for i in range(SEEDS)]
-        result = {}
-        for degree, tokens in DEGREES.items():
-            noise = saes(noise_like(store, Path(work) / degree, number), [s + 500 for s in seeds], *size, tokens)
-            data = Data.of(store, noise, *size)
-            trained = saes(store, seeds, *size, tokens)
-            _, heldout = store.split(0.2)
-            variances = [evaluate(s, store, heldout)[0].explained_variance for s in trained]
-            directions = [s.W_dec for s in trained]
-            recovery = float(np.mean([mcc(W, features) for W in directions]))
-            result[degree] = study(data, directions, variances, number) | {"recovery": recovery}
-    return result
+        noise = saes(noise_like(store, Path(work) / "noise", number), [s + 500 for s in seeds], *size, tokens)
+        data = Data.of(store, noise, *size)
+        trained = saes(store, seeds, *size, tokens)
+        _, heldout = store.split(0.2)
+        variances = [evaluate(s, store, heldout)[0].explained_variance for s in trained]
+        directions = [s.W_dec for s in trained]
+        recovery = float(np.mean([mcc(W, features) for W in directions]))
+        return study(data, directions, variances, number) | {"recovery": recovery}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,23 +480,38 @@ Task = tuple[str, str, int]
 """(place, kind, study)."""
 
 
-def one(task: Task) -> list[tuple[str, str, Figures]]:
-    """(place, kind, figures) of one study."""
+def found_or_one(root: Path, task: Task) -> Figures:
+    """The figures of one study, to four digits; read where an earlier run of the same code computed them.
+
+    Args:
+        root: cells lie below it.
+    """
+    key = {"task": list(task), "code": code_version(one)}
+
+    def compute() -> tuple[Figures, list[Path]]:
+        return {name: round(value, 4) for name, value in one(task).items()}, []
+
+    return Cells(root / "impostors" / "cells").get("study", key, compute)
+
+
+def one(task: Task) -> Figures:
+    """The figures of one study."""
     place, kind, number = task
     torch.set_num_threads(1)
     if place == PLANTED:
-        return [(place, f"{kind}, {degree}", f) for degree, f in planted_study(kind, number).items()]
+        return planted_study(*TRAININGS[kind], number)
     data = PLACES[place]
     if group := ARMS.get((place, kind, number)):
-        return [(place, kind, study(data, [W for W, _ in group], [v for _, v in group], number))]
+        return study(data, [W for W, _ in group], [v for _, v in group], number)
     make = (CHEAP | OF_TOKENS | SLOW)[kind]
     directions = [make(data, generator("impostor", place, kind, number, i), i) for i in range(SEEDS)]
-    return [(place, kind, study(data, directions, [explained(data, W) for W in directions], number))]
+    return study(data, directions, [explained(data, W) for W in directions], number)
 
 
 def tasks(studies: int, trained_studies: int, planted_studies: int, part: str, kinds: Collection[str]) -> list[Task]:
     numbers = [range(int(part == "odd"), n, 2) for n in (studies, trained_studies, planted_studies)]
-    found = [(PLANTED, kind, i) for kind in STRUCTURES for i in numbers[2]]
+    late = {f"{structure}, {degree}" for structure, degrees in LONGEST.items() for degree in degrees}
+    found = [(PLANTED, kind, i) for kind in TRAININGS for i in numbers[2] if kind not in late or i < LONGEST_STUDIES]
     for place, named in NAMED.items():
         cheap = CHEAP | (OF_TOKENS if named else {})
         found += [(place, kind, i) for kind in cheap for i in numbers[0]]
@@ -516,7 +541,7 @@ def by_recovery(planted: dict[str, list[Figures]]) -> dict[str, dict[str, dict[s
     """Structure -> range of the recovery -> rates of the studies there, of all trainings together."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for structure in STRUCTURES:
-        every = [f for kind, studies in planted.items() if kind.split(", ")[0] == structure for f in studies]
+        every = [f for kind, studies in planted.items() if TRAININGS[kind][0] == structure for f in studies]
         for low, high in pairwise(RECOVERIES):
             if inside := [f for f in every if low <= f["recovery"] < high]:
                 found.setdefault(structure, {})[f"{low:g} to {high:g}"] = rates(inside)
@@ -551,10 +576,9 @@ def computed(args: argparse.Namespace) -> Zoo:
             numbers = range(int(args.part == "odd"), args.trained_studies, 2)
             build_places(args.artifact_root, Path(work), numbers, args.part, args.kinds)
         with ProcessPoolExecutor(args.workers) as pool, progress("impostors (studies)", len(todo)) as advance:
-            for results in pool.map(one, todo):
-                for place, kind, figures in results:
-                    rounded = {name: round(value, 4) for name, value in figures.items()}
-                    found.setdefault(place, {}).setdefault(kind, []).append(rounded)
+            studies = pool.map(partial(found_or_one, args.artifact_root), todo)
+            for (place, kind, _), figures in zip(todo, studies, strict=True):
+                found.setdefault(place, {}).setdefault(kind, []).append(figures)
                 advance(1)
     return found
 
@@ -572,8 +596,7 @@ def with_earlier(found: Zoo, path: Path, about: dict) -> Zoo:
         for kind, columns in kinds.items():
             studies = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             found.setdefault(place, {}).setdefault(kind, studies)
-    order = [*KINDS, *(f"{structure}, {degree}" for structure in STRUCTURES for degree in DEGREES)]
-    return {place: {kind: found[place][kind] for kind in order if kind in found[place]} for place in (PLANTED, *NAMED)}
+    return {place: {kind: found[place][kind] for kind in KINDS if kind in found[place]} for place in (PLANTED, *NAMED)}
 
 
 def page(about: dict, name: str) -> str:
