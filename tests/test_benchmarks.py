@@ -251,6 +251,9 @@ def test_baseline_map(tmp_path):
     path = baselines.write_map(tmp_path / baselines.MAP, HOOK, "results.json")
     assert baselines.lookup(path, HOOK) == (tmp_path / "results.json", None)
     assert baselines.lookup(path, "blocks.1.hook_mlp_out") == (tmp_path / "results.json", None), "by its layer"
+    by_module = tmp_path / "by_module.json"
+    by_module.write_text(json.dumps({"gpt_neox.layers.0": "results.json", "1": None}))
+    assert baselines.lookup(by_module, HOOK) == (tmp_path / "results.json", None)
     other = baselines.write_map(tmp_path / "other.json", "hook_embed", "results.json")
     assert baselines.lookup(other, "hook_embed")[0] == tmp_path / "results.json"
     found, reason = baselines.lookup(path, "blocks.2.hook_resid_pre")

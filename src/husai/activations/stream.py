@@ -7,6 +7,7 @@ training goes on with the window in which it stopped.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest
 from husai.runs.subjects import DType
 from husai.subjects.pretrained import LanguageModel
+
+log = logging.getLogger("husai")
 
 
 class ActivationStream:
@@ -43,7 +46,12 @@ class ActivationStream:
         dtype: DType | None = None,
         buffer: Path | None = None,
     ):
-        check_hooks(subject, hook_names, by_document=True)
+        for name, hook in check_hooks(subject, hook_names, by_document=True).items():
+            if hook.of_token:
+                log.warning(
+                    "%s of %s gives one row for each token: held-out documents repeat rows that the stream trains on",
+                    *(name, subject.name),
+                )
         self.subject, self.hook_names, self.inputs = subject, hook_names, inputs
         self.dtype: DType = dtype or subject.dtype
         self.rows = int(inputs.rows.sum())

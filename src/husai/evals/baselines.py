@@ -16,6 +16,7 @@ from husai.evidence.schemas import Reference, refusal
 from husai.runs.errors import BadInput
 from husai.runs.files import REPOSITORY, read_json, write_json
 from husai.runs.seeds import generator
+from husai.subjects.hooks import same_place
 
 MAP = "cebench_baseline_map.json"
 
@@ -51,11 +52,12 @@ def lookup(path: Path, hook_name: str) -> tuple[Path | None, str | None]:
     if not isinstance(table, dict) or not all(v is None or isinstance(v, str) for v in table.values()):
         raise BadInput(f"baseline map: {path}: an object of paths or nulls expected")
     layer = hook_name.split(".")[1] if hook_name.startswith("blocks.") else ""
-    key = next((k for k in (hook_name, layer, "default") if k in table), None)
+    places = [name for name in table if same_place(name, hook_name)]
+    key = next((k for k in (hook_name, *places, layer, "default") if k in table), None)
     if key is None or table[key] is None:
         return None, f"{path.name} names no baseline for {hook_name}"
-    places = [path.parent / table[key], REPOSITORY / table[key]]
-    found = next((p for p in places if p.is_file()), None)
+    candidates = [path.parent / table[key], REPOSITORY / table[key]]
+    found = next((p for p in candidates if p.is_file()), None)
     if found is None:
         raise BadInput(f"baseline map: {path}: {key!r} names {table[key]}, which does not exist")
     return found, None
