@@ -8,22 +8,21 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import ValidationError
 
 from husai.report import glossary, markup, verdict
 from husai.report.browser import Browser
 from husai.report.evidence import Phase, not_run, phases, read_phase
+from husai.report.features import Table
 from husai.report.forest import Forest
-from husai.report.markup import Picture
+from husai.report.markup import TEMPLATES, Picture
 from husai.report.steps import Reader, general, next_step
 from husai.report.tiles import Good
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
 from husai.runs.folder import Manifest
 
-TEMPLATES = Path(__file__).parent / "templates"
 PHASES = {
     "candidate_confirmation": ("Confirmation", "How good and how stable are the selected SAEs on fresh seeds?"),
     "random_model_stress": ("Random-model stress", "Would a model with random weights give equally stable features?"),
@@ -99,11 +98,13 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
     decided = read_phase(gate.parent) if gate else _last(strict, "release_gate")
     decision = verdict.judge(decided, found)
     examples = _last(found, "feature_examples")
+    table = _last(found, "feature_reliability")
     confirmed = _last(found, "candidate_confirmation")
     reader = Reader.of(found, decision.decision, root, command or _command_of_check(root))
     order = [*PHASES]
+    elsewhere = [decided, examples, table]  # these have parts of the page of their own
     shown = sorted(
-        (p for p in found if p is not decided and p is not examples),  # these have parts of the page of their own
+        (p for p in found if all(p is not other for other in elsewhere)),
         key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
     )
     if reader.supplied:
@@ -111,7 +112,7 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
     good = Good.of(confirmed)
     sections = [PageSection(p, output) for p in shown]
     script = (TEMPLATES / "card.js").read_text()
-    page = environment().get_template("card.html")
+    page = markup.environment().get_template("card.html")
     return glossary.explain(
         page.render(
             verdict=decision,
@@ -123,6 +124,8 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
             gate=PageSection(decided, output) if decided else None,
             read=_where_read(decision.decision, sections),
             sections=sections,
+            features=PageSection(table, output) if table else None,
+            table=Table.of(table, output) if table else None,
             examples=PageSection(examples, output) if examples else None,
             browser=Browser.of(examples) if examples else None,
             absent=[] if reader.supplied else _absent(found, decided),
@@ -133,19 +136,6 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
             script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
-
-
-def environment() -> Environment:
-    """The templates of the pages."""
-    found = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters["flags"] = markup.flags
-    return found
 
 
 def _command_of_check(root: Path) -> str | None:

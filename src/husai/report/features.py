@@ -10,16 +10,22 @@ import base64
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from markupsafe import Markup
+from pydantic import ValidationError
 
 from husai.evidence import rules
 from husai.evidence.features import COLUMNS, FeatureReliability
 from husai.report import glossary
-from husai.report.card import TEMPLATES, environment
+from husai.report.evidence import Phase
 from husai.report.feature_summary import percent
+from husai.report.markup import TEMPLATES, environment
 from husai.report.tiles import Tile
 
 if TYPE_CHECKING:
@@ -195,6 +201,36 @@ def tiles(found: FeatureReliability) -> list[Tile]:
         Tile("Dead features", f"{said.get('dead', 0):,}", f"of {found.sae.facts.d_sae:,} features", ""),
         Tile("Explained variance", f"{held.explained_variance:.3f}", f"L0 {held.l0:.4g}", "On held-out tokens."),
     ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A run of the feature table, as the report on the SAEs shows it."""
+
+    sae: str
+    compared: str
+    tiles: list[Tile]
+    limits: list[str]
+    page: str | None
+    """Link to its own page; None where it is not there."""
+
+    @classmethod
+    def of(cls, run: Phase, output: Path) -> Table | None:
+        """None, and a problem of the run, where its results have another shape.
+
+        Args:
+            output: where the page will lie.
+        """
+        if not run.results:
+            return None
+        try:
+            found = FeatureReliability.model_validate(run.results)
+        except ValidationError as error:
+            run.problems.append(f"results.json has another shape than this version reads ({type(error).__name__})")
+            return None
+        page = run.folder / "report.html"
+        link = quote(os.path.relpath(page, output.parent)) if page.is_file() else None
+        return cls(found.sae.label, compared(found), tiles(found), [*found.limits, *found.notes], link)
 
 
 def _bounds(text: str, word: str) -> str:

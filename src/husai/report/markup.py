@@ -10,15 +10,30 @@ from itertools import pairwise
 from math import floor, log10
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 from PIL import Image
 
+TEMPLATES = Path(__file__).parent / "templates"
 HEADINGS = 2
 """Levels by which a summary's headings go down on the page; its first, the title, is left out."""
 COLOURS = 96
 """Colours of a figure: lines and text need no more, and a page of many figures stays small."""
+
+
+def environment() -> Environment:
+    """The templates of the pages."""
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["flags"] = flags
+    return found
 
 
 def html(markdown: str) -> Markup:
