@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from husai.evals import retrained
-from husai.evidence import data_sets, rules
+from husai.evidence import data_sets, names, rules
 from husai.evidence.schemas import LedgerEntry
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, sha256_file
@@ -95,6 +95,7 @@ def test_the_candidate_is_trained_again_and_judged_on_what_was_not_read(flow):
     assert chosen["facts"] == confirmed["candidate"]["facts"]
     assert chosen["facts"]["family"] == "topk"
     assert not set(map(int, confirmed["candidate"]["checkpoints"])) & set(selected["seeds_used"])
+    assert {*names.SCORES, *names.OTHERS} == confirmed["bank"]["sections"][0]["stability"]["scores"].keys()
     read = set(selected["split"]["selection_families"])
     probing, pairs = confirmed["bank"]["saebench"], confirmed["bank"]["cebench"]
     assert probing["data_sets"] == SETS.split(",")

@@ -121,7 +121,7 @@ def summary(results: dict) -> str:
 
     found = read_evaluation(results)
     section, own = found.section, [r for r in found.bank.saes if r.candidate]
-    verdict, score = section.stability.verdict, section.stability.scores["mcc_alive"]
+    verdict, scores = section.stability.verdict, section.stability.scores
     reached = {
         "L0": [r.heldout.l0 for r in own],
         "held-out explained variance": [r.heldout.explained_variance for r in own],
@@ -129,10 +129,10 @@ def summary(results: dict) -> str:
         "CE loss score": [r.core.ce_loss_score for r in own],
     }
     rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
-    rows.append(["`mcc_alive`", interval(score.observed)])
-    rows += [[f"excess over {null}", interval(e, "+")] for null, e in score.excess.items()]
+    rows += [[f"`{n}`", interval(scores[n].observed)] for n in ("mcc_alive", "mcc") if n in scores]
+    rows += [[f"excess over {null}", interval(e, "+")] for null, e in scores["mcc_alive"].excess.items()]
     for name, what in (("share70_alive", "single features"), ("mcc_others", "without prototypes")):
-        excess = section.stability.scores[name].excess
+        excess = scores[name].excess
         rows += [[f"{what}: excess over {null}", interval(e, "+")] for null, e in excess.items()]
     for kind, gain in found.bank.code.gain.items() if found.bank.code else ():
         named = {"explained variance": gain.explained_variance, "CE recovered": gain.ce_recovered}

@@ -20,7 +20,7 @@ from husai.evals.loaded import LoadedSAE, LoadedSAEs, Places
 from husai.evidence import conditions
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED
-from husai.evidence.names import ALIVE
+from husai.evidence.names import ALIVE, SCORES
 from husai.evidence.references import reference_family
 from husai.evidence.schemas import Bank, ConditionSection, Contrastive, GridMember, Probing, ProbingName, Recipe
 from husai.runs import executor
@@ -206,7 +206,8 @@ def evaluated(plan: BankPlan) -> Bank:
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
         of, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
-        section, _ = study.score_trained(*arguments, gaussian, scores=ALIVE, of=of)
+        scores = SCORES if plan.judged else ALIVE
+        section, _ = study.score_trained(*arguments, gaussian, scores=scores, of=of)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
     subject = pretrained.load(plan.subject, device=device)

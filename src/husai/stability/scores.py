@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from husai.evidence.names import GAP, SCORES
-from husai.stability.matching import BLOCK, match, unit_rows
+from husai.stability.matching import BLOCK, Matching, match, unit_rows
 
 MATCHED = 0.7
 FEWEST = 10
@@ -67,6 +67,7 @@ def score(
         parts["_others"] = (a[others_a], b[others_b]) if enough else (a[:0], b[:0])
     values: dict[str, float] = {}
     gap = 0.0
+    whole: dict[bool, Matching | None] = {}
     for part, (first, second) in parts.items():
         if "mcc" + part not in scores:
             continue
@@ -74,7 +75,11 @@ def score(
         for signed, names in ((True, ("mcc" + part, "share70" + part)), (False, ("mcc" + part + "_abs",))):
             if names[0] not in scores:
                 continue
-            matching = None if empty else match(first, second, signed=signed)
+            # Where all features fire, the matching of all is that of those that fire.
+            known = whole if len(first) == len(a) and len(second) == len(b) else {}
+            if signed not in known:
+                known[signed] = None if empty else match(first, second, signed=signed)
+            matching = known[signed]
             found = (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
             values |= {name: float(value) for name, value in zip(names, found, strict=False)}
             gap = gap if matching is None else max(gap, matching.gap_bound)
