@@ -329,12 +329,16 @@ def test_the_decision_says_what_is_licensed(good):
     assert decision["licensed"] == whole
     assert judged(made(stability=0.0, derived=False))[0]["licensed"] == rules.LICENCES[0][2]
 
-    def moving(results):
-        results["bank"]["sections"][0]["convergence"]["converged"] = False
+    for known in (False, None):
 
-    licensed = judged(with_results(good, "confirmation", moving))[0]["licensed"]
-    assert licensed.startswith(whole[:-1])
-    assert f"{simulate.TOKENS:,} tokens" in licensed
+        def moving(results, known=known):
+            results["bank"]["sections"][0]["convergence"]["converged"] = known
+
+        licensed = judged(with_results(good, "confirmation", moving))[0]["licensed"]
+        assert licensed.startswith(whole[:-1])
+        assert f"{simulate.TOKENS:,} tokens" in licensed
+        nothing = with_results(made(stability=0.0, derived=False), "confirmation", moving)
+        assert judged(nothing)[0]["licensed"] == rules.LICENCES[0][2]
     no_section = with_results(good, "confirmation", lambda r: r["bank"].update(sections=[]))
     assert judged(no_section)[0]["licensed"] is None
 
@@ -431,6 +435,7 @@ def test_supplied_saes_never_get_more_than_provisional(good, supplied):
     _, confirmed = judged(good)
     for name in set(GATES) - {"saebench"}:
         assert [gates[name][end] for end in ("low", "high")] == [confirmed[name][end] for end in ("low", "high")]
+    assert decision["licensed"] == rules.with_budget(rules.LICENCES[-1][2], simulate.TOKENS, None)
     decision, gates = judged(simulate.supplied(made(derived=False, ood=-SIZE)))
     assert (gates["ood"]["status"], decision["outcome"]) == ("FAIL", "not passed")
     assert judged(supplied, ood="not needed here")[0]["outcome"] == "provisional"

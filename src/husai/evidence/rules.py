@@ -402,9 +402,17 @@ def sentence(met: Container[str]) -> str:
     return said
 
 
-def still_moving(text: str, tokens: int) -> str:
-    """A sentence about SAEs whose training had not come to rest."""
-    return f"{text[:-1]}, after {tokens:,} tokens of training, which had not come to rest."
+def with_budget(text: str, tokens: int | None, rested: bool | None) -> str:
+    """A sentence about SAEs, which names their budget unless training had come to rest. Nothing shown needs no budget.
+
+    Args:
+        tokens, rested: None where they are not known.
+    """
+    if rested or text == LICENCES[0][2]:
+        return text
+    budget = "training of unknown length" if tokens is None else f"{tokens:,} tokens of training"
+    rest = "which had not come to rest" if rested is False else "which may not have come to rest"
+    return f"{text[:-1]}, after {budget}, {rest}."
 
 
 def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:

@@ -486,17 +486,17 @@ def _stability(candidate: _Candidate, level: float, minimum: float) -> Shown:
 
 
 def _licensed(candidate: _Candidate, stability: Callable[[], Shown]) -> str | None:
-    """What the controls that the candidate beat license, for an external claim once every gate has passed. Of SAEs
-    whose training had not come to rest the sentence names the budget."""
+    """What the controls that the candidate beat license, for an external claim once every gate has passed. Unless
+    training is known to have come to rest, the sentence names the budget."""
     try:
         shown = rules.checked(stability)
     except UNREADABLE:
         return None
     failing = shown.failing()
     text = rules.sentence([name for name in shown.estimates if name not in failing])
-    section, tokens = candidate.section, candidate.facts.tokens
-    moving = isinstance(section, Section) and section.convergence.converged is not True
-    return rules.still_moving(text, tokens) if moving and tokens is not None else text
+    section = candidate.section
+    at_rest = section.convergence.converged if isinstance(section, Section) else None
+    return rules.with_budget(text, candidate.facts.tokens, at_rest)
 
 
 def _code(candidate: _Candidate, level: float) -> Shown:
