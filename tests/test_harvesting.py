@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
-from husai.evals import loaded, supplied
+from husai.activations.stream import ActivationStream
+from husai.evals import loaded, random_model, supplied, transcoder
 from husai.evals.loaded import Opener
 from husai.runs.errors import BadInput
 from husai.runs.subjects import as_said
@@ -422,3 +423,32 @@ def test_saes_of_one_group_agree(folder, corpus, tmp_path):
     saes = [save_sae(tmp_path / f"s{i}", exact(torch.eye(D)), prepend_bos=i == 0) for i in range(3)]
     with pytest.raises(BadInput, match="prepend_bos"):
         loaded.load(arguments(tmp_path, folder(), saes), torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of many times the median norm
+
+
+def test_rows_of_large_norm_are_left_out_of_every_store(folder, corpus, tmp_path):
+    """A transcoder's two stores leave out the same rows, those that the candidate's hook decides."""
+    way, place = Harvesting(max_norm_multiple=1.1), tmp_path / "artifacts" / "activations"
+    subject, plain = (pretrained.load(str(folder()), harvesting=w) for w in (way, None))
+    documents, hook = text.corpus().train, "blocks.1.hook_resid_mid"
+    store = ActivationStore.open(lm.harvest_tokens(subject, [HOOK], documents, place, rows=800)[HOOK])
+    whole = ActivationStore.open(lm.harvest_tokens(plain, [HOOK], documents, place, rows=800)[HOOK])
+    norms = whole.read(0, 800).norm(dim=1)
+    keep = norms <= 1.1 * norms.median()
+    assert 0 < store.manifest.dropped_rows == int((~keep).sum()) < 400
+    assert torch.equal(store.read(0, store.rows), whole.read(0, 800)[keep])
+    tested = Namespace(subject=subject, source=TextSource())
+    read = transcoder._read_beside(tested, hook, store, place, 1)
+    random_model.check_same_text(store, read)
+    assert read.rows == store.rows
+    assert torch.equal(*(s.labels("token", 0, s.rows) for s in (store, read)))
+
+    saes = [save_sae(tmp_path / "s", exact(torch.eye(D)))]
+    opened = loaded.load(arguments(tmp_path, folder(), saes, max_norm_multiple=1.1), torch.device("cpu"))
+    assert opened.saes[0].record.heldout.dropped.max_norm_multiple == 1.1
+    assert recorded(opened.said, opened.subject)["max_norm_multiple"] == 1.1
+    with pytest.raises(BadInput, match="--max-norm-multiple"):
+        ActivationStream(subject, [HOOK], lm.Inputs.of(subject, documents, 100, 0), 64)

@@ -7,12 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from husai.activations import outliers, source
 from husai.activations.harvest import gaussian_rows
-from husai.activations.outliers import moments, norm_limit, shrunk
+from husai.activations.outliers import moments, norm_limit, shrunk, without_outliers
 from husai.activations.store import ActivationStore, StoreWriter
 from husai.evidence import rules
 from husai.evidence.levels import OUTLIER_NORM, SHRUNK_NORM
+from husai.runs.errors import BadInput
 from husai.stability.recovery import recovery
+from husai.subjects.harvesting import Harvesting
 from husai.training.stack import Member
 from husai.training.trainer import Scaling, TrainingConfig, evaluate, train
 
@@ -127,3 +130,62 @@ def test_where_most_rows_are_zero_no_row_is_an_outlier():
     x = torch.zeros(10, 3)
     x[0] = 5
     assert torch.equal(shrunk(x, norm_limit(x.norm(dim=1))), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Left out
+
+
+def labelled(x, folder, **about):
+    """A store whose rows say their numbers as documents and tokens; the last fifth is held out."""
+    folder.mkdir()
+    writer, numbers = StoreWriter(folder, x.shape[1], shard_rows=700), torch.arange(len(x))
+    writer.append(x, {"document": numbers, "token": numbers % 7})
+    writer.finish("s", "0" * 64, "blocks.1.hook_resid_pre", "x", 0, None, heldout_rows=len(x) // 5, **about)
+    return ActivationStore.open(folder)
+
+
+def test_rows_beyond_a_multiple_of_the_median_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(outliers, "AT_ONCE", 1000)
+    x, _ = planted()
+    y, at = with_sinks(x, 300)
+    whole, other = labelled(y, tmp_path / "whole"), labelled(2 * x, tmp_path / "other")
+    store = without_outliers(whole, 10, tmp_path)
+    norms = np.linalg.norm(y.numpy(), axis=1)
+    keep = norms <= 10 * np.median(norms)
+    assert 0 < (~keep).sum() == at.sum()
+    assert np.array_equal(store.read(0, store.rows).numpy(), y.numpy()[keep])
+    assert np.array_equal(store.labels("document", 0, store.rows).numpy(), np.flatnonzero(keep))
+    assert np.array_equal(store.labels("token", 0, store.rows).numpy(), np.flatnonzero(keep) % 7)
+    heldout = len(x) // 5
+    assert store.manifest.heldout_rows == keep[-heldout:].sum()
+    assert store.manifest.dropped_rows == (~keep).sum()
+    assert store.manifest.harvesting == {"max_norm_multiple": 10}
+    assert store.digest != whole.digest
+    assert without_outliers(whole, 10, tmp_path).folder == store.folder
+    assert without_outliers(whole, 20, tmp_path).folder != store.folder
+
+    beside = without_outliers(other, 10, tmp_path, by=whole)
+    assert torch.equal(beside.labels("document", 0, beside.rows), store.labels("document", 0, store.rows))
+
+    _, rows = store.split(0.2)
+    figures = evaluate(trained(store, tmp_path), store, rows)[0]
+    assert figures.outliers is None
+    assert figures.dropped.share == pytest.approx((~keep).mean())
+    (said,) = rules.outlier_note([figures, figures])
+    assert "10 times" in said
+    assert "dropped" not in evaluate(trained(other, tmp_path / "other"), other, range(100))[0].to_json()
+
+    for wrong in (lambda: without_outliers(store, 10, tmp_path), lambda: without_outliers(whole, 0.1, tmp_path)):
+        with pytest.raises(BadInput, match="--max-norm-multiple"):
+            wrong()
+
+
+def test_a_given_store_is_read_without_its_outliers(tmp_path):
+    y, at = with_sinks(planted()[0], 300)
+    labelled(y, tmp_path / "given")
+    way = Harvesting(max_norm_multiple=10)
+    place = {"store": tmp_path / "given", "harvesting": way}
+    store = source.open_store(tmp_path / "root", torch.device("cpu"), 1, **place)
+    assert store.rows == len(y) - at.sum()
+    assert store.folder.parent == tmp_path / "root" / "activations"

@@ -60,6 +60,8 @@ def parse():
     args = p.parse_args()
     if not args.text.packaged and (args.data_sets or args.subject is None):
         p.error(f"--text {args.text}: goes with a language model as --model-name, and not with --data-sets")
+    if args.max_norm_multiple and (args.layout != "store" or args.subject is None):
+        p.error("--max-norm-multiple: goes with stores of a language model; prompts and pairs keep all rows")
     return args
 
 
@@ -111,10 +113,12 @@ def modular_addition_stores(args, device) -> list[Path]:
 def language_model_stores(args, device) -> list[Path]:
     from husai.activations.language_model import harvest_tokens
     from husai.subjects import pretrained, text
+    from husai.subjects.harvesting import Harvesting
 
     documents = text.distinct(args.data_sets) if args.data_sets else args.text.training()
+    way = Harvesting(max_norm_multiple=args.max_norm_multiple)
     folders = harvest_tokens(
-        pretrained.load(args.subject, random_seed(args), device),
+        pretrained.load(args.subject, random_seed(args), device, way),
         args.hook_name or ["blocks.1.hook_resid_pre"],
         documents,
         args.artifact_root / "activations",

@@ -25,7 +25,7 @@ OF_SELECTION = ("candidate", "seeds", "cebench_matched_baseline_map")
 OF_SUPPLIED = (
     *("subject", "revision", "dtype", "text", "hook_name", "hook_layer", "rows", "untrained", "reference"),
     "random_model_checkpoint",
-    *("probing", "max_rows", "null_draws", "same_model"),
+    *("probing", "max_rows", "null_draws", "same_model", "max_norm_multiple"),
 )
 """Flags that go with --checkpoint: a selection names its own recipe."""
 

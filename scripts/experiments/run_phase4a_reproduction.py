@@ -144,10 +144,11 @@ def published(args) -> dict:
 
 def open_store(args, device, protocol: dict, random_seed: int | None = None):
     from husai.activations import source
+    from husai.subjects.harvesting import Harvesting
 
     names = ("store", "subject", "hook_name", "position", "rows")
     given = {name: protocol[name] for name in names} | {"config": protocol["subject_config"], "text": args.text}
-    given["harvesting"] = protocol.get("harvesting")
+    given["harvesting"] = protocol.get("harvesting", Harvesting(max_norm_multiple=args.max_norm_multiple))
     return source.open_store(args.artifact_root, device, args.threads, **given, random_seed=random_seed)
 
 

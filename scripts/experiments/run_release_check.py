@@ -77,13 +77,14 @@ def main() -> None:
     args = parse()
     typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
     prepare(args.device, args.threads)
-    from husai.evals import cebench_checkout, sae_probes, supplied
+    from husai.evals import cebench_checkout, loaded, sae_probes, supplied
     from husai.evals.loaded import Opener
     from husai.report.evidence import PARTS
     from husai.runs.errors import BadInput, CheckFailed
     from husai.runs.files import content_or_name, read_json, write_json
     from husai.runs.folder import Run
     from husai.subjects import pretrained
+    from husai.subjects.harvesting import recorded
 
     # All input is checked before anything runs.
     sae_probes.versions(args.probing)
@@ -98,6 +99,7 @@ def main() -> None:
     opener = Opener()
     group = supplied.look_over(args, opener)
     names = supplied.named(args, group, opener)
+    args.subject, said = loaded.agreed_by(args, opener)
     del opener  # its memory is for the parts
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)
@@ -125,6 +127,8 @@ def main() -> None:
         results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
         results |= {"candidate": group.to_json(), "names": names, "parts": done}
         results |= args.text.record()
+        if group.facts.source != "husai" or said.to_json():
+            results["harvesting"] = recorded(said)
         results["decision"] = decision and {name: decision[name] for name in kept}
         text = summary(results)
         run.write(results, text)
@@ -155,6 +159,7 @@ def evidence(args, root: Path, group) -> list[Part]:
     for flag in ("stories", "cebench_repo"):
         own += given(flag, getattr(args, flag))
     own += ["--same-model"] if args.same_model else []
+    own += given("max_norm_multiple", args.max_norm_multiple)
     candidate = [
         "--candidate",
         str(root / "candidate_confirmation" / "results.json"),
@@ -282,6 +287,7 @@ def last_line(log: Path) -> str:
 
 def summary(results: dict) -> str:
     from husai.report.text import stand_in, table
+    from husai.subjects.harvesting import line
 
     own, decision = results["candidate"], results["decision"]
     lines = ["# Release check", ""]
@@ -294,6 +300,7 @@ def summary(results: dict) -> str:
         lines += [f"**{decision['outcome']}**: {said}; {decision['unconfirmed']}, so no external claim.", ""]
     called = ", ".join(f"{seed} ({name})" for seed, name in results["names"].items())
     lines += [f"{own['condition']}, {results['hook_name']}, SAEs {called}.", ""]
+    lines += [line(results["harvesting"]), ""] if "harvesting" in results else []
     rows = [
         [p["name"], "" if p["seconds"] is None else f"{p['seconds']:.0f}", p["result"] or "", p["reason"] or "done"]
         for p in results["parts"]

@@ -96,6 +96,8 @@ def parse():
     args = p.parse_args()
     if (args.activation_cache_dir is None) == (args.subject is None):
         p.error("--activation-cache-dir (a store) or --model-name (a stream): one of them expected")
+    if args.subject and args.max_norm_multiple:
+        p.error("--max-norm-multiple: goes with --activation-cache-dir; rows of a stream cannot be left out")
     if args.subject is None:
         p.refuse_unheard(args, OF_STREAM, "goes with --model-name, whose activations are a stream")
         return args
@@ -166,12 +168,17 @@ def recipe(args, tokens: int, **more) -> TrainingConfig:
 def on_store(args, grid, device) -> Plan:
     import torch
 
+    from husai.activations.outliers import without_outliers
     from husai.activations.store import ActivationStore
     from husai.training.grid import train_or_find
     from husai.training.trainer import check_target
 
     store = ActivationStore.open(args.activation_cache_dir)
     target = args.target_activation_cache_dir and ActivationStore.open(args.target_activation_cache_dir)
+    if multiple := args.max_norm_multiple:
+        root = args.artifact_root / "activations"
+        store = without_outliers(store, multiple, root, by=target)
+        target = target and without_outliers(target, multiple, root)
     train_rows, _ = store.split(args.heldout_fraction)
     check_target(store, target, grid)
     tokens = args.epochs * len(train_rows) if args.epochs else args.tokens

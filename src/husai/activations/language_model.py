@@ -16,7 +16,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from husai.activations.harvest import check_hook
-from husai.activations.store import StoreWriter, TextUsed
+from husai.activations.outliers import without_outliers
+from husai.activations.store import ActivationStore, StoreWriter, TextUsed
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, locked, publish_directory, read_json, write_bytes, write_json
@@ -403,6 +404,9 @@ def harvest_tokens(
                 build = partial(_merge, subject, hook, plan, work, inputs, dtype)
                 publish_directory(folders[hook], build, force)
             shutil.rmtree(work)
+    if multiple := subject.harvesting.max_norm_multiple:
+        stores = {hook: ActivationStore.open(folder) for hook, folder in folders.items()}
+        return {hook: without_outliers(s, multiple, root, force=force).folder for hook, s in stores.items()}
     return folders
 
 
@@ -521,7 +525,7 @@ def _merge(
     position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
     assert writer is not None  # a harvest has rows
     about = subject.name, subject.digest, hook, position, plan.seed, subject.control
-    departs = subject.harvesting.to_json() or None
+    departs = replace(subject.harvesting, max_norm_multiple=None).to_json() or None
     writer.finish(*about, heldout_rows=plan.heldout_rows, text=inputs.used, harvesting=departs)
 
 

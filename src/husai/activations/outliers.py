@@ -1,4 +1,5 @@
-"""Rows of activations whose norm is many times the median norm: attention sinks."""
+"""Rows of activations whose norm is many times the median norm: attention sinks. Training brings them down, or a store
+leaves them out."""
 
 from __future__ import annotations
 
@@ -9,11 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from husai.activations.store import ActivationStore
+from husai.activations.store import ActivationStore, StoreWriter
 from husai.evidence.levels import OUTLIER_NORM, SHRUNK_NORM
+from husai.runs.code import code_version
+from husai.runs.errors import BadInput
+from husai.runs.files import digest, publish_directory
 
 AT_ONCE = 65_536
 """Rows that are read at a time."""
+LABELS = ("document", "token")
+MULTIPLE = "max_norm_multiple"
+"""Key of `StoreManifest.harvesting`."""
 SAMPLE = 65_536
 """Rows that give the median norm. Rows lie in random order, and memory must not grow with their number."""
 
@@ -76,3 +83,50 @@ def _of_store(folder: Path, digest: str) -> tuple[float, tuple[Tensor, Tensor]]:
         centred = shrunk(store.read(start, min(start + AT_ONCE, store.rows)), limit).double() - mean
         covariance += centred.T @ centred
     return limit, (mean, covariance / max(1, store.rows - 1))
+
+
+def without_outliers(
+    store: ActivationStore, multiple: float, root: Path, by: ActivationStore | None = None, force: bool = False
+) -> ActivationStore:
+    """The store without the rows whose norm exceeds `multiple` times the median norm, found below `root` or made.
+
+    Args:
+        by: a store whose rows correspond; its norms decide. None: this one.
+
+    Raises:
+        BadInput: no row is left to train on, or none to hold out, or rows of one of the stores were left out before.
+    """
+    m, by = store.manifest, by or store
+    if m.dropped_rows is not None or by.manifest.dropped_rows is not None or store.rows != by.rows:
+        raise BadInput(f"--max-norm-multiple: rows of {store.folder} were left out before; a whole store expected")
+    key = {"store": store.digest, "by": by.digest, "multiple": multiple, "code": code_version(without_outliers)}
+    folder = root / f"{m.subject}-within-{digest(key)[:16]}"
+    limit = multiple * sampled_norms(by, range(by.rows)).median().item()
+    first_heldout = store.rows - (m.heldout_rows or 0)
+
+    def build(partial: Path) -> None:
+        writer, heldout = StoreWriter(partial, store.d_in, m.dtype), 0
+        for start in range(0, store.rows, AT_ONCE):
+            part = start, min(start + AT_ONCE, store.rows)
+            keep = by.read(*part).norm(dim=1) <= limit
+            if not keep.any():
+                continue
+            labels = {name: store.labels(name, *part)[keep] for name in (LABELS if store.labelled else ())}
+            writer.append(store.read(*part)[keep], labels)
+            heldout += int(keep[max(0, first_heldout - start) :].sum())
+        if writer.rows - heldout < 1 or (m.heldout_rows is not None and heldout < 1):
+            raise BadInput(
+                f"--max-norm-multiple {multiple:g}: {writer.rows} rows of {store.folder} are left, {heldout} of them "
+                "held out; a larger multiple expected"
+            )
+        about = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed, m.control
+        writer.finish(
+            *about,
+            heldout_rows=None if m.heldout_rows is None else heldout,
+            text=m.text,
+            harvesting=(m.harvesting or {}) | {MULTIPLE: multiple},
+            dropped_rows=store.rows - writer.rows,
+        )
+
+    publish_directory(folder, build, replace=force)
+    return ActivationStore.open(folder)

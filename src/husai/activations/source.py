@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from husai.activations.harvest import check_modular_addition, harvest_modular_addition
+from husai.activations.outliers import without_outliers
 from husai.activations.store import ActivationStore
 from husai.runs.subjects import is_language_model
 from husai.subjects import modular_addition
@@ -45,13 +46,19 @@ def open_store(
         rows: language models: by default LANGUAGE_MODEL_ROWS, of the training documents of `text`.
         random_seed: the random-weights control in the subject's place.
         text: by default the packaged one, whose training documents husai-tiny was trained on.
-        harvesting: how the activations of a language model are made, as the files of SAEs say.
+        harvesting: how the activations of a language model are made, as the files of SAEs say, and which rows of any
+            subject are left out.
 
     Raises:
         BadInput: the store is damaged, or of another subject or hook.
     """
+    multiple = harvesting and harvesting.max_norm_multiple
+
+    def within(opened: ActivationStore) -> ActivationStore:
+        return without_outliers(opened, multiple, artifact_root / "activations") if multiple else opened
+
     if store is not None:
-        return ActivationStore.open(store, None if subject is None else _digest(subject), hook_name)
+        return within(ActivationStore.open(store, None if subject is None else _digest(subject), hook_name))
     if is_language_model(subject):
         model = str(subject), random_seed, device, harvesting
         return _of_language_model(artifact_root, threads, model, hook_name, rows, text or TextSource())
@@ -70,13 +77,14 @@ def open_store(
         require_solved=config.epochs > 0,
         random_seed=random_seed,
     )
-    return ActivationStore.open(folder)
+    return within(ActivationStore.open(folder))
 
 
 def of_arguments(args: argparse.Namespace, device: torch.device) -> ActivationStore:
     """The store that a phase's command line names (`evals.flags.EvalParser.add_source`)."""
     named = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
-    return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows, text=args.text)
+    way = Harvesting(max_norm_multiple=args.max_norm_multiple)
+    return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows, text=args.text, harvesting=way)
 
 
 def _digest(subject: str | Path) -> str:

@@ -75,6 +75,8 @@ class StoreManifest(BaseModel):
     text: TextUsed | None = None  # what a source gave; absent for the packaged text
     harvesting: dict[str, Any] | None = None
     """In what the activations depart from HUSAI's own way (`subjects.harvesting`); absent where in nothing."""
+    dropped_rows: int | None = None
+    """Rows left out by `activations.outliers.without_outliers`; absent where it was not asked for."""
 
     @property
     def digest(self) -> str:
@@ -82,7 +84,8 @@ class StoreManifest(BaseModel):
         return digest(self.to_json() if self.text is None else self.to_json() | {"text": self.text.digest})
 
     def to_json(self) -> dict:
-        return self.model_dump(exclude={name for name in ("text", "harvesting") if getattr(self, name) is None})
+        optional = ("text", "harvesting", "dropped_rows")
+        return self.model_dump(exclude={name for name in optional if getattr(self, name) is None})
 
 
 class StoreWriter:
@@ -150,6 +153,7 @@ class StoreWriter:
         heldout_rows: int | None = None,
         text: TextUsed | None = None,
         harvesting: dict[str, Any] | None = None,
+        dropped_rows: int | None = None,
     ) -> None:
         """Write what is pending, the statistics, and the manifest."""
         if self.rows == 0:
@@ -174,6 +178,7 @@ class StoreWriter:
             heldout_rows=heldout_rows,
             text=text,
             harvesting=harvesting,
+            dropped_rows=dropped_rows,
         )
         write_json(self.folder / "manifest.json", manifest.to_json())
 

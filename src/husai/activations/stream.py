@@ -52,6 +52,11 @@ class ActivationStream:
                     "%s of %s gives one row for each token: held-out documents repeat rows that the stream trains on",
                     *(name, subject.name),
                 )
+        if subject.harvesting.max_norm_multiple:
+            raise BadInput(
+                "--max-norm-multiple: rows of a stream cannot be left out, because they are counted before they are "
+                "made; a store, without --buffer-rows, expected"
+            )
         self.subject, self.hook_names, self.inputs = subject, hook_names, inputs
         self.dtype: DType = dtype or subject.dtype
         self.rows = int(inputs.rows.sum())

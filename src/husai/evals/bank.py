@@ -32,6 +32,7 @@ from husai.runs.files import content_or_name, sha256_file
 from husai.stability import controls, study
 from husai.stability.prototypes import of_store
 from husai.subjects import pretrained
+from husai.subjects.harvesting import Harvesting
 from husai.subjects.sources import PACKAGED, TextSource
 from husai.training.grid import members, train_or_find
 from husai.training.recovered import Site
@@ -78,12 +79,18 @@ class BankPlan:
     force: bool = False
     text: str = PACKAGED
     """Source of the text (`subjects.sources.TextSource`)."""
+    max_norm_multiple: float | None = None
+    """Rows of a larger norm, in medians, are left out."""
     judged: bool = False
     """Whether a verdict is asked of the SAEs, of one condition: controls are trained, prototypes told apart."""
 
     @property
     def source(self) -> TextSource:
         return TextSource.parse(self.text)
+
+    @property
+    def harvesting(self) -> Harvesting:
+        return Harvesting(max_norm_multiple=self.max_norm_multiple)
 
     @property
     def places(self) -> Places:
@@ -95,6 +102,7 @@ def shared(args: argparse.Namespace) -> dict:
     return {
         "subject": str(args.subject),
         "text": str(args.text),
+        "max_norm_multiple": args.max_norm_multiple,
         "rows": args.rows,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
@@ -201,7 +209,14 @@ def evaluated(plan: BankPlan) -> Bank:
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
     machine = Path(plan.artifact_root), device, plan.threads
-    store = open_store(*machine, subject=plan.subject, hook_name=plan.hook_name, rows=plan.rows, text=plan.source)
+    store = open_store(
+        *machine,
+        subject=plan.subject,
+        hook_name=plan.hook_name,
+        rows=plan.rows,
+        text=plan.source,
+        harvesting=plan.harvesting,
+    )
     groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
@@ -210,7 +225,7 @@ def evaluated(plan: BankPlan) -> Bank:
         section, _ = study.score_trained(*arguments, gaussian, scores=scores, of=of)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
-    subject = pretrained.load(plan.subject, device=device)
+    subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
     place = plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads
     heldout = loaded.heldout_store(subject, *place, plan.source)
 
@@ -253,7 +268,7 @@ def evaluated(plan: BankPlan) -> Bank:
         inputs=saes.inputs(),
         saes=scored,
         sections=sections,
-        recipe=Recipe(**{n: getattr(plan, n) for n in Recipe.model_fields if n != "text"} | plan.source.record()),
+        recipe=recipe_again(plan),
         conditions=[],
         **coded,
     )
@@ -281,6 +296,14 @@ def controls_of(plan: BankPlan, g: TrainedGroup, store: ActivationStore, device)
     grid = members(plan.seeds, [g.d_sae], [g.k], [plan.learning_rate], (g.family,))
     gaussian = controls.gaussian(root, store, grid, recipe_of(plan, g.budget), device, plan.threads)
     return of_store(store, root, g.d_sae), gaussian
+
+
+def recipe_again(plan: BankPlan) -> Recipe:
+    """The settings that train a condition of the bank again."""
+    optional = plan.source.record()
+    optional |= {} if plan.max_norm_multiple is None else {"max_norm_multiple": plan.max_norm_multiple}
+    named = set(Recipe.model_fields) - {"text", "max_norm_multiple"}
+    return Recipe(**{n: getattr(plan, n) for n in Recipe.model_fields if n in named} | optional)
 
 
 def recipe_of(plan: BankPlan, budget: int) -> TrainingConfig:

@@ -43,7 +43,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     """
     name, hook_name, paths, expected, source = args.subject, args.hook_name, args.checkpoint, None, args.text
     found = None
-    any_name = args.same_model
+    any_name, multiple = args.same_model, args.max_norm_multiple
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
@@ -54,7 +54,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
             ) from None
         expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
         paths = [read_place(place, args.candidate.parent) for place in found.paths.values()]
-        source = text_of(found, source)
+        source, multiple = text_of(found, source), multiple_of(found, multiple)
         any_name = isinstance(found, Supplied) and found.same_model is not None
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
@@ -66,7 +66,7 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     opener = Opener()
     named = {"checkpoint": paths, "hook_name": hook_name, "subject": name, "dtype": args.dtype, "same_model": any_name}
-    name, said = agreed_by(argparse.Namespace(**named), opener)
+    name, said = agreed_by(argparse.Namespace(**named, max_norm_multiple=multiple), opener)
     subject = opener.subject(name, device, said)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     how = args.artifact_root, opener, any_name
@@ -129,6 +129,21 @@ def text_of(found: Retrained | Supplied, given: TextSource) -> TextSource:
         raise BadInput(f"--text {given}: the candidate's evidence is on {source}; the same text expected")
     source.check()
     return source
+
+
+def multiple_of(found: Retrained | Supplied, given: float | None) -> float | None:
+    """The multiple of the median norm that a candidate's evidence leaves rows out by.
+
+    Raises:
+        BadInput: --max-norm-multiple names another one.
+    """
+    evidence = found.bank.recipe if isinstance(found, Retrained) else found.harvesting
+    named = None if evidence is None else evidence.max_norm_multiple
+    if given not in (None, named):
+        raise BadInput(
+            f"--max-norm-multiple {given:g}: the candidate's evidence has {named or 'none'}; the same one expected"
+        )
+    return named
 
 
 def activations_of(

@@ -29,6 +29,14 @@ def probe_ks(text: str) -> list[int]:
     return ks
 
 
+def multiple(text: str) -> float:
+    """A multiple of the median norm."""
+    value = positive_float(text)
+    if value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 1; half of all rows have more than the median norm")
+    return value
+
+
 class EvalParser(cli.Parser):
     """The flags of subjects, SAEs, benchmarks and studies."""
 
@@ -80,7 +88,7 @@ class EvalParser(cli.Parser):
         )
 
     def add_text(self) -> None:
-        """--text, --text-column, --text-split: wherever activations of a language model are made.
+        """--text, --text-column, --text-split, --max-norm-multiple: wherever activations are made.
 
         `args.text` is a `subjects.sources.TextSource`.
         """
@@ -101,6 +109,13 @@ class EvalParser(cli.Parser):
         )
         self.add_argument(
             "--text-split", default=TextSource.split, counts=not_at_all, help="of a data set (default: %(default)s)"
+        )
+        self.add_argument(
+            "--max-norm-multiple",
+            type=multiple,
+            metavar="M",
+            help="leave out rows whose norm exceeds M times the median norm (default: none; training brings rows of "
+            "more than 10 times down)",
         )
 
     def add_source(self, hook: str) -> None:

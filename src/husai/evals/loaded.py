@@ -371,6 +371,9 @@ def agreed_by(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting
     named = {flag: foreign.find_all(getattr(args, flag, []), f"--{flag}", args.hook_name) for flag in FLAGS}
     folders = [folder for of_flag in named.values() for folder in of_flag]
     found = agreed_of(folders, [opener.sae(folder) for folder in folders], args.hook_name, "checkpoint")
+    given = getattr(args, "max_norm_multiple", None)
+    asked = [("the files of the SAEs", found), ("the command line", Harvesting(max_norm_multiple=given))]
+    found = agreed(asked, "--max-norm-multiple")
     any_revision, dtype = getattr(args, "same_model", False), getattr(args, "dtype", None)
     return as_said(args.subject, None if any_revision else found.revision, found.dtype, dtype), found
 

@@ -203,7 +203,7 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     )
     paths = (write_place(c.folder, args.output_dir) for c in saes.saes)
     more: dict[str, Any] = {} if other is None else {"same_model": other}
-    if group.facts.source != "husai":
+    if group.facts.source != "husai" or saes.said.to_json():
         more |= {"harvesting": Harvested(**recorded(saes.said, saes.subject))}
     return Supplied(
         phase="candidate_confirmation",

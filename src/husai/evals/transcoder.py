@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from husai.activations.language_model import harvest_tokens
+from husai.activations.outliers import MULTIPLE, without_outliers
 from husai.activations.store import ActivationStore
 from husai.evals import random_model
 from husai.evals.candidate import training_store
@@ -56,10 +57,7 @@ def task_of(
     assert made is not None  # `recipe` would have refused
     hook = hook_before(tested.hook_name)
     written = training_store(tested, artifact_root, rows, device, threads)
-    where = artifact_root / "activations", written.rows
-    documents = tested.source.training()
-    folders = harvest_tokens(tested.subject, [hook], documents, *where, threads=threads, by_document=True)
-    read = ActivationStore.open(folders[hook])
+    read = _read_beside(tested, hook, written, artifact_root / "activations", threads)
     random_model.check_same_text(written, read)
     own = {"d_sae": made["d_sae"], "k": made["k"], "tokens": config.tokens}
     setting = Setting(
@@ -73,6 +71,19 @@ def task_of(
         preregistered=False,
     )
     return TranscoderTask(setting, replace(config, tokens=setting.tokens), read, written)
+
+
+def _read_beside(tested: LoadedSAEs, hook: str, written: ActivationStore, root: Path, threads: int) -> ActivationStore:
+    """Activations at a hook, row by row those that are written; rows that these leave out are left out too."""
+    way, m = tested.subject.harvesting, written.manifest
+    subject = replace(tested.subject, harvesting=replace(way, max_norm_multiple=None))
+    where = tested.source.training(), root, written.rows + (m.dropped_rows or 0)
+    hooks = [hook] if m.dropped_rows is None else [hook, m.hook_name]
+    folders = harvest_tokens(subject, hooks, *where, threads=threads, by_document=True)
+    read, *beside = (ActivationStore.open(folders[name]) for name in hooks)
+    if not beside:
+        return read
+    return without_outliers(read, (m.harvesting or {})[MULTIPLE], root, by=beside[0])
 
 
 def sections(

@@ -127,13 +127,19 @@ def far_apart(l0: Sequence[float], explained_variance: Sequence[float], of_l0: f
 def outlier_note(heldout: Sequence[Heldout]) -> list[str]:
     """A sentence on rows of many times the median norm, where held-out rows hold some."""
     known = [h.outliers for h in heldout if h.outliers is not None]
+    dropped = [
+        f"Outliers: {share:.2%} of all rows have more than {multiple:g} times the median norm and are left out "
+        "(--max-norm-multiple)."
+        for multiple, share in sorted({(h.dropped.max_norm_multiple, h.dropped.share) for h in heldout if h.dropped})
+    ]
     if not known:
-        return []
+        return dropped
     share, ev = max(o.share for o in known), [o.explained_variance for o in known]
     times = max(o.norms["1"] / o.norms["0.5"] for o in known)
     return [
+        *dropped,
         f"Outliers: {share:.2%} of the held-out rows have more than {levels.OUTLIER_NORM:g} times the median norm, the "
-        f"largest {times:.0f} times. Without them the explained variance is {min(ev):.4f} to {max(ev):.4f}."
+        f"largest {times:.0f} times. Without them the explained variance is {min(ev):.4f} to {max(ev):.4f}.",
     ]
 
 

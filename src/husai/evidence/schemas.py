@@ -125,6 +125,14 @@ class Outliers(Strict):
     """Quantile -> norm of a row, of at most `activations.outliers.SAMPLE` rows; `1`: the largest of all rows."""
 
 
+class Dropped(Strict):
+    """Rows that the store leaves out, training rows among them (`activations.outliers.without_outliers`)."""
+
+    max_norm_multiple: Number
+    """Multiple of the median norm that their norm exceeds."""
+    share: Share
+
+
 class Heldout(Strict):
     explained_variance: Number
     mse: Number
@@ -132,6 +140,8 @@ class Heldout(Strict):
     dead_share: Share
     outliers: Outliers | None = None
     """Absent where no row is an outlier."""
+    dropped: Dropped | None = None
+    """Absent where the store leaves no row out."""
 
 
 class SAERecord(Strict):
@@ -1154,6 +1164,8 @@ class Recipe(Strict):
     core_texts: int = 200
     text: str = "packaged"
     """Source of the bank's text (`subjects.sources.TextSource`)."""
+    max_norm_multiple: Number | None = None
+    """Rows of a larger norm, in medians, are left out of the bank. Absent: none."""
 
 
 class Coded(Strict):
@@ -1328,6 +1340,8 @@ class Harvested(Strict):
     """Absent: all heads."""
     center_writing_weights: bool | Literal["unknown"]
     autocast_lm: bool | Literal["unknown"]
+    max_norm_multiple: Number | None = None
+    """Rows of a larger norm, in medians, are left out. Absent: none."""
     dtype: str
     revision: str
 
@@ -1345,7 +1359,7 @@ class Supplied(Evaluation):
     same_model: str | None = None
     """What the SAEs' files call their model, where --same-model alone says that it is the subject."""
     harvesting: Harvested | None = None
-    """How the activations of SAEs were made that another library trained."""
+    """How the SAEs' activations were made. Absent for SAEs that HUSAI trained in its own way."""
 
 
 def read_evaluation(results: Any) -> Retrained | Supplied:

@@ -76,6 +76,8 @@ class Harvesting:
     """Type of the model's weights."""
     revision: str | None = None
     """Branch, tag or commit of the model's repository."""
+    max_norm_multiple: float | None = None
+    """Rows of stores whose norm exceeds this multiple of the median norm are left out (--max-norm-multiple)."""
     complete: bool = field(default=False, compare=False)
     """Whether None means HUSAI's own way, and not that no file says it: of an SAE that HUSAI trained."""
 
@@ -190,6 +192,7 @@ class Harvesting:
             hook_head_index=self.hook_head_index,
             center_writing_weights=bool(self.center_writing_weights and centred) or None,
             autocast_lm=self.autocast_lm or None,
+            max_norm_multiple=self.max_norm_multiple,
         )
 
     def without_subject(self) -> Harvesting:
@@ -200,6 +203,7 @@ class Harvesting:
             hook_head_index=self.hook_head_index,
             center_writing_weights=self.center_writing_weights or None,
             autocast_lm=self.autocast_lm or None,
+            max_norm_multiple=self.max_norm_multiple,
         )
 
     def _positions(self, context: int) -> tuple[int | None, ...] | None:
@@ -321,7 +325,7 @@ def refuse_other(said: Harvesting, wanted: Harvesting, made: Harvesting, where: 
         said: by its files. wanted: the same on the subject (`Harvesting.on`). made: those at hand, on the subject.
     """
     for name in KEYS:
-        if name in ("dtype", "revision") or (getattr(said, name) is None and not said.complete):
+        if name in ("dtype", "revision", "max_norm_multiple") or (getattr(said, name) is None and not said.complete):
             continue
         theirs, ours = getattr(wanted, name), getattr(made, name)
         if theirs is True and isinstance(ours, tuple):  # special tokens, whose numbers a subject gives
@@ -351,8 +355,9 @@ def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
             "dtype": subject.dtype,
         }
     found = {name: UNKNOWN if getattr(said, name) is None else applied[name] for name in KEYS}
-    if said.hook_head_index is None:
-        del found["hook_head_index"]  # all heads, in the libraries' files as here
+    for name in ("hook_head_index", "max_norm_multiple"):  # all heads and rows, in the libraries' files as here
+        if getattr(said, name) is None:
+            del found[name]
     return found
 
 

@@ -21,14 +21,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from husai.activations.order import BatchReader, WindowReader
-from husai.activations.outliers import norm_limit, sampled_norms, shrunk
+from husai.activations.outliers import MULTIPLE, norm_limit, sampled_norms, shrunk
 from husai.activations.store import ActivationStore
 from husai.activations.stream import HookStream
 from husai.dictionaries import jumprelu
 from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE, Autoencoder
-from husai.evidence.schemas import Heldout, Outliers
+from husai.evidence.schemas import Dropped, Heldout, Outliers
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
 from husai.runs.progress import progress
@@ -531,4 +531,8 @@ def evaluate(
             norms={str(q): sampled.quantile(q).item() for q in (0.5, 0.9, 0.99, 0.999)} | {"1": largest},
         )
         figures = figures.model_copy(update={"outliers": outliers})
+    if (dropped := target.manifest.dropped_rows) is not None:
+        multiple = (target.manifest.harvesting or {})[MULTIPLE]
+        left_out = Dropped(max_norm_multiple=multiple, share=dropped / (dropped + target.rows))
+        figures = figures.model_copy(update={"dropped": left_out})
     return figures, fired / len(rows)
