@@ -60,8 +60,8 @@ def saes(root, subject):
     store = source.open_store(root, CPU, 1, subject=subject, hook_name=HOOK, rows=ROWS)
     recipe = TrainingConfig(tokens=6000, batch_size=128)
     grid = members([1, 2, 3, 4, 5], [48], [1], [3e-3])
-    records = train_or_find(Cells(root / "saes" / "cells"), store, grid, recipe, CPU, 1)["members"]
-    return [root / "saes" / r["checkpoint"] for r in records]
+    records = train_or_find(Cells(root / "saes" / "cells"), store, grid, recipe, CPU, 1).members
+    return [root / "saes" / r.checkpoint for r in records]
 
 
 @pytest.fixture(scope="module")
