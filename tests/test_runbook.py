@@ -205,6 +205,21 @@ def test_the_external_benchmarks_as_written(run_script, tmp_path, monkeypatch):
         assert results["controls"]
 
 
+NOT_RUN = {f"benchmarks/{path.name}": "measures for minutes; make benchmarks" for path in ROOT.glob("benchmarks/*.py")}
+NOT_RUN |= {"scripts/ci/networked_check.sh": "downloads; its commands are parsed above"}
+"""Script of a command -> why no test runs it. Its arguments are parsed."""
+
+
+def test_every_script_of_a_command_is_run_by_a_test():
+    """With arguments of the test's own, at sizes that take seconds; the pages' arguments are parsed above."""
+    places = [*ROOT.glob("tests/**/*.py"), ROOT / "scripts/experiments/run_b200_high_impact_queue.sh"]
+    run = "".join(path.read_text() for path in places if path != Path(__file__))
+    named = {word for words in (EVERY | INLINE).values() for word in words if re.search(r"\.(py|sh)$", word)}
+    assert len(named) > 25
+    for script in named:
+        assert script in NOT_RUN or script.removeprefix("scripts/") in run, script
+
+
 def test_the_lists_hold_nothing_that_is_gone():
     for start in CANNOT_RUN:
         assert any(command.startswith(start) for command in EVERY), start
