@@ -87,13 +87,14 @@ def test_from_a_text_to_the_page(own, architecture, run_script, tmp_path):
 
     found, _ = run(TRAIN, "saes", *small, "--k", 3, "--tokens", 20_000, "--buffer-rows", 2048, "--heldout-rows", 1000)
     saes = [tmp_path / "saes" / m["checkpoint"] for m in found["members"]]
-    given = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--features", 4, "--train-rows", 8000]
+    given = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--contexts", 4, "--train-rows", 8000]
     given += ["--dataset-names", "96_spam_is", "--phase4a-results", CONTROL]
     found, said = run(CHECK, "check", "--checkpoint", *saes, *given)
     assert {p["name"]: p["reason"] for p in found["parts"] if p["reason"]} == {}, said
     assert found["text"] == f"{path}?column=body"
     assert (tmp_path / "check" / "report.html").is_file()
-    examples = json.loads((tmp_path / "check/parts/feature_examples/results.json").read_text())
-    assert examples["text"] == found["text"]
-    shown = "".join(c["text"][0] for f in examples["features"] for c in f["contexts"])
+    part = tmp_path / "check/parts/feature_reliability"
+    assert json.loads((part / "results.json").read_text())["text"] == found["text"]
+    contexts = json.loads((part / "contexts.json").read_text())
+    shown = "".join(c["text"][0] for f in contexts.values() for c in f["contexts"])
     assert "Message" in shown or "essage" in shown, "contexts are of the text that was named"

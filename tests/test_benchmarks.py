@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,10 @@ from husai.activations import language_model as lm
 from husai.activations.store import ActivationStore
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
-from husai.evals import baselines, contrastive, feature_examples, loaded, sae_probes
+from husai.evals import baselines, contrastive, loaded, sae_probes
 from husai.evidence import data_sets, deltas, references
 from husai.evidence.estimates import mean_over_seeds_and_sets, minimum_detectable_difference
-from husai.evidence.schemas import Facts, Heldout, Reference
+from husai.evidence.schemas import Facts, Reference
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import REPOSITORY
@@ -32,7 +31,6 @@ from miniature import few_texts, save_miniature
 
 SAEBENCH = "scripts/experiments/run_husai_saebench_custom_eval.py"
 CEBENCH = "scripts/experiments/run_husai_cebench_custom_eval.py"
-EXAMPLES = "scripts/analysis/collect_feature_examples.py"
 OFFICIAL = "scripts/experiments/run_official_external_benchmarks.py"
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "published_cycle3"
 HOOK = "blocks.1.hook_resid_pre"
@@ -570,71 +568,6 @@ def test_saebench_from_the_shell(run_script, trained, common, tmp_path):
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert run_script(SAEBENCH, *arguments)[0] == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == before
-
-
-def test_the_sample_takes_as_many_stable_features_as_others():
-    stable, alive = np.arange(40) < 10, np.arange(40) % 2 == 0
-    chosen = feature_examples.sample(stable, alive, 8, 0)
-    assert chosen == feature_examples.sample(stable, alive, 8, 0) == sorted(set(chosen))
-    assert chosen != feature_examples.sample(stable, alive, 8, 1)
-    assert (stable[chosen].sum(), alive[chosen].sum()) == (4, 8)
-    assert stable[feature_examples.sample(stable, alive, 12, 0)].sum() == 5, "all that there are"
-    assert len(feature_examples.sample(stable, alive, 100, 0)) == 20
-    assert stable[feature_examples.sample(stable, stable, 4, 0)].all()
-
-
-def test_partners_are_one_to_one_whatever_their_order_and_scale():
-    g = torch.Generator().manual_seed(0)
-    W = torch.randn(12, 16, generator=g)
-    order = torch.randperm(12, generator=g)
-    scales = torch.where(torch.arange(12) < 6, 0.5, 2.0)[:, None]
-
-    def with_decoder(W_dec) -> loaded.LoadedSAE:
-        sae = SAE({"W_enc": W_dec.T, "b_enc": torch.zeros(12), "W_dec": W_dec, "b_dec": torch.zeros(16)}, "topk", 2)
-        heldout = Heldout(explained_variance=0.5, mse=0.5, l0=2.0, dead_share=0.0)
-        about = loaded.record_of(Path("a"), sae, "0" * 64, heldout)
-        return loaded.LoadedSAE(Path("a"), sae, about, torch.ones(12))
-
-    moved = (W * scales)[order]
-    moved[0] = -moved[0]  # the negative of a feature is none
-    found = feature_examples.partners([*map(with_decoder, (W, moved, W))])
-    assert found.features.shape == found.cosines.shape == (2, 12)
-    lost = order[0].item()
-    kept = [i for i in range(12) if i != lost]
-    assert [order[found.features[0, i]].item() for i in kept] == kept
-    assert found.stable.tolist() == [i != lost for i in range(12)]
-
-
-def test_feature_examples_from_the_shell(run_script, refused, trained, common, folder, few, tmp_path):
-    topk = sorted(trained["own"].glob("topk*"))
-    code, _, err = run_script(EXAMPLES, "--checkpoint", *topk, "--features", 10, *common)
-    assert code == 0, err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["phase"], results["seeds"], len(results["features"])) == ("feature_examples", [1, 2, 3], 10)
-    subject, sae = pretrained.load(str(folder)), checkpoints.load(topk[0])
-    for f in results["features"]:
-        assert f["stable"] == all(p["cosine"] >= 0.7 for p in f["partners"])
-        assert [p["seed"] for p in f["partners"]] == [2, 3]
-        peaks = [max(c["values"]) for c in f["contexts"]]
-        assert peaks == sorted(peaks, reverse=True)
-        assert 1 <= len(peaks) <= feature_examples.CONTEXTS
-        for c in f["contexts"]:
-            assert any("".join(c["text"]) in document for document in few.heldout)
-            assert not any(a == b == 0 for a, b in pairwise(c["values"])), "silent neighbours are one piece"
-    f = results["features"][0]
-    ids = subject.tokenizer(few.heldout, add_special_tokens=False)["input_ids"]
-    peaks = [
-        sae.encode(lm.run(subject, [np.array(i[start : start + subject.n_ctx])], [HOOK])[HOOK][0, 1:])[:, f["feature"]]
-        for i in ids
-        for start in range(0, len(i), subject.n_ctx)
-        if len(i) - start > 1
-    ]
-    assert max(f["contexts"][0]["values"]) <= max(p.max().item() for p in peaks) * 1.01
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    assert run_script(EXAMPLES, "--checkpoint", *topk, "--features", 10, *common, "--force")[0] == 0
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    refused(("--checkpoint", "relu d24 k3", "topk d24 k3"), EXAMPLES, "--checkpoint", trained["own"], *common)
-    refused("--checkpoint: 1 SAE", EXAMPLES, "--checkpoint", topk[0], *common)
 
 
 def test_cebench_from_the_shell(run_script, trained, common, tmp_path):

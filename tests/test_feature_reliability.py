@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import husai
+from husai.activations import language_model as lm
 from husai.activations import source
 from husai.dictionaries import checkpoints, recipes
 from husai.dictionaries.sae import SAE
 from husai.evals import features, siblings
+from husai.evals.contexts import CONTEXTS, strongest_contexts
 from husai.evals.loaded import LoadedSAEs, heldout_store, open_all
 from husai.evidence import rules
 from husai.evidence.estimates import clopper_pearson_low
@@ -297,6 +299,27 @@ def test_deciles_hold_each_alive_feature_once():
     assert all(a.high <= b.low for a, b in itertools.pairwise(found))
     total = sum(d.features * d.recur.estimate for d in found)
     assert total / 95 == pytest.approx(recurrent[:, 5:].mean())
+
+
+def test_contexts_are_of_held_out_text(asked, few):
+    """The strongest documents, each once; silent neighbours are one piece; partners beside them."""
+    own, sibling = asked.saes[:2]
+    inputs = lm.Inputs.of(asked.subject, few.heldout, asked.store.rows, 0)
+    alive = np.flatnonzero(own.firing_rate > 0)[:4].tolist()
+    found = strongest_contexts(asked.subject, HOOK, [(own.sae, alive), (sibling.sae, [0, 1])], inputs)
+    alone = strongest_contexts(asked.subject, HOOK, [(sibling.sae, [0, 1])], inputs)
+    assert found[4:] == alone
+    tokens = inputs.tokens(range(len(inputs.rows)))
+    x = [lm.run(asked.subject, [t], [HOOK])[HOOK][0, 1:] for t in tokens]
+    for feature, of_feature in zip(alive, found, strict=False):
+        peaks = [max(c["values"]) for c in of_feature]
+        assert 1 <= len(peaks) <= CONTEXTS
+        assert peaks == sorted(peaks, reverse=True)
+        strongest = max(own.sae.encode(rows)[:, feature].max().item() for rows in x)
+        assert peaks[0] == pytest.approx(strongest, rel=0.01)
+        for c in of_feature:
+            assert any("".join(c["text"]) in document for document in few.heldout)
+            assert not any(a == b == 0 for a, b in itertools.pairwise(c["values"]))
 
 
 @given(st.lists(st.sampled_from(list(rules.STATEMENTS)), min_size=1, max_size=60), st.integers(1, 20))

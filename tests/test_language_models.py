@@ -531,7 +531,7 @@ UNKNOWN, SILENT, SQUARE = "gpt_neox.layers.9", "blocks.1.hook_mlp_in", "blocks.1
         ("scripts/experiments/run_husai_saebench_custom_eval.py", SILENT),
         ("scripts/experiments/run_transcoder_stress_eval.py", SILENT),
         ("scripts/experiments/run_random_model_stress_eval.py", UNKNOWN),
-        ("scripts/analysis/collect_feature_examples.py", SQUARE),
+        ("scripts/experiments/run_feature_reliability.py", SQUARE),
     ],
 )
 def test_every_script_refuses_a_hook_before_anything_runs(script, name, refused, subject, tmp_path, monkeypatch):

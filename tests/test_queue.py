@@ -138,7 +138,7 @@ def test_the_whole_queue_on_a_folder_and_a_text_of_ones_own(tmp_path):
     assert "failed: " not in done.stdout
     confirmed = json.loads((tmp_path / "out/experiments/candidate_confirmation/results.json").read_text())
     assert confirmed["bank"]["recipe"]["text"] == named["TEXT"]
-    for stage in ("random_model_stress", "transcoder_stress", "ood_stress", "feature_examples"):
+    for stage in ("random_model_stress", "transcoder_stress", "ood_stress", "feature_reliability"):
         assert json.loads((tmp_path / f"out/experiments/{stage}/results.json").read_text())["text"] == named["TEXT"]
 
 

@@ -224,7 +224,7 @@ def test_five_saes_of_another_library(check, root, foreign, saes, controls, trai
         "candidate_confirmation",
         "random_model_stress",
         "ood_stress",
-        "feature_examples",
+        "feature_reliability",
         "release_gate",
         "report",
     ]

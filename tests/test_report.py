@@ -18,13 +18,14 @@ from browser import CHROMIUM, browse, with_script
 from conftest import ROOT, run_without_torch
 from husai.evidence.quality import Quality
 from husai.report import card, glossary, markup, verdict
-from husai.report.browser import Browser, Context
 from husai.report.evidence import read_phase
 from husai.report.forest import Forest
 from husai.report.markup import Scale
 from husai.report.steps import Reader, Step, next_step
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file, write_json
+from test_feature_page import results as feature_results
+from test_feature_page import table as feature_table
 
 REPORT = "scripts/analysis/build_report.py"
 TEMPLATES = ROOT / "src" / "husai" / "report" / "templates"
@@ -154,17 +155,8 @@ def change(found: dict, gate: str, **changed) -> dict:
 FAILS = {"low": -0.01, "status": "FAIL", "reason": "not shown to be above", "to_pass": "more seeds"}
 
 
-def feature(number: int, stable: bool, text: str = " word") -> dict:
-    contexts = [{"text": ["before ", text, "\nafter"], "values": [0, 3.5, 0]}]
-    partners = [{"seed": s, "feature": 7, "cosine": 0.9 if stable else 0.4} for s in (123, 456)]
-    about = {"feature": number, "firing_rate": 0.02, "stable": stable}
-    return about | {"partners": partners, "contexts": contexts}
-
-
-def examples(*features: dict) -> dict:
-    about = {"phase": "feature_examples", "inputs": {}, "subject": "husai-tiny", "condition": "topk", "hook_name": "h"}
-    about |= {"seeds": [42, 123, 456], "alive": 500, "alive_stable": 40, "heldout_tokens": 1000, "stable_from": 0.7}
-    return about | {"features": list(features)}
+def reliability(**changed) -> dict:
+    return feature_results(feature_table(20), **changed)
 
 
 def render(root, gate=None) -> Page:
@@ -213,7 +205,7 @@ def test_the_same_folder_gives_the_same_page(root):
 
 def test_headings_never_skip_a_level(root):
     add_run(root, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
-    add_run(root, "feature_examples", examples(feature(1, True)))
+    add_run(root, "feature_reliability", reliability())
     levels = [int(tag[1]) for tag, _ in render(root).tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
@@ -429,13 +421,6 @@ def test_a_file_that_is_no_image_is_not_embedded(root):
     assert "adaptive_l0.png " in render(root).inside["note"]
 
 
-def test_features_in_another_shape_are_named(root):
-    broken = feature(1, True)
-    broken["contexts"][0]["values"] = [1.0]
-    add_run(root, "feature_examples", examples(broken))
-    assert "results.json " in render(root).inside["note"]
-
-
 def test_a_repeat_does_not_hide_what_the_results_took(root):
     phase = root / POSITIVE
     manifest = json.loads((phase / "manifest.json").read_text())
@@ -456,7 +441,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 def test_text_from_runs_stays_text(root):
-    add_run(root, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    add_run(root, "feature_reliability", reliability(notes=[HOSTILE]), f"# T\n\n{HOSTILE}\n")
     told = {"reason": HOSTILE, "figure": HOSTILE, "to_pass": HOSTILE, "left_out": [HOSTILE]}
     told["beside"] = {HOSTILE: {"estimate": 0.1, "low": 0.0, "high": 0.2}}
     found = change(decision(pass_all=False), "ood", **(FAILS | told))
@@ -465,7 +450,7 @@ def test_text_from_runs_stays_text(root):
     add_run(root, 'a"b<i>', {"phase": HOSTILE}, hostile, command=HOSTILE)
     html = card.render(root, None, root.parent / "report.html")
     page = Page(html)
-    assert len(page.all("script")) == 1
+    assert page.all("script") == []
     assert all(i["src"].startswith("data:") for i in page.all("img"))
     assert not any(a["href"].startswith(("javascript", "http")) for a in page.all("a"))
     assert page.text.count(HOSTILE) >= 8
@@ -496,25 +481,15 @@ def test_scales(low, high):
 # Features
 
 
-def test_features_are_a_list_that_needs_no_script(root):
-    add_run(root, "feature_examples", examples(feature(5, False), feature(3, True), feature(4, True)))
+def test_the_feature_table_is_a_link(root):
+    """First figures stand on the page, and the table of all features is a link where it lies beside the results."""
+    add_run(root, "feature_reliability", reliability(notes=["A note on the SAEs."]))
     page = render(root)
-    lines = [a["data-stable"] for a in page.all("li") if "data-stable" in a]
-    assert lines == ["yes", "yes", "no"], "stable ones first"
-    assert {"2.00", "1,000"} <= set(page.inside["detail"].split())
-    (controls,) = [a for a in page.all("form") if a.get("id") == "controls"]
-    assert "hidden" in controls, "what needs the script is hidden without it"
-    assert {a["title"] for a in page.all("mark") if "title" in a} == {"3.5"}
-    assert all("alt" not in a for a in page.all("svg"))
-    assert all(a.get("aria-hidden") == "true" for a in page.all("svg")), "each figure's numbers stand beside it"
-
-
-def test_a_context_keeps_its_text_and_marks_its_peak():
-    context = Context(text=["a", " b", "c\n"], values=[0, 2.0, 0.5])
-    assert context.pieces() == [("a", 0, 0), (" b", 2.0, 4), ("c↵ ", 0.5, 2)]
-    before, peak, after = context.preview()
-    assert (before[0], peak[0], after[0]) == (" " * 17 + "a", " b", "c↵ ")
-    assert Browser.model_validate(examples(feature(1, True))).features[0].least == 0.9
+    assert page.says("A note on the SAEs.")
+    link = "results/feature_reliability/report.html"
+    assert link not in {a["href"] for a in page.all("a")}
+    (root / "feature_reliability" / "report.html").write_text("the table")
+    assert link in {a["href"] for a in render(root).all("a")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,22 +535,19 @@ def test_text_can_be_read(theme):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(everything, tmp_path, width):
     """No message on the console, which a blocked request or an error would give; the filter runs; nothing overflows."""
-    add_run(everything, "feature_examples", examples(feature(1, True, HOSTILE), feature(2, False)))
+    add_run(everything, "feature_reliability", reliability())
     add_run(everything, "release_gate", change(decision(pass_all=False), "ood", **FAILS))
     html = card.render(everything, None, tmp_path / "r.html")
 
     dom, console = browse(html, tmp_path, width)
     assert console == []
-    assert '<output id="count" aria-live="polite">2 of 2</output>' in dom
-    assert "alert(1)</script>" not in dom
+    assert "feature_reliability" in dom
     _, console = browse(html.replace("</main>", '<img alt="" src="http://127.0.0.1:9/x.png"></main>'), tmp_path, width)
     assert console, "a request would be blocked, and seen here"
     measure = "document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`"
-    type_in = 'search.value = "2"; search.dispatchEvent(new Event("input", {bubbles: true}))'
-    dom, _ = browse(with_script(html, f"{measure};{type_in}"), tmp_path, width)
+    dom, _ = browse(with_script(html, measure), tmp_path, width)
     wide, of = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
     assert wide <= of
-    assert ">1 of 2</output>" in dom
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ stage gate "$E/release_gate" python scripts/experiments/run_stress_gated_release
   --min-saebench-delta "$MIN_SAEBENCH_DELTA" --min-cebench-delta "$MIN_CEBENCH_DELTA" \
   --require-random-model --require-transcoder --require-ood --require-external --fail-on-gate-fail \
   --output-dir "$E/release_gate"
-run features feature_examples analysis/collect_feature_examples.py "${CANDIDATE[@]}"
+run features feature_reliability experiments/run_feature_reliability.py "${CANDIDATE[@]}"
 stage audit - python scripts/analysis/verify_experiment_consistency.py
 stage report "$OUTPUT/report.html" python scripts/analysis/build_report.py --results-root "$E" --output "$OUTPUT/report.html"
 

@@ -68,7 +68,9 @@ def parse():
         type=Path,
         help="of phase 4a, with the positive control (default: those below --artifact-root, else it is run)",
     )
-    p.add_argument("--features", type=positive_int, default=60, help="to read (default: %(default)s)")
+    p.add_argument(
+        "--contexts", type=positive_int, default=200, help="features to read in their contexts (default: %(default)s)"
+    )
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
     return p.parse_benchmark()
 
@@ -183,9 +185,9 @@ def evidence(args, root: Path, group) -> list[Part]:
         Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, not_run=no_recipe),
         Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, *probing, "--skip-families"]),
         Part(
-            "feature_examples",
-            "analysis/collect_feature_examples.py",
-            [*candidate, "--features", str(args.features)],
+            "feature_reliability",
+            "experiments/run_feature_reliability.py",
+            [*candidate, "--contexts", str(args.contexts)],
         ),
     ]
     parts = [replace(p, folder=root / p.name) for p in parts]

@@ -28,7 +28,7 @@ MADE_AGAIN = [  # the kind, where it lies, what is done to it
     ("stress results", "experiments/ood_stress/results.json", "flip"),
     ("decision", "experiments/release_gate/release_policy.json", "flip"),
     ("decision to read", "experiments/release_gate/release_policy.md", "gone"),
-    ("features", "experiments/feature_examples/results.json", "cut"),
+    ("features", "experiments/feature_reliability/results.json", "cut"),
     ("report", "report.html", "cut"),
 ]
 REFUSED = {  # the stage that made them and says so: its files
@@ -64,7 +64,7 @@ def test_what_can_be_made_again_is(undisturbed, tmp_path):
     assert queue.stages()[:2] == ["environment", "phase4a"], "what comes before the damage stands"
     assert queue.unlike(undisturbed) == []
     assert (queue.out / "report.html").read_text().rstrip().endswith("</html>")
-    damage(sorted(queue.out.glob("experiments/feature_examples/results.json"))[0], "flip")
+    damage(sorted(queue.out.glob("experiments/feature_reliability/results.json"))[0], "flip")
     assert queue.run()[0] == 1
     assert queue.stages() == ["environment", "gate", "features", "audit", "report"], "what comes before stands"
     assert queue.unlike(undisturbed) == []

@@ -17,7 +17,7 @@ from torch import Tensor
 from husai.activations.language_model import Inputs
 from husai.activations.store import ActivationStore
 from husai.dictionaries.sae import SAE
-from husai.evals.feature_examples import strongest_contexts
+from husai.evals.contexts import strongest_contexts
 from husai.evals.loaded import LoadedSAEs
 from husai.evals.siblings import Group
 from husai.evidence import rules

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from pathlib import Path
 from urllib.parse import quote
 
-from markupsafe import Markup
 from pydantic import ValidationError
 
 from husai.report import glossary, markup, verdict
-from husai.report.browser import Browser
 from husai.report.evidence import Phase, not_run, phases, read_phase
 from husai.report.features import Table
 from husai.report.forest import Forest
-from husai.report.markup import TEMPLATES, Picture
+from husai.report.markup import Picture
 from husai.report.steps import Reader, general, next_step
 from husai.report.tiles import Good
 from husai.runs.errors import BadInput
@@ -30,7 +26,6 @@ PHASES = {
     "ood_stress": ("Shifted text", "What is left of the probes on text unlike the training text?"),
     "feature_reliability": ("Feature table", "Which single features can be trusted?"),
     "release_gate": ("Release gate", "May anything be claimed externally?"),
-    "feature_examples": ("Features to read", "What do single features respond to, and do they come back?"),
     "candidate_selection": ("Selection", "Which condition goes to the gate?"),
     "architecture_frontier": ("Architecture frontier", "At one L0, which architecture is both stable and useful?"),
     "external_metric_scaling": ("Scaling", "How do stability and benchmarks change with tokens, layer and width?"),
@@ -97,12 +92,11 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
     strict = [p for p in found if p.results.get("policy") != "published"]
     decided = read_phase(gate.parent) if gate else _last(strict, "release_gate")
     decision = verdict.judge(decided, found)
-    examples = _last(found, "feature_examples")
     table = _last(found, "feature_reliability")
     confirmed = _last(found, "candidate_confirmation")
     reader = Reader.of(found, decision.decision, root, command or _command_of_check(root))
     order = [*PHASES]
-    elsewhere = [decided, examples, table]  # these have parts of the page of their own
+    elsewhere = [decided, table]  # these have parts of the page of their own
     shown = sorted(
         (p for p in found if all(p is not other for other in elsewhere)),
         key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
@@ -111,7 +105,6 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
         shown = [p for p in shown if p.phase not in ABOUT_METHOD]
     good = Good.of(confirmed)
     sections = [PageSection(p, output) for p in shown]
-    script = (TEMPLATES / "card.js").read_text()
     page = markup.environment().get_template("card.html")
     return glossary.explain(
         page.render(
@@ -126,14 +119,10 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
             sections=sections,
             features=PageSection(table, output) if table else None,
             table=Table.of(table, output) if table else None,
-            examples=PageSection(examples, output) if examples else None,
-            browser=Browser.of(examples) if examples else None,
             absent=[] if reader.supplied else _absent(found, decided),
             terms=[*glossary.TERMS.values()],
             root=root.parent.name if reader.supplied and root.name == "parts" else root.name,
             last=max((p.manifest.started_utc for p in found if p.manifest), default=None),
-            script=Markup(script),
-            script_sha=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
 
