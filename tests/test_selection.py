@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from husai.evidence.data_sets import gated, third
+from husai.evidence.names import STRATA
 from husai.release.selection import Rules, Study, cleaned, select
 from husai.runs.files import REPOSITORY, write_json
 
@@ -24,8 +26,10 @@ def frontier() -> dict:
     """A frontier of four families and three seeds, from docs/evidence, in today's form."""
     path = REPOSITORY / "docs" / "evidence" / "earlier_rules" / "architecture_frontier" / "results.json"
     results = json.loads(path.read_text())
+    stratum = {"figure": "firing_rate", "features": 0.0, "mcc": None, "share70": None}
+    strata = [stratum | {"low": low, "high": high} for low, high in pairwise(STRATA["firing_rate"])]
     for section in (section for bank in results["banks"] for section in bank["sections"]):
-        section |= {"gaussian": None, "others": None, "strata": []}
+        section |= {"gaussian": None, "others": None, "strata": strata}
         section["stability"]["verdict"] |= {"outcome": "MISSING", "sentence": ""}
         for value in (v for pair in section["pairs"] for v in pair.values() if isinstance(v, dict)):
             value["mcc_alive_abs"] = value["mcc_alive"]

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -392,7 +392,10 @@ def arm(excess, seeds=(1, 2, 3), ev=None, lows=(0.2, 0.1, -0.05)):
             "pairs": pairs,
             "gaussian": None,
             "others": None,
-            "strata": [],
+            "strata": [
+                {"figure": "firing_rate", "low": low, "high": high, "features": 0.0, "mcc": None, "share70": None}
+                for low, high in pairwise(names.STRATA["firing_rate"])
+            ],
         }
     )
 

@@ -24,7 +24,7 @@ from pydantic import (
 
 from husai.evidence.estimates import Estimate, noise
 from husai.evidence.levels import K
-from husai.evidence.names import GAP, GATED_NULLS, PRIMARY_SCORE, SCORED, STRATA
+from husai.evidence.names import GAP, GATED_NULLS, OTHERS, PRIMARY_SCORE, SCORED, STRATA
 from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
@@ -672,6 +672,17 @@ class Comparison(Scored, OnStore):
     """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
     strata: Strata
 
+    @model_validator(mode="after")
+    def _all_reported(self) -> Comparison:
+        if (self.others is None) == (OTHERS[0] in self.stability.scores):
+            raise ValueError("others: expected with scores of features that are like no prototype, and else null")
+        if self.others is not None and (len(self.others) != len(self.stability.labels) or min(self.others) < 0):
+            raise ValueError("others: a number of features of each SAE expected")
+        pairs: list[dict] = self.pairs
+        if not self.strata and any(p["observed"].get(PRIMARY_SCORE, 0) > 0 for p in pairs):
+            raise ValueError("strata: expected where features match")
+        return self
+
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
 
@@ -700,8 +711,6 @@ class Compared(Comparison, Members[M], Generic[M]):
         named = labels == [f"seed{seed}" for seed in seeds] or set(seeds) == {None}
         if labels != self.stability.labels or len(set(labels)) != len(labels) or not named:
             raise ValueError("members: the labels of the stability study, seed<seed> of each whose seed is known")
-        if self.others is not None and not (len(self.others) == len(labels) and min(self.others) >= 0):
-            raise ValueError("others: a number of features of each member expected")
         return self
 
 
