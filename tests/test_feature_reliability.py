@@ -161,6 +161,14 @@ def test_dry_run(reliability, saes):
     assert not out.exists()
 
 
+def test_the_forecast_counts_all_that_is_trained(asked, root):
+    """Siblings and as many SAEs of Gaussian rows; of supplied siblings, the Gaussian ones alone."""
+    for to_train, trained in ((0, 5), (2, 4)):
+        found = siblings.forecast(asked, siblings.plan(asked, to_train, None, None), root, CPU, 4)
+        assert found.saes == trained
+        assert found.training_seconds > 0
+
+
 def test_relatives(reliability, saes):
     """Decoders alone: nothing is trained, certified, or called missing or above chance."""
     code, error, out = reliability(saes[0], relatives=saes[1], contexts=3)

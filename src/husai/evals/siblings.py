@@ -134,7 +134,7 @@ class Forecast:
     """What a run will take, by a measurement of a few steps on this machine."""
 
     saes: int
-    """Siblings, and as many SAEs of Gaussian rows."""
+    """Siblings, and SAEs of Gaussian rows: as many, or one for each SAE where no sibling is trained."""
     tokens: int
     """Rows that each of them sees."""
     rows: int
@@ -168,29 +168,30 @@ def forecast(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
     Args:
         siblings: all that the SAE is compared with.
     """
-    first, config = asked.saes[0].sae, made.config
-    rows = made.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)
+    first, n = asked.saes[0].sae, len(made.grid)
+    grid, config = (made.grid, made.config) if n else trained_alike(asked)
+    trainings = 2 if n else 1  # of siblings and of SAEs of Gaussian rows, or of these alone
+    rows = (made.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)) if n else asked.store.rows
     read = rows + (config.tokens if made.buffer_rows else 0)
     sizes = memory.Sizes(first.d_in, first.d_out, config.batch_size, len(config.snapshot_steps()))
-    passes = memory.passes(made.grid, sizes, device) if made.grid else []
-    step = _seconds_of_step([made.grid[i] for i in passes[0]], config, first.d_in, device) if passes else 0.0
-    training = 2 * step * config.steps * len(made.grid) / len(passes[0]) if passes else 0.0
-    largest = max((sum(memory.state_bytes(made.grid[i], sizes, device) for i in p) for p in passes), default=0)
+    passes = memory.passes(grid, sizes, device)
+    step = _seconds_of_step([grid[i] for i in passes[0]], config, first.d_in, device)
+    training = trainings * step * config.steps * len(grid) / len(passes[0])
+    largest = max(sum(memory.state_bytes(grid[i], sizes, device) for i in p) for p in passes)
 
-    n = len(made.grid)
     checkpoint = FLOAT * first.d_sae * (first.d_in + first.d_out * (1 + sizes.snapshots))
-    stores = 2 * FLOAT * rows * first.d_in if n else 0
+    stores = trainings * FLOAT * rows * first.d_in
     artifact_root.mkdir(parents=True, exist_ok=True)
     return Forecast(
-        saes=2 * n,
+        saes=trainings * len(grid),
         tokens=config.tokens,
         rows=read,
-        passes=2 * len(passes),
+        passes=trainings * len(passes),
         harvest_seconds=read * _seconds_of_token(asked, device) if n else 0.0,
         training_seconds=training,
         rotation_seconds=siblings * rotations_for(siblings) * _seconds_of_product(first.W_dec, device),
         memory_bytes=largest,
-        disk_bytes=stores + 2 * n * checkpoint,
+        disk_bytes=stores + trainings * len(grid) * checkpoint,
         free_bytes=shutil.disk_usage(artifact_root).free,
     )
 
