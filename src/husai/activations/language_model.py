@@ -46,6 +46,7 @@ BATCH_TOKENS = 8192
 PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
 ARRAYS = ("owner", "start", "rows", "length", "document")
 """Fields of `Inputs` that hold a number for each input."""
+SENTENCE = "The quick brown fox jumps over the lazy dog."
 HASHED = 2**28 - 1
 """Bits of a document's number that say whether a store holds it out; the first 32 bits of its hash say its side."""
 
@@ -79,12 +80,14 @@ def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool
 def inspect_hook(subject: LanguageModel, hook: str) -> Hook:
     """Run two short inputs of three tokens, and compare rows: names do not say what a hook sees.
 
+    The tokens are those of a sentence. Unused ones, which open many vocabularies, may have equal embeddings.
+
     Raises:
         BadInput: as `check_hooks`.
     """
     check_hook(subject.model, hook)
-    special = {*getattr(subject.tokenizer, "all_special_ids", ())}
-    a, b, c = islice((i for i in range(len(subject.tokenizer)) if i not in special), 3)
+    ids = subject.tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    a, b, c, *_ = dict.fromkeys([*ids, *range(len(subject.tokenizer))])
     inputs = [np.array(ids) for ids in ([a, b, a, c, a, b], [b, c, b, a, c, c])]
     with warnings.catch_warnings(action="ignore"):  # of a hook that never fires, which `run` refuses
         rows = run(subject, inputs, [hook])[hook]
