@@ -437,3 +437,35 @@ def test_metadata_that_husai_did_not_write_is_refused():
     for made in ({"training": {"tokens": 1000.5}}, {"source": 5}, {"seed": "1"}, {"training": {}}, [1]):
         with pytest.raises(BadInput):
             facts_of(SAE(weights, "topk", 2, metadata={"husai": made}), 2.0)
+
+
+@pytest.mark.nightly
+def test_saes_of_activations_made_otherwise(check, root, subject):
+    """SAEs that are exact on their own activations read an explained variance of 1, from the command line to the page,
+    and every part makes activations as the SAEs' files say."""
+    way = {"prepend_bos": False, "context_size": 12, "seqpos_slice": [2, None], "exclude_special_tokens": True}
+    way |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    folders = []
+    for seed in range(5):
+        turn = torch.randn(15, 15, generator=torch.Generator().manual_seed(seed))
+        centred = torch.linalg.eigh(torch.eye(16) - 1 / 16).eigenvectors[:, 1:]  # the mean of a row has no direction
+        half = (centred @ torch.linalg.qr(turn).Q).T
+        both = torch.cat([half, -half])
+        weights = {"W_enc": both.T, "b_enc": torch.zeros(30), "W_dec": both, "b_dec": torch.zeros(16)}
+        about = {"model_name": "miniature", "hook_name": HOOK} | way
+        folders.append(root / "exact" / f"s{seed}")
+        checkpoints.save(SAE(weights, "standard", None, False, about), folders[-1])
+    code, results, said = check("otherwise", folders)
+    assert code == 0, said
+    confirmed = part(root, "otherwise", "candidate_confirmation")
+    for record in confirmed["bank"]["saebench"]["saes"]:
+        assert record["heldout"]["explained_variance"] == pytest.approx(1, abs=1e-5)
+        assert record["core"]["ce_loss_score"] == pytest.approx(1, abs=1e-3)
+    applied = confirmed["harvesting"]
+    assert applied["center_writing_weights"] is True
+    assert (applied["context_size"], applied["prepend_bos"], applied["autocast_lm"]) == (12, False, "unknown")
+    assert results["harvesting"]["seqpos_slice"] == [2, None]
+    for text_of in (said, (root / "otherwise" / "report.html").read_text()):
+        assert "context_size 12" in text_of
+        assert "seqpos_slice" in text_of
+    assert {p["name"] for p in results["parts"] if p["return_code"]} == set()

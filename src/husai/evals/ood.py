@@ -284,10 +284,10 @@ def on_shifted(
         for c, folder in zip(tested.saes, encoders, strict=True):
 
             def compute(folder=folder) -> tuple[dict, list[Path]]:
-                with quiet():
+                with quiet():  # of settings of the model, which are applied already
                     from sae_lens import SAE
 
-                encoder = SAE.load_from_disk(folder, device=prompts.device)
+                    encoder = SAE.load_from_disk(folder, device=prompts.device)
                 figures = of_each(lambda name: of_sae(encoder, name, prompts, ks))
                 return {str(k): by_data_set([f[str(k)] for f in figures]) for k in ks}, []
 

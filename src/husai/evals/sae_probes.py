@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -278,7 +279,8 @@ def _work(task: ProbeTask) -> None:
             include_llm_baseline=False,
             **shared,
         )
-        sae = SAE.load_from_disk(task.encoder, device=task.device)
+        with warnings.catch_warnings(action="ignore"):  # of settings of the model, which are applied already
+            sae = SAE.load_from_disk(task.encoder, device=task.device)
         run_eval(config, [("sae", sae)], task.device, where, force_rerun=True)
         return
     common = {"hook_name": s.hook_name, "setting": "normal", "datasets": list(s.data_sets), "seed": task.seed}
