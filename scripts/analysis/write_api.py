@@ -133,7 +133,7 @@ def fields(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def markdown(text: str) -> str:
-    """A docstring as markdown: examples and indented blocks fenced, the sections on arguments and errors as lists."""
+    """A docstring as markdown: examples fenced, the sections on arguments and errors as lists."""
     parts = []
     for block in re.split(r"\n\s*\n", text):
         heading = re.match(r"(Args|Raises|Returns):\n", block)
@@ -145,7 +145,7 @@ def markdown(text: str) -> str:
             listed = "\n".join(f"- {' '.join(item.split())}" for item in items if item.strip())
             parts.append(f"*{titles[heading[1]]}*\n\n{listed}")
         elif all(line.startswith("    ") for line in block.splitlines()):
-            parts.append(f"```python\n{textwrap.dedent(block)}\n```")
+            parts.append(block)  # no fence: the formatter would rewrite what the docstring says
         else:
             parts.append(" ".join(block.split()))
     return "\n\n".join(parts)
