@@ -1,7 +1,6 @@
 """Single features over trainings: partners, chance, bounds, and decoders compared without a model."""
 
 import doctest
-import itertools
 
 import numpy as np
 import pytest
@@ -77,10 +76,24 @@ def test_an_sae_that_differs_from_its_siblings():
 # Chance
 
 
-def test_partners_and_maxima_are_those_of_the_dense_matrix():
+def mutual_of(a, b):
+    """The cosines of nearest neighbours, ten lines of numpy."""
+    a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (a, b))
+    cosines = a @ b.T
+    at = cosines.argmax(1)
+    most = cosines.max(1)
+    return most, np.where(cosines.argmax(0)[at] == np.arange(len(a)), most.clip(0), 0)
+
+
+def test_partners_and_neighbours_are_those_of_the_dense_matrix():
     a, b = drawn(20, 6), drawn(15, 6, seed=1)
     cosines = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
-    assert torch.allclose(recurrence.maxima(a, b), cosines.amax(1), atol=1e-6)
+    near = recurrence.neighbours(a, [b, a])
+    largest, mutual = mutual_of(a, b)
+    assert near.largest[0].numpy() == pytest.approx(largest, abs=1e-6)
+    assert near.mutual[0].numpy() == pytest.approx(mutual, abs=1e-6)
+    assert 0 < (mutual > 0).sum() < 20
+    assert near.mutual[1].numpy() == pytest.approx(1)
     found = recurrence.partners(a, [b])
     own = found.features[0] >= 0
     assert own.sum() == 15
@@ -90,20 +103,24 @@ def test_partners_and_maxima_are_those_of_the_dense_matrix():
 
 
 @given(st.integers(1, 300), st.integers(0, 5))
-def test_bfloat16_gives_an_upper_bound(d_in, seed):
+def test_bfloat16_gives_upper_bounds(d_in, seed):
     a, b = drawn(9, d_in, seed=seed), drawn(13, d_in, seed=seed + 100)
-    exact, bound = recurrence.maxima(a.double(), b), recurrence.maxima(a, b, bfloat16=True)
-    assert (bound >= exact - 1e-6).all()
-    assert (bound - exact < 0.02).all()
+    exact, bound = recurrence.neighbours(a.double(), [b]), recurrence.neighbours(a, [b], bfloat16=True)
+    for name in ("largest", "mutual"):
+        assert (getattr(bound, name) >= getattr(exact, name) - 1e-6).all()
+    assert (bound.largest - exact.largest < 0.03).all()
 
 
-def test_the_resampled_null_is_every_tuple():
-    """With few siblings and rotations all tuples can be listed; the drawn p-value is theirs up to its own error."""
-    observed, rotated = drawn(2, 30), drawn(6, 2, 30, seed=1)
-    pools = torch.cat([observed[None], rotated])
-    sums = torch.stack([pools[i, 0] + pools[j, 1] for i, j in itertools.product(range(7), repeat=2)])
-    exact = (sums >= observed.sum(0) - 1e-6).double().mean(0).numpy()
-    assert recurrence.rotation_p_values(observed, rotated) == pytest.approx(exact, abs=0.015)
+def test_p_values_of_rotations_are_places_in_their_stratum():
+    mutual, turned = drawn(200).abs(), recurrence.Neighbours(drawn(5, 200, seed=1), drawn(5, 200, seed=2).abs())
+    p = recurrence.rotation_p_values(mutual, turned)
+    strata = recurrence.strata_of(turned.largest.double().mean(0).numpy())
+    assert np.bincount(strata).tolist() == [67, 67, 66]
+    for i in (0, 50, 199):
+        pool = turned.mutual[:, strata == strata[i]]
+        assert p[i] == pytest.approx((1 + (pool >= mutual[i]).sum()) / (1 + pool.numel()))
+    assert recurrence.strata_of(np.arange(10)).max() == 0
+    assert recurrence.strata_of(np.arange(20_000)).max() == 15
 
 
 def test_permuted_labels_are_scipys():
@@ -136,32 +153,48 @@ def test_chance_knows_features_from_rotated_ones(spectrum):
     assert found.p_permutation.min() >= 1 / 252 - 1e-12
 
 
-@pytest.mark.slow
-def test_the_resampled_null_agrees_with_direct_draws(spectrum):
-    """200 features; 10⁵ direct draws of all siblings together, against the tuples of a hundred rotations."""
-    W, siblings = (
-        drawn(200, 12),
-        [drawn(30, 12, seed=s + 1) @ torch.diag(torch.linspace(1.7, 0.5, 12)) for s in range(3)],
-    )
-    observed = torch.stack([recurrence.maxima(W, s) for s in siblings])
-    rotated = recurrence.rotated_maxima(W, siblings, spectrum, 100)
-    resampled = recurrence.rotation_p_values(observed, rotated)
-    reached, draws, U = torch.zeros(200), 100_000, recurrence.unit_rows(W)
-    g = torch.Generator().manual_seed(7)
-    # Lone components alone: the rotation is a sign for each, which all rows of a sibling share.
+@pytest.mark.nightly
+def test_p_values_of_rotations_agree_with_direct_draws():
+    """200 features, 10⁵ direct draws: the features' own values are among the draws, and those of a stratum alike."""
+    spectrum = Spectrum.of(torch.diag(torch.linspace(3, 0.3, 12)), 10_000)
+    # Lone components alone: the rotation is a sign for each, which all rows of all siblings share.
     assert all(len(group) == 1 for group in spectrum.groups)
-    parts = [(recurrence.unit_rows(s) @ spectrum.components) for s in siblings]
-    own = U @ spectrum.components
+    W = drawn(200, 12)
+    siblings = [drawn(40, 12, seed=s + 1) @ torch.diag(torch.linspace(1.7, 0.5, 12)) for s in range(3)]
+    observed = recurrence.neighbours(W, siblings).mutual.mean(0)
+    p = recurrence.rotation_p_values(observed, recurrence.rotated(W, siblings, spectrum, 100))
+    g, reached, draws, U = torch.Generator().manual_seed(7), torch.zeros(200), 100_000, recurrence.unit_rows(W)
+    units = [recurrence.unit_rows(s) for s in siblings]
+    components = spectrum.components
     for _ in range(draws // 100):
-        total = torch.zeros(100, 200)
-        for part in parts:
-            signs = torch.where(torch.rand(100, 1, 12, generator=g) < 0.5, 1.0, -1.0)
-            total += (own @ (part * signs).transpose(1, 2)).amax(2)
-        reached += (total >= observed.sum(0) - 1e-6).sum(0)
+        signs = torch.where(torch.rand(100, 1, 12, generator=g) < 0.5, 1.0, -1.0)
+        turned, total = (U @ components * signs) @ components.T, torch.zeros(100, 200)
+        for b in units:
+            cosines = turned @ b.T
+            most, at = cosines.max(2)
+            total += torch.where(cosines.amax(1).gather(1, at) <= most + 1e-6, most.clamp_min(0), 0.0)
+        reached += (total / 3 >= observed - 1e-6).sum(0)
     direct = reached.numpy() / draws
-    assert np.abs(resampled - direct).max() < 0.15
-    assert np.abs(resampled - direct).mean() < 0.03
-    assert ((resampled <= 0.05) == (direct <= 0.05)).mean() > 0.95
+    assert np.corrcoef(p, direct)[0, 1] > 0.95
+    assert np.abs(p - direct).mean() < 0.05
+    assert ((p <= 0.05) == (direct <= 0.05)).mean() > 0.9
+
+
+def test_planted_draws_of_the_spectral_null_are_no_features():
+    """Siblings resemble each other. A drawn direction near to one is near to all, and is still marked seldom."""
+    spectrum = Spectrum.of(torch.eye(12), 10_000)
+    shared, p = drawn(40, 12), []
+    for seed in range(10):
+        siblings = [shared + 0.2 * drawn(40, 12, seed=100 * seed + s) for s in range(6)]
+        W = nulls.spectral(shared, shared, spectrum, torch.Generator().manual_seed(seed))[1]
+        p.append(
+            recurrence.rotation_p_values(
+                recurrence.neighbours(W, siblings).mutual.mean(0),
+                recurrence.rotated(W, siblings, spectrum, 20, (seed,)),
+            )
+        )
+    share = np.mean(np.concatenate(p) <= 0.1)
+    assert 0.05 < share < 0.15
 
 
 @given(st.integers(0, 200))

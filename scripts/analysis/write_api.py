@@ -35,7 +35,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         *(f"husai.dictionaries.foreign:{name}" for name in ("open_checkpoint", "find_all")),
         "husai.dictionaries.sae:SAE",
     ),
-    "Single features": tuple(f"{RECURRENCE}:{name}" for name in ("partners", "chance", "rebuilt", "maxima")),
+    "Single features": tuple(f"{RECURRENCE}:{name}" for name in ("partners", "chance", "rebuilt", "neighbours")),
     "Scores of a pair": tuple(f"husai.stability.scores:{name}" for name in ("mcc", "pwmcc", "score")),
     "Intervals": tuple(f"{ESTIMATES}:{name}" for name in ("Estimate", "jackknife", "clopper_pearson_low")),
     "Activations": ("husai.activations.store:ActivationStore",),

@@ -162,7 +162,7 @@ def judge(
     """The statement about each feature of the first SAE.
 
     Args:
-        rotations: of each sibling by the spectral null (`recurrence.rotations_for`).
+        rotations: of all siblings alike by the spectral null (`recurrence.rotations_for`).
         certifiable: whether the siblings are fresh trainings. Relatives never are.
     """
     own, others = asked.saes[0], group.others
@@ -183,12 +183,12 @@ def judge(
     # Chance: rotated siblings, and SAEs of Gaussian rows.
     tested = None
     if group.spectrum is not None:
-        tested = chance(W, decoders, group.spectrum, group.gaussian, rotations, stream=("features",))
-    q = None if tested is None else tested.q_values(alive)
-    marked = np.zeros(len(W), bool) if q is None else rules.above_chance(q)
+        tested = chance(W, decoders, group.spectrum, group.gaussian, rotations, stream=("features",), device=device)
 
     # Other explanations: a prototype, or a feature that others share among them.
     near = nearest_prototypes(W, asked, artifact_root)
+    q = None if tested is None else tested.q_values(alive, near.cosine >= NEAR)
+    marked = np.zeros(len(W), bool) if q is None else rules.above_chance(q)
     split = rebuilt_in(W, decoders, ~recurrent & alive)
     withheld = group.withheld is not None
     certified_at = bars.certified_at if certifiable else None
@@ -209,6 +209,7 @@ def judge(
         "p_rotation": tested and tested.p_rotation,
         "p_permutation": tested and tested.p_permutation,
         "similarity": tested.similarity if tested else np.mean([_largest(W, d) for d in decoders], axis=0),
+        "similarity_mutual": tested and tested.mutual,
         "similarity_rotated": tested and tested.rotated,
         "similarity_gaussian": tested and tested.gaussian,
         "partner_cosine": found.cosines.mean(0),

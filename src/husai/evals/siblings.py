@@ -189,7 +189,7 @@ def forecast(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
         passes=trainings * len(passes),
         harvest_seconds=read * _seconds_of_token(asked, device) if n else 0.0,
         training_seconds=training,
-        rotation_seconds=siblings * rotations_for(siblings) * _seconds_of_product(first.W_dec, device),
+        rotation_seconds=2 * siblings * rotations_for(first.d_sae) * _seconds_of_product(first.W_dec, device),
         memory_bytes=largest,
         disk_bytes=stores + trainings * len(grid) * checkpoint,
         free_bytes=shutil.disk_usage(artifact_root).free,

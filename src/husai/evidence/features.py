@@ -26,14 +26,21 @@ COLUMNS: dict[str, Column] = {
     "low": Column("float64", "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs"),
     "certified": Column("boolean", "the bound reaches π; empty where nothing can be certified"),
     "above_chance": Column("boolean", "q_value is at most 0.05; empty where a test was not run"),
-    "q_value": Column("Float64", "Benjamini–Hochberg over the alive features, on the larger of the two p-values"),
+    "q_value": Column(
+        "Float64",
+        "Benjamini–Hochberg on the larger of the two p-values, over alive features; prototype-like ones apart",
+    ),
     "p_rotation": Column("Float64", "p-value against siblings rotated by the spectral null"),
     "p_permutation": Column("Float64", "p-value against SAEs of Gaussian rows, by permuting labels"),
     "similarity": Column(
         "float64", "mean over siblings of the largest signed decoder cosine with any feature of the sibling"
     ),
-    "similarity_rotated": Column("Float64", "the same, of rotated siblings"),
-    "similarity_gaussian": Column("Float64", "the same, of SAEs of Gaussian rows"),
+    "similarity_mutual": Column(
+        "Float64",
+        "the same, with 0 for a sibling whose feature is nearer to another one of this SAE; both tests read it",
+    ),
+    "similarity_rotated": Column("Float64", "`similarity`, of siblings that are rotated alike"),
+    "similarity_gaussian": Column("Float64", "`similarity`, of SAEs of Gaussian rows"),
     "partner_cosine": Column("float64", "mean over siblings of the decoder cosine with the one-to-one partner"),
     "partner_correlation": Column(
         "Float64", "mean over siblings of the held-out correlation of activations with the partner"

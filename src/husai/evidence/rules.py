@@ -984,16 +984,18 @@ def table() -> str:
         f"{RECURS_COSINE:g}, and held-out correlation with it of at least {RECURS_CORRELATION:g}",
         "single features, certified": f"the one-sided {100 * CERTIFIED_LEVEL:g} % Clopper–Pearson bound of k of n "
         f"siblings is at least π ({CERTIFIED_AT:g} where none is set)",
-        "single features, above chance": "the larger of two p-values (rotated siblings; permuted labels of siblings "
-        f"and SAEs of Gaussian rows) has a Benjamini–Hochberg q of at most {FALSE_SHARE:g}",
+        "single features, above chance": "the larger of two p-values of the mean mutual similarity (siblings "
+        "rotated alike; permuted labels of siblings and SAEs of Gaussian rows) has a Benjamini–Hochberg q of at most "
+        f"{FALSE_SHARE:g}, prototype-like features and others apart",
         "single features, prototype-like": "signed cosine of at least 0.7 with a token mean or a centroid of other "
         "documents",
         "single features, split or merged": "does not recur, and in more than half of the siblings a non-negative sum "
         f"of at most {REBUILT_BY} features has a cosine of at least {REBUILT_COSINE:g} with it",
-        "single features, calibration": "realised share of false ones among *above chance*, prototype-like ones "
-        f"aside: at most {CALIBRATED_SHARE:g}, its 95 % upper bound at most {CALIBRATED_BOUND:g}; share of certified "
-        f"features whose fresh trainings reject π: at most {CALIBRATED_SHARE:g}; share of marked ones among true "
-        f"features that fire on {100 * RARE:g} % of the rows: at least {FEATURE_POWER:g}",
+        "single features, calibration": "in each world, realised share of false ones among *above chance*, "
+        f"prototype-like ones aside: at most {CALIBRATED_SHARE:g}, its 95 % upper bound at most {CALIBRATED_BOUND:g}; "
+        "pooled recurrence of certified features in fresh trainings: at least π; share of them whose fresh trainings "
+        f"reject π: at most {CALIBRATED_SHARE:g}; share of marked ones among true features that the SAE holds and that "
+        f"fire on {100 * RARE:g} % of the rows: at least {FEATURE_POWER:g}",
         "one condition": "of user-supplied SAEs, what the library wrote is equal but for seeds, names, places of "
         f"output, logs and the machine; L0 that ranges over more than {UNUSUAL_L0:.0%} of its median, or an explained "
         f"variance more than {UNUSUAL_EV:g} from the median, is said; {FAR_L0:.0%} and {FAR_EV:g} are refused where "

@@ -8,10 +8,10 @@ A *sibling* differs from the SAE in its seed alone. A feature *recurs* in a sibl
 `matching.py`) has a decoder cosine of at least 0.7 and, where activations are at hand, correlates with it on held-out
 rows. *Recurrence* is k of n siblings, with a one-sided Clopper–Pearson bound.
 
-*Above chance*: the feature stays as it is, and every sibling is rotated by the spectral null (`nulls.py`), each by
-itself. The statistic is the mean over siblings of the largest signed cosine with the feature. Under the null a sibling
-and its rotations are exchangeable, therefore one value of each sibling's, drawn from its own and its rotations', has
-the null distribution. A second test permutes the labels of siblings and SAEs of Gaussian rows. The larger p counts.
+*Above chance*: the statistic is the mean over siblings of the *mutual* similarity: the cosine with the nearest feature
+of the sibling, or 0 if another feature of the SAE is nearer to that one. All siblings are rotated alike by the spectral
+null (`nulls.py`). Under the null a feature is exchangeable with its rotations. A second test permutes the labels of
+siblings and SAEs of Gaussian rows. The larger p counts.
 
 The numbers that decide stand in `evidence/rules.py`. Nothing here loads a language model.
 """
@@ -45,14 +45,16 @@ if TYPE_CHECKING:
 BLOCK = 1024
 """Rows of the SAE whose cosines with a whole sibling are in memory at a time."""
 DRAWS = 20_000
-"""Draws of the null of a mean over siblings, and of relabellings where there are more."""
+"""Relabellings that are drawn where there are more."""
 DRAWS_AT_ONCE = 256
 ROUNDING = 1e-6
 """Sums of cosines that differ by less count as equal."""
 NONE = -1
 """In place of a feature: no partner."""
-FEWEST_ROTATIONS, TUPLES = 20, 50_000
-"""Rotations of each sibling at least, and so many that their combinations give p-values this fine."""
+FEWEST_ROTATIONS, POOL = 20, 2_000
+"""Rotations at least, and so many that a stratum has this many values."""
+STRATA, STRATUM = 16, 64
+"""Strata at most, and features of a stratum at least."""
 BFLOAT16 = 2.0**-8
 """Relative rounding of a bfloat16 number is at most half of it."""
 
@@ -83,71 +85,117 @@ def partners(W_dec: Tensor, siblings: Sequence[Tensor]) -> Partners:
 # Above chance
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Nearest features of an SAE and its siblings by signed cosine; float32 `[siblings, d_sae]`, on the CPU."""
+
+    largest: Tensor  # with a feature of the sibling
+    mutual: Tensor  # the same where no other feature of the SAE is nearer to that feature, else 0
+
+
 @torch.no_grad()
-def maxima(W_dec: Tensor, sibling: Tensor, bfloat16: bool = False) -> Tensor:
-    """Largest signed cosine of each row of `W_dec [d_sae, d_in]` with a row of `sibling [m, d_in]`, `[d_sae]`.
+def neighbours(
+    W_dec: Tensor, siblings: Sequence[Tensor], bfloat16: bool = False, device: torch.device | str = "cpu"
+) -> Neighbours:
+    """Which features of `W_dec [d_sae, d_in]` and of each sibling `[m, d_in]` are nearest to each other.
+
+    Memory: the rounded dictionaries, and BLOCK × m cosines a few times.
 
     Args:
-        bfloat16: the products are of rounded rows, twice to many times faster, and what is returned is an upper bound:
-            each rounded unit row is off by at most 2⁻⁹ of its norm, and the product by 2⁻⁹ of itself.
+        bfloat16: the products are of rounded rows, twice to many times faster, and both figures are upper bounds.
     """
-    a, b = unit_rows(W_dec.float()), unit_rows(sibling.float())
-    if not bfloat16:
-        return torch.cat([(part @ b.T).amax(1) for part in a.split(BLOCK)])
-    a, b = a.bfloat16(), b.bfloat16()
-    found = torch.cat([(part @ b.T).amax(1) for part in a.split(BLOCK)]).float()
-    return found + found.abs() * BFLOAT16 + BFLOAT16 + BFLOAT16**2 + a.shape[1] * 2.0**-24
+    theirs = [rounded(s, bfloat16, device) for s in siblings]
+    return _neighbours(rounded(W_dec, bfloat16, device), theirs)
 
 
-def rotations_for(siblings: int) -> int:
-    """Rotations of each sibling that are drawn where nothing is said."""
-    return max(FEWEST_ROTATIONS, int(np.ceil(TUPLES ** (1 / siblings))) - 1)
+def rounded(W_dec: Tensor, bfloat16: bool, device: torch.device | str) -> Tensor:
+    """Unit rows on a device, in float32 or bfloat16."""
+    return unit_rows(W_dec.float()).to(device, torch.bfloat16 if bfloat16 else torch.float32)
+
+
+def _neighbours(a: Tensor, siblings: Sequence[Tensor]) -> Neighbours:
+    """`neighbours` of rounded unit rows.
+
+    Two products a sibling: the first gives the largest cosine of every row of both; the second, the cosines that reach
+    both up to twice the error ε of a cosine. A pair that is mutual without rounding is mutual here.
+    """
+    error = ROUNDING
+    if a.dtype == torch.bfloat16:
+        # Each rounded unit row is off by at most 2⁻⁹ of its norm, the stored product by 2⁻⁹ of itself.
+        error = BFLOAT16 * 1.5 + 2 * BFLOAT16**2 + a.shape[1] * 2.0**-24
+    found, mutual = [], []
+    for b in siblings:
+        most, bar = [], torch.full((len(b),), -torch.inf, dtype=a.dtype, device=a.device)
+        for part in a.split(BLOCK):
+            cosines = part @ b.T
+            most.append(cosines.amax(1))
+            bar = torch.maximum(bar, cosines.amax(0))
+        near = bar - 2 * error
+        both = [
+            (((c := part @ b.T) >= near) & (c >= own[:, None] - 2 * error)).any(1)
+            for part, own in zip(a.split(BLOCK), most, strict=True)
+        ]
+        largest = torch.cat(most).float() + (error if a.dtype == torch.bfloat16 else 0)
+        found.append(largest.cpu())
+        mutual.append(torch.where(torch.cat(both), largest.clamp_min(0), 0.0).cpu())
+    return Neighbours(torch.stack(found), torch.stack(mutual))
+
+
+def rotations_for(d_sae: int) -> int:
+    """Rotations that are drawn where nothing is said."""
+    return max(FEWEST_ROTATIONS, int(np.ceil(POOL / min(d_sae, STRATUM))))
 
 
 @torch.no_grad()
-def rotated_maxima(
+def rotated(
     W_dec: Tensor,
     siblings: Sequence[Tensor],
     spectrum: Spectrum,
     rotations: int,
     stream: Sequence[int | str] = (),
     bfloat16: bool = False,
-) -> Tensor:
-    """`maxima` with each sibling rotated by the spectral null, float32 `[rotations, siblings, d_sae]`.
+    device: torch.device | str = "cpu",
+) -> Neighbours:
+    """`neighbours` with all siblings rotated alike by the spectral null, the means over siblings `[rotations, d_sae]`.
 
-    Memory: one sibling, one rotation, and BLOCK × m cosines.
+    To rotate the features is to rotate all siblings by the inverse, which has the same distribution.
 
     Args:
         spectrum: of the activations, the mean direction set apart.
-        stream: names the draws. They are independent over rotations and siblings.
+        stream: names the draws.
     """
-    found = torch.empty(rotations, len(siblings), len(W_dec))
-    for s, sibling in enumerate(siblings):
-        for r in range(rotations):
-            g = generator("recurrence", *stream, s, r)
-            found[r, s] = maxima(W_dec, nulls.spectral(W_dec, sibling.float(), spectrum, g)[1], bfloat16)
+    theirs, found = [rounded(s, bfloat16, device) for s in siblings], []
+    for r in range(rotations):
+        drawn = nulls.spectral(W_dec, W_dec.float(), spectrum, generator("recurrence", *stream, r))[1]
+        found.append(_neighbours(rounded(drawn, bfloat16, device), theirs))
+    return Neighbours(torch.stack([f.largest.mean(0) for f in found]), torch.stack([f.mutual.mean(0) for f in found]))
+
+
+def strata_of(level: np.ndarray) -> np.ndarray:
+    """Strata of features with alike levels, int `[d_sae]`: at most STRATA of them, of at least STRATUM features where
+    there are so many."""
+    count = int(np.clip(len(level) // STRATUM, 1, STRATA))
+    found = np.empty(len(level), np.int64)
+    found[np.argsort(level, kind="stable")] = np.arange(len(level)) * count // len(level)
     return found
 
 
-def rotation_p_values(observed: Tensor, rotated: Tensor, draws: int = DRAWS) -> np.ndarray:
-    """p-value of each feature's mean over siblings, `[d_sae]`.
+def rotation_p_values(mutual: Tensor, turned: Neighbours) -> np.ndarray:
+    """p-value of each feature, `[d_sae]`: its place among all rotations of the features of its stratum.
 
-    One value a sibling is drawn from its own and its rotations'. The observed ones are among them, because under the
-    null they are exchangeable with the others; without them the test would be too liberal (Phipson & Smyth 2010).
+    A direction that the spectral null draws is exchangeable with its own rotations, and the features of a stratum are
+    about as near to rotated siblings. The observed value counts among them (Phipson & Smyth 2010).
 
     Args:
-        observed: `[siblings, d_sae]`. rotated: `[rotations, siblings, d_sae]`.
+        mutual: the mean over siblings `[d_sae]`. turned: of `rotated`.
     """
-    pools = torch.cat([observed[None], rotated])
-    total = observed.sum(0) - ROUNDING
-    g, reached = generator("recurrence", "tuples"), torch.zeros(observed.shape[1], dtype=torch.int64)
-    for start in range(0, draws, DRAWS_AT_ONCE):
-        chosen = torch.randint(len(pools), (min(DRAWS_AT_ONCE, draws - start), len(observed)), generator=g)
-        sums = torch.zeros(len(chosen), observed.shape[1])
-        for s in range(len(observed)):
-            sums += pools[chosen[:, s], s]
-        reached += (sums >= total).sum(0)
-    return ((1 + reached.double()) / (1 + draws)).numpy()
+    strata, p = strata_of(turned.largest.double().mean(0).numpy()), np.empty(len(mutual))
+    for s in range(strata.max() + 1):
+        own = np.flatnonzero(strata == s)
+        pool = np.sort(turned.mutual[:, own].double().numpy(), axis=None)
+        below = np.searchsorted(pool, mutual[own].double().numpy() - ROUNDING)
+        p[own] = (1 + len(pool) - below) / (1 + len(pool))
+    return p
 
 
 def permutation_p_values(siblings: Tensor, gaussian: Tensor, draws: int = DRAWS) -> np.ndarray:
@@ -180,7 +228,8 @@ class Chance:
     """What chance explains of each feature, `[d_sae]` each."""
 
     similarity: np.ndarray  # mean over siblings of the largest signed cosine
-    rotated: np.ndarray  # the same of rotated siblings, the mean over rotations
+    mutual: np.ndarray  # the same, 0 where another feature of the SAE is nearer; the tests read it
+    rotated: np.ndarray  # the same of siblings that are rotated alike, the mean over rotations
     gaussian: np.ndarray | None  # the same of SAEs of Gaussian rows
     p_rotation: np.ndarray
     p_permutation: np.ndarray | None
@@ -191,10 +240,16 @@ class Chance:
         """The larger of the two."""
         return self.p_rotation if self.p_permutation is None else np.maximum(self.p_rotation, self.p_permutation)
 
-    def q_values(self, tested: np.ndarray) -> np.ndarray:
-        """Benjamini–Hochberg over the tested features `[d_sae]` bool; 1 for the others."""
+    def q_values(self, tested: np.ndarray, prototype: np.ndarray | None = None) -> np.ndarray:
+        """Benjamini–Hochberg over the tested features `[d_sae]` bool; 1 for the others.
+
+        Args:
+            prototype: `[d_sae]` bool, prototype-like; these and the others are corrected apart, because many small
+                p-values of one kind would let false ones of the other kind pass.
+        """
         q = np.ones(len(self.p_value))
-        q[tested] = benjamini_hochberg(self.p_value[tested])
+        for kind in [tested] if prototype is None else [tested & ~prototype, tested & prototype]:
+            q[kind] = benjamini_hochberg(self.p_value[kind])
         return q
 
 
@@ -207,24 +262,26 @@ def chance(
     draws: int = DRAWS,
     bfloat16: bool = False,
     stream: Sequence[int | str] = (),
+    device: torch.device | str = "cpu",
 ) -> Chance:
     """Both tests of every feature.
 
     Args:
         W_dec: `[d_sae, d_in]`. siblings, gaussian: `[m, d_in]` each, SAEs alike, and SAEs of Gaussian rows alike.
-        rotations: of each sibling (`rotations_for`). bfloat16: see `maxima`; of rotated siblings alone, whose largest
-            cosines it can only raise.
+        rotations: `rotations_for`. bfloat16: see `neighbours`; of rotations alone, whose cosines it can only raise.
     """
-    rotations = rotations or rotations_for(len(siblings))
-    observed = torch.stack([maxima(W_dec, s) for s in siblings])
-    rotated = rotated_maxima(W_dec, siblings, spectrum, rotations, stream, bfloat16)
-    noise = torch.stack([maxima(W_dec, s) for s in gaussian]) if gaussian else None
+    rotations = rotations or rotations_for(len(W_dec))
+    own = neighbours(W_dec, siblings, device=device)
+    turned = rotated(W_dec, siblings, spectrum, rotations, stream, bfloat16, device)
+    noise = neighbours(W_dec, gaussian, device=device) if gaussian else None
+    mutual = own.mutual.mean(0)
     return Chance(
-        similarity=observed.mean(0).double().numpy(),
-        rotated=rotated.mean((0, 1)).double().numpy(),
-        gaussian=None if noise is None else noise.mean(0).double().numpy(),
-        p_rotation=rotation_p_values(observed, rotated, draws),
-        p_permutation=None if noise is None else permutation_p_values(observed, noise, draws),
+        similarity=own.largest.mean(0).double().numpy(),
+        mutual=mutual.double().numpy(),
+        rotated=turned.largest.double().mean(0).numpy(),
+        gaussian=None if noise is None else noise.largest.mean(0).double().numpy(),
+        p_rotation=rotation_p_values(mutual, turned),
+        p_permutation=None if noise is None else permutation_p_values(own.mutual, noise.mutual, draws),
         rotations=rotations,
     )
 
