@@ -49,14 +49,24 @@ class EvalParser(cli.Parser):
             *("external_candidate_json", "study_results", "frontier_results", "scaling_results"),
         ),
         "model": (
-            *("subject", "revision", "dtype", "hook_name", "hook_layer", "hook_layers", "layer", "random_model"),
+            *(
+                "subject",
+                "same_model",
+                "revision",
+                "dtype",
+                "hook_name",
+                "hook_layer",
+                "hook_layers",
+                "layer",
+                "random_model",
+            ),
             *("random_seed", "activation_cache_dir", "target_activation_cache_dir"),
         ),
         "text": ("text", "text_column", "text_split"),
         "sizes": (
             *("architecture", "architectures", "d_sae", "d_saes", "d_sae_values", "k", "ks", "k_candidates", "seeds"),
             *("tokens", "token_budgets", "epochs", "batch_size", "learning_rate", "rows", "train_rows", "heldout_rows"),
-            *("buffer_rows", "null_draws", "confirmation_seeds"),
+            *("max_norm_multiple", "buffer_rows", "null_draws", "confirmation_seeds"),
         ),
         "benchmarks": (
             *("run_saebench", "dataset_names", "probing", "probe_ks", "core_texts", "run_cebench", "cebench_repo"),
