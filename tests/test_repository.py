@@ -116,6 +116,13 @@ def test_the_map_names_nothing_that_is_not_there():
         assert (ROOT / name).exists() or name.startswith("results/"), f"REPO_NAVIGATION.md names {name}"
 
 
+def test_files_that_the_methods_name_are_there():
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", (ROOT / "docs/methods.md").read_text()))
+    assert len(named) > 40
+    for name in named:
+        assert (ROOT / name).is_file() or (ROOT / "src/husai" / name).is_file(), name
+
+
 def test_every_folder_is_on_the_map():
     text = (ROOT / "REPO_NAVIGATION.md").read_text()
     for step in STEPS:
