@@ -1,4 +1,4 @@
-"""Judge SAEs of your own: stability, benchmarks, stress tests, the gate, features to read, and one page about it all.
+"""Judge SAEs of your own: stability, benchmarks, stress tests, the gate, the feature table, and a page about it all.
 
     python scripts/experiments/run_release_check.py --checkpoint SEED1 SEED2 SEED3 SEED4 SEED5 \\
       --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
@@ -170,6 +170,8 @@ def evidence(args, root: Path, group) -> list[Part]:
         *machine,
     ]
     trained = [*candidate, *draws, *given("train_rows", args.train_rows), *given("untrained", args.untrained)]
+    # SAEs of Gaussian rows need activations alone. Those that others were trained on are not at hand.
+    rows = args.train_rows or (None if group.facts.source == "husai" else args.rows)
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
     no_recipe = None if group.facts.source == "husai" else "the SAEs do not say how they were trained"
     no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
@@ -187,7 +189,7 @@ def evidence(args, root: Path, group) -> list[Part]:
         Part(
             "feature_reliability",
             "experiments/run_feature_reliability.py",
-            [*candidate, "--contexts", str(args.contexts)],
+            [*candidate, *given("train_rows", rows), "--contexts", str(args.contexts)],
         ),
     ]
     parts = [replace(p, folder=root / p.name) for p in parts]

@@ -175,15 +175,18 @@ def compared(found: FeatureReliability) -> str:
 def tiles(found: FeatureReliability) -> list[Tile]:
     """The first figures."""
     held, n, said = found.sae.heldout, len(found.siblings), found.statements
-    at = f"{100 * found.bars.certified_at:g} %"
+    at = f"{100 * found.bars.certified_at:g}\u00a0%"
     word = peers(found)
     alive = f"of {found.alive:,} alive features"
     above = "Not tested." if found.above_chance is None else f"{100 * found.above_chance:.1f} %"
     sure = "none" if found.certified is None else f"{said.get('certified', 0):,}"
+    needed = rules.siblings_needed(found.bars.certified_at)
+    few = f" This takes at least {needed} siblings." if n < needed else ""
     note = (
         "Nothing can be certified, for the reason below."
         if found.certified is None
-        else f"They recur in at least {at} of trainings, more than by chance. Up to 5 % of those below may slip in."
+        else f"They recur in at least {at} of trainings, and more than by chance. Up to 5 % of the features below that "
+        f"share may be certified.{few}"
     )
     recur = percent(found.recur.to_json())
     return [

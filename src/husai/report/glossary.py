@@ -240,7 +240,10 @@ SPELLINGS = {
 """A term as the text writes it, at the beginning of a sentence too."""
 _LONGEST_FIRST = sorted(SPELLINGS, key=len, reverse=True)
 FOUND = re.compile(rf"(?<![\w/.-])({'|'.join(map(re.escape, _LONGEST_FIRST))})(?![\w/-])")
-OPAQUE = {"a", "button", "figcaption", "h1", "h2", "head", "mark", "nav", "option", "pre", "script", "style", "summary"}
+OPAQUE = {
+    *("a", "button", "figcaption", "h1", "h2", "head", "header", "mark"),
+    *("nav", "option", "pre", "script", "style", "summary"),
+}
 """Elements in which no term is marked."""
 RESTART = {"section", "article"}
 """Elements in which the first use of each term is marked again."""

@@ -282,8 +282,12 @@ def _failed(gate: Gate, reader: Reader) -> Step:
 # Beyond single gates
 
 
-def general(reader: Reader, open_gates: list[Gate]) -> list[tuple[str, Step]]:
-    """(heading, step) of what is worth doing whatever the gates say."""
+def general(reader: Reader, open_gates: list[Gate], has_table: bool) -> list[tuple[str, Step]]:
+    """(heading, step) of what is worth doing whatever the gates say.
+
+    Args:
+        has_table: whether a feature table is among the results.
+    """
     found = []
     missing = [g for g in open_gates if g.status == "MISSING"]
     given = set(reader.words)
@@ -293,17 +297,17 @@ def general(reader: Reader, open_gates: list[Gate]) -> list[tuple[str, Step]]:
         more |= {} if "--stories" in given else {"--stories": [STORIES]}
     if len(more) > 1 and reader.seeds >= MINIMUM_SEEDS:
         found.append(("Close the gates that lack evidence", Step("One command adds all of it.", reader.again(more))))
-    saes = reader.checkpoints
-    found.append(
-        (
-            "Ask which single features you can trust",
-            Step(
-                "The feature table says of every feature in how many trainings it recurs, and whether that is more "
-                "than chance.",
-                reader.elsewhere(RELIABILITY, {}) + " --checkpoint " + shlex.join(saes),
-            ),
+    table = reader.elsewhere(RELIABILITY, {}) + " --checkpoint " + shlex.join(reader.checkpoints)
+    heading = "Ask which single features you can trust"
+    text = "The feature table counts the trainings in which a feature recurs, and tests whether chance explains it."
+    if has_table:
+        heading = "Certify more features"
+        text = (
+            "The feature table compares the first SAE with the others. "
+            "Fourteen siblings that HUSAI trains certify more of its features."
         )
-    )
+        table += " --siblings 14"
+    found.append((heading, Step(text, table)))
     if reader.supplied:
         found.append(
             (
