@@ -21,6 +21,7 @@ from husai.evals import loaded, random_model, supplied, transcoder
 from husai.evals.loaded import Opener
 from husai.runs.errors import BadInput
 from husai.runs.subjects import as_said
+from husai.stability import study
 from husai.subjects import pretrained, text
 from husai.subjects.harvesting import UNKNOWN, Harvesting, agreed, line, recorded, refuse_other
 from husai.subjects.sources import TextSource
@@ -417,6 +418,25 @@ def test_an_sae_exact_on_its_own_activations_is_exact_here(folder, corpus, metad
 
 def bare_subject(folder: Path):
     return pretrained.load(str(folder))
+
+
+def test_a_store_is_compared_as_far_as_it_says(make_store):
+    """Without the subject nothing says how a store's inputs begin."""
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(0))
+    plain = make_store(x, "plain", hook_name=HOOK)
+    centred_store = make_store(x, "centred", hook_name=HOOK, harvesting=CENTRED.to_json())
+
+    def sae(**metadata):
+        return loaded.SAE({}, "standard", metadata=metadata)
+
+    silent, ours = sae(context_size=16, prepend_bos=True), sae(husai={"training": {}})
+    centred = sae(model_from_pretrained_kwargs={"center_writing_weights": True})
+    head = sae(seqpos_slice=[5, None])
+    for fitting, store in ((silent, plain), (ours, plain), (centred, centred_store), (silent, centred_store)):
+        study.refuse_other_way(Path("S"), fitting, store)
+    for other, store in ((centred, plain), (head, plain), (ours, centred_store)):
+        with pytest.raises(BadInput, match="alike"):
+            study.refuse_other_way(Path("S"), other, store)
 
 
 def test_saes_of_one_group_agree(folder, corpus, tmp_path):

@@ -122,7 +122,7 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
     places = loaded.Places(args.output_dir, args.artifact_root, args.device, args.threads)
     cache = places.probe_activations(subject)
     common = ["--device", args.device]
-    shared = ["--checkpoint", *map(str, args.checkpoint), "--model-name", args.subject, *common]
+    shared = ["--checkpoint", *map(str, args.checkpoint), "--model-name", saes.name, *common]
     shared += ["--hook-name", args.hook_name, "--text", str(args.text)]
     shared += ["--threads", str(args.threads), "--artifact-root", str(args.artifact_root), "--rows", str(args.rows)]
     for flag in ("reference", "random_model_checkpoint"):
@@ -153,7 +153,7 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
         for name in (n for n in args.evals or EVALS if n in official.EVALS):
             folder = args.output_dir / "official" / f"{name}-{c.label}"
             command = [sys.executable, "-m", "husai.evals.official", name, "--checkpoint", str(layout)]
-            command += ["--subject", args.subject, "--output-dir", str(folder), *common]
+            command += ["--subject", saes.name, "--output-dir", str(folder), *common]
             command += ["--threads", str(args.threads)]
             if name == "sparse_probing_sae_probes":
                 command += ["--dataset-names", ",".join(data_sets), "--model-cache-path", str(cache)]

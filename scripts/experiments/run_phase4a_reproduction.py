@@ -277,9 +277,10 @@ def supplied(args, cells, device):
     from husai.subjects import harvesting
 
     protocol = own(args)
-    folders = foreign.find(args.sae_root)
+    folders = foreign.find(args.sae_root, hook_name=args.hook_name)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
     said = loaded.agreed_of(folders, saes, args.hook_name, "sae-root")
+    said = loaded.with_multiple(said, args.max_norm_multiple)
     if is_language_model(args.subject):
         version = None if args.same_model else said.revision, said.dtype, args.dtype
         protocol |= {"subject": as_said(args.subject, *version, "sae-root"), "harvesting": said}
@@ -305,7 +306,7 @@ def supplied(args, cells, device):
     notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
     if other := next(filter(None, (loaded.other_model(sae, subject) for sae in saes)), None):
         notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {subject}.")
-    notes += [harvesting.line(harvesting.recorded(said))]
+    notes += [] if said.complete else [harvesting.line(harvesting.recorded(said))]
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)

@@ -284,7 +284,8 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
 def _subject(name: str, device: torch.device, said: Harvesting) -> LanguageModel:
     """A subject whose activations are made as the files of SAEs say; the log says how."""
     subject = pretrained.load(name, device=device, harvesting=said)
-    log.info("%s", line(recorded(said, subject)))
+    if said.to_json() or not said.complete:
+        log.info("%s", line(recorded(said, subject)))
     return subject
 
 
@@ -357,6 +358,16 @@ def agreed_of(folders: list[Path], saes: list[SAE], hook_name: str | None, flag:
     return agreed(said, f"--{flag}")
 
 
+def with_multiple(said: Harvesting, given: float | None) -> Harvesting:
+    """How activations are made, with --max-norm-multiple.
+
+    Raises:
+        BadInput: the files of the SAEs say another one.
+    """
+    asked = Harvesting(max_norm_multiple=given, complete=said.complete)
+    return agreed([("the files of the SAEs", said), ("the command line", asked)], "--max-norm-multiple")
+
+
 def agreed_by(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting]:
     """(the subject in the revision and dtype that the files of the SAEs say, how their activations were made).
 
@@ -371,9 +382,7 @@ def agreed_by(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting
     named = {flag: foreign.find_all(getattr(args, flag, []), f"--{flag}", args.hook_name) for flag in FLAGS}
     folders = [folder for of_flag in named.values() for folder in of_flag]
     found = agreed_of(folders, [opener.sae(folder) for folder in folders], args.hook_name, "checkpoint")
-    given = getattr(args, "max_norm_multiple", None)
-    asked = [("the files of the SAEs", found), ("the command line", Harvesting(max_norm_multiple=given))]
-    found = agreed(asked, "--max-norm-multiple")
+    found = with_multiple(found, getattr(args, "max_norm_multiple", None))
     any_revision, dtype = getattr(args, "same_model", False), getattr(args, "dtype", None)
     return as_said(args.subject, None if any_revision else found.revision, found.dtype, dtype), found
 

@@ -315,7 +315,8 @@ def agreed(said: Sequence[tuple[str, Harvesting]], flag: str) -> Harvesting:
                     f"{flag}: {key} is {other!r} in {first} and {value!r} in {name}; SAEs whose activations were made "
                     "alike expected"
                 )
-    return Harvesting.of_json({key: value for key, (_, value) in values.items()})
+    found = Harvesting.of_json({key: value for key, (_, value) in values.items()})
+    return replace(found, complete=bool(said) and all(harvesting.complete for _, harvesting in said))
 
 
 def refuse_other(said: Harvesting, wanted: Harvesting, made: Harvesting, where: str) -> None:
