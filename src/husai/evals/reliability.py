@@ -18,6 +18,7 @@ from husai.evidence.features import Bars, FeatureReliability
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
 from husai.runs.errors import BadInput
+from husai.subjects import harvesting
 
 log = logging.getLogger("husai")
 
@@ -62,17 +63,18 @@ def compare(args: argparse.Namespace, device: torch.device) -> Comparison:
     width, others = asked.saes[0].sae.d_sae, len(asked.saes) - 1
     if unknown := [f for f in args.features or [] if not 0 <= f < width]:
         raise BadInput(f"--features {unknown[0]}: numbers from 0 to {width - 1} expected")
+    notes = [] if asked.said.complete else [harvesting.line(harvesting.recorded(asked.said, asked.subject))]
     if args.relatives is not None:
         limits = ["Relatives are no fresh trainings, therefore nothing is certified."]
-        return Comparison(asked, None, limits, [], [])
+        return Comparison(asked, None, limits, notes, [])
 
-    limits, notes = siblings.check(asked)
+    limits, more = siblings.check(asked)
     to_train = args.siblings if args.siblings is not None else 0 if others else siblings.DEFAULT
     if others + to_train == 0:
         raise BadInput("--siblings 0 with one checkpoint: one sibling expected at least")
     plan = siblings.plan(asked, to_train, args.tokens, args.train_rows, args.buffer_rows)
     forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train)
-    return Comparison(asked, plan, limits, notes, forecast.lines())
+    return Comparison(asked, plan, limits, [*notes, *more], forecast.lines())
 
 
 def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reliability:
