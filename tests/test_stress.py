@@ -162,12 +162,14 @@ def test_what_a_structured_subject_teaches_exceeds_its_random_control(stress, st
     assert parts() == before
 
 
+@pytest.mark.slow
 def test_a_subject_that_has_learned_nothing_does_not_exceed_it(stress, train, meaningless):
     results = stress(RANDOM_MODEL, meaningless, train(meaningless, "of_nothing"), *DRAWS)
     assert results["verdict"]["outcome"] == rules.FAIL, results["gains"]
     assert all(abs(gain["observed"]["estimate"]) < 0.05 for gain in results["gains"])
 
 
+@pytest.mark.slow
 def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
     """A subject without features whose moments give a higher score than its controls' moments do: the score itself
     lies above them all, and the excess over SAEs of Gaussian rows does not."""
@@ -220,6 +222,7 @@ def test_supplied_controls_must_have_been_trained_alike(stress, refused, train, 
     assert two["gains"] == [trained["gains"][0], trained["gains"][2]]
 
 
+@pytest.mark.slow
 def test_saes_trained_elsewhere_need_supplied_controls(stress, refused, train, structured, saes, root, tmp_path):
     foreign = tmp_path / "foreign"
     for i, folder in enumerate(sorted(saes.iterdir())):
@@ -254,6 +257,7 @@ def test_the_activations_must_be_those_that_the_candidate_saw(refused, structure
 # Another objective
 
 
+@pytest.mark.slow
 def test_transcoders_find_what_the_candidate_found(stress, structured, saes, root, tmp_path):
     results = stress(TRANSCODER, structured, saes, *DRAWS)
     assert results["verdict"]["outcome"] == rules.PASS, results["across"]["stability"]["scores"]["mcc_alive"]["excess"]

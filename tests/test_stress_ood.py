@@ -87,12 +87,12 @@ class Planted:
     """The activations themselves, or, broken, what only the original's prompts have."""
 
     def __init__(self, known: torch.Tensor | None = None):
-        self.known = known
+        self.known = None if known is None else {row.numpy().tobytes() for row in known}
 
     def encode(self, x):
         if self.known is None:
             return x
-        return x * torch.stack([(self.known == row).all(1).any() for row in x]).float()[:, None]
+        return x * torch.tensor([float(row.numpy().tobytes() in self.known) for row in x])[:, None]
 
 
 def test_the_identity_loses_what_the_model_loses_and_a_broken_encoder_more(prompts):
@@ -289,7 +289,7 @@ def common(folder, artifacts, tmp_path):
 def test_from_the_shell(run_script, trained, common, tmp_path, monkeypatch):
     """The probe sets are the ones that have the shifted versions, so that the official figures stand beside ours."""
     monkeypatch.setitem(data_sets.FAMILIES["ood"], "code_and_ag_news", ["161_agnews_0"])
-    arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", ",".join(SETS)]
+    arguments = ["--checkpoint", trained["own"], *common, "--dataset-names", ",".join(SETS), "--probe-ks", "5"]
     code, out, err = run_script(SCRIPT, *arguments)
     assert code == 0, err
     path = tmp_path / "out" / "results.json"
@@ -337,10 +337,6 @@ def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
         (["--checkpoint", tmp_path / "other", *common], [tmp_path / "other", "transcoder"]),
         (["--checkpoint", trained["own"], trained["other"], *common], ["checkpoint: ", "d32", "d_sae"]),
         (["--checkpoint", tmp_path / "none", *common], ["--checkpoint: ", tmp_path / "none"]),
-        (
-            ["--checkpoint", trained["own"], *common, "--model-name", "husai-tiny", "--rows", 500],
-            [trained["own"], "d_in 16", "256"],
-        ),
         (["--candidate", tmp_path / "none.json", *common], f"--candidate: {tmp_path}/none.json "),
         ([*own, "--candidate", tmp_path / "none.json"], ["--candidate", "--checkpoint"]),
         ([*own, "--shifted", "90_glue_qnli_OOD"], ["--shifted 90_glue_qnli_OOD: ", "not_entailment"]),

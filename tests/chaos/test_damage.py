@@ -1,8 +1,8 @@
 """One artefact of each kind is damaged: it is named, and made again to the same bytes, or refused.
 
-17 kinds at once are all named before anything runs, and made again; what comes before them stands. What everything
-rests on, the transformer and the store, is refused with one line and exit code 2, whichever of their files is
-damaged; once its folder is removed, the same command makes the same bytes.
+17 kinds at once are all named before anything runs, and made again; the stages before them stand. All stages rest on
+the transformer and the store. Damage to any of their files is refused with one line and exit code 2. Once the store's
+folder is removed, the same command makes the same bytes. The kill test makes the transformer again from nothing.
 """
 
 import json
@@ -72,7 +72,7 @@ def test_what_can_be_made_again_is(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("stage", REFUSED)
 def test_what_everything_rests_on_is_refused(undisturbed, tmp_path, stage):
-    """Each file of the stage's folder in its turn; then the folder is removed, and made again to the same bytes."""
+    """Each file of the stage's folder in its turn. A removed store is made again to the same bytes."""
     queue = undisturbed.copied_to(tmp_path / "refused")
     stages = json.loads((queue.out / "queue/manifest.json").read_text())["stages"]
     (files,) = (s["files"] for s in stages if s["stage"] == stage)
@@ -87,6 +87,7 @@ def test_what_everything_rests_on_is_refused(undisturbed, tmp_path, stage):
         assert str(path.parent) in errors[0]
         assert re.search(rf"^failed: {stage} .*\b2\b", said, re.M)
         path.write_bytes(whole)
-    shutil.rmtree(path.parent)
-    assert queue.run("--only", stage)[0] == 0
+    if stage == "harvest":  # to train the transformer again takes 40 s, and the kill test does
+        shutil.rmtree(path.parent)
+        assert queue.run("--only", stage)[0] == 0
     assert queue.unlike(undisturbed) == []
