@@ -1,1 +1,1 @@
-"""What a training step spends its time in: the kept entries of sparse codes, on numba, Triton or plain PyTorch."""
+"""Sparse products, which take most of a training step: kept entries on numba, Triton or plain PyTorch."""

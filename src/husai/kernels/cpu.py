@@ -10,9 +10,12 @@ from husai.kernels import cpu_kernels as kernels
 from husai.kernels.sparse import Choice, Kept
 from husai.kernels.workers import deal, spans
 
-ROWS = 512  # of a piece: its pre-activations stay in cache between the product and the choice
-FEATURES = 256  # of a piece
-TILE_BYTES = 2**20  # of rows that are gathered from: half of a core's own cache
+ROWS = 512
+"""Rows of a piece. Its pre-activations stay in cache between the product and the choice."""
+FEATURES = 256
+"""Features of a piece."""
+TILE_BYTES = 2**20
+"""Bytes of a tile of rows that are gathered: half of a core's own cache."""
 SLACK = 1.05  # on the bound of a proposal's error: sums in float32 are not exact either
 
 

@@ -12,7 +12,8 @@ from husai.kernels import gpu_kernels as kernels
 from husai.kernels.dense import activity  # noqa: F401 (part of what a backend offers)
 from husai.kernels.sparse import Choice, Kept
 
-PRODUCT_BYTES = 2**30  # of pre-activations held at a time
+PRODUCT_BYTES = 2**30
+"""Bytes of pre-activations that exist at one time."""
 EXTRA = 32  # proposals beside the k largest; on the CPU their number follows from a bound
 
 

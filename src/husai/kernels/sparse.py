@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass
 class Kept:
-    """Which entries of a stack's pre-activations are kept, and how large they are.
+    """Kept entries of a stack's pre-activations.
 
     Those of row r of member i lie at `offsets[i · rows + r] : offsets[i · rows + r + 1]`.
     """
@@ -121,7 +121,7 @@ class _Reconstruct(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which pre-activations a stack keeps; only positive ones count."""
+    """Rule for the pre-activations that a stack keeps. Only positive ones are kept."""
 
     k: tuple[int, ...]
     """For each member: how many a row."""
@@ -149,7 +149,7 @@ def encode(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, choice
 
 
 def reconstruct(values: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-    """How far the decoded entries are from `target [n, rows, d_in]`.
+    """Distance of the decoded entries from `target [n, rows, d_in]`.
 
     Returns:
         (Σ over rows of ‖target − b_dec − values W_dec‖², `[n]`, differentiable; the residual `[n, rows, d_in]`)

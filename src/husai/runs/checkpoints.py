@@ -1,7 +1,7 @@
-"""How command lines and results name checkpoints. Imports nothing heavy: a repeated run reads only this.
+"""Names of checkpoints in command lines and results. Imports nothing heavy, because repeated runs read it.
 
-A checkpoint is named by its path, as `sae-lens:RELEASE/SAE_ID`, or as `hf:REPO[@REVISION]/PATH`; either way it is a
-`Path`. `dictionaries.sources` says what the names mean.
+A name is a path, `sae-lens:RELEASE/SAE_ID` or `hf:REPO[@REVISION]/PATH`, each as a `Path`.
+`dictionaries.sources` opens names.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ CATALOGUE, HUB = "sae-lens:", "hf:"
 
 
 def in_catalogue(path: Path | str) -> bool:
-    """Whether this names an SAE of SAELens' catalogue."""
+    """True for the name of an SAE in SAELens' catalogue."""
     return str(path).startswith(CATALOGUE)
 
 
 def is_name(path: Path | str) -> bool:
-    """Whether this names a checkpoint of the catalogue or of the hub, in place of a path."""
+    """True for a name in the catalogue or on the hub, false for a path."""
     return str(path).startswith((CATALOGUE, HUB))
 
 
 def write_place(path: Path, folder: Path) -> str:
-    """How a file in `folder` refers to a checkpoint: a name as it is, a path from there."""
+    """Reference to a checkpoint from a file in `folder`: a name as it is, a relative path otherwise."""
     return str(path) if is_name(path) else relative(path, folder)
 
 

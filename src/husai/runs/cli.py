@@ -1,4 +1,4 @@
-"""What every script's command line shares. Imports nothing heavy, so that `--help` is instant."""
+"""Common parts of all command lines. `--help` is instant, because nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Parser(argparse.ArgumentParser):
         self.counts: dict[str, Counts] = {}
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
-    def add_argument(self, *flags: str, counts: Counts | None = None, **about: Any) -> argparse.Action:
-        """As argparse's.
+    def add_argument(self, *flags: str, counts: Counts | None = None, **settings: Any) -> argparse.Action:
+        """The method of argparse, with one more argument.
 
         Args:
-            counts: how the argument enters the key of a phase's cell (`runs.inputs`).
+            counts: contribution of the flag to the key of a phase's cell (`runs.inputs`).
         """
-        action = super().add_argument(*flags, **about)
+        action = super().add_argument(*flags, **settings)
         if counts is not None:
             self.counts[action.dest] = counts
         return action
@@ -83,18 +83,18 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
-        """The arguments, with how each counts."""
-        found = super().parse_args(args, namespace or Arguments())
-        # Arguments of groups are added past `add_argument`, and count by the default too.
+        """The arguments, and the contribution of each to the key of a cell."""
+        arguments = super().parse_args(args, namespace or Arguments())
+        # Arguments of groups bypass `add_argument`, therefore the default applies to them too.
         by_default = {a.dest: by_content if a.type is Path else by_value for a in self._actions}
-        found.counts = by_default | self.counts
-        return found
+        arguments.counts = by_default | self.counts
+        return arguments
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
 
     def add_common(self, output_dir: str) -> None:
-        """What every phase takes: --output-dir, and the flags of `add_shared`."""
+        """Flags of every phase: --output-dir, and the flags of `add_shared`."""
         self.add_argument(
             "--output-dir", type=Path, default=Path(output_dir), counts=not_at_all, help="default: %(default)s"
         )
@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_executor(self) -> None:
-        """Where the tasks of a grid run: --executor, --ray-address."""
+        """Place where the tasks of a grid run: --executor, --ray-address."""
         self.add_argument(
             "--executor",
             choices=("local", "ray"),

@@ -1,7 +1,7 @@
-"""Runs tasks one after the other in this process, or side by side on a Ray cluster: the same values, the same bytes.
+"""Runs tasks one after the other in this process, or side by side on a Ray cluster, with the same bytes.
 
-A task names a function, which writes its own cells below a folder that it is given: what a killed run finished is found
-by the next one. SAEs that share a store belong into one task, so that they are trained as one stack.
+A task names a function, which writes its own cells below a given folder. A later run finds the cells that a
+killed run finished. SAEs on one store belong to one task, because they are trained as one stack.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from husai.runs.machine import usable_cores
 from husai.runs.progress import progress
 
 log = logging.getLogger("husai")
-SECONDS_TO_ANSWER = 5.0  # of a Ray address
+SECONDS_TO_ANSWER = 5.0
+"""Time that a Ray address has for an answer."""
 NEW_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, its ports are open to this machine alone
@@ -36,7 +37,8 @@ EXISTING_CLUSTER = {  # a quarter of a minute in place of several where somethin
     "RAY_py_gcs_connect_timeout_s": "3",
     "RAY_gcs_rpc_server_connect_timeout_s": "2",
 }
-SECONDS_TO_STOP = 10.0  # of interrupted tasks
+SECONDS_TO_STOP = 10.0
+"""Time that interrupted tasks have to end."""
 OBJECT_STORE_BYTES = 2**27  # tasks pass nothing but JSON; Ray would set aside a third of the memory
 
 
@@ -55,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What became of a task: its value, which is JSON, or why there is none, in one line."""
+    """Outcome of a task: its value (JSON), or the reason of its failure in one line."""
 
     name: str
     value: Any | None

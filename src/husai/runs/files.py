@@ -117,13 +117,12 @@ def publish_directory(final: Path, build: Callable[[Path], None], replace: bool 
 
 
 def content_or_name(name: str | None) -> str | None:
-    """What an argument counts by that may be a local file or folder, or a name: its content, or itself."""
+    """Content digest of a local file or folder; any other name as it is."""
     return tree_digest(Path(name), name) if name is not None and Path(name).exists() else name
 
 
 def tree_digest(path: Path, what: str) -> str:
-    """sha256 over the names and contents of all files below a folder, or of a file; what is hidden, or lies in a hidden
-    folder, does not count.
+    """sha256 of a file, or of the names and contents of all files below a folder, without hidden ones.
 
     Raises:
         BadInput: there is no such folder, or it holds no file.

@@ -28,7 +28,7 @@ Status = Literal["complete", "failed", "interrupted"]
 
 
 class Manifest(BaseModel):
-    """What it takes to judge a run: which command, which code, which inputs, on what, and how it ended."""
+    """Record of a run: command, code, inputs, machine and outcome."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +48,7 @@ class Manifest(BaseModel):
     threads: int
     inputs: dict[str, str]  # label -> sha256
     commands: list[dict] = []
-    """What the run started: {"command", "return_code", "seconds", "log": below the run folder} each."""
+    """Commands that the run started: {"command", "return_code", "seconds", "log": path in the run folder}."""
     outputs: dict[
         str, str
     ]  # file in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`, `<name>_map.json`) -> sha256

@@ -1,7 +1,7 @@
 """Key of a phase's cell, from its command line.
 
-Each flag says once how it counts (`Parser.add_argument(..., counts=...)`): by its value, by the content of what it
-names, or not at all. By default a path counts by content and anything else by value.
+Each flag declares its contribution once (`Parser.add_argument(..., counts=...)`): its value, the content of the
+file or folder that it names, or nothing. By default a path counts by content and anything else by value.
 """
 
 from __future__ import annotations
@@ -16,69 +16,69 @@ from husai.runs.files import content_or_name, digest, sha256_file, tree_digest
 from husai.runs.subjects import DTYPES, SubjectName, folder_of
 
 Counts = Callable[[Any, str], Any]
-"""(argument, its flag) -> what the key holds (JSON)."""
+"""(value of an argument, its flag) -> its contribution to the key (JSON)."""
 
 
 class Arguments(argparse.Namespace):
-    """Parsed arguments, and how each counts."""
+    """Parsed arguments, and the contribution of each to the key."""
 
     __slots__ = ("counts",)
     counts: dict[str, Counts]
 
 
-def by_value(given: Any, flag: str) -> Any:
-    return given
+def by_value(value: Any, flag: str) -> Any:
+    return value
 
 
-def not_at_all(given: Any, flag: str) -> None:
+def not_at_all(value: Any, flag: str) -> None:
     return None
 
 
-def by_content(given: Path | list[Path], flag: str) -> Any:
-    """Digest of a file, or of all below a folder; of a list, one each.
+def by_content(path: Path | list[Path], flag: str) -> Any:
+    """Digest of a file, or of all files below a folder; a list of digests for a list of paths.
 
     Raises:
         BadInput: there is no such file or folder, or it is empty.
     """
-    if isinstance(given, list):
-        return [by_content(path, flag) for path in given]
-    if not given.exists():
-        raise BadInput(f"{flag}: {given} does not exist")
-    return tree_digest(given, flag)
+    if isinstance(path, list):
+        return [by_content(each, flag) for each in path]
+    if not path.exists():
+        raise BadInput(f"{flag}: {path} does not exist")
+    return tree_digest(path, flag)
 
 
-def by_checkpoint(given: Path | list[Path], flag: str) -> Any:
+def by_checkpoint(path: Path | list[Path], flag: str) -> Any:
     """Content of checkpoints. The configuration of a weights file lies beside it, and counts too."""
-    if isinstance(given, list):
-        return [by_checkpoint(path, flag) for path in given]
-    if given.is_file():
-        return digest([sha256_file(p) for p in (given, *sorted(given.parent.glob("*.json")))])
-    return tree_digest(given, flag)
+    if isinstance(path, list):
+        return [by_checkpoint(each, flag) for each in path]
+    if path.is_file():
+        return digest([sha256_file(p) for p in (path, *sorted(path.parent.glob("*.json")))])
+    return tree_digest(path, flag)
 
 
-def by_subject(given: str | Path, flag: str) -> str:
-    """Content of a subject's folder; a subject that is not on this machine counts by its name."""
-    folder, subject = folder_of(given), SubjectName.parse(given)
+def by_subject(name: str | Path, flag: str) -> str:
+    """Content of a subject's folder; the name of a subject that is not on this machine."""
+    folder, subject = folder_of(name), SubjectName.parse(name)
     if folder is None:
-        return str(given)
+        return str(name)
     content = tree_digest(folder, flag)
     return content if subject.dtype == DTYPES[0] else f"{content} {subject.dtype}"
 
 
-def by_content_or_name(given: str, flag: str) -> str | None:
-    """Content of a local file or folder; any other name counts by itself."""
-    return content_or_name(given)
+def by_content_or_name(name: str, flag: str) -> str | None:
+    """Content of a local file or folder; any other name as it is."""
+    return content_or_name(name)
 
 
 def key_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Argument -> how it counts, of those that are given.
+    """Argument -> its contribution to the key, without arguments that are None.
 
     Raises:
-        BadInput: what an argument names is not there.
+        BadInput: a file or folder that an argument names does not exist.
     """
     counts = getattr(args, "counts", {})
     key = {}
-    for name, given in vars(args).items():
-        if given is not None:
-            key[name] = counts.get(name, by_value)(given, f"--{name.replace('_', '-')}")
+    for name, value in vars(args).items():
+        if value is not None:
+            key[name] = counts.get(name, by_value)(value, f"--{name.replace('_', '-')}")
     return {name: value for name, value in key.items() if value is not None}

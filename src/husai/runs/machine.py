@@ -1,4 +1,4 @@
-"""What a benchmark says about the machine it ran on, and what a long run asks of it."""
+"""Facts of the machine for benchmarks, and settings of it for long runs."""
 
 from __future__ import annotations
 

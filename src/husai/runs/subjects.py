@@ -1,4 +1,4 @@
-"""Which subject a name or folder stands for. Imports nothing heavy: a repeated run reads only this."""
+"""Names and folders of subjects. Imports nothing heavy, because repeated runs read it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class SubjectName:
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     dtype: DType = "float32"
-    """Of weights and arithmetic."""
+    """Precision of weights and arithmetic."""
 
     @classmethod
     def parse(cls, subject: str | Path) -> SubjectName:
         text = str(subject)
-        found = None if Path(text).exists() else VERSIONED.fullmatch(text)
-        if found is None:
+        match = None if Path(text).exists() else VERSIONED.fullmatch(text)
+        if match is None:
             return cls(text)
-        return cls(found["name"], found["revision"], "bfloat16" if found["dtype"] else "float32")
+        return cls(match["name"], match["revision"], "bfloat16" if match["dtype"] else "float32")
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -109,7 +109,7 @@ def folder_of(subject: str | Path) -> Path | None:
 
 
 def short_name(subject: str | Path) -> str:
-    """What names a subject's files, and the model that SAEs of other libraries were made for."""
+    """Name of a subject's files, and of the model that SAEs of other libraries were made for."""
     path = Path(SubjectName.parse(subject).name)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):  # the hub's cache
         return path.parent.parent.name.rpartition("--")[2]
@@ -126,5 +126,5 @@ def hub_name(subject: str | Path) -> str:
 
 
 def is_language_model(subject: str | Path | None) -> bool:
-    """Whether this is the name or folder of a language model; False for none and for a folder of modular addition."""
+    """True for the name or folder of a language model; false for None and for a folder of modular addition."""
     return subject is not None and not (Path(subject) / "subject.json").is_file()

@@ -1,4 +1,4 @@
-"""How a grid is divided so that it fits into memory: passes over the data, and stacks inside a pass."""
+"""Division of a grid that exceeds memory: passes over the data, and stacks inside a pass."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a run depends on beside its members."""
+    """Sizes that decide the memory of a run, beside its members."""
 
     d_in: int
     d_out: int
     rows: int
-    """Of a batch."""
+    """Rows of a batch."""
     snapshots: int
-    """Decoders kept along the way, in the computer's own memory."""
+    """Number of decoders that are kept in host memory during training."""
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that training may take: a part of what the device or the container has, whatever is free of it just now,
-    so that the same machine divides a grid in the same way each time."""
+    """Bytes that training may take: a fixed part of the memory of the device or the container.
+
+    Memory in use is not subtracted, therefore a machine divides a grid in the same way each time.
+    """
     if device.type == "cuda":
         return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
     total = psutil.virtual_memory().total
@@ -39,19 +41,21 @@ def budget(device: torch.device) -> int:
 
 
 def state_bytes(m: Member, sizes: Sizes, device: torch.device) -> int:
-    """Of a member between steps: parameters, gradients and Adam's two moments of both matrices; on a CPU also the
-    snapshots, and copies of all that while it is saved or handed over."""
+    """Bytes of a member between steps: parameters, gradients and Adam's two moments of both matrices.
+
+    A CPU also holds the snapshots, and copies of all tensors while they are saved or handed over.
+    """
     both, decoder = m.d_sae * (sizes.d_in + sizes.d_out), m.d_sae * sizes.d_out
     return FLOAT * (4 * both if device.type == "cuda" else 7 * both + 3 * sizes.snapshots * decoder)
 
 
 def step_bytes(m: Member, sizes: Sizes) -> int:
-    """Of a member during a step, at most."""
+    """Upper bound of the additional bytes of a member during a step."""
     family, rows = FAMILIES[m.family], sizes.rows
     matrices = 2 * rows * (sizes.d_in + sizes.d_out)
     if family.PENALISED:
         return FLOAT * (matrices + 8 * rows * m.d_sae)
-    dense = 4 * rows * m.d_sae  # AuxK's, should all features be dead
+    dense = 4 * rows * m.d_sae  # AuxK, if all features are dead
     return FLOAT * (matrices + 6 * rows * m.k + dense + (rows * m.d_sae if m.family != "topk" else 0))
 
 
@@ -80,7 +84,7 @@ def passes(members: list[Member], sizes: Sizes, device: torch.device) -> list[li
 
 
 def stacks(members: list[Member], sizes: Sizes, device: torch.device) -> list[list[int]]:
-    """Positions of the members that take each step together: of one family and width, and no more of them than fit."""
+    """Positions of the members that take each step together: one architecture and width, within memory."""
     out: list[list[int]] = []
     for kind in dict.fromkeys((m.family, m.d_sae) for m in members):
         same = [i for i, m in enumerate(members) if (m.family, m.d_sae) == kind]

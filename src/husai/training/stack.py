@@ -1,4 +1,4 @@
-"""A stack: members of one family and width that take each step together."""
+"""A stack: members of one architecture and width that take each step together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from husai.kernels.sparse import backend
 from husai.runs.seeds import generator
 from husai.training.consistency import Consistency, References
 
-DEAD_EVERY = 16  # steps between two looks at which features are dead: on a GPU each look waits for the device
-PENALTY = 1e-3  # where the penalty of a penalised family starts
-PENALTY_RATE = 0.02  # per step, at most, in its logarithm …
-PENALTY_RANGE = 12.0  # … or more, so that in a short run it can still change by this much: from 1e-3 to beyond 100
+DEAD_EVERY = 16
+"""Steps between two counts of dead features. On a GPU each count waits for the device."""
+PENALTY = 1e-3
+"""Initial penalty of an architecture whose sparsity comes from a penalty."""
+PENALTY_RATE = 0.02
+"""Largest change of the penalty's logarithm in one step of a long run."""
+PENALTY_RANGE = 12.0
+"""Total change of the penalty's logarithm that a short run still allows: from 1e-3 to beyond 100."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,23 @@ class Member:
     """One SAE of a stack."""
 
     seed: int
-    """Of the initialisation."""
+    """Seed of the initialisation."""
     d_sae: int
     k: int
-    """Active features a row: kept (top-k families) or aimed at (the others)."""
+    """Active features a row: a limit for TopK architectures, a target for the others."""
     learning_rate: float
     order_seed: int
-    """Of the data order: a stream of its own, so that either can be varied alone."""
+    """Seed of the data order. It is separate, therefore initialisation and order can vary alone."""
     family: str = "topk"
     assignment_weight: float = 0.0
     """λ of the pull towards a reference (`consistency.py`)."""
     reference: str | None = None
-    """Which: the sha256 of its checkpoint; None where the member has none."""
+    """sha256 of the reference's checkpoint; None: the member has no reference."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step needs of the run's configuration."""
+    """Settings of a run that each step reads."""
 
     betas: tuple[float, float]
     weight_decay: float
@@ -49,15 +53,15 @@ class StepSettings:
     dead_after_tokens: int
     propose: bool
     steps: int = 10_000
-    """Of the whole run."""
+    """Number of steps of the whole run."""
     freeze_decoder: bool = False
 
 
 class StepGraph:
     """A step on a GPU, recorded once as a CUDA graph and replayed: one launch instead of some hundred.
 
-    The first steps run one by one, so that kernels are compiled; then the step is recorded for the batch's shape.
-    Batches of another shape (the last one) run one by one.
+    The first steps run one by one, because kernels are compiled in them. Then the step is recorded for
+    the shape of the batch. The last batch can have another shape and runs by itself.
     """
 
     WARM_UP = 3
@@ -143,7 +147,7 @@ class Stack:
         return self._advance(x, y, scalars, settings)
 
     def _advance(self, x: Tensor, y: Tensor, scalars: Tensor, settings: StepSettings) -> Tensor:
-        """Loss, gradients, Adam, counters, penalty; nothing here waits for the device unless features are dead.
+        """Loss, gradients, Adam, counters, penalty. It waits for the device only if features are dead.
 
         Args:
             scalars: `[3]`, the learning rate's factor and Adam's two bias corrections.
@@ -157,7 +161,7 @@ class Stack:
         if not self.family.PENALISED:
             self.aux_steps.add_(self.dead_mask.any(1))
         else:
-            # More features active than aimed at: a higher penalty, by a share that says how many more.
+            # The penalty grows with the surplus of active features over the target.
             excess = (outcome.l0.clamp_min(0.1) / self.target_l0).log().clamp(-1, 1)
             rate = max(PENALTY_RATE, PENALTY_RANGE / settings.steps)
             self.buffers["penalty"].mul_((rate * excess).exp())
@@ -165,20 +169,23 @@ class Stack:
 
     @torch.no_grad()
     def _adam(self, scalars: Tensor, settings: StepSettings) -> None:
-        """Adam (Kingma & Ba, arXiv 1412.6980), a learning rate a member; decoder rows stay on the unit sphere where
-        the family says so. Weight decay (decoupled) applies to matrices, never to rows of norm 1."""
+        """Adam (Kingma & Ba, arXiv 1412.6980) with a learning rate for each member.
+
+        Decoder rows stay on the unit sphere if the architecture has UNIT_DECODER. Decoupled weight decay
+        applies to matrices, except to rows of norm 1.
+        """
         adam = backend(scalars.device.type).adam
         rate = self.learning_rate * scalars[0]
         for name, p in self.params.items():
             if name == "W_dec" and settings.freeze_decoder:
                 p.grad = None
                 continue
-            own = [p, p.grad, self.moments[f"m.{name}"], self.moments[f"v.{name}"]]
+            tensors = [p, p.grad, self.moments[f"m.{name}"], self.moments[f"v.{name}"]]
             if name == "W_enc":  # stored feature by feature
-                own = [t.transpose(1, 2) for t in own]
+                tensors = [t.transpose(1, 2) for t in tensors]
             unit = name == "W_dec" and self.family.UNIT_DECODER
             decay = settings.weight_decay if p.ndim == 3 and not unit else 0.0
-            adam(*own, rate, decay, settings.betas, scalars[1:], unit)
+            adam(*tensors, rate, decay, settings.betas, scalars[1:], unit)
             p.grad = None
         if "threshold" in self.params:
             self.params["threshold"].clamp_min_(0)
@@ -187,16 +194,18 @@ class Stack:
         self.dead = tuple(mask.nonzero().flatten() for mask in self.dead_mask)
 
     def snapshot(self) -> None:
-        """Keep the decoder as it is now, rows of norm 1."""
+        """Keep the current decoder with rows of norm 1."""
         self.snapshots.append(torch.nn.functional.normalize(self.params["W_dec"].detach(), dim=-1).cpu())
 
     def trained(self, position: int) -> dict[str, Tensor]:
         """One member's tensors in SAELens' names, in the coordinates of training."""
-        own = [{name: t[position].detach() for name, t in ts.items()} for ts in (self.params, self.buffers)]
-        return {name: t.cpu() for name, t in self.family.weights(*own).items()}
+        params, buffers = (
+            {name: t[position].detach() for name, t in stacked.items()} for stacked in (self.params, self.buffers)
+        )
+        return {name: t.cpu() for name, t in self.family.weights(params, buffers).items()}
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a resumed run needs."""
+        """Tensors from which an interrupted run resumes."""
         yield from {**self.params, **self.moments}.items()
         yield from ((f"buffer.{name}", t) for name, t in self.buffers.items())
         if self.consistency:

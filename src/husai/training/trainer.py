@@ -1,8 +1,8 @@
 """The stacked trainer: many SAEs in one pass over the same activations.
 
-Members of one family and width form a stack whose parameters share a leading axis and one batched step (`stack.py`).
-Members differ in family, seed, width, k and learning rate; those that share a data order share the batches. A stacked
-run equals separate runs.
+Members of one architecture and width form a stack (`stack.py`). Its parameters share a leading axis and
+one batched step. Members can differ in architecture, seed, width, k and learning rate. Members with the
+same data order share the batches. A stacked run equals separate runs.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ from husai.training.consistency import References
 from husai.training.stack import Member, Stack, StepSettings
 
 log = logging.getLogger("husai")
-CALIBRATION_VALUES = 2**23  # pre-activations that thresholds are calibrated on
-SAMPLED_ROWS = 65_536  # at most, of which centre and scale are
+CALIBRATION_VALUES = 2**23
+"""Number of pre-activations on which JumpReLU thresholds are calibrated."""
+SAMPLED_ROWS = 65_536
+"""Largest number of rows from which centre and scale are computed."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What all members of a run share."""
+    """Settings that all members of a run share."""
 
     tokens: int = 1_000_000
-    """Rows that each member sees, met exactly."""
+    """Exact number of rows that each member sees."""
     batch_size: int = 1024
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.2
@@ -56,35 +58,35 @@ class TrainingConfig:
     """A feature that has not fired for this many rows counts as dead and is trained by AuxK."""
     heldout_fraction: float = 0.2
     b_dec_init: str = "geometric_median"
-    """Or "mean"; of a sample of the training rows."""
+    """Initial `b_dec`: `geometric_median` or `mean` of a sample of the training rows."""
     snapshots: int = 8
-    """Decoders kept along the way, at steps spaced geometrically, the untrained and the final one included."""
+    """Number of kept decoders, at geometrically spaced steps, with the untrained and the final one."""
     curve_points: int = 100
     window_rows: int = 65_536
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    """Decoupled, of the encoder (and of decoders whose rows are free)."""
+    """Decoupled weight decay of the encoder, and of decoders without UNIT_DECODER."""
     tied_init: bool = True
-    """Each encoder starts as its own decoder's transpose, else as unit directions drawn apart."""
+    """Each encoder starts as the transpose of its decoder; otherwise as independent unit directions."""
     freeze_decoder: bool = False
-    """Decoders stay as initialised."""
+    """Decoders keep their initial values."""
     propose: bool | None = None
-    """TopK: let a bfloat16 product propose which pre-activations may be kept (see `kernels.sparse.Choice`). None:
-    where the device multiplies bfloat16 faster."""
+    """TopK: a bfloat16 product proposes the candidates among the pre-activations (`kernels.sparse.Choice`).
+    None: the device decides (`proposes`)."""
 
     @property
     def steps(self) -> int:
         return math.ceil(self.tokens / self.batch_size)
 
     def proposes(self, device: torch.device, d_in: int) -> bool:
-        """Where nothing is said: yes if the device multiplies bfloat16 faster and the product is worth the trouble."""
+        """The setting `propose`, by default true if bfloat16 is faster on the device and d_in is large."""
         if self.propose is not None:
             return self.propose
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return device.type == "cuda" or (fast and d_in >= 256)
 
     def snapshot_steps(self) -> list[int]:
-        """0, then geometrically spaced, then the last step; in the last third two more, for a slope."""
+        """0, geometrically spaced steps, and the last step; two more in the last third give a slope."""
         inner = {round(self.steps ** (i / (self.snapshots - 1))) for i in range(1, self.snapshots)}
         late = {math.ceil(self.steps * part) for part in (2 / 3, 5 / 6)}
         return [0, *sorted(inner | late)]
@@ -97,13 +99,16 @@ class TrainingConfig:
 
 @dataclass
 class Trained:
-    """What training gives one member."""
+    """A trained member."""
 
     member: Member
     sae: SAE
-    decoders: Tensor  # [snapshots, d_sae, d_in], unit rows
-    curve: list[float]  # ‖x − x̂‖² / variance on the batch at `curve_steps`
-    aux_steps: int  # steps on which the member had dead features
+    decoders: Tensor
+    """`[snapshots, d_sae, d_in]`, rows of norm 1."""
+    curve: list[float]
+    """‖x − x̂‖² / variance on the batches at `curve_steps`."""
+    aux_steps: int
+    """Number of steps on which the member had dead features."""
 
 
 def geometric_median(x: Tensor, iterations: int = 100) -> Tensor:
@@ -119,8 +124,7 @@ def geometric_median(x: Tensor, iterations: int = 100) -> Tensor:
 
 
 def check_members(members: list[Member]) -> None:
-    """Raise BadInput for an empty run, an unknown family, k outside 1 … d_sae, or two members that would be the same
-    SAE."""
+    """Raise BadInput for no members, an unknown architecture, k outside 1 … d_sae, or identical members."""
     if not members:
         raise BadInput("no SAE to train: the grid of seeds, widths and sparsities is empty")
     for m in members:
@@ -134,21 +138,26 @@ def check_members(members: list[Member]) -> None:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Activations are centred, and scaled to unit variance a coordinate on average, so that one learning rate fits
-    every hook; `folded` puts this into the weights.
+    """Map of activations to mean 0 and unit average variance of a coordinate.
 
-    Outliers would decide both, and the loss: a row of 300 times the norm weighs as much as 90,000. Centre and scale
-    are those of the other rows, and outliers are brought down to SHRUNK_NORM medians.
+    One learning rate then fits every hook. `folded` moves the map into the weights. An outlier of 300 times
+    the norm would weigh as much as 90,000 rows. Therefore centre and scale are computed without outliers,
+    and outliers are shrunk to SHRUNK_NORM times the median norm.
     """
 
-    centre: Tensor  # [d]
+    centre: Tensor
+    """`[d_in]`."""
     scale: float
     limit: float = math.inf
-    """Largest norm that is no outlier's."""
+    """Norm above which a row is an outlier."""
 
     @classmethod
     def of(cls, store: ActivationStore | HookStream, config: TrainingConfig, dtype: torch.dtype) -> Scaling:
-        """From a sample of the store's training rows; BadInput where they do not vary."""
+        """The scaling of a sample of the training rows.
+
+        Raises:
+            BadInput: the rows do not vary.
+        """
         train_rows, _ = store.split(config.heldout_fraction)
         sample = store.read(0, min(len(train_rows), config.window_rows, SAMPLED_ROWS)).to(dtype)
         norms = sample.norm(dim=1)
@@ -178,15 +187,16 @@ def train(
 ) -> tuple[list[Trained], list[int]]:
     """Train all members in one pass over the store.
 
-    The state is saved to `state_path` now and then; the same call resumes there, bit-identically.
+    The state is saved to `state_path` at intervals. The same call resumes there, bit-identically.
 
     Args:
-        target: what transcoders reconstruct: another hook's activations, row by row those of the same inputs.
-        references: what members that name a reference are pulled towards.
-        in_order: take the rows in the order of the store, shuffled in windows of `window_rows`, as a stream gives them.
+        target: activations of another hook on the same inputs, row by row, that transcoders reconstruct.
+        references: dictionaries that members with a reference are pulled towards.
+        in_order: take the rows in the order of the store, shuffled in windows of `window_rows`, like a
+            stream.
 
     Returns:
-        (one `Trained` a member, in their order; the steps at which the loss curves were read)
+        (a `Trained` for each member, in order; steps of the loss curves)
 
     Raises:
         BadInput: an impossible member, stores that do not fit together, or activations that are not finite.
@@ -197,14 +207,17 @@ def train(
 
 
 def run_together(trainings: list[Training], seconds_between_saves: float = 15.0) -> None:
-    """All steps of trainings that share their number and, where they read one stream, its window."""
+    """Take all steps of several trainings.
+
+    They have the same number of steps. Trainings on one stream also have the same window.
+    """
     steps, start = trainings[0].config.steps, min(t.start for t in trainings)
     saved, save_seconds = time.monotonic(), 0.0
     what = f"training {sum(len(t.members) for t in trainings)} SAEs (steps)"
     with progress(what, steps, start) as advance:
         for step in range(start, steps):
             for training in trainings:
-                if step >= training.start:  # an interruption came between the states of two
+                if step >= training.start:  # an interruption can separate the saved states of two trainings
                     training.step(step)
             advance(1)
             if time.monotonic() - saved > max(seconds_between_saves, 50 * save_seconds):
@@ -217,7 +230,7 @@ def run_together(trainings: list[Training], seconds_between_saves: float = 15.0)
 
 
 class Training:
-    """SAEs of one hook while they train; the arguments are those of `train`.
+    """SAEs of one hook during their training. The arguments are those of `train`.
 
     Args:
         store: activations, or the stream of a hook, which is read in order.
@@ -257,7 +270,7 @@ class Training:
         )
         apart = (config.tied_init, references)
         self.stacks: list[tuple[list[int], Stack]] = []
-        """(positions in `members`, their stack)."""
+        """(positions in `members`, stack of these members)."""
         divided = memory.stacks(members, memory_sizes(store, target, config), device)
         if len(divided) > len({(m.family, m.d_sae) for m in members}):
             log.info("SAEs that do not fit into memory in one step are divided: %s a step", [len(c) for c in divided])
@@ -280,17 +293,17 @@ class Training:
             for _, stack in self.stacks:
                 stack.snapshot()
 
-        def readers(of: ActivationStore | HookStream, scaling: Scaling) -> dict[int, Reader]:
+        def readers(source: ActivationStore | HookStream, scaling: Scaling) -> dict[int, Reader]:
             seeds = dict.fromkeys(m.order_seed for m in members)
             at, window = self.start * config.batch_size, config.window_rows
             if in_order:
                 n = len(self.train_rows)
-                return {s: Reader(WindowReader(of, n, s, at, window), scaling, device) for s in seeds}
-            assert isinstance(of, ActivationStore)  # a stream is read in order
+                return {s: Reader(WindowReader(source, n, s, at, window), scaling, device) for s in seeds}
+            assert isinstance(source, ActivationStore)  # a stream is read in order
             # Rows that fit into one window are read once for all data orders and epochs.
             rows = self.train_rows
-            held = of.read(rows.start, rows.stop) if len(rows) <= window else None
-            return {s: Reader(BatchReader(of, rows, s, at, window, held=held), scaling, device) for s in seeds}
+            held = source.read(rows.start, rows.stop) if len(rows) <= window else None
+            return {s: Reader(BatchReader(source, rows, s, at, window, held=held), scaling, device) for s in seeds}
 
         self.x_readers = readers(store, self.x_scaling)
         self.y_readers = self.x_readers if target is None else readers(target, self.y_scaling)
@@ -311,11 +324,11 @@ class Training:
                 stack.snapshot()
 
     def save(self, step: int) -> None:
-        """Keep the state before this step."""
+        """Save the state before this step."""
         _save(self.state_path, self.key, step, self.stacks, self.curves)
 
     def finish(self) -> tuple[list[Trained], list[int]]:
-        """What was trained, as `train` gives it; the saved state is deleted."""
+        """The result of `train`. The saved state is deleted."""
         trained: dict[int, Trained] = {}
         for chosen, stack in self.stacks:
             for position, i in enumerate(chosen):
@@ -334,7 +347,7 @@ class Training:
 
 
 def check_order(store: ActivationStore | HookStream, config: TrainingConfig) -> None:
-    """Raise BadInput where the rows cannot be taken in order, each once, in windows of whole batches."""
+    """Raise BadInput if the rows cannot be taken in order, each once, in windows of whole batches."""
     rows = len(store.split(config.heldout_fraction)[0])
     if config.tokens > rows:
         raise BadInput(f"--tokens {config.tokens}: each row is seen once; at most {rows} expected")
@@ -364,14 +377,14 @@ class Reader:
 
 
 def stacked(batches: list[Tensor]) -> Tensor:
-    """`[n, rows, d]`; a view without a copy where all members see the same batch."""
+    """Batches as one tensor `[n, rows, d]`; a view if all members see the same batch."""
     if all(b is batches[0] for b in batches):
         return batches[0].expand(len(batches), -1, -1)
     return torch.stack(batches)
 
 
 def check_references(store: ActivationStore | HookStream, members: list[Member], references: References | None) -> None:
-    """A pulled member needs a reference of its own width, and SAEs, not transcoders, are pulled."""
+    """Raise BadInput for a pulled member without a reference of its width, and for a pulled transcoder."""
     for m in members:
         if m.reference is None and m.assignment_weight:
             raise BadInput(f"seed {m.seed}: assignment weight {m.assignment_weight} without a reference")
@@ -384,7 +397,7 @@ def check_references(store: ActivationStore | HookStream, members: list[Member],
 
 
 def check_target(store: ActivationStore | HookStream, target: ActivationStore | None, members: list[Member]) -> None:
-    """Transcoders, and they alone, need a second store, of the same inputs and subject."""
+    """Raise BadInput unless transcoders, and no SAEs, have a second store of the same inputs and subject."""
     transcoders = ["transcoder" in m.family for m in members]
     if any(transcoders) != (target is not None) or not all(t == transcoders[0] for t in transcoders):
         raise BadInput("transcoders, and only they, need a second activation store, of the hook they reconstruct")
@@ -403,8 +416,8 @@ def check_target(store: ActivationStore | HookStream, target: ActivationStore | 
 def folded(weights: dict[str, Tensor], architecture: str, k: int, x: Scaling, y: Scaling) -> SAE:
     """The same SAE on activations that are neither centred nor scaled.
 
-    ReLU, jumps and top-k commute with a positive factor: features f(x.scale · …)/y.scale need no change of the decoder,
-    whose rows stay as they are. For an SAE x and y are one, and encoder directions stay as well.
+    ReLU, jumps and top-k commute with a positive factor, therefore features f(x.scale · …)/y.scale leave the
+    rows of the decoder unchanged. An SAE has x = y, which leaves the encoder directions unchanged as well.
     """
     w = dict(weights)
     transcoder = "transcoder" in architecture
@@ -426,8 +439,8 @@ def folded(weights: dict[str, Tensor], architecture: str, k: int, x: Scaling, y:
 def _save(path: Path, key: str, step: int, stacks: list[tuple[list[int], Stack]], curves: Tensor) -> None:
     tensors = {"step": torch.tensor(step), "curves": curves.cpu()}
     for i, (_, stack) in enumerate(stacks):
-        own = dict(stack.state()) | {"snapshots": torch.stack(stack.snapshots)}
-        tensors |= {f"{i}.{name}": t.detach().cpu().contiguous() for name, t in own.items()}
+        state = dict(stack.state()) | {"snapshots": torch.stack(stack.snapshots)}
+        tensors |= {f"{i}.{name}": t.detach().cpu().contiguous() for name, t in state.items()}
     write_bytes(path, save(tensors, metadata={"key": key, "sha256": _fingerprint(tensors)}))
 
 
@@ -439,7 +452,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def _restore(path: Path, key: str, stacks: list[tuple[list[int], Stack]], curves: Tensor) -> int:
-    """Load the state of an interrupted run into the stacks; returns the step to go on with (0: none usable)."""
+    """Load the state of an interrupted run into the stacks; returns the next step (0: no usable state)."""
     if not path.exists():
         return 0
     try:
@@ -463,15 +476,16 @@ def _restore(path: Path, key: str, stacks: list[tuple[list[int], Stack]], curves
 
 @dataclass
 class Sums:
-    """What explained variance is made of, summed over batches."""
+    """Sums over batches from which explained variance is computed."""
 
-    offset: Tensor  # [d_in], sum of the rows less a fixed centre, float64
+    offset: Tensor
+    """Sum of the rows less a fixed centre, `[d_in]`, float64."""
     squares: float = 0.0
     error: float = 0.0
     rows: int = 0
 
     def add(self, difference: Tensor, shifted: Tensor) -> None:
-        """Rows `[rows, d_in]`, float64: y − ŷ, and y less the centre."""
+        """Add rows `[rows, d_in]`, float64: `difference` is y − ŷ, `shifted` is y less the centre."""
         self.error += difference.square().sum().item()
         self.squares += shifted.square().sum().item()
         self.offset += shifted.sum(0)
