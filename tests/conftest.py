@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kern
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1200.0
 """Seconds for one test on a machine at work."""
+hypothesis.settings.register_profile("husai", deadline=None)  # an example is slow on a machine at work
+hypothesis.settings.load_profile("husai")
 torch.set_num_threads(1)
 
 
