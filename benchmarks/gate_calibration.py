@@ -308,8 +308,8 @@ def report(args, results: dict) -> str:
             if enough["size"] is None
             else f"**{enough['size']}** are enough: {shown(enough['pass_all'])} pass all {len(GATES)}."
         )
-        + " All estimates of one gate are drawn as one figure. Gates that ask for several therefore pass more often "
-        "here than on evidence, with an effect and without.",
+        + " The excesses of one study over its controls are drawn as one figure. Gates that ask for several therefore "
+        "pass more often here than on evidence, with an effect and without.",
         "",
         *table(
             ["effect", "all", *GATES],
