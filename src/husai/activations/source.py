@@ -1,4 +1,4 @@
-"""Where a phase's activations come from: a store that is given, or one harvested from a subject, found or made."""
+"""Source of a phase's activations: a given store, or a store harvested from a subject."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Shard(BaseModel):
 
 
 class TextUsed(BaseModel):
-    """What was read of a text source (`subjects.sources`)."""
+    """Documents that were read from a text source (`subjects.sources`)."""
 
     model_config = ConfigDict(extra="forbid")
     source: str
@@ -55,7 +55,7 @@ class TextUsed(BaseModel):
 
 
 class StoreManifest(BaseModel):
-    """What a store holds."""
+    """Facts of a store."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What follows from the figures of SAEs and of dictionaries of prototypes."""
+"""Conclusions from the figures of SAEs and of dictionaries of prototypes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from husai.evidence.schemas import Bank, Condition
 
 AXES = ("budget", "layer", "d_sae", "k", "family")
 FIGURES = ("l0", "explained_variance", "ce_loss_score")
-"""Of a condition, with a value a seed."""
+"""Figures of a condition that have a value for each seed."""
 BENCHMARKS = {"saebench": "families", "cebench": "clusters"}
 """Benchmark -> what its data sets (or pairs) are clustered by."""
 POINTS = 4
@@ -96,13 +96,15 @@ def pareto(rows: list[dict]) -> list[str]:
 
 
 def contrasts(banks: list[Bank]) -> list[dict]:
-    """Of each axis with several values, each step from one to the next (of families: each pair): the change of each
-    figure, the same seeds and other settings on both sides, averaged over these settings; then over seeds, and on
-    benchmarks over data sets too. Settings whose L0 differs by more than 10 % are left out, unless the axis is k.
+    """Change of each figure for each step of each axis with several values; for architectures, of each pair.
+
+    Both sides have the same seeds and the same other settings. The change is averaged over these settings, then
+    over seeds, and on benchmarks over data sets too. Settings whose L0 differs by more than 10 % are left out,
+    unless the axis is k.
 
     Returns:
-        [{"axis", "from", "to", "settings": how many were averaged, figure: estimate, "stability": the gain of
-        `contrast.gain`}, or "reason" in place of figures]
+        [{"axis", "from", "to", "settings": number of averaged settings, figure: estimate, "stability": result of
+        `contrast.gain`}, or "reason" instead of figures]
     """
     rows = [
         row | {"bank": bank, "section": section}

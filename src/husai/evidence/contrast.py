@@ -27,7 +27,7 @@ def has_null(null: str, sections: Sequence[Scored]) -> bool:
 
 
 def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Scored], level: float = 0.95) -> Estimate:
-    """How much more an arm has than its control: of PRIMARY_SCORE, or of its excess over a null where one is named.
+    """Gain of an arm over its control, in PRIMARY_SCORE or, for a named null, in the excess over this null.
 
     Args:
         arms, controls: in pairs; with several pairs, the mean of their gains over the same seeds is taken.
@@ -64,6 +64,6 @@ def heldout(section: Compared | Alike, figure: str = "explained_variance") -> In
 
 
 def drop(section: Compared, control: Compared) -> Interval:
-    """How much less held-out variance an arm explains than its control, the same seeds in both."""
+    """Loss of explained held-out variance of an arm against its control, with the same seeds in both."""
     figures = [[m.heldout.explained_variance for m in s.members] for s in (control, section)]
     return Interval.of(mean_over_seeds([a - b for a, b in zip(*figures, strict=True)]))

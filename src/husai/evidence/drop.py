@@ -1,5 +1,7 @@
-"""What an SAE loses under a shift beyond what the model itself loses. Pure functions of a run's figures, so that the
-audit makes every estimate again."""
+"""Loss of an SAE under a shift beyond the loss of the model itself.
+
+These are pure functions of a run's figures, because the audit computes every estimate again.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def lost(auc: SideBySide) -> np.ndarray:
 
 
 def drops(shifted: Shifted, k: str) -> np.ndarray:
-    """What each SAE loses less what the model loses, `[SAEs, data sets]`; positive: the SAE loses more."""
+    """Loss of each SAE less the loss of the model, `[SAEs, data sets]`; positive: the SAE loses more."""
     return np.array([lost(sae.test_auc[k]) for sae in shifted.saes]) - lost(shifted.llm)
 
 
@@ -89,7 +91,7 @@ def gap(families: dict) -> dict[str, dict]:
 
 
 def change(saes: list[dict]) -> dict[str, dict]:
-    """Of each figure of activations: shifted text − held-out text, paired by SAE."""
+    """Change of each figure of activations: shifted text − held-out text, paired by SAE."""
     return {
         name: mean_over_seeds([sae["ood"][name] - sae["id"][name] for sae in saes]).to_json()
         for name in ACTIVATION_FIGURES

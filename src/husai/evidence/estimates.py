@@ -65,7 +65,7 @@ def _without_one(s: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _quantile(level: float, freedom: int) -> float:
-    """Of Student's t, two-sided."""
+    """Two-sided quantile of Student's t."""
     return float(special.stdtrit(freedom, 0.5 + level / 2))
 
 
@@ -190,7 +190,7 @@ def effect_for(estimate: Estimate, end: str, threshold: float, probability: floa
 
 
 def narrowing(estimate: float, reached: float, end: str, threshold: float) -> float | None:
-    """How many times as narrow an interval must be for its end to reach a threshold, were the estimate the true figure.
+    """Factor by which an interval must shrink for its end to reach a threshold, if the estimate is the true figure.
 
     Args:
         reached: the end that is compared. end: `low` or `high`, which it is.
@@ -212,7 +212,7 @@ def _scale(estimate: Estimate, end: str) -> tuple[float, float, int]:
 
 
 def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> float:
-    """How far two single runs of a benchmark must lie apart to differ by more than its own noise: t(n−1)·√2·s.
+    """Smallest difference of two single runs of a benchmark that exceeds its own noise: t(n−1)·√2·s.
 
     Args:
         repeats: the same SAE's figure at n ≥ 2 seeds of the benchmark.
@@ -222,7 +222,7 @@ def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> 
 
 
 def noise(means: list[float]) -> dict:
-    """How far an SAE's mean figure moves between runs of a benchmark that differ in the benchmark's own seed."""
+    """Spread of an SAE's mean figure between runs of a benchmark that differ in the benchmark's own seed."""
     spread = {"sd": float(np.std(means, ddof=1)), "minimum_detectable_difference": minimum_detectable_difference(means)}
     return {"means": means} | spread
 

@@ -13,9 +13,9 @@ K = 5
 """Number of features of a probe at which differences are taken."""
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
-"""Of `mcc`, and of the share of features that are matched at 0.7 or more, over each control."""
+"""Excess of `mcc`, and of the share of features matched at 0.7 or more, over each control."""
 MIN_CODE_GAIN = 0.01
-"""Of explained variance, and of CE recovered, over the best kind of dictionary of prototypes."""
+"""Gain of explained variance, and of CE recovered, over the best kind of dictionary of prototypes."""
 MIN_RECOVERY = 0.8
 """Lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
 RANDOM_DRAWS = (0, 1, 2)

@@ -5,10 +5,10 @@ from __future__ import annotations
 GAP = "mcc_gap_bound"
 ALIVE = ("pwmcc_alive", "mcc_alive", "mcc_alive_abs", "share70_alive")
 OTHERS = ("mcc_others", "mcc_others_abs", "share70_others")
-"""Of alive features that are like no prototype."""
+"""Scores of alive features that are like no prototype."""
 SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
 PAIRED = ("mcc_alive", "share70_alive")
-"""Of one matching: what a control of many studies needs."""
+"""Scores of one matching, which suffice for a control of many studies."""
 SCORED = (PAIRED, ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
 """The scores that a study may hold."""
 PRIMARY_SCORE = "mcc_alive"

@@ -48,7 +48,7 @@ def turns_at(found: Sequence[Sensitivity]) -> tuple[float, float] | None:
 
 
 def decisions(phase: Phase4a) -> dict:
-    """What phase 4a concludes: place in the results -> value."""
+    """Conclusions of phase 4a: place in the results -> value."""
     if phase.planted is None:
         return {}
     return {"/planted/sensitivity": sensitivity(phase.planted.degrees)}

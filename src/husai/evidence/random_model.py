@@ -35,5 +35,5 @@ def draw_names(section: OwnSection, controls: Sequence[Control]) -> list[str]:
 
 
 def gains(section: OwnSection, controls: Sequence[Control]) -> list[Gain]:
-    """How much more the candidate has than SAEs of each draw: of the score, and of its excess over each null."""
+    """Gain of the candidate over SAEs of each draw: in the score, and in its excess over each null."""
     return [contrast.gain([section], [control]) for control in controls]

@@ -1,7 +1,7 @@
-"""Which SAE another one is compared with: controls of its size, and matched references.
+"""Comparison partners of an SAE: controls of its size, and matched references.
 
-A delta is taken only against a reference of the same subject, hook, width, L0 (within 10 %), token budget and rows,
-trained with the same settings; otherwise there is none, and the reason is said.
+A delta needs a reference of the same subject, hook, width, L0 (within 10 %), token budget and rows, trained with the
+same settings. Without such a reference the reason is recorded instead.
 """
 
 from __future__ import annotations

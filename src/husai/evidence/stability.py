@@ -59,7 +59,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
 
 
 def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
-    """How the null's own mean over the pairs varies from draw to draw."""
+    """Variation of the null's own mean over the pairs between draws."""
     values = [value[null]["draws"] for value in pairs.values()]
     if values[0] is None:
         return Spread(mean=mean, draws=0, q95_of_mean=None)

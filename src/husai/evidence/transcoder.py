@@ -10,7 +10,7 @@ from husai.evidence.schemas import Section, SeedGroup, Setting, TranscoderStress
 from husai.runs.errors import BadInput
 
 FIRST = "blocks.0.hook_resid_pre"
-"""What enters the first block."""
+"""Hook at the input of the first block."""
 BEFORE_ALL = (FIRST, "blocks.0.hook_in")
 
 
@@ -25,8 +25,9 @@ def preregistered(setting: Setting, candidate: SeedGroup) -> bool:
 
 
 def hook_before(hook_name: str) -> str:
-    """What transcoders that write a hook read: the hook of the same kind one block earlier; in the first block, what
-    enters it.
+    """Input hook of transcoders that write a hook: the same kind of hook one block earlier.
+
+    In the first block it is the input of the block.
 
     Raises:
         BadInput: nothing comes before that hook, or it is of no block.
@@ -78,7 +79,7 @@ def _of_members(section: Section) -> dict:
 
 
 def decisions(stress: TranscoderStress) -> dict:
-    """What is concluded from the sections, and the SAEs that it is about: place in the results -> value."""
+    """Conclusions from the sections, and the SAEs concerned: place in the results -> value."""
     made = concluded(stress).to_json()
     again = {f"/{name}": made[name] for name in ("setting", "gain", "explained_variance", "verdict")}
     return again | {"/candidate/checkpoints": stress.section.checkpoints}

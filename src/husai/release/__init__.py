@@ -1,1 +1,1 @@
-"""What may be said, and what it rests on."""
+"""The verdict on a claim, and the evidence behind it."""

@@ -23,7 +23,7 @@ from husai.runs.files import read_json, sha256_file
 
 LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
-"""Where a bold number needs a claim; in LOG, also each number with a decimal point, or of per cent."""
+"""Documents in which a bold number needs a claim. LOG also needs one for each decimal or percentage."""
 
 INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "language_model")
 """Claims on evidence of these phases, on docs/benchmarks and on assets may be internal; all others are external."""
@@ -82,7 +82,7 @@ class Claim(BaseModel):
     tier: Literal["internal", "external"]
     """The artefact decides whether `internal` will do (`may_be_internal`)."""
     gate: RepositoryPath | None = None
-    """What an external claim stands on: a result of the release gate that names the sha256 of the artefact."""
+    """Result of the release gate behind an external claim. It names the sha256 of the artefact."""
     artefact: RepositoryPath
     figures: list[Figure] = Field(min_length=1)
     """In the order in which they stand in the statement."""
@@ -193,10 +193,10 @@ def prints_as(printed: str, value: float, percent: bool = False, tolerance: floa
 
 
 def values(figure: Figure, artefact: Any) -> list[float] | str:
-    """What the artefact holds for a figure: a word, a number, [estimate, low, high], or [lowest, highest].
+    """Value of a figure in the artefact: a word, a number, [estimate, low, high], or [lowest, highest].
 
     Raises:
-        LookupError: nothing of the kind is there.
+        LookupError: the artefact holds no such value.
     """
     found = resolve(artefact, figure.pointer)
     if isinstance(found, str) and figure.range_of is None:
@@ -243,12 +243,12 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
 
 @cache
 def number_spans(text: str) -> list[tuple[int, int]]:
-    """Where the numbers of a text stand; kept, because each figure is looked for in the same document."""
+    """Spans of the numbers in a text. They are kept, because every figure is searched in the same document."""
     return [m.span() for m in NUMBER.finditer(text)]
 
 
 def places(text: str, within: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Where `text` stands in `within[start:end]`, its words apart by any white space, no number or unit cut off."""
+    """Spans of `text` in `within[start:end]`. Any white space separates words; numbers and units are whole."""
     numbers = number_spans(within)
     expected = len(NUMBER.findall(text))
     words = r"\s+".join(map(re.escape, text.split())) + (r"(?![^\W_])" if text[-1:].isdigit() else "")
@@ -258,7 +258,7 @@ def places(text: str, within: str, start: int = 0, end: int | None = None) -> It
 
 
 def figure_places(claim: Claim, within: str, start: int = 0, end: int | None = None) -> list[tuple[int, int] | None]:
-    """Where the claim's figures stand, each after the one before it; None where one does not."""
+    """Span of each figure of a claim, after the span of the previous figure; None for an absent figure."""
     found = []
     for figure in claim.figures:
         place = next(places(figure.text, within, start, end), None)

@@ -75,7 +75,7 @@ UNKNOWN_TRAINING = "the SAEs do not say how they were trained"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where the bounds must lie. The defaults are those of docs/methods.md; looser ones never make a pass."""
+    """Thresholds of the bounds. docs/methods.md states the defaults. A looser threshold never gives a pass."""
 
     min_stability_excess: float = rules.STABILITY.threshold
     min_transcoder_delta: float = rules.TRANSCODER.threshold
@@ -86,7 +86,7 @@ class Thresholds:
     """Two-sided; intervals are of level 1 − alpha."""
 
     def looser(self) -> list[str]:
-        """What asks for less than docs/methods.md does."""
+        """Names of thresholds that are looser than in docs/methods.md."""
         registered = Thresholds()
         loose = [n for n in vars(self) if n.startswith("min") and getattr(self, n) < getattr(registered, n)]
         return loose + [n for n in ("max_ood_drop", "alpha") if getattr(self, n) > getattr(registered, n)]
@@ -100,7 +100,7 @@ class File:
     sha256: str | None
     results: Any
     problems: list[str] = field(default_factory=list)
-    """What is wrong with the file or with its manifest, or does not follow from its own figures."""
+    """Faults of the file or its manifest, and values that do not follow from the file's own figures."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Bundle:
     """All that the gate reads."""
 
     files: dict[str, File | None]
-    """Of MAKES; None: not given."""
+    """File for each name in MAKES; None: not given."""
     on_disk: dict[str, str | None]
     """seed -> identity of the candidate's checkpoint as it lies on the disk; None: it is not there, or unreadable."""
 
@@ -420,7 +420,7 @@ def _on_disk(bundle: Bundle, found: Retrained | Supplied) -> None:
 
 
 def _beside(found: RandomModelStress | TranscoderStress | OODStress) -> dict[str, str]:
-    """What a stress test's inputs say beside the candidate."""
+    """Inputs of a stress test beside the candidate."""
     if isinstance(found, RandomModelStress):
         return random_model.inputs(found.section, found.random_models)
     return transcoder.inputs(found) if isinstance(found, TranscoderStress) else {}

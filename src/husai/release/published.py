@@ -18,7 +18,7 @@ ABOUT = {
     "n_data_sets": "saebench.config.dataset_count",
     "ks": "saebench.config.ks",
 }
-"""What the verdicts name beside a row's figures -> its place in a record."""
+"""Name in the verdicts beside a row's figures -> its place in a record."""
 
 
 def _figure_places(record: dict) -> dict[str, str]:

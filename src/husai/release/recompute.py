@@ -38,7 +38,7 @@ from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 
 NOT_KEPT = {"draws", "q95_of_mean"}
-"""What rests on the single draws of a null, of which the evidence keeps the mean of each pair."""
+"""Figures of single draws of a null. The evidence keeps only the mean of each pair."""
 
 
 EARLIER_RULES = "earlier_rules"
@@ -57,7 +57,7 @@ def audit_evidence(root: Path) -> dict[str, list[str]]:
 
 
 def folder_problems(folder: Path, again: bool = True) -> list[str]:
-    """What is wrong with one evidence folder: its manifest, its files, and what is computed again."""
+    """Faults of an evidence folder: in its manifest, its files, and figures that are computed again."""
     try:
         results = read_json(folder / "results.json", "evidence")
         manifest = Manifest.model_validate(read_json(folder / "manifest.json", "evidence"), strict=True)
@@ -94,7 +94,7 @@ def run_problems(path: Path) -> tuple[Any, list[str]]:
 
 
 def results_problems(results: Any) -> list[str]:
-    """Where results do not follow from their own pairs, members and data sets."""
+    """Places at which results do not follow from their own pairs, members and data sets."""
     found = [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
     return found + phase_problems(results)
 
@@ -225,7 +225,7 @@ PHASES: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
 
 
 def decisions(results: dict) -> dict[str, Any]:
-    """What a phase decided, made again from its sections: place in the results -> value."""
+    """Decisions of a phase, computed again from its sections: place in the results -> value."""
     phase = results.get("phase")
     again: dict[str, Any] = {}
 
@@ -268,7 +268,7 @@ def decisions(results: dict) -> dict[str, Any]:
 
 
 def phase_problems(results: Any) -> list[str]:
-    """Where a phase's figures and decisions do not follow from its pairs and members."""
+    """Places at which figures and decisions of a phase do not follow from its pairs and members."""
     try:
         if not isinstance(results, dict) or "phase" not in results:
             return []
@@ -297,7 +297,7 @@ def resolve(value: Any, pointer: str) -> Any:
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:
-    """Where two JSON values are not the same, numbers up to rounding. The second may be typed evidence."""
+    """Places at which two JSON values differ, numbers up to rounding. The second can be typed evidence."""
     if isinstance(recomputed, Strict):
         recomputed = recomputed.to_json()
     if isinstance(published, dict) and isinstance(recomputed, dict):

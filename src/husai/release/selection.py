@@ -1,7 +1,7 @@
-"""Which condition of the studies is the release candidate. A pure function of their results.
+"""Selection of the release candidate among the conditions of the studies: a pure function of their results.
 
-A candidate is a condition: SAEs that differ in their seed alone. It is scored on what its seeds surely reach (lower
-ends of 95 % intervals), on a third of the data-set families; the gate reads the others, and fresh seeds.
+A candidate is a condition: SAEs that differ only in their seed. Its score is the lower end of 95 % intervals on
+a third of the data-set families. The gate reads the other families, and fresh seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from husai.runs.files import digest
 
 STUDIES = ("architecture_frontier", "external_metric_scaling")
 SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
-"""What counts as one unit of each figure: fixed, so that who else is a candidate changes no score."""
+"""One unit of each figure. It is fixed, therefore other candidates do not change a score."""
 EXTERNAL = ("saebench", "cebench")
 
 F = TypeVar("F", bound=Figures)
@@ -46,10 +46,10 @@ F = TypeVar("F", bound=Figures)
 
 @dataclass(frozen=True)
 class Rules:
-    """How candidates are ranked."""
+    """Settings of the ranking of candidates."""
 
     weights: dict[str, float]
-    """Of the figures in SCALES."""
+    """Weight of each figure in SCALES."""
     min_seeds: int = 3
     uncertainty: str = "lcb"
     """`lcb`: lower ends of intervals; `point`: estimates."""
@@ -69,7 +69,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Cohort:
-    """What rows must share to be compared: that of the first bank that holds together."""
+    """Facts that comparable rows share, taken from the first consistent bank."""
 
     subject_digest: str
     data_sets: list[str] | None
@@ -291,8 +291,10 @@ def _seeds(section: ConditionSection) -> list[int]:
 
 
 def _split(banks: list[Bank]) -> dict:
-    """What selection reads of SAEBench's families and of the clusters of pairs, and what it leaves. No group that it
-    reads of one benchmark is left for the gate of the other."""
+    """Families of SAEBench and clusters of pairs that selection reads, and those it leaves to the gate.
+
+    A group that selection reads in one benchmark is not left to the gate in the other.
+    """
     clusters: set[str] = set()
     sets: dict[str, str] = {}
     for bank in banks:
