@@ -92,7 +92,13 @@ def save_sae(folder: Path, weights: dict, **metadata) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fold_ln"), [("gpt2", True), ("gpt2", False), ("gpt_neox", True), ("llama", False)]
+    ("architecture", "fold_ln"),
+    [
+        ("gpt2", False),
+        ("llama", False),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", True, marks=pytest.mark.slow),
+    ],
 )
 def test_centring_is_what_transformer_lens_does_to_the_weights(folder, architecture, fold_ln):
     """Folding LayerNorms changes nothing more, and models without LayerNorm stay as they are."""
@@ -164,7 +170,7 @@ def by_hand(subject, documents, way: Harvesting) -> dict[tuple[int, int], list[t
 @pytest.mark.parametrize(
     "way",
     [
-        Harvesting(prepend_bos=False, context_size=9, seqpos_slice=(3, None)),
+        pytest.param(Harvesting(prepend_bos=False, context_size=9, seqpos_slice=(3, None)), marks=pytest.mark.slow),
         Harvesting(seqpos_slice=(2, 20, 3), exclude_special_tokens=(*range(5, 60),)),
     ],
 )
@@ -378,7 +384,7 @@ def arguments(root: Path, folder: Path, saes: list[Path], **more) -> Namespace:
     ("metadata", "way"),
     [
         ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, CENTRED),
-        ({"prepend_bos": False}, Harvesting(prepend_bos=False)),
+        pytest.param({"prepend_bos": False}, Harvesting(prepend_bos=False), marks=pytest.mark.slow),
         ({"context_size": 8, "seqpos_slice": [1, 4]}, Harvesting(context_size=8, seqpos_slice=(1, 4))),
     ],
 )

@@ -364,10 +364,12 @@ def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
 
 def line(found: dict[str, Any]) -> str:
     """What `recorded` gives, in one line."""
-    given = [f"{name} {value}" for name, value in found.items() if value != UNKNOWN]
+    multiple = found.get("max_norm_multiple")
+    given = [f"{name} {v}" for name, v in found.items() if v != UNKNOWN and name != "max_norm_multiple"]
     silent = [name for name, value in found.items() if value == UNKNOWN]
     said = f"as the files say: {', '.join(given)}" if given else "in HUSAI's own way"
-    return f"Activations {said}." + (f" The files do not say {', '.join(silent)}." if silent else "")
+    said = f"Activations {said}." + (f" The files do not say {', '.join(silent)}." if silent else "")
+    return said + (f" Rows of more than {multiple:g} times the median norm are left out." if multiple else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
