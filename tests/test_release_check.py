@@ -44,7 +44,7 @@ CHECK = "scripts/experiments/run_release_check.py"
 CONFIRMATION = "scripts/experiments/run_candidate_confirmation.py"
 HOOK, HOOK_0, CPU = "blocks.1.hook_resid_pre", "blocks.0.hook_resid_pre", torch.device("cpu")
 PHASE4A = ROOT / "docs" / "evidence" / "embedded_queue" / "phase4a_trained_vs_random" / "results.json"
-SIZES = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--features", 4, "--threads", 1]
+SIZES = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--contexts", 4, "--threads", 1]
 SIZES += ["--dataset-names", "87_glue_cola", "--phase4a-results", PHASE4A]
 
 
