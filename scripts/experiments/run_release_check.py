@@ -291,17 +291,22 @@ def last_line(log: Path) -> str:
 
 def summary(results: dict) -> str:
     from husai.report.text import stand_in, table
+    from husai.report.verdict import CONTROL
     from husai.subjects.harvesting import line
 
     own, decision = results["candidate"], results["decision"]
     lines = ["# Release check", ""]
     if decision is None:
-        lines += ["**There is no decision**: the gate could not be asked.", ""]
+        lines += ["**There is no decision**: the gate did not run.", ""]
     else:
-        counts = [sum(g["status"] == status for g in decision["gates"]) for status in ("PASS", "FAIL", "MISSING")]
-        held = counts[0] == len(decision["gates"])
-        said = "every gate holds" if held else "{} gates pass, {} fail, and {} lack evidence".format(*counts)
-        lines += [f"**{decision['outcome']}**: {said}; {decision['unconfirmed']}, so no external claim.", ""]
+        about_saes = [g["status"] for g in decision["gates"] if g["gate"] != CONTROL]
+        counts = [about_saes.count(status) for status in ("PASS", "FAIL", "MISSING")]
+        said = "{} of {} gates pass, {} fail, and {} lack evidence".format(counts[0], len(about_saes), *counts[1:])
+        lines += [
+            f"**{decision['outcome'].capitalize()}**: {said}. {decision['unconfirmed']}, therefore the result "
+            "supports no external claim.",
+            "",
+        ]
     called = ", ".join(f"{seed} ({name})" for seed, name in results["names"].items())
     lines += [f"{own['condition']}, {results['hook_name']}, SAEs {called}.", ""]
     lines += [line(results["harvesting"]), ""] if "harvesting" in results else []

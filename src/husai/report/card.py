@@ -182,7 +182,7 @@ class PageSection:
         """(name, what it shows, image) each; the first is the phase's own figure."""
         for path in sorted(run.figures, key=lambda p: ([*ALT].index(p.stem) if p.stem in ALT else len(ALT), p.name)):
             if (picture := markup.picture(path)) is None:
-                run.problems.append(f"{path.name} is no image; it is not shown")
+                run.problems.append(f"{path.name} is no image, therefore it is not shown.")
             else:
                 self.figures.append((path.stem.replace("_", " "), self.alt(path), picture))
         self.forest = Forest.of(run.results)

@@ -90,9 +90,9 @@ def read_phase(folder: Path) -> Phase:
             results = read_json(path, "results")
             phase.results = results if isinstance(results, dict) else {}
             if not phase.results:
-                phase.problems.append("results.json holds no object")
+                phase.problems.append("results.json holds no object.")
         except BadInput:
-            phase.problems.append("results.json is not readable as strict JSON")
+            phase.problems.append("results.json is not strict JSON.")
     if (folder / "results.json").is_file():
         phase.sha256 = sha256_file(folder / "results.json")
     if path := _whole(phase, "summary.md", named):
@@ -105,7 +105,7 @@ def read_phase(folder: Path) -> Phase:
             if path is None:
                 continue
             if sha256_file(path) != named[name]:
-                phase.problems.append(f"{name} is not the file that the manifest names; it is not shown")
+                phase.problems.append(f"{name} is not the file that the manifest names, therefore it is not shown.")
                 continue
             (phase.figures if parts.suffix == ".png" else phase.others).append(path)
     _about(phase)
@@ -114,15 +114,15 @@ def read_phase(folder: Path) -> Phase:
 
 def _manifest(path: Path, problems: list[str]) -> Manifest | None:
     if not path.is_file():
-        problems.append("no manifest.json: no run was completed here, and nothing vouches for what lies here")
+        problems.append("There is no manifest.json: no run was completed, and the files cannot be checked.")
         return None
     try:
         manifest = Manifest.model_validate(read_json(path, "manifest"))
     except (BadInput, ValidationError):
-        problems.append("manifest.json is not a manifest: nothing vouches for what lies here")
+        problems.append("manifest.json is damaged: the files cannot be checked.")
         return None
     if manifest.status != "complete":
-        problems.append(f"the run is not complete: {manifest.status}, return code {manifest.return_code}")
+        problems.append(f"The run is not complete: {manifest.status}, return code {manifest.return_code}.")
     return manifest
 
 
@@ -131,9 +131,9 @@ def _whole(phase: Phase, name: str, named: dict[str, str]) -> Path | None:
     path = phase.folder / name
     if not path.is_file():
         if phase.manifest is not None:
-            phase.problems.append(f"{name} is missing")
+            phase.problems.append(f"{name} is missing.")
     elif phase.manifest is not None and named.get(name) != sha256_file(path):
-        phase.problems.append(f"{name} is not the file that the manifest names (sha256 differs)")
+        phase.problems.append(f"{name} is not the file that the manifest names (its sha256 differs).")
     elif phase.manifest is not None:
         return path
     return None
@@ -148,7 +148,7 @@ def _later_run(phase: Phase) -> None:
         last = _manifest(runs[-1] / "manifest.json", found)
         how = f"{last.status}, return code {last.return_code}" if last else "no manifest: running, or killed"
         phase.problems.append(
-            f"the last run, {runs[-1].name}: {how}" + (f"; shown: {manifest.run_id}" if manifest else "")
+            f"The last run is {runs[-1].name}: {how}." + (f" The page shows {manifest.run_id}." if manifest else "")
         )
 
 
@@ -169,8 +169,8 @@ def _about(phase: Phase) -> None:
         return
     phase.seconds = _seconds(phase, manifest)
     if manifest.return_code != 0 and manifest.status == "complete" and phase.phase != "release_gate":
-        phase.notes.append(f"a check of this phase did not hold (return code {manifest.return_code})")
+        phase.notes.append(f"A check of this phase did not hold (return code {manifest.return_code}).")
     if manifest.git_dirty:
-        phase.notes.append("the code had changes that were not committed")
+        phase.notes.append("The code had changes that were not committed.")
     if manifest.git_commit is None:
-        phase.notes.append(f"the commit is not known: {manifest.git_reason}")
+        phase.notes.append(f"The commit is not known: {manifest.git_reason}.")

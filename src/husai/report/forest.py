@@ -52,10 +52,10 @@ class Forest:
                 rows = [(NAMES.get(n, n), e, n in required) for n, e in excess.items()]
                 ends = markup.interval(*(excess[null][end] for end in ("estimate", "low", "high")))
                 claim = f"{score} {ends} over {NAMES.get(null, null)}"
-                caption = f"Excess of {score} over each null, 95 % interval; filled: required"
+                caption = f"Excess of {score} over each control, with its 95 % interval. Filled dots are required."
             else:
                 rows, claim = [(name, s["verdict"]["claimable_excess"], True) for name, s in found], None
-                caption = "Excess of stability over the highest required null, 95 % interval"
+                caption = "Excess of stability over the highest required control, with its 95 % interval."
             if not rows:
                 return None
             values = [x for _, e, _ in rows for x in (e["estimate"], e["low"], e["high"]) if x is not None]
