@@ -61,6 +61,7 @@ audit-results: setup ## every headline figure read again from its artefact, the 
 benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more than half an hour
 	@$(BIN)/python benchmarks/inference_calibration.py
 	@$(BIN)/python benchmarks/gate_calibration.py
+	@$(BIN)/python benchmarks/feature_calibration.py
 	@$(BIN)/python benchmarks/matching_speed.py
 	@$(BIN)/python benchmarks/training_speed.py
 	@$(BIN)/python benchmarks/eval_speed.py

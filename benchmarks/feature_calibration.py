@@ -19,10 +19,12 @@ how certified features do in fresh trainings. The rules stand in docs/methods.md
 from __future__ import annotations
 
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -446,15 +448,11 @@ def speed(artifact_root: Path, width: int, siblings: int, d_sae: int, d_in: int,
     g = generator("speed")
     W, *others = (torch.randn(d_sae, d_in, generator=g) for _ in range(siblings + 1))
     spectrum = nulls.Spectrum.of(torch.diag(torch.linspace(4, 0.1, d_in)), 100_000)
-    for name, bfloat16 in (("bfloat16", True), ("float32", False)):
-        began = clock()
-        recurrence.rotated(W, others, spectrum, rotations if bfloat16 else 1, bfloat16=bfloat16)
-        found[f"null, {name}"] = since(began) | {
-            "d_sae": d_sae,
-            "d_in": d_in,
-            "siblings": siblings,
-            "rotations": rotations if bfloat16 else 1,
-        }
+    began = clock()
+    recurrence.rotated(W, others, spectrum, rotations, bfloat16=True)
+    sizes = {"d_sae": d_sae, "d_in": d_in, "siblings": siblings, "rotations": rotations}
+    found["null, bfloat16"] = since(began) | sizes
+    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
 
 
@@ -463,7 +461,8 @@ def speed_page(found: dict) -> str:
         "",
         "## Speed",
         "",
-        f"`python benchmarks/feature_calibration.py --only speed`, {found['threads']} thread(s). Wall time depends "
+        f"`python benchmarks/feature_calibration.py --only speed`, {found['threads']} thread(s), at most "
+        f"{found['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
         "on what else runs on the machine.",
         "",
         "| what | wall, s | processor, s |",
@@ -482,6 +481,8 @@ def main() -> None:
     p.add_argument("--smoke", action="store_true", help="tiny sizes, no verdict")
     p.add_argument("--only", choices=["calibration", "speed"], default="calibration", help="default: %(default)s")
     p.add_argument("--workers", type=positive_int, default=1, help="processes (default: %(default)s)")
+    p.add_argument("--tokens", type=positive_int, default=400_000, help="of --only speed (default: %(default)s)")
+    p.add_argument("--rotations", type=positive_int, default=20, help="of --only speed (default: %(default)s)")
     p.add_argument("--threads", type=positive_int, default=2, help="of --only speed (default: %(default)s)")
     p.add_argument("--artifact-root", type=Path, default=Path("results"), help="stores (default: %(default)s)")
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
@@ -489,7 +490,7 @@ def main() -> None:
     stem = args.output_dir / ("feature_calibration_speed" if args.only == "speed" else "feature_calibration")
     if args.only == "speed":
         torch.set_num_threads(args.threads)
-        sizes = (32, 2, 64, 16, 2, 1_000) if args.smoke else (1024, 14, 16_384, 768, 20, 400_000)
+        sizes = (32, 2, 64, 16, 2, 1_000) if args.smoke else (1024, 14, 16_384, 768, args.rotations, args.tokens)
         found = speed(args.artifact_root, *sizes)
         write_json(stem.with_suffix(".json"), found)
         print(speed_page(found))
@@ -501,9 +502,12 @@ def main() -> None:
         for name, world in worlds.items()
         for number in range(1 if world.pooled else world.studies)
     ]
-    with ProcessPoolExecutor(args.workers) as pool, progress("feature calibration (tasks)", len(tasks)) as advance:
-        for name, found in pool.map(run, tasks):
-            studies[name] += found
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress("feature calibration (tasks)", len(tasks)))
+        several = args.workers > 1
+        mapped = stack.enter_context(ProcessPoolExecutor(args.workers)).map if several else map
+        for name, made in mapped(run, tasks):
+            studies[name] += made
             advance(1)
     summaries = {name: summary(worlds[name], s) for name, s in studies.items()}
     wrong = failures(summaries)

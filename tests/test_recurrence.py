@@ -1,11 +1,13 @@
 """Single features over trainings: partners, chance, bounds, and decoders compared without a model."""
 
 import doctest
+import importlib
+import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import nnls
@@ -14,6 +16,7 @@ import husai
 from husai.evidence import rules
 from husai.evidence.estimates import benjamini_hochberg, clopper_pearson_high, clopper_pearson_low
 from husai.runs.errors import BadInput
+from husai.runs.files import REPOSITORY
 from husai.stability import nulls, recurrence
 from husai.stability.nulls import Spectrum
 
@@ -102,6 +105,7 @@ def test_partners_and_neighbours_are_those_of_the_dense_matrix():
     assert found.cosines[0][own] == pytest.approx(expected.numpy(), abs=1e-6)
 
 
+@settings(deadline=None, max_examples=20)  # the first product in bfloat16 compiles its kernel
 @given(st.integers(1, 300), st.integers(0, 5))
 def test_bfloat16_gives_upper_bounds(d_in, seed):
     a, b = drawn(9, d_in, seed=seed), drawn(13, d_in, seed=seed + 100)
@@ -184,7 +188,7 @@ def test_planted_draws_of_the_spectral_null_are_no_features():
     """Siblings resemble each other. A drawn direction near to one is near to all, and is still marked seldom."""
     spectrum = Spectrum.of(torch.eye(12), 10_000)
     shared, p = drawn(40, 12), []
-    for seed in range(10):
+    for seed in range(5):
         siblings = [shared + 0.2 * drawn(40, 12, seed=100 * seed + s) for s in range(6)]
         W = nulls.spectral(shared, shared, spectrum, torch.Generator().manual_seed(seed))[1]
         p.append(
@@ -214,6 +218,72 @@ def test_a_split_feature_is_rebuilt():
     assert float(cosine) > 0.999
     assert set(features[0].tolist()) == {0, 1, 2}
     assert float(recurrence.rebuilt(-b[:1], b)[0]) < 0.9  # a negative is no feature
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+@pytest.fixture
+def calibration(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("feature_calibration")
+
+
+def calibrated(shares, true=(10, 9), recurred=450, rejected=0):
+    """Studies of 20 marked directions each."""
+    certified = {"features": 10, "recurred": recurred, "trainings": 500, "rejected": rejected}
+    return [
+        {
+            "marked": 20,
+            "false": round(20 * share),
+            "false_share": share,
+            "planted": {kind: [5, 1] for kind in ("spectral draws", "rows", "token means", "centroids")},
+            "own": [40, 20],
+            "true": list(true),
+            "true_not_prototype": list(true),
+            "certified": {share: dict(certified) for share in ("0.5", "0.8")},
+        }
+        for share in shares
+    ]
+
+
+@pytest.mark.parametrize(
+    ("studies", "kept"),
+    [
+        (calibrated([0.0] * 4), True),
+        (calibrated([0.05, 0.0, 0.05, 0.0]), True),
+        (calibrated([0.1, 0.05, 0.05, 0.05]), False),  # the mean
+        (calibrated([0.15, 0.0, 0.0, 0.0]), False),  # the bound
+        (calibrated([0.0] * 4, true=(10, 7)), False),
+        (calibrated([0.0] * 4, recurred=350), False),  # less than 0.8
+        (calibrated([0.0] * 4, rejected=1), False),
+    ],
+)
+def test_which_calibration_is_kept(calibration, studies, kept):
+    world = calibration.WORLDS["independent"]
+    assert bool(calibration.failures({"a": calibration.summary(world, studies)})) != kept
+
+
+def test_a_world_without_features_counts_studies(calibration):
+    """Of studies whose share is 0 or 1, the bound is Clopper and Pearson's."""
+    world = calibration.WORLDS["low-rank"]
+    found = calibration.summary(world, calibrated([0.0] * 79 + [1.0], true=(0, 0)))
+    assert found["false_share_high"] == pytest.approx(stats.beta.ppf(0.95, 2, 79))
+
+
+@pytest.mark.slow
+def test_the_calibration_from_the_shell(run_script, tmp_path):
+    script = "benchmarks/feature_calibration.py"
+    given_ = ["--smoke", "--artifact-root", str(tmp_path), "--output-dir", str(tmp_path)]
+    code, _, error = run_script(script, *given_)
+    assert code == 0, error
+    found = json.loads((tmp_path / "feature_calibration.json").read_text())
+    assert {*found["worlds"]} == {"independent", "low-rank"}
+    assert found["worlds"]["low-rank"]["true"] == [0, 0]
+    planted = found["studies"]["independent"][0]["planted"]
+    assert sum(n for n, _ in planted.values()) <= 16
+    assert "| independent | 1 |" in (tmp_path / "feature_calibration.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

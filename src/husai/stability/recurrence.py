@@ -38,6 +38,7 @@ from husai.stability import nulls, prototypes
 from husai.stability.matching import match, unit_rows
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import MATCHED, pwmcc
+from husai.training.trainer import TrainingConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +54,8 @@ NONE = -1
 """In place of a feature: no partner."""
 FEWEST_ROTATIONS, POOL = 20, 2_000
 """Rotations at least, and so many that a stratum has this many values."""
+WIDE = 4096
+"""Features from which on products of rotations are in bfloat16 where nothing is said and the device is faster at it."""
 STRATA, STRATUM = 16, 64
 """Strata at most, and features of a stratum at least."""
 BFLOAT16 = 2.0**-8
@@ -260,7 +263,7 @@ def chance(
     gaussian: Sequence[Tensor] | None = None,
     rotations: int | None = None,
     draws: int = DRAWS,
-    bfloat16: bool = False,
+    bfloat16: bool | None = None,
     stream: Sequence[int | str] = (),
     device: torch.device | str = "cpu",
 ) -> Chance:
@@ -269,8 +272,11 @@ def chance(
     Args:
         W_dec: `[d_sae, d_in]`. siblings, gaussian: `[m, d_in]` each, SAEs alike, and SAEs of Gaussian rows alike.
         rotations: `rotations_for`. bfloat16: see `neighbours`; of rotations alone, whose cosines it can only raise.
+            None: from WIDE features on, where the device multiplies bfloat16 faster.
     """
     rotations = rotations or rotations_for(len(W_dec))
+    if bfloat16 is None:
+        bfloat16 = len(W_dec) >= WIDE and TrainingConfig().proposes(torch.device(device), W_dec.shape[1])
     own = neighbours(W_dec, siblings, device=device)
     turned = rotated(W_dec, siblings, spectrum, rotations, stream, bfloat16, device)
     noise = neighbours(W_dec, gaussian, device=device) if gaussian else None
