@@ -321,6 +321,28 @@ def test_each_check_has_a_folder_named_by_its_saes_and_all_share_one_control(tmp
     assert script["positive_control"](args) == shared
 
 
+def test_a_second_group_does_not_overwrite_the_first(run_script, monkeypatch, saes, trained, root, subject, tmp_path):
+    def command(run, name, words):
+        log = run.folder / "logs" / f"{name}.log"
+        log.write_text("error: no room")
+        run.commands.append(
+            {"command": name, "return_code": 1, "seconds": 0.0, "log": str(log.relative_to(run.folder))}
+        )
+        return 1
+
+    monkeypatch.setattr(Run, "command", command)
+    monkeypatch.chdir(tmp_path)
+    where = ["--model-name", subject, "--hook-name", HOOK, "--artifact-root", root, *SIZES]
+    groups = {"first": saes[:3], "second": trained("second", (7, 8, 9))}
+    for group in groups.values():
+        assert run_script(ROOT / CHECK, "--checkpoint", *group, *where)[0] == 1
+    folders = sorted((tmp_path / "results" / "experiments" / "release_check").iterdir())
+    kept = [json.loads((folder / "results.json").read_text())["candidate"]["checkpoints"] for folder in folders]
+    assert sorted(tuple(c) for c in kept) == [("1", "2", "3"), ("7", "8", "9")]
+    reasons = [json.loads((folder / "parts" / "parts.json").read_text()) for folder in folders]
+    assert all("no room" in found["candidate_confirmation"] for found in reasons)
+
+
 def test_a_supplied_sae_is_opened_and_hashed_once(saes, controls, root, subject, monkeypatch):
     read = Counter()
 

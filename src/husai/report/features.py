@@ -237,5 +237,5 @@ class Table:
 
 
 def _bounds(text: str, word: str) -> str:
-    ends = text.partition(" [")[2].rstrip("]")
+    ends = text.partition(" [")[2].rstrip("]").replace("-", "−")
     return f"{ends.replace(', ', ' to ')} % over {word}" if ends else ""

@@ -125,7 +125,7 @@ function preview(i) {
   if (!found || !found.contexts.length) return [];
   const context = found.contexts[0];
   const peak = context.values.indexOf(Math.max(...context.values));
-  return pieces(context, Math.max(0, peak - 5), Math.min(context.text.length, peak + 8));
+  return pieces(context, Math.max(0, peak - 2), Math.min(context.text.length, peak + 8));
 }
 
 function row(at) {
