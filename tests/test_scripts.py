@@ -364,16 +364,18 @@ def test_bad_inputs_of_phase4a(refused, small_subject, small_activations, phase4
     made = json.loads((phase4a[1] / "results.json").read_text())["husai"]["members"]
     for i, m in enumerate(made[:2]):
         shutil.copytree(phase4a[1] / m["checkpoint"], saes / str(i))
-    scored = ["--sae-root", saes, "--activation-cache-dir", small_activations]
+    scored = ["--sae-root", saes, "--activation-cache-dir", small_activations, "--output-dir", tmp_path / "out"]
+    scored += ["--threads", "1"]
     weights = saes / "1" / "sae_weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:500])
-    refused(weights, PHASE4A, *common, *scored)
+    refused(weights, PHASE4A, *scored)
     weights.write_bytes(whole)
     (saes / "1" / "cfg.json").write_text(json.dumps({"architecture": "gpt2"}))
-    refused([saes / "1" / "cfg.json", "'gpt2'"], PHASE4A, *common, *scored)
+    refused([saes / "1" / "cfg.json", "'gpt2'"], PHASE4A, *scored)
     shutil.rmtree(saes / "1")
-    refused(["1 SAE ", "2", "5"], PHASE4A, *common, *scored)
+    refused(["1 SAE ", "2", "5"], PHASE4A, *scored)
+    refused("--tokens: ", PHASE4A, *common, *scored)
 
 
 def test_nan_activations_are_refused(refused, small_activations, tmp_path):
