@@ -619,6 +619,12 @@ def test_each_open_gate_ends_with_a_command_or_why_there_is_none():
     assert step("stability", reader={"seeds": 3}).command == CHECK.replace("'my c'", "'my c' SEED_4 SEED_5")
 
 
+def test_a_flag_with_its_value_in_one_word_is_understood(root):
+    words = Reader.of([], None, root, f"{CHECK} --text=my.jsonl --null-draws=5").words
+    assert words[-4:] == ["--text", "my.jsonl", "--null-draws", "5"]
+    assert words[:-4] == shlex.split(CHECK)
+
+
 def test_what_cannot_be_run_is_not_applicable():
     unknown = {"recipe_known": False}
     for gate in ("transcoder", "saebench", "cebench"):

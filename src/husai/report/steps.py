@@ -73,7 +73,7 @@ class Reader:
         Args:
             command: of the release check; None: each run's manifest names its own.
         """
-        commands = {p.phase: shlex.split(p.manifest.command) for p in phases if p.manifest}
+        commands = {p.phase: _words(p.manifest.command) for p in phases if p.manifest}
         results = {p.phase: p.results for p in phases if p.results}
         confirmed = results.get("candidate_confirmation", {})
         bank = confirmed.get("bank")
@@ -85,7 +85,7 @@ class Reader:
         checkpoints = candidate.get("checkpoints")
         return cls(
             root=str(root),
-            words=shlex.split(command) if command else commands.get("candidate_confirmation", []),
+            words=_words(command) if command else commands.get("candidate_confirmation", []),
             supplied=confirmed.get("origin") == "supplied" or command is not None,
             hook_name=facts.get("hook_name") or (bank.get("hook_name") if isinstance(bank, dict) else None),
             subject=confirmed.get("subject"),
@@ -157,6 +157,12 @@ MANY = 30
 """SAEs beyond which nobody is advised to train more."""
 
 
+def _words(command: str) -> list[str]:
+    """Words of a command line; `--flag=value` as two."""
+    words = shlex.split(command)
+    return [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
+
+
 def _end_of_values(words: list[str], i: int) -> int:
     """Where the values of the flag at `i` end."""
     return next((j for j in range(i + 1, len(words)) if words[j].startswith("--")), len(words))
@@ -187,7 +193,7 @@ def next_step(gate: Gate, reader: Reader) -> Step:
 
 def _missing(gate: Gate, reader: Reader) -> Step:
     name = gate.gate
-    if name == CONTROL:
+    if name == CONTROL and not reader.supplied:  # a release check runs it itself
         return Step(
             "Run the check of the method itself. Its result is shared by all later reports.",
             f"python {EXPERIMENTS}/run_phase4a_reproduction.py",
@@ -202,7 +208,7 @@ def _missing(gate: Gate, reader: Reader) -> Step:
             "says nothing.",
             None,
         )
-    if 0 < reader.seeds < MINIMUM_SEEDS:
+    if name != CONTROL and 0 < reader.seeds < MINIMUM_SEEDS:
         short = MINIMUM_SEEDS - reader.seeds
         return Step(
             f"Add {short} SAE{'s' if short > 1 else ''} of the same configuration with other seeds. A verdict needs "
