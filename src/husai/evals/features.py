@@ -293,7 +293,7 @@ def sum_up(
     if lost > rules.UNUSUAL_EV:
         notes = [*notes, f"The siblings explain less variance, by {lost:.3f}, therefore fewer features recur."]
     if group.withheld is not None:
-        limits = [*limits, f"No feature is called *not found*, because {group.withheld}."]
+        limits = [*limits, f'No feature is called "not found", because {group.withheld}.']
     return FeatureReliability(
         phase="feature_reliability",
         inputs=group.inputs,
