@@ -356,6 +356,8 @@ def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
             "dtype": subject.dtype,
         }
     found = {name: UNKNOWN if getattr(said, name) is None else applied[name] for name in KEYS}
+    if subject is not None and subject.dtype != DTYPES[0]:
+        found["dtype"] = subject.dtype  # by the files, or by --dtype
     for name in ("hook_head_index", "max_norm_multiple"):  # all heads and rows, in the libraries' files as here
         if getattr(said, name) is None:
             del found[name]
