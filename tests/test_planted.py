@@ -302,7 +302,7 @@ def arguments(root) -> Namespace:
     sizes = {"d_sae": 256, "k": 8, "learning_rate": 0.003, "tokens": 1, "batch_size": 1, "null_draws": 100}
     where = {"artifact_root": root / "artifacts", "output_dir": root / "out", "threads": 1}
     sources["text"] = TextSource()
-    return Namespace(**sources, **sizes, **where, seeds=[42, 123, 456, 789, 1011])
+    return Namespace(**sources, **sizes, **where, seeds=[42, 123, 456, 789, 1011], max_norm_multiple=None)
 
 
 def test_the_phase_trains_scores_and_measures(good, tmp_path, monkeypatch):
