@@ -209,6 +209,8 @@ def test_brought_checkpoints_are_scored(phase4a, small_activations, run_script, 
     refused(["twin", "|cos|"], PHASE4A, "--sae-root", root, *arguments, tmp_path / "out")
 
     shutil.rmtree(root / "twin")
+    for flag, value in (("--k", 5), ("--d-sae", 512)):  # the SAEs say another
+        refused(f"{flag} {value}: ", PHASE4A, "--sae-root", root, *arguments, tmp_path / "out", flag, value)
     sweep, model = sorted(root.iterdir())[-1] / "cfg.json", sorted(root.iterdir())[0] / "cfg.json"
     config = json.loads(sweep.read_text())
     config["metadata"]["husai"]["learning_rate"] = 0.5
@@ -326,6 +328,8 @@ HOOKS = ("hook_resid_mid", "hook_mlp_out")
             ["--layer 1", "blocks.1.hook_resid_post", "blocks.1.hook_resid_pre"],
         ),
         (["--sae-root", "nowhere"], "--sae-root: nowhere "),
+        (["--sae-root", "x", "--seeds", "1,2,3"], ["--seeds: ", "--sae-root"]),
+        (["--same-model"], ["--same-model", "--sae-root"]),
         (["--subject", "nowhere"], ["nowhere: ", "TransformerLens"]),
         (["--activation-cache-dir", "nowhere"], "--activation-cache-dir: nowhere "),
     ],
