@@ -295,19 +295,19 @@ LICENCES: tuple[tuple[str, list[str], str], ...] = (
     (
         "isotropic directions",
         ["isotropic"],
-        "On average the features are more alike than random directions. The activations' spectrum can explain it.",
+        "The average match between seeds exceeds that of random directions. The activations' spectrum can explain it.",
     ),
     (
         "the spectral null, signed and absolute",
         ["spectral", "spectral, absolute"],
-        "On average the features are more alike than the activations' spectrum explains. Gaussian activations with the "
-        "same mean and covariance can explain it.",
+        "The average match between seeds exceeds what the activations' spectrum explains. Gaussian activations with "
+        "the same mean and covariance can explain it.",
     ),
     (
         "SAEs of Gaussian rows",
         ["gaussian"],
-        "On average the features are more alike than the activations' mean and covariance explain. Nothing is shown of "
-        "single features.",
+        "The average match between seeds exceeds what the activations' mean and covariance explain. Nothing is shown "
+        "of single features.",
     ),
     (
         "the last two, in single features",
