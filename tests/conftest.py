@@ -18,7 +18,7 @@ from husai.activations.store import ActivationStore, StoreWriter
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU here
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 1200.0
+LIMIT, NIGHTLY_LIMIT = 1200.0, 3600.0
 """Seconds for one test on a machine at work."""
 hypothesis.settings.register_profile("husai", deadline=None)  # an example is slow on a machine at work
 hypothesis.settings.load_profile("husai")
@@ -26,14 +26,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _time_limit():
+def _time_limit(request):
     """No test runs for ever, whatever it waits for."""
+    limit = LIMIT if request.node.get_closest_marker("nightly") is None else NIGHTLY_LIMIT
 
     def late(number, frame):
-        pytest.fail(f"took more than {LIMIT:g} s")
+        pytest.fail(f"took more than {limit:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
