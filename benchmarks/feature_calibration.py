@@ -485,14 +485,13 @@ def speed(artifact_root: Path, width: int, siblings: int, d_sae: int, d_in: int,
     return found
 
 
-def speed_page(found: dict) -> str:
+def speed_page(found: dict, command: str) -> str:
     lines = [
+        "# Speed of statements about single features",
         "",
-        "## Speed",
-        "",
-        f"`python benchmarks/feature_calibration.py --only speed`, {found['threads']} thread(s), at most "
-        f"{found['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
-        "on what else runs on the machine.",
+        f"`{command}`, {found['threads']} thread(s), at most {found['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
+        "on what else runs. Required on two idle cores: training and statements within 600 s; the null with "
+        "20 rotations within 1,800 s and 4 GB.",
         "",
         "| what | wall, s | processor, s |",
         "|---|---|---|",
@@ -522,7 +521,10 @@ def main() -> None:
         sizes = (32, 2, 64, 16, 2, 1_000) if args.smoke else (1024, 14, 16_384, 768, args.rotations, args.tokens)
         found = speed(args.artifact_root, *sizes)
         write_json(stem.with_suffix(".json"), found)
-        print(speed_page(found))
+        given = f" --tokens {args.tokens} --rotations {args.rotations}"
+        text = speed_page(found, f"python benchmarks/feature_calibration.py --only speed{given}")
+        write_text(stem.with_suffix(".md"), text)
+        print(text)
         return
     worlds, (n, fresh) = (SMOKE, (3, 4)) if args.smoke else (WORLDS, (14, 50))
     studies: dict[str, list[dict]] = {name: [] for name in worlds}
