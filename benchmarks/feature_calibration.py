@@ -491,7 +491,7 @@ def speed_page(found: dict, command: str) -> str:
         "",
         f"`{command}`, {found['threads']} thread(s), at most {found['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
         "on what else runs. Required on two idle cores: training and statements within 600 s; the null with "
-        "20 rotations within 1,800 s and 4 GB.",
+        "20 rotations within 1,800 s and 4 GB. Times grow in proportion to tokens and to rotations.",
         "",
         "| what | wall, s | processor, s |",
         "|---|---|---|",
