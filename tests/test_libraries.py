@@ -193,7 +193,7 @@ def test_five_saes_of_a_library_go_through_the_release_check(library, trained, s
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in corpus))
     where = ["--model-name", subject, "--hook-name", MODULE, "--text", text, "--artifact-root", tmp_path / "root"]
-    sizes = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--features", 4, "--threads", 1]
+    sizes = ["--rows", 1000, "--null-draws", 100, "--max-rows", 24, "--contexts", 4, "--threads", 1]
     sizes += ["--dataset-names", "96_spam_is", "--phase4a-results", CONTROL, "--output-dir", tmp_path / "check"]
     code, out, err = run_script(CHECK, "--checkpoint", saes, *where, *sizes)
     assert code == 0, out + err[-3000:]
