@@ -14,6 +14,7 @@ from husai.dictionaries import foreign
 from miniature import few_texts, save_miniature
 
 CHECK = "scripts/experiments/run_release_check.py"
+FEATURES = "scripts/experiments/run_feature_reliability.py"
 CONTROL = ROOT / "docs" / "evidence" / "embedded_queue" / "phase4a_trained_vs_random" / "results.json"
 INSTALL = "pip install --no-deps -r requirements-bench.txt"
 D_IN, D_SAE, K, SEEDS, CONTEXT = 16, 24, 3, (1, 2, 3, 4, 5), 32
@@ -222,3 +223,24 @@ def test_five_saes_of_a_library_go_through_the_release_check(library, trained, s
         assert heldout["l0"] == pytest.approx((features > 0).sum(1).double().mean().item(), abs=1e-5)
         assert heldout["dead_share"] == pytest.approx((features > 0).any(0).logical_not().double().mean().item())
         assert heldout["explained_variance"] > 0.1, "it has learned something"
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # of the libraries' own code
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_one_sae_of_a_library_gets_a_feature_table(library, trained, subject, corpus, run_script, tmp_path):
+    """Siblings at its width and L0 are trained here; the page stands beside the table."""
+    first = sorted(foreign.find_all([trained(library)], "--checkpoint", HOOK))[0]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in corpus))
+    where = ["--model-name", subject, "--hook-name", MODULE, "--text", text, "--artifact-root", tmp_path / "root"]
+    sizes = ["--rows", 1000, "--siblings", 5, "--tokens", 20_480, "--contexts", 6, "--threads", 1]
+    code, out, err = run_script(FEATURES, "--checkpoint", first, *where, *sizes, "--output-dir", tmp_path / "out")
+    assert code == 0, out + err[-3000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["training"]["d_sae"] == D_SAE
+    assert found["sae"]["heldout"]["explained_variance"] > 0.1
+    for sibling in found["siblings"]:
+        assert sibling["heldout"]["l0"] == pytest.approx(found["sae"]["heldout"]["l0"], rel=0.1)
+    assert len((tmp_path / "out" / "features.csv").read_text().splitlines()) == D_SAE + 1
+    assert (tmp_path / "out" / "report.html").is_file()
