@@ -72,7 +72,7 @@ class World:
     tokens: int
     d_in: int = 64
     rows: int = 40_000
-    """Of each half: SAEs and prototypes are of the first, planted directions of the second."""
+    """Rows of each half. SAEs and prototypes come from the first half, planted directions from the second."""
     features: int = 0
     learning_rate: float = 6e-3
     pooled: bool = False

@@ -21,7 +21,7 @@ from husai.report import card, glossary, markup, verdict
 from husai.report.evidence import read_phase
 from husai.report.forest import Forest
 from husai.report.markup import Scale
-from husai.report.steps import Reader, Step, next_step
+from husai.report.steps import ReportReader, Step, next_step
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file, write_json
 from test_feature_page import results as feature_results
@@ -599,7 +599,7 @@ CHECK = "python scripts/experiments/run_release_check.py --checkpoint a b 'my c'
 def step(gate: str, status: str = "MISSING", reader: dict | None = None, **figures) -> Step:
     about = {"root": "out/parts", "words": shlex.split(CHECK), "supplied": True, "hook_name": "blocks.1.hook_resid_pre"}
     about |= {"subject": "gpt2", "seeds": 5, "d_sae": 256, "k": 16} | (reader or {})
-    return next_step(verdict.Gate(gate=gate, status=status, **figures), Reader(**about))
+    return next_step(verdict.Gate(gate=gate, status=status, **figures), ReportReader(**about))
 
 
 def test_each_open_gate_ends_with_a_command_or_why_there_is_none():
@@ -620,7 +620,7 @@ def test_each_open_gate_ends_with_a_command_or_why_there_is_none():
 
 
 def test_a_flag_with_its_value_in_one_word_is_understood(root):
-    words = Reader.of([], None, root, f"{CHECK} --text=my.jsonl --null-draws=5").words
+    words = ReportReader.of([], None, root, f"{CHECK} --text=my.jsonl --null-draws=5").words
     assert words[-4:] == ["--text", "my.jsonl", "--null-draws", "5"]
     assert words[:-4] == shlex.split(CHECK)
 

@@ -33,7 +33,7 @@ class ScaleStudy:
     d_in: int
     d_sae: int
     parameters: float
-    """Of the model up to the hook: what a harvested token costs, twice that many operations."""
+    """Parameters of the model up to the hook. A harvested token costs twice as many operations."""
     tokens: float = 500e6
     saes: int = 30
     """5 seeds of 6 families."""
@@ -49,7 +49,7 @@ STUDIES = (
 
 
 def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation: float, gigabits: float) -> dict:
-    """Of one study; hours unless the name says otherwise."""
+    """Costs of one study, in hours unless the name says otherwise."""
     widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
     rates = widest["medians"]
     ours, product = rates["HUSAI, float32 product"], rates["the encoder's dense float32 product alone"]

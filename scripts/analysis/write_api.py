@@ -28,7 +28,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "One SAE": ("husai:feature_reliability", "husai.evals.reliability:Reliability"),
     "Compare decoders": (
         "husai:compare",
-        *(f"{RECURRENCE}:{name}" for name in ("Compared", "Partners", "Chance")),
+        *(f"{RECURRENCE}:{name}" for name in ("DecoderComparison", "Partners", "Chance")),
     ),
     "Open SAEs": (
         *(f"{DECODERS}:{name}" for name in ("read_decoder", "read_moments")),

@@ -65,7 +65,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """Of each data set: AUC of SAE and model on its own test rows and on its shifted version; the drop."""
+    """AUC of SAE and model on the test rows of each data set and on its shifted version, and the drop."""
     from husai.evidence.drop import CHANCE, drops
     from husai.evidence.estimates import mean_over_seeds
     from husai.evidence.schemas import Shifted

@@ -27,7 +27,7 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the members of a stack."""
+    """Shape of the members of a stack."""
 
     d_in: int
     d_out: int
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one step, for each member of a stack."""
+    """Outcome of one step, for each member of a stack."""
 
     loss: Tensor
     """`[n]`, differentiable."""

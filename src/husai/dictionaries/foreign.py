@@ -44,7 +44,7 @@ DICTIONARY_LEARNING = {
     "MatryoshkaBatchTopKSAE": ("jumprelu", True, DIRECT | {"threshold": "threshold"}),
 }
 FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", sources.GEMMA_SCOPE, checkpoints.WEIGHTS)
-"""Of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
+"""Weights files of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
 UPLOAD = "model.safetensors"
 """What uploads to the hub call the weights of any library; and language models call theirs."""
 CONFIGS = ("cfg.json", "config.json")

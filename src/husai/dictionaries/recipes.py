@@ -77,7 +77,7 @@ def settings_of(path: Path, sae: SAE) -> dict[str, Any]:
 
 
 DETAILS = ("training_architecture", "training_architecture_details", "sae_lens_training_version")
-"""Of SAELens' metadata."""
+"""Keys of SAELens' metadata that describe a training."""
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -43,7 +43,7 @@ class SAE:
     weights: dict[str, Tensor]
     architecture: str = "topk"
     k: int | None = None
-    """Of topk alone."""
+    """Active features a row, for topk alone."""
     subtract_b_dec: bool = True
     """Whether the encoder takes b_dec off its input. Transcoders do not."""
     metadata: dict = field(default_factory=dict)

@@ -52,7 +52,7 @@ class BankPlan:
     budgets: list[int]
     """Rows (tokens) that each SAE sees; each budget has a learning-rate schedule of its own."""
     rows: int
-    """Of the bank."""
+    """Rows of the bank."""
     batch_size: int
     learning_rate: float
     null_draws: int

@@ -102,7 +102,7 @@ def run_checkout(loaded: LoadedSAEs, c: LoadedSAE, pairs: Pairs, places: Places,
 
 
 def scored(subject: LanguageModel, hook_name: str, saes: list[SAE], pairs: Pairs, output_dir: Path) -> list[dict]:
-    """Of each SAE: its scores, one a pair, and `normalised`: the corrected interpretability over its bound."""
+    """Scores of each SAE, one a pair, and `normalised`: the corrected interpretability over its bound."""
     stories = [r["story1"] for r in pairs.rows] + [r["story2"] for r in pairs.rows]
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".means-") as folder:

@@ -47,7 +47,7 @@ class Pairs:
     from there, unverified; else `contrastive_local`, another metric. No gate counts the last two as CE-Bench."""
     source: str
     rows: list[dict[str, str]]
-    """Of COLUMNS."""
+    """Story pairs, each with the keys COLUMNS."""
 
     @property
     def digest(self) -> str:
@@ -199,7 +199,7 @@ def bound(d_sae: int) -> float:
 
 
 def largest_z(x: np.ndarray) -> np.ndarray:
-    """Of each row of `x [rows, n]`; 0 where all its numbers are equal."""
+    """Largest z-score of each row of `x [rows, n]`; 0 where all its numbers are equal."""
     x = x.astype(np.float64)
     centred = x - x.mean(1, keepdims=True)
     spread = centred.std(1, ddof=1)

@@ -259,7 +259,7 @@ def evaluate(
 def on_shifted(
     tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: list[str], ks: tuple[int, ...], cells: Cells
 ) -> Shifted:
-    """Of each data set: AUC of the SAEs and of the model, on its own test rows and on its shifted version."""
+    """AUC of the SAEs and of the model on the test rows of each data set and on its shifted version."""
     names = chosen.shifted
     about: dict[str, Any] = {"subject": tested.subject.activations_digest, "data_sets": names}
     about |= {"hook_name": prompts.hook_name}

@@ -45,9 +45,9 @@ class Draw:
     """SAEs of one draw of the random weights, one for each of the candidate's, in its order."""
 
     saes: ControlArm
-    """Of the activations of these weights."""
+    """SAEs of the activations of these weights."""
     gaussian: ControlArm
-    """Of Gaussian rows with the moments of these activations."""
+    """SAEs of Gaussian rows with the moments of these activations."""
 
 
 def grid_of(tested: LoadedSAEs) -> list[Member]:

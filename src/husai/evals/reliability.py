@@ -13,7 +13,7 @@ import torch
 from husai.evals import candidate, features, siblings
 from husai.evals.flags import EvalParser
 from husai.evals.loaded import LoadedSAEs
-from husai.evals.siblings import Plan
+from husai.evals.siblings import SiblingPlan
 from husai.evidence.features import Bars, FeatureReliability
 from husai.runs.cells import Cells
 from husai.runs.cli import prepare
@@ -24,12 +24,12 @@ log = logging.getLogger("husai")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Prepared:
     """What is compared, before anything is trained."""
 
     asked: LoadedSAEs
     """The user's SAEs. The first is judged."""
-    plan: Plan | None
+    plan: SiblingPlan | None
     """How siblings are trained; None: relatives take their place."""
     limits: list[str]
     """Why nothing can be certified, a sentence each."""
@@ -50,7 +50,7 @@ class Reliability:
     """Feature -> its strongest held-out contexts, and those of its nearest partner (`features.contexts`)."""
 
 
-def compare(args: argparse.Namespace, device: torch.device) -> Comparison:
+def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
     """Open the SAEs, and plan and forecast what is trained.
 
     Args:
@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Comparison:
     notes = [] if asked.said.complete else [harvesting.line(harvesting.recorded(asked.said, asked.subject))]
     if args.relatives is not None:
         limits = ["Relatives are no fresh trainings, therefore nothing is certified."]
-        return Comparison(asked, None, limits, notes, [])
+        return Prepared(asked, None, limits, notes, [])
 
     limits, more = siblings.check(asked)
     to_train = args.siblings if args.siblings is not None else 0 if others else siblings.DEFAULT
@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Comparison:
         raise BadInput("--siblings 0 with one checkpoint: one sibling expected at least")
     plan = siblings.plan(asked, to_train, args.tokens, args.train_rows, args.buffer_rows)
     forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train)
-    return Comparison(asked, plan, limits, [*notes, *more], forecast.lines())
+    return Prepared(asked, plan, limits, [*notes, *more], forecast.lines())
 
 
 def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reliability:

@@ -24,7 +24,7 @@ from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs
 from husai.evals.random_model import LEARNING_RATE, PASSES, family_of, trained_alike
-from husai.evidence.features import Training
+from husai.evidence.features import SiblingTraining
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
 from husai.runs.cells import Cells
@@ -48,7 +48,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class SiblingPlan:
     """How siblings are trained."""
 
     grid: list[Member]
@@ -74,7 +74,7 @@ class Plan:
 
 def plan(
     asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None, buffer_rows: int | None = None
-) -> Plan:
+) -> SiblingPlan:
     """The recipe of an SAE's siblings: the SAE's own where HUSAI trained it, else HUSAI's at its width and L0.
 
     Args:
@@ -97,7 +97,7 @@ def plan(
         shape = {n: made[n] for n in ("d_sae", "k", "learning_rate", "family")}
         config = replace(asked.recipe, tokens=tokens or asked.recipe.tokens)
         grid = [Member(seed=s, order_seed=s, **shape) for s in seeds]
-        return Plan(grid, config, rows, whole_batches(buffer_rows, config), True, own_tokens)
+        return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), True, own_tokens)
 
     l0 = first.record.heldout.l0
     if l0 <= 0:
@@ -109,7 +109,7 @@ def plan(
     tokens = tokens or own_tokens or PASSES * rows
     config = TrainingConfig(tokens=tokens, batch_size=min(1024, rows))
     grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, family_of(first.sae)) for s in seeds]
-    return Plan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
+    return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
 
 
 def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None:
@@ -145,7 +145,7 @@ class Forecast:
     training_seconds: float
     rotation_seconds: float
     memory_bytes: int
-    """Of the largest pass."""
+    """Memory of the largest pass."""
     disk_bytes: int
     free_bytes: int
 
@@ -162,7 +162,9 @@ class Forecast:
         ]
 
 
-def forecast(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.device, siblings: int) -> Forecast:
+def forecast(
+    asked: LoadedSAEs, made: SiblingPlan, artifact_root: Path, device: torch.device, siblings: int
+) -> Forecast:
     """What the plan takes. Times a few training steps, one batch of the model, and one product of two decoders.
 
     Args:
@@ -284,7 +286,7 @@ class Group:
     """Decoders of SAEs of Gaussian rows, trained alike; none for relatives."""
     spectrum: Spectrum | None
     """Spectrum of the activations; None for relatives."""
-    training: Training | None
+    training: SiblingTraining | None
     """How the trained siblings were made."""
     withheld: str | None
     """Why nothing may be said to be missing."""
@@ -328,7 +330,7 @@ def check(asked: LoadedSAEs) -> tuple[list[str], list[str]]:
 
 
 def compared(
-    asked: LoadedSAEs, made: Plan, cells: Cells, artifact_root: Path, device: torch.device, threads: int
+    asked: LoadedSAEs, made: SiblingPlan, cells: Cells, artifact_root: Path, device: torch.device, threads: int
 ) -> Group:
     """Train the siblings and as many SAEs of Gaussian rows; the user's further SAEs are siblings too.
 
@@ -344,7 +346,7 @@ def compared(
         recipe = made.grid, made.config
         member, config = made.grid[0], made.config
         of_store = len(store.split(config.heldout_fraction)[0])
-        training = Training(
+        training = SiblingTraining(
             family=member.family,
             d_sae=member.d_sae,
             k=member.k,
@@ -436,7 +438,9 @@ def _in_catalogue(asked: LoadedSAEs) -> list[Path]:
 # Training
 
 
-def store_of(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.device, threads: int) -> ActivationStore:
+def store_of(
+    asked: LoadedSAEs, made: SiblingPlan, artifact_root: Path, device: torch.device, threads: int
+) -> ActivationStore:
     """The activations that siblings are trained on: those that the SAE names where they are at hand, else harvested."""
     if made.recipe_known and made.rows is None:
         try:
@@ -453,13 +457,13 @@ def store_of(asked: LoadedSAEs, made: Plan, artifact_root: Path, device: torch.d
 
 def train(
     asked: LoadedSAEs,
-    made: Plan,
+    made: SiblingPlan,
     store: ActivationStore,
     cells: Cells,
     artifact_root: Path,
     device: torch.device,
     threads: int,
-) -> tuple[list[LoadedSAE], Plan]:
+) -> tuple[list[LoadedSAE], SiblingPlan]:
     """(the siblings, opened on the held-out activations; the plan that gave them).
 
     A penalised architecture can miss the SAE's L0. It is then trained once more, aimed as far to the other side.
@@ -487,7 +491,7 @@ def train(
 
 def _trained(
     asked: LoadedSAEs,
-    made: Plan,
+    made: SiblingPlan,
     store: ActivationStore,
     cells: Cells,
     artifact_root: Path,

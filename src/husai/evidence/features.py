@@ -101,7 +101,7 @@ class Decile(Strict):
     """Share that recurs in a sibling."""
 
 
-class Training(Strict):
+class SiblingTraining(Strict):
     """How siblings were trained."""
 
     family: str
@@ -129,7 +129,7 @@ class FeatureReliability(Strict):
     """Source of the text; None for the packaged one."""
     sae: SAERecord
     siblings: list[Sibling]
-    training: Training | None
+    training: SiblingTraining | None
     """None where no sibling was trained."""
     bars: Bars
     heldout_tokens: int
@@ -144,7 +144,7 @@ class FeatureReliability(Strict):
     recur_others: Interval | None
     """The same of alive features that are like no prototype; None where all are."""
     certified: Share | None
-    """Of the alive features; None where nothing can be certified."""
+    """Share of the alive features; None where nothing can be certified."""
     above_chance: Share | None
     deciles: list[Decile]
     in_every: list[Share]

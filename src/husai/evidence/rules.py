@@ -669,9 +669,9 @@ class AgainstReference:
     reference: np.ndarray
     """`[S, D]`, paired by seed."""
     explained_variance: list[float]
-    """Of each seed less its reference's, on held-out rows."""
+    """Difference of each seed to its reference, on held-out rows."""
     names: Sequence[str]
-    """Of the data sets or pairs."""
+    """Names of the data sets or pairs."""
     groups: Sequence[str]
     """Family of each data set, or cluster of each pair."""
 

@@ -120,7 +120,7 @@ class Outliers(Strict):
 
     share: Share
     explained_variance: Number
-    """Of the other rows."""
+    """Explained variance of the other rows."""
     norms: dict[str, Number]
     """Quantile -> norm of a row, of at most `activations.outliers.SAMPLE` rows; `1`: the largest of all rows."""
 
@@ -527,7 +527,7 @@ Pairs = Annotated[list[dict[str, str | dict[str, Number]]], Field(min_length=1)]
 
 
 class Spread(Strict):
-    """Of a null, over its draws, which the evidence does not keep."""
+    """Spread of a null over its draws, which the evidence does not keep."""
 
     mean: Number
     draws: Annotated[int, Field(ge=0)]
@@ -1392,7 +1392,7 @@ class RandomModelStress(Strict):
     random_models: Annotated[list[Control], Field(min_length=1)]
     """One a draw of the weights."""
     gains: list[Gain]
-    """Of the candidate over each draw."""
+    """Gains of the candidate over each draw."""
     verdict: dict[str, str]
     text: str = "packaged"
     """Source of the held-out text (`subjects.sources.TextSource`)."""
@@ -1431,7 +1431,7 @@ class TranscoderStress(Strict):
     across: Comparison
     """SAEs of the candidate against transcoders of other seeds (`stability.study.compare_across`)."""
     gain: Gain | None
-    """Of transcoders among themselves over the candidate's SAEs; None: not concluded yet."""
+    """Gain of transcoders among themselves over the candidate's SAEs; None: not concluded yet."""
     explained_variance: dict[str, Interval]
     verdict: dict[str, str]
     text: str = "packaged"
@@ -1462,7 +1462,7 @@ class Shifted(Strict):
     data_sets: Names
     families: Names
     prompts: list[int]
-    """Of each shifted version."""
+    """Number of prompts of each shifted version."""
     k: str
     random_seed: int
     llm: Model

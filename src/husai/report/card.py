@@ -13,7 +13,7 @@ from husai.report.evidence import Phase, not_run, phases, read_phase
 from husai.report.features import Table
 from husai.report.forest import Forest
 from husai.report.markup import Picture
-from husai.report.steps import Reader, general, next_step
+from husai.report.steps import ReportReader, general, next_step
 from husai.report.tiles import Good
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
@@ -94,7 +94,7 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
     decision = verdict.judge(decided, found)
     table = _last(found, "feature_reliability")
     confirmed = _last(found, "candidate_confirmation")
-    reader = Reader.of(found, decision.decision, root, command or _command_of_check(root))
+    reader = ReportReader.of(found, decision.decision, root, command or _command_of_check(root))
     order = [*PHASES]
     elsewhere = [decided, table]  # these have parts of the page of their own
     shown = sorted(
@@ -204,7 +204,7 @@ class PageSection:
 
     @property
     def took(self) -> str:
-        """Of a run that has a manifest."""
+        """Time of a run that has a manifest."""
         seconds = self.run.seconds
         assert seconds is not None
         if seconds < 90:

@@ -36,7 +36,7 @@ class Phase:
     results: dict = field(default_factory=dict)
     """Empty where they are missing, damaged, or not what the manifest names."""
     sha256: str | None = None
-    """Of results.json as it lies there."""
+    """Digest of results.json as it lies there."""
     manifest: Manifest | None = None
     seconds: float | None = None
     """What the results took: the longest run that gave them; a repeat only reads finished cells."""

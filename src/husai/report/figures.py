@@ -125,7 +125,7 @@ class Panel:
     series: Mapping[str, Sequence[dict | Interval]]
     """name -> one estimate for each x; `low` and `high` None: no interval; all None: not drawn."""
     unfinished: dict[str, list[bool]] | None = None
-    """Of each series, which of `x` are drawn hollow: training had not come to rest."""
+    """Points of each series that are drawn hollow, because training had not come to rest."""
     line: float = 0
     """Where the line beside names stands: no difference, or chance."""
 
@@ -191,7 +191,7 @@ class Points:
 
     @classmethod
     def of(cls, title: str, x_label: str, y_label: str, rows: list[dict], x: str, y: str) -> Points:
-        """Of rows that have `condition`, `family` and the estimates x and y; those without both are left out."""
+        """Points of rows that have `condition`, `family` and the estimates x and y; rows without both are left out."""
         found = [(r["condition"], r["family"], r[x], r[y]) for r in rows]
         return cls(title, x_label, y_label, [p for p in found if None not in (p[2]["estimate"], p[3]["estimate"])])
 

@@ -35,7 +35,7 @@ class Forest:
     outcomes: str
     """`8 of 13 PASS, …`."""
     claim: str | None
-    """Of one set of SAEs: its excess over the highest required null."""
+    """Excess of one set of SAEs over the highest required null."""
     scale: Scale
     rows: list[Row]
 

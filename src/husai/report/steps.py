@@ -45,7 +45,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ReportReader:
     """What the reader has run, and on what."""
 
     root: str
@@ -68,7 +68,7 @@ class Reader:
     """Command line of the selection."""
 
     @classmethod
-    def of(cls, phases: list[Phase], decision: Decision | None, root: Path, command: str | None) -> Reader:
+    def of(cls, phases: list[Phase], decision: Decision | None, root: Path, command: str | None) -> ReportReader:
         """
         Args:
             command: of the release check; None: each run's manifest names its own.
@@ -186,12 +186,12 @@ def _without(words: list[str], flag: str) -> list[str]:
 # An open gate
 
 
-def next_step(gate: Gate, reader: Reader) -> Step:
+def next_step(gate: Gate, reader: ReportReader) -> Step:
     """What can be done about a gate that is not passed."""
     return _failed(gate, reader) if gate.status == "FAIL" else _missing(gate, reader)
 
 
-def _missing(gate: Gate, reader: Reader) -> Step:
+def _missing(gate: Gate, reader: ReportReader) -> Step:
     name = gate.gate
     if name == CONTROL and not reader.supplied:  # a release check runs it itself
         return Step(
@@ -245,7 +245,7 @@ def _missing(gate: Gate, reader: Reader) -> Step:
     return Step("Run the same command again. Finished parts are read, and the missing one is computed.", reader.again())
 
 
-def _failed(gate: Gate, reader: Reader) -> Step:
+def _failed(gate: Gate, reader: ReportReader) -> Step:
     name, reached = gate.gate, {"low": gate.low, "high": gate.high, None: None}[gate.bound]
     times = None
     if gate.estimate is not None and reached is not None and gate.threshold is not None and gate.bound is not None:
@@ -288,7 +288,7 @@ def _failed(gate: Gate, reader: Reader) -> Step:
 # Beyond single gates
 
 
-def general(reader: Reader, open_gates: list[Gate], has_table: bool) -> list[tuple[str, Step]]:
+def general(reader: ReportReader, open_gates: list[Gate], has_table: bool) -> list[tuple[str, Step]]:
     """(heading, step) of what is worth doing whatever the gates say.
 
     Args:

@@ -177,7 +177,7 @@ class Gate(BaseModel):
 
     @property
     def strip(self) -> Strip:
-        """Of a gate that has a scale."""
+        """Strip of a gate that has a scale."""
         scale, estimate = self.scale, self.estimate
         assert scale is not None
         assert estimate is not None

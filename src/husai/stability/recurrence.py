@@ -339,7 +339,7 @@ def rebuilt(W_dec: Tensor, sibling: Tensor, most: int = rules.REBUILT_BY) -> tup
 
 
 @dataclass(frozen=True)
-class Compared:
+class DecoderComparison:
     """Decoders against each other; what of them needs no activations."""
 
     labels: list[str]
@@ -350,14 +350,14 @@ class Compared:
     spectral: dict[str, float] | None
     """The same of decoders rotated by the spectral null; None without a covariance."""
     partners: list[Partners]
-    """Of each decoder's features in all others."""
+    """Partners of each decoder's features in all others."""
     chances: list[Chance] | None
     prototypes: list[np.ndarray] | None
-    """Of each decoder, largest cosine with a token mean `[d_sae]`; None where these are not known."""
+    """Largest cosine of each decoder's features with a token mean `[d_sae]`; None without token means."""
 
     @cached_property
     def recurrence(self) -> list[np.ndarray]:
-        """Of each decoder, the others in which each feature recurs by decoder cosine, int `[d_sae]`."""
+        """Number of other decoders in which each feature recurs by cosine, int `[d_sae]` a decoder."""
         return [rules.recurs(p.cosines, None).sum(0) for p in self.partners]
 
     @property
@@ -367,7 +367,7 @@ class Compared:
 
     @property
     def q_values(self) -> list[np.ndarray] | None:
-        """Of the spectral null, Benjamini–Hochberg over the features of each decoder; None without a covariance."""
+        """q-values against the spectral null, Benjamini–Hochberg a decoder; None without a covariance."""
         return None if self.chances is None else [c.q_values(np.ones(len(c.p_value), bool)) for c in self.chances]
 
     def table(self, i: int = 0) -> pd.DataFrame:
@@ -406,7 +406,7 @@ def compare(
     labels: Sequence[str] | None = None,
     rotations: int | None = None,
     draws: int = 5,
-) -> Compared:
+) -> DecoderComparison:
     """Compare decoders without a model: scores of all pairs, and the recurrence of each feature.
 
     >>> import husai, numpy as np
@@ -454,7 +454,7 @@ def compare(
             matching.cosines,
         )
         found[j].features[i, matching.columns], found[j].cosines[i, matching.columns] = matching.rows, matching.cosines
-    return Compared(
+    return DecoderComparison(
         labels=names,
         scores={name: jackknife(matrix) for name, matrix in matrices.items()},
         isotropic=_null_scores(W, pairs, draws, "isotropic", nulls.isotropic),

@@ -53,7 +53,7 @@ class LanguageModel:
     """Each of transformers' modules inside `model` -> the same one of `transformer`."""
 
     dtype: DType
-    """Of weights and arithmetic."""
+    """Type of weights and arithmetic."""
     known_as: str
     """OWNER/NAME, as far as the name that it was opened by says."""
     harvesting: Harvesting = field(default_factory=Harvesting)

@@ -109,7 +109,7 @@ class Corpus:
     train: list[str]
     heldout: list[str]
     heldout_families: list[str]
-    """Of each held-out document."""
+    """Family of each held-out document."""
     dropped: int
     """Training documents that a probe or out-of-distribution set also holds; left out."""
 

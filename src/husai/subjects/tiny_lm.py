@@ -58,14 +58,14 @@ class TinyLMConfig:
     tokens: int = 24_000_000
     """Targets seen in training, repeats included."""
     batch_tokens: int = 4096
-    """Of a step, padding included."""
+    """Tokens of a step, padding included."""
     learning_rate: float = 2e-3
-    """Of Muon (matrices of the blocks; its updates have the size of AdamW's) and AdamW (everything else)."""
+    """Rate of Muon (matrices of the blocks; its updates have the size of AdamW's) and AdamW (everything else)."""
     warmup_tokens: int = 600_000
     decay_fraction: float = 0.35
     """The learning rate falls linearly to zero over this last share of the tokens."""
     weight_decay: float = 0.1
-    """Of matrices."""
+    """Decay of matrices."""
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     """Largest norm of the gradient."""

@@ -84,11 +84,11 @@ class NoiseSpread:
     """Standard deviations of a gated figure's parts, each drawn on its own."""
 
     seed: float
-    """Of a seed's effect: on each of its pairs, or on each data set."""
+    """Spread of a seed's effect on each of its pairs, or on each data set."""
     cell: float
-    """Of what a pair of seeds, or a seed on a data set, has of its own."""
+    """Spread of what a pair of seeds, or a seed on a data set, has of its own."""
     family: float = 0.0
-    """Of what the data sets of a family share."""
+    """Spread of what the data sets of a family share."""
     data_set: float = 0.0
     other: float = 0.0
     """The other arm (null, control arm, reference, the model itself) varies by itself, this many times as much."""
@@ -233,7 +233,7 @@ def _pooled(variances: Iterable[dict[str, float]]) -> NoiseSpread:
 
 
 def standard_error(gate: str, spread: NoiseSpread, seeds: int = 5) -> float:
-    """Of a gate's figure in a bundle with this noise: the unit in which effects are stated."""
+    """Standard error of a gate's figure in a bundle with this noise: the unit in which effects are stated."""
     arms = 1 + spread.other**2
     if gate in OF_PAIRS:
         return float(np.sqrt(arms * (4 * spread.seed**2 / seeds + spread.cell**2 / (seeds * (seeds - 1) / 2))))
