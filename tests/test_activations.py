@@ -119,7 +119,7 @@ def test_another_hook_position_or_subject_is_another_store(small_subject):
     ("hook", "position", "named"),
     [
         ("blocks.7.hook_resid_post", None, "--hook-name blocks.7.hook_resid_post: .*blocks.0.hook_resid_pre"),
-        ("blocks.0.attn.hook_q", None, r"--hook-name blocks.0.attn.hook_q: .*\[529, 3, 2, 8\]"),
+        ("blocks.0.attn.hook_q", None, r"--hook-name blocks.0.attn.hook_q: .*\[1, 3, 2, 8\]"),
         ("blocks.0.hook_resid_post", 3, "--position 3: .*2"),
     ],
 )

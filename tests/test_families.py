@@ -188,8 +188,8 @@ def test_every_family_recovers_known_features_at_its_target_l0(make_store, synth
         figures, _ = evaluate(t.sae, store, store.split(0.2)[1])
         assert (found > 0.9).float().mean() >= RECOVERED[family], family
         assert (before > 0.9).float().mean() < 0.1
-        assert figures["l0"] == pytest.approx(5, rel=0.1), family
-        assert figures["explained_variance"] > EXPLAINED.get(family, 0.6), family
+        assert figures.l0 == pytest.approx(5, rel=0.1), family
+        assert figures.explained_variance > EXPLAINED.get(family, 0.6), family
 
 
 def test_jumprelu_thresholds_are_calibrated():
@@ -234,6 +234,6 @@ def test_sparsity_against_explained_variance_on_modular_addition(small_activatio
     trained, _ = train(store, members, config, torch.device("cpu"), tmp_path / "s")
     figures = [evaluate(t.sae, store, store.split(0.2)[1])[0] for t in trained]
     for family, few, many in zip(SAE_FAMILIES, figures[::2], figures[1::2], strict=True):
-        assert few["l0"] < many["l0"], family
-        assert 0 < few["explained_variance"] < many["explained_variance"] < 1, family
-        assert many["explained_variance"] > 0.5, family
+        assert few.l0 < many.l0, family
+        assert 0 < few.explained_variance < many.explained_variance < 1, family
+        assert many.explained_variance > 0.5, family

@@ -539,7 +539,7 @@ def test_every_script_refuses_a_hook_before_anything_runs(script, name, refused,
     monkeypatch.setattr(lm.Inputs, "of", lambda *_, **__: pytest.fail("a text was read"))
     place = ["--model-name", "husai-tiny", "--hook-name", name, "--artifact-root", tmp_path / "root", "--threads", 1]
     place += [] if script == EXTRACT else ["--output-dir", tmp_path / "out"]
-    place += ["--checkpoint", SHIPPED] if "saebench" in script else []
+    place += ["--checkpoint", SHIPPED] if "saebench" in script or "reliability" in script else []
     refused(f"--hook-name {hook_name_of(name)}: ", script, *place)
     assert not (tmp_path / "root" / "activations").exists()
 

@@ -210,11 +210,11 @@ def test_trained_saes_code_better_than_prototypes_and_prototypes_not_than_themse
     bars = prototypes.explained_variance(made, mean, 3, store, heldout)
     assert bars.keys() == {"rows", "centroids"}
     bars = {kind: [value] * 5 for kind, value in bars.items()}
-    saes = [evaluate(t.sae, store, heldout)[0]["explained_variance"] for t in trained]
+    saes = [evaluate(t.sae, store, heldout)[0].explained_variance for t in trained]
     assert rules.code(coded(saes, **bars)).failing() == []
     g = torch.Generator().manual_seed(0)
     drawn = [x[torch.randperm(4800, generator=g)[:32]] - mean for _ in range(5)]
-    rows = [evaluate(TopKLeastSquares.of(W, mean, 3), store, heldout)[0]["explained_variance"] for W in drawn]
+    rows = [evaluate(TopKLeastSquares.of(W, mean, 3), store, heldout)[0].explained_variance for W in drawn]
     assert rules.code(coded(rows, **bars)).failing() == ["explained variance"]
 
 

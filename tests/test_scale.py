@@ -80,7 +80,9 @@ def figures(saes, store):
     found = {}
     for i, sae in enumerate(saes):
         of_one, rate = evaluate(sae, store, range(store.rows))
-        found |= {f"{name} {i}": value for name, value in of_one.items()} | {f"rate {i}": rate}
+        found |= {f"{name} {i}": value for name, value in of_one.to_json().items() if name != "outliers"} | {
+            f"rate {i}": rate
+        }
     alive = torch.ones(D_SAE, dtype=torch.bool)
     for i, j in combinations(range(len(saes)), 2):
         found |= {f"{name} {i}{j}": v for name, v in score(saes[i].W_dec, saes[j].W_dec, alive, alive, SCORES).items()}

@@ -119,6 +119,8 @@ def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) ->
     made = prototypes.of_store(asked.store, artifact_root, len(W_dec))
     cosine = prototypes.nearest(W_dec, made).double().numpy()
     tokens, means = prototypes.token_means(asked.store, True)
+    if not len(tokens):  # too few rows: no token stands there often enough
+        return Nearest(cosine, [None if value < NEAR else "centroid" for value in cosine])
     both = torch.cat([means, means - asked.store.stats()[0].float()])
     U, P = unit_rows(W_dec.float()), unit_rows(both)
     products = [(part @ P.T).max(1) for part in U.split(1024)]
@@ -182,7 +184,7 @@ def judge(
 
     # Chance: rotated siblings, and SAEs of Gaussian rows.
     tested = None
-    if group.spectrum is not None:
+    if group.spectrum is not None and certifiable:
         tested = chance(W, decoders, group.spectrum, group.gaussian, rotations, stream=("features",), device=device)
 
     # Other explanations: a prototype, or a feature that others share among them.
@@ -202,7 +204,7 @@ def judge(
         "statement": statements,
         "recurs": k,
         "siblings": np.full(len(W), n),
-        "low": low,
+        "low": low if certifiable else None,
         "certified": rules.certified(low, bars.certified_at) if certifiable else None,
         "above_chance": None if q is None else marked,
         "q_value": q,
@@ -291,7 +293,7 @@ def sum_up(
     trained = [o.heldout.explained_variance for o in group.others if o.heldout is not None and o.origin == "trained"]
     lost = asked.saes[0].record.heldout.explained_variance - float(np.mean(trained)) if trained else 0.0
     if lost > rules.UNUSUAL_EV:
-        notes = [*notes, f"The siblings explain less variance, by {lost:.3f}, therefore fewer features recur."]
+        notes = [*notes, f"The siblings explain less variance, by {lost:.3f}, therefore fewer features may recur."]
     if group.withheld is not None:
         limits = [*limits, f'No feature is called "not found", because {group.withheld}.']
     return FeatureReliability(

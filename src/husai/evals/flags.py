@@ -13,7 +13,7 @@ from husai.evidence import levels
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
-from husai.runs.cli import fraction, int_list, name_list, positive_float, positive_int
+from husai.runs.cli import fraction, index_list, int_list, name_list, positive_float, positive_int
 from husai.runs.errors import BadInput
 from husai.runs.inputs import Arguments, by_content_or_name, by_subject, not_at_all
 from husai.runs.subjects import DTYPES, with_version
@@ -363,7 +363,7 @@ class EvalParser(cli.Parser):
             help="other SAEs of the hook in place of siblings; without a name: those of SAELens' catalogue",
         )
         self.add_argument(
-            "--features", type=int_list, help="whose contexts are collected, as 12,34 (default: a sample)"
+            "--features", type=index_list, help="whose contexts are collected, as 12,34 (default: a sample)"
         )
         self.add_argument(
             "--contexts", type=positive_int, default=200, help="size of that sample (default: %(default)s)"
@@ -375,7 +375,9 @@ class EvalParser(cli.Parser):
         }
         for flag, (bar, meaning) in bars.items():
             self.add_argument(flag, type=fraction, default=bar, help=f"{meaning} (default: %(default)s)")
-        self.add_argument("--rotations", type=positive_int, help="of each sibling (default: by the number of siblings)")
+        self.add_argument(
+            "--rotations", type=positive_int, help="of all siblings alike (default: by the number of features)"
+        )
 
     def parse_feature_reliability(self, words: list[str] | None = None) -> argparse.Namespace:
         """The arguments; exit 2 where a number of siblings is negative, or flags of a training go unheard."""

@@ -63,8 +63,13 @@ def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
     width, others = asked.saes[0].sae.d_sae, len(asked.saes) - 1
     if unknown := [f for f in args.features or [] if not 0 <= f < width]:
         raise BadInput(f"--features {unknown[0]}: numbers from 0 to {width - 1} expected")
+    siblings.refuse_dead(asked.saes[0])
     notes = [] if asked.said.complete else [harvesting.line(harvesting.recorded(asked.said, asked.subject))]
     if args.relatives is not None:
+        if others:
+            raise BadInput(
+                f"--relatives: goes with one --checkpoint, whose features are judged; {others + 1} were given"
+            )
         limits = ["Relatives are no fresh trainings, therefore nothing is certified."]
         return Prepared(asked, None, limits, notes, [])
 
@@ -72,9 +77,11 @@ def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
     to_train = args.siblings if args.siblings is not None else 0 if others else siblings.DEFAULT
     if others + to_train == 0:
         raise BadInput("--siblings 0 with one checkpoint: one sibling expected at least")
+    if to_train == 0 and (args.tokens or args.buffer_rows):
+        raise BadInput("--tokens and --buffer-rows: nothing is trained for several checkpoints; --siblings N expected")
     plan = siblings.plan(asked, to_train, args.tokens, args.train_rows, args.buffer_rows)
-    forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train)
-    return Prepared(asked, plan, limits, [*notes, *more], forecast.lines())
+    forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train, args.rotations)
+    return Prepared(asked, plan, limits, [*notes, *more, *siblings.departures(asked, plan)], forecast.lines())
 
 
 def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reliability:
@@ -123,6 +130,10 @@ def feature_reliability(checkpoint: Any, model_name: str, hook_name: str, **flag
     given = {"checkpoint": checkpoint, "model_name": model_name, "hook_name": hook_name} | flags
     words = []
     for name, value in given.items():
+        if value is None or value is False:  # the flag's default
+            continue
+        if name == "features" and isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
         values = value if isinstance(value, list | tuple) else [value]
         words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, values))]
     args = p.parse_feature_reliability(words)

@@ -28,7 +28,7 @@ from husai.evidence.features import SiblingTraining
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
 from husai.runs.cells import Cells
-from husai.runs.errors import BadInput, CheckFailed
+from husai.runs.errors import BadInput, CheckFailed, Dependent
 from husai.runs.progress import progress
 from husai.stability import controls, independence, replicates
 from husai.stability.nulls import Spectrum
@@ -99,17 +99,44 @@ def plan(
         grid = [Member(seed=s, order_seed=s, **shape) for s in seeds]
         return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), True, own_tokens)
 
-    l0 = first.record.heldout.l0
-    if l0 <= 0:
-        raise BadInput(
-            f"--checkpoint: no feature of {first.folder} fires on the held-out tokens; an alive SAE expected"
-        )
-    k = first.sae.k or max(1, round(l0))
+    refuse_dead(first)
+    k = first.sae.k or max(1, round(first.record.heldout.l0))
     rows = rows or min(LANGUAGE_MODEL_ROWS, tokens or own_tokens or LANGUAGE_MODEL_ROWS)
     tokens = tokens or own_tokens or PASSES * rows
     config = TrainingConfig(tokens=tokens, batch_size=min(1024, rows))
-    grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, family_of(first.sae)) for s in seeds]
+    grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, _architecture(first.sae)) for s in seeds]
     return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
+
+
+def _architecture(sae: SAE) -> str:
+    """HUSAI's name of an SAE's architecture; topk where HUSAI trains none like it."""
+    return "relu" if sae.architecture == "standard" else family_of(sae)
+
+
+def refuse_dead(first: LoadedSAE) -> None:
+    """Raise BadInput for an SAE without an active feature, of which nothing can be said."""
+    if first.record.heldout.l0 <= 0:
+        raise BadInput(
+            f"--checkpoint: no feature of {first.folder} fires on the held-out tokens; an alive SAE expected"
+        )
+
+
+def departures(asked: LoadedSAEs, made: SiblingPlan) -> list[str]:
+    """How trained siblings differ from the SAE, or depend on each other, in more than the recipe says; sentences."""
+    if not made.grid:
+        return []
+    found, own, family = [], asked.saes[0].sae.architecture, made.grid[0].family
+    if not made.recipe_known and family not in (own, {"standard": "relu"}.get(own)):
+        found.append(f"The siblings have another architecture: {family}, where the SAE has {own}.")
+    named, text = asked.saes[0].sae.metadata.get("dataset_path"), asked.source.record().get("text")
+    if not made.recipe_known and named and str(named) not in (text or ""):
+        found.append(f"The SAE's files name the text {named}; the siblings read {text or 'the packaged text'}.")
+    if made.buffer_rows is not None:
+        found.append(
+            f"The siblings read the text in one order, which is shuffled within {made.buffer_rows:,} tokens alone. "
+            "Features may recur because of that order."
+        )
+    return found
 
 
 def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None:
@@ -163,12 +190,17 @@ class Forecast:
 
 
 def forecast(
-    asked: LoadedSAEs, made: SiblingPlan, artifact_root: Path, device: torch.device, siblings: int
+    asked: LoadedSAEs,
+    made: SiblingPlan,
+    artifact_root: Path,
+    device: torch.device,
+    siblings: int,
+    rotations: int | None = None,
 ) -> Forecast:
     """What the plan takes. Times a few training steps, one batch of the model, and one product of two decoders.
 
     Args:
-        siblings: all that the SAE is compared with.
+        siblings: all that the SAE is compared with. rotations: `recurrence.rotations_for`.
     """
     first, n = asked.saes[0].sae, len(made.grid)
     grid, config = (made.grid, made.config) if n else trained_alike(asked)
@@ -191,7 +223,10 @@ def forecast(
         passes=trainings * len(passes),
         harvest_seconds=read * _seconds_of_token(asked, device) if n else 0.0,
         training_seconds=training,
-        rotation_seconds=2 * siblings * rotations_for(first.d_sae) * _seconds_of_product(first.W_dec, device),
+        rotation_seconds=2
+        * siblings
+        * (rotations or rotations_for(first.d_sae))
+        * _seconds_of_product(first.W_dec, device),
         memory_bytes=largest,
         disk_bytes=stores + trainings * len(grid) * checkpoint,
         free_bytes=shutil.disk_usage(artifact_root).free,
@@ -315,13 +350,16 @@ def check(asked: LoadedSAEs) -> tuple[list[str], list[str]]:
     labels, decoders = [c.label for c in asked.saes], [s.W_dec for s in saes]
     refuse_unlike(labels, decoders)
     limits, notes = [], []
-    try:
-        notes = replicates.check("--checkpoint", folders, saes, [c.record.heldout for c in asked.saes])
-        independence.refuse_dependent(labels, decoders)
-    except BadInput as error:
-        if "initialis" not in str(error) and "one run" not in str(error):
-            raise
-        limits.append(f"The SAEs are no independent trainings: {error}.")
+    heldout = [c.record.heldout for c in asked.saes]
+    checks = (
+        lambda: replicates.check("--checkpoint", folders, saes, heldout),
+        lambda: independence.refuse_dependent(labels, decoders),
+    )
+    for one in checks:
+        try:
+            notes += one() or []
+        except Dependent as error:
+            limits.append(f"The SAEs are no independent trainings: {error}.")
     described = [c.sae.metadata.get("husai") or {} for c in asked.saes]
     orders = [m["order_seed"] for m in described if "order_seed" in m]
     if len(set(orders)) < len(orders):
@@ -338,12 +376,12 @@ def compared(
         CheckFailed: the siblings miss the SAE's L0.
     """
     others = [Other.of(c, "supplied") for c in asked.saes[1:]]
-    training = None
+    training, withheld = None, None
     if made.grid:
         store = store_of(asked, made, artifact_root, device, threads)
         trained, made = train(asked, made, store, cells, artifact_root, device, threads)
         others += [Other.of(c, "trained") for c in trained]
-        recipe = made.grid, made.config
+        recipe = _enough(made.grid, len(others)), made.config
         member, config = made.grid[0], made.config
         of_store = len(store.split(config.heldout_fraction)[0])
         training = SiblingTraining(
@@ -357,9 +395,10 @@ def compared(
             recipe="the SAE's own" if made.recipe_known else "HUSAI's own, at the SAE's width and L0",
             recipe_tokens=made.recipe_tokens,
         )
+        withheld = made.fewer_tokens or _fewer_rows(asked, made, store)
     else:
         recipe = trained_alike(asked)
-        store = _own_store(asked, artifact_root, device, threads)
+        store = _own_store(asked, made.rows, artifact_root, device, threads)
     noise = controls.gaussian(artifact_root, store, *recipe, device, threads)
     mean, covariance = store.stats()
     inputs = asked.inputs() | {"activations": store.digest}
@@ -369,17 +408,39 @@ def compared(
         gaussian=[d.W_dec for d in noise.dictionaries],
         spectrum=Spectrum.of(covariance, store.rows, mean),
         training=training,
-        withheld=made.fewer_tokens if made.grid else None,
+        withheld=withheld,
         inputs=inputs,
     )
 
 
-def _own_store(asked: LoadedSAEs, artifact_root: Path, device: torch.device, threads: int) -> ActivationStore:
+def _fewer_rows(asked: LoadedSAEs, made: SiblingPlan, store: ActivationStore) -> str | None:
+    """Why siblings that see the rows of a store again and again cannot show that a feature is missing.
+
+    An SAE of a stream saw each token once. The same is assumed of one whose recipe is not known.
+    """
+    once = not made.recipe_known or bool((asked.made or {}).get("streamed"))
+    if not once or made.buffer_rows is not None or made.recipe_tokens is None or store.rows >= made.recipe_tokens:
+        return None
+    return (
+        f"siblings were trained on a store of {store.rows:,} tokens, and the SAE saw {made.recipe_tokens:,}; "
+        "--train-rows or --buffer-rows gives siblings more of them"
+    )
+
+
+def _enough(grid: list[Member], n: int) -> list[Member]:
+    """At least n members, by further seeds: a permutation needs as many SAEs of Gaussian rows as siblings."""
+    last = max(m.seed for m in grid)
+    return [*grid, *(replace(grid[0], seed=last + i, order_seed=last + i) for i in range(1, n - len(grid) + 1))]
+
+
+def _own_store(
+    asked: LoadedSAEs, rows: int | None, artifact_root: Path, device: torch.device, threads: int
+) -> ActivationStore:
     """The activations that the SAEs were trained on where they are at hand, else the held-out ones."""
     if asked.made is None:
         return asked.store
     try:
-        return training_store(asked, artifact_root, None, device, threads)
+        return training_store(asked, artifact_root, rows, device, threads)
     except BadInput:
         return asked.store
 
@@ -391,7 +452,7 @@ def relatives(asked: LoadedSAEs, named: list[Path]) -> Group:
         BadInput: none can be read, or one has another d_in.
     """
     own, names = asked.saes[0], named or _in_catalogue(asked)
-    others, unread = [], []
+    others, unread, seen = [], [], {own.record.checkpoint_sha256}
     with progress("reading relatives", len(names)) as advance:
         for path in foreign.find_all(names, "--relatives", asked.hook_name) if named else names:
             try:
@@ -403,7 +464,11 @@ def relatives(asked: LoadedSAEs, named: list[Path]) -> Group:
                 continue
             finally:
                 advance(1)
-            if sha256 != own.record.checkpoint_sha256:
+            if not named and sae.d_out != own.sae.d_out:
+                unread.append(f"{path}: d_in {sae.d_out}; {own.sae.d_out} expected")
+                continue
+            if sha256 not in seen:  # releases of the catalogue share SAEs
+                seen.add(sha256)
                 others.append(Other(str(path), "relative", sha256, sae.W_dec.float().cpu(), None, None))
     if not others:
         why = f"; {unread[0]}" if unread else ""
@@ -426,7 +491,8 @@ def _in_catalogue(asked: LoadedSAEs) -> list[Path]:
         listed = catalogue.listed(model)
     except BadInput:
         listed = []
-    names = [Path(each.name) for each in listed if each.hook is not None and same_place(each.hook, hook)]
+    at_hook = [each for each in listed if each.hook is not None and same_place(each.hook, hook)]
+    names = [Path(each.name) for each in at_hook if each.judged == "yes"]
     if not names:
         raise BadInput(
             f"--relatives: SAELens' catalogue has no SAE of {model} at {hook}; names or paths of SAEs expected"
@@ -446,9 +512,7 @@ def store_of(
         try:
             return training_store(asked, artifact_root, None, device, threads)
         except BadInput:
-            log.info(
-                "the activations that the SAE was trained on are not at hand; others of the same text are harvested"
-            )
+            log.info("the activations that the SAE was trained on are not at hand; others are harvested, of --text")
     rows = made.rows or min(LANGUAGE_MODEL_ROWS, made.config.tokens)
     place = artifact_root, device, threads
     store = partial(open_store, *place, subject=asked.name, hook_name=asked.hook_name, rows=rows)
@@ -477,7 +541,7 @@ def train(
         reached = sum(s.record.heldout.l0 for s in siblings) / len(siblings)
         if same_l0(target, reached):
             return siblings, made
-        k = min(made.grid[0].d_sae, max(1, round(made.grid[0].k * target / reached)))
+        k = min(made.grid[0].d_sae, max(1, round(made.grid[0].k * target / reached))) if reached else made.grid[0].k
         if attempt == 0 and k != made.grid[0].k:
             log.warning(
                 "siblings reach an L0 of %.1f, the SAE has %.1f: trained again, aimed at %d", reached, target, k

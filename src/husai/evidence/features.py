@@ -23,7 +23,11 @@ COLUMNS: dict[str, Column] = {
     "statement": Column("string", f"what may be said of it: {', '.join(rules.STATEMENTS)}"),
     "recurs": Column("int64", "siblings in which it recurs (k)"),
     "siblings": Column("int64", "siblings that were asked (n)"),
-    "low": Column("float64", "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs"),
+    "low": Column(
+        "Float64",
+        "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs; empty where nothing can be "
+        "certified",
+    ),
     "certified": Column("boolean", "the bound reaches π; empty where nothing can be certified"),
     "above_chance": Column("boolean", "q_value is at most 0.05; empty where a test was not run"),
     "q_value": Column(

@@ -835,7 +835,7 @@ STATEMENTS = {
     "prototype-like": "lies near a token mean or a centroid, which every training finds",
     "split or merged": "does not recur; a few features of most siblings rebuild its direction",
     "not found": "does not recur, and few features of a sibling do not rebuild it",
-    "withheld": "does not recur; the siblings saw too few tokens to say that it is not to be found",
+    "withheld": "does not recur; what the SAE was compared with cannot show that it is missing",
     "dead": "does not fire on the held-out tokens",
 }
 """What may be said of a feature -> what it means."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,12 +105,22 @@ def _certified(results: dict, said: dict, bars: dict, n: int) -> str:
 
 def _chance(results: dict, said: dict) -> str:
     if results["above_chance"] is None:
-        return "Above chance: not tested, because relatives have no recipe to train SAEs of Gaussian rows by."
+        return "Above chance: not tested, for the reason below."
     return (
         f"Above chance: {results['above_chance']:.1%} of the alive features, against rotated siblings and "
         f"{results['gaussian']} SAEs of Gaussian rows. Benjamini–Hochberg controls the expected share of false ones "
-        "among those marked."
+        "among those marked. Shared draws make p-values dependent, therefore the realised share is measured "
+        f"(docs/benchmarks/feature_calibration.md).{_least(results)}"
     )
+
+
+def _least(results: dict) -> str:
+    """A sentence where so few SAEs are compared that no feature can be marked."""
+    n = len(results["siblings"])
+    least = 1 / comb(n + results["gaussian"], n)
+    if least <= rules.FALSE_SHARE:
+        return ""
+    return f" The least p-value of so few SAEs is {least:.2g}, therefore no feature can be marked."
 
 
 def _figures(results: dict) -> str:

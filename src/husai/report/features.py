@@ -169,7 +169,17 @@ def compared(found: FeatureReliability) -> str:
     if n["trained"]:
         tokens = f" on {found.training.tokens:,} tokens" if found.training else ""
         parts.append(f"{n['trained']} siblings that HUSAI trained{tokens}")
-    return f"It was compared with {' and '.join(parts)}. Siblings differ in their seed alone."
+    return f"It was compared with {' and '.join(parts)}. {_likeness(found)}"
+
+
+def _likeness(found: FeatureReliability) -> str:
+    """What siblings share with the SAE."""
+    made = found.training
+    if made is None or (made.recipe == "the SAE's own" and made.tokens == made.recipe_tokens):
+        return "Siblings differ in their seed alone."
+    if made.recipe == "the SAE's own":
+        return "Trained siblings differ from it in their seed and in the number of tokens."
+    return f"HUSAI did not train this SAE, therefore the recipe of trained siblings is {made.recipe}."
 
 
 def tiles(found: FeatureReliability) -> list[Tile]:

@@ -186,6 +186,12 @@ def int_list(text: str) -> list[int]:
     return _distinct(values, text)
 
 
+def index_list(text: str) -> list[int]:
+    """`0,8,16` -> [0, 8, 16]; distinct, from 0 on."""
+    values = [_number(part.strip(), int, lambda v: v >= 0, "a whole number of at least 0") for part in text.split(",")]
+    return _distinct(values, text)
+
+
 def name_list(text: str) -> list[str]:
     """`topk,relu` -> ["topk", "relu"]; distinct."""
     return _distinct([part.strip() for part in text.split(",")], text)

@@ -5,6 +5,10 @@ class BadInput(Exception):
     """Arguments or files that cannot be used. Exit code 2; the message says what, where, and what was expected."""
 
 
+class Dependent(BadInput):
+    """SAEs that are no independent trainings: they share a start, or are two steps of one run."""
+
+
 class CheckFailed(Exception):
     """The work was done and a required check did not hold. Exit code 1."""
 

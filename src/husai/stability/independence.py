@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from husai.evidence import rules
-from husai.runs.errors import BadInput
+from husai.runs.errors import BadInput, Dependent
 from husai.stability.compare import Dictionary
 from husai.stability.matching import unit_rows
 from husai.stability.scores import max_cosines
@@ -48,7 +48,7 @@ def refuse_dependent(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
         if a.shape == b.shape and a.shape[1] >= rules.FEW_DIMENSIONS:
             same, other, errors = same_number(a, b)
             if rules.in_one_order(same - other, errors):
-                raise BadInput(
+                raise Dependent(
                     f"{name_a} and {name_b} are not independent: the mean |cos| of features of one number is "
                     f"{same:.2f}, of features of neighbouring numbers {other:.2f}; they share their initialisation or "
                     "are two steps of one run; the last checkpoints of independent trainings expected"

@@ -10,7 +10,7 @@ from husai.dictionaries import recipes
 from husai.dictionaries.sae import SAE
 from husai.evidence import rules
 from husai.evidence.schemas import Heldout
-from husai.runs.errors import BadInput
+from husai.runs.errors import BadInput, Dependent
 from husai.subjects.hooks import same_model, same_place
 
 SHOWN = 60
@@ -105,7 +105,7 @@ def _refuse_one_start(
         starts += [] if seed is None else [f"{recipes.SEEDED[recipes.library(sae)]}: {seed}"]
         for start in starts:
             if start in seen:
-                raise BadInput(
+                raise Dependent(
                     f"{flag}: {seen[start]} and {path} share their initialisation ({start}); independently initialised "
                     "SAEs expected"
                 )
