@@ -346,9 +346,13 @@ class EvalParser(cli.Parser):
         self.add_candidate()
         self.add_argument("--siblings", type=int, help="to train (default: 14 for one checkpoint, none for several)")
         self.add_argument(
-            "--tokens", type=positive_int, help="that each sibling sees (default: as many as the SAE saw)"
+            "--tokens",
+            type=positive_int,
+            help="tokens that each sibling is trained on (default: as many as the SAE was)",
         )
-        self.add_argument("--train-rows", type=positive_int, help="of the store they are of (default: up to 1000000)")
+        self.add_argument(
+            "--train-rows", type=positive_int, help="different activations among these tokens (default: up to 1000000)"
+        )
         self.add_argument(
             "--buffer-rows",
             type=positive_int,

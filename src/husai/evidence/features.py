@@ -22,7 +22,7 @@ COLUMNS: dict[str, Column] = {
     "feature": Column("int64", "number of the feature: its row of W_dec"),
     "statement": Column("string", f"what may be said of it: {', '.join(rules.STATEMENTS)}"),
     "recurs": Column("int64", "siblings in which it recurs (k)"),
-    "siblings": Column("int64", "siblings that were asked (n)"),
+    "siblings": Column("int64", "number of siblings (n)"),
     "low": Column(
         "Float64",
         "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs; empty where nothing can be "
@@ -43,7 +43,9 @@ COLUMNS: dict[str, Column] = {
         "Float64",
         "the same, with 0 for a sibling whose feature is nearer to another one of this SAE; both tests read it",
     ),
-    "similarity_rotated": Column("Float64", "`similarity`, of siblings that are rotated alike"),
+    "similarity_rotated": Column(
+        "Float64", "`similarity` with siblings that are rotated by the spectral null, all alike"
+    ),
     "similarity_gaussian": Column("Float64", "`similarity`, of SAEs of Gaussian rows"),
     "partner_cosine": Column("float64", "mean over siblings of the decoder cosine with the one-to-one partner"),
     "partner_correlation": Column(
@@ -113,7 +115,7 @@ class SiblingTraining(Strict):
     k: int
     tokens: int
     rows: int
-    """Different activations that these tokens are of."""
+    """Different activations among these tokens."""
     learning_rate: Number
     batch_size: int
     recipe: Literal["the SAE's own", "HUSAI's own, at the SAE's width and L0"]
