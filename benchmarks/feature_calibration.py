@@ -227,7 +227,7 @@ def correlations(sae: SAE, siblings: Sequence[SAE], partner: np.ndarray, x: Tens
 def study(
     name: str, world: World, number: int, data: Data, pool: list[SAE], noise: list[SAE], n: int, fresh: list[SAE]
 ) -> dict:
-    """What is marked and certified of the first SAE of the pool and of directions planted beside it."""
+    """Marks and certificates of the first SAE of the pool and of directions planted beside it."""
     user, siblings = pool[0], pool[1 : n + 1]
     decoders, W = [s.W_dec for s in siblings], user.W_dec
     mean, covariance = data.store.stats()

@@ -1,8 +1,11 @@
 """A language model of 16 coordinates that has learned nothing, and a few short texts: what tests take in place of what
 is real, so that they take seconds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from husai.subjects import text, tiny_lm
@@ -17,6 +20,22 @@ def few_texts() -> text.Corpus:
 
 def config(n_layers: int = 2, d_model: int = 16) -> TinyLMConfig:
     return TinyLMConfig(vocabulary=400, n_layers=n_layers, d_model=d_model, n_heads=2, d_mlp=32, n_ctx=32)
+
+
+@contextmanager
+def few_documents() -> Iterator[text.Corpus]:
+    """The packaged text is `few_texts` meanwhile."""
+    corpus = few_texts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "corpus", lambda: corpus)
+        yield corpus
+
+
+def save_structured(folder: Path, documents: list[str]) -> Path:
+    """A subject with something to find: each token stands for one of 24 directions in 32 dimensions."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
+    return save_miniature(folder, documents, tokens=directions[torch.randint(24, (400,), generator=g)])
 
 
 def save_miniature(folder: Path, documents: list[str], n_layers: int = 2, tokens: torch.Tensor | None = None) -> Path:

@@ -26,10 +26,10 @@ from husai.evidence.features import COLUMNS, FeatureReliability
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability.recurrence import NONE
-from husai.subjects import pretrained, text
+from husai.subjects import pretrained
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
-from miniature import few_texts, save_miniature
+from miniature import few_documents, save_structured
 
 SCRIPT = "scripts/experiments/run_feature_reliability.py"
 HOOK, ROWS, CPU = "blocks.1.hook_resid_pre", 3000, torch.device("cpu")
@@ -37,9 +37,7 @@ HOOK, ROWS, CPU = "blocks.1.hook_resid_pre", 3000, torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    corpus = few_texts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "corpus", lambda: corpus)
+    with few_documents() as corpus:
         yield corpus
 
 
@@ -50,10 +48,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(few, root):
-    """A subject with something to find: each token stands for one of 24 directions."""
-    g = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
-    return save_miniature(root / "subject", few.train, tokens=directions[torch.randint(24, (400,), generator=g)])
+    return save_structured(root / "subject", few.train)
 
 
 @pytest.fixture(scope="module")

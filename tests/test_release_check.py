@@ -34,11 +34,10 @@ from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.runs.folder import Run
-from husai.subjects import text
 from husai.subjects.sources import TextSource
 from husai.training.grid import SNAPSHOTS, members, train_or_find
 from husai.training.trainer import TrainingConfig
-from miniature import few_texts, save_miniature
+from miniature import few_documents, save_miniature
 
 CHECK = "scripts/experiments/run_release_check.py"
 CONFIRMATION = "scripts/experiments/run_candidate_confirmation.py"
@@ -50,9 +49,7 @@ SIZES += ["--dataset-names", "87_glue_cola", "--phase4a-results", PHASE4A]
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    corpus = few_texts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "corpus", lambda: corpus)
+    with few_documents() as corpus, pytest.MonkeyPatch.context() as patch:
         patch.setitem(data_sets.FAMILIES["ood"], "shifted", ["66_living-room_OOD"])
         patch.setattr(supplied, "NOISE_SEEDS", (43,))
         patch.setattr(supplied, "KS", [5])

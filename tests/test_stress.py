@@ -27,10 +27,9 @@ from husai.evidence.schemas import (
 from husai.release import recompute
 from husai.runs.cells import Cells
 from husai.stability import controls, study
-from husai.subjects import text
 from husai.training.grid import members, train_or_find
 from husai.training.trainer import TrainingConfig
-from miniature import few_texts, save_miniature
+from miniature import few_documents, save_miniature, save_structured
 
 RANDOM_MODEL = "scripts/experiments/run_random_model_stress_eval.py"
 TRANSCODER = "scripts/experiments/run_transcoder_stress_eval.py"
@@ -41,9 +40,7 @@ KEPT = ("seed", "checkpoint_sha256", "heldout")
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    corpus = few_texts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "corpus", lambda: corpus)
+    with few_documents() as corpus:
         yield corpus
 
 
@@ -54,11 +51,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def structured(few, root):
-    """A subject with something to find: each token stands for one of 24 directions."""
-    g = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
-    tokens = features[torch.randint(24, (400,), generator=g)]
-    return save_miniature(root / "structured", few.train, tokens=tokens)
+    return save_structured(root / "structured", few.train)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
 
 
 def streams(memory: dict) -> list[str]:
-    """What a stream takes in place of a bank.
+    """Cost of a stream in place of a bank.
 
     Args:
         memory: of docs/benchmarks/streaming_memory.json.

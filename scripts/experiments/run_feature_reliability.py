@@ -54,7 +54,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     device = prepare(args.device, args.threads)
     from husai.evals import reliability
     from husai.evidence.features import dictionary
-    from husai.report import feature_summary
+    from husai.report import figures
     from husai.report.features import feature_page
     from husai.runs.files import write_json, write_text
 
@@ -68,7 +68,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     write_text(files["columns.md"], dictionary())
     write_json(files["contexts.json"], found.contexts)
     write_text(files["report.html"], feature_page(results, found.table, found.contexts))
-    return results, [*files.values(), *feature_summary.figures(results, found.table, out / "figures")]
+    return results, [*files.values(), *figures.of_features(results, found.table, out / "figures")]
 
 
 def summary(results: dict) -> str:

@@ -53,7 +53,7 @@ HASHED = 2**28 - 1
 
 @dataclass(frozen=True)
 class Hook:
-    """What two short inputs say of a hook point."""
+    """Facts of a hook point, from two short inputs."""
 
     d_in: int
     """Width of its rows."""
@@ -62,7 +62,7 @@ class Hook:
 
 
 def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> dict[str, Hook]:
-    """What each hook is; a warning for rows of the token alone, which are held out by token.
+    """Facts of each hook; a warning for rows of the token alone, which are held out by token.
 
     Raises:
         BadInput: the subject has no such hook, or it never fires, or its rows are none of a text.

@@ -316,7 +316,7 @@ def _refuse_contradiction(said: dict[str, dict], trained: str, where: str) -> No
 
 
 def _runner(folder: Path, where: str) -> list[Described]:
-    """What the configuration of a SAELens 6 run says; empty where the file is missing."""
+    """Settings in the configuration of a SAELens 6 run; empty where the file is missing."""
     if not (folder / RUNNER).is_file():
         return []
     runner, at = read_json(folder / RUNNER, "checkpoint"), f"checkpoint: {folder / RUNNER}"

@@ -46,7 +46,7 @@ DICTIONARY_LEARNING = {
 FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", sources.GEMMA_SCOPE, checkpoints.WEIGHTS)
 """Weights files of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
 UPLOAD = "model.safetensors"
-"""What uploads to the hub call the weights of any library; and language models call theirs."""
+"""Name of the weights in uploads to the hub, of any library and of language models."""
 CONFIGS = ("cfg.json", "config.json")
 # Tensors beside the weights that say nothing about encode or decode, or that are read by themselves.
 BESIDE = {"k", "group_sizes", "feature_counts"}
@@ -277,7 +277,7 @@ def _hookpoint(folder: Path) -> dict[str, str]:
 
 
 def _sparsify_run(folder: Path, k: int) -> list[Described]:
-    """What sparsify's configuration of the run, one or more levels up, says; empty where there is none."""
+    """Settings in sparsify's configuration of the run, one or more levels up; empty where there is none."""
     for place in list(folder.resolve().parents)[:3]:
         at = place / "config.json"
         config = read_json(at, "checkpoint") if at.is_file() else None

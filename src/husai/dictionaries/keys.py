@@ -66,7 +66,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Described:
-    """What a file says, by meaning."""
+    """Contents of a file, by meaning."""
 
     computes: dict[str, Any] = field(default_factory=dict)
     activations: dict[str, Any] = field(default_factory=dict)

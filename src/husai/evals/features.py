@@ -142,7 +142,7 @@ def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) ->
 
 @dataclass(frozen=True)
 class Judged:
-    """What is known of an SAE's features."""
+    """The table of an SAE's features, and the figures that it rests on."""
 
     table: pd.DataFrame
     """`evidence.features.COLUMNS`, one row a feature."""
@@ -196,7 +196,7 @@ def judge(
     certified_at = bars.certified_at if certifiable else None
     statements = rules.statements(k, low, marked, near.cosine >= NEAR, split, ~alive, n, certified_at, withheld)
 
-    best = found.cosines.argmax(0)
+    best = found.best
     partner, cosine = (values[best, np.arange(len(W))] for values in (found.features, found.cosines))
     rate = own.firing_rate.double().numpy()
     columns: dict[str, Any] = {
@@ -210,7 +210,7 @@ def judge(
         "q_value": q,
         "p_rotation": tested and tested.p_rotation,
         "p_permutation": tested and tested.p_permutation,
-        "similarity": tested.similarity if tested else np.mean([_largest(W, d) for d in decoders], axis=0),
+        "similarity": tested.similarity if tested else similarity(W, decoders),
         "similarity_mutual": tested and tested.mutual,
         "similarity_rotated": tested and tested.rotated,
         "similarity_gaussian": tested and tested.gaussian,
@@ -253,14 +253,13 @@ def rebuilt_in(W_dec: Tensor, siblings: Sequence[Tensor], missing: np.ndarray) -
 
 def _aligned(sae: SAE) -> np.ndarray:
     """Cosine between the encoder and the decoder direction of each feature, `[d_sae]`."""
-    pairs = (unit_rows(W.float().cpu()) for W in (sae.W_enc.T, sae.W_dec))
-    encoder, decoder = pairs
+    encoder, decoder = (unit_rows(W.float().cpu()) for W in (sae.W_enc.T, sae.W_dec))
     return (encoder * decoder).sum(1).double().numpy()
 
 
-def _largest(W: Tensor, decoder: Tensor) -> np.ndarray:
-    a, b = unit_rows(W), unit_rows(decoder)
-    return torch.cat([(part @ b.T).amax(1) for part in a.split(1024)]).double().numpy()
+def similarity(W_dec: Tensor, siblings: Sequence[Tensor]) -> np.ndarray:
+    """Mean over siblings of each feature's largest cosine with a feature of the sibling, `[d_sae]`."""
+    return np.mean([prototypes.nearest(W_dec, unit_rows(s)).double().numpy() for s in siblings], axis=0)
 
 
 def _mean_of_known(values: np.ndarray) -> np.ndarray:
@@ -271,7 +270,7 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What sums it up
+# Summary
 
 
 def sum_up(
@@ -404,7 +403,7 @@ def contexts(asked: LoadedSAEs, group: Group, judged: Judged, features: list[int
         {"<feature>": {"contexts": [{"text": [piece, …], "values": [activation, …]}], "partner": None or {"sibling",
         "feature", "cosine", "contexts"}}}
     """
-    best, partner, others = judged.partners.cosines.argmax(0), judged.partners.features, group.others
+    best, partner, others = judged.partners.best, judged.partners.features, group.others
     theirs = [
         [f for f in features if best[f] == i and partner[i, f] != NONE and o.sae is not None]
         for i, o in enumerate(others)

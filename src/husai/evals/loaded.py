@@ -110,7 +110,7 @@ class LoadedSAEs:
 
     @property
     def other_model(self) -> str | None:
-        """What the files of the SAEs call their model, where that is no name of the subject (--same-model)."""
+        """Name of the model in the files of the SAEs, where it is no name of the subject (--same-model)."""
         names = (other_model(c.sae, self.subject.known_as) for c in self.opened)
         return next((name for name in names if name), None)
 
@@ -415,7 +415,7 @@ def in_order(saes: list[Ordered]) -> list[Ordered]:
 
 
 def other_model(sae: SAE, subject: str) -> str | None:
-    """What an SAE without a subject's digest calls its model, where that is no name of the subject."""
+    """Name of the model in an SAE without a subject's digest, where it is no name of the subject."""
     made_for = sae.metadata.get("model_name")
     named = made_for is not None and facts_of(sae).subject_digest is None
     return str(made_for) if named and not same_model(str(made_for), subject) else None

@@ -25,7 +25,7 @@ log = logging.getLogger("husai")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is compared, before anything is trained."""
+    """A comparison before anything is trained."""
 
     asked: LoadedSAEs
     """The user's SAEs. The first is judged."""
@@ -34,9 +34,9 @@ class Prepared:
     limits: list[str]
     """Why nothing can be certified, a sentence each."""
     notes: list[str]
-    """What a reader should know of the SAEs, a sentence each."""
+    """Notes on the SAEs for the reader, a sentence each."""
     forecast: list[str]
-    """What the training takes, as text."""
+    """Time, memory and disk of the training, as text."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from husai.activations.source import LANGUAGE_MODEL_ROWS, open_store
 from husai.activations.store import ActivationStore
 from husai.activations.stream import ActivationStream
 from husai.dictionaries import catalogue, foreign, recipes
+from husai.dictionaries.families import FAMILIES
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded
@@ -29,7 +30,7 @@ from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed, Dependent
-from husai.runs.progress import progress
+from husai.runs.progress import duration, progress
 from husai.stability import controls, independence, replicates
 from husai.stability.nulls import Spectrum
 from husai.stability.recurrence import refuse_unlike, rotations_for
@@ -126,7 +127,7 @@ def departures(asked: LoadedSAEs, made: SiblingPlan) -> list[str]:
     if not made.grid:
         return []
     found, own, family = [], asked.saes[0].sae.architecture, made.grid[0].family
-    if not made.recipe_known and family not in (own, {"standard": "relu"}.get(own)):
+    if not made.recipe_known and own != FAMILIES[family].ARCHITECTURE:
         found.append(f"The siblings have another architecture: {family}, where the SAE has {own}.")
     named, text = asked.saes[0].sae.metadata.get("dataset_path"), asked.source.record().get("text")
     if not made.recipe_known and named and str(named) not in (text or ""):
@@ -153,12 +154,12 @@ def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it will take
+# Forecast
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take, by a measurement of a few steps on this machine."""
+    """Time, memory and disk of a run, by a measurement of a few steps on this machine."""
 
     saes: int
     """Siblings, and SAEs of Gaussian rows: as many, or one for each SAE where no sibling is trained."""
@@ -182,8 +183,8 @@ class Forecast:
         return [
             f"{self.saes} SAEs on {self.tokens:,} tokens each, {self.rows:,} different ones; "
             f"{self.passes} pass{'es' if self.passes > 1 else ''} over the data",
-            f"time about {_duration(seconds)}: activations {_duration(self.harvest_seconds)}, training "
-            f"{_duration(self.training_seconds)}, rotations {_duration(self.rotation_seconds)}",
+            f"time about {duration(seconds)}: activations {duration(self.harvest_seconds)}, training "
+            f"{duration(self.training_seconds)}, rotations {duration(self.rotation_seconds)}",
             f"memory about {self.memory_bytes / 1e9:.1f} GB, disk about {self.disk_bytes / 1e9:.1f} GB "
             f"({self.free_bytes / 1e9:.0f} GB free)",
         ]
@@ -197,7 +198,7 @@ def forecast(
     siblings: int,
     rotations: int | None = None,
 ) -> Forecast:
-    """What the plan takes. Times a few training steps, one batch of the model, and one product of two decoders.
+    """Forecast of a plan. Times a few training steps, one batch of the model, and one product of two decoders.
 
     Args:
         siblings: all that the SAE is compared with. rotations: `recurrence.rotations_for`.
@@ -283,15 +284,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What an SAE is compared with
+# Comparison
 
 
 @dataclass(frozen=True)

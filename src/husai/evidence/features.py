@@ -77,7 +77,7 @@ def dictionary() -> str:
 
 
 class Bars(Strict):
-    """What decides; each is a flag."""
+    """Bars that decide; each is a flag."""
 
     cosine: Number = levels.RECURS_COSINE
     correlation: Number = levels.RECURS_CORRELATION
@@ -162,8 +162,8 @@ class FeatureReliability(Strict):
     among_siblings: list[Share]
     """Share of each sibling's features with a partner in the others."""
     limits: list[str]
-    """What narrows the statements, a sentence each."""
+    """Limits of the statements, a sentence each."""
     notes: list[str]
-    """What a reader should know of the SAEs, a sentence each."""
+    """Notes on the SAEs for the reader, a sentence each."""
     table_sha256: Sha256
     """Digest of features.csv."""

@@ -125,7 +125,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _names(found: Retrained | Supplied, seeds: list[str]) -> list[str]:
-    """What a reader calls the SAEs: their folders where these differ, else their seeds."""
+    """Names of the SAEs for the reader: their folders where these differ, else their seeds."""
     if isinstance(found, Retrained):
         return [f"seed {seed}" for seed in seeds]
     names = [PurePosixPath(found.paths[seed]).name for seed in seeds]

@@ -838,7 +838,7 @@ STATEMENTS = {
     "withheld": "does not recur; what the SAE was compared with cannot show that it is missing",
     "dead": "does not fire on the held-out tokens",
 }
-"""What may be said of a feature -> what it means."""
+"""Statement about a feature -> its meaning."""
 
 
 def recurs(
@@ -902,7 +902,7 @@ def statements(
     share: float | None,
     withheld: bool,
 ) -> np.ndarray:
-    """What may be said of each feature, one of STATEMENTS, `[features]`.
+    """Statement about each feature, one of STATEMENTS, `[features]`.
 
     Args:
         recurrent: siblings in which it recurs. bounds: their Clopper–Pearson bounds. marked: above chance. prototype:

@@ -1366,7 +1366,7 @@ class Supplied(Evaluation):
     notes: list[str] = []
     """What a reader must know of the SAEs (`stability.replicates`)."""
     same_model: str | None = None
-    """What the SAEs' files call their model, where --same-model alone says that it is the subject."""
+    """Name of the model in the SAEs' files, where --same-model alone says that it is the subject."""
     harvesting: Harvested | None = None
     """How the SAEs' activations were made. Absent for SAEs that HUSAI trained in its own way."""
 

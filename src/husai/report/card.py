@@ -18,6 +18,7 @@ from husai.report.tiles import Good
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
 from husai.runs.folder import Manifest
+from husai.runs.progress import duration
 
 PHASES = {
     "candidate_confirmation": ("Confirmation", "How good and how stable are the selected SAEs on fresh seeds?"),
@@ -207,6 +208,4 @@ class PageSection:
         """Time of a run that has a manifest."""
         seconds = self.run.seconds
         assert seconds is not None
-        if seconds < 90:
-            return f"{seconds:.0f} s"
-        return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return duration(seconds)

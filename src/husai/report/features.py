@@ -22,10 +22,11 @@ from pydantic import ValidationError
 
 from husai.evidence import rules
 from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.evidence.schemas import Interval
 from husai.report import glossary
 from husai.report.evidence import Phase
-from husai.report.feature_summary import percent
 from husai.report.markup import TEMPLATES, environment
+from husai.report.text import percent
 from husai.report.tiles import Tile
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def feature_page(results: dict, table: pd.DataFrame, contexts: Mapping[str, dict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is embedded
+# Embedded data
 
 
 def encoded(values: list) -> list:
@@ -152,11 +153,11 @@ def embedded(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the page says
+# Sentences and tiles
 
 
 def peers(found: FeatureReliability) -> str:
-    """What the SAE was compared with: siblings, or relatives, which are no fresh trainings."""
+    """Name of the SAEs that it was compared with: siblings, or relatives, which are no fresh trainings."""
     return "relatives" if any(s.origin == "relative" for s in found.siblings) else "siblings"
 
 
@@ -173,7 +174,7 @@ def compared(found: FeatureReliability) -> str:
 
 
 def _likeness(found: FeatureReliability) -> str:
-    """What siblings share with the SAE."""
+    """Sentence on what siblings share with the SAE."""
     made = found.training
     if made is None or (made.recipe == "the SAE's own" and made.tokens == made.recipe_tokens):
         return "Siblings differ in their seed alone."
@@ -188,7 +189,7 @@ def tiles(found: FeatureReliability) -> list[Tile]:
     at = f"{100 * found.bars.certified_at:g}\u00a0%"
     word = peers(found)
     alive = f"of {found.alive:,} alive features"
-    above = "Not tested." if found.above_chance is None else f"{100 * found.above_chance:.1f} %"
+    above = "Not tested." if found.above_chance is None else percent(found.above_chance)
     sure = "none" if found.certified is None else f"{said.get('certified', 0):,}"
     needed = rules.siblings_needed(found.bars.certified_at)
     few = f" This takes at least {needed} siblings." if n < needed else ""
@@ -198,7 +199,6 @@ def tiles(found: FeatureReliability) -> list[Tile]:
         else f"They recur in at least {at} of trainings, and more than by chance. Up to 5 % of the features below that "
         f"share may be certified.{few}"
     )
-    recur = percent(found.recur.to_json())
     return [
         Tile("Certified", sure, alive, note),
         Tile(
@@ -206,8 +206,8 @@ def tiles(found: FeatureReliability) -> list[Tile]:
         ),
         Tile(
             f"Recur in a {word.removesuffix('s')}",
-            recur.partition(" [")[0],
-            _bounds(recur, word),
+            percent(found.recur.estimate),
+            _bounds(found.recur, word),
             f"The mean over {n} {word}.",
         ),
         Tile("Prototype-like", f"{said.get('prototype-like', 0):,}", alive, "They lie near the mean of a token."),
@@ -246,6 +246,7 @@ class Table:
         return cls(found.sae.label, compared(found), tiles(found), [*found.limits, *found.notes], link)
 
 
-def _bounds(text: str, word: str) -> str:
-    ends = text.partition(" [")[2].rstrip("]").replace("-", "−")
-    return f"{ends.replace(', ', ' to ')} % over {word}" if ends else ""
+def _bounds(e: Interval, word: str) -> str:
+    if e.low is None or e.high is None:
+        return ""
+    return f"{100 * e.low:.1f} to {percent(e.high)} over {word}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""What a reader can do about an open gate: one command in the reader's own paths, or why none applies."""
+"""The reader's next step at an open gate: one command in the reader's own paths, or why none applies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNKNOWN = "These SAEs do not say how they were trained"
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next."""
+    """Next step."""
 
     text: str
     command: str | None
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ReportReader:
-    """What the reader has run, and on what."""
+    """The reader's runs, and their subjects."""
 
     root: str
     """Folder of the results, as the reader names it."""
@@ -164,7 +164,7 @@ def _words(command: str) -> list[str]:
 
 
 def _end_of_values(words: list[str], i: int) -> int:
-    """Where the values of the flag at `i` end."""
+    """End of the values of the flag at `i`."""
     return next((j for j in range(i + 1, len(words)) if words[j].startswith("--")), len(words))
 
 
@@ -187,7 +187,7 @@ def _without(words: list[str], flag: str) -> list[str]:
 
 
 def next_step(gate: Gate, reader: ReportReader) -> Step:
-    """What can be done about a gate that is not passed."""
+    """Next step at a gate that is not passed."""
     return _failed(gate, reader) if gate.status == "FAIL" else _missing(gate, reader)
 
 

@@ -23,6 +23,17 @@ def interval(e: dict | Interval, sign: str = "") -> str:
     )
 
 
+def percent(share: float) -> str:
+    """`5.0 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def percent_interval(e: dict) -> str:
+    """`5.0 % [3.6, 6.4]`; the share alone where there is no interval."""
+    bounds = "" if e["low"] is None else f" [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
+    return percent(e["estimate"]) + bounds
+
+
 GAINS = ("observed", *GATED_NULLS)
 """Estimates of a `Gain`: of `mcc_alive` itself, and of its excess over each required null."""
 GAIN_HEADER = ["gain of `mcc_alive`", *(f"over {null}" for null in COMPARED_NULLS)]

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from husai.evidence import levels, rules
 from husai.evidence.quality import Quality
 from husai.report.evidence import Phase
+from husai.report.text import percent
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Tile:
     spread: str
     """How the SAEs differ."""
     note: str
-    """What to compare the value with."""
+    """Value to compare with."""
     places: list[float] = field(default_factory=list)
     """Value of each SAE, in per cent of the line from 0 to 1."""
     bound: float | None = None
@@ -61,10 +62,6 @@ def spread(values: list[float], form: str) -> str:
     low, high = (f"{x:{form}}".replace("-", "−").replace("%", " %") for x in (min(values), max(values)))
     n = f"{len(values)} SAE{'s' if len(values) != 1 else ''}"
     return f"{low} in each of {n}" if low == high and len(values) > 1 else f"{low} to {high} in {n}"
-
-
-def percent(x: float) -> str:
-    return f"{100 * x:.1f} %"
 
 
 def tiles(q: Quality) -> list[Tile]:

@@ -111,7 +111,7 @@ class Gate(BaseModel):
 
     @property
     def shows(self) -> str:
-        """What its pass shows."""
+        """Meaning of a pass."""
         return SHOWN.get(self.gate, "")
 
     @property
@@ -138,7 +138,7 @@ class Gate(BaseModel):
 
     @property
     def power(self) -> str | None:
-        """What the gate could have seen, and how the figure moves without one SAE."""
+        """Effect that the gate could have seen, and how the figure moves without one SAE."""
         if self.passes_at_no_effect is None or self.effect_for_80 is None:
             return None
         sentence = (

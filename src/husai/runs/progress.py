@@ -13,6 +13,13 @@ SECONDS_BETWEEN_LINES = 30.0
 _shown = None  # the bars on the terminal: one that begins inside another is a line below it
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`. `done` of `total` was finished by an earlier run and does not count in the speed."""

@@ -73,6 +73,11 @@ class Partners:
     features: np.ndarray  # int [siblings, d_sae]; NONE where a smaller sibling leaves a feature without a partner
     cosines: np.ndarray  # float64 [siblings, d_sae], decoder cosines with them; negative ones count 0
 
+    @property
+    def best(self) -> np.ndarray:
+        """Sibling with the most similar partner of each feature, int `[d_sae]`."""
+        return self.cosines.argmax(0)
+
 
 def partners(W_dec: Tensor, siblings: Sequence[Tensor]) -> Partners:
     """Match `W_dec [d_sae, d_in]` with each sibling `[m, d_in]` by signed cosine."""
@@ -100,7 +105,7 @@ class Neighbours:
 def neighbours(
     W_dec: Tensor, siblings: Sequence[Tensor], bfloat16: bool = False, device: torch.device | str = "cpu"
 ) -> Neighbours:
-    """Which features of `W_dec [d_sae, d_in]` and of each sibling `[m, d_in]` are nearest to each other.
+    """Nearest features of `W_dec [d_sae, d_in]` in each sibling `[m, d_in]`, and whether they are so mutually.
 
     Memory: the rounded dictionaries, and BLOCK × m cosines a few times.
 
@@ -228,7 +233,7 @@ def permutation_p_values(siblings: Tensor, gaussian: Tensor, draws: int = DRAWS)
 
 @dataclass(frozen=True)
 class Chance:
-    """What chance explains of each feature, `[d_sae]` each."""
+    """Likeness of each feature that chance explains, `[d_sae]` each."""
 
     similarity: np.ndarray  # mean over siblings of the largest signed cosine
     mutual: np.ndarray  # the same, 0 where another feature of the SAE is nearer; the tests read it

@@ -97,7 +97,7 @@ class Harvesting:
 
     @classmethod
     def read(cls, metadata: dict[str, Any], hook_name: str, where: str) -> Harvesting:
-        """What the files of an SAE say.
+        """Harvesting as the files of an SAE describe it.
 
         Args:
             metadata: `SAE.metadata` (`dictionaries.keys`). hook_name: the place that is read. where: names the SAE in
@@ -152,7 +152,7 @@ class Harvesting:
     # On a subject
 
     def on(self, tokenizer: Any, n_ctx: int, centred: bool | None) -> Harvesting:
-        """What departs from HUSAI's own way on a subject; two that are equal make the same activations.
+        """Departures from HUSAI's own way on a subject; two that are equal make the same activations.
 
         Args:
             n_ctx: most tokens that the model reads.
@@ -196,7 +196,7 @@ class Harvesting:
         )
 
     def without_subject(self) -> Harvesting:
-        """What departs from HUSAI's own way, as far as that can be said without the subject."""
+        """Departures from HUSAI's own way, as far as they can be told without the subject."""
         return Harvesting(
             seqpos_slice=self._positions(ENDLESS),
             exclude_special_tokens=self.exclude_special_tokens or None,
@@ -248,7 +248,7 @@ class Harvesting:
         return keep
 
     def read_by_sae(self, x: Tensor, hook_name: str, heads: int) -> Tensor:
-        """What an SAE reads of a hook's output.
+        """Input of an SAE at a hook.
 
         Args:
             x: `[…, d]`, heads side by side. heads: number of attention heads.
@@ -278,16 +278,16 @@ class Harvesting:
         return slice(self.hook_head_index * size, (self.hook_head_index + 1) * size)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """What the model runs under."""
+        """Context that the model runs in."""
         return torch.autocast(device.type, torch.bfloat16, enabled=bool(self.autocast_lm))
 
 
 KEYS = tuple(f.name for f in fields(Harvesting) if f.compare)
-"""What can be said, in SAELens' names."""
+"""Names of the values, as SAELens has them."""
 
 
 def begins_of(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before every text, where that is the BOS token."""
+    """Tokens that a tokenizer puts before every text, where they are the BOS token."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -341,7 +341,7 @@ def refuse_other(said: Harvesting, wanted: Harvesting, made: Harvesting, where: 
 
 
 def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
-    """What was applied, a value a key: `unknown` where no file says it and HUSAI's own way stands.
+    """Values that were applied, by key: `unknown` where no file says it and HUSAI's own way stands.
 
     Args:
         said: by the files of all SAEs. subject: the `LanguageModel` that makes their activations, where it is at hand.
@@ -365,7 +365,7 @@ def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """What `recorded` gives, in one line."""
+    """The values of `recorded` in one line."""
     multiple = found.get("max_norm_multiple")
     given = [f"{name} {v}" for name, v in found.items() if v != UNKNOWN and name != "max_norm_multiple"]
     silent = [name for name, value in found.items() if value == UNKNOWN]
