@@ -154,7 +154,8 @@ def oracle(bundle: Bundle, gate: str) -> Oracle:
         return x
 
     if gate == "transcoder":
-        found = [of_pairs(matrix(files[gate]["across"], null), level) for null in GATED_NULLS]
+        asked = [*(("mcc_alive", null) for null in GATED_NULLS), ("mcc_alive_abs", "spectral")]
+        found = [of_pairs(matrix(files[gate]["across"], null, score), level) for score, null in asked]
         return min(found, key=lambda e: e.mean - e.half)
     if gate == "random_model":
         section, controls = files[gate]["section"], files[gate]["random_models"]

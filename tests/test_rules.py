@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from husai.evidence import random_model, rules, transcoder
+from husai.evidence import levels, random_model, rules, transcoder
 from husai.evidence.estimates import Estimate
+from husai.evidence.names import GAP, GATED_NULLS, PAIRED
 from husai.evidence.schemas import RandomModelStress, Shifted, TranscoderStress
 from husai.release import gate
 from husai.release.gate import GATES, Bundle, Thresholds, decide
@@ -181,7 +182,34 @@ def test_a_caller_may_ask_for_more():
     stress = TranscoderStress.model_validate(results("transcoder"))
     arms = stress.setting, stress.section, stress.transcoder, stress.across
     assert rules.transcoder(*arms).failing() == []
-    assert rules.transcoder(*arms, minimum=10.0).failing() == ["isotropic", "spectral", "gaussian"]
+    assert rules.transcoder(*arms, minimum=10.0).failing() == [*rules.CHANCE]
+
+
+@pytest.mark.parametrize(("name", "score", "null"), [(n, *of) for n, of in rules.CHANCE.items()])
+def test_transcoders_must_exceed_each_control_of_stability_by_its_minimum(name, score, null):
+    """Page and gate, with one excess brought to either side of the registered minimum."""
+    for excess, outcome in ((0.015, rules.FAIL), (levels.MIN_STABILITY_EXCESS + 0.005, rules.PASS)):
+        found = results("transcoder")
+        for pair in found["across"]["pairs"]:
+            spread = pair["observed"]["mcc_alive"] - 0.4  # of seeds and pairs
+            pair[null] = pair[null] | {score: pair["observed"][score] - excess - spread / 100}
+        stress = TranscoderStress.model_validate(found)
+        arms = stress.setting, stress.section, stress.transcoder, stress.across
+        assert rules.transcoder(*arms).failing() == ([name] if outcome == rules.FAIL else [])
+        assert page("transcoder", found) == status("transcoder", found) == outcome
+
+
+def test_transcoders_matched_by_signed_cosines_alone_are_missing_evidence():
+    def change(found: dict) -> None:
+        for pair in found["across"]["pairs"]:
+            for name in ("observed", *GATED_NULLS):
+                pair[name] = {n: pair[name][n] for n in (*PAIRED, GAP)}
+        scores = found["across"]["stability"]["scores"]
+        found["across"]["stability"]["scores"] = {n: scores[n] for n in PAIRED}
+        found["across"]["others"] = None
+
+    found = results("transcoder", change)
+    assert page("transcoder", found) == status("transcoder", found) == rules.MISSING
 
 
 def test_each_gain_over_each_draw_is_asked():

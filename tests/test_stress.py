@@ -276,8 +276,9 @@ def test_transcoders_find_what_the_candidate_found(stress, structured, saes, roo
     sides = [[study.own_dictionary(folder) for folder in side] for side in (sorted(saes.iterdir()), trained)]
     first, second = results["across"]["pairs"][0], results["across"]["pairs"][-1]
     for pair, (i, j) in ((first, (0, 1)), (second, (3, 4))):
-        both = [matched_mean(sides[0][a], sides[1][b]) for a, b in ((i, j), (j, i))]
-        assert pair["observed"]["mcc_alive"] == pytest.approx(np.mean(both), abs=1e-5)
+        for score, worth in (("mcc_alive", lambda c: np.maximum(c, 0)), ("mcc_alive_abs", np.abs)):
+            both = [matched_mean(sides[0][a], sides[1][b], worth) for a, b in ((i, j), (j, i))]
+            assert pair["observed"][score] == pytest.approx(np.mean(both), abs=1e-5)
 
     assert problems(results) == []
     for change, reason in (
@@ -316,10 +317,10 @@ def test_transcoders_find_what_the_candidate_found(stress, structured, saes, roo
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
-def matched_mean(a, b) -> float:
-    """Mean positive cosine of the best assignment of the alive features of two dictionaries."""
+def matched_mean(a, b, worth_of) -> float:
+    """Mean worth of the best assignment of the alive features of two dictionaries."""
     x, y = (torch.nn.functional.normalize(d.W_dec[d.alive].double(), dim=1).numpy() for d in (a, b))
-    worth = np.maximum(x @ y.T, 0)
+    worth = worth_of(x @ y.T)
     return worth[linear_sum_assignment(worth, maximize=True)].mean()
 
 

@@ -73,8 +73,8 @@ def parse():
     p.add_argument(
         "--min-transcoder-delta",
         type=finite_float,
-        default=levels.MIN_TRANSCODER_EXCESS,
-        help="of mcc_alive (default: %(default)s)",
+        default=levels.MIN_STABILITY_EXCESS,
+        help="of mcc_alive over each control (default: %(default)s)",
     )
     p.add_argument(
         "--max-ood-drop", type=nonnegative_float, default=levels.MAX_OOD_DROP, help="AUC (default: %(default)s)"

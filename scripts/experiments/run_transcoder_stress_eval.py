@@ -105,8 +105,7 @@ def arms_of(results) -> dict:
 
 
 def summary(results: dict) -> str:
-    from husai.evidence import contrast
-    from husai.evidence.names import GATED_NULLS
+    from husai.evidence import contrast, rules
     from husai.evidence.schemas import OwnSection, Section, TranscoderStress
     from husai.report.text import at_rest, gain_sentence, interval, stand_in, strata, table
 
@@ -115,9 +114,11 @@ def summary(results: dict) -> str:
     assert found.gain is not None  # the seeds are the candidate's
     rows = []
     for name, study in arms_of(found).items():
-        score = study.stability.scores["mcc_alive"]
-        rows.append([name, interval(score.observed), *(interval(score.excess[null], "+") for null in GATED_NULLS)])
-    header = ["", "`mcc_alive`", *(f"excess over {null}" for null in GATED_NULLS)]
+        scores = study.stability.scores
+        excesses = [scores[s].excess[null] if s in scores else None for s, null in rules.CHANCE.values()]
+        known = [interval(e, "+") if e else "not computed" for e in excesses]
+        rows.append([name, interval(scores["mcc_alive"].observed), *known])
+    header = ["", "`mcc_alive`", *(f"excess over {control}" for control in rules.CHANCE)]
     arms: dict[str, OwnSection | Section] = {"candidate": found.section, "transcoders": found.transcoder}
     heldout = [
         [name, *(interval(contrast.heldout(arm, f)) for f in ("explained_variance", "l0", "dead_share"))]
@@ -138,7 +139,8 @@ def summary(results: dict) -> str:
             "",
             *table(["", "held-out explained variance", "L0", "dead features"], heldout),
             "",
-            "The first line is judged: the SAE of each seed against the transcoders of the other seeds. Reported "
+            "The first line is judged: the SAE of each seed against the transcoders of the other seeds. *Absolute* "
+            "stands for matches by |cos|. Reported "
             "beside it: transcoders among themselves less the candidate's SAEs among themselves, "
             f"{gain_sentence(found.gain)}. Training of transcoders was at rest: {at_rest(found.transcoder)}. SAEs read "
             "what they reconstruct, transcoders have to compute it: what each explains is no contest.",

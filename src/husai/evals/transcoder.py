@@ -13,7 +13,7 @@ from husai.activations.store import ActivationStore
 from husai.evals import random_model
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAEs
-from husai.evidence.names import PAIRED
+from husai.evidence.names import ACROSS, PAIRED
 from husai.evidence.schemas import Comparison, Drawn, OwnSection, Section, Setting
 from husai.evidence.transcoder import hook_before
 from husai.runs.cells import Cells
@@ -115,6 +115,6 @@ def sections(
         draws,
         threads,
         (gaussian.dictionaries, noise.dictionaries),
-        PAIRED,
+        ACROSS,
     )
     return own, (transcoders, drawn), across

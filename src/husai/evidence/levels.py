@@ -13,7 +13,8 @@ K = 5
 """Number of features of a probe at which differences are taken."""
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
-"""Excess of `mcc`, and of the share of features matched at 0.7 or more, over each control."""
+"""Excess of `mcc`, and of the share of features matched at 0.7 or more, over each control. Excess of `mcc` between the
+candidate's SAEs and transcoders likewise."""
 MIN_CODE_GAIN = 0.01
 """Gain of explained variance, and of CE recovered, over the best kind of dictionary of prototypes."""
 MIN_RECOVERY = 0.8
@@ -32,8 +33,6 @@ def random_subject(subject_digest: str, seed: int) -> str:
     return digest([subject_digest, random_weights(seed)])
 
 
-MIN_TRANSCODER_EXCESS = 0.0
-"""Lower end of the excess of the score between the candidate's SAEs and transcoders, over each required null."""
 MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0

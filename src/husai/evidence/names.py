@@ -9,7 +9,9 @@ OTHERS = ("mcc_others", "mcc_others_abs", "share70_others")
 SCORES = ("pwmcc", "mcc", "share70", *ALIVE)
 PAIRED = ("mcc_alive", "share70_alive")
 """Scores of one matching, which suffice for a control of many studies."""
-SCORED = (PAIRED, ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
+ACROSS = ("mcc_alive", "mcc_alive_abs", "share70_alive")
+"""Scores of the candidate's SAEs against transcoders, by signed and absolute cosines."""
+SCORED = (PAIRED, ACROSS, ALIVE, (*ALIVE, *OTHERS), SCORES, (*SCORES, *OTHERS))
 """The scores that a study may hold."""
 PRIMARY_SCORE = "mcc_alive"
 GATED_NULLS = ("isotropic", "spectral", "gaussian")

@@ -527,8 +527,8 @@ RANDOM_MODEL = Rule(
 TRANSCODER = Rule(
     "transcoder",
     "excess of the score between the candidate and transcoders",
-    *("low", ">", levels.MIN_TRANSCODER_EXCESS),
-    "the interval of the excess between the candidate and transcoders lies above {threshold} over each required null",
+    *("low", ">", levels.MIN_STABILITY_EXCESS),
+    "the interval of the excess between the candidate and transcoders lies above {threshold} over each control",
     "the excess between the candidate and transcoders is not shown to be above {threshold} over {which}",
 )
 OOD = Rule(
@@ -592,7 +592,7 @@ def transcoder(
     level: float = 0.95,
     minimum: float | None = None,
 ) -> Shown:
-    """The candidate's features are found by transcoders of other seeds, more than each required null explains.
+    """The candidate's features are found by transcoders of other seeds, more than each control of stability explains.
 
     Args:
         section: the candidate's SAEs among themselves. transcoders: transcoders among themselves. across: the one
@@ -618,7 +618,9 @@ def transcoder(
     noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
     require(len(noise) == 1, "SAEs and transcoders of different Gaussian rows")
     against_every_null(across)
-    excess = {null: jackknife(across.scores(null), level) for null in GATED_NULLS}
+    scored = all(score in across.stability.scores for score, _ in CHANCE.values())
+    require(scored, "candidate and transcoders were not matched by absolute cosines")
+    excess = {name: jackknife(across.scores(null, score), level) for name, (score, null) in CHANCE.items()}
     return TRANSCODER.shown(excess, len(setting.seeds), minimum)
 
 
@@ -977,9 +979,9 @@ def table() -> str:
         f"over SAEs trained alike on the random-weights subject is above {RANDOM_MODEL.threshold:g}: the gain of "
         f"`{PRIMARY_SCORE}` and of its excess over each required null, in each of {len(levels.RANDOM_DRAWS)} draws of "
         "the weights",
-        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of the excess of `{PRIMARY_SCORE}` "
-        "between the candidate's SAEs and transcoders of other seeds is above the minimum "
-        f"({TRANSCODER.threshold:g} where none is set) over each required null",
+        "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of each of these is above the minimum "
+        f"({TRANSCODER.threshold:g} where none is set, as in phase 4a): the excess of `{PRIMARY_SCORE}` between the "
+        f"candidate's SAEs and transcoders of other seeds, {over_nulls}",
         "single features, recurs": f"in a sibling: signed decoder cosine with the one-to-one partner of at least "
         f"{RECURS_COSINE:g}, and held-out correlation with it of at least {RECURS_CORRELATION:g}",
         "single features, certified": f"the one-sided {100 * CERTIFIED_LEVEL:g} % Clopper–Pearson bound of k of n "

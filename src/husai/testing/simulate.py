@@ -164,7 +164,7 @@ def measure(evidence: Path) -> Noise:
         "code": map(_of_seeds, gained),
         "fit": [_of_seeds([h.explained_variance for h in heldout])],
         "random_model": map(_of_matrix, gains),
-        "transcoder": [_of_matrix(across.scores(null)) for null in GATED_NULLS],
+        "transcoder": [_of_matrix(across.scores(null, score)) for score, null in rules.CHANCE.values()],
         "ood": [_of_sets(drop.drops(shift, shift.k), shift.families)],
         "saebench": _differences(_results(evidence / "saebench_husai_tiny", Probing)),
         "cebench": _differences(_results(evidence / "phase4e_cebench_matched200", Contrastive)),
