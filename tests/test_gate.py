@@ -630,6 +630,13 @@ def test_no_damage_of_a_place_gets_through(good):
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
 
 
+def test_strata_are_required_of_each_draw_of_the_random_weights(good):
+    cases = damage.of_values(good, np.random.default_rng(0))
+    cases = [c for c in cases if re.fullmatch(r"random_model/random_models/\d/strata", c.place)]
+    assert len(cases) > 20
+    assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
+
+
 def test_no_damage_of_a_ledger_gets_through():
     """At the second attempt, where the first one is not the last entry. What was said of an earlier attempt beside its
     configuration counts for nothing, because its number alone is read."""

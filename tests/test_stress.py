@@ -187,7 +187,8 @@ def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
         scored, alike, gaussian = studied(store)
         subject = {"subject_digest": levels.random_subject(section.subject_digest, draw)}
         control, noise = dict(alike) | subject, gaussian.model_copy(update=subject)
-        drawn.append(Control(**control, stability=scored.stability, pairs=scored.pairs, gaussian=noise))
+        scores = {n: getattr(scored, n) for n in ("stability", "pairs", "strata")}
+        drawn.append(Control(**control, **scores, gaussian=noise))
     shown = rules.random_model(section, drawn)
     assert {"draw 0, over gaussian", "draw 1, over gaussian", "draw 2, over gaussian"} <= set(shown.failing())
     assert shown.estimates["draw 0, the score itself"].low > 0.01, "the score alone would have passed"

@@ -678,10 +678,15 @@ class Comparison(Scored, OnStore):
             raise ValueError("others: expected with scores of features that are like no prototype, and else null")
         if self.others is not None and (len(self.others) != len(self.stability.labels) or min(self.others) < 0):
             raise ValueError("others: a number of features of each SAE expected")
-        pairs: list[dict] = self.pairs
-        if not self.strata and any(p["observed"].get(PRIMARY_SCORE, 0) > 0 for p in pairs):
-            raise ValueError("strata: expected where features match")
+        _strata_where_matched(self, self.strata)
         return self
+
+
+def _strata_where_matched(scored: Scored, strata: list[Stratum]) -> None:
+    """Raise ValueError for features that match and are not reported in strata."""
+    pairs: list[dict] = scored.pairs
+    if not strata and any(p["observed"].get(PRIMARY_SCORE, 0) > 0 for p in pairs):
+        raise ValueError("strata: expected where features match")
 
 
 M = TypeVar("M", bound="TrainedMember | OwnMember")
@@ -1331,8 +1336,12 @@ class Control(Scored, Alike):
 
     gaussian: Alike
     """SAEs of Gaussian rows with the moments of these activations."""
-    strata: Strata = []
-    """Empty in results that are older than this field."""
+    strata: Strata
+
+    @model_validator(mode="after")
+    def _all_reported(self) -> Control:
+        _strata_where_matched(self, self.strata)
+        return self
 
 
 class Harvested(Strict):

@@ -84,7 +84,6 @@ OPEN = {
     r"phase4a/husai/members/\d+/(curve|aux_steps)(/.*)?": "drawn",
     r"phase4a/husai/gaussian/members/\d+/(seed|checkpoint)": "of modular addition's control; null where not known",
     A_SECTION + r"/gaussian/members/\d+/checkpoint": "where it lies",
-    r"random_model/random_models/\d+/strata(/.*)?": "reported; results that are older than this field hold none",
     r"random_model/random_models/\d+/members/\d+/checkpoint": "where it lies; null where the user supplied it",
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
