@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from husai.dictionaries import jumprelu, matryoshka
-from husai.dictionaries.families import FAMILIES, SAE_FAMILIES
+from husai.dictionaries.families import FAMILIES, SAE_FAMILIES, family_of
 from husai.dictionaries.family import Batch, Shape
 from husai.dictionaries.sae import SAE
 from husai.stability.scores import max_cosines
@@ -81,6 +81,16 @@ def plain_loss(family, p, x, y, k, dead):
         target = error.detach()
         loss = loss + (target - revived @ p["W_dec"][dead]).square().sum() / target.square().sum() / 32
     return loss
+
+
+def test_a_family_is_found_by_what_its_saes_are():
+    """By SAELens' name, which the trained SAE bears, and by HUSAI's own."""
+    for name in SAE_FAMILIES:
+        architecture = FAMILIES[name].ARCHITECTURE
+        assert architecture == FAMILIES[family_of(architecture)].ARCHITECTURE
+        assert family_of(name) == name
+    assert (family_of("standard"), family_of("jumprelu")) == ("relu", "jumprelu")
+    assert family_of("temporal") == "topk", "HUSAI trains none like it"
 
 
 @pytest.mark.parametrize("dead_counts", [(0, 0), (4, 0), (1, 20)])

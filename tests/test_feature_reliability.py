@@ -17,7 +17,7 @@ from husai.activations import language_model as lm
 from husai.activations import source
 from husai.dictionaries import checkpoints, recipes
 from husai.dictionaries.sae import SAE
-from husai.evals import features, siblings
+from husai.evals import features, random_model, siblings
 from husai.evals.contexts import CONTEXTS, strongest_contexts
 from husai.evals.loaded import LoadedSAEs, heldout_store, open_all
 from husai.evidence import rules
@@ -213,17 +213,20 @@ def test_own_recipe(asked):
     assert siblings.plan(asked, 4, 100, None).fewer_tokens is not None
 
 
-def test_unknown_recipe(asked):
+@pytest.mark.parametrize(("architecture", "k", "family"), [("topk", 1, "topk"), ("standard", None, "relu")])
+def test_unknown_recipe(asked, architecture, k, family):
     """Of an SAE from elsewhere, width, architecture and measured L0 are kept; nothing may be said to be missing."""
     c = asked.saes[0]
-    sae = SAE(c.sae.weights, "topk", 1, c.sae.subtract_b_dec, {"hook_name": HOOK})
+    sae = SAE(c.sae.weights, architecture, k, c.sae.subtract_b_dec, {"hook_name": HOOK})
     facts = c.record.facts.model_copy(update={"source": "SAELens"})
-    other = replace(c, sae=sae, record=c.record.model_copy(update={"facts": facts}))
-    made = siblings.plan(replace(asked, saes=[other]), 3, None, 500)
+    other = replace(asked, saes=[replace(c, sae=sae, record=c.record.model_copy(update={"facts": facts}))])
+    made = siblings.plan(other, 3, None, 500)
+    assert siblings.departures(other, made) == []
+    assert {m.family for m in random_model.trained_alike(other)[0]} == {family}, "controls too"
     assert not made.recipe_known
     assert made.rows == 500
     assert made.fewer_tokens is not None
-    assert {(m.family, m.d_sae, m.k) for m in made.grid} == {("topk", 48, 1)}
+    assert {(m.family, m.d_sae, m.k) for m in made.grid} == {(family, 48, 1)}
 
 
 @pytest.mark.parametrize(

@@ -480,6 +480,9 @@ def test_saes_of_activations_made_otherwise(check, root, subject):
     for record in confirmed["bank"]["saebench"]["saes"]:
         assert record["heldout"]["explained_variance"] == pytest.approx(1, abs=1e-5)
         assert record["core"]["ce_loss_score"] == pytest.approx(1, abs=1e-3)
+    reached = [m["heldout"]["l0"] for m in confirmed["section"]["gaussian"]["members"]]
+    assert reached == pytest.approx([15] * 5, rel=0.1)
+    assert len(list((root / "controls").glob("checkpoints/*/relu_*"))) == 5, "as the SAEs are ReLU SAEs"
     applied = confirmed["harvesting"]
     assert applied["center_writing_weights"] is True
     assert (applied["context_size"], applied["prepend_bos"], applied["autocast_lm"]) == (12, False, "unknown")

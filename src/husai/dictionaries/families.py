@@ -17,3 +17,13 @@ FAMILIES: dict[str, ModuleType] = {
     "skip_transcoder": skip_transcoder,
 }
 SAE_FAMILIES = tuple(name for name in FAMILIES if "transcoder" not in name)
+
+
+def family_of(architecture: str) -> str:
+    """Family that trains SAEs of an architecture, in SAELens' name; `topk` where HUSAI trains none like it.
+
+    Several families give `jumprelu`; the one of that name is meant.
+    """
+    if architecture in SAE_FAMILIES:
+        return architecture
+    return next((name for name in SAE_FAMILIES if architecture == FAMILIES[name].ARCHITECTURE), "topk")

@@ -10,8 +10,7 @@ import torch
 
 from husai.activations.store import ActivationStore
 from husai.dictionaries import foreign
-from husai.dictionaries.families import SAE_FAMILIES
-from husai.dictionaries.sae import SAE
+from husai.dictionaries.families import family_of
 from husai.evals import loaded
 from husai.evals.candidate import activations_of, training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, in_order
@@ -73,14 +72,10 @@ def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
     rows = tested.store.rows
     config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
     grid = [
-        Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae))
+        Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae.architecture))
         for i, c in enumerate(tested.saes)
     ]
     return grid, config
-
-
-def family_of(sae: SAE) -> str:
-    return sae.architecture if sae.architecture in SAE_FAMILIES else "topk"
 
 
 def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:

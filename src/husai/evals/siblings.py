@@ -18,13 +18,13 @@ from husai.activations.source import LANGUAGE_MODEL_ROWS, open_store
 from husai.activations.store import ActivationStore
 from husai.activations.stream import ActivationStream
 from husai.dictionaries import catalogue, foreign, recipes
-from husai.dictionaries.families import FAMILIES
+from husai.dictionaries.families import FAMILIES, family_of
 from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs
-from husai.evals.random_model import LEARNING_RATE, PASSES, family_of, trained_alike
+from husai.evals.random_model import LEARNING_RATE, PASSES, trained_alike
 from husai.evidence.features import SiblingTraining
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
@@ -105,13 +105,8 @@ def plan(
     rows = rows or min(LANGUAGE_MODEL_ROWS, tokens or own_tokens or LANGUAGE_MODEL_ROWS)
     tokens = tokens or own_tokens or PASSES * rows
     config = TrainingConfig(tokens=tokens, batch_size=min(1024, rows))
-    grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, _architecture(first.sae)) for s in seeds]
+    grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, family_of(first.sae.architecture)) for s in seeds]
     return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
-
-
-def _architecture(sae: SAE) -> str:
-    """HUSAI's name of an SAE's architecture; topk where HUSAI trains none like it."""
-    return "relu" if sae.architecture == "standard" else family_of(sae)
 
 
 def refuse_dead(first: LoadedSAE) -> None:
