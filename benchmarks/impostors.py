@@ -61,7 +61,7 @@ from husai.stability.compare import Dictionary, scores_of
 from husai.stability.matching import unit_rows
 from husai.stability.prototypes import TopKLeastSquares, clusters, commonest, distinct
 from husai.stability.scores import mcc
-from husai.stability.study import control_apart, told_apart
+from husai.stability.study import control_apart, with_nearest_prototype
 from husai.subjects.planted import generate
 from husai.training.grid import members
 from husai.training.trainer import Training, TrainingConfig, evaluate, train
@@ -372,7 +372,7 @@ def study(data: Data, directions: list[Tensor], variances: list[float], number: 
     at = SEEDS * (number // 2 % (len(data.gaussian) // SEEDS))  # the studies of one part are every second number
     noise = [Dictionary(sae.W_dec, torch.ones(sae.d_sae, dtype=torch.bool)) for sae in data.gaussian[at : at + SEEDS]]
     noise = control_apart(noise, data.prototypes)
-    five = told_apart([Dictionary(W, everything[: len(W)]) for W in directions], data.prototypes)
+    five = with_nearest_prototype([Dictionary(W, everything[: len(W)]) for W in directions], data.prototypes)
     m = {name: np.zeros((SEEDS, SEEDS)) for name in (*OLD, *rules.STABLE)}
     for i, j in combinations(range(SEEDS), 2):
         a, b = five[i], five[j]

@@ -159,7 +159,7 @@ def test_dry_run(reliability, saes):
 def test_the_forecast_counts_all_that_is_trained(asked, root):
     """Siblings and as many SAEs of Gaussian rows; of supplied siblings, the Gaussian ones alone."""
     for to_train, trained in ((0, 5), (2, 4)):
-        found = siblings.forecast(asked, siblings.plan(asked, to_train, None, None), root, CPU, 4)
+        found = siblings.forecast(asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4)
         assert found.saes == trained
         assert found.training_seconds > 0
 
@@ -203,14 +203,14 @@ def test_bad_input(reliability, saes, flags, named):
 
 def test_own_recipe(asked):
     """Siblings of an SAE that HUSAI trained differ in their seeds alone, and share none with it."""
-    made = siblings.plan(asked, 4, None, None)
+    made = siblings.make_plan(asked, 4, None, None)
     own = asked.saes[0].sae.metadata["husai"]
     assert made.config == asked.recipe
     assert made.recipe_known
     assert made.fewer_tokens is None
     assert {(m.family, m.d_sae, m.k, m.learning_rate) for m in made.grid} == {("topk", 48, 1, own["learning_rate"])}
     assert len({m.seed for m in made.grid} | {c.facts.seed for c in asked.saes}) == 9
-    assert siblings.plan(asked, 4, 100, None).fewer_tokens is not None
+    assert siblings.make_plan(asked, 4, 100, None).fewer_tokens is not None
 
 
 @pytest.mark.parametrize(("architecture", "k", "family"), [("topk", 1, "topk"), ("standard", None, "relu")])
@@ -220,7 +220,7 @@ def test_unknown_recipe(asked, architecture, k, family):
     sae = SAE(c.sae.weights, architecture, k, c.sae.subtract_b_dec, {"hook_name": HOOK})
     facts = c.record.facts.model_copy(update={"source": "SAELens"})
     other = replace(asked, saes=[replace(c, sae=sae, record=c.record.model_copy(update={"facts": facts}))])
-    made = siblings.plan(other, 3, None, 500)
+    made = siblings.make_plan(other, 3, None, 500)
     assert siblings.departures(other, made) == []
     assert {m.family for m in random_model.trained_alike(other)[0]} == {family}, "controls too"
     assert not made.recipe_known
@@ -255,7 +255,7 @@ def test_l0_is_matched(asked, root, monkeypatch):
         return [replace(c, record=c.record.model_copy(update={"heldout": heldout}))]
 
     monkeypatch.setattr(siblings, "_trained", trained)
-    plan = siblings.plan(asked, 1, None, None)
+    plan = siblings.make_plan(asked, 1, None, None)
     plan = replace(plan, grid=[replace(plan.grid[0], k=10)])
     _, made = siblings.train(asked, plan, None, Cells(root / "cells"), root, CPU, 1)
     assert tried[0] == 10

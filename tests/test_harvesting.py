@@ -20,7 +20,7 @@ from husai.activations.stream import ActivationStream
 from husai.evals import loaded, random_model, supplied, transcoder
 from husai.evals.loaded import Opener
 from husai.runs.errors import BadInput
-from husai.runs.subjects import as_said
+from husai.runs.subjects import with_stated_version
 from husai.stability import study
 from husai.subjects import pretrained, text
 from husai.subjects.harvesting import UNKNOWN, Harvesting, agreed, line, recorded, refuse_other
@@ -343,15 +343,15 @@ def test_ways_that_differ_are_refused():
 
 
 def test_revision_and_dtype_agree_with_the_command_line(tmp_path):
-    assert as_said("pythia-70m", None, None) == "pythia-70m"
-    assert as_said("pythia-70m", "step3000", "bfloat16") == "pythia-70m@step3000#bfloat16"
-    assert as_said("pythia-70m@step3000", "step3000", None) == "pythia-70m@step3000"
-    assert as_said("pythia-70m#bfloat16", None, "bfloat16", "bfloat16") == "pythia-70m#bfloat16"
+    assert with_stated_version("pythia-70m", None, None) == "pythia-70m"
+    assert with_stated_version("pythia-70m", "step3000", "bfloat16") == "pythia-70m@step3000#bfloat16"
+    assert with_stated_version("pythia-70m@step3000", "step3000", None) == "pythia-70m@step3000"
+    assert with_stated_version("pythia-70m#bfloat16", None, "bfloat16", "bfloat16") == "pythia-70m#bfloat16"
     snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "607a30d7"
     snapshot.mkdir(parents=True)
     (refs := tmp_path / "models--acme--tiny" / "refs").mkdir()
     (refs / "step1000").write_text("607a30d7")
-    assert as_said(snapshot, "step1000", None) == str(snapshot)
+    assert with_stated_version(snapshot, "step1000", None) == str(snapshot)
     for wrong in (
         ("pythia-70m@step1000", "step3000", None),
         ("pythia-70m#bfloat16", None, "float32"),
@@ -360,7 +360,7 @@ def test_revision_and_dtype_agree_with_the_command_line(tmp_path):
         (snapshot, "step2000", None),
     ):
         with pytest.raises(BadInput, match=r"step|bfloat16"):
-            as_said(*wrong)
+            with_stated_version(*wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_an_sae_exact_on_its_own_activations_is_exact_here(folder, corpus, metad
     opened = loaded.load(args, torch.device("cpu"), opener)
     for c in opened.saes:
         assert c.record.heldout.explained_variance == pytest.approx(1, abs=1e-4)
-    record = recorded(opened.said, opened.subject)
+    record = recorded(opened.harvesting, opened.subject)
     assert record["revision"] == UNKNOWN
     made = opened.store.manifest.harvesting
     assert all(record[name] == value for name, value in made.items() if name != "seqpos_slice")
@@ -475,6 +475,6 @@ def test_rows_of_large_norm_are_left_out_of_every_store(folder, corpus, tmp_path
     saes = [save_sae(tmp_path / "s", exact(torch.eye(D)))]
     opened = loaded.load(arguments(tmp_path, folder(), saes, max_norm_multiple=1.1), torch.device("cpu"))
     assert opened.saes[0].record.heldout.dropped.max_norm_multiple == 1.1
-    assert recorded(opened.said, opened.subject)["max_norm_multiple"] == 1.1
+    assert recorded(opened.harvesting, opened.subject)["max_norm_multiple"] == 1.1
     with pytest.raises(BadInput, match="--max-norm-multiple"):
         ActivationStream(subject, [HOOK], lm.Inputs.of(subject, documents, 100, 0), 64)

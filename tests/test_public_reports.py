@@ -270,7 +270,7 @@ def test_activations_made_otherwise_are_not_taken_silently(about, applied, looke
             looked_over(*given)
     else:
         assert len(looked_over(*given)) == 3
-        assert loaded.agreed_by(looked_over.args, opener)[1].to_json() == applied
+        assert loaded.subject_and_harvesting(looked_over.args, opener)[1].to_json() == applied
 
 
 def test_same_model_is_in_record_and_decision():

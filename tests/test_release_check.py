@@ -24,7 +24,7 @@ from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded, supplied
 from husai.evals.inputs import by_named_checkpoint
-from husai.evals.loaded import facts_of
+from husai.evals.loaded import read_facts
 from husai.evidence import data_sets
 from husai.evidence.schemas import OODStress, RandomModelStress, Supplied, TranscoderStress
 from husai.release import gate, recompute
@@ -455,7 +455,7 @@ def test_metadata_that_husai_did_not_write_is_refused():
     weights = {"W_enc": torch.ones(2, 4), "b_enc": torch.zeros(4), "W_dec": torch.ones(4, 2), "b_dec": torch.zeros(2)}
     for made in ({"training": {"tokens": 1000.5}}, {"source": 5}, {"seed": "1"}, {"training": {}}, [1]):
         with pytest.raises(BadInput):
-            facts_of(SAE(weights, "topk", 2, metadata={"husai": made}), 2.0)
+            read_facts(SAE(weights, "topk", 2, metadata={"husai": made}), 2.0)
 
 
 @pytest.mark.nightly

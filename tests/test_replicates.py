@@ -179,9 +179,9 @@ def test_seeds_differ_in_no_setting_that_changes_training():
 
 def test_saes_are_called_by_their_folders(tmp_path):
     folders = [sparsify(tmp_path / "mine", seed) for seed in (1, 2)]
-    names = loaded.names_of(folders)
+    names = loaded.user_names(folders)
     assert [*names.values()] == ["run_seed1/layers.1", "run_seed2/layers.1"]
-    assert [*loaded.names_of([folders[0] / "sae.safetensors"]).values()] == ["layers.1"]
+    assert [*loaded.user_names([folders[0] / "sae.safetensors"]).values()] == ["layers.1"]
     file = tmp_path / "mine" / "ae_7.pt"
     file.write_bytes(b"")
-    assert loaded.names_of([*folders, file])[file] == "ae_7.pt"
+    assert loaded.user_names([*folders, file])[file] == "ae_7.pt"

@@ -766,7 +766,9 @@ def test_a_control_without_others_counts_whole():
     g = torch.Generator().manual_seed(0)
     W, alive = torch.randn(40, 12, generator=g), torch.ones(40, dtype=torch.bool)
     of = torch.nn.functional.normalize(W[:35], dim=1)
-    (own,), (control,) = (tell([Dictionary(W, alive)], of) for tell in (study.told_apart, study.control_apart))
+    (own,), (control,) = (
+        tell([Dictionary(W, alive)], of) for tell in (study.with_nearest_prototype, study.control_apart)
+    )
     assert own.others.sum() <= 5
     assert control.others.all()
 

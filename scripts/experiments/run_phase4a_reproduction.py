@@ -178,7 +178,7 @@ def trained(args, cells, device, protocol: dict):
     steps = arms[0].snapshot_steps
     arguments = cells, store, own_saes, steps, protocol["null_draws"], args.threads, gaussian
     scores = protocol.get("scores", SCORES)
-    section, drawn = study.score_trained(*arguments, random_model=random_model, scores=scores, of=of)
+    section, drawn = study.score_trained(*arguments, random_model=random_model, scores=scores, prototype_rows=of)
     fields = dict(section) | dict(drawn) | {"curve_steps": arms[0].curve_steps, "snapshot_steps": steps}
     fields["members"] = [
         Phase4aMember(**dict(m), curve=sae.curve, aux_steps=sae.aux_steps)
@@ -272,18 +272,18 @@ def supplied(args, cells, device):
     from husai.evidence.schemas import Phase4aSupplied, SuppliedMember
     from husai.runs.errors import BadInput
     from husai.runs.files import sha256_file
-    from husai.runs.subjects import as_said, hub_name, is_language_model
+    from husai.runs.subjects import hub_name, is_language_model, with_stated_version
     from husai.stability import independence, prototypes, replicates, study
     from husai.subjects import harvesting
 
     protocol = own(args)
     folders = foreign.find(args.sae_root, hook_name=args.hook_name)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
-    said = loaded.agreed_of(folders, saes, args.hook_name, "sae-root")
+    said = loaded.common_harvesting(folders, saes, args.hook_name, "sae-root")
     said = loaded.with_multiple(said, args.max_norm_multiple)
     if is_language_model(args.subject):
         version = None if args.same_model else said.revision, said.dtype, args.dtype
-        protocol |= {"subject": as_said(args.subject, *version, "sae-root"), "harvesting": said}
+        protocol |= {"subject": with_stated_version(args.subject, *version, "sae-root"), "harvesting": said}
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
     members, dictionaries, folders = [], [], foreign.find(args.sae_root, hook_name=store.manifest.hook_name)
@@ -313,7 +313,7 @@ def supplied(args, cells, device):
     independence.refuse_dependent(labels, [d.W_dec for d in dictionaries])
     of = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
     arguments = cells, store, labels, dictionaries, args.null_draws, args.threads, missing
-    compared, drawn = study.compare_all(*arguments, of=of)
+    compared, drawn = study.compare_all(*arguments, prototype_rows=of)
     return Phase4aSupplied(members=members, notes=notes, **dict(compared), **dict(drawn))
 
 

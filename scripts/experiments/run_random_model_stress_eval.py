@@ -81,7 +81,7 @@ def refuse_unknown_recipe(args, tested) -> None:
     """Raise BadInput where controls can neither be trained nor are given."""
     from husai.runs.errors import BadInput
 
-    if tested.made is None and not args.random_model_checkpoint:
+    if tested.training_metadata is None and not args.random_model_checkpoint:
         raise BadInput(
             f"checkpoint: {tested.saes[0].label} does not say how it was trained; --random-model-checkpoint expected, "
             "SAEs trained alike on draws 0, 1 and 2 of the random weights"

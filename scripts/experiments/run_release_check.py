@@ -101,7 +101,7 @@ def main() -> None:
     opener = Opener()
     group = supplied.look_over(args, opener)
     names = supplied.named(args, group, opener)
-    args.subject, said = loaded.agreed_by(args, opener)
+    args.subject, said = loaded.subject_and_harvesting(args, opener)
     del opener  # its memory is for the parts
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)

@@ -1,5 +1,8 @@
-"""All that is asked of the SAEs on one activation bank: trained in stacked passes, compared over seeds with their
-nulls, and held against the external benchmarks. One bank is one task of an executor."""
+"""Trains and evaluates all SAEs of a study on one activation store (a *bank*).
+
+SAEs are trained in stacked passes, compared over seeds with their nulls, and scored on the external benchmarks. One
+bank is one task of an executor.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ from husai.training.trainer import TrainingConfig
 
 @dataclass(frozen=True)
 class BankPlan:
-    """A study's part on one bank. JSON: it travels to wherever the task runs."""
+    """Settings of a study on one bank. They are JSON, because an executor may run the task on another machine."""
 
     subject: str
     hook_name: str
@@ -50,7 +53,7 @@ class BankPlan:
     d_saes: list[int]
     ks: list[int]
     budgets: list[int]
-    """Rows (tokens) that each SAE sees; each budget has a learning-rate schedule of its own."""
+    """Numbers of rows (tokens) that each SAE is trained on. Each budget has its own learning-rate schedule."""
     rows: int
     """Rows of the bank."""
     batch_size: int
@@ -60,15 +63,15 @@ class BankPlan:
     saebench: bool
     data_sets: list[str]
     probing: ProbingName
-    """Whose probes: one of sae_probes.PROBINGS."""
+    """Name of the probe implementation, one of sae_probes.PROBINGS."""
     core_texts: int
-    """Held-out documents for the cross-entropy with an SAE spliced in."""
+    """Number of held-out documents for the cross-entropy with an SAE spliced in."""
     probe_ks: list[int]
     noise_seeds: list[int]
     cebench: bool
     stories: str | None
     pair_sets: list[str]
-    """Data sets that pairs are built from where there are no stories."""
+    """Data sets that pairs are built from if `stories` is None."""
     max_pairs: int
     baseline_map: str | None
     cebench_repo: str | None
@@ -80,9 +83,9 @@ class BankPlan:
     text: str = PACKAGED
     """Source of the text (`subjects.sources.TextSource`)."""
     max_norm_multiple: float | None = None
-    """Rows of a larger norm, in medians, are left out."""
+    """Rows whose norm exceeds this multiple of the median norm are left out."""
     judged: bool = False
-    """Whether a verdict is asked of the SAEs, of one condition: controls are trained, prototypes told apart."""
+    """Whether the SAEs, all of one condition, get a verdict: controls are trained and prototypes are found."""
 
     @property
     def source(self) -> TextSource:
@@ -98,7 +101,7 @@ class BankPlan:
 
 
 def shared(args: argparse.Namespace) -> dict:
-    """The settings that all banks of a study share, from `evals.flags.EvalParser.add_study`: JSON."""
+    """Settings that all banks of a study share, from the flags of `evals.flags.EvalParser.add_study`, as JSON."""
     return {
         "subject": str(args.subject),
         "text": str(args.text),
@@ -122,7 +125,7 @@ def shared(args: argparse.Namespace) -> dict:
 
 
 def places_of(args: argparse.Namespace) -> dict:
-    """The settings of a bank that say what CE-Bench reads and where the bank works: JSON."""
+    """CE-Bench's inputs, folders and device of a bank, as JSON."""
     return {
         "stories": args.stories,
         "cebench_repo": args.cebench_repo and str(args.cebench_repo),
@@ -146,11 +149,11 @@ class TrainedGroup:
     members: list[GridMember]
     snapshot_steps: list[int]
     reference: bool
-    """Trained only to be a reference."""
+    """Whether the SAEs serve as references alone."""
 
 
 def check(plan: BankPlan) -> None:
-    """Raise BadInput, before anything is computed, for a grid that cannot be trained or evaluated."""
+    """Raise BadInput for a grid that cannot be trained or evaluated. Computes nothing."""
     if not all((plan.families, plan.seeds, plan.d_saes, plan.ks, plan.budgets)):
         raise BadInput("the product of families, seeds, widths, sparsities and budgets is empty")
     for k, d_sae in product(plan.ks, plan.d_saes):
@@ -172,11 +175,11 @@ def check(plan: BankPlan) -> None:
 
 
 def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
-    """Run a task a bank, by the executor that the command line names, and return the bank of each.
+    """Run one task for each bank on the executor that the command line names; returns the banks.
 
     Raises:
-        BadInput: a bank that cannot be trained or evaluated, or, with --require-matched, one without a reference.
-        CheckFailed: some failed; those that did not are kept as cells, which the same command finds.
+        BadInput: a bank cannot be trained or evaluated, or has no matched reference despite --require-matched.
+        CheckFailed: a task failed. The same command reads the finished ones from their cells.
     """
     if args.executor == "ray" and args.device not in ("cpu", "cuda"):
         raise BadInput(f"--device {args.device}: a task on Ray sees the GPU it is given, as cuda; cpu or cuda expected")
@@ -200,12 +203,12 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
 
 
 def run(**settings) -> dict:
-    """JSON of what `evaluated` gives: the task of an executor."""
+    """The task of an executor: `evaluated`, with settings and result as JSON."""
     return evaluated(BankPlan(**settings)).to_json()
 
 
 def evaluated(plan: BankPlan) -> Bank:
-    """Train the bank's SAEs, compare them over seeds, and hold them against the benchmarks."""
+    """Train the bank's SAEs, compare them over seeds, and score them on the benchmarks."""
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
     machine = Path(plan.artifact_root), device, plan.threads
@@ -220,9 +223,9 @@ def evaluated(plan: BankPlan) -> Bank:
     groups, sections = train(plan, cells, store, device), []
     for g in (g for g in groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
-        of, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
+        prototype_rows, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
         scores = SCORES if plan.judged else ALIVE
-        section, _ = study.score_trained(*arguments, gaussian, scores=scores, of=of)
+        section, _ = study.score_trained(*arguments, gaussian, scores=scores, prototype_rows=prototype_rows)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
     subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
@@ -245,10 +248,10 @@ def evaluated(plan: BankPlan) -> Bank:
             core_texts=plan.core_texts,
         )
         key = key_of(plan, saes)
-        found = cells.get(
+        value = cells.get(
             "saebench", key, lambda: (saebench.evaluate(saes, setup, plan.places, cells)[0].to_json(), [])
         )
-        probing = Probing.model_validate(found)
+        probing = Probing.model_validate(value)
     if plan.cebench:
         key = key_of(plan, saes) | references_key(plan)
         pairs = Contrastive.model_validate(
@@ -276,15 +279,15 @@ def evaluated(plan: BankPlan) -> Bank:
 
 
 def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
-    """Every SAE of the bank, a stacked pass a budget, references of the other family where they are missing."""
-    wanted = list(plan.families)
-    needed = {reference_family(f) for f in wanted} if plan.saebench or plan.cebench else set()
-    missing = sorted(needed - set(wanted))
+    """Train every SAE of the bank, one stacked pass for each budget, and the references that the grid lacks."""
+    architectures = list(plan.families)
+    reference_architectures = {reference_family(f) for f in architectures} if plan.saebench or plan.cebench else set()
+    missing = sorted(reference_architectures - set(architectures))
     groups = []
     for budget in plan.budgets:
-        grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*wanted, *missing))
+        grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*architectures, *missing))
         trained = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
-        for family, d_sae, k in product((*wanted, *missing), plan.d_saes, plan.ks):
+        for family, d_sae, k in product((*architectures, *missing), plan.d_saes, plan.ks):
             saes = [m for m in trained.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
             groups.append(TrainedGroup(family, d_sae, k, budget, saes, trained.snapshot_steps, family in missing))
     return groups
@@ -319,7 +322,7 @@ def key_of(plan: BankPlan, saes: LoadedSAEs) -> dict:
 
 
 def references_key(plan: BankPlan) -> dict:
-    """What CE-Bench reads beside the SAEs."""
+    """Part of the cell key of CE-Bench: its inputs other than the SAEs."""
     path, reason = baseline(plan)
     key = {"stories": content_or_name(plan.stories), "baseline": reason if path is None else sha256_file(path)}
     return key | {"checkout": plan.cebench_repo and cebench_checkout.code_digest(Path(plan.cebench_repo))}
@@ -330,12 +333,12 @@ def drawn_pairs(plan: BankPlan, seed: int) -> contrastive.Pairs:
 
 
 def baseline(plan: BankPlan) -> tuple[Path | None, str | None]:
-    """(the summary that the map names for the hook, None), or (None, why it names none; None without a map)."""
+    """(the summary that the map names for the hook, None), or (None, why the map names none; None without a map)."""
     return baselines.lookup(Path(plan.baseline_map), plan.hook_name) if plan.baseline_map else (None, None)
 
 
 def references(plan: BankPlan) -> tuple[Summary | None, str | None]:
-    """(the summary's results, None), or (None, why there are none)."""
+    """(results of the summary, None), or (None, why there is no summary)."""
     path, reason = baseline(plan)
     return (None if path is None else baselines.read_summary(path)), reason
 

@@ -1,4 +1,4 @@
-"""Dictionaries without training, which SAEs are held against, and the map of CE-Bench baselines."""
+"""Untrained dictionaries that SAEs are compared with, and the map of CE-Bench baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAP = "cebench_baseline_map.json"
 
 
 def untrained(store: ActivationStore, d_sae: int, k: int, seed: int) -> SAE:
-    """A TopK SAE as it stands before training: directions uniform on the sphere, centred at the activations' mean."""
+    """An untrained TopK SAE: directions uniform on the sphere, centred at the mean of the activations."""
     W_dec = unit_rows(d_sae, store.d_in, [generator(seed, "untrained")])[0]
     mean, _ = store.stats()
     weights = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(d_sae), "W_dec": W_dec, "b_dec": mean.float()}
@@ -30,7 +30,7 @@ def untrained(store: ActivationStore, d_sae: int, k: int, seed: int) -> SAE:
 
 
 def principal_components(store: ActivationStore, d_sae: int) -> dict[str, Tensor]:
-    """{"W": the min(d_sae, d_in) leading components `[d_in, n]`, "mean" `[d_in]`}; PCA of the size of an SAE."""
+    """PCA of the width of an SAE: {"W": the min(d_sae, d_in) leading components `[d_in, n]`, "mean" `[d_in]`}."""
     mean, covariance = store.stats()
     _, vectors = torch.linalg.eigh(covariance.double())
     return {"W": vectors.flip(1)[:, :d_sae].float().contiguous(), "mean": mean.float().contiguous()}
@@ -41,9 +41,9 @@ def principal_components(store: ActivationStore, d_sae: int) -> dict[str, Tensor
 
 
 def lookup(path: Path, hook_name: str) -> tuple[Path | None, str | None]:
-    """(the summary that a map names for a hook, None); (None, the reason) where it names none.
+    """(the summary that a map names for a hook, None), or (None, why it names no summary).
 
-    A summary's path counts from the map's own folder, else from the repository's.
+    The path of a summary is relative to the map's folder, else to the repository.
 
     Raises:
         BadInput: the map is damaged, or names a file that does not exist.
@@ -57,10 +57,10 @@ def lookup(path: Path, hook_name: str) -> tuple[Path | None, str | None]:
     if key is None or table[key] is None:
         return None, f"{path.name} names no baseline for {hook_name}"
     candidates = [path.parent / table[key], REPOSITORY / table[key]]
-    found = next((p for p in candidates if p.is_file()), None)
-    if found is None:
+    summary = next((p for p in candidates if p.is_file()), None)
+    if summary is None:
         raise BadInput(f"baseline map: {path}: {key!r} names {table[key]}, which does not exist")
-    return found, None
+    return summary, None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_summary(path: Path) -> Summary:
     """The results of an earlier CE-Bench run whose SAEs serve as references.
 
     Raises:
-        BadInput: damaged. A summary that names no SAEs is read: nothing will match it.
+        BadInput: the file is damaged. A summary without SAEs is no error, because nothing will match it.
     """
     summary = read_json(path, "baseline summary")
     if not isinstance(summary, dict) or not isinstance(saes := summary.get("saes", []), list):

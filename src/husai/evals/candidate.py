@@ -1,5 +1,7 @@
-"""Which SAEs a stress test is about: the confirmed candidate, SAEs that the command line names, or the embedded
-default, and what binds the test's evidence to them."""
+"""SAEs of a stress test: the confirmed candidate, SAEs that the command line names, or the embedded default.
+
+The test's evidence names these SAEs by content.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from husai.evals.loaded import (
     LoadedSAE,
     LoadedSAEs,
     Opener,
-    agreed_by,
     heldout_store,
     in_order,
     open_all,
     refuse_twins,
+    subject_and_harvesting,
     train_default,
 )
 from husai.evidence.levels import random_weights
@@ -36,26 +38,26 @@ log = logging.getLogger("husai")
 
 
 def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
-    """The SAEs that the command line means, after `evals.inputs.look_up`, opened and checked.
+    """Open and check the SAEs that the command line means. Call `evals.inputs.look_up` first.
 
     Raises:
-        BadInput: files that are missing or are others than the candidate's evidence names, or SAEs of several kinds.
+        BadInput: a file is missing, differs from the one that the candidate's evidence names, or is of another kind.
     """
     name, hook_name, paths, expected, source = args.subject, args.hook_name, args.checkpoint, None, args.text
-    found = None
+    evaluation = None
     any_name, multiple = args.same_model, args.max_norm_multiple
     if args.candidate:
         results = read_json(args.candidate, "candidate")
         try:
-            found = read_evaluation(results)
+            evaluation = read_evaluation(results)
         except ValidationError as error:
             raise BadInput(
                 f"--candidate: {args.candidate} is no result of run_candidate_confirmation.py ({refusal(error)})"
             ) from None
-        expected, name, hook_name = found.candidate, found.subject, found.bank.hook_name
-        paths = [read_place(place, args.candidate.parent) for place in found.paths.values()]
-        source, multiple = text_of(found, source), multiple_of(found, multiple)
-        any_name = isinstance(found, Supplied) and found.same_model is not None
+        expected, name, hook_name = evaluation.candidate, evaluation.subject, evaluation.bank.hook_name
+        paths = [read_place(place, args.candidate.parent) for place in evaluation.paths.values()]
+        source, multiple = text_of(evaluation, source), multiple_of(evaluation, multiple)
+        any_name = isinstance(evaluation, Supplied) and evaluation.same_model is not None
         log.info("candidate: %s of %s", expected.condition, args.candidate)
     elif paths:
         log.info("candidate: the SAEs of --checkpoint")
@@ -65,47 +67,50 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
         root = train_default(*place, source)
         paths = sorted(p for p in root.iterdir() if p.name.startswith("topk_"))
     opener = Opener()
-    named = {"checkpoint": paths, "hook_name": hook_name, "subject": name, "dtype": args.dtype, "same_model": any_name}
-    name, said = agreed_by(argparse.Namespace(**named, max_norm_multiple=multiple), opener)
-    subject = opener.subject(name, device, said)
+    flags = {"checkpoint": paths, "hook_name": hook_name, "subject": name, "dtype": args.dtype, "same_model": any_name}
+    name, harvesting = subject_and_harvesting(argparse.Namespace(**flags, max_norm_multiple=multiple), opener)
+    subject = opener.subject(name, device, harvesting)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
-    how = args.artifact_root, opener, any_name
-    saes = in_order(open_all(paths, store, "checkpoint", subject, *how))
+    settings = args.artifact_root, opener, any_name
+    saes = in_order(open_all(paths, store, "checkpoint", subject, *settings))
     refuse_twins(saes)
-    untrained = _untrained(args, found, saes)
-    tested = LoadedSAEs(name, subject, store, saes, source=source, untrained=untrained, said=said)
+    untrained = _untrained(args, evaluation, saes)
+    tested = LoadedSAEs(name, subject, store, saes, source=source, untrained=untrained, harvesting=harvesting)
     if expected is not None and tested.group != expected:
         raise BadInput(f"candidate: the checkpoints beside {args.candidate} are not those that it names")
     return tested
 
 
-def _untrained(args: argparse.Namespace, found: Retrained | Supplied | None, saes: list[LoadedSAE]) -> dict[str, Path]:
-    """Identity -> the same SAE before training, as --untrained gives them.
+def _untrained(
+    args: argparse.Namespace, evaluation: Retrained | Supplied | None, saes: list[LoadedSAE]
+) -> dict[str, Path]:
+    """Identity of an SAE -> its untrained state, from --untrained.
 
     Args:
-        found: the candidate's evidence, which names the states by content; None: they are in the order of --checkpoint.
+        evaluation: the candidate's evidence, which names the untrained states by content. None: the states come in the
+            order of --checkpoint.
 
     Raises:
-        BadInput: not one for each, or others than the evidence names.
+        BadInput: there is not one state for each SAE, or the evidence names other states.
     """
     if not getattr(args, "untrained", None):
         return {}
-    if found is None:
+    if evaluation is None:
         before = untrained_of(args)
         return {c.identity: before[c.folder] for c in saes}
     folders = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
-    given = {foreign.checkpoint_sha256(folder): folder for folder in folders}
-    named = (found.untrained if isinstance(found, Supplied) else None) or {}
-    if set(named.values()) != set(given):
+    folder_of_digest = {foreign.checkpoint_sha256(folder): folder for folder in folders}
+    digest_of_seed = (evaluation.untrained if isinstance(evaluation, Supplied) else None) or {}
+    if set(digest_of_seed.values()) != set(folder_of_digest):
         raise BadInput("--untrained: the states from before training that the candidate's evidence names expected")
-    return {found.candidate.identities[seed]: given[sha256] for seed, sha256 in named.items()}
+    return {evaluation.candidate.identities[seed]: folder_of_digest[sha256] for seed, sha256 in digest_of_seed.items()}
 
 
 def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
-    """Checkpoint -> the same SAE before training; empty where the user gives none.
+    """Checkpoint -> its untrained state; empty without --untrained.
 
     Raises:
-        BadInput: not one for each.
+        BadInput: there is not one state for each checkpoint.
     """
     folders = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
     before = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
@@ -117,48 +122,48 @@ def untrained_of(args: argparse.Namespace) -> dict[Path, Path]:
     return dict(zip(folders, before, strict=True)) if before else {}
 
 
-def text_of(found: Retrained | Supplied, given: TextSource) -> TextSource:
-    """The text that a candidate's evidence is on.
+def text_of(evaluation: Retrained | Supplied, given: TextSource) -> TextSource:
+    """Text source of a candidate's evidence.
 
     Raises:
-        BadInput: --text names another one.
+        BadInput: --text names another source.
     """
-    named = found.bank.recipe.text if isinstance(found, Retrained) else found.bank.text
-    source = TextSource.parse(named)
+    evidence_text = evaluation.bank.recipe.text if isinstance(evaluation, Retrained) else evaluation.bank.text
+    source = TextSource.parse(evidence_text)
     if not given.packaged and given != source:
         raise BadInput(f"--text {given}: the candidate's evidence is on {source}; the same text expected")
     source.check()
     return source
 
 
-def multiple_of(found: Retrained | Supplied, given: float | None) -> float | None:
-    """The multiple of the median norm that a candidate's evidence leaves rows out by.
+def multiple_of(evaluation: Retrained | Supplied, given: float | None) -> float | None:
+    """Multiple of the median norm above which a candidate's evidence leaves rows out; None if it keeps all rows.
 
     Raises:
-        BadInput: --max-norm-multiple names another one.
+        BadInput: --max-norm-multiple names another multiple.
     """
-    evidence = found.bank.recipe if isinstance(found, Retrained) else found.harvesting
-    named = None if evidence is None else evidence.max_norm_multiple
-    if given not in (None, named):
+    settings = evaluation.bank.recipe if isinstance(evaluation, Retrained) else evaluation.harvesting
+    evidence_multiple = None if settings is None else settings.max_norm_multiple
+    if given not in (None, evidence_multiple):
         raise BadInput(
-            f"--max-norm-multiple {given:g}: the candidate's evidence has {named or 'none'}; the same one expected"
+            f"--max-norm-multiple {given:g}: the candidate's evidence has {evidence_multiple or 'none'}; the same "
+            "multiple expected"
         )
-    return named
+    return evidence_multiple
 
 
 def activations_of(
     tested: LoadedSAEs, artifact_root: Path, rows: int, device: torch.device, threads: int, random_seed: int | None
 ) -> ActivationStore:
-    """Activations at the candidate's hook, of the text that SAEs are trained on; found below `artifact_root`, or
-    harvested.
+    """Store of activations of training documents at the candidate's hook; found below `artifact_root`, or harvested.
 
     Args:
-        random_seed: of a draw of the random weights in the subject's place.
+        random_seed: seed of the random weights that replace the subject's. None: the subject's own weights.
     """
     subject, hook_name = tested.name, tested.hook_name
     machine = artifact_root, device, threads
-    made: dict[str, Any] = {"random_seed": random_seed, "text": tested.source, "harvesting": tested.said}
-    return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, **made)
+    settings: dict[str, Any] = {"random_seed": random_seed, "text": tested.source, "harvesting": tested.harvesting}
+    return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, **settings)
 
 
 def training_store(
@@ -169,44 +174,46 @@ def training_store(
     threads: int,
     random_seed: int | None = None,
 ) -> ActivationStore:
-    """The activations that the SAEs were trained on, as their checkpoints name them: found below `artifact_root`, or
-    harvested again. SAEs that trained on a stream left none: activations of the training documents of the same text.
+    """Store of the activations that the SAEs were trained on, which their checkpoints name by digest.
+
+    The store is found below `artifact_root`, or harvested again. SAEs that were trained on a stream have no store. They
+    get activations of training documents of the same text.
 
     Args:
-        rows: of the store; None: as many as the store has that lies there, or, after a stream, as the held-out one has.
-        random_seed: of the draw of the random weights that they were trained on; None: on what the subject computes.
+        rows: rows of the store. None: those of the store on disk, or after a stream those of the held-out store.
+        random_seed: seed of the random weights that the SAEs were trained on. None: the subject's own weights.
 
     Raises:
-        BadInput: it is not there and `rows` is not given, what was harvested has another digest, or the SAEs were
-            trained on something else.
+        BadInput: the store is missing and `rows` is None, the harvested store has another digest, or the SAEs were
+            trained on another control.
     """
-    wanted, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
+    digest, control = tested.saes[0].facts.store_digest, tested.saes[0].facts.control
     if control != (None if random_seed is None else random_weights(random_seed)):
         raise BadInput(f"candidate: trained on {control}; SAEs of the subject's own activations expected")
-    if wanted is None:
+    if digest is None:
         raise BadInput(f"checkpoint: {tested.saes[0].folder} does not name the activations that it was trained on")
-    made = tested.made or {}
-    if made.get("streamed"):
-        if made.get("text") != tested.source.record().get("text"):
+    metadata = tested.training_metadata or {}
+    if metadata.get("streamed"):
+        if metadata.get("text") != tested.source.record().get("text"):
             log.warning(
-                "the SAEs were trained on the text %s; their controls are of %s", made.get("text"), tested.source
+                "the SAEs were trained on the text %s; their controls are of %s", metadata.get("text"), tested.source
             )
         return activations_of(tested, artifact_root, rows or tested.store.rows, device, threads, random_seed)
     if rows is None:
         for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
             try:
-                if StoreManifest.model_validate(read_json(path)).digest == wanted:
+                if StoreManifest.model_validate(read_json(path)).digest == digest:
                     return ActivationStore.open(path.parent)
-            except (BadInput, ValidationError):  # another store's damage is not ours; ours would not have the digest
+            except (BadInput, ValidationError):  # a damaged store cannot be the one with this digest
                 continue
         raise BadInput(
-            f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {wanted[:12]}) are not "
+            f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {digest[:12]}) are not "
             f"below {artifact_root / 'activations'}; --train-rows says how many to harvest"
         )
     store = activations_of(tested, artifact_root, rows, device, threads, random_seed)
-    if store.digest != wanted:
+    if store.digest != digest:
         raise BadInput(
             f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; {tested.saes[0].folder} was "
-            f"trained on {wanted[:12]}"
+            f"trained on {digest[:12]}"
         )
     return store

@@ -1,4 +1,4 @@
-"""CE-Bench's score of SAEs, beside untrained ones, the random-weights model's, and matched references."""
+"""CE-Bench's score of SAEs, beside untrained SAEs, SAEs of a random-weights model, and matched references."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ def evaluate(
     no_reference: str | None = None,
     checkout: Path | None = None,
 ) -> Contrastive:
-    """The results.
+    """Results of the phase.
 
     Args:
-        pairs: the story pairs; repeats: seed -> other draws of them, for the first SAE alone, the noise.
-        summary: results of an earlier run, whose SAEs serve as references beside the SAEs' own
-            (`baselines.read_summary`). no_reference: why none shall serve.
-        checkout: the user's own CE-Bench, which then runs on each SAE.
+        pairs: story pairs.
+        repeats: seed -> another draw of pairs, on which the first SAE alone is scored, for the noise.
+        summary: results of an earlier run, whose SAEs serve as further references (`baselines.read_summary`).
+        no_reference: why no reference may serve.
+        checkout: folder of the user's own CE-Bench, which then runs on each SAE as well.
     """
     hook_name, opened = loaded.hook_name, loaded.opened
-    plain = [baselines.untrained(loaded.store, *untrained_like(c.facts)) for c in opened]
-    saes = [*(c.sae for c in opened), *plain]
-    found = scored(loaded.subject, hook_name, saes, pairs, places.output_dir)
-    of_saes, of_plain = found[: len(opened)], found[len(opened) :]
-    controls, of_controls = loaded.control_saes, []
+    untrained_saes = [baselines.untrained(loaded.store, *untrained_like(c.facts)) for c in opened]
+    saes = [*(c.sae for c in opened), *untrained_saes]
+    all_scores = scored(loaded.subject, hook_name, saes, pairs, places.output_dir)
+    sae_scores, untrained_scores = all_scores[: len(opened)], all_scores[len(opened) :]
+    controls, control_scores = loaded.control_saes, []
     if loaded.controls is not None:
         random_model = loaded.controls.subject
-        of_controls = scored(random_model, hook_name, [c.sae for c in controls], pairs, places.output_dir)
+        control_scores = scored(random_model, hook_name, [c.sae for c in controls], pairs, places.output_dir)
     first = [opened[0].sae]
-    again = [scored(loaded.subject, hook_name, first, other, places.output_dir)[0] for other in repeats.values()]
+    repeat_scores = [
+        scored(loaded.subject, hook_name, first, other, places.output_dir)[0] for other in repeats.values()
+    ]
     references, refused = [], None
     if summary is not None and summary.references and summary.pairs_digest != pairs.digest:
         refused = "the baseline summary was made on other story pairs"
@@ -67,30 +70,35 @@ def evaluate(
         source=pairs.source,
         pairs_digest=pairs.digest,
         n_pairs=len(pairs.rows),
-        stories_cut=found[0]["stories_cut"],
+        stories_cut=all_scores[0]["stories_cut"],
         clusters=pairs.clusters,
         saes=[
             PairRecord(
-                **dict(c.record), **told(f, c.sae.d_sae), checkout=run_checkout(loaded, c, pairs, places, checkout)
+                **dict(c.record),
+                **kept_scores(f, c.sae.d_sae),
+                checkout=run_checkout(loaded, c, pairs, places, checkout),
             )
-            for c, f in zip(opened, of_saes, strict=True)
+            for c, f in zip(opened, sae_scores, strict=True)
         ],
         controls=[
-            PairControl(**dict(c.record), **told(f, c.sae.d_sae)) for c, f in zip(controls, of_controls, strict=True)
+            PairControl(**dict(c.record), **kept_scores(f, c.sae.d_sae))
+            for c, f in zip(controls, control_scores, strict=True)
         ],
-        untrained=[PairScores(**told(f, sae.d_sae)) for sae, f in zip(plain, of_plain, strict=True)],
+        untrained=[
+            PairScores(**kept_scores(f, sae.d_sae)) for sae, f in zip(untrained_saes, untrained_scores, strict=True)
+        ],
         references=references,
         summary_refused=refused,
         no_reference=no_reference,
         conditions=[],
-        noise=noise(opened[0].label, [None, *repeats], [of_saes[0], *again], why),
+        noise=noise(opened[0].label, [None, *repeats], [sae_scores[0], *repeat_scores], why),
         **loaded.source.record(),
     )
     return results.model_copy(update={"conditions": deltas.contrastive(results)})
 
 
 def run_checkout(loaded: LoadedSAEs, c: LoadedSAE, pairs: Pairs, places: Places, checkout: Path | None) -> dict | None:
-    """What the user's own CE-Bench says of an SAE; None for a reference, or without a checkout."""
+    """Scores of an SAE by the user's own CE-Bench; None for a reference, or without a checkout."""
     if checkout is None or not c.record.candidate:
         return None
     if departs := loaded.subject.harvesting.to_json():
@@ -102,20 +110,20 @@ def run_checkout(loaded: LoadedSAEs, c: LoadedSAE, pairs: Pairs, places: Places,
 
 
 def scored(subject: LanguageModel, hook_name: str, saes: list[SAE], pairs: Pairs, output_dir: Path) -> list[dict]:
-    """Scores of each SAE, one a pair, and `normalised`: the corrected interpretability over its bound."""
+    """Scores of each SAE, one for each pair. `normalised` is the corrected interpretability over its bound."""
     stories = [r["story1"] for r in pairs.rows] + [r["story2"] for r in pairs.rows]
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".means-") as folder:
         means, tokens, cut = contrastive.story_means(subject, hook_name, saes, stories, Path(folder))
-        found = [contrastive.scores(mean, tokens) for mean in means]
-    for f, sae in zip(found, saes, strict=True):
+        scores_of_saes = [contrastive.scores(mean, tokens) for mean in means]
+    for f, sae in zip(scores_of_saes, saes, strict=True):
         f["normalised"] = f["corrected"]["interpretability"] / contrastive.bound(sae.d_sae)
         f["stories_cut"] = cut
-    return found
+    return scores_of_saes
 
 
-def told(figures: dict, d_sae: int) -> dict:
-    """What is kept of an SAE's scores: means, and the normalised score of each pair."""
+def kept_scores(figures: dict, d_sae: int) -> dict:
+    """Scores of an SAE that results keep: means, and the normalised score of each pair."""
     means = {v: {s: float(x.mean()) for s, x in figures[v].items()} for v in ("published", "corrected")}
     return means | {
         "bound": contrastive.bound(d_sae),
@@ -125,7 +133,11 @@ def told(figures: dict, d_sae: int) -> dict:
 
 
 def noise(label: str, seeds: list[int | None], runs: list[dict], reason: str | None) -> PairNoise:
-    """How much one SAE's score moves with the draw of pairs (the first is the run's own); not known for a reason."""
+    """Spread of one SAE's score over draws of pairs. The first draw is the run's own.
+
+    Args:
+        reason: why the spread is unknown; None if it is known.
+    """
     means = [float(f["normalised"].mean()) for f in runs]
     unknown = {"means": means, "sd": None, "minimum_detectable_difference": None}
     spread = unknown if reason else estimates.noise(means)
@@ -133,7 +145,7 @@ def noise(label: str, seeds: list[int | None], runs: list[dict], reason: str | N
 
 
 def refuse_unreachable(loaded: LoadedSAEs, minimum: float, summary: Summary) -> None:
-    """Before anything is computed: raise BadInput for a minimum that no SAE can reach, as the references stand."""
+    """Raise BadInput, before anything is computed, for a minimum above the references that no score can reach."""
     for group in deltas.by_condition([c.record for c in loaded.saes]).values():
         match = matched(group, summary.references)
         if match.records:

@@ -1,8 +1,8 @@
-"""CE-Bench as its authors wrote it: the user's own checkout, unmodified, run offline in a process of its own.
+"""Runs the user's own checkout of CE-Bench, unmodified and offline, in a separate process.
 
-The checkout's `ce_bench/CE_Bench.py::run_eval_once` scores one SAE on pairs of stories. Here it gets a subject that
-this repository opens in place of one that it would download, and stand-ins for imports that it names and the score does
-not need. Scores are as coded there: informational, and not comparable between widths.
+The checkout's `ce_bench/CE_Bench.py::run_eval_once` scores one SAE on pairs of stories. It would download its subject;
+here it gets a subject that HUSAI opened. Imports that the score does not need are replaced by stand-ins. The scores are
+those of the checkout's code. They are informational, and cannot be compared between widths.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMPORTS = {
     "tabulate": "tabulate",
     "sae_lens.toolkit.pretrained_saes_directory": "get_pretrained_saes_directory",  # gone since SAELens 6
 }
-"""What CE_Bench.py imports and the score does not depend on: module -> name."""
+"""Imports of CE_Bench.py that the score does not depend on: module -> name."""
 
 
 def run(
@@ -49,28 +49,28 @@ def run(
     work: Path,
     device: str,
 ) -> dict:
-    """Score an SAE with a checkout of CE-Bench. Stories longer than the subject's context lose their end.
+    """Score an SAE with a checkout of CE-Bench. Stories longer than the subject's context are cut at the end.
 
     Args:
         repo: the checkout.
-        subject: name or folder, and `random_seed`, as `pretrained.load` takes them.
-        checkpoint: folder in SAELens' layout, whose metadata hold model_name and hook_name.
-        pairs: each with story1, story2 and subject, which is what the two stories differ in.
-        work: folder for inputs, the log and CE-Bench's own output; an earlier output there is deleted.
+        subject, random_seed: arguments of `pretrained.load`.
+        checkpoint: folder in SAELens' layout, with model_name and hook_name in its metadata.
+        pairs: story pairs with the keys story1, story2 and subject. The two stories differ in the subject.
+        work: folder for inputs, log and output. An earlier output is deleted.
         device: cpu, cuda, …
 
     Returns:
-        The three `*_score_mean` (the mean over pairs of the largest z-score among features) and total_rows; commit,
-        modified (whether tracked files differ from it; both None without git) and the sha256 of CE_Bench.py;
-        stand_ins, the modules that were replaced; return_code.
+        The three `*_score_mean` (mean over pairs of the largest z-score among features) and total_rows. Provenance:
+        commit, modified (whether tracked files differ from the commit; both None without git) and the sha256 of
+        CE_Bench.py. stand_ins: modules that were replaced. return_code.
 
     Raises:
-        BadInput: there is no CE-Bench at `repo`.
-        CheckFailed: it stopped with an error, or its scores are missing, not finite, or of other pairs.
+        BadInput: `repo` holds no CE-Bench.
+        CheckFailed: CE-Bench stopped with an error, or its scores are missing, not finite, or of other pairs.
     """
     sha256 = code_digest(repo)
     repo, work = repo.resolve(), work.resolve()
-    about = {**revision(repo), "sha256": sha256}
+    provenance = {**revision(repo), "sha256": sha256}
     shutil.rmtree(work / OUTPUT, ignore_errors=True)
     write_json(work / PAIRS, pairs)
     folder = folder_of(subject)
@@ -96,14 +96,14 @@ def run(
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         raise CheckFailed(f"CE-Bench: exit code {code} ({last[:200]}); log: {work / LOG}")
     scores = read_scores(work, len(pairs))
-    return scores | about | {"stand_ins": read_json(work / STAND_INS), "return_code": code}
+    return scores | provenance | {"stand_ins": read_json(work / STAND_INS), "return_code": code}
 
 
 def code_digest(repo: Path) -> str:
     """sha256 of the checkout's CE_Bench.py.
 
     Raises:
-        BadInput: there is no CE-Bench at `repo`.
+        BadInput: `repo` holds no CE-Bench.
     """
     if not (repo / SCRIPT).is_file():
         raise BadInput(f"CE-Bench: {repo / SCRIPT} does not exist; a checkout of Yusen-Peng/CE-Bench expected")
@@ -111,33 +111,34 @@ def code_digest(repo: Path) -> str:
 
 
 def read_scores(work: Path, rows: int) -> dict:
-    """The three scores and total_rows of the one results.json below `work`. Later versions of CE-Bench write a dict
-    for each score, whose `max` is what was the score before.
+    """The three scores and total_rows, from the only results.json below `work`.
+
+    Later versions of CE-Bench write a dict for each score. Its `max` is the score of earlier versions.
 
     Raises:
-        CheckFailed: there is not one result, or a score is missing or not finite, or it is not of `rows` pairs.
+        CheckFailed: there is not exactly one result, a score is missing or not finite, or there are not `rows` pairs.
     """
-    found = list((work / OUTPUT).glob("**/results.json"))
-    if len(found) != 1:
-        raise CheckFailed(f"CE-Bench: {len(found)} results.json in {work / OUTPUT}; 1 expected; log: {work / LOG}")
+    files = list((work / OUTPUT).glob("**/results.json"))
+    if len(files) != 1:
+        raise CheckFailed(f"CE-Bench: {len(files)} results.json in {work / OUTPUT}; 1 expected; log: {work / LOG}")
     try:
-        result = json.loads(found[0].read_text())
+        result = json.loads(files[0].read_text())
     except ValueError:
         result = None
     if not isinstance(result, dict) or result.get("total_rows") != rows:
-        raise CheckFailed(f"CE-Bench: {found[0]} is not a result of {rows} pairs; log: {work / LOG}")
+        raise CheckFailed(f"CE-Bench: {files[0]} is not a result of {rows} pairs; log: {work / LOG}")
     scores = {}
     for name in SCORES:
         value: Any = result.get(name)
         value = value.get("max") if isinstance(value, dict) else value
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise CheckFailed(f"CE-Bench: {name} is {value!r} in {found[0]}; log: {work / LOG}")
+            raise CheckFailed(f"CE-Bench: {name} is {value!r} in {files[0]}; log: {work / LOG}")
         scores[name] = value
     return scores | {"total_rows": rows}
 
 
 def revision(repo: Path) -> dict:
-    """commit and modified of a checkout; both None where it is not one of git's."""
+    """Commit of a checkout, and whether its files were modified; both None if it is no git repository."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "--no-optional-locks", "-C", str(repo), *arguments]
@@ -154,9 +155,9 @@ def revision(repo: Path) -> dict:
 
 
 def add_stand_ins() -> list[str]:
-    """Put a stand-in where a module of IMPORTS cannot be imported; returns their names.
+    """Add a stand-in for each module of IMPORTS that cannot be imported; returns the names of these modules.
 
-    What a stand-in holds can be called, and gives an object without a value: a score made of it would be an error.
+    A stand-in can be called and returns an object without a value. A score computed from it would raise an error.
     """
     missing = []
     for name, attribute in IMPORTS.items():
@@ -171,7 +172,7 @@ def add_stand_ins() -> list[str]:
 
 
 def main() -> None:
-    """The process of its own: load CE_Bench.py and call its run_eval_once in the current directory."""
+    """Entry point of the separate process: call CE_Bench.py's run_eval_once in the current directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     for flag in ("--repo", "--checkpoint", "--pairs"):
         parser.add_argument(flag, type=Path, required=True)
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--random-seed", type=int)
     parser.add_argument("--device", required=True)
     args = parser.parse_args()
-    # The checkout carries an old sae_lens at its root: whatever is installed goes before it.
+    # The checkout has an old sae_lens at its root. Installed packages must be found before it.
     repo = args.repo.resolve()
     checkout = [repo, repo / SCRIPT.parent]
     sys.path = [p for p in sys.path if Path(p).resolve() not in checkout] + [*map(str, checkout)]

@@ -1,4 +1,4 @@
-"""SAEs beside dictionaries of prototypes, as codes: explained variance, and CE recovered with each spliced in."""
+"""Compares SAEs with dictionaries of prototypes as codes: explained variance, and CE recovered with each spliced in."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ def evaluate(
     artifact_root: Path,
     threads: int,
 ) -> Code:
-    """The candidate's SAEs beside dictionaries of prototypes of their width, coded at their L0.
+    """Code quality of the candidate's SAEs and of dictionaries of prototypes at the same width and L0.
 
     Args:
-        records: of the bank, whose held-out figures and core metrics are the SAEs'. source: activations that prototypes
-            are made of. documents: held-out ones of the core metrics. artifact_root: cells lie below it, in controls/,
-            for all phases on the store.
+        records: records of the bank, with held-out figures and core metrics.
+        source: activations that the prototypes are made from.
+        documents: number of held-out documents for CE recovered.
+        artifact_root: holds the cells, in controls/, which all phases share.
 
     Raises:
-        BadInput: activations of another hook or subject than the SAEs' held-out ones.
+        BadInput: `source` has another hook or subject than the held-out activations.
     """
     heldout = saes.store
     for name in ("subject_digest", "hook_name"):
-        ours, theirs = (getattr(s.manifest, name) for s in (source, heldout))
-        if ours != theirs:
-            raise BadInput(f"activation store: {source.folder} is of {name} {ours}; {theirs} expected")
-    own = [r for r in records if r.candidate]
-    seeds, width = seed_names([r.facts.seed for r in own]), own[0].facts.d_sae
-    ks = dict(zip(seeds, (max(1, round(r.heldout.l0)) for r in own), strict=True))
+        source_value, heldout_value = (getattr(s.manifest, name) for s in (source, heldout))
+        if source_value != heldout_value:
+            raise BadInput(f"activation store: {source.folder} is of {name} {source_value}; {heldout_value} expected")
+    candidates = [r for r in records if r.candidate]
+    seeds, width = seed_names([r.facts.seed for r in candidates]), candidates[0].facts.d_sae
+    ks = dict(zip(seeds, (max(1, round(r.heldout.l0)) for r in candidates), strict=True))
     texts = saes.source.heldout_texts(documents, saes.subject.tokenizer)
-    made = cache(lambda: prototypes.dictionaries(source, width))
+    kinds_of_prototypes = cache(lambda: prototypes.dictionaries(source, width))
     mean = source.stats()[0].float()
     cells = Cells(artifact_root / "controls" / "cells")
 
@@ -59,8 +60,8 @@ def evaluate(
         key |= {"subject": saes.subject.activations_digest, "device": next(saes.subject.model.parameters()).device.type}
 
         def compute() -> tuple[dict, list[Path]]:
-            variance = prototypes.explained_variance(made(), mean, k, heldout, range(heldout.rows))
-            return {"explained_variance": variance} | spliced(saes, made(), mean, k, texts), []
+            variance = prototypes.explained_variance(kinds_of_prototypes(), mean, k, heldout, range(heldout.rows))
+            return {"explained_variance": variance} | spliced(saes, kinds_of_prototypes(), mean, k, texts), []
 
         return cells.get("code", key, compute)
 
@@ -74,26 +75,26 @@ def evaluate(
         }
         return Coded(**each)
 
-    found = Code(
+    code = Code(
         store_digest=source.digest,
         heldout_digest=heldout.digest,
         d_sae=width,
         k=ks,
         tokens=tokens.pop(),
         saes=Coded(
-            explained_variance=dict(zip(seeds, (r.heldout.explained_variance for r in own), strict=True)),
-            ce_recovered=dict(zip(seeds, (r.core.ce_loss_score for r in own), strict=True)),
+            explained_variance=dict(zip(seeds, (r.heldout.explained_variance for r in candidates), strict=True)),
+            ce_recovered=dict(zip(seeds, (r.core.ce_loss_score for r in candidates), strict=True)),
         ),
         prototypes={kind: of_kind(kind) for kind in kinds},
         gain={},
     )
-    return concluded(found)
+    return concluded(code)
 
 
 def spliced(
     saes: LoadedSAEs, made: dict[str, list[Tensor]], mean: Tensor, k: int, texts: list[str]
 ) -> dict[str, dict[str, float] | int]:
-    """CE recovered by the first dictionary of each kind, and the predictions that it is of."""
+    """CE recovered by the first dictionary of each kind, and the number of predicted tokens."""
     codes = [TopKLeastSquares.of(W, mean, k) for W, *_ in made.values()]
     losses = cross_entropies(saes.subject, saes.hook_name, codes, texts)
     return {"ce_recovered": dict(zip(made, recovered(losses), strict=True)), "tokens": losses["tokens"]}

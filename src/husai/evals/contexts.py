@@ -1,4 +1,4 @@
-"""Held-out text that single features respond to."""
+"""Held-out contexts in which single features fire most."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ WINDOW = 24  # tokens of a context
 
 @torch.inference_mode()
 def strongest_contexts(
-    subject: LanguageModel, hook_name: str, wanted: list[tuple[SAE, list[int]]], inputs: Inputs
+    subject: LanguageModel, hook_name: str, requests: list[tuple[SAE, list[int]]], inputs: Inputs
 ) -> list[list[dict]]:
-    """The CONTEXTS documents in which each feature fires most, each with the tokens around its peak.
+    """The CONTEXTS documents in which each feature fires most, with the tokens around the peak.
 
     Args:
-        wanted: SAEs with the features asked for. The model reads the text once for all of them.
+        requests: SAEs, each with the numbers of its features. The model reads the text once for all SAEs.
 
     Returns:
-        For each feature, SAE by SAE, `[{"text": [piece, …], "values": [activation, …]}]`, strongest first; neighbouring
-        tokens on which the feature is silent are one piece, with the value 0.
+        For each feature, SAE by SAE, `[{"text": [piece, …], "values": [activation, …]}]`, strongest first. Neighbouring
+        tokens on which the feature does not fire are joined into one piece with the value 0.
     """
     device = next(subject.model.parameters()).device
-    saes = [(sae.to(device), features) for sae, features in wanted]
+    saes = [(sae.to(device), features) for sae, features in requests]
     tokens, peaks = [], []
     values: list[np.ndarray] = []  # of each input, float32 [tokens, features]
     with progress("reading documents", len(inputs.rows)) as advance:
         for part in inputs.parts():
-            of_part = inputs.tokens(part)
-            found: list = [None] * len(of_part)
-            for chosen in batches(np.array([*map(len, of_part)])):
-                x = run(subject, [of_part[i] for i in chosen], [hook_name])[hook_name]
-                for row, i in enumerate(chosen):  # position 0 gives no row, here as in the stores
-                    rows = x[row, 1 : len(of_part[i])]
+            token_lists = inputs.tokens(part)
+            values_of_part: list = [None] * len(token_lists)
+            for chosen in batches(np.array([*map(len, token_lists)])):
+                x = run(subject, [token_lists[i] for i in chosen], [hook_name])[hook_name]
+                for row, i in enumerate(chosen):  # position 0 gives no row, as in the stores
+                    rows = x[row, 1 : len(token_lists[i])]
                     fired = [sae.encode(rows)[:, features].float() for sae, features in saes]
-                    found[i] = torch.cat(fired, 1).cpu().numpy()
-                    found[i][~subject.harvesting.kept(of_part[i])[1:]] = 0
+                    values_of_part[i] = torch.cat(fired, 1).cpu().numpy()
+                    values_of_part[i][~subject.harvesting.kept(token_lists[i])[1:]] = 0
                 advance(len(chosen))
-            tokens += [t[1:] for t in of_part]
-            values += found
-            peaks += [v.max(0) for v in found]
+            tokens += [t[1:] for t in token_lists]
+            values += values_of_part
+            peaks += [v.max(0) for v in values_of_part]
     strength = np.stack(peaks)  # [inputs, features]
     contexts = []
     for column in range(strength.shape[1]):
-        shown: dict[str, dict] = {}  # by text: news agencies repeat themselves
-        read: set[int] = set()  # long documents are several inputs, and count once
+        shown: dict[str, dict] = {}  # keyed by text, because news texts occur more than once
+        documents_read: set[int] = set()  # a long document is cut into several inputs and counts once
         for i in np.argsort(-strength[:, column], kind="stable"):
             if strength[i, column] <= 0 or len(shown) == CONTEXTS:
                 break
-            if inputs.owner[i] not in read:
-                read.add(inputs.owner[i])
+            if inputs.owner[i] not in documents_read:
+                documents_read.add(inputs.owner[i])
                 context = _context(subject.tokenizer, tokens[i], values[i][:, column])
                 shown.setdefault("".join(context["text"]), context)
         contexts.append([*shown.values()])
@@ -64,7 +64,9 @@ def strongest_contexts(
 
 def _context(tokenizer, tokens: np.ndarray, values: np.ndarray) -> dict:
     peak = int(values.argmax())
-    first = max(0, min(peak - 2 * WINDOW // 3, len(tokens) - WINDOW))  # more of what came before, which it has seen
+    first = max(
+        0, min(peak - 2 * WINDOW // 3, len(tokens) - WINDOW)
+    )  # two thirds before the peak, because the model reads left to right
     text: list[str] = []
     kept: list[float] = []
     for token, value in zip(tokens[first : first + WINDOW], values[first : first + WINDOW], strict=True):

@@ -1,12 +1,13 @@
 """CE-Bench (Peng et al., "CE-Bench: Towards a reliable contrastive evaluation benchmark of interpretability of sparse
 autoencoders", 2025): how sharply an SAE's features tell two stories on one subject apart.
 
-Of each story V = mean features over its tokens. Contrast |V₁ − V₂|, independence |I − Ī| (I: mean over the tokens of
-both stories; Ī: mean of I over the data set), and their sum are each z-scored over features, and the largest z is the
-pair's score; an SAE's is the mean over pairs. Two variants: `published`, whose code leaves Ī at zero, and `corrected`.
+V is the vector of mean feature activations over the tokens of a story. The score uses the contrast |V₁ − V₂|, the
+independence |I − Ī| (I: mean over the tokens of both stories; Ī: mean of I over the data set), and their sum. Each is
+z-scored over features. The score of a pair is the largest z; the score of an SAE is the mean over pairs. There are two
+variants: `published`, whose code leaves Ī at zero, and `corrected`.
 
-The largest z of n numbers is at most (n − 1)/√n, so that scores grow with the dictionary, dead features included. They
-are compared at one width only; `normalised` divides by that bound.
+The largest z of n numbers is at most (n − 1)/√n. Therefore scores grow with the number of features, even with dead
+ones. Scores are compared at one width only; `normalised` divides by the bound.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from husai.subjects.pretrained import LanguageModel
 
 COLUMNS = ("story1", "story2", "subject")
 PUBLISHED = "GulkoA/contrastive-stories-v"
-"""Names of the published data sets begin so."""
+"""Start of the names of the published data sets."""
 SCORES = ("contrastive", "independence", "interpretability")
 AT_ONCE = 2**26  # features held at a time, tokens x d_sae
 
@@ -43,8 +44,8 @@ class Pairs:
     """Story pairs."""
 
     benchmark: ContrastiveName
-    """`cebench` where they came from CE-Bench's own place on the hub; `cebench_local_copy` where they are said to come
-    from there, unverified; else `contrastive_local`, another metric. No gate counts the last two as CE-Bench."""
+    """`cebench`: pairs from CE-Bench's own place on the hub. `cebench_local_copy`: a local file that the user says is a
+    copy, unverified. `contrastive_local`: local pairs, another metric. Gates accept the first alone as CE-Bench."""
     source: str
     rows: list[dict[str, str]]
     """Story pairs, each with the keys COLUMNS."""
@@ -55,52 +56,52 @@ class Pairs:
 
     @property
     def clusters(self) -> list[str]:
-        """What pairs are clustered by: their subject; of local ones, the family of their data set."""
+        """Cluster of each pair: its subject, or for local pairs the family of its data set."""
         subjects = [row["subject"] for row in self.rows]
         return data_sets.families(subjects) if self.benchmark == "contrastive_local" else subjects
 
 
 def local_pairs(data_sets: list[str], rows: int, seed: int) -> Pairs:
-    """Pairs of texts of the two classes of labelled data sets, as many of each, drawn without replacement.
+    """Pairs of texts from the two classes of labelled data sets, drawn without replacement.
 
     Raises:
-        BadInput: more rows than the data sets hold pairs.
+        BadInput: the data sets hold fewer pairs than `rows`.
     """
-    found: list[dict[str, str]] = []
+    pairs: list[dict[str, str]] = []
     for i, name in enumerate(data_sets):
-        wanted = (rows + len(data_sets) - 1 - i) // len(data_sets)
+        size = (rows + len(data_sets) - 1 - i) // len(data_sets)
         table = text.table(name)
         classes = sorted(table["target"].unique(), key=str)
         sides = []
         for label in classes[:2]:
             texts = table["prompt"][table["target"] == label].astype(str).tolist()
             order = torch.randperm(len(texts), generator=generator(seed, "pairs", name, str(label))).tolist()
-            sides.append([texts[j] for j in order[:wanted]])
-        if min(map(len, sides)) < wanted:
-            raise BadInput(f"--max-rows {rows}: {name} holds {min(map(len, sides))} pairs; {wanted} needed of it")
-        found += [dict(zip(COLUMNS, (a, b, name), strict=True)) for a, b in zip(*sides, strict=True)]
-    return Pairs("contrastive_local", f"sae-probes, two classes of {len(data_sets)} data sets", found)
+            sides.append([texts[j] for j in order[:size]])
+        if min(map(len, sides)) < size:
+            raise BadInput(f"--max-rows {rows}: {name} holds {min(map(len, sides))} pairs; {size} needed of it")
+        pairs += [dict(zip(COLUMNS, (a, b, name), strict=True)) for a, b in zip(*sides, strict=True)]
+    return Pairs("contrastive_local", f"sae-probes, two classes of {len(data_sets)} data sets", pairs)
 
 
 def drawn(stories: str | None, data_sets: list[str], rows: int, seed: int) -> Pairs:
-    """Published stories where they are named, else local pairs of these data sets, which were checked before."""
+    """Published stories if `stories` names some, else local pairs from the data sets, which were checked before."""
     return published_pairs(stories, rows, seed) if stories else local_pairs(data_sets, rows, seed)
 
 
 def refuse_unknown(stories: str | None) -> None:
-    """Raise BadInput where stories are named that are neither on this machine nor CE-Bench's on the hub."""
+    """Raise BadInput for stories that are neither a path on this machine nor CE-Bench's data set on the hub."""
     if stories is not None and not Path(stories).exists() and not stories.startswith(PUBLISHED):
         raise BadInput(f"--stories {stories}: neither a path nor a data set {PUBLISHED}*")
 
 
 def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
-    """CE-Bench's stories: a hub name (downloaded, or found where it was before), or a local copy of the data set.
+    """CE-Bench's stories, from the hub (cached or downloaded) or from a local copy of the data set.
 
     Args:
-        rows: a random part of so many; None for all.
+        rows: size of a random sample; None for all pairs.
 
     Raises:
-        BadInput: it cannot be had, lacks a column, or is empty.
+        BadInput: the data set cannot be read, lacks a column, or is empty.
     """
     import datasets
 
@@ -132,9 +133,9 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
     chosen: Sequence[int] = range(len(table))
     if rows is not None and rows < len(table):
         chosen = sorted(torch.randperm(len(table), generator=generator(seed, "stories"))[:rows].tolist())
-    found = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]
+    pairs = [{c: str(table[i][c]) for c in COLUMNS} for i in chosen]
     local = path.exists()
-    return Pairs("cebench_local_copy" if local else "cebench", f"a local copy, {path.name}" if local else name, found)
+    return Pairs("cebench_local_copy" if local else "cebench", f"a local copy, {path.name}" if local else name, pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,16 +146,16 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
 def story_means(
     subject: LanguageModel, hook_name: str, saes: list[SAE], stories: list[str], folder: Path
 ) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Mean features of each story over all its tokens, for all SAEs from one pass of the model.
+    """Mean feature activations of each story over its tokens. All SAEs share one pass of the model.
 
-    Stories run in batches of about one length, padded on the right; each is cut to n_ctx.
+    Stories of similar length form a batch, padded on the right. Each story is cut to n_ctx tokens.
 
     Args:
-        folder: holds the means, which do not fit into memory for wide SAEs and many stories.
+        folder: holds the means, because they do not fit into memory for wide SAEs and many stories.
 
     Returns:
-        (a memory-mapped `[stories, d_sae]` an SAE; tokens of each story that its mean is of, `[stories]`; how many
-        stories were cut)
+        (a memory-mapped `[stories, d_sae]` for each SAE; number of tokens in each story's mean, `[stories]`; number of
+        stories that were cut)
     """
     whole = subject.harvesting.encode(subject.tokenizer, stories, None)
     if [] in whole:
@@ -194,12 +195,12 @@ def story_means(
 
 
 def bound(d_sae: int) -> float:
-    """The largest z-score that one of d_sae numbers can have (with the sample's standard deviation)."""
+    """Largest possible z-score among d_sae numbers, with the sample standard deviation."""
     return (d_sae - 1) / d_sae**0.5
 
 
 def largest_z(x: np.ndarray) -> np.ndarray:
-    """Largest z-score of each row of `x [rows, n]`; 0 where all its numbers are equal."""
+    """Largest z-score of each row of `x [rows, n]`; 0 for a row of equal numbers."""
     x = x.astype(np.float64)
     centred = x - x.mean(1, keepdims=True)
     spread = centred.std(1, ddof=1)
@@ -207,16 +208,16 @@ def largest_z(x: np.ndarray) -> np.ndarray:
 
 
 def scores(means: np.ndarray, tokens: np.ndarray, rows_at_once: int = 256) -> dict[str, dict[str, np.ndarray]]:
-    """{"published", "corrected": {score: one a pair}} of one SAE.
+    """Scores of one SAE: {"published", "corrected": {score: one value for each pair}}.
 
     Args:
-        means: `[2·pairs, d_sae]`, first all first stories, then all second ones; tokens: `[2·pairs]`.
+        means: `[2·pairs, d_sae]`, all first stories, then all second stories. tokens: `[2·pairs]`.
     """
     pairs, d_sae = len(means) // 2, means.shape[1]
     parts = [slice(i, min(i + rows_at_once, pairs)) for i in range(0, pairs, rows_at_once)]
 
-    def both(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(V₁, V₂, I) of these pairs."""
+    def halves(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(V₁, V₂, I) of a range of pairs."""
         second = slice(part.start + pairs, part.stop + pairs)
         first_tokens, second_tokens = tokens[part, None], tokens[second, None]
         a, b = means[part].astype(np.float64), means[second].astype(np.float64)
@@ -224,23 +225,23 @@ def scores(means: np.ndarray, tokens: np.ndarray, rows_at_once: int = 256) -> di
 
     average = np.zeros(d_sae)
     for part in parts:
-        average += both(part)[2].sum(0)
-    found: dict = {"published": {s: [] for s in SCORES}, "corrected": {s: [] for s in SCORES}}
+        average += halves(part)[2].sum(0)
+    values: dict = {"published": {s: [] for s in SCORES}, "corrected": {s: [] for s in SCORES}}
     for part in parts:
-        a, b, story = both(part)
+        a, b, story = halves(part)
         contrast = np.abs(a - b)
         for variant, centre in (("published", 0.0), ("corrected", average / pairs)):
             independence = np.abs(story - centre)
             for name, value in zip(SCORES, (contrast, independence, contrast + independence), strict=True):
-                found[variant][name].append(largest_z(value))
-    return {v: {name: np.concatenate(x) for name, x in of.items()} for v, of in found.items()}
+                values[variant][name].append(largest_z(value))
+    return {v: {name: np.concatenate(x) for name, x in arrays.items()} for v, arrays in values.items()}
 
 
 def refuse_unreachable(minimum: float, reference: float | None = None) -> None:
-    """Raise BadInput where no SAE could be better than its reference by `minimum`, in normalised scores (at most 1).
+    """Raise BadInput if no SAE can exceed its reference by `minimum`. Normalised scores are at most 1.
 
     Args:
-        reference: the reference's score, where it is known.
+        reference: normalised score of the reference; None if unknown.
     """
     if not within_reach(reference or 0.0, minimum):
         known = "" if reference is None else f", of which a reference already reaches {reference:.4f}"

@@ -1,4 +1,4 @@
-"""A calibrated statement about each feature of an SAE, from its siblings: the feature table and what sums it up."""
+"""Makes a calibrated statement about each feature of an SAE from its siblings: the feature table and its summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from husai.stability.matching import match, unit_rows
 from husai.stability.recurrence import NONE, Chance, Partners, chance, partners, rebuilt
 
 NUMBERS = 2**25
-"""Features × rows of one SAE's code that are in memory at a time."""
+"""Largest number of activations (features × rows) of one SAE in memory at a time."""
 DECILES = 10
 
 
@@ -42,10 +42,10 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class Coactivation:
-    """How features and their partners fire on held-out rows."""
+    """Activations of features and of their partners on held-out rows."""
 
-    correlations: np.ndarray  # float64 [siblings, d_sae]; 0 without a partner, or where either never varies
-    mean_activation: np.ndarray  # float64 [d_sae], on the rows on which the feature fires; NaN where it is dead
+    correlations: np.ndarray  # float64 [siblings, d_sae]; 0 without a partner or without variance
+    mean_activation: np.ndarray  # float64 [d_sae], over rows on which the feature fires; NaN if dead
 
 
 @torch.no_grad()
@@ -54,49 +54,49 @@ def coactivation(
 ) -> Coactivation:
     """Pearson correlation of each feature with its partner in each sibling, over all rows of a store.
 
-    Rows are read in blocks, therefore memory does not grow with them.
+    Rows are read in blocks, therefore memory does not grow with their number.
 
     Args:
-        partner: number of each feature's partner, int `[siblings, d_sae]`; NONE without one.
+        partner: number of each feature's partner, int `[siblings, d_sae]`; NONE without a partner.
     """
     rows = max(1, NUMBERS // max(s.d_sae for s in (sae, *siblings)))
-    own, others = sae.to(device), [s.to(device) for s in siblings]
+    judged_sae, others = sae.to(device), [s.to(device) for s in siblings]
     columns = torch.from_numpy(np.where(partner == NONE, 0, partner)).to(device)
     shape = len(siblings), sae.d_sae
-    first, squares, fired = (torch.zeros(sae.d_sae, dtype=torch.float64, device=device) for _ in range(3))
-    theirs, theirs_squares, products = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+    sums, squares, fired = (torch.zeros(sae.d_sae, dtype=torch.float64, device=device) for _ in range(3))
+    partner_sums, partner_squares, products = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
 
     with progress("held-out activations of partners", store.rows) as advance:
         for start in range(0, store.rows, rows):
             x = store.read(start, min(start + rows, store.rows)).to(device)
-            f = own.encode(x)
-            first += f.sum(0, dtype=torch.float64)
+            f = judged_sae.encode(x)
+            sums += f.sum(0, dtype=torch.float64)
             squares += f.square().sum(0, dtype=torch.float64)
             fired += (f > 0).sum(0)
             for i, other in enumerate(others):
                 g = other.encode(x)[:, columns[i]]
-                theirs[i] += g.sum(0, dtype=torch.float64)
-                theirs_squares[i] += g.square().sum(0, dtype=torch.float64)
+                partner_sums[i] += g.sum(0, dtype=torch.float64)
+                partner_squares[i] += g.square().sum(0, dtype=torch.float64)
                 products[i] += (f * g).sum(0, dtype=torch.float64)
             advance(len(x))
 
     n = store.rows
-    covariance = products - first * theirs / n
-    variances = (squares - first.square() / n).clamp_min(0) * (theirs_squares - theirs.square() / n).clamp_min(0)
-    found = torch.where(variances > 0, covariance / variances.sqrt(), 0.0).clamp(-1, 1).cpu().numpy()
-    found[partner == NONE] = 0
-    return Coactivation(found, (first / fired).cpu().numpy())
+    covariance = products - sums * partner_sums / n
+    variances = (squares - sums.square() / n).clamp_min(0) * (partner_squares - partner_sums.square() / n).clamp_min(0)
+    correlations = torch.where(variances > 0, covariance / variances.sqrt(), 0.0).clamp(-1, 1).cpu().numpy()
+    correlations[partner == NONE] = 0
+    return Coactivation(correlations, (sums / fired).cpu().numpy())
 
 
 def encoder_cosines(sae: SAE, siblings: Sequence[SAE], partner: np.ndarray) -> np.ndarray:
-    """Cosine between the encoder directions of features and their partners, `[siblings, d_sae]`; NaN without one."""
-    own = unit_rows(sae.W_enc.T.float())
-    found = np.full(partner.shape, np.nan)
+    """Cosine between the encoder directions of features and partners, `[siblings, d_sae]`; NaN without a partner."""
+    directions = unit_rows(sae.W_enc.T.float())
+    cosines = np.full(partner.shape, np.nan)
     for i, sibling in enumerate(siblings):
-        there = partner[i] != NONE
-        other = unit_rows(sibling.W_enc.T.float())[partner[i][there]]
-        found[i, there] = (own[torch.from_numpy(there)] * other).sum(1).numpy()
-    return found
+        has_partner = partner[i] != NONE
+        partner_directions = unit_rows(sibling.W_enc.T.float())[partner[i][has_partner]]
+        cosines[i, has_partner] = (directions[torch.from_numpy(has_partner)] * partner_directions).sum(1).numpy()
+    return cosines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,24 +105,25 @@ def encoder_cosines(sae: SAE, siblings: Sequence[SAE], partner: np.ndarray) -> n
 
 @dataclass(frozen=True)
 class Nearest:
-    """The prototype nearest to each feature."""
+    """Nearest prototype of each feature."""
 
     cosine: np.ndarray  # [d_sae]
-    name: list[str | None]  # the token, or `centroid`; None below NEAR
+    name: list[str | None]  # the token, or `centroid`; None if the cosine is below NEAR
 
 
-def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) -> Nearest:
-    """Token means and centroids of held-out documents, which no sibling was trained on.
+def nearest_prototypes(W_dec: Tensor, user_saes: LoadedSAEs, artifact_root: Path) -> Nearest:
+    """Nearest prototype of each feature: a token mean or a centroid of held-out documents.
 
-    A token mean counts with the mean of all rows and without it (`prototypes.prototypes`).
+    No sibling was trained on these documents. A token mean counts twice: as it is, and less the mean of all rows
+    (`prototypes.prototypes`).
     """
-    made = prototypes.of_store(asked.store, artifact_root, len(W_dec))
-    cosine = prototypes.nearest(W_dec, made).double().numpy()
-    tokens, means = prototypes.token_means(asked.store, True)
-    if not len(tokens):  # too few rows: no token stands there often enough
+    all_prototypes = prototypes.of_store(user_saes.store, artifact_root, len(W_dec))
+    cosine = prototypes.nearest(W_dec, all_prototypes).double().numpy()
+    tokens, means = prototypes.token_means(user_saes.store, True)
+    if not len(tokens):  # too few rows: no token occurs often enough
         return Nearest(cosine, [None if value < NEAR else "centroid" for value in cosine])
-    both = torch.cat([means, means - asked.store.stats()[0].float()])
-    U, P = unit_rows(W_dec.float()), unit_rows(both)
+    token_prototypes = torch.cat([means, means - user_saes.store.stats()[0].float()])
+    U, P = unit_rows(W_dec.float()), unit_rows(token_prototypes)
     products = [(part @ P.T).max(1) for part in U.split(1024)]
     largest, at = (torch.cat([getattr(p, name) for p in products]) for name in ("values", "indices"))
     names: list[str | None] = []
@@ -132,7 +133,7 @@ def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) ->
         elif of_token < value - 1e-5:
             names.append("centroid")
         else:
-            names.append(asked.subject.tokenizer.decode([int(tokens[index % len(tokens)])]))
+            names.append(user_saes.subject.tokenizer.decode([int(tokens[index % len(tokens)])]))
     return Nearest(cosine, names)
 
 
@@ -142,10 +143,10 @@ def nearest_prototypes(W_dec: Tensor, asked: LoadedSAEs, artifact_root: Path) ->
 
 @dataclass(frozen=True)
 class Judged:
-    """The table of an SAE's features, and the figures that it rests on."""
+    """Feature table of an SAE, and the figures that it rests on."""
 
     table: pd.DataFrame
-    """`evidence.features.COLUMNS`, one row a feature."""
+    """One row for each feature; columns as in `evidence.features.COLUMNS`."""
     partners: Partners
     recurs: np.ndarray
     """Whether each feature recurs in each sibling, bool `[siblings, d_sae]`."""
@@ -153,7 +154,7 @@ class Judged:
 
 
 def judge(
-    asked: LoadedSAEs,
+    user_saes: LoadedSAEs,
     group: Group,
     bars: Bars,
     artifact_root: Path,
@@ -161,24 +162,26 @@ def judge(
     rotations: int | None,
     certifiable: bool,
 ) -> Judged:
-    """The statement about each feature of the first SAE.
+    """Statement about each feature of the first SAE.
 
     Args:
-        rotations: of all siblings alike by the spectral null (`recurrence.rotations_for`).
-        certifiable: whether the siblings are fresh trainings. Relatives never are.
+        rotations: number of rotations of all siblings by the spectral null (`recurrence.rotations_for`).
+        certifiable: whether the siblings are fresh trainings. Relatives are not.
     """
-    own, others = asked.saes[0], group.others
-    W, decoders = own.sae.W_dec.float().cpu(), [o.W_dec for o in others]
+    judged_sae, others = user_saes.saes[0], group.others
+    W, decoders = judged_sae.sae.W_dec.float().cpu(), [o.W_dec for o in others]
     saes = [o.sae for o in others if o.sae is not None]
-    whole = len(saes) == len(others)  # relatives have no encoder here
+    whole = len(saes) == len(others)  # relatives have no encoder
     certifiable &= whole
-    alive = own.firing_rate.numpy() > 0
+    alive = judged_sae.firing_rate.numpy() > 0
 
     # Recurrence: a partner in each sibling, by decoder and by activations.
-    found = partners(W, decoders)
-    fired = coactivation(own.sae, saes, found.features if whole else found.features[:0], asked.store, device)
+    matched = partners(W, decoders)
+    fired = coactivation(
+        judged_sae.sae, saes, matched.features if whole else matched.features[:0], user_saes.store, device
+    )
     correlations = fired.correlations if whole else None
-    recurrent = rules.recurs(found.cosines, correlations, bars.cosine, bars.correlation)
+    recurrent = rules.recurs(matched.cosines, correlations, bars.cosine, bars.correlation)
     k, n = recurrent.sum(0), len(others)
     low = clopper_pearson_low(k, n, rules.CERTIFIED_LEVEL)
 
@@ -187,8 +190,8 @@ def judge(
     if group.spectrum is not None and certifiable:
         tested = chance(W, decoders, group.spectrum, group.gaussian, rotations, stream=("features",), device=device)
 
-    # Other explanations: a prototype, or a feature that others share among them.
-    near = nearest_prototypes(W, asked, artifact_root)
+    # Other explanations: the feature is a prototype, or a sibling splits it or merges it with others.
+    near = nearest_prototypes(W, user_saes, artifact_root)
     q = None if tested is None else tested.q_values(alive, near.cosine >= NEAR)
     marked = np.zeros(len(W), bool) if q is None else rules.above_chance(q)
     split = rebuilt_in(W, decoders, ~recurrent & alive)
@@ -196,9 +199,9 @@ def judge(
     certified_at = bars.certified_at if certifiable else None
     statements = rules.statements(k, low, marked, near.cosine >= NEAR, split, ~alive, n, certified_at, withheld)
 
-    best = found.best
-    partner, cosine = (values[best, np.arange(len(W))] for values in (found.features, found.cosines))
-    rate = own.firing_rate.double().numpy()
+    best = matched.best
+    partner, cosine = (values[best, np.arange(len(W))] for values in (matched.features, matched.cosines))
+    rate = judged_sae.firing_rate.double().numpy()
     columns: dict[str, Any] = {
         "feature": np.arange(len(W)),
         "statement": statements,
@@ -214,9 +217,9 @@ def judge(
         "similarity_mutual": tested and tested.mutual,
         "similarity_rotated": tested and tested.rotated,
         "similarity_gaussian": tested and tested.gaussian,
-        "partner_cosine": found.cosines.mean(0),
+        "partner_cosine": matched.cosines.mean(0),
         "partner_correlation": None if correlations is None else correlations.mean(0),
-        "encoder_cosine": _mean_of_known(encoder_cosines(own.sae, saes, found.features)) if whole else None,
+        "encoder_cosine": _mean_of_known(encoder_cosines(judged_sae.sae, saes, matched.features)) if whole else None,
         "nearest_sibling": [None if p == NONE else others[i].label for i, p in zip(best, partner, strict=True)],
         "nearest_partner": np.where(partner == NONE, np.nan, partner),
         "nearest_cosine": np.where(partner == NONE, np.nan, cosine),
@@ -227,28 +230,28 @@ def judge(
         "mean_activation": fired.mean_activation,
         "dead": ~alive,
         "dense": rate > rules.DENSE,
-        "encoder_decoder_cosine": _aligned(own.sae),
+        "encoder_decoder_cosine": _aligned(judged_sae.sae),
     }
     table = pd.DataFrame(
         {name: pd.Series(columns[name], index=range(len(W)), dtype=c.dtype) for name, c in COLUMNS.items()}
     )
-    return Judged(table, found, recurrent, tested)
+    return Judged(table, matched, recurrent, tested)
 
 
 def rebuilt_in(W_dec: Tensor, siblings: Sequence[Tensor], missing: np.ndarray) -> np.ndarray:
-    """Siblings in which each feature is missing and few features rebuild it, int `[d_sae]`.
+    """Number of siblings that lack a feature but rebuild it from a few features, int `[d_sae]`.
 
     Args:
         missing: bool `[siblings, d_sae]`.
     """
-    found = np.zeros(len(W_dec), int)
+    counts = np.zeros(len(W_dec), int)
     with progress("features that a few others rebuild (siblings)", len(siblings)) as advance:
         for sibling, numbers in zip(siblings, map(np.flatnonzero, missing), strict=True):
             if len(numbers):
                 cosines, _ = rebuilt(W_dec[torch.from_numpy(numbers)], sibling)
-                found[numbers] += (cosines >= rules.REBUILT_COSINE).numpy()
+                counts[numbers] += (cosines >= rules.REBUILT_COSINE).numpy()
             advance(1)
-    return found
+    return counts
 
 
 def _aligned(sae: SAE) -> np.ndarray:
@@ -263,7 +266,7 @@ def similarity(W_dec: Tensor, siblings: Sequence[Tensor]) -> np.ndarray:
 
 
 def _mean_of_known(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is no NaN; NaN where all are."""
+    """Mean over the first axis of the values that are not NaN; NaN if all are."""
     known = ~np.isnan(values)
     count = known.sum(0)
     return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
@@ -274,12 +277,12 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
 
 
 def sum_up(
-    asked: LoadedSAEs, group: Group, judged: Judged, bars: Bars, limits: list[str], notes: list[str]
+    user_saes: LoadedSAEs, group: Group, judged: Judged, bars: Bars, limits: list[str], notes: list[str]
 ) -> FeatureReliability:
-    """The results beside the table.
+    """Summary of the feature table.
 
     Args:
-        limits: why nothing can be certified. notes: what a reader should know of the SAEs.
+        limits: reasons why nothing can be certified. notes: notes on the SAEs. Both are sentences.
     """
     t, n = judged.table, len(group.others)
     alive = ~t["dead"].to_numpy(bool)
@@ -288,9 +291,9 @@ def sum_up(
     every, some = by_number_of_siblings(k, n)
     siblings = [o for o in group.others if o.origin != "relative"]
     among = among_siblings([o.W_dec for o in siblings], bars.cosine)
-    own = (judged.partners.cosines >= bars.cosine).mean(1)
+    partner_shares = (judged.partners.cosines >= bars.cosine).mean(1)
     trained = [o.heldout.explained_variance for o in group.others if o.heldout is not None and o.origin == "trained"]
-    lost = asked.saes[0].record.heldout.explained_variance - float(np.mean(trained)) if trained else 0.0
+    lost = user_saes.saes[0].record.heldout.explained_variance - float(np.mean(trained)) if trained else 0.0
     if lost > rules.UNUSUAL_EV:
         notes = [*notes, f"The siblings explain less variance, by {lost:.3f}, therefore fewer features may recur."]
     if group.withheld is not None:
@@ -298,10 +301,10 @@ def sum_up(
     return FeatureReliability(
         phase="feature_reliability",
         inputs=group.inputs,
-        subject=asked.subject.name,
-        hook_name=asked.hook_name,
-        text=asked.source.record().get("text"),
-        sae=asked.saes[0].record,
+        subject=user_saes.subject.name,
+        hook_name=user_saes.hook_name,
+        text=user_saes.source.record().get("text"),
+        sae=user_saes.saes[0].record,
         siblings=[
             Sibling(
                 label=o.label,
@@ -311,11 +314,11 @@ def sum_up(
                 heldout=o.heldout,
                 partners=float(share),
             )
-            for o, share in zip(group.others, own, strict=True)
+            for o, share in zip(group.others, partner_shares, strict=True)
         ],
         training=group.training,
         bars=bars,
-        heldout_tokens=asked.store.rows,
+        heldout_tokens=user_saes.store.rows,
         rotations=None if judged.chance is None else judged.chance.rotations,
         gaussian=len(group.gaussian),
         statements={name: int((t["statement"] == name).sum()) for name in rules.STATEMENTS},
@@ -327,7 +330,7 @@ def sum_up(
         deciles=deciles(t["firing_rate"].to_numpy(), judged.recurs),
         in_every=every,
         in_some=some,
-        differs=rules.differs_from_siblings(own.tolist(), among) if siblings else None,
+        differs=rules.differs_from_siblings(partner_shares.tolist(), among) if siblings else None,
         among_siblings=among,
         limits=limits,
         notes=notes,
@@ -336,10 +339,10 @@ def sum_up(
 
 
 def share_over_siblings(recurrent: np.ndarray, chosen: np.ndarray) -> Interval:
-    """Share of the chosen features that recur in a sibling, the mean over siblings with its interval.
+    """Share of the chosen features that recur in a sibling: the mean over siblings, with its interval.
 
     Args:
-        recurrent: bool `[siblings, d_sae]`. chosen: bool `[d_sae]`, one at least.
+        recurrent: bool `[siblings, d_sae]`. chosen: bool `[d_sae]`, at least one of them true.
     """
     return Interval.of(mean_over_seeds([float(v) for v in recurrent[:, chosen].mean(1)]))
 
@@ -348,26 +351,26 @@ def deciles(rate: np.ndarray, recurrent: np.ndarray) -> list[Decile]:
     """Recurrence of alive features by decile of their firing rate."""
     order = np.argsort(rate, kind="stable")
     groups = [g for g in np.array_split(order[rate[order] > 0], DECILES) if len(g)]
-    found = []
+    rows = []
     for group in groups:
         chosen = np.zeros(len(rate), bool)
         chosen[group] = True
         share = share_over_siblings(recurrent, chosen)
-        found.append(
+        rows.append(
             Decile(low=float(rate[group].min()), high=float(rate[group].max()), features=len(group), recur=share)
         )
-    return found
+    return rows
 
 
 def by_number_of_siblings(k: np.ndarray, n: int) -> tuple[list[float], list[float]]:
-    """Expected share of features that recur in (every one, at least one) of j of the n siblings, j = 1 … n."""
+    """Expected shares of features that recur in (every one, at least one) of j siblings drawn from n, j = 1 … n."""
     every = [float(np.mean([comb(int(hits), j) / comb(n, j) for hits in k])) for j in range(1, n + 1)]
     some = [float(np.mean([1 - comb(n - int(hits), j) / comb(n, j) for hits in k])) for j in range(1, n + 1)]
     return every, some
 
 
 def among_siblings(decoders: Sequence[Tensor], cosine: float) -> list[float]:
-    """Share of each sibling's features with a partner at or above the cosine, the mean over the other siblings."""
+    """Share of each sibling's features with a partner at or above the cosine: the mean over the other siblings."""
     n = len(decoders)
     shares = np.full((n, n), np.nan)
     with progress("siblings with each other (pairs)", n * (n - 1) // 2) as advance:
@@ -384,7 +387,7 @@ def among_siblings(decoders: Sequence[Tensor], cosine: float) -> list[float]:
 
 
 def shown(table: pd.DataFrame, n: int) -> list[int]:
-    """Features to read: as many of each statement as there are, up to n in all, the others in turn; sorted."""
+    """Sample of up to n alive features, sorted. Statements take turns, so that rare ones are represented."""
     queues = []
     for number, (_, group) in enumerate(table[~table["dead"]].groupby("statement", sort=True)):
         order = torch.randperm(len(group), generator=generator("features", "shown", number)).numpy()
@@ -396,28 +399,28 @@ def shown(table: pd.DataFrame, n: int) -> list[int]:
     return sorted(chosen)
 
 
-def contexts(asked: LoadedSAEs, group: Group, judged: Judged, features: list[int]) -> dict[str, dict]:
-    """Feature -> its strongest held-out contexts, and those of its nearest partner.
+def contexts(user_saes: LoadedSAEs, group: Group, judged: Judged, features: list[int]) -> dict[str, dict]:
+    """Feature -> its strongest held-out contexts and those of its nearest partner.
 
     Returns:
         {"<feature>": {"contexts": [{"text": [piece, …], "values": [activation, …]}], "partner": None or {"sibling",
         "feature", "cosine", "contexts"}}}
     """
     best, partner, others = judged.partners.best, judged.partners.features, group.others
-    theirs = [
+    partners_shown = [
         [f for f in features if best[f] == i and partner[i, f] != NONE and o.sae is not None]
         for i, o in enumerate(others)
     ]
-    wanted = [(asked.saes[0].sae, features)]
-    wanted += [(o.sae, partner[i, theirs[i]].tolist()) for i, o in enumerate(others) if o.sae is not None]
-    documents = asked.source.heldout()
-    inputs = Inputs.of(asked.subject, documents, asked.store.rows, 0, asked.store.folder.parent)
-    found = iter(strongest_contexts(asked.subject, asked.hook_name, [w for w in wanted if w[1]], inputs))
+    requests = [(user_saes.saes[0].sae, features)]
+    requests += [(o.sae, partner[i, partners_shown[i]].tolist()) for i, o in enumerate(others) if o.sae is not None]
+    documents = user_saes.source.heldout()
+    inputs = Inputs.of(user_saes.subject, documents, user_saes.store.rows, 0, user_saes.store.folder.parent)
+    strongest = iter(strongest_contexts(user_saes.subject, user_saes.hook_name, [w for w in requests if w[1]], inputs))
 
-    rows: dict[str, dict] = {str(f): {"contexts": next(found), "partner": None} for f in features}
-    for i, of_sibling in enumerate(theirs):
+    rows: dict[str, dict] = {str(f): {"contexts": next(strongest), "partner": None} for f in features}
+    for i, of_sibling in enumerate(partners_shown):
         for f in of_sibling:
-            about = {"sibling": others[i].label, "feature": int(partner[i, f])}
-            about["cosine"] = round(float(judged.partners.cosines[i, f]), 4)
-            rows[str(f)]["partner"] = about | {"contexts": next(found)}
+            description = {"sibling": others[i].label, "feature": int(partner[i, f])}
+            description["cosine"] = round(float(judged.partners.cosines[i, f]), 4)
+            rows[str(f)]["partner"] = description | {"contexts": next(strongest)}
     return rows

@@ -1,4 +1,4 @@
-"""How flags of the domain enter a cell's key. Imports nothing heavy: a repeated run reads this."""
+"""Cell-key entries of flags that know the domain. Imports nothing heavy, because repeated runs import this module."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from husai.runs.inputs import by_checkpoint
 from husai.subjects.sources import TextSource
 
 CONFIRMED = "experiments/candidate_confirmation/results.json"
-"""Below --artifact-root: what `run_candidate_confirmation.py` leaves."""
+"""Results of `run_candidate_confirmation.py`, below --artifact-root."""
 
 
 def by_named_checkpoint(given: Path | list[Path], flag: str) -> Any:
-    """Content of checkpoints, whether paths or names give them.
+    """Content digests of checkpoints that are given by paths or names.
 
     Raises:
         BadInput: there is no such checkpoint.
@@ -34,10 +34,10 @@ def by_named_checkpoint(given: Path | list[Path], flag: str) -> Any:
 
 
 def by_checkout(given: Path, flag: str) -> str:
-    """The code of a checkout of CE-Bench.
+    """Digest of the code in a checkout of CE-Bench.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the folder holds no CE-Bench.
     """
     from husai.evals.cebench_checkout import code_digest
 
@@ -45,12 +45,12 @@ def by_checkout(given: Path, flag: str) -> str:
 
 
 def by_text(given: TextSource, flag: str) -> str | None:
-    """A text by its name, or by its files; the packaged one does not count."""
+    """Fingerprint of a text: its name or its files. None for the packaged text."""
     return given.fingerprint()
 
 
 def by_baseline_map(given: Path, flag: str) -> str:
-    """A map of CE-Bench baselines, with the summaries that it names.
+    """Digest of a map of CE-Bench baselines and of the summaries that it names.
 
     Raises:
         BadInput: the map is damaged.
@@ -59,10 +59,10 @@ def by_baseline_map(given: Path, flag: str) -> str:
 
 
 def summaries(baseline_map: Path) -> list[Path]:
-    """The files that a baseline map names, beside it or in the repository; none where it is no table.
+    """Files that a baseline map names, beside the map or in the repository; empty if the JSON is no table.
 
     Raises:
-        BadInput: it is missing, or no JSON.
+        BadInput: the map is missing, or is no JSON.
     """
     table = read_json(baseline_map, "baseline map")
     named = {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
@@ -70,16 +70,16 @@ def summaries(baseline_map: Path) -> list[Path]:
 
 
 def look_up(args: argparse.Namespace) -> None:
-    """Fill in --candidate where none is given and one is confirmed.
+    """Set --candidate to the confirmed candidate if neither --candidate nor --checkpoint is given.
 
     Raises:
-        BadInput: --candidate beside --checkpoint, or no such file.
+        BadInput: both --candidate and --checkpoint are given.
     """
     if args.candidate and args.checkpoint:
         raise BadInput("--candidate and --checkpoint: one of them expected")
-    found = args.artifact_root / CONFIRMED
-    if not args.candidate and not args.checkpoint and found.is_file():
-        args.candidate = found
+    confirmed = args.artifact_root / CONFIRMED
+    if not args.candidate and not args.checkpoint and confirmed.is_file():
+        args.candidate = confirmed
 
 
 def run_stress(
@@ -88,7 +88,7 @@ def run_stress(
     compute: Callable[[argparse.Namespace, Cells], tuple[dict, list[Path]]],
     summary: Callable[[dict], str],
 ) -> None:
-    """A phase (`runs.phase.run_phase`) about a candidate (`evals.flags.EvalParser.add_candidate`)."""
+    """Run a phase (`runs.phase.run_phase`) about a candidate (`evals.flags.EvalParser.add_candidate`)."""
     from husai.runs.phase import run_phase
 
     look_up(args)

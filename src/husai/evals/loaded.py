@@ -1,4 +1,4 @@
-"""SAEs opened on a subject's activations: the one opener, and what it gives."""
+"""Opens SAEs on a subject's activations. Every phase opens its SAEs here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from husai.runs.checkpoints import is_name, read_place
 from husai.runs.code import code_version
 from husai.runs.errors import BadInput
 from husai.runs.files import digest, write_bytes
-from husai.runs.subjects import as_said
+from husai.runs.subjects import with_stated_version
 from husai.stability.study import refuse_unfitting
 from husai.subjects import pretrained
 from husai.subjects.harvesting import Harvesting, agreed, line, recorded, refuse_other
@@ -49,9 +49,9 @@ class LoadedSAE:
     folder: Path
     sae: SAE
     record: SAERecord
-    """Its held-out figures are of documents that neither the subject nor an SAE was trained on."""
+    """Figures on held-out documents, which neither the subject nor any SAE was trained on."""
     firing_rate: Tensor
-    """Share of these rows on which each feature fires, `[d_sae]`."""
+    """Share of the held-out rows on which each feature fires, `[d_sae]`."""
 
     @property
     def identity(self) -> str:
@@ -67,7 +67,7 @@ class LoadedSAE:
 
     @property
     def member(self) -> OwnMember:
-        """Its record in a stability study."""
+        """The SAE as a stability study names it."""
         r, seed = self.record, self.facts.seed
         label = r.label if seed is None else f"seed{seed}"
         return OwnMember(label=label, seed=seed, checkpoint_sha256=r.checkpoint_sha256, heldout=r.heldout)
@@ -78,21 +78,21 @@ class LoadedSAEs:
     """SAEs of one hook of a subject."""
 
     name: str
-    """The subject as it was named."""
+    """Name of the subject, as the user gave it."""
     subject: LanguageModel
     store: ActivationStore
     """Held-out activations at the hook."""
     saes: list[LoadedSAE]
     references: list[LoadedSAE] = field(default_factory=list)
-    """SAEs that a difference may be taken against, and nothing else."""
+    """SAEs that serve as references alone: a difference may be taken against them."""
     controls: LoadedSAEs | None = None
     """SAEs trained on the random-weights model."""
     source: TextSource = field(default_factory=TextSource)
-    """The text whose held-out documents the store is of."""
+    """Text that the held-out documents are from."""
     untrained: dict[str, Path] = field(default_factory=dict)
-    """Identity of an SAE -> its checkpoint from before training, where the user gives these."""
-    said: Harvesting = field(default_factory=Harvesting)
-    """How their activations were made, by their files."""
+    """Identity of an SAE -> its checkpoint from before training; empty unless the user gives them."""
+    harvesting: Harvesting = field(default_factory=Harvesting)
+    """How the SAEs' activations were made, as their files state."""
 
     @property
     def hook_name(self) -> str:
@@ -105,12 +105,12 @@ class LoadedSAEs:
 
     @property
     def records(self) -> list[SAERecord]:
-        """One for each of `opened`."""
+        """Records of `opened`, in the same order."""
         return [c.record for c in self.opened]
 
     @property
     def other_model(self) -> str | None:
-        """Name of the model in the files of the SAEs, where it is no name of the subject (--same-model)."""
+        """The model's name in the SAEs' files, if the subject is not known by it (--same-model)."""
         names = (other_model(c.sae, self.subject.known_as) for c in self.opened)
         return next((name for name in names if name), None)
 
@@ -120,89 +120,91 @@ class LoadedSAEs:
 
     @property
     def group(self) -> SeedGroup:
-        """The SAEs as evidence names them.
+        """The SAEs as evidence names them: seeds of one configuration.
 
         Raises:
-            BadInput: they are of several configurations.
+            BadInput: the SAEs have several configurations.
         """
         return SeedGroup.of([c.record for c in self.saes])
 
     @property
-    def made(self) -> dict | None:
-        """How the SAEs were trained (`training.grid`); None where it is not known."""
+    def training_metadata(self) -> dict | None:
+        """Training settings that HUSAI wrote (`training.grid`); None for SAEs of other libraries."""
         return self.saes[0].sae.metadata.get("husai") if self.saes[0].facts.source == "husai" else None
 
     @property
     def recipe(self) -> TrainingConfig:
-        """Their training.
+        """Training configuration of the SAEs.
 
         Raises:
-            BadInput: it is not known, because they were trained elsewhere.
+            BadInput: another library trained the SAEs, and the configuration is unknown.
         """
-        if self.made is None:
+        training_metadata = self.training_metadata
+        if training_metadata is None:
             raise BadInput(f"checkpoint: {self.saes[0].folder} does not say how it was trained, as HUSAI's own do")
-        return TrainingConfig(**self.made["training"] | {"betas": tuple(self.made["training"]["betas"])})
+        training = training_metadata["training"]
+        return TrainingConfig(**training | {"betas": tuple(training["betas"])})
 
     def inputs(self) -> dict[str, str]:
-        """What the results rest on: label -> sha256."""
-        found = {"subject": self.subject.digest, "held-out activations": self.store.digest}
+        """Digests of everything that the results rest on: label -> sha256."""
+        digests = {"subject": self.subject.digest, "held-out activations": self.store.digest}
         records = [*self.records, *(c.record for c in self.control_saes)]
-        return found | {f"checkpoint {r.label}": r.checkpoint_sha256 for r in records}
+        return digests | {f"checkpoint {r.label}": r.checkpoint_sha256 for r in records}
 
     def untrained_inputs(self) -> dict[str, str]:
-        """The states from before training that the user gives: label -> sha256."""
+        """Digests of the untrained states that the user gives: label -> sha256."""
         seeds = {identity: seed for seed, identity in self.group.identities.items()}
         return {
             f"untrained {seeds[identity]}": foreign.checkpoint_sha256(path) for identity, path in self.untrained.items()
         }
 
 
-def facts_of(sae: SAE, l0: float | None = None) -> Facts:
-    """How an SAE was made; None where a checkpoint does not say.
+def read_facts(sae: SAE, l0: float | None = None) -> Facts:
+    """Facts about an SAE and its training. A fact that the checkpoint does not state is None.
 
     Args:
-        l0: on held-out rows; None: the facts that SAEs of other seeds share.
+        l0: L0 on held-out rows. None leaves out L0 and seed, which differ between seeds.
 
     Raises:
-        BadInput: its metadata is not what HUSAI writes.
+        BadInput: the metadata does not have the form that HUSAI writes.
     """
     try:
-        return _facts_of(sae, l0)
+        return _read_facts(sae, l0)
     except (ValidationError, LookupError, TypeError, AttributeError) as error:
         why = refusal(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise BadInput(f"checkpoint: its metadata is not what HUSAI writes ({why})") from None
 
 
-def _facts_of(sae: SAE, l0: float | None) -> Facts:
-    made = sae.metadata.get("husai") or {}
-    training = made.get("training")
-    ours = training is not None
+def _read_facts(sae: SAE, l0: float | None) -> Facts:
+    husai = sae.metadata.get("husai") or {}
+    training = husai.get("training")
+    trained_by_husai = training is not None
     settings = {k: v for k, v in (training or {}).items() if k not in ("tokens", "propose")}
-    of_one_seed: dict[str, Any] = {} if l0 is None else {"l0": l0, "seed": made.get("seed")}
+    of_one_seed: dict[str, Any] = {} if l0 is None else {"l0": l0, "seed": husai.get("seed")}
     return Facts(
-        source="husai" if ours else made.get("source", "SAELens"),
-        subject_digest=made.get("subject_digest"),
+        source="husai" if trained_by_husai else husai.get("source", "SAELens"),
+        subject_digest=husai.get("subject_digest"),
         hook_name=sae.metadata.get("hook_name"),
-        family=made.get("family", sae.architecture),
+        family=husai.get("family", sae.architecture),
         d_in=sae.d_in,
         d_sae=sae.d_sae,
-        k=made.get("k", sae.k),
-        learning_rate=made.get("learning_rate"),
+        k=husai.get("k", sae.k),
+        learning_rate=husai.get("learning_rate"),
         tokens=None if training is None else training["tokens"],
-        store_digest=made.get("store_digest"),
-        training=digest(settings) if ours else None,
-        control=made.get("control"),
+        store_digest=husai.get("store_digest"),
+        training=digest(settings) if trained_by_husai else None,
+        control=husai.get("control"),
         **of_one_seed,
     )
 
 
 def record_of(folder: Path, sae: SAE, sha256: str, heldout: Heldout) -> SAERecord:
-    """The record of an SAE.
+    """Evidence record of an SAE.
 
     Args:
-        sha256: of its weights file. heldout: its figures on held-out rows.
+        sha256: digest of the weights file. heldout: figures on held-out rows.
     """
-    facts, name = facts_of(sae, heldout.l0), identity(sae, sha256)
+    facts, name = read_facts(sae, heldout.l0), identity(sae, sha256)
     label = f"{foreign.folder_of(folder).name}-{name[:8]}"
     condition, shared = label, facts.shared
     if facts.source == "husai":
@@ -228,28 +230,30 @@ def heldout_store(
     threads: int,
     source: TextSource | None = None,
 ) -> ActivationStore:
-    """Activations on held-out documents of a source, which no SAE of a store of this source was trained on; found or
-    harvested.
+    """Store of activations on held-out documents, which no SAE was trained on; found on disk or harvested.
 
     Args:
-        source: by default the packaged text, whose held-out documents husai-tiny was not trained on.
+        source: text source. None: the packaged text, whose held-out documents husai-tiny never saw.
 
     Raises:
-        BadInput: the subject has no such hook, or the documents give fewer rows.
+        BadInput: the subject has no such hook, or the documents give fewer rows than asked for.
     """
     documents, root = (source or TextSource()).heldout(), artifact_root / "activations"
     return ActivationStore.open(harvest_tokens(subject, [hook_name], documents, root, rows, threads=threads)[hook_name])
 
 
 def identity(sae: SAE, sha256: str) -> str:
-    """What tells an SAE from others: its weights and how it encodes, which the configuration beside them says."""
+    """Digest that identifies an SAE. It covers the weights and every setting that changes `encode`."""
     peer = [sae.computes] if isinstance(sae, sources.PeerSAE) else []
     return digest([sha256, sae.architecture, sae.k, sae.subtract_b_dec, *peer])
 
 
 def on_disk(path: Path, results: Any) -> dict[str, str | None]:
-    """seed -> identity of the checkpoints that an evaluation of the candidate names, as they lie beside it; None where
-    one does not."""
+    """seed -> identity of each checkpoint that an evaluation names, read from disk; None if it cannot be read.
+
+    Args:
+        path: file of the evaluation; checkpoint paths are relative to its folder. results: its content.
+    """
 
     def one(place: Any) -> str | None:
         try:
@@ -264,10 +268,10 @@ def on_disk(path: Path, results: Any) -> dict[str, str | None]:
 
 
 def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) -> tuple[Heldout, Tensor]:
-    """(held-out figures, firing rates `[d_sae]`) of an SAE on all rows of a store; computed once for all phases.
+    """(held-out figures, firing rates `[d_sae]`) of an SAE on all rows of a store. All phases share the result.
 
     Args:
-        name: its identity. artifact_root: the cell lies below it, in saes/.
+        name: identity of the SAE. artifact_root: holds the cell, in saes/.
     """
     cells = Cells(artifact_root / "saes" / "cells")
     key = {"sae": name, "store": store.digest, "threads": torch.get_num_threads(), "code": code_version(evaluate)}
@@ -281,16 +285,16 @@ def measure(sae: SAE, name: str, store: ActivationStore, artifact_root: Path) ->
     return Heldout.model_validate(cells.get("heldout", key, compute)), load_file(file)["firing_rate"]
 
 
-def _subject(name: str, device: torch.device, said: Harvesting) -> LanguageModel:
-    """A subject whose activations are made as the files of SAEs say; the log says how."""
-    subject = pretrained.load(name, device=device, harvesting=said)
-    if said.to_json() or not said.complete:
-        log.info("%s", line(recorded(said, subject)))
+def _subject(name: str, device: torch.device, harvesting: Harvesting) -> LanguageModel:
+    """Load a subject whose activations are made as the SAEs' files state, and log the settings."""
+    subject = pretrained.load(name, device=device, harvesting=harvesting)
+    if harvesting.to_json() or not harvesting.complete:
+        log.info("%s", line(recorded(harvesting, subject)))
     return subject
 
 
 class Opener:
-    """Opens each model and checkpoint once, however many steps of one process read it."""
+    """Cache of opened models and checkpoints: one process opens each of them once."""
 
     def __init__(self) -> None:
         self.sae = cache(foreign.open_checkpoint)
@@ -307,29 +311,29 @@ def open_all(
     opener: Opener | None = None,
     any_name: bool = False,
 ) -> list[LoadedSAE]:
-    """All checkpoints at or below these paths, of any kind that can be read, each once, in order of seeds.
+    """Open all checkpoints at or below these paths, each once, in order of seeds.
 
     Args:
-        opener: of a process that has read some of them before.
-        any_name: accept SAEs whose files give their model another name (--same-model).
+        opener: cache of this process. None: a new one.
+        any_name: accept SAEs whose files give the model another name (--same-model).
 
     Raises:
-        BadInput: a path without one, or an SAE made for another width, hook or subject.
+        BadInput: a path holds no checkpoint, or an SAE was made for another width, hook or subject.
     """
-    opener, about = opener or Opener(), store.manifest
-    made = Harvesting.of_json(about.harvesting or {})
+    opener, manifest = opener or Opener(), store.manifest
+    store_harvesting = Harvesting.of_json(manifest.harvesting or {})
     opened: dict[str, LoadedSAE] = {}
-    folders = foreign.find_all(paths, f"--{flag}", about.hook_name)
-    names = names_of(folders)
+    folders = foreign.find_all(paths, f"--{flag}", manifest.hook_name)
+    names = user_names(folders)
     for folder in folders:
         sae, sha = opener.sae(folder), opener.sha256(folder)
-        refuse_unfitting(folder, sae, about.hook_name, about.subject_digest, store.d_in, subject.same_place)
+        refuse_unfitting(folder, sae, manifest.hook_name, manifest.subject_digest, store.d_in, subject.same_place)
         refuse_other_model(folder, sae, subject.known_as, flag, any_name)
-        said = said_by(folder, sae, about.hook_name)
-        refuse_other(said, subject.resolve(said), made, f"--{flag}: {folder}")
+        sae_harvesting = read_harvesting(folder, sae, manifest.hook_name)
+        refuse_other(sae_harvesting, subject.resolve(sae_harvesting), store_harvesting, f"--{flag}: {folder}")
         name = identity(sae, sha)
-        if (key := digest([name, facts_of(sae, 0.0).to_json()])) in opened:
-            continue  # the same SAE again; two recipes that give one SAE are two
+        if (key := digest([name, read_facts(sae, 0.0).to_json()])) in opened:
+            continue  # a second copy of the same SAE; equal weights from two recipes count as two SAEs
         heldout, firing_rate = measure(sae, name, store, artifact_root)
         record = record_of(folder, sae, sha, heldout)
         if record.facts.source != "husai":
@@ -338,58 +342,62 @@ def open_all(
     return sorted(opened.values(), key=lambda c: (c.record.condition, c.facts.seed or 0, c.identity))
 
 
-def said_by(folder: Path, sae: SAE, hook_name: str) -> Harvesting:
-    """How an SAE's activations were made, by its files."""
+def read_harvesting(folder: Path, sae: SAE, hook_name: str) -> Harvesting:
+    """How an SAE's activations were made, as its files state."""
     return Harvesting.read(sae.metadata, hook_name, f"checkpoint: {folder}")
 
 
-def agreed_of(folders: list[Path], saes: list[SAE], hook_name: str | None, flag: str) -> Harvesting:
-    """How the activations of all these SAEs were made, by their files.
+def common_harvesting(folders: list[Path], saes: list[SAE], hook_name: str | None, flag: str) -> Harvesting:
+    """How the activations of all these SAEs were made, as their files state.
 
     Args:
-        hook_name: None: the one that each SAE names.
+        hook_name: hook that the SAEs read. None: the hook that each SAE names.
 
     Raises:
-        BadInput: two say different things.
+        BadInput: two SAEs contradict each other.
     """
-    said = []
+    stated = []
     for folder, sae in zip(folders, saes, strict=True):
-        said.append((str(folder), said_by(folder, sae, hook_name or str(sae.metadata.get("hook_name")))))
-    return agreed(said, f"--{flag}")
+        stated.append((str(folder), read_harvesting(folder, sae, hook_name or str(sae.metadata.get("hook_name")))))
+    return agreed(stated, f"--{flag}")
 
 
-def with_multiple(said: Harvesting, given: float | None) -> Harvesting:
-    """How activations are made, with --max-norm-multiple.
+def with_multiple(harvesting: Harvesting, given: float | None) -> Harvesting:
+    """Harvesting with the multiple of --max-norm-multiple.
 
     Raises:
-        BadInput: the files of the SAEs say another one.
+        BadInput: the SAEs' files state another multiple.
     """
-    asked = Harvesting(max_norm_multiple=given, complete=said.complete)
-    return agreed([("the files of the SAEs", said), ("the command line", asked)], "--max-norm-multiple")
+    requested = Harvesting(max_norm_multiple=given, complete=harvesting.complete)
+    return agreed([("the files of the SAEs", harvesting), ("the command line", requested)], "--max-norm-multiple")
 
 
-def agreed_by(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting]:
-    """(the subject in the revision and dtype that the files of the SAEs say, how their activations were made).
+def subject_and_harvesting(args: argparse.Namespace, opener: Opener) -> tuple[str, Harvesting]:
+    """(name of the subject with revision and dtype, how the SAEs' activations were made), both from the SAEs' files.
+
+    With --same-model, the revision comes from the command line.
 
     Args:
-        args: of `evals.flags.EvalParser.add_benchmark`.
-
-    With --same-model the revision is the command line's.
+        args: parsed flags of `evals.flags.EvalParser.add_benchmark`.
 
     Raises:
-        BadInput: two SAEs, or an SAE and a flag, say different things.
+        BadInput: two SAEs, or an SAE and a flag, contradict each other.
     """
-    named = {flag: foreign.find_all(getattr(args, flag, []), f"--{flag}", args.hook_name) for flag in FLAGS}
-    folders = [folder for of_flag in named.values() for folder in of_flag]
-    found = agreed_of(folders, [opener.sae(folder) for folder in folders], args.hook_name, "checkpoint")
-    found = with_multiple(found, getattr(args, "max_norm_multiple", None))
+    paths_by_flag = {flag: foreign.find_all(getattr(args, flag, []), f"--{flag}", args.hook_name) for flag in FLAGS}
+    folders = [folder for of_flag in paths_by_flag.values() for folder in of_flag]
+    harvesting = common_harvesting(folders, [opener.sae(folder) for folder in folders], args.hook_name, "checkpoint")
+    harvesting = with_multiple(harvesting, getattr(args, "max_norm_multiple", None))
     any_revision, dtype = getattr(args, "same_model", False), getattr(args, "dtype", None)
-    return as_said(args.subject, None if any_revision else found.revision, found.dtype, dtype), found
+    return with_stated_version(
+        args.subject, None if any_revision else harvesting.revision, harvesting.dtype, dtype
+    ), harvesting
 
 
-def names_of(checkpoints: list[Path]) -> dict[Path, str]:
-    """What a user calls each checkpoint: its folder, or a file of another name than a library gives, below the folder
-    that holds all of them."""
+def user_names(checkpoints: list[Path]) -> dict[Path, str]:
+    """Checkpoint -> the name that its user knows: its path below the folder that holds all checkpoints.
+
+    A file counts by its own name if no library writes files of that name, else by its folder.
+    """
 
     def place_of(c: Path) -> Path:
         return c if c.is_file() and c.name not in foreign.FILES else foreign.folder_of(c)
@@ -401,7 +409,7 @@ def names_of(checkpoints: list[Path]) -> dict[Path, str]:
 
 
 def as_references(saes: list[LoadedSAE]) -> list[LoadedSAE]:
-    """The same SAEs, which serve as references alone."""
+    """The same SAEs, marked as references that are not judged."""
     return [replace(c, record=c.record.model_copy(update={"candidate": False})) for c in saes]
 
 
@@ -409,23 +417,25 @@ Ordered = TypeVar("Ordered", LoadedSAE, SAERecord)
 
 
 def in_order(saes: list[Ordered]) -> list[Ordered]:
-    """The SAEs in order of seeds, which is that of their numbers (`seed_names`). Unknown seeds are replaced by
-    identities, which nobody can choose."""
+    """The SAEs in order of seeds, which is also the order of their numbers (`seed_names`).
+
+    SAEs without a known seed are ordered by identity, because nobody can choose an identity.
+    """
     return sorted(saes, key=lambda c: (c.facts.seed or 0, c.identity))
 
 
 def other_model(sae: SAE, subject: str) -> str | None:
-    """Name of the model in an SAE without a subject's digest, where it is no name of the subject."""
+    """The model's name in an SAE's metadata, if the subject is not known by it and no digest names the subject."""
     made_for = sae.metadata.get("model_name")
-    named = made_for is not None and facts_of(sae).subject_digest is None
+    named = made_for is not None and read_facts(sae).subject_digest is None
     return str(made_for) if named and not same_model(str(made_for), subject) else None
 
 
 def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str, any_name: bool = False) -> None:
-    """Raise BadInput for an SAE without a subject's digest that names another model.
+    """Raise BadInput for an SAE that names another model and has no digest of its subject.
 
     Args:
-        any_name: only say so, because the user knows that it is the same model.
+        any_name: warn instead, because the user says that both names mean one model (--same-model).
     """
     if made_for := other_model(sae, subject):
         if not any_name:
@@ -437,7 +447,7 @@ def refuse_other_model(folder: Path, sae: SAE, subject: str, flag: str, any_name
 
 
 def refuse_twins(saes: list[LoadedSAE]) -> None:
-    """Raise BadInput for two SAEs of one condition and seed: which of them is meant?"""
+    """Raise BadInput for two SAEs of one condition and seed, because a seed must name one SAE."""
     seeds: dict[tuple, LoadedSAE] = {}
     for c in saes:
         other = seeds.setdefault((c.record.condition, c.facts.seed), c)
@@ -446,12 +456,12 @@ def refuse_twins(saes: list[LoadedSAE]) -> None:
 
 
 def controls_by_draw(paths: list[Path], opener: Opener) -> dict[int, list[Path]]:
-    """Seed of a draw of the random weights -> the SAEs at or below these paths that were trained on it.
+    """Seed of a draw of the random weights -> the SAEs at or below these paths that were trained on that draw.
 
     Raises:
-        BadInput: an SAE that HUSAI did not train on a random-weights model.
+        BadInput: HUSAI did not train an SAE on a random-weights model.
     """
-    found: dict[int, list[Path]] = {}
+    folders: dict[int, list[Path]] = {}
     for folder in foreign.find_all(paths, "--random-model-checkpoint"):
         control = (opener.sae(folder).metadata.get("husai") or {}).get("control") or "none"
         draw = re.fullmatch(r"random_weights\(seed=(\d+)\)", control)
@@ -460,8 +470,8 @@ def controls_by_draw(paths: list[Path], opener: Opener) -> dict[int, list[Path]]
                 f"--random-model-checkpoint: the random weights that {folder} was trained on: {control}; SAEs that "
                 "HUSAI trained on a random-weights model expected (runbook, SAEs of your own)"
             )
-        found.setdefault(int(draw[1]), []).append(folder)
-    return dict(sorted(found.items()))
+        folders.setdefault(int(draw[1]), []).append(folder)
+    return dict(sorted(folders.items()))
 
 
 def open_controls(
@@ -474,13 +484,12 @@ def open_controls(
     threads: int,
     opener: Opener | None = None,
     source: TextSource | None = None,
-    said: Harvesting | None = None,
+    harvesting: Harvesting | None = None,
 ) -> LoadedSAEs | None:
-    """The SAEs that a benchmark compares with: those of the first draw of the random weights; None where no path is
-    given.
+    """Control SAEs of a benchmark: those of the first draw of the random weights. None without a path.
 
     Raises:
-        BadInput: an SAE of the model itself.
+        BadInput: an SAE was trained on the model itself.
     """
     opener = opener or Opener()
     by_draw = controls_by_draw(paths, opener)
@@ -489,7 +498,7 @@ def open_controls(
     seed, folders = next(iter(by_draw.items()))
     if len(by_draw) > 1:
         log.info("benchmarks compare with SAEs of %s alone", random_weights(seed))
-    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener, source, said)
+    return open_draw(folders, seed, name, hook_name, artifact_root, rows, device, threads, opener, source, harvesting)
 
 
 def open_draw(
@@ -503,14 +512,14 @@ def open_draw(
     threads: int,
     opener: Opener,
     source: TextSource | None = None,
-    said: Harvesting | None = None,
+    harvesting: Harvesting | None = None,
 ) -> LoadedSAEs:
-    """SAEs of one draw of the random weights of a subject, with held-out activations of it.
+    """SAEs of one draw of a subject's random weights, opened on held-out activations of that draw.
 
     Args:
-        said: how the activations of the SAEs of the subject itself were made.
+        harvesting: how the activations of the subject's own SAEs were made.
     """
-    random_model = pretrained.load(name, seed, device, said)
+    random_model = pretrained.load(name, seed, device, harvesting)
     source = source or TextSource()
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads, source)
     controls = open_all(folders, store, "random-model-checkpoint", random_model, artifact_root, opener)
@@ -520,7 +529,7 @@ def open_draw(
 
 @dataclass(frozen=True)
 class Places:
-    """Where a benchmark works, and with what."""
+    """Folders, device and threads of a benchmark."""
 
     output_dir: Path
     artifact_root: Path
@@ -528,40 +537,40 @@ class Places:
     threads: int
     force: bool = False
     model_cache_path: Path | None = None
-    """Activations of prompts; by default below `artifact_root`."""
+    """Folder for activations of prompts. None: a folder below `artifact_root`."""
 
     def probe_activations(self, model: LanguageModel) -> Path:
-        """The folder of a model's activations of prompts, which all SAEs share."""
+        """Folder of a model's activations of prompts, which all SAEs of the model share."""
         return self.model_cache_path or self.artifact_root / "probe_activations" / model.activations_digest[:16]
 
 
 def load(args: argparse.Namespace, device: torch.device, opener: Opener | None = None) -> LoadedSAEs:
-    """The SAEs that a benchmark's command line names (`evals.flags.EvalParser.add_benchmark`).
+    """Open the SAEs that a benchmark's command line names (`evals.flags.EvalParser.add_benchmark`).
 
     Args:
-        opener: of a process that has read some of them before.
+        opener: cache of this process. None: a new one.
 
     Raises:
-        BadInput: whatever does not fit the subject and the hook.
+        BadInput: an SAE, control or reference does not fit the subject and the hook.
     """
     opener = opener or Opener()
-    name, said = agreed_by(args, opener)
-    subject = opener.subject(name, device, said)
+    name, harvesting = subject_and_harvesting(args, opener)
+    subject = opener.subject(name, device, harvesting)
     place = (args.hook_name, args.artifact_root, args.rows)
     store = heldout_store(subject, *place, args.threads, args.text)
-    how = args.artifact_root, opener, args.same_model
-    saes = open_all(args.checkpoint, store, "checkpoint", subject, *how)
-    known = {c.identity for c in saes}
-    references = open_all(args.reference, store, "reference", subject, *how)
-    references = as_references([c for c in references if c.identity not in known])
+    settings = args.artifact_root, opener, args.same_model
+    saes = open_all(args.checkpoint, store, "checkpoint", subject, *settings)
+    candidates = {c.identity for c in saes}
+    references = open_all(args.reference, store, "reference", subject, *settings)
+    references = as_references([c for c in references if c.identity not in candidates])
     refuse_twins([*saes, *references])
     machine: dict[str, Any] = {"device": device, "threads": args.threads, "opener": opener, "source": args.text}
-    controls = open_controls(args.random_model_checkpoint, name, *place, **machine, said=said)
-    return LoadedSAEs(name, subject, store, saes, references, controls, args.text, said=said)
+    controls = open_controls(args.random_model_checkpoint, name, *place, **machine, harvesting=harvesting)
+    return LoadedSAEs(name, subject, store, saes, references, controls, args.text, harvesting=harvesting)
 
 
 def to_saelens(sae: SAE, subject: LanguageModel, hook_name: str, folder: Path) -> Path:
-    """Write an SAE in the SAELens layout, with what the benchmarks look for in its metadata."""
+    """Write an SAE in the SAELens layout, with the metadata that the benchmarks read; returns the folder."""
     metadata = {"prepend_bos": True} | sae.metadata | {"model_name": subject.name, "hook_name": hook_name}
     checkpoints.save(replace(sae, metadata=metadata), folder)
     return folder
@@ -577,10 +586,12 @@ def train_default(
     force: bool,
     source: TextSource | None = None,
 ) -> Path:
-    """The SAEs that a benchmark takes where none is named: TopK and ReLU, each the other's reference, five seeds.
+    """Train the default SAEs of a benchmark: TopK and ReLU, five seeds each.
+
+    Each architecture is the other's reference.
 
     Returns:
-        The folder that holds them; found where they were trained before.
+        Folder of the checkpoints. SAEs that were trained before are reused.
     """
     from husai.activations.source import open_store
     from husai.runs.cli import DEFAULT_SEEDS, int_list

@@ -1,9 +1,9 @@
-"""SAEBench's own evals, unmodified, on one SAE and a subject at hand, each in a process of its own:
+"""Runs one of SAEBench's own evals, unmodified, on one SAE:
 
     python -m husai.evals.official core --checkpoint FOLDER --subject husai-tiny --output-dir DIR
 
-Where the library would download a model it is handed the opened one, and where it would download text it reads
-documents that neither the subject nor an SAE was trained on.
+SAEBench would download the model and the text. HUSAI gives it the opened subject, and documents that neither the
+subject nor any SAE was trained on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_HERE = {
     "unlearning": "needs gated data",
     "mdl": "does not run: it imports a package that it does not declare, and is written for CUDA alone",
 }
-"""SAEBench's evals that are not run, and why."""
+"""SAEBench's evals that HUSAI does not run -> the reason."""
 EVALS = ("sparse_probing_sae_probes", "core", "meta_structure")
 HEADLINE = {
     "sparse_probing_sae_probes": ("sae", "sae_top_5_test_auc"),
@@ -45,18 +45,18 @@ def headline(name: str, folder: Path) -> tuple[str, float]:
     """(metric, figure) of an eval's result file.
 
     Raises:
-        CheckFailed: there is no result, or it holds no such figure. SAEBench writes -1 for NaN, and returns without a
-            word where an eval raised.
+        CheckFailed: there is no result, or the figure is missing. SAEBench writes -1 for NaN, and returns silently if
+            an eval raised.
     """
-    found = list(folder.glob(RESULT))
+    files = list(folder.glob(RESULT))
     category, metric = HEADLINE[name]
     try:
-        (file,) = found
+        (file,) = files
         value = json.loads(file.read_text())["eval_result_metrics"][category][metric]
     except (ValueError, KeyError, TypeError):
-        raise CheckFailed(f"{name}: {len(found)} results with {metric} in {folder}; 1 expected") from None
+        raise CheckFailed(f"{name}: {len(files)} results with {metric} in {folder}; 1 expected") from None
     if not isinstance(value, float) or not math.isfinite(value) or value == -1:
-        raise CheckFailed(f"{name}: {metric} is {value!r} in {found[0]}")
+        raise CheckFailed(f"{name}: {metric} is {value!r} in {files[0]}")
     return metric, value
 
 
@@ -78,7 +78,9 @@ def main() -> None:
             raise BadInput(
                 f"--checkpoint: {args.checkpoint} holds no cfg.json; a folder in the SAELens layout expected"
             )
-        if args.output_dir.exists() and any(args.output_dir.iterdir()):  # an eval takes whatever lies there as its own
+        if args.output_dir.exists() and any(
+            args.output_dir.iterdir()
+        ):  # an eval reads existing files as its own results
             raise BadInput(f"--output-dir: {args.output_dir} is not empty")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(args.threads)
@@ -97,9 +99,9 @@ def _opened(args):
     from husai.subjects.harvesting import Harvesting
 
     sae = SAE.load_from_disk(args.checkpoint, device=args.device)
-    metadata, where = open_checkpoint(args.checkpoint).metadata, f"--checkpoint: {args.checkpoint}"
-    said = Harvesting.read(metadata, sae.cfg.metadata.hook_name, where)
-    return sae, pretrained.load(args.subject, device=args.device, harvesting=said)
+    metadata, place = open_checkpoint(args.checkpoint).metadata, f"--checkpoint: {args.checkpoint}"
+    harvesting = Harvesting.read(metadata, sae.cfg.metadata.hook_name, place)
+    return sae, pretrained.load(args.subject, device=args.device, harvesting=harvesting)
 
 
 def _sae_probes(args) -> None:

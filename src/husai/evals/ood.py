@@ -1,9 +1,8 @@
-"""Does what an SAE's features say about a probing task survive a shift of the data, beside the model's own activations
-on the same data sets?
+"""Measures how probes on an SAE's features lose accuracy under a shift of the data, beside the model's own probes.
 
-A probe is trained on a data set's training rows as sae-probes does it, by its own functions, and scored on that data
-set's test rows, where its figure is the official one, and on the data set's shifted version. sae-probes' own reader of
-shifted versions looks for files that the package does not hold, and numbers each file's classes by themselves.
+A probe is trained on a data set's training rows by sae-probes' own functions. It is scored on the data set's test rows,
+where its figure is the official one, and on the shifted version of the data set. HUSAI reads shifted versions itself:
+sae-probes' reader looks for files that the package lacks, and numbers the classes of each file separately.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ from husai.subjects.pretrained import quiet
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is probed."""
+    """Data sets that are probed."""
 
     shifted: list[str]
     """Data sets whose shifted versions are used."""
     skipped: dict[str, str]
-    """Shifted version -> why it is not."""
+    """Shifted version that is not used -> the reason."""
     probe: list[str]
-    """Data sets beside the held-out family's; none: the held-out family is left out."""
+    """Data sets outside the held-out family. Empty: the held-out family is left out too."""
     heldout: list[str]
     seed: int = 42
 
 
 def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
-    """Check what the command line names.
+    """Check the data sets that the command line names.
 
     Args:
-        shifted: shifted versions; None for all that can be used. probe: [] leaves the held-out family out.
+        shifted: shifted versions; None for all usable ones. probe: [] leaves the held-out family out.
 
     Raises:
-        BadInput: an unknown name, one that cannot be used, or text that is trained on.
+        BadInput: a name is unknown, a shifted version cannot be used, or a data set is training text.
     """
     known = data_sets.FAMILIES["ood"]["shifted"]
     for name in shifted or []:
@@ -73,13 +72,13 @@ def choose(shifted: list[str] | None, probe: list[str], seed: int) -> Chosen:
 
 
 def original(shifted: str) -> str:
-    """The data set that a shifted version is of."""
+    """Name of the data set that was shifted."""
     return shifted.removesuffix("_OOD")
 
 
 def unusable(shifted: list[str]) -> dict[str, str]:
-    """Shifted versions of whose original texts are trained on, or whose labels are others: name -> why."""
-    found = {}
+    """Name of each unusable shifted version -> the reason: its original is training text, or its labels differ."""
+    reasons = {}
     try:
         sae_probes.check_data_sets([original(name) for name in shifted])
         doubtful = []
@@ -91,28 +90,28 @@ def unusable(shifted: list[str]) -> dict[str, str]:
                 sae_probes.check_data_sets([original(name)])
             classes(name)
         except BadInput as error:
-            found[name] = str(error).split(": ", 1)[1]
-    return found
+            reasons[name] = str(error).split(": ", 1)[1]
+    return reasons
 
 
 def classes(shifted: str) -> np.ndarray:
-    """The class of each prompt of a shifted version, 0 or 1, as sae-probes numbers those of the original.
+    """Class of each prompt of a shifted version, 0 or 1, numbered as in the original data set.
 
     Raises:
-        BadInput: its labels are not the original's, so that nobody knows which class is which.
+        BadInput: its labels differ from the original's, and the classes cannot be identified.
     """
-    theirs, ours = (text.table(name)["target"] for name in (shifted, original(shifted)))
-    number = {str(label): i for i, label in enumerate(np.unique(ours))}
-    if set(map(str, theirs)) != set(number):
-        labels = " and ".join(sorted(map(str, set(theirs))))
+    shifted_labels, original_labels = (text.table(name)["target"] for name in (shifted, original(shifted)))
+    number = {str(label): i for i, label in enumerate(np.unique(original_labels))}
+    if set(map(str, shifted_labels)) != set(number):
+        labels = " and ".join(sorted(map(str, set(shifted_labels))))
         raise BadInput(
             f"{shifted}: its labels are {labels}; {' and '.join(number)} expected, as in {original(shifted)}"
         )
-    return np.array([number[str(label)] for label in theirs])
+    return np.array([number[str(label)] for label in shifted_labels])
 
 
 def unseen(shifted: str) -> np.ndarray:
-    """Which prompts of a shifted version the original does not hold, `[prompts]` bool: no probe was trained on them."""
+    """True for prompts that the original data set lacks, bool `[prompts]`. No probe was trained on them."""
     known = set(text.documents(original(shifted)))
     return np.array([prompt not in known for prompt in text.documents(shifted)])
 
@@ -123,7 +122,7 @@ def unseen(shifted: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where activations of prompts lie, and how they are split."""
+    """Place of the prompts' activations, and settings of their split."""
 
     model_name: str
     hook_name: str
@@ -131,7 +130,7 @@ class Prompts:
     device: str = "cpu"
     seed: int = 42
     probing: ProbingName = sae_probes.OFFICIAL
-    """Whose probes: one of sae_probes.PROBINGS."""
+    """Name of the probe implementation, one of sae_probes.PROBINGS."""
 
     def shifted(self, data_set: str) -> tuple[torch.Tensor, np.ndarray]:
         """(activations `[prompts, d_in]`, classes `[prompts]`) of the shifted version's unseen prompts."""
@@ -142,13 +141,13 @@ class Prompts:
 
 
 def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """k -> {"id", "ood"}: test AUC of the probe on k features, on its own test rows and on the shifted version.
+    """k -> {"id", "ood"}: test AUC of the probe on k features, on the data set's test rows and on the shifted version.
 
     Features are ranked and the probe is fitted on the training rows of the data set, as `sae_probes.run_sae_evals` does
     for `normal`, `l1`.
 
     Args:
-        encoder: with `encode`: `[rows, d_in]` -> `[rows, features]`.
+        encoder: object with `encode`: `[rows, d_in]` -> `[rows, features]`.
     """
     place = prompts.model_name, prompts.hook_name, prompts.cache, prompts.seed, prompts.device
     with quiet(), one_thread():
@@ -156,56 +155,56 @@ def of_sae(encoder, data_set: str, prompts: Prompts, ks: tuple[int, ...]) -> dic
     raw, y = prompts.shifted(data_set)
     with torch.inference_mode():
         shifted = encoder.encode(raw.to(prompts.device)).cpu().float()
-    found = {}
+    figures = {}
     for k in ks:
         x_test, x_shifted = split.chosen(split.x_test, k), split.chosen(shifted, k)
         if prompts.probing == sae_probes.EXACT:
             with one_thread():
                 probe = split.probe(k)
-            own = float(auc(probe.scores(x_test.numpy()), split.y_test.numpy()))
-            found[str(k)] = _figures(own, probe.scores(x_shifted.numpy()), y)
+            original_auc = float(auc(probe.scores(x_test.numpy()), split.y_test.numpy()))
+            figures[str(k)] = _figures(original_auc, probe.scores(x_shifted.numpy()), y)
         else:
             x_train = split.chosen(split.x_train, k)
-            how = {"penalty": "l1", "seed": prompts.seed}
-            found[str(k)] = fit(x_train, split.y_train, x_test, split.y_test, x_shifted, y, **how)
-    return found
+            settings = {"penalty": "l1", "seed": prompts.seed}
+            figures[str(k)] = fit(x_train, split.y_train, x_test, split.y_test, x_shifted, y, **settings)
+    return figures
 
 
 def of_llm(data_set: str, prompts: Prompts) -> dict[str, float]:
-    """{"id", "ood", "ood_low"} of the activations' own logistic probe, as `sae_probes.run_baseline_evals` fits it."""
+    """{"id", "ood", "ood_low"} of a logistic probe on the activations, fitted as in `sae_probes.run_baseline_evals`."""
     with quiet():
         from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
 
     rows = min(get_dataset_sizes()[data_set] - 100, 1024)
-    where = prompts.hook_name, prompts.model_name, prompts.cache
-    x_train, y_train, x_test, y_test = get_xy_traintest(rows, data_set, *where, seed=prompts.seed)
+    place = prompts.hook_name, prompts.model_name, prompts.cache
+    x_train, y_train, x_test, y_test = get_xy_traintest(rows, data_set, *place, seed=prompts.seed)
     x_shifted, y_shifted = prompts.shifted(data_set)
     return fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, seed=prompts.seed)
 
 
-def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **how) -> dict[str, float]:
-    """sae-probes' own logistic fit, in one thread as in its worker.
+def fit(x_train, y_train, x_test, y_test, x_shifted, y_shifted, **settings) -> dict[str, float]:
+    """Fit a probe by sae-probes' own code, in one thread as in its workers.
 
     Returns:
-        {"id", "ood": test AUC, "ood_low": the lower end of the latter's 95 % interval (DeLong)}
+        {"id", "ood": test AUC, "ood_low": lower end of the 95 % interval (DeLong) of "ood"}
     """
     from sae_probes.utils_training import find_best_reg
 
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
-        found = find_best_reg(x_train, y_train, x_test, y_test, **how)
-        scores = found.classifier.predict_proba(x_shifted)[:, 1]
-    return _figures(found.metrics.test_auc, scores, y_shifted)
+        fitted = find_best_reg(x_train, y_train, x_test, y_test, **settings)
+        scores = fitted.classifier.predict_proba(x_shifted)[:, 1]
+    return _figures(fitted.metrics.test_auc, scores, y_shifted)
 
 
-def _figures(own: float, shifted: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Test AUC on a data set's own test rows, and that of the scores `[prompts]` of the shifted version."""
+def _figures(original_auc: float, shifted: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """{"id", "ood", "ood_low"} from the original AUC and the probe's scores `[prompts]` of the shifted version."""
     estimate, error = delong(shifted[y == 1], shifted[y == 0])
-    return {"id": own, "ood": estimate, "ood_low": auc_interval(estimate, error)[0]}
+    return {"id": original_auc, "ood": estimate, "ood_low": auc_interval(estimate, error)[0]}
 
 
 def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id", "ood")) -> dict[str, list[float]]:
-    """Each of the named figures, one a data set."""
+    """Name of a figure -> its values, one for each data set."""
     return {name: [f[name] for f in figures] for name in names}
 
 
@@ -216,14 +215,14 @@ def by_data_set(figures: list[dict[str, float]], names: tuple[str, ...] = ("id",
 def evaluate(
     tested: LoadedSAEs, chosen: Chosen, probing: ProbingName, ks: tuple[int, ...], places: Places, cells: Cells
 ) -> OODStress:
-    """The results of the phase.
+    """Results of the phase.
 
     Args:
-        probing: whose probes, one of `sae_probes.PROBINGS`.
-        ks: features of a probe; `deltas.K`, fixed in advance, is the one that the rule reads.
+        probing: name of the probe implementation, one of `sae_probes.PROBINGS`.
+        ks: numbers of features of a probe. The rule reads `deltas.K`, which was fixed in advance.
 
     Raises:
-        BadInput: SAEs of several conditions.
+        BadInput: the SAEs have several conditions.
         CheckFailed: sae-probes' own code failed.
     """
     subject, hook_name, group = tested.subject, tested.hook_name, tested.group
@@ -259,13 +258,13 @@ def evaluate(
 def on_shifted(
     tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: list[str], ks: tuple[int, ...], cells: Cells
 ) -> Shifted:
-    """AUC of the SAEs and of the model on the test rows of each data set and on its shifted version."""
+    """AUC of the SAEs' and the model's probes on the test rows of each data set and on its shifted version."""
     names = chosen.shifted
-    about: dict[str, Any] = {"subject": tested.subject.activations_digest, "data_sets": names}
-    about |= {"hook_name": prompts.hook_name}
-    about |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
-    about["probing"] = prompts.probing
-    about["code"] = code_version(of_sae)
+    key: dict[str, Any] = {"subject": tested.subject.activations_digest, "data_sets": names}
+    key |= {"hook_name": prompts.hook_name}
+    key |= {"seed": prompts.seed, "device": prompts.device, "versions": sae_probes.versions(prompts.probing)}
+    key["probing"] = prompts.probing
+    key["code"] = code_version(of_sae)
     with progress("probes under shift (data sets)", (1 + len(encoders)) * len(names)) as advance:
 
         def of_each(probe) -> list:
@@ -279,7 +278,7 @@ def on_shifted(
             figures = of_each(lambda name: of_llm(name, prompts))
             return by_data_set(figures, ("id", "ood", "ood_low")), []
 
-        llm = cells.get("shifted-llm", about, compute_llm)
+        llm = cells.get("shifted-llm", key, compute_llm)
         records = []
         for c, folder in zip(tested.saes, encoders, strict=True):
 
@@ -291,7 +290,7 @@ def on_shifted(
                 figures = of_each(lambda name: of_sae(encoder, name, prompts, ks))
                 return {str(k): by_data_set([f[str(k)] for f in figures]) for k in ks}, []
 
-            auc = cells.get("shifted", about | {"sae": c.identity, "ks": list(ks)}, compute)
+            auc = cells.get("shifted", key | {"sae": c.identity, "ks": list(ks)}, compute)
             records.append(ShiftedSAE(identity=c.identity, seed=c.facts.seed, test_auc=auc))
     shifted = Shifted(
         data_sets=names,
@@ -309,7 +308,7 @@ def on_shifted(
 
 
 def on_families(tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: list[str], places: Places) -> dict:
-    """Official probing on probe sets and on the held-out family: SAEs and the model, by sae-probes' workers."""
+    """Probe the SAEs and the model on probe sets and on the held-out family, by sae-probes' workers."""
     names = chosen.probe, chosen.heldout
     settings = sae_probes.Settings(
         *(
@@ -321,23 +320,23 @@ def on_families(tested: LoadedSAEs, chosen: Chosen, prompts: Prompts, encoders: 
         ),
         probing=prompts.probing,
     )
-    where = {"cache": prompts.cache, "root": str(places.artifact_root / "probes"), "device": places.device}
+    machine = {"cache": prompts.cache, "root": str(places.artifact_root / "probes"), "device": places.device}
     llm_digest = tested.subject.activations_digest
-    tasks = [sae_probes.ProbeTask("llm", "llm", None, llm_digest, prompts.seed, settings, **where)]
+    tasks = [sae_probes.ProbeTask("llm", "llm", None, llm_digest, prompts.seed, settings, **machine)]
     for c, path in zip(tested.saes, encoders, strict=True):
-        tasks.append(sae_probes.ProbeTask(c.label, "sae", path, c.identity, prompts.seed, settings, **where))
+        tasks.append(sae_probes.ProbeTask(c.label, "sae", path, c.identity, prompts.seed, settings, **machine))
     llm, *saes = sae_probes.run(tasks, places.threads, places.output_dir / "workers", places.force)
     split = len(chosen.probe)
 
     def sides(auc: list[float]) -> dict[str, list[float]]:
         return {"id": auc[:split], "ood": auc[split:]}
 
-    found: dict = {
+    results: dict = {
         side: {"data_sets": n, "families": data_sets.families(n)} for side, n in zip(("id", "ood"), names, strict=True)
     }
-    found |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
-    found["saes"] = [
+    results |= {"k": deltas.K, "llm": sides(llm["llm"]["test_auc"])}
+    results["saes"] = [
         {"identity": c.identity, "seed": c.facts.seed, "test_auc": sides(figures[deltas.K]["test_auc"])}
         for c, figures in zip(tested.saes, saes, strict=True)
     ]
-    return found | {"gap": drop.gap(found)}
+    return results | {"gap": drop.gap(results)}

@@ -67,7 +67,7 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
 def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
     """What it takes to train SAEs like these, one for each: their own recipe, or, where that is not known, HUSAI's own
     at their width and L0, of their family if HUSAI has it and TopK else."""
-    if tested.made is not None:
+    if tested.training_metadata is not None:
         return grid_of(tested), tested.recipe
     rows = tested.store.rows
     config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
@@ -81,7 +81,7 @@ def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
 def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:
     """The candidate's dictionaries, with the untrained states that its SAEs keep or the user gives."""
     folders = [foreign.folder_of(c.folder) for c in tested.saes]
-    if tested.made is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
+    if tested.training_metadata is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders]
     states = [(c, tested.untrained.get(c.identity)) for c in tested.saes]
     return [Dictionary(c.sae.W_dec, c.firing_rate, study.untrained_state(c.folder, c.sae, b)) for c, b in states]
@@ -96,7 +96,11 @@ def own_store(
     Args:
         rows: see `candidate.training_store`.
     """
-    return tested.store if tested.made is None else training_store(tested, artifact_root, rows, device, threads)
+    return (
+        tested.store
+        if tested.training_metadata is None
+        else training_store(tested, artifact_root, rows, device, threads)
+    )
 
 
 def section_of(
@@ -117,7 +121,7 @@ def section_of(
 
 def near_prototypes(dictionaries: list[Dictionary], store: ActivationStore, artifact_root: Path) -> list[Dictionary]:
     """The same dictionaries, which know their cosines with the store's prototypes: matches are reported by them."""
-    return study.told_apart(dictionaries, of_store(store, artifact_root, len(dictionaries[0].W_dec)))
+    return study.with_nearest_prototype(dictionaries, of_store(store, artifact_root, len(dictionaries[0].W_dec)))
 
 
 def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads: int) -> Control:
@@ -194,7 +198,7 @@ def supplied_draws(
     flag, opener, found = "--random-model-checkpoint", loaded.Opener(), []
     for seed, folders in loaded.controls_by_draw(paths, opener).items():
         place = tested.name, tested.hook_name, artifact_root, rows, device, threads
-        opened = loaded.open_draw(folders, seed, *place, opener, tested.source, tested.said)
+        opened = loaded.open_draw(folders, seed, *place, opener, tested.source, tested.harvesting)
         opened = replace(opened, saes=in_order(opened.saes))
         saes = opened.saes
         if len(saes) != len(tested.saes):
@@ -203,7 +207,7 @@ def supplied_draws(
                 "many of each draw expected"
             )
         for ours, theirs in zip(tested.saes, saes, strict=True):
-            if (reason := unlike(ours, theirs, tested.made is not None)) is not None:
+            if (reason := unlike(ours, theirs, tested.training_metadata is not None)) is not None:
                 raise BadInput(f"{flag}: {theirs.label} was not trained as {ours.label} was: {reason}")
         store_digest = saes[0].facts.store_digest
         if store_digest is None:
@@ -219,7 +223,7 @@ def supplied_draws(
         ]
         named = Alike(subject_digest=opened.subject.digest, store_digest=store_digest, members=members)
         store = opened.store
-        if tested.made is not None:
+        if tested.training_metadata is not None:
             store = training_store(opened, artifact_root, train_rows, device, threads, seed)
         gaussian = controls.gaussian(artifact_root, store, grid_of(opened), opened.recipe, device, threads)
         found.append(Draw(ControlArm(store, own_dictionaries(opened), named), gaussian))

@@ -1,4 +1,4 @@
-"""Which features of an SAE can be trusted: the whole answer, from what the command line names to the feature table."""
+"""Judges each feature of an SAE: the whole analysis, from the command line's SAEs to the feature table."""
 
 from __future__ import annotations
 
@@ -27,102 +27,106 @@ log = logging.getLogger("husai")
 class Prepared:
     """A comparison before anything is trained."""
 
-    asked: LoadedSAEs
-    """The user's SAEs. The first is judged."""
+    user_saes: LoadedSAEs
+    """The user's SAEs. The first one is judged."""
     plan: SiblingPlan | None
-    """How siblings are trained; None: relatives take their place."""
+    """Recipe of the siblings. None: relatives replace siblings."""
     limits: list[str]
-    """Why nothing can be certified, a sentence each."""
+    """Reasons why nothing can be certified, one sentence each."""
     notes: list[str]
-    """Notes on the SAEs for the reader, a sentence each."""
+    """Notes on the SAEs, one sentence each."""
     forecast: list[str]
-    """Time, memory and disk of the training, as text."""
+    """Time, memory and disk of the training, as lines of text."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """The answer."""
+    """Results of the analysis."""
 
     results: FeatureReliability
     table: pd.DataFrame
-    """One row a feature; `evidence.features.COLUMNS` explains its columns."""
+    """One row for each feature. `evidence.features.COLUMNS` explains the columns."""
     contexts: dict[str, dict]
-    """Feature -> its strongest held-out contexts, and those of its nearest partner (`features.contexts`)."""
+    """Feature -> its strongest held-out contexts and those of its nearest partner (`features.contexts`)."""
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
-    """Open the SAEs, and plan and forecast what is trained.
+    """Open the SAEs, plan the siblings, and forecast the cost of their training.
 
     Args:
-        args: of `evals.flags.EvalParser.add_feature_reliability`.
+        args: parsed flags of `evals.flags.EvalParser.add_feature_reliability`.
 
     Raises:
-        BadInput: SAEs that cannot be compared, no sibling, or a feature that does not exist.
+        BadInput: the SAEs cannot be compared, there is no sibling, or a feature does not exist.
     """
-    asked = siblings.first_named(candidate.find(args, device), args.checkpoint)
-    width, others = asked.saes[0].sae.d_sae, len(asked.saes) - 1
+    user_saes = siblings.first_named(candidate.find(args, device), args.checkpoint)
+    width, others = user_saes.saes[0].sae.d_sae, len(user_saes.saes) - 1
     if unknown := [f for f in args.features or [] if not 0 <= f < width]:
         raise BadInput(f"--features {unknown[0]}: numbers from 0 to {width - 1} expected")
-    siblings.refuse_dead(asked.saes[0])
-    notes = [] if asked.said.complete else [harvesting.line(harvesting.recorded(asked.said, asked.subject))]
+    siblings.refuse_dead(user_saes.saes[0])
+    notes = (
+        []
+        if user_saes.harvesting.complete
+        else [harvesting.line(harvesting.recorded(user_saes.harvesting, user_saes.subject))]
+    )
     if args.relatives is not None:
         if others:
             raise BadInput(
                 f"--relatives: goes with one --checkpoint, whose features are judged; {others + 1} were given"
             )
-        limits = ["Relatives are no fresh trainings, therefore nothing is certified."]
-        return Prepared(asked, None, limits, notes, [])
+        limits = ["Relatives are not fresh trainings, therefore nothing is certified."]
+        return Prepared(user_saes, None, limits, notes, [])
 
-    limits, more = siblings.check(asked)
+    limits, more = siblings.check(user_saes)
     to_train = args.siblings if args.siblings is not None else 0 if others else siblings.DEFAULT
     if others + to_train == 0:
         raise BadInput("--siblings 0 with one checkpoint: one sibling expected at least")
     if to_train == 0 and (args.tokens or args.buffer_rows):
         raise BadInput("--tokens and --buffer-rows: nothing is trained for several checkpoints; --siblings N expected")
-    plan = siblings.plan(asked, to_train, args.tokens, args.train_rows, args.buffer_rows)
-    forecast = siblings.forecast(asked, plan, args.artifact_root, device, others + to_train, args.rotations)
-    return Prepared(asked, plan, limits, [*notes, *more, *siblings.departures(asked, plan)], forecast.lines())
+    plan = siblings.make_plan(user_saes, to_train, args.tokens, args.train_rows, args.buffer_rows)
+    forecast = siblings.forecast(user_saes, plan, args.artifact_root, device, others + to_train, args.rotations)
+    return Prepared(user_saes, plan, limits, [*notes, *more, *siblings.departures(user_saes, plan)], forecast.lines())
 
 
 def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reliability:
-    """Train the siblings, judge every feature, and collect contexts.
+    """Train the siblings, judge every feature, and collect contexts of features.
 
     Raises:
         BadInput: as `compare`.
         CheckFailed: the siblings miss the SAE's L0.
     """
     compared = compare(args, device)
-    asked = compared.asked
+    user_saes = compared.user_saes
     for line in [*compared.forecast, *compared.notes, *compared.limits]:
         log.info("%s", line)
     if compared.plan is None:
-        group = siblings.relatives(asked, args.relatives)
+        group = siblings.relatives(user_saes, args.relatives)
     else:
-        group = siblings.compared(asked, compared.plan, cells, args.artifact_root, device, args.threads)
+        group = siblings.compared(user_saes, compared.plan, cells, args.artifact_root, device, args.threads)
 
     bars = Bars(cosine=args.recurs_cosine, correlation=args.recurs_correlation, certified_at=args.certify_at)
-    judged = features.judge(asked, group, bars, args.artifact_root, device, args.rotations, not compared.limits)
+    judged = features.judge(user_saes, group, bars, args.artifact_root, device, args.rotations, not compared.limits)
     chosen = args.features or features.shown(judged.table, args.contexts)
     return Reliability(
-        features.sum_up(asked, group, judged, bars, compared.limits, compared.notes),
+        features.sum_up(user_saes, group, judged, bars, compared.limits, compared.notes),
         judged.table,
-        features.contexts(asked, group, judged, chosen),
+        features.contexts(user_saes, group, judged, chosen),
     )
 
 
 def feature_reliability(checkpoint: Any, model_name: str, hook_name: str, **flags: Any) -> Reliability:
-    """The same in Python.
+    """Judge each feature of an SAE from Python, as `run_feature_reliability.py` does.
 
         import husai
-        found = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre", siblings=14)
-        found.table.query("certified and above_chance")[["feature", "recurs", "low", "prototype"]]
+        reliability = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre", siblings=14)
+        reliability.table.query("certified and above_chance")[["feature", "recurs", "low", "prototype"]]
 
     Args:
-        checkpoint: path or name of an SAE, or a list of them, the first of which is judged.
-        flags: those of `run_feature_reliability.py`, with underscores: `siblings=6`, `text="my.jsonl"`.
+        checkpoint: path or name of an SAE, or a list of SAEs. The first one is judged.
+        flags: flags of `run_feature_reliability.py`, with underscores: `siblings=6`, `text="my.jsonl"`.
 
     Raises:
-        BadInput: what the command refuses.
+        BadInput: the command would refuse the input.
     """
     p = _Flags("")
     p.add_shared()

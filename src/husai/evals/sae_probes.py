@@ -1,8 +1,8 @@
-"""SAEBench's `sparse_probing_sae_probes`, each SAE in a folder of its own, by its own code or by `sae_probes_exact`.
+"""SAEBench's `sparse_probing_sae_probes`, by its official code or by `sae_probes_exact`. Each SAE has its own folder.
 
-The official code reuses whatever file lies where it would write, whichever SAE made it. Therefore a folder's name is
-the digest of the SAE, the subject, the data sets, the settings and the packages' versions, and exactly the data sets
-that were asked for are read. The official code runs in several processes:
+The official code reuses any file at the place where it would write, even if another SAE made the file. Therefore the
+name of a folder is a digest of the SAE, the subject, the data sets, the settings and the versions of packages. Only the
+requested data sets are read. The official code runs in several processes:
 `python -m husai.evals.sae_probes TASKS.json`.
 """
 
@@ -35,18 +35,18 @@ from husai.subjects import text
 OFFICIAL: Final = "sae_probes"
 EXACT: Final = "sae_probes_exact"
 PROBINGS = OFFICIAL, EXACT
-"""Names of what made a figure: sae-probes' own code, or the same probes solved to their optimum (`sae_probes_exact`).
-Selection and gate never compare figures of two names."""
+"""Names of the probe implementations: sae-probes' official code, and the same probes solved to their optimum
+(`sae_probes_exact`). Selection and gate never compare figures of two implementations."""
 PACKAGES = ("sae-bench", "sae-probes", "sae-lens", "scikit-learn", "torch", "numpy")
 METRICS = ("test_auc", "test_acc", "test_f1", "val_auc")
 INSTALL = "sae-bench is not installed: make setup (or pip install --no-deps -r requirements-nodeps.txt)"
 
 
 def versions(probing: str = OFFICIAL) -> dict[str, str]:
-    """Versions of the packages that make the figures.
+    """Versions of the packages that compute the figures.
 
     Raises:
-        BadInput: one is missing.
+        BadInput: a package is missing.
     """
     try:
         return {p: importlib.metadata.version(p) for p in (*PACKAGES, *(["scipy"] if probing == EXACT else []))}
@@ -56,7 +56,7 @@ def versions(probing: str = OFFICIAL) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a probing figure depends on, the SAE aside."""
+    """Settings that a probing figure depends on, besides the SAE and the seed."""
 
     subject_digest: str
     model_name: str
@@ -70,54 +70,54 @@ class Settings:
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One SAE (or other encoder, or the model itself) at one seed of the benchmark."""
+    """One SAE, other encoder, or the model itself, at one seed of the benchmark."""
 
     label: str
     kind: str
-    """`sae` (a folder in the SAELens layout), `encoder` (a safetensors file of `W` and `mean`) or `llm`."""
+    """`sae`: folder in the SAELens layout. `encoder`: safetensors file of `W` and `mean`. `llm`: the model itself."""
     path: str | None
     identity: str
-    """Digest of what is probed."""
+    """Digest of the probed SAE, encoder or model."""
     seed: int
     settings: Settings
     cache: str
-    """Holds `model_activations_<model_name>/<data set>_<hook>.pt`."""
+    """Folder that holds `model_activations_<model_name>/<data set>_<hook>.pt`."""
     root: str
     device: str
 
     @property
     def encoder(self) -> str:
-        """The path of an SAE or another encoder; the model itself has none."""
+        """Path of an SAE or other encoder. The model itself has none."""
         assert self.path is not None
         return self.path
 
     @cached_property
     def key(self) -> dict:
-        """All that the figures depend on."""
+        """Everything that the figures depend on."""
         from husai.activations.language_model import harvest_prompts
         from husai.dictionaries import checkpoints
         from husai.evals import sae_probes_exact
 
-        about = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
+        key = {"kind": self.kind, "identity": self.identity, "seed": self.seed, "device": self.device}
         exact = [sae_probes_exact.run] if self.settings.probing == EXACT else []
-        about["code"] = code_version(harvest_prompts, checkpoints.save, *exact)
+        key["code"] = code_version(harvest_prompts, checkpoints.save, *exact)
         settings = asdict(self.settings)
-        if exact:  # a file a data set, which depends on no other one: studies of different lists share the files
+        if exact:  # one file for each data set: studies with different lists share the files
             del settings["data_sets"]
-        return json.loads(json.dumps(about | {"settings": settings, "versions": versions(self.settings.probing)}))
+        return json.loads(json.dumps(key | {"settings": settings, "versions": versions(self.settings.probing)}))
 
     @cached_property
     def folder(self) -> Path:
         return Path(self.root) / f"{self.label}-seed{self.seed}-{digest(self.key)[:16]}"
 
     def drop_torn(self) -> None:
-        """Remove files that an interruption cut off: the official code would take them as they are."""
+        """Remove files that an interruption cut off, because the official code would read them as whole."""
         for name in self.settings.data_sets:
             if self.file(name).exists() and _read(self, name) is None:
                 self.file(name).unlink()
 
     def locked(self):
-        """A lock on the folder, which studies share. Only its holder writes there."""
+        """A lock on the folder, because several studies share it. Only the holder of the lock writes there."""
         return locked(self.folder.with_name(f".{self.folder.name}.lock"))
 
     def file(self, data_set: str) -> Path:
@@ -132,36 +132,36 @@ class ProbeTask:
 
 
 def check_data_sets(names: list[str]) -> list[str]:
-    """The binary probing sets that names, or sides as a whole, stand for; none of whose texts husai-tiny or SAEs saw.
+    """Binary probing sets that a list of names and sides means. Neither husai-tiny nor any SAE saw their texts.
 
     Raises:
-        BadInput: an unknown name, a set that is not binary, or one whose texts are trained on.
+        BadInput: a name is unknown, a set is not binary, or its texts are training text.
     """
     binary, trained = set(text.binary_sets()), set(text.names("train"))
-    found = [n for name in names for n in text.expand([name]) if name not in FAMILIES or n in binary]
-    for name in found:
+    names_of_sets = [n for name in names for n in text.expand([name]) if name not in FAMILIES or n in binary]
+    for name in names_of_sets:
         if name in trained:
             raise BadInput(f"--dataset-names: {name} is text that language model and SAEs are trained on")
         if name not in binary:
             raise BadInput(f"--dataset-names: {name} is not one of sae-probes' {len(binary)} binary data sets")
-    if repeated := sorted({n for n in found if found.count(n) > 1}):
+    if repeated := sorted({n for n in names_of_sets if names_of_sets.count(n) > 1}):
         raise BadInput(f"--dataset-names: {repeated[0]} is named twice")
     seen = text.corpus().trained_on
-    for name in found:
+    for name in names_of_sets:
         if shared := sum(text.document_id(t) in seen for t in text.documents(name)):
             raise BadInput(f"--dataset-names: {name} shares {shared} documents with the training text")
-    return found
+    return names_of_sets
 
 
 def run(tasks: list[ProbeTask], workers: int, work: Path, force: bool = False) -> list[dict]:
-    """Run the tasks that are not finished, then read all; returns `figures` of each.
+    """Run the unfinished tasks, then read all; returns `figures` of each task.
 
     Args:
-        workers: processes for the official code; exact probes need one.
-        work: gets the lists of tasks and the official code's output, `sae_probes_<worker>.{json,log}`.
+        workers: number of processes for the official code. Exact probes use one.
+        work: folder for lists of tasks and output of the official code, `sae_probes_<worker>.{json,log}`.
 
     Raises:
-        CheckFailed: the official code failed, or left something other than was asked for.
+        CheckFailed: the official code failed, or its results are incomplete.
     """
     waiting = []
     for task in tasks:
@@ -184,15 +184,15 @@ def run(tasks: list[ProbeTask], workers: int, work: Path, force: bool = False) -
 
         with progress(f"exact probes on {len(exact)} encoders (data sets)", _missing(exact)) as advance:
             sae_probes_exact.run(exact, advance)
-    found = []
+    figures_of_tasks = []
     for task in tasks:
         with task.locked():
-            found.append(figures(task))
-    return found
+            figures_of_tasks.append(figures(task))
+    return figures_of_tasks
 
 
 def _missing(tasks: list[ProbeTask]) -> int:
-    """How many figures the tasks lack, one a data set."""
+    """Number of missing result files of the tasks, one file for each data set."""
     return sum(not t.file(name).exists() for t in tasks for name in t.settings.data_sets)
 
 
@@ -228,32 +228,32 @@ def _run_workers(tasks: list[ProbeTask], workers: int, work: Path) -> None:
 
 
 def figures(task: ProbeTask) -> dict[str, dict[str, list[float]]]:
-    """{k (`llm` for the model): {metric: a figure a data set, in the order of the settings}}.
+    """{k (`llm` for the model): {metric: figures of the data sets, in the order of the settings}}.
 
     Raises:
         CheckFailed: a data set or a k is missing, or a figure is not finite.
     """
     s = task.settings
     ks = ["llm"] if task.kind == "llm" else [str(k) for k in s.ks]
-    found: dict = {k: {m: [] for m in METRICS} for k in ks}
+    values: dict = {k: {m: [] for m in METRICS} for k in ks}
     for name in s.data_sets:
         rows = _read(task, name)
         if rows is None or set(rows) != set(ks):
             raise CheckFailed(f"sae-probes left no whole result for {name} in {task.file(name)}")
         for k in ks:
             for m in METRICS:
-                found[k][m].append(rows[k][m])
-    return found
+                values[k][m].append(rows[k][m])
+    return values
 
 
 def _read(task: ProbeTask, data_set: str) -> dict[str, dict[str, float]] | None:
-    """{k: {metric: figure}} of one data set; None where it is missing, cut off or not finite."""
+    """{k: {metric: figure}} of one data set; None if the file is missing, cut off or not finite."""
     try:
         rows = json.loads(task.file(data_set).read_text())
-        found = {"llm" if task.kind == "llm" else str(r["k"]): {m: float(r[m]) for m in METRICS} for r in rows}
+        by_k = {"llm" if task.kind == "llm" else str(r["k"]): {m: float(r[m]) for m in METRICS} for r in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if all(math.isfinite(v) for row in found.values() for v in row.values()) else None
+    return by_k if all(math.isfinite(v) for row in by_k.values() for v in row.values()) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def _work(task: ProbeTask) -> None:
     from sae_lens import SAE
     from sae_probes import run_baseline_evals, run_sae_evals
 
-    s, where = task.settings, str(task.folder)
+    s, results_path = task.settings, str(task.folder)
     shared = {"model_name": s.model_name, "model_cache_path": task.cache}
     if task.kind == "sae":
         config = SparseProbingSaeProbesEvalConfig(
@@ -275,18 +275,18 @@ def _work(task: ProbeTask) -> None:
             reg_type=s.reg_type,
             ks=list(s.ks),
             binarize=s.binarize,
-            results_path=where,
+            results_path=results_path,
             include_llm_baseline=False,
             **shared,
         )
         with warnings.catch_warnings(action="ignore"):  # of settings of the model, which are applied already
             sae = SAE.load_from_disk(task.encoder, device=task.device)
-        run_eval(config, [("sae", sae)], task.device, where, force_rerun=True)
+        run_eval(config, [("sae", sae)], task.device, results_path, force_rerun=True)
         return
     common = {"hook_name": s.hook_name, "setting": "normal", "datasets": list(s.data_sets), "seed": task.seed}
     common |= shared | {"device": task.device}
     if task.kind == "llm":
-        run_baseline_evals(results_path=where, method="logreg", **common)
+        run_baseline_evals(results_path=results_path, method="logreg", **common)
     else:
         run_sae_evals(
             sae=Linear(task.encoder, task.device),
@@ -299,7 +299,7 @@ def _work(task: ProbeTask) -> None:
 
 
 class Linear:
-    """Features of a linear map, which sae-probes takes in an SAE's place: `(x − mean) @ W`."""
+    """A linear map that sae-probes accepts as an SAE: its features are `(x − mean) @ W`."""
 
     def __init__(self, path: str, device: str):
         from safetensors.torch import load_file
@@ -312,7 +312,7 @@ class Linear:
 
 
 def end_with_parent() -> None:
-    """Let this process be stopped when the one that started it is gone, however it went (Linux)."""
+    """Stop this process when its parent ends for whatever reason (Linux)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,9 +1,9 @@
-"""SAEBench's `sparse_probing_sae_probes` with every fit solved to its optimum, all SAEs in one process.
+"""SAEBench's `sparse_probing_sae_probes` with every probe solved to its optimum, all SAEs in one process.
 
 Splits, ranking of features, grid of C, choice of C and objective are those of sae-probes (`run_sae_evals`, setting
-`normal`). The official code minimises the L1 objective with saga, which ends at 1,000 iterations whether it has
-converged or not; here scipy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) solves it to its optimum. The figures differ a
-little and therefore carry another name: docs/benchmarks/probing.md.
+`normal`). The official code minimises the L1 objective with saga, and stops after 1,000 iterations even without
+convergence. This module uses scipy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995), which converges. The figures differ
+slightly and therefore have another name: docs/benchmarks/probing.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRID = np.logspace(-5, 5, 10)
 """Values of C, the inverse strength of the penalty."""
 SOLVER = {"maxiter": 50_000, "maxfun": 50_000, "maxcor": 30, "ftol": 1e-16, "gtol": 1e-10}
 TOLERANCE = 1e-9
-"""Relative fall of the objective below which the solver is not started again."""
+"""Relative decrease of the objective below which the solver is not restarted."""
 RESTARTS = 1000
 
 
@@ -53,12 +53,12 @@ class Probe:
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> Probe:
-    """Choose C on the last rows, a fifth and at most 100 of them, then fit all rows.
+    """Choose C on the last fifth of the rows (at most 100 rows), then fit all rows.
 
-    Ties go to the largest C, as in sae-probes. Rows are in the random order of sae-probes' split.
+    Ties go to the largest C, as in sae-probes. Rows have the random order of sae-probes' split.
 
     Args:
-        x: features `[n, k]`, n at least 128: with fewer rows sae-probes splits in another way.
+        x: features `[n, k]`. n must be at least 128, because sae-probes splits fewer rows in another way.
         y: classes `[n]`, 0 or 1.
 
     Raises:
@@ -78,12 +78,12 @@ def fit(x: np.ndarray, y: np.ndarray) -> Probe:
 def path(x: np.ndarray, y: np.ndarray, Cs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minimise C Σ log(1 + exp(−(2y − 1)(x·w + b))) + ‖w‖₁ for each C; b is free.
 
-    w is the difference of two non-negative halves, which makes the objective smooth. Features are centred and scaled
-    for the solver's sake; their penalties are scaled back, therefore the objective is the same.
+    w is the difference of two non-negative parts, which makes the objective smooth. Features are centred and scaled to
+    help the solver. Their penalties are scaled accordingly, therefore the objective is unchanged.
 
     Args:
         x: `[n, k]`, float64. y: `[n]`, 0 or 1.
-        Cs: rising, because each solution is the start for the next one.
+        Cs: in increasing order, because each solution is the start for the next C.
 
     Returns:
         (coefficients `[len(Cs), k]`, intercepts `[len(Cs)]`)
@@ -116,11 +116,11 @@ def path(x: np.ndarray, y: np.ndarray, Cs: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _minimum(function: Callable, start: np.ndarray, bounds: list[tuple]) -> np.ndarray:
-    """L-BFGS-B, started again where it ended until the value falls no more: near-separable classes need it."""
+    """Minimise by L-BFGS-B, restarted until the value stops decreasing. Nearly separable classes need restarts."""
     best = np.inf
     for _ in range(RESTARTS):
-        found = minimize(function, start, jac=True, method="L-BFGS-B", bounds=bounds, options=SOLVER)
-        start, before, best = found.x, best, min(best, found.fun)
+        solution = minimize(function, start, jac=True, method="L-BFGS-B", bounds=bounds, options=SOLVER)
+        start, before, best = solution.x, best, min(best, solution.fun)
         if before - best <= TOLERANCE * best:
             return start
     raise CheckFailed(f"an L1 probe on {len(start) // 2} features did not converge in {RESTARTS} starts")
@@ -148,7 +148,7 @@ def run(tasks: list[ProbeTask], advance: Callable[[int], None]) -> None:
             with task.locked():
                 missing = [name for name in task.settings.data_sets if not task.file(name).exists()]
                 encoder = _encoder(task) if missing else None
-                for name in missing:  # whoever held the lock before may have left some
+                for name in missing:  # an earlier holder of the lock may have written some
                     rows = _of_model(task, name) if encoder is None else _of_sae(task, name, encoder)
                     write_json(task.file(name), rows)
                     advance(1)
@@ -156,7 +156,7 @@ def run(tasks: list[ProbeTask], advance: Callable[[int], None]) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for every library, as in a worker of the official code: the figures do not depend on --threads."""
+    """Limit every library to one thread, as in official workers. Figures then do not depend on --threads."""
     with one_torch_thread(), threadpool_limits(1):
         yield
 
@@ -173,14 +173,14 @@ def _encoder(task: ProbeTask):
 
 
 def _of_sae(task: ProbeTask, data_set: str, encoder) -> list[dict]:
-    """A row each k, as `sae_probes.run_sae_evals` leaves them."""
+    """One row for each k, in the layout of `sae_probes.run_sae_evals`."""
     s = task.settings
     split = ProbeSplit.of(encoder, data_set, s.model_name, s.hook_name, task.cache, task.seed, task.device)
     return [{"k": k, **split.metrics(k, s.binarize)} for k in s.ks]
 
 
 def _of_model(task: ProbeTask, data_set: str) -> list[dict]:
-    """The model's own probe is sae-probes' (L2, which lbfgs solves to its optimum)."""
+    """Metrics of the model's own probe, by sae-probes' code, whose L2 fit converges with lbfgs."""
     from dataclasses import asdict
 
     from sae_probes.utils_data import get_dataset_sizes, get_xy_traintest
@@ -196,7 +196,7 @@ def _of_model(task: ProbeTask, data_set: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class ProbeSplit:
-    """An SAE's features on one data set, divided and ranked by sae-probes."""
+    """An SAE's features on one data set, split and ranked by sae-probes."""
 
     x_train: torch.Tensor
     """`[n, d_sae]`."""
@@ -204,7 +204,7 @@ class ProbeSplit:
     x_test: torch.Tensor
     y_test: torch.Tensor
     order: torch.Tensor
-    """Features by falling |difference of the classes' means|, each feature divided by its mean activation."""
+    """Features by decreasing |difference of the classes' means|, each feature divided by its mean activation."""
 
     @classmethod
     def of(
@@ -213,8 +213,8 @@ class ProbeSplit:
         """Encode a data set's prompts.
 
         Args:
-            encoder: with `encode`: `[rows, d_in]` -> `[rows, d_sae]`.
-            cache: holds `model_activations_<model_name>/<data set>_<hook>.pt`.
+            encoder: object with `encode`: `[rows, d_in]` -> `[rows, d_sae]`.
+            cache: folder that holds `model_activations_<model_name>/<data set>_<hook>.pt`.
         """
         from sae_probes.generate_sae_activations import generate_sae_activations
         from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
@@ -235,9 +235,9 @@ class ProbeSplit:
         return cls(x.X_train, x.y_train, x.X_test, x.y_test, order)
 
     def chosen(self, x: torch.Tensor, k: int, binarize: bool = False) -> torch.Tensor:
-        """The first k features of rows `[n, d_sae]`."""
-        kept = x[:, self.order[:k]]
-        return kept != 0 if binarize else kept
+        """The k highest-ranked features of rows `[n, d_sae]`, `[n, k]`."""
+        features = x[:, self.order[:k]]
+        return features != 0 if binarize else features
 
     def probe(self, k: int, binarize: bool = False) -> Probe:
         return fit(self.chosen(self.x_train, k, binarize).numpy(), self.y_train.numpy())

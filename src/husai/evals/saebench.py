@@ -38,26 +38,26 @@ PerDataSet = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is probed, and how."""
+    """Settings of the sparse probing."""
 
     data_sets: list[str]
     ks: list[int]
-    """deltas.K among them."""
+    """Numbers of features of a probe. `deltas.K` must be among them."""
     seed: int = 42
     noise_seeds: tuple[int, ...] = (43, 44, 45, 46)
-    """Further seeds of the benchmark, for the first SAE alone."""
+    """Further seeds of the benchmark, on which the first SAE alone is probed."""
     reg_type: str = "l1"
     binarize: bool = False
     results_path: Path | None = None
-    """A file of figures for each SAE and data set; by default below the artifact root, where studies share them."""
+    """Folder of the figures. None: a folder below the artifact root, which all studies share."""
     probing: ProbingName = sae_probes.OFFICIAL
-    """Whose probes: one of sae_probes.PROBINGS."""
+    """Name of the probe implementation, one of sae_probes.PROBINGS."""
     core_texts: int = 200
-    """Held-out documents of the core metrics."""
+    """Number of held-out documents for the core metrics."""
 
 
 def evaluate(loaded: LoadedSAEs, setup: Setup, places: Places, cells: Cells) -> tuple[Probing, list[dict]]:
-    """(the results, every figure as rows of a table).
+    """(results of the phase, every figure as rows of a table).
 
     Raises:
         CheckFailed: the official code failed.
@@ -65,7 +65,7 @@ def evaluate(loaded: LoadedSAEs, setup: Setup, places: Places, cells: Cells) -> 
     figures, repeats = probe(loaded, setup, places)
     core = core_metrics(loaded, setup.core_texts, cells, places.threads)
     first, *_ = records = [
-        ProbedRecord(**dict(r), core=core[r.identity], **told(figures[r.identity])) for r in loaded.records
+        ProbedRecord(**dict(r), core=core[r.identity], **kept_figures(figures[r.identity])) for r in loaded.records
     ]
     results = Probing(
         phase="saebench_custom",
@@ -79,9 +79,11 @@ def evaluate(loaded: LoadedSAEs, setup: Setup, places: Places, cells: Cells) -> 
         probing=setup.probing,
         versions=sae_probes.versions(setup.probing),
         saes=records,
-        controls=[ProbedControl(**dict(c.record), **told(figures[c.identity])) for c in loaded.control_saes],
+        controls=[ProbedControl(**dict(c.record), **kept_figures(figures[c.identity])) for c in loaded.control_saes],
         baselines={
-            name: Figures(**told(f)) for name, f in figures.items() if name.startswith(("llm", "pca", "untrained"))
+            name: Figures(**kept_figures(f))
+            for name, f in figures.items()
+            if name.startswith(("llm", "pca", "untrained"))
         },
         conditions=[],
         noise=noise(setup, first.label, [figures[first.identity], *repeats]),
@@ -91,15 +93,15 @@ def evaluate(loaded: LoadedSAEs, setup: Setup, places: Places, cells: Cells) -> 
     rows = [
         {"encoder": labels.get(key, key), "seed": setup.seed, "data_set": name, "k": k}
         | {metric: values[i] for metric, values in by_metric.items()}
-        for key, of in figures.items()
-        for k, by_metric in of.items()
+        for key, by_k in figures.items()
+        for k, by_metric in by_k.items()
         for i, name in enumerate(setup.data_sets)
     ]
     return results.model_copy(update={"conditions": deltas.saebench(results)}), rows
 
 
 def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, PerDataSet], list[PerDataSet]]:
-    """({identity of an SAE, or name of a baseline: its figures}, the first SAE's at the noise seeds)."""
+    """({identity of an SAE, or name of a baseline: its figures}, figures of the first SAE at the noise seeds)."""
     work = places.output_dir / "encoders"
 
     def cache(model) -> str:
@@ -119,11 +121,11 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
         setup.probing,
     )
     root = str(setup.results_path or places.artifact_root / "probes")  # controls of one store serve every study
-    where = {"cache": cache(subject), "root": root, "device": places.device}
+    machine = {"cache": cache(subject), "root": root, "device": places.device}
 
     def task(name: str, kind: str, path: Path | None, identity: str) -> ProbeTask:
         place = None if path is None else str(path)
-        return ProbeTask(name, kind, place, identity, setup.seed, settings, **where)
+        return ProbeTask(name, kind, place, identity, setup.seed, settings, **machine)
 
     tasks = {"llm": task("llm", "llm", None, subject.activations_digest)}
     for c in loaded.opened:
@@ -141,41 +143,41 @@ def probe(loaded: LoadedSAEs, setup: Setup, places: Places) -> tuple[dict[str, P
         on_random = replace(settings, subject_digest=model.activations_digest, model_name=model.name)
         on_random_cache = cache(model)
         for c in loaded.controls.saes:
-            own = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.identity)
-            tasks[c.identity] = replace(own, settings=on_random, cache=on_random_cache)
-    again = [replace(tasks[loaded.saes[0].identity], seed=seed) for seed in setup.noise_seeds]
-    found = sae_probes.run([*tasks.values(), *again], places.threads, places.output_dir / "workers", places.force)
-    return dict(zip(tasks, found, strict=False)), found[len(tasks) :]
+            control = task(c.label, "sae", to_saelens(c.sae, model, hook_name, work / c.label), c.identity)
+            tasks[c.identity] = replace(control, settings=on_random, cache=on_random_cache)
+    repeats = [replace(tasks[loaded.saes[0].identity], seed=seed) for seed in setup.noise_seeds]
+    figures = sae_probes.run([*tasks.values(), *repeats], places.threads, places.output_dir / "workers", places.force)
+    return dict(zip(tasks, figures, strict=False)), figures[len(tasks) :]
 
 
-def told(figures: PerDataSet) -> dict:
-    """What is kept of an encoder's figures: means, and the AUC of each data set."""
+def kept_figures(figures: PerDataSet) -> dict:
+    """Figures of an encoder that results keep: means, and the test AUC of each data set."""
     means = {k: {m: float(np.mean(v)) for m, v in by_metric.items()} for k, by_metric in figures.items()}
-    found = {"means": means, "test_auc": {k: by_metric["test_auc"] for k, by_metric in figures.items()}}
-    return found if "llm" in figures else found | {"auc_by_validation": by_validation(figures)}
+    figures_kept = {"means": means, "test_auc": {k: by_metric["test_auc"] for k, by_metric in figures.items()}}
+    return figures_kept if "llm" in figures else figures_kept | {"auc_by_validation": by_validation(figures)}
 
 
 def by_validation(figures: PerDataSet) -> float:
-    """Mean test AUC where each data set's k is the one with the highest validation AUC. Reported, never compared."""
+    """Mean test AUC if each data set uses the k with its highest validation AUC. Reported, but never compared."""
     ks = list(figures)
     best = np.argmax([figures[k]["val_auc"] for k in ks], axis=0)
     return float(np.mean([figures[ks[b]]["test_auc"][i] for i, b in enumerate(best)]))
 
 
 def noise(setup: Setup, label: str, runs: list[PerDataSet]) -> ProbingNoise:
-    """How much one SAE's mean AUC moves with the benchmark's own seed."""
+    """Spread of one SAE's mean AUC over seeds of the benchmark itself."""
     means = {k: [float(np.mean(f[k]["test_auc"])) for f in runs] for k in map(str, setup.ks)}
-    auc = {k: Repeats(**estimates.noise(of)) for k, of in means.items()}
+    auc = {k: Repeats(**estimates.noise(values)) for k, values in means.items()}
     return ProbingNoise(label=label, seeds=[setup.seed, *setup.noise_seeds], auc=auc)
 
 
 def scored(loaded: LoadedSAEs, core: dict[str, Core]) -> list[ScoredRecord]:
-    """The records of the SAEs with their core metrics (by identity)."""
+    """Records of the SAEs, with the core metrics of each identity."""
     return [ScoredRecord(**dict(r), core=core[r.identity]) for r in loaded.records]
 
 
 def core_metrics(loaded: LoadedSAEs, documents: int, cells: Cells, threads: int) -> dict[str, Core]:
-    """SAEBench's core metrics of each SAE (by its identity), all in the same forward passes, on held-out documents."""
+    """Identity of each SAE -> SAEBench's core metrics on held-out documents. All SAEs share the forward passes."""
     texts = loaded.source.heldout_texts(documents, loaded.subject.tokenizer)
     saes = loaded.opened
     key: dict[str, Any] = {"subject": loaded.subject.activations_digest, "hook_name": loaded.hook_name}

@@ -1,4 +1,4 @@
-"""How an SAE fits the activations of shifted text, beside those of held-out text."""
+"""Fit of an SAE to activations of shifted text, compared with held-out text."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from husai.subjects.pretrained import LanguageModel
 from husai.training.trainer import evaluate
 
 HELD = 0.99
-"""Share of the variance of an SAE's reconstructions that its subspace holds."""
+"""Share of the variance of an SAE's reconstructions that lies in its subspace."""
 
 
 def token_rows(subject: LanguageModel, documents: list[str]) -> int:
-    """How many rows all tokens of these documents give."""
+    """Number of rows that all tokens of the documents give."""
     cut = Cutter(subject, ENDLESS)
     encoded = subject.tokenizer(documents, add_special_tokens=False)["input_ids"]
     for i, (document, tokens) in enumerate(zip(documents, encoded, strict=True)):
@@ -36,7 +36,7 @@ def token_rows(subject: LanguageModel, documents: list[str]) -> int:
 
 
 def shifted_store(subject: LanguageModel, hook_name: str, data_sets: list[str], root: Path, threads: int):
-    """Activations of all tokens of the shifted versions' documents; found or harvested."""
+    """Store of activations of all tokens of the shifted versions' documents; found on disk or harvested."""
     documents = text.distinct(data_sets)
     rows = token_rows(subject, documents)
     folder = harvest_tokens(subject, [hook_name], documents, root / "activations", rows, threads=threads)[hook_name]
@@ -45,10 +45,10 @@ def shifted_store(subject: LanguageModel, hook_name: str, data_sets: list[str], 
 
 @torch.inference_mode()
 def subspace(sae: SAE, store: ActivationStore, batch: int = 8192) -> Tensor:
-    """Where the SAE's reconstructions of these rows lie: the fewest principal directions that hold HELD of their
-    variance, orthonormal `[d_in, r]`, float64.
+    """Subspace of an SAE's reconstructions of a store's rows, as orthonormal directions `[d_in, r]`, float64.
 
-    Of an overcomplete dictionary all decoder rows together span everything, so their span says nothing.
+    It is spanned by the fewest principal directions that hold HELD of the reconstructions' variance. The span of all
+    decoder rows would be uninformative, because an overcomplete dictionary spans the whole space.
 
     Raises:
         BadInput: all reconstructions are equal.
@@ -57,10 +57,10 @@ def subspace(sae: SAE, store: ActivationStore, batch: int = 8192) -> Tensor:
     squares = torch.zeros(sae.d_out, sae.d_out, dtype=torch.float64)
     for start in range(0, store.rows, batch):
         x = store.read(start, min(start + batch, store.rows))
-        made = sae.decode(sae.encode(x), x).double()
-        made -= sae.weights["b_dec"]  # what is left is smaller, and so are rounding errors
-        total += made.sum(0)
-        squares += made.T @ made
+        reconstructions = sae.decode(sae.encode(x), x).double()
+        reconstructions -= sae.weights["b_dec"]  # smaller numbers have smaller rounding errors
+        total += reconstructions.sum(0)
+        squares += reconstructions.T @ reconstructions
     mean = total / store.rows
     variances, directions = torch.linalg.eigh(squares / store.rows - mean[:, None] * mean)
     variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
@@ -80,7 +80,7 @@ def activations(tested: LoadedSAEs, shifted: ActivationStore, cells: Cells, thre
     """{"rows", "shifted_rows", "compared_rows", "saes": [{"identity", "seed", "rank", "id", "ood": figures}],
     "change": figure -> the estimate of ood − id}.
 
-    Features that fire on none of more rows are fewer, so that both sides are measured on as many rows, which lie in
+    The share of dead features falls with the number of rows. Therefore both sides use equally many rows, which lie in
     random order.
     """
     n = min(tested.store.rows, shifted.rows)
@@ -98,7 +98,7 @@ def activations(tested: LoadedSAEs, shifted: ActivationStore, cells: Cells, thre
     for c in tested.saes:
         key = {"sae": c.identity, "stores": [tested.store.digest, shifted.digest], "threads": threads}
         key |= {"code": code_version(subspace), "held": HELD}
-        found = cells.get("activations", key, partial(measure, c.sae))
-        records.append({"identity": c.identity, "seed": c.facts.seed, **found})
+        measured = cells.get("activations", key, partial(measure, c.sae))
+        records.append({"identity": c.identity, "seed": c.facts.seed, **measured})
     rows = {"rows": tested.store.rows, "shifted_rows": shifted.rows, "compared_rows": n}
     return rows | {"saes": records, "change": change(records)}

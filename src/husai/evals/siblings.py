@@ -1,4 +1,4 @@
-"""Siblings of a user's SAE: SAEs of the same recipe with their own initialisation and data order, trained here."""
+"""Trains siblings of a user's SAE: SAEs of the same recipe, each with its own initialisation and data order."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ from husai.training.trainer import TrainingConfig
 
 log = logging.getLogger("husai")
 DEFAULT = 14
-"""Siblings of a single SAE: all of 14 certify a feature at 0.8 (`rules.siblings_needed`)."""
+"""Number of siblings of a single SAE. A feature that recurs in all 14 is certified at 0.8 (`rules.siblings_needed`)."""
 TIMED_STEPS = 3
 FLOAT = 4
-"""Bytes of a number in checkpoints and stores."""
+"""Bytes of one number in checkpoints and stores."""
 
 
 @dataclass(frozen=True)
 class SiblingPlan:
-    """How siblings are trained."""
+    """Recipe of the siblings."""
 
     grid: list[Member]
     config: TrainingConfig
     rows: int | None
-    """Rows of the activation store to train on; None: the store that the SAE names."""
+    """Rows of the activation store to train on. None: the store that the SAE names."""
     buffer_rows: int | None
-    """Rows of the buffer of a stream, on which siblings see each token once; None: they are trained on a store."""
+    """Rows of the buffer of a stream, in which siblings see each token once. None: siblings are trained on a store."""
     recipe_known: bool
-    """Whether the SAE says how it was trained."""
+    """Whether the SAE's files state its training."""
     recipe_tokens: int | None
-    """Tokens that the SAE itself was trained on; None: its files do not say."""
+    """Number of tokens that the SAE was trained on. None: its files do not state it."""
 
     @property
     def fewer_tokens(self) -> str | None:
-        """Why siblings cannot show that a feature is missing; None where they can."""
+        """Reason why siblings cannot show that a feature is missing; None if they can."""
         if self.recipe_tokens is None:
             return "the files of the SAE do not say how many tokens it was trained on"
         if self.config.tokens < self.recipe_tokens:
@@ -73,30 +73,31 @@ class SiblingPlan:
         return None
 
 
-def plan(
-    asked: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None, buffer_rows: int | None = None
+def make_plan(
+    user_saes: LoadedSAEs, siblings: int, tokens: int | None, rows: int | None, buffer_rows: int | None = None
 ) -> SiblingPlan:
-    """The recipe of an SAE's siblings: the SAE's own where HUSAI trained it, else HUSAI's at its width and L0.
+    """Recipe of an SAE's siblings: the SAE's own if HUSAI trained it, else HUSAI's recipe at its width and L0.
 
     Args:
-        siblings: number of SAEs to train. tokens: each sees; None: as many as the SAE saw. rows: of the store that
-            they are trained on, or that Gaussian rows have the moments of. buffer_rows: of a stream.
+        siblings: number of SAEs to train.
+        tokens: number of tokens that each sibling is trained on. None: as many as the SAE saw.
+        rows: rows of the store. Siblings are trained on it, or Gaussian rows have its moments.
+        buffer_rows: rows of the buffer of a stream. None: train on the store.
 
     Raises:
-        BadInput: an SAE that was pulled towards a reference, or one without an active feature.
+        BadInput: the SAE was pulled towards a reference, or has no active feature.
     """
-    first = asked.saes[0]
+    first = user_saes.saes[0]
     settings = recipes.settings_of(first.folder, first.sae)
     own_tokens = recipes.tokens_of(first.sae, settings)
-    described = [c.sae.metadata.get("husai") or {} for c in asked.saes]
+    described = [c.sae.metadata.get("husai") or {} for c in user_saes.saes]
     taken = {m[name] for m in described for name in ("seed", "order_seed") if name in m}
     seeds = [s for s in range(1, siblings + len(taken) + 1) if s not in taken][:siblings]
-    if asked.made is not None:
-        made = asked.made
-        if made.get("reference") is not None or made.get("assignment_weight"):
+    if (metadata := user_saes.training_metadata) is not None:
+        if metadata.get("reference") is not None or metadata.get("assignment_weight"):
             raise BadInput(f"--checkpoint: {first.folder} was pulled towards a reference; an independent SAE expected")
-        shape = {n: made[n] for n in ("d_sae", "k", "learning_rate", "family")}
-        config = replace(asked.recipe, tokens=tokens or asked.recipe.tokens)
+        shape = {n: metadata[n] for n in ("d_sae", "k", "learning_rate", "family")}
+        config = replace(user_saes.recipe, tokens=tokens or user_saes.recipe.tokens)
         grid = [Member(seed=s, order_seed=s, **shape) for s in seeds]
         return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), True, own_tokens)
 
@@ -110,36 +111,36 @@ def plan(
 
 
 def refuse_dead(first: LoadedSAE) -> None:
-    """Raise BadInput for an SAE without an active feature, of which nothing can be said."""
+    """Raise BadInput for an SAE without an active feature."""
     if first.record.heldout.l0 <= 0:
         raise BadInput(
             f"--checkpoint: no feature of {first.folder} fires on the held-out tokens; an alive SAE expected"
         )
 
 
-def departures(asked: LoadedSAEs, made: SiblingPlan) -> list[str]:
-    """How trained siblings differ from the SAE, or depend on each other, in more than the recipe says; sentences."""
-    if not made.grid:
+def departures(user_saes: LoadedSAEs, plan: SiblingPlan) -> list[str]:
+    """Sentences on how trained siblings differ from the SAE in more than their seed, or depend on each other."""
+    if not plan.grid:
         return []
-    found, own, family = [], asked.saes[0].sae.architecture, made.grid[0].family
-    if not made.recipe_known and own != FAMILIES[family].ARCHITECTURE:
-        found.append(f"The siblings have another architecture: {family}, where the SAE has {own}.")
-    named, text = asked.saes[0].sae.metadata.get("dataset_path"), asked.source.record().get("text")
-    if not made.recipe_known and named and str(named) not in (text or ""):
-        found.append(f"The SAE's files name the text {named}; the siblings read {text or 'the packaged text'}.")
-    if made.buffer_rows is not None:
-        found.append(
-            f"The siblings read the text in one order, which is shuffled within {made.buffer_rows:,} tokens alone. "
-            "Features may recur because of that order."
+    sentences, architecture, family = [], user_saes.saes[0].sae.architecture, plan.grid[0].family
+    if not plan.recipe_known and architecture != FAMILIES[family].ARCHITECTURE:
+        sentences.append(f"The siblings have another architecture: {family}, where the SAE has {architecture}.")
+    dataset, text = user_saes.saes[0].sae.metadata.get("dataset_path"), user_saes.source.record().get("text")
+    if not plan.recipe_known and dataset and str(dataset) not in (text or ""):
+        sentences.append(f"The SAE's files name the text {dataset}; the siblings read {text or 'the packaged text'}.")
+    if plan.buffer_rows is not None:
+        sentences.append(
+            "The siblings read the text in one order, which is shuffled within "
+            f"{plan.buffer_rows:,} tokens alone. Features may recur because of that order."
         )
-    return found
+    return sentences
 
 
 def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None:
-    """The buffer in whole batches, because it is filled again in place.
+    """Rows of the buffer, rounded down to whole batches, because the buffer is refilled in place.
 
     Raises:
-        BadInput: less than a batch.
+        BadInput: the buffer is smaller than a batch.
     """
     if buffer_rows is None:
         return None
@@ -154,16 +155,16 @@ def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time, memory and disk of a run, by a measurement of a few steps on this machine."""
+    """Time, memory and disk of a run, extrapolated from a few timed steps on this machine."""
 
     saes: int
-    """Siblings, and SAEs of Gaussian rows: as many, or one for each SAE where no sibling is trained."""
+    """Number of SAEs to train: siblings and as many SAEs of Gaussian rows. Without siblings, the latter alone."""
     tokens: int
-    """Rows that each of them sees."""
+    """Number of rows that each SAE sees."""
     rows: int
-    """Activations to harvest."""
+    """Number of activations to harvest."""
     passes: int
-    """Over the data, because not all SAEs fit into memory together."""
+    """Number of passes over the data. More than one are needed if the SAEs do not fit into memory together."""
     harvest_seconds: float
     training_seconds: float
     rotation_seconds: float
@@ -186,23 +187,23 @@ class Forecast:
 
 
 def forecast(
-    asked: LoadedSAEs,
-    made: SiblingPlan,
+    user_saes: LoadedSAEs,
+    plan: SiblingPlan,
     artifact_root: Path,
     device: torch.device,
     siblings: int,
     rotations: int | None = None,
 ) -> Forecast:
-    """Forecast of a plan. Times a few training steps, one batch of the model, and one product of two decoders.
+    """Forecast a plan. Times a few training steps, one batch of the model, and one product of two decoders.
 
     Args:
-        siblings: all that the SAE is compared with. rotations: `recurrence.rotations_for`.
+        siblings: number of SAEs that the SAE is compared with. rotations: see `recurrence.rotations_for`.
     """
-    first, n = asked.saes[0].sae, len(made.grid)
-    grid, config = (made.grid, made.config) if n else trained_alike(asked)
+    first, n = user_saes.saes[0].sae, len(plan.grid)
+    grid, config = (plan.grid, plan.config) if n else trained_alike(user_saes)
     trainings = 2 if n else 1  # of siblings and of SAEs of Gaussian rows, or of these alone
-    rows = (made.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)) if n else asked.store.rows
-    read = rows + (config.tokens if made.buffer_rows else 0)
+    rows = (plan.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)) if n else user_saes.store.rows
+    rows_to_harvest = rows + (config.tokens if plan.buffer_rows else 0)
     sizes = memory.Sizes(first.d_in, first.d_out, config.batch_size, len(config.snapshot_steps()))
     passes = memory.passes(grid, sizes, device)
     step = _seconds_of_step([grid[i] for i in passes[0]], config, first.d_in, device)
@@ -215,9 +216,9 @@ def forecast(
     return Forecast(
         saes=trainings * len(grid),
         tokens=config.tokens,
-        rows=read,
+        rows=rows_to_harvest,
         passes=trainings * len(passes),
-        harvest_seconds=read * _seconds_of_token(asked, device) if n else 0.0,
+        harvest_seconds=rows_to_harvest * _seconds_of_token(user_saes, device) if n else 0.0,
         training_seconds=training,
         rotation_seconds=2
         * siblings
@@ -230,7 +231,7 @@ def forecast(
 
 
 def _seconds_of_step(members: list[Member], config: TrainingConfig, d_in: int, device: torch.device) -> float:
-    """Median time of a step of a stack on Gaussian rows; the first step, which may compile, does not count."""
+    """Median seconds of a training step of a stack on Gaussian rows. The first step may compile and does not count."""
     settings = StepSettings(
         config.betas,
         config.weight_decay,
@@ -252,19 +253,19 @@ def _seconds_of_step(members: list[Member], config: TrainingConfig, d_in: int, d
     return sorted(times[1:])[TIMED_STEPS // 2]
 
 
-def _seconds_of_token(asked: LoadedSAEs, device: torch.device) -> float:
-    """Time of the model up to the hook, a token; the second of two batches."""
-    subject, length = asked.subject, min(128, asked.subject.n_ctx)
+def _seconds_of_token(user_saes: LoadedSAEs, device: torch.device) -> float:
+    """Seconds of the model up to the hook for one token, from the second of two batches."""
+    subject, length = user_saes.subject, min(128, user_saes.subject.n_ctx)
     tokens = torch.randint(len(subject.tokenizer), (4, length)).numpy()
     for _ in range(2):
         began = time.monotonic()
-        run(subject, [*tokens], [asked.hook_name])
+        run(subject, [*tokens], [user_saes.hook_name])
         _wait(device)
     return (time.monotonic() - began) / tokens.size
 
 
 def _seconds_of_product(W_dec: torch.Tensor, device: torch.device) -> float:
-    """Time of the cosines of two decoders, from those of a part of one."""
+    """Seconds for all cosines of two decoders, extrapolated from a part of one decoder."""
     W = W_dec.to(device)
     part = W[: min(1024, len(W))]
     for _ in range(2):
@@ -293,7 +294,7 @@ class Other:
     W_dec: Tensor
     """`[d_sae, d_in]`."""
     sae: SAE | None
-    """None for a relative, whose decoder alone is read."""
+    """None for a relative, because only its decoder is read."""
     heldout: Heldout | None
 
     @classmethod
@@ -303,43 +304,43 @@ class Other:
 
 @dataclass(frozen=True)
 class Group:
-    """All that an SAE is compared with."""
+    """SAEs and nulls that the judged SAE is compared with."""
 
     others: list[Other]
     gaussian: list[Tensor]
-    """Decoders of SAEs of Gaussian rows, trained alike; none for relatives."""
+    """Decoders of SAEs trained by the same recipe on Gaussian rows; empty for relatives."""
     spectrum: Spectrum | None
     """Spectrum of the activations; None for relatives."""
     training: SiblingTraining | None
-    """How the trained siblings were made."""
+    """Recipe of the trained siblings; None if none was trained."""
     withheld: str | None
-    """Why nothing may be said to be missing."""
+    """Reason why no feature may be called missing; None if a feature may."""
     inputs: dict[str, str]
     """Label -> sha256."""
 
 
-def first_named(asked: LoadedSAEs, named: list[Path]) -> LoadedSAEs:
-    """The SAEs under the names that a user gave them, the one that the command line names first in the first place."""
-    folders = foreign.find_all(named[:1], "--checkpoint", asked.hook_name) if named else []
-    ordered = sorted(asked.saes, key=lambda c: c.folder not in folders)
-    names = loaded.names_of([c.folder for c in ordered])
+def first_named(user_saes: LoadedSAEs, paths: list[Path]) -> LoadedSAEs:
+    """The SAEs under their user's names. The SAE that the command line names first comes first."""
+    folders = foreign.find_all(paths[:1], "--checkpoint", user_saes.hook_name) if paths else []
+    ordered = sorted(user_saes.saes, key=lambda c: c.folder not in folders)
+    names = loaded.user_names([c.folder for c in ordered])
     saes = [replace(c, record=c.record.model_copy(update={"label": names[c.folder]})) for c in ordered]
-    return replace(asked, saes=saes)
+    return replace(user_saes, saes=saes)
 
 
-def check(asked: LoadedSAEs) -> tuple[list[str], list[str]]:
-    """(why these SAEs cannot certify each other's features, what a reader should know of them); sentences.
+def check(user_saes: LoadedSAEs) -> tuple[list[str], list[str]]:
+    """(reasons why these SAEs cannot certify each other's features, notes on the SAEs), as sentences.
 
     Raises:
-        BadInput: SAEs that differ in more than their seed, or one decoder twice.
+        BadInput: SAEs differ in more than their seed, or two have the same decoder.
     """
-    if len(asked.saes) < 2:
+    if len(user_saes.saes) < 2:
         return [], []
-    folders, saes = [c.folder for c in asked.saes], [c.sae for c in asked.saes]
-    labels, decoders = [c.label for c in asked.saes], [s.W_dec for s in saes]
+    folders, saes = [c.folder for c in user_saes.saes], [c.sae for c in user_saes.saes]
+    labels, decoders = [c.label for c in user_saes.saes], [s.W_dec for s in saes]
     refuse_unlike(labels, decoders)
     limits, notes = [], []
-    heldout = [c.record.heldout for c in asked.saes]
+    heldout = [c.record.heldout for c in user_saes.saes]
     checks = (
         lambda: replicates.check("--checkpoint", folders, saes, heldout),
         lambda: independence.refuse_dependent(labels, decoders),
@@ -349,48 +350,53 @@ def check(asked: LoadedSAEs) -> tuple[list[str], list[str]]:
             notes += one() or []
         except Dependent as error:
             limits.append(f"The SAEs are no independent trainings: {error}.")
-    described = [c.sae.metadata.get("husai") or {} for c in asked.saes]
+    described = [c.sae.metadata.get("husai") or {} for c in user_saes.saes]
     orders = [m["order_seed"] for m in described if "order_seed" in m]
     if len(set(orders)) < len(orders):
-        limits.append("The SAEs share an order of the data, therefore what recurs may be due to that order.")
+        limits.append("The SAEs share an order of the data, therefore features may recur because of that order.")
     return limits, notes
 
 
 def compared(
-    asked: LoadedSAEs, made: SiblingPlan, cells: Cells, artifact_root: Path, device: torch.device, threads: int
+    user_saes: LoadedSAEs,
+    plan: SiblingPlan,
+    cells: Cells,
+    artifact_root: Path,
+    device: torch.device,
+    threads: int,
 ) -> Group:
-    """Train the siblings and as many SAEs of Gaussian rows; the user's further SAEs are siblings too.
+    """Train the siblings and as many SAEs of Gaussian rows. Further SAEs of the user count as siblings too.
 
     Raises:
         CheckFailed: the siblings miss the SAE's L0.
     """
-    others = [Other.of(c, "supplied") for c in asked.saes[1:]]
+    others = [Other.of(c, "supplied") for c in user_saes.saes[1:]]
     training, withheld = None, None
-    if made.grid:
-        store = store_of(asked, made, artifact_root, device, threads)
-        trained, made = train(asked, made, store, cells, artifact_root, device, threads)
+    if plan.grid:
+        store = store_of(user_saes, plan, artifact_root, device, threads)
+        trained, plan = train(user_saes, plan, store, cells, artifact_root, device, threads)
         others += [Other.of(c, "trained") for c in trained]
-        recipe = _enough(made.grid, len(others)), made.config
-        member, config = made.grid[0], made.config
+        recipe = _enough(plan.grid, len(others)), plan.config
+        member, config = plan.grid[0], plan.config
         of_store = len(store.split(config.heldout_fraction)[0])
         training = SiblingTraining(
             family=member.family,
             d_sae=member.d_sae,
             k=member.k,
             tokens=config.tokens,
-            rows=config.tokens if made.buffer_rows else min(config.tokens, of_store),
+            rows=config.tokens if plan.buffer_rows else min(config.tokens, of_store),
             learning_rate=member.learning_rate,
             batch_size=config.batch_size,
-            recipe="the SAE's own" if made.recipe_known else "HUSAI's own, at the SAE's width and L0",
-            recipe_tokens=made.recipe_tokens,
+            recipe="the SAE's own" if plan.recipe_known else "HUSAI's own, at the SAE's width and L0",
+            recipe_tokens=plan.recipe_tokens,
         )
-        withheld = made.fewer_tokens or _fewer_rows(asked, made, store)
+        withheld = plan.fewer_tokens or _fewer_rows(user_saes, plan, store)
     else:
-        recipe = trained_alike(asked)
-        store = _own_store(asked, made.rows, artifact_root, device, threads)
+        recipe = trained_alike(user_saes)
+        store = _own_store(user_saes, plan.rows, artifact_root, device, threads)
     noise = controls.gaussian(artifact_root, store, *recipe, device, threads)
     mean, covariance = store.stats()
-    inputs = asked.inputs() | {"activations": store.digest}
+    inputs = user_saes.inputs() | {"activations": store.digest}
     inputs |= {f"checkpoint {o.label}": o.sha256 for o in others}
     return Group(
         others=others,
@@ -402,85 +408,90 @@ def compared(
     )
 
 
-def _fewer_rows(asked: LoadedSAEs, made: SiblingPlan, store: ActivationStore) -> str | None:
-    """Why siblings that see the rows of a store again and again cannot show that a feature is missing.
+def _fewer_rows(user_saes: LoadedSAEs, plan: SiblingPlan, store: ActivationStore) -> str | None:
+    """Reason why siblings that see a store's rows repeatedly cannot show that a feature is missing; None if they can.
 
-    An SAE of a stream saw each token once. The same is assumed of one whose recipe is not known.
+    An SAE that was trained on a stream saw each token once. SAEs of unknown recipe are assumed to have done so.
     """
-    once = not made.recipe_known or bool((asked.made or {}).get("streamed"))
-    if not once or made.buffer_rows is not None or made.recipe_tokens is None or store.rows >= made.recipe_tokens:
+    each_token_once = not plan.recipe_known or bool((user_saes.training_metadata or {}).get("streamed"))
+    if (
+        not each_token_once
+        or plan.buffer_rows is not None
+        or plan.recipe_tokens is None
+        or store.rows >= plan.recipe_tokens
+    ):
         return None
     return (
-        f"siblings were trained on a store of {store.rows:,} tokens, and the SAE saw {made.recipe_tokens:,}; "
+        f"siblings were trained on a store of {store.rows:,} tokens, and the SAE saw {plan.recipe_tokens:,}; "
         "--train-rows or --buffer-rows gives siblings more of them"
     )
 
 
 def _enough(grid: list[Member], n: int) -> list[Member]:
-    """At least n members, by further seeds: a permutation needs as many SAEs of Gaussian rows as siblings."""
+    """A grid of at least n members, by further seeds: the permutation test needs as many Gaussian SAEs as siblings."""
     last = max(m.seed for m in grid)
     return [*grid, *(replace(grid[0], seed=last + i, order_seed=last + i) for i in range(1, n - len(grid) + 1))]
 
 
 def _own_store(
-    asked: LoadedSAEs, rows: int | None, artifact_root: Path, device: torch.device, threads: int
+    user_saes: LoadedSAEs, rows: int | None, artifact_root: Path, device: torch.device, threads: int
 ) -> ActivationStore:
-    """The activations that the SAEs were trained on where they are at hand, else the held-out ones."""
-    if asked.made is None:
-        return asked.store
+    """Store of the activations that the SAEs were trained on, or the held-out store if they are not at hand."""
+    if user_saes.training_metadata is None:
+        return user_saes.store
     try:
-        return training_store(asked, artifact_root, rows, device, threads)
+        return training_store(user_saes, artifact_root, rows, device, threads)
     except BadInput:
-        return asked.store
+        return user_saes.store
 
 
-def relatives(asked: LoadedSAEs, named: list[Path]) -> Group:
-    """Other SAEs of the hook by their decoders alone: those that are named, or those of SAELens' catalogue.
+def relatives(user_saes: LoadedSAEs, given_names: list[Path]) -> Group:
+    """Other SAEs of the hook, by their decoders alone: the named ones, or all in SAELens' catalogue.
 
     Raises:
-        BadInput: none can be read, or one has another d_in.
+        BadInput: no SAE can be read, or one has another d_in.
     """
-    own, names = asked.saes[0], named or _in_catalogue(asked)
-    others, unread, seen = [], [], {own.record.checkpoint_sha256}
+    judged_sae, names = user_saes.saes[0], given_names or _in_catalogue(user_saes)
+    others, unread, seen = [], [], {judged_sae.record.checkpoint_sha256}
     with progress("reading relatives", len(names)) as advance:
-        for path in foreign.find_all(names, "--relatives", asked.hook_name) if named else names:
+        for path in foreign.find_all(names, "--relatives", user_saes.hook_name) if given_names else names:
             try:
                 sae, sha256 = foreign.open_checkpoint(path), foreign.checkpoint_sha256(path)
             except BadInput as error:
-                if named:
+                if given_names:
                     raise
                 unread.append(str(error))
                 continue
             finally:
                 advance(1)
-            if not named and sae.d_out != own.sae.d_out:
-                unread.append(f"{path}: d_in {sae.d_out}; {own.sae.d_out} expected")
+            if not given_names and sae.d_out != judged_sae.sae.d_out:
+                unread.append(f"{path}: d_in {sae.d_out}; {judged_sae.sae.d_out} expected")
                 continue
             if sha256 not in seen:  # releases of the catalogue share SAEs
                 seen.add(sha256)
                 others.append(Other(str(path), "relative", sha256, sae.W_dec.float().cpu(), None, None))
     if not others:
         why = f"; {unread[0]}" if unread else ""
-        raise BadInput(f"--relatives: none of {len(names)} SAEs at {asked.hook_name} can be read{why}")
+        raise BadInput(f"--relatives: none of {len(names)} SAEs at {user_saes.hook_name} can be read{why}")
     if unread:
         log.warning("%d of %d relatives cannot be read: %s", len(unread), len(names), unread[0])
-    refuse_unlike([own.label, *(o.label for o in others)], [own.sae.W_dec, *(o.W_dec for o in others)])
-    inputs = asked.inputs() | {f"relative {o.label}": o.sha256 for o in others}
+    refuse_unlike([judged_sae.label, *(o.label for o in others)], [judged_sae.sae.W_dec, *(o.W_dec for o in others)])
+    inputs = user_saes.inputs() | {f"relative {o.label}": o.sha256 for o in others}
     return Group(others, [], None, None, "relatives are other trainings, of other width or L0", inputs)
 
 
-def _in_catalogue(asked: LoadedSAEs) -> list[Path]:
+def _in_catalogue(user_saes: LoadedSAEs) -> list[Path]:
     """Names of the catalogue's SAEs at the hook.
 
     Raises:
-        BadInput: there are none.
+        BadInput: the catalogue has none.
     """
-    model, hook = asked.subject.name, asked.hook_name
+    model, hook = user_saes.subject.name, user_saes.hook_name
     try:
-        listed = catalogue.listed(model)
+        entries = catalogue.listed(model)
     except BadInput:
-        listed = []
-    at_hook = [each for each in listed if each.hook is not None and same_place(each.hook, hook)]
+        entries = []
+    at_hook = [each for each in entries if each.hook is not None and same_place(each.hook, hook)]
     names = [Path(each.name) for each in at_hook if each.judged == "yes"]
     if not names:
         raise BadInput(
@@ -494,72 +505,74 @@ def _in_catalogue(asked: LoadedSAEs) -> list[Path]:
 
 
 def store_of(
-    asked: LoadedSAEs, made: SiblingPlan, artifact_root: Path, device: torch.device, threads: int
+    user_saes: LoadedSAEs, plan: SiblingPlan, artifact_root: Path, device: torch.device, threads: int
 ) -> ActivationStore:
-    """The activations that siblings are trained on: those that the SAE names where they are at hand, else harvested."""
-    if made.recipe_known and made.rows is None:
+    """Store that siblings are trained on: the one that the SAE names if it is at hand, else a harvested one."""
+    if plan.recipe_known and plan.rows is None:
         try:
-            return training_store(asked, artifact_root, None, device, threads)
+            return training_store(user_saes, artifact_root, None, device, threads)
         except BadInput:
             log.info("the activations that the SAE was trained on are not at hand; others are harvested, of --text")
-    rows = made.rows or min(LANGUAGE_MODEL_ROWS, made.config.tokens)
+    rows = plan.rows or min(LANGUAGE_MODEL_ROWS, plan.config.tokens)
     place = artifact_root, device, threads
-    store = partial(open_store, *place, subject=asked.name, hook_name=asked.hook_name, rows=rows)
-    return store(text=asked.source, harvesting=asked.said)
+    store = partial(open_store, *place, subject=user_saes.name, hook_name=user_saes.hook_name, rows=rows)
+    return store(text=user_saes.source, harvesting=user_saes.harvesting)
 
 
 def train(
-    asked: LoadedSAEs,
-    made: SiblingPlan,
+    user_saes: LoadedSAEs,
+    plan: SiblingPlan,
     store: ActivationStore,
     cells: Cells,
     artifact_root: Path,
     device: torch.device,
     threads: int,
 ) -> tuple[list[LoadedSAE], SiblingPlan]:
-    """(the siblings, opened on the held-out activations; the plan that gave them).
+    """(the siblings, opened on the held-out activations; the plan by which they were trained).
 
-    A penalised architecture can miss the SAE's L0. It is then trained once more, aimed as far to the other side.
+    Architectures with a sparsity penalty can miss the SAE's L0. They are trained once more with a corrected target.
 
     Raises:
-        CheckFailed: the L0 of the siblings' mean is missed by more than 10 %.
+        CheckFailed: the siblings' mean L0 differs from the SAE's by more than 10 %.
     """
-    target = asked.saes[0].record.heldout.l0
+    target = user_saes.saes[0].record.heldout.l0
     for attempt in range(2):
-        siblings = _trained(asked, made, store, cells, artifact_root, device, threads)
+        siblings = _trained(user_saes, plan, store, cells, artifact_root, device, threads)
         reached = sum(s.record.heldout.l0 for s in siblings) / len(siblings)
         if same_l0(target, reached):
-            return siblings, made
-        k = min(made.grid[0].d_sae, max(1, round(made.grid[0].k * target / reached))) if reached else made.grid[0].k
-        if attempt == 0 and k != made.grid[0].k:
+            return siblings, plan
+        k = min(plan.grid[0].d_sae, max(1, round(plan.grid[0].k * target / reached))) if reached else plan.grid[0].k
+        if attempt == 0 and k != plan.grid[0].k:
             log.warning(
                 "siblings reach an L0 of %.1f, the SAE has %.1f: trained again, aimed at %d", reached, target, k
             )
-            made = replace(made, grid=[replace(m, k=k) for m in made.grid])
+            plan = replace(plan, grid=[replace(m, k=k) for m in plan.grid])
     raise CheckFailed(
         f"--siblings: they reach an L0 of {reached:.1f} on held-out tokens; the SAE has {target:.1f}, and 10 % more or "
-        f"less is allowed; more --tokens than {made.config.tokens} may reach it"
+        f"less is allowed; more --tokens than {plan.config.tokens} may reach it"
     )
 
 
 def _trained(
-    asked: LoadedSAEs,
-    made: SiblingPlan,
+    user_saes: LoadedSAEs,
+    plan: SiblingPlan,
     store: ActivationStore,
     cells: Cells,
     artifact_root: Path,
     device: torch.device,
     threads: int,
 ) -> list[LoadedSAE]:
-    if made.buffer_rows is None:
-        trained = train_or_find(cells, store, made.grid, made.config, device, threads)
+    if plan.buffer_rows is None:
+        trained = train_or_find(cells, store, plan.grid, plan.config, device, threads)
     else:
-        hook, config = asked.hook_name, replace(made.config, window_rows=made.buffer_rows)
-        inputs = Inputs.of(asked.subject, asked.source.training(), config.tokens, 0, artifact_root / "activations")
-        stream = ActivationStream(asked.subject, [hook], inputs, made.buffer_rows)
-        heldout = {hook: asked.store}
-        trained = train_on_stream(cells, stream, heldout, made.grid, config, device, threads)
+        hook, config = user_saes.hook_name, replace(plan.config, window_rows=plan.buffer_rows)
+        inputs = Inputs.of(
+            user_saes.subject, user_saes.source.training(), config.tokens, 0, artifact_root / "activations"
+        )
+        stream = ActivationStream(user_saes.subject, [hook], inputs, plan.buffer_rows)
+        heldout = {hook: user_saes.store}
+        trained = train_on_stream(cells, stream, heldout, plan.grid, config, device, threads)
     folders = [cells.folder.parent / m.checkpoint for m in trained.members]
-    opened = loaded.open_all(folders, asked.store, "siblings", asked.subject, artifact_root)
-    names = {folder.resolve(): f"sibling {m.seed}" for folder, m in zip(folders, made.grid, strict=True)}
+    opened = loaded.open_all(folders, user_saes.store, "siblings", user_saes.subject, artifact_root)
+    names = {folder.resolve(): f"sibling {m.seed}" for folder, m in zip(folders, plan.grid, strict=True)}
     return [replace(c, record=c.record.model_copy(update={"label": names[Path(c.folder).resolve()]})) for c in opened]

@@ -1,6 +1,7 @@
-"""SAEs that a user supplies to be judged: what is refused before anything is computed, and what the gate reads of them.
+"""Checks and evaluates SAEs that a user supplies.
 
-HUSAI cannot see how they were selected. Therefore the gate gives them no more than a provisional decision."""
+HUSAI cannot see how these SAEs were selected. Therefore the gate's decision about them is at best provisional.
+"""
 
 from __future__ import annotations
 
@@ -45,22 +46,22 @@ from husai.training.grid import SNAPSHOTS
 
 log = logging.getLogger("husai")
 MINIMUM = 3
-"""SAEs, for an interval over seeds; five for a verdict."""
+"""Fewest SAEs for an interval over seeds. A verdict needs five."""
 NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
-"""Further seeds of probes and drawn pairs, and numbers of features, as in the studies."""
+"""Further seeds of probes and drawn pairs, and numbers of features of a probe. Studies use the same."""
 
 
 def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGroup:
-    """Read all that is supplied, and compute nothing but two short inputs of the subject.
+    """Read and check all that the user supplies. Nothing is computed but two short inputs of the subject.
 
     Args:
-        args: of `evals.flags.EvalParser.add_supplied`.
-        opener: of a process that goes on to evaluate them.
+        args: parsed flags of `evals.flags.EvalParser.add_supplied`.
+        opener: cache of a process that evaluates the SAEs afterwards.
 
     Raises:
-        BadInput: fewer than MINIMUM SAEs; SAEs of several conditions, of another subject or hook, that share a decoder
-            or an initialisation, that are two checkpoints of one run, or that were trained on a control or towards a
-            reference; references, controls, stories or a positive control that could not be read later.
+        BadInput: there are fewer than MINIMUM SAEs. SAEs have several conditions, or another subject or hook. Two SAEs
+            share a decoder or an initialisation, or are checkpoints of one run. An SAE was trained on a control or
+            towards a reference. References, controls or stories cannot be read.
     """
     opener, folders = opener or Opener(), foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
     if len(folders) < MINIMUM:
@@ -70,15 +71,15 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     known_as = pretrained.known_as(args.subject)
     saes = [opener.sae(folder) for folder in folders]
     references = foreign.find_all(args.reference, "--reference", args.hook_name)
-    for flag, these in (("checkpoint", folders), ("reference", references)):
-        for folder in these:
+    for flag, paths in (("checkpoint", folders), ("reference", references)):
+        for folder in paths:
             loaded.refuse_other_model(folder, opener.sae(folder), known_as, flag, args.same_model)
-    name, said = loaded.agreed_by(args, opener)
-    subject = opener.subject(name, torch.device("cpu"), said)
+    name, harvesting = loaded.subject_and_harvesting(args, opener)
+    subject = opener.subject(name, torch.device("cpu"), harvesting)
     width = check_hooks(subject, [args.hook_name])[args.hook_name].d_in
     for folder in (*folders, *references):
-        where = args.hook_name, subject.digest, width, subject.same_place
-        study.refuse_unfitting(folder, opener.sae(folder), *where)
+        expected_input = args.hook_name, subject.digest, width, subject.same_place
+        study.refuse_unfitting(folder, opener.sae(folder), *expected_input)
     for each in zip(folders, saes, strict=True):
         _refuse_pulled(*each)
     for seed, of_draw in loaded.controls_by_draw(args.random_model_checkpoint, opener).items():
@@ -101,30 +102,30 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_dependent(labels, [sae.W_dec for sae in saes])
-    # In the order of every part, so that one number means one SAE everywhere.
+    # All parts use this order. Therefore a number means the same SAE in every part.
     return SeedGroup.of(in_order([_record(folder, opener) for folder in folders]))
 
 
 def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
-    """Number or seed of each SAE in results -> what the user calls it."""
-    names = loaded.names_of(foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name))
+    """Number or seed of each SAE in results -> the name that the user knows."""
+    names = loaded.user_names(foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name))
     of_identity = {loaded.identity(opener.sae(c), opener.sha256(c)): name for c, name in names.items()}
     return {seed: of_identity[identity] for seed, identity in group.identities.items()}
 
 
 def _refuse_other_way(args: argparse.Namespace, subject: LanguageModel, opener: Opener) -> None:
-    """Refuse SAEs whose activations HUSAI would make in another way than theirs were made."""
+    """Refuse SAEs if HUSAI would make their activations in another way than their training did."""
     for flag in (*loaded.FLAGS, "random_model_checkpoint"):
         flag_name = f"--{flag.replace('_', '-')}"
         for folder in foreign.find_all(getattr(args, flag), flag_name, args.hook_name):
-            said = loaded.said_by(folder, opener.sae(folder), args.hook_name)
-            refuse_other(said, subject.resolve(said), subject.harvesting, f"{flag_name}: {folder}")
+            harvesting = loaded.read_harvesting(folder, opener.sae(folder), args.hook_name)
+            refuse_other(harvesting, subject.resolve(harvesting), subject.harvesting, f"{flag_name}: {folder}")
 
 
 def _initial(folder: Path, sae: SAE) -> torch.Tensor | None:
-    """The untrained state of an SAE that HUSAI trained; None for any other."""
-    path, ours = _snapshots(folder), loaded.facts_of(sae).source == "husai"
-    return study.own_dictionary(path.parent).untrained if ours and path.is_file() else None
+    """Untrained decoder of an SAE that HUSAI trained; None for SAEs of other libraries."""
+    path, trained_by_husai = _snapshots(folder), loaded.read_facts(sae).source == "husai"
+    return study.own_dictionary(path.parent).untrained if trained_by_husai and path.is_file() else None
 
 
 def _snapshots(folder: Path) -> Path:
@@ -132,29 +133,31 @@ def _snapshots(folder: Path) -> Path:
 
 
 def _refuse_pulled(folder: Path, sae: SAE) -> None:
-    made = sae.metadata.get("husai") or {}
-    if made.get("control") is not None:
-        raise BadInput(f"checkpoint: {folder} was trained on {made['control']}; an SAE of the subject itself expected")
-    if made.get("reference") is not None or made.get("assignment_weight"):
+    metadata = sae.metadata.get("husai") or {}
+    if metadata.get("control") is not None:
+        raise BadInput(
+            f"checkpoint: {folder} was trained on {metadata['control']}; an SAE of the subject itself expected"
+        )
+    if metadata.get("reference") is not None or metadata.get("assignment_weight"):
         raise BadInput(f"checkpoint: {folder} was pulled towards a reference: independently trained SAEs expected")
 
 
 def _record(folder: Path, opener: Opener) -> SAERecord:
-    """The record of an SAE of which nothing has been measured yet; its label is its folder, as messages name it."""
+    """Record of an SAE before any measurement. Its label is its folder, because messages name the folder."""
     nothing = Heldout(explained_variance=0.0, mse=0.0, l0=0.0, dead_share=0.0)
     record = loaded.record_of(folder, opener.sae(folder), opener.sha256(folder), nothing)
     return record.model_copy(update={"label": str(folder)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the gate reads
+# Evidence for the gate
 
 
 def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Supplied:
-    """Stability against every null, and both benchmarks: the results of the phase.
+    """Results of the phase: stability against every null, and both benchmarks.
 
     Raises:
-        BadInput: as `look_over`, or whatever does not fit the subject and the hook.
+        BadInput: as `look_over`, or an SAE does not fit the subject and the hook.
         CheckFailed: a benchmark's own code failed.
     """
     opener = Opener()
@@ -171,27 +174,27 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     saes = replace(
         saes, saes=in_order(saes.saes), untrained={c.identity: before[c.folder] for c in saes.saes if before}
     )
-    found = [c.folder for c in saes.saes], [c.sae for c in saes.saes], [c.record.heldout for c in saes.saes]
-    notes = replicates.check("--checkpoint", *found)
+    group_files = [c.folder for c in saes.saes], [c.sae for c in saes.saes], [c.record.heldout for c in saes.saes]
+    notes = replicates.check("--checkpoint", *group_files)
     if other := saes.other_model:
         notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {saes.subject.known_as}.")
     for note in notes:
         log.warning("%s", note)
     group = saes.group
-    if group.facts.source != "husai":  # elsewhere nothing says that SAEs are of one condition
+    if group.facts.source != "husai":  # other libraries do not name the condition of an SAE
         saes = replace(saes, saes=[_of_condition(c, group.condition) for c in saes.saes])
     section, untrained = stability(cells, saes, args, device)
-    where = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
+    places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     setup = saebench.Setup(names, KS, PROBING_SEED, NOISE_SEEDS, probing=args.probing)
-    probing, _ = saebench.evaluate(saes, setup, where, cells)
+    probing, _ = saebench.evaluate(saes, setup, places, cells)
     repeats = dict(zip(NOISE_SEEDS, others, strict=True))
-    contrast = cebench.evaluate(saes, pairs, repeats, where, checkout=args.cebench_repo)
+    contrast = cebench.evaluate(saes, pairs, repeats, places, checkout=args.cebench_repo)
 
     core = {r.identity: r.core for r in probing.saes}
     scored = saebench.scored(saes, core)
-    # Prototypes come of as many rows of training documents: held-out documents are what is coded.
+    # Prototypes are made from training documents, because the code is measured on held-out documents.
     place: dict[str, Any] = {"subject": saes.name, "hook_name": saes.hook_name, "rows": args.rows}
-    source = open_store(args.artifact_root, device, args.threads, **place, text=args.text, harvesting=saes.said)
+    source = open_store(args.artifact_root, device, args.threads, **place, text=args.text, harvesting=saes.harvesting)
     bank = Evaluated(
         saebench=probing,
         cebench=contrast,
@@ -203,8 +206,8 @@ def evaluate(args: argparse.Namespace, cells: Cells, device: torch.device) -> Su
     )
     paths = (write_place(c.folder, args.output_dir) for c in saes.saes)
     more: dict[str, Any] = {} if other is None else {"same_model": other}
-    if group.facts.source != "husai" or saes.said.to_json():
-        more |= {"harvesting": Harvested(**recorded(saes.said, saes.subject))}
+    if group.facts.source != "husai" or saes.harvesting.to_json():
+        more |= {"harvesting": Harvested(**recorded(saes.harvesting, saes.subject))}
     return Supplied(
         phase="candidate_confirmation",
         origin="supplied",
@@ -229,7 +232,7 @@ def _of_condition(c: LoadedSAE, condition: str) -> LoadedSAE:
 def stability(
     cells: Cells, saes: LoadedSAEs, args: argparse.Namespace, device: torch.device
 ) -> tuple[OwnSection, dict[str, str] | None]:
-    """(the study of all pairs, on held-out activations; seed -> sha256 of the untrained state, None without them)."""
+    """(the study of all pairs on held-out activations; seed -> sha256 of the untrained state, None without states)."""
     dictionaries = random_model.own_dictionaries(saes)
     members, states = [c.member for c in saes.saes], None
     if all(d.untrained is not None for d in dictionaries):
@@ -240,7 +243,7 @@ def stability(
     labels = [m.label for m in members]
     grid, config = random_model.trained_alike(saes)
     gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
-    of = of_store(saes.store, args.artifact_root, grid[0].d_sae)
+    store_prototypes = of_store(saes.store, args.artifact_root, grid[0].d_sae)
     arguments = cells, saes.store, labels, dictionaries, args.null_draws, args.threads
-    compared, _ = study.compare_all(*arguments, {}, gaussian, of=of)
+    compared, _ = study.compare_all(*arguments, {}, gaussian, prototype_rows=store_prototypes)
     return OwnSection(members=members, **dict(compared)), states

@@ -53,7 +53,7 @@ def task_of(
     Raises:
         BadInput: no hook comes before, or the candidate's training is not known.
     """
-    config, made = tested.recipe, tested.made
+    config, made = tested.recipe, tested.training_metadata
     assert made is not None  # `recipe` would have refused
     hook = hook_before(tested.hook_name)
     written = training_store(tested, artifact_root, rows, device, threads)

@@ -1,4 +1,4 @@
-"""Names and folders of subjects. Imports nothing heavy, because repeated runs read it."""
+"""Names and folders of subjects. Imports nothing heavy, because repeated runs import this module."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class SubjectName:
 
 
 def with_version(subject: str | Path | None, revision: str | None, dtype: DType | None) -> str | Path | None:
-    """A subject with the revision and dtype of --revision and --dtype; as it is where these are not given.
+    """Name of a subject with the values of --revision and --dtype; unchanged without them.
 
     Raises:
-        BadInput: they do not go with this subject.
+        BadInput: a flag does not apply to this subject.
     """
     if revision is None and dtype in (None, DTYPES[0]):
         return subject
@@ -56,16 +56,17 @@ def with_version(subject: str | Path | None, revision: str | None, dtype: DType 
     return str(SubjectName(str(subject), revision, dtype or DTYPES[0]))
 
 
-def as_said(
+def with_stated_version(
     subject: str | Path, revision: str | None, dtype: DType | None, given: DType | None = None, flag: str = "checkpoint"
 ) -> str:
-    """A subject in the revision and dtype that the files of SAEs say.
+    """Name of a subject in the revision and dtype that the SAEs' files state.
 
     Args:
-        revision, dtype: by these files; None where they do not say. given: by --dtype. flag: that named the SAEs.
+        revision, dtype: values in these files; None where they state none.
+        given: value of --dtype. flag: name of the flag that gave the SAEs, for messages.
 
     Raises:
-        BadInput: the command line says another revision or dtype, or a folder does not say its revision.
+        BadInput: the command line gives another revision or dtype, or the revision of a folder is unknown.
     """
     named = SubjectName.parse(subject)
     if revision not in (None, "main", named.revision):
@@ -93,7 +94,7 @@ def as_said(
 
 
 def _revisions_of(folder: Path) -> set[str]:
-    """Names of the revision that a snapshot in the hub's cache holds: its commit, and its branches and tags."""
+    """Names of the revision in a snapshot of the hub's cache: its commit, branches and tags."""
     if folder.parent.name != "snapshots":
         return set()
     refs = folder.parents[1] / "refs"
@@ -102,14 +103,14 @@ def _revisions_of(folder: Path) -> set[str]:
 
 
 def folder_of(subject: str | Path) -> Path | None:
-    """The folder of a subject that lies on this machine; None for any other name."""
+    """Folder of a subject on this machine; None if the name is no local folder."""
     name = SubjectName.parse(subject).name
     folder = SHIPPED.get(name, Path(name))
     return folder if folder.is_dir() else None
 
 
 def short_name(subject: str | Path) -> str:
-    """Name of a subject's files, and of the model that SAEs of other libraries were made for."""
+    """Short name of a subject, which names its files. SAEs of other libraries name their model so."""
     path = Path(SubjectName.parse(subject).name)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):  # the hub's cache
         return path.parent.parent.name.rpartition("--")[2]
@@ -117,7 +118,7 @@ def short_name(subject: str | Path) -> str:
 
 
 def hub_name(subject: str | Path) -> str:
-    """OWNER/NAME of a model, as far as what it is called says its owner: the hub's cache and hub names do."""
+    """OWNER/NAME of a model if its name or its place in the hub's cache gives the owner; else NAME."""
     path = Path(SubjectName.parse(subject).name)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")

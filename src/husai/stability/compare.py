@@ -1,4 +1,4 @@
-"""Pairs of dictionaries against their nulls, and what may be said over all seeds."""
+"""Scores of one pair of dictionaries, observed and under the nulls."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BINS = np.linspace(0, 1, 51)
 
 @dataclass(frozen=True)
 class Dictionary:
-    """What the comparison needs of one SAE."""
+    """The parts of an SAE that a comparison reads."""
 
     W_dec: Tensor  # [d_sae, d_in]
     firing_rate: Tensor  # [d_sae], share of held-out rows on which each feature fires
     untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
-    nearest: Tensor | None = None  # [d_sae], signed cosine with the nearest prototype; None: not known
+    nearest: Tensor | None = None  # [d_sae], signed cosine with the nearest prototype; None if unknown
 
     @property
     def alive(self) -> Tensor:
@@ -46,11 +46,11 @@ class Dictionary:
         return None if self.apart is None else self.alive & self.apart
 
     def digest(self) -> str:
-        """sha256 of all that scores read: the directions, and which of them count. It seeds the draws of the nulls."""
+        """sha256 of everything that scores read: directions and masks. It seeds the draws of the nulls."""
         return _sha256(self.W_dec, self.alive, self.untrained, self.apart)
 
     def content(self) -> str:
-        """sha256 of all that a comparison reads, strata included."""
+        """sha256 of everything that a comparison reads, including strata."""
         return _sha256(self.W_dec, self.firing_rate, self.untrained, self.nearest)
 
 
@@ -69,19 +69,19 @@ def pair(
     threads: int,
     scores: tuple[str, ...] = SCORES,
 ) -> dict:
-    """Scores of one pair, observed and under the nulls; to be called inside `one_torch_thread`.
+    """Scores of one pair, observed and under the nulls. Call it inside `one_torch_thread`.
 
     Args:
-        spectrum: the mean direction set apart.
-        draws: of the spectral null; the isotropic one, whose mean varies far less, gets a fifth of it.
-        scores: one of SCORED; those without OTHERS need not know `apart`.
+        spectrum: spectrum of the activations, with the mean direction separated.
+        draws: number of draws of the spectral null. The isotropic null varies far less and gets a fifth of them.
+        scores: one of SCORED. Prototypes are needed for OTHERS alone.
 
     Returns:
         {"observed" | null: {"mean": {score: value}, "draws": {score: [values]} or None, "histogram": counts of the
-        matched cosines of alive features in BINS}}; `untrained` where both states are known.
+        matched cosines of alive features in BINS}}. `untrained` is present if both untrained states are known.
     """
 
-    contents = a.digest(), b.digest()  # seed the draws: where a checkpoint lies and what it is called change nothing
+    contents = a.digest(), b.digest()  # seeds of the draws, independent of names and places of checkpoints
 
     def drawn(name: str, draw: Callable, n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
@@ -89,10 +89,10 @@ def pair(
             return scores_of(x, y, a, b, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found, histograms = zip(*pool.map(one, range(n)), strict=True)
-        values = {s: [x[s] for x in found] for s in scores}
+            scores_of_draws, histograms = zip(*pool.map(one, range(n)), strict=True)
+        values = {s: [x[s] for x in scores_of_draws] for s in scores}
         means = {s: float(np.mean(v)) for s, v in values.items()}
-        means[GAP] = max(x[GAP] for x in found)
+        means[GAP] = max(x[GAP] for x in scores_of_draws)
         return {"mean": means, "draws": values, "histogram": histograms[0].tolist()}
 
     before = {}
@@ -106,20 +106,24 @@ def pair(
 
 
 def given(a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict:
-    """Scores of two dictionaries as they are, in the form of `pair`'s entries, and `strata`."""
+    """Observed scores of two dictionaries, in the form of `pair`'s entries, with `strata`."""
     means = scores_of(a.W_dec, b.W_dec, a, b, scores)
     counts = histogram(a.W_dec, b.W_dec, a, b).tolist()
     return {"mean": means, "draws": None, "histogram": counts, "strata": strata(a, b)}
 
 
 def strata(a: Dictionary, b: Dictionary) -> dict[str, list[list[float]]]:
-    """Matched alive features in strata of STRATA: figure -> for each stratum the number of features of both sides, the
-    sum of their matched signed cosines, and the number matched at MATCHED or more."""
+    """Matched alive features by stratum.
+
+    Returns:
+        Figure of STRATA -> for each stratum: number of features of both sides, sum of their matched signed cosines,
+        number of features matched at MATCHED or more.
+    """
     places = [torch.nonzero(d.alive).squeeze(1) for d in (a, b)]
     if not all(map(len, places)):
         return {}
     matching = match(a.W_dec[places[0]], b.W_dec[places[1]], signed=True)
-    both = np.concatenate([matching.cosines, matching.cosines])
+    cosines = np.concatenate([matching.cosines, matching.cosines])
     sides = ((a, places[0][matching.rows]), (b, places[1][matching.columns]))
     counted = {}
     for figure, edges in STRATA.items():
@@ -128,25 +132,25 @@ def strata(a: Dictionary, b: Dictionary) -> dict[str, list[list[float]]]:
             continue
         of_both = torch.cat([v[at].double() for v, (_, at) in zip(values, sides, strict=True)])
         stratum = np.digitize(of_both.numpy(), edges[1:-1])
-        weights = (None, both, (both >= MATCHED).astype(float))
+        weights = (None, cosines, (cosines >= MATCHED).astype(float))
         columns = [np.bincount(stratum, w, minlength=len(edges) - 1) for w in weights]
         counted[figure] = np.stack(columns, 1).tolist()
     return counted
 
 
 def added(strata: Sequence[dict]) -> dict[str, list[list[float]]]:
-    """Strata of several pairs together; figures that a pair lacks are left out."""
+    """Sum of the strata of several pairs. Figures that a pair lacks are left out."""
     shared = set(STRATA).intersection(*strata) if strata else ()
     return {f: np.sum([pair[f] for pair in strata], axis=0).tolist() for f in STRATA if f in shared}
 
 
 def scores_of(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary, scores: tuple[str, ...]) -> dict[str, float]:
-    """Scores of rows `x` and `y` that stand in the place of those of `a` and `b`."""
+    """Scores of directions `x` and `y`, with the masks of `a` and `b`."""
     return score(x, y, a.alive, b.alive, scores, a.others, b.others)
 
 
 def histogram(x: Tensor, y: Tensor, a: Dictionary, b: Dictionary) -> np.ndarray:
-    """Counts in BINS of the matched cosines of the rows of `x` and `y` that are alive in `a` and `b`."""
+    """Histogram over BINS of the matched cosines of `x` and `y`, for features that are alive in `a` and `b`."""
     x, y = x[a.alive], y[b.alive]
     matched = match(x, y, signed=True).cosines if len(x) and len(y) else np.zeros(0)
     return np.histogram(matched.clip(0, 1), BINS)[0]

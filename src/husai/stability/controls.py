@@ -1,4 +1,4 @@
-"""SAEs trained alike on Gaussian rows: what the mean and the covariance of the activations make reproducible."""
+"""Trains control SAEs on Gaussian rows. They show how much agreement the activations' mean and covariance explain."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def gaussian(
     device: torch.device,
     threads: int,
 ) -> ControlArm:
-    """SAEs trained by the same grid and recipe on as many rows of N(μ, Σ) of a store; trained once for all phases.
+    """SAEs of the same grid and recipe, trained on rows of N(μ, Σ) with a store's moments. All phases share them.
 
     Args:
-        artifact_root: cells and checkpoints lie below it, in controls/.
+        artifact_root: holds cells and checkpoints, in controls/.
     """
     noise = ActivationStore.open(gaussian_rows([store], artifact_root / "activations")[0])
     return trained(artifact_root, noise, grid, config, device, threads)
@@ -42,8 +42,10 @@ def gaussian_transcoders(
     device: torch.device,
     threads: int,
 ) -> ControlArm:
-    """Transcoders trained alike on rows of the joint normal distribution of what they read and write. What these write
-    are the very rows that `gaussian` draws of the same store."""
+    """Transcoders of the same recipe, trained on the joint normal distribution of input and output activations.
+
+    The output rows equal the rows that `gaussian` draws for the same store.
+    """
     folders = gaussian_rows([written, read], artifact_root / "activations")
     target, noise = (ActivationStore.open(folder) for folder in folders)
     return trained(artifact_root, noise, grid, config, device, threads, target)
@@ -58,7 +60,7 @@ def trained(
     threads: int,
     target: ActivationStore | None = None,
 ) -> ControlArm:
-    """SAEs of a control store, or transcoders from it to a target; trained once for all phases."""
+    """SAEs of a control store, or transcoders from it to a target. All phases share them."""
     root = artifact_root / "controls"
     written = target or store
     saes = train_or_find(Cells(root / "cells"), store, grid, config, device, threads, target).members

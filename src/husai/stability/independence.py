@@ -1,4 +1,4 @@
-"""Refusal of dictionaries that were not trained independently. Their agreement says nothing."""
+"""Refuses dictionaries that were not trained independently, because their agreement is no evidence of stability."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from husai.stability.matching import unit_rows
 from husai.stability.scores import max_cosines
 
 NUMBERS, NEIGHBOURS = 4096, 8
-"""Features of a dictionary that the test of its order reads, and numbers on either side that it compares with."""
+"""Number of features that the test of order reads, and of neighbours on either side that each is compared with."""
 
 
 def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:
-    """Raise BadInput where two dictionaries share their decoder or their initialisation: that is not stability."""
+    """Raise BadInput if two dictionaries share their decoder or their initialisation."""
     if len(dictionaries) < 2:
         raise BadInput(f"{len(dictionaries)} SAE given: stability needs at least 2, and 5 for a verdict")
     for (name_a, a), (name_b, b) in combinations(zip(labels, dictionaries, strict=True), 2):
         if a.W_dec.shape[1] != b.W_dec.shape[1]:
             raise BadInput(f"{name_a} and {name_b} have d_in {a.W_dec.shape[1]} and {b.W_dec.shape[1]}: one expected")
-        # Trained directions may come to agree in part; initial ones never do.
+        # Trained directions may agree in part. Independent initial directions do not.
         parts = (
             ("decoder", a.W_dec, b.W_dec, rules.SHARED_DECODER),
             ("initialisation", a.untrained, b.untrained, rules.SHARED_INITIALISATION),
         )
-        for what, x, y, share in parts:
+        for name, x, y, share in parts:
             if x is not None and y is not None and shared(x, y, share):
-                raise BadInput(f"{name_a} and {name_b} share their {what}: independently trained SAEs expected")
+                raise BadInput(f"{name_a} and {name_b} share their {name}: independently trained SAEs expected")
 
 
 def refuse_dependent(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
-    """Raise BadInput where features of one number are more alike than features of neighbouring numbers.
+    """Raise BadInput if features with equal numbers are more similar than features with neighbouring numbers.
 
-    Nothing puts the features of two independently trained SAEs into one order. A common initialisation does, and so do
-    two steps of one run.
+    The features of two independently trained SAEs have no common order. A common initialisation gives them one, and so
+    does a common run.
 
     Args:
-        decoders: `[d_sae, d_in]` each. Those of different shapes, or of few dimensions, are not compared.
+        decoders: `[d_sae, d_in]` each. Decoders of different shapes, or with few dimensions, are not compared.
     """
     for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
         if a.shape == b.shape and a.shape[1] >= rules.FEW_DIMENSIONS:
@@ -56,11 +56,11 @@ def refuse_dependent(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
 
 
 def same_number(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """(mean |cos| of rows of one number, the same of rows of neighbouring numbers, difference in standard errors of
-    independent dictionaries).
+    """(mean |cos| of rows with equal numbers, mean |cos| of rows with neighbouring numbers, their difference in
+    standard errors of independent dictionaries).
 
-    Neighbours are compared because some trainings order features in the large, as Matryoshka's groups do. At most
-    NUMBERS rows are read, evenly spaced.
+    Neighbours are the baseline because some trainings order features coarsely, as Matryoshka groups do. At most NUMBERS
+    rows are read, evenly spaced.
 
     Args:
         a, b: `[d_sae, d_in]`, of one shape.
@@ -83,8 +83,10 @@ def same_number(a: Tensor, b: Tensor) -> tuple[float, float, float]:
 
 
 def shared(x: Tensor, y: Tensor, share: float) -> bool:
-    """Whether at least this share of the smaller dictionary's directions stands in the other, in whatever order, sign
-    and scale; rows of zeros do not count."""
+    """Whether the larger dictionary holds at least this share of the smaller one's directions.
+
+    Order, sign and scale do not matter. Rows of zeros do not count.
+    """
     if x.shape == y.shape and torch.equal(x, y):
         return True
     x, y = (w[w.norm(dim=1) > 0].float() for w in (x, y))

@@ -1,12 +1,11 @@
-"""The best one-to-one assignment between the rows of two dictionaries by |cos|, or by the cosine with its sign, with a
-proof of how good it is.
+"""The best one-to-one assignment between the rows of two dictionaries, with a bound on its distance from the optimum.
 
-Signed, a pair with a negative cosine is worth 0: features are never negative, so that a feature and its negative are
-two.
+Pairs are weighted by |cos|, or by max(cos, 0) (*signed*). A negative signed cosine counts 0 because features are
+non-negative: a feature and its negative are two features.
 
-Exact: one dense float64 matrix. Bounded: an optimal assignment on a sparse graph of candidates, and by duality of
-linear programming (Kuhn 1955) a bound on every other. With c_ij the worth of the pair (a_i, b_j), any prices v_j and
-u_i = max_j (c_ij − v_j), an assignment σ of n rows to distinct columns has
+Exact: one dense float64 matrix. Bounded: an optimal assignment on a sparse graph of candidates, and a bound on every
+other assignment by duality of linear programming (Kuhn 1955). Let c_ij be the worth of the pair (a_i, b_j), v_j any
+prices, and u_i = max_j (c_ij − v_j). Then an assignment σ of n rows to distinct columns has
 Σ c_iσ(i) = Σ (c_iσ(i) − v_σ(i)) + Σ v_σ(i) ≤ Σ u_i + (the n largest v_j).
 """
 
@@ -22,29 +21,30 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 EXACT_UP_TO = 2048
-"""Features of the smaller dictionary up to which the exact way is taken where nothing is said."""
+"""Largest width of the smaller dictionary that is matched exactly by default."""
 BLOCK = 2048
 LOOK = 512
-"""Rows whose cosines are held at a time when candidates are chosen."""
+"""Number of rows whose cosines are in memory at a time when candidates are chosen."""
 CANDIDATES = 32
-"""Columns that each row first chooses from; later looks add half as many."""
+"""Number of candidate columns of each row in the first round. Later rounds add half as many."""
 ROUNDS = 10
 TOLERANCE = 1e-6
-"""A bound on the mean worth below which no more candidates are looked for."""
+"""Gap of the mean worth below which the search for candidates ends."""
 GRID = 2.0**-20
-"""Candidates are matched by their worth rounded to this, whose sums are exact: rounding errors in near ties can make
-scipy a thousand times slower. The bound is of the cosines themselves, and at most this much looser."""
+"""Worths are rounded to multiples of this number for the matching, because sums of such multiples are exact. Rounding
+errors in near ties can make scipy a thousand times slower. The bound holds for the cosines themselves, and is looser by
+at most this number."""
 JITTER = 1e-7
-"""Largest random number added where candidates are chosen, so that equal rows do not all choose the same columns."""
+"""Largest random number added to worths when candidates are chosen. Otherwise equal rows choose the same columns."""
 SLACK = 1e-11
-"""Added to the bound for float64 rounding: d_in · 2⁻⁵³ a cosine, 1e-12 at d_in 9,000."""
+"""Margin of the bound for float64 rounding, which is d_in · 2⁻⁵³ for each cosine: 1e-12 at d_in 9,000."""
 
 
 @dataclass(frozen=True)
 class Matching:
     """A one-to-one assignment of all k = min(n, m) rows of the smaller dictionary."""
 
-    cosines: np.ndarray  # float64 [k], what each pair is worth: |cos|, or max(cos, 0)
+    cosines: np.ndarray  # float64 [k], worth of each pair: |cos|, or max(cos, 0)
     rows: np.ndarray  # int [k], of the first dictionary
     columns: np.ndarray  # int [k], rows of the second dictionary
     gap_bound: float  # (mean worth of the best assignment) − (mean of `cosines`) is at most this; 0 where exact
@@ -59,9 +59,9 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = False)
     """Match the rows of `a [n, d]` and `b [m, d]`.
 
     Args:
-        signed: a pair is worth max(cos, 0), in place of |cos|.
-        exact: the optimum, with one dense matrix: 2.1 GB at 16,384 × 16,384. Otherwise the largest object is
-            LOOK × max(n, m), and the cosines are those of the unit rows in float32. None: exact up to EXACT_UP_TO.
+        signed: the worth of a pair is max(cos, 0) instead of |cos|.
+        exact: find the optimum with one dense matrix, which takes 2.1 GB at 16,384 × 16,384. False: the largest matrix
+            is LOOK × max(n, m), and cosines are computed in float32. None: exact up to EXACT_UP_TO rows.
 
     Raises:
         ValueError: a value is not finite.
@@ -77,18 +77,18 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = False)
 
 
 def partners(a: Tensor, b: Tensor) -> Tensor:
-    """The rows of `b [n, d]` in the order of the rows of `a [n, d]` that the best assignment gives them to."""
-    found = match(a, b.to(a.dtype))
-    return b[torch.from_numpy(found.columns[np.argsort(found.rows)])]
+    """Rows of `b [n, d]`, reordered so that row i is the best assignment's partner of row i of `a [n, d]`."""
+    matching = match(a, b.to(a.dtype))
+    return b[torch.from_numpy(matching.columns[np.argsort(matching.rows)])]
 
 
 def worth(cosines: Tensor, signed: bool) -> Tensor:
-    """What pairs with these cosines are worth; overwrites them."""
+    """Worth of pairs with these cosines. Overwrites the cosines."""
     return cosines.clamp_min_(0) if signed else cosines.abs_()
 
 
 def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
-    """The matrix is filled negated and minimised: scipy would copy it otherwise."""
+    """Optimal matching. The matrix holds negated worths, because scipy copies the matrix to maximise."""
     cost = np.empty((len(a), len(b)))
     for start in range(0, len(a), BLOCK):
         cost[start : start + BLOCK] = worth(a[start : start + BLOCK] @ b.T, signed).neg_().numpy()
@@ -97,7 +97,7 @@ def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
 
 
 def _bounded(a: Tensor, b: Tensor, signed: bool) -> Matching:
-    """Match among candidates; rows that may be worth more elsewhere get more of them, until the gap closes."""
+    """Match among candidates. Rows that may have a better column get more candidates until the gap is small."""
     n, m = len(a), len(b)
     rows, upper = np.arange(n), np.inf
     edges, rest = _look(a, b, np.zeros(m), CANDIDATES, signed, both_sides=True)
@@ -107,12 +107,12 @@ def _bounded(a: Tensor, b: Tensor, signed: bool) -> Matching:
         columns, prices = _assign(edges, values, n, m)
         cosines = values[np.searchsorted(edges, rows * m + columns)]
         known = _row_maxima(edges, values, prices, n)
-        # The other rows are certain to have their best column among their candidates.
+        # All other rows are known to have their best column among their candidates.
         doubtful = np.flatnonzero(rest - prices.min() > known)
-        found, limit = _look(a[doubtful], b, prices, CANDIDATES // 2, signed)
-        found = np.setdiff1d(doubtful[found // m] * m + found % m, edges)
-        place = np.searchsorted(edges, found)
-        edges, values = np.insert(edges, place, found), np.insert(values, place, _worths(a, b, found, signed))
+        new_edges, limit = _look(a[doubtful], b, prices, CANDIDATES // 2, signed)
+        new_edges = np.setdiff1d(doubtful[new_edges // m] * m + new_edges % m, edges)
+        place = np.searchsorted(edges, new_edges)
+        edges, values = np.insert(edges, place, new_edges), np.insert(values, place, _worths(a, b, new_edges, signed))
         most = _row_maxima(edges, values, prices, n)
         nothing_better = (most <= known + GRID).all()
         most[doubtful] = np.maximum(most[doubtful], limit)
@@ -125,13 +125,13 @@ def _bounded(a: Tensor, b: Tensor, signed: bool) -> Matching:
 def _look(
     a: Tensor, b: Tensor, prices: np.ndarray, k: int, signed: bool, both_sides: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k columns that each row likes best at these prices, by worth − price: one pass over all cosines.
+    """The k columns with the largest worth − price for each row, from one pass over all cosines.
 
     Args:
-        both_sides: also the row that each column likes best in each block.
+        both_sides: add the row with the largest worth − price for each column, in each block of rows.
 
     Returns:
-        (edges i · m + j, unsorted; for each row a number that worth − price of no other column exceeds).
+        (edges i · m + j, unsorted; for each row an upper bound of worth − price over all other columns).
     """
     m = len(b)
     jitter = JITTER * torch.rand(min(LOOK, len(a)), m, generator=torch.Generator().manual_seed(0))
@@ -151,7 +151,7 @@ def _look(
 
 
 def _worths(a: Tensor, b: Tensor, edges: np.ndarray, signed: bool) -> np.ndarray:
-    """What the edges are worth, in float64."""
+    """Worth of each edge, in float64."""
     values = np.empty(len(edges))
     a, b = a.numpy(), b.numpy()
     for start in range(0, len(edges), 256):  # small enough for the cache
@@ -161,24 +161,24 @@ def _worths(a: Tensor, b: Tensor, edges: np.ndarray, signed: bool) -> np.ndarray
 
 
 def _row_maxima(edges: np.ndarray, values: np.ndarray, prices: np.ndarray, n: int) -> np.ndarray:
-    """Largest worth − price of each row `[n]` among the edges, which are sorted."""
+    """Largest worth − price of each row `[n]` over its edges. The edges are sorted."""
     i, j = np.divmod(edges, len(prices))
     return np.maximum.reduceat(values - prices[j], np.searchsorted(i, np.arange(n)))
 
 
 def _assign(edges: np.ndarray, values: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """(column of each row `[n]` in an optimal assignment on the graph, prices of the columns `[m]`, at least 0).
+    """(column of each row `[n]` in an optimal assignment on the graph, non-negative prices of the columns `[m]`).
 
-    The price of a column is what the rows would gain in all if there were a second one like it: the longest path of
-    rows that each move on by one column, the last of them into it.
+    The price of a column is the total gain if the column existed twice. It is the length of the longest path of rows
+    that each move to the next row's column, and the last of which moves to the copy.
     """
     i, j = np.divmod(edges, m)
     values = np.round(values / GRID) * GRID
-    graph = csr_array((2 - values, (i, j)), shape=(n, m))  # costs above 0: a 0 would be no edge
+    graph = csr_array((2 - values, (i, j)), shape=(n, m))  # positive costs, because a sparse 0 is no edge
     columns = min_weight_full_bipartite_matching(graph)[1]
-    own = values[np.searchsorted(edges, np.arange(n) * m + columns)]
+    assigned = values[np.searchsorted(edges, np.arange(n) * m + columns)]
     order = np.argsort(j, kind="stable")
-    before, gain = columns[i[order]], (values - own[i])[order]
+    before, gain = columns[i[order]], (values - assigned[i])[order]
     after, start = np.unique(j[order], return_index=True)
     prices = np.zeros(m)
     for _ in range(n):

@@ -1,9 +1,9 @@
-"""Prototypes: directions that the activations give without training. Single rows, means of tokens, centroids.
+"""Prototypes: directions that follow from the activations without training, namely rows, token means and centroids.
 
-Every seed finds them again, so that a score of stability does not tell them from features. They enter twice: features
-whose direction lies near a prototype are told apart (`of_store`, `nearest`), and an SAE must code better than a
-dictionary of them (`dictionaries`, `TopKLeastSquares`). Stores are read in blocks, therefore memory does not grow with
-their rows.
+Every seed reproduces prototypes. Therefore a score of stability cannot distinguish them from features. Prototypes are
+used in two ways. Features near a prototype are labelled (`of_store`, `nearest`), and an SAE must code better than a
+dictionary of prototypes (`dictionaries`, `TopKLeastSquares`). Stores are read in blocks, therefore memory does not grow
+with the number of rows.
 """
 
 from __future__ import annotations
@@ -28,46 +28,47 @@ from husai.stability.matching import unit_rows
 from husai.training.trainer import TrainingConfig, evaluate
 
 LEAST = 5
-"""Occurrences that the mean of a token needs."""
+"""Fewest occurrences of a token that has a mean."""
 BLOCK = 16_384
-"""Rows, or prototypes, in memory at a time."""
+"""Number of rows, or of prototypes, in memory at a time."""
 SAMPLE, SAMPLE_A_CENTROID = 32_768, 4
-"""Rows that k-means and random rows are drawn from: at most so many, or so many for each direction if that is more."""
+"""Rows for k-means and for random rows: the larger of a total number and a number for each direction."""
 DRAWS = 3
-"""Dictionaries of a kind of prototypes, whose figures are averaged."""
+"""Number of dictionaries of each kind of prototypes. Their figures are averaged."""
 RIDGE = 1e-4
 PRODUCTS = 2**24
-"""Numbers of the directions that code rows, in memory at a time."""
+"""Largest size of the tensor of chosen directions in memory at a time."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Membership
+# Prototype-like features
 
 
 def of_store(store: ActivationStore, artifact_root: Path, width: int) -> Tensor:
-    """Prototypes of a third of the documents, unit rows `[n, d_in]`; found, or made and kept.
+    """Prototypes of one third of a store's documents, unit rows `[n, d_in]`. They are made once and kept.
 
     Args:
-        artifact_root: they lie below it, in controls/, for all phases on the store.
-        width: number of features of the SAEs, and of centroids.
+        artifact_root: holds the prototypes, in controls/, which all phases share.
+        width: number of features of the SAEs. There are as many centroids.
     """
     root = artifact_root / "controls"
     key = {"store": store.digest, "width": width, "code": code_version(of_store)}
     file = root / "prototypes" / f"{digest(key)[:16]}.safetensors"
 
     def compute() -> tuple[int, list[Path]]:
-        made = prototypes(store, width)
-        write_bytes(file, to_bytes({"prototypes": made.contiguous()}))
-        return len(made), [file]
+        rows = prototypes(store, width)
+        write_bytes(file, to_bytes({"prototypes": rows.contiguous()}))
+        return len(rows), [file]
 
     Cells(root / "cells").get("prototypes", key, compute)
     return load_file(file)["prototypes"]
 
 
 def prototypes(store: ActivationStore, width: int) -> Tensor:
-    """Unit rows: centroids of a third and, where tokens are known, the mean of each that stands there LEAST times.
+    """Unit rows `[n, d_in]`: centroids of one third of the documents, and means of tokens that occur LEAST times there.
 
-    Each counts with the mean of all rows and without it.
+    Each prototype counts twice: as it is, and less the mean of all rows. Stores without token labels have centroids
+    alone.
     """
     mean = store.stats()[0].float()
     x, _ = sample(store, True, width)
@@ -80,7 +81,7 @@ def prototypes(store: ActivationStore, width: int) -> Tensor:
 
 @torch.no_grad()
 def nearest(W_dec: Tensor, prototypes: Tensor) -> Tensor:
-    """Signed cosine of each direction with the prototype nearest to it, `[d_sae]`."""
+    """Signed cosine of each direction with its nearest prototype, `[d_sae]`."""
     U = unit_rows(W_dec.to(prototypes))
     return torch.stack([(U @ part.T).amax(1) for part in prototypes.split(BLOCK)]).amax(0)
 
@@ -90,10 +91,10 @@ def nearest(W_dec: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def blocks(store: ActivationStore, third: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(rows `[n, d_in]`, their tokens `[n]` where known) of the training rows, in blocks.
+    """Blocks of training rows: (rows `[n, d_in]`, their tokens `[n]`, or None if unknown).
 
     Args:
-        third: of every third document; else of all others. Of rows, where there are no documents.
+        third: read every third document; False: read the others. Stores without documents are divided by rows.
     """
     rows, _ = store.split(TrainingConfig.heldout_fraction)
     for start in range(0, len(rows), BLOCK):
@@ -107,10 +108,10 @@ def blocks(store: ActivationStore, third: bool) -> Iterator[tuple[Tensor, Tensor
 
 
 def sample(store: ActivationStore, third: bool, width: int) -> tuple[Tensor, Tensor | None]:
-    """The first rows, which are a random sample because rows lie in random order, and their tokens.
+    """(the first rows, their tokens). The rows are a random sample, because a store's rows are in random order.
 
     Raises:
-        BadInput: there are none.
+        BadInput: the store has no such rows.
     """
     most, x, tokens = max(SAMPLE, SAMPLE_A_CENTROID * width), [], []
     for part, of_part in blocks(store, third):
@@ -124,9 +125,9 @@ def sample(store: ActivationStore, third: bool, width: int) -> tuple[Tensor, Ten
 
 
 def token_means(store: ActivationStore, third: bool) -> tuple[Tensor, Tensor]:
-    """(tokens that stand there LEAST times, the commonest first; the mean row of each `[n, d_in]`).
+    """(tokens that occur LEAST times, the most frequent first; the mean row of each token `[n, d_in]`).
 
-    Memory: a row for each of these tokens.
+    Memory: one row for each of these tokens.
     """
     counts = torch.zeros(1, dtype=torch.int64)
     for _, tokens in blocks(store, third):
@@ -146,7 +147,7 @@ def token_means(store: ActivationStore, third: bool) -> tuple[Tensor, Tensor]:
 
 
 def commonest(counts: Tensor, least: int) -> Tensor:
-    """Tokens that stand somewhere `least` times, the commonest first.
+    """Tokens that occur at least `least` times, the most frequent first.
 
     Args:
         counts: occurrences of each token `[vocabulary]`.
@@ -156,22 +157,22 @@ def commonest(counts: Tensor, least: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What prototypes are made by
+# Making of prototypes
 
 
 def clusters(x: Tensor, n: int, seed: int) -> Tensor:
-    """Centroids of k-means, as many as there are rows if these are fewer, `[n, d_in]`."""
+    """Centroids of k-means, `[n, d_in]`; fewer than n if there are fewer rows."""
     from sklearn.cluster import MiniBatchKMeans
 
-    made = MiniBatchKMeans(min(n, len(x)), random_state=seed, n_init=1, batch_size=1024, max_iter=5).fit(x.numpy())
-    return torch.from_numpy(made.cluster_centers_).float()
+    fitted = MiniBatchKMeans(min(n, len(x)), random_state=seed, n_init=1, batch_size=1024, max_iter=5).fit(x.numpy())
+    return torch.from_numpy(fitted.cluster_centers_).float()
 
 
 def distinct(order: Tensor, tokens: Tensor | None) -> Tensor:
-    """Places of rows in the same order, the first of each token before all others.
+    """The same places of rows, reordered: the first place of each token comes before all other places.
 
     Args:
-        order: places `[n]`. tokens: of all rows; None: not known, and each row stands for itself.
+        order: places `[n]`. tokens: tokens of all rows. None: unknown, and the order is unchanged.
     """
     if tokens is None:
         return order
@@ -182,13 +183,13 @@ def distinct(order: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dictionaries of prototypes, and how they code
+# Dictionaries of prototypes as codes
 
 
 def dictionaries(store: ActivationStore, width: int) -> dict[str, list[Tensor]]:
-    """Kind -> DRAWS dictionaries `[up to width, d_in]`, of rows less the mean of all, from two thirds of the documents.
+    """Kind -> DRAWS dictionaries `[up to width, d_in]` of centred prototypes, from two thirds of the documents.
 
-    Token means are missing where tokens are not known, or none stands there LEAST times.
+    Token means are missing if tokens are unknown, or if no token occurs LEAST times.
     """
     mean = store.stats()[0].float()
     x, tokens = sample(store, False, width)
@@ -196,16 +197,18 @@ def dictionaries(store: ActivationStore, width: int) -> dict[str, list[Tensor]]:
     streams = {
         kind: [generator(store.digest, kind, i) for i in range(DRAWS)] for kind in ("rows", "means", "centroids")
     }
-    made = {"rows": [x[distinct(torch.randperm(len(x), generator=g), tokens)[:width]] for g in streams["rows"]]}
-    made["centroids"] = [clusters(x, width, int(torch.randint(2**31, (), generator=g))) for g in streams["centroids"]]
+    by_kind = {"rows": [x[distinct(torch.randperm(len(x), generator=g), tokens)[:width]] for g in streams["rows"]]}
+    by_kind["centroids"] = [
+        clusters(x, width, int(torch.randint(2**31, (), generator=g))) for g in streams["centroids"]
+    ]
     if store.labelled and len(means := token_means(store, False)[1] - mean):
-        made["token means"] = [means[torch.randperm(len(means), generator=g)[:width]] for g in streams["means"]]
-    return made
+        by_kind["token means"] = [means[torch.randperm(len(means), generator=g)[:width]] for g in streams["means"]]
+    return by_kind
 
 
 @dataclass(frozen=True)
 class TopKLeastSquares:
-    """A code without an encoder: each row by the k directions with the largest cosine, with least squares."""
+    """A code without an encoder: least squares on the k directions with the largest cosine with the row."""
 
     directions: Tensor  # [n, d_in], unit rows
     mean: Tensor  # [d_in]
@@ -223,7 +226,7 @@ class TopKLeastSquares:
         return replace(self, directions=self.directions.to(device), mean=self.mean.to(device))
 
     def encode(self, x: Tensor) -> Tensor:
-        """`x [rows, d_in]` -> coefficients `[rows, n]`, k of them not zero; of either sign."""
+        """`x [rows, d_in]` -> coefficients `[rows, n]`, of either sign, k of them non-zero."""
         ridge = RIDGE * torch.eye(self.k, device=x.device)
         features = torch.zeros(len(x), self.d_sae, device=x.device)
         size = max(1, PRODUCTS // (self.k * x.shape[1]))
@@ -240,15 +243,15 @@ class TopKLeastSquares:
 
 
 def explained_variance(
-    made: dict[str, list[Tensor]], mean: Tensor, k: int, store: ActivationStore, rows: range
+    by_kind: dict[str, list[Tensor]], mean: Tensor, k: int, store: ActivationStore, rows: range
 ) -> dict[str, float]:
-    """Kind of prototypes -> explained variance of the rows of a store, the mean over its dictionaries.
+    """Kind of prototypes -> explained variance of a store's rows, averaged over the kind's dictionaries.
 
     Args:
-        made: of `dictionaries`. mean: of the activations that they were made of.
+        by_kind: result of `dictionaries`. mean: mean of the activations that the prototypes were made from.
     """
 
     def one(W: Tensor) -> float:
         return evaluate(TopKLeastSquares.of(W, mean, k), store, rows)[0].explained_variance
 
-    return {kind: float(np.mean([one(W) for W in of_kind])) for kind, of_kind in made.items()}
+    return {kind: float(np.mean([one(W) for W in of_kind])) for kind, of_kind in by_kind.items()}

@@ -1,4 +1,4 @@
-"""How much of a dictionary that is known an SAE has found."""
+"""Share of a known dictionary that an SAE has recovered."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from husai.stability.matching import match
 
 
 def recovery(W_dec: Tensor, features: Tensor) -> float:
-    """Mean cosine of the known features `[n, d_in]` with decoder rows `[d_sae, d_in]`, one to one, in [0, 1].
+    """Mean cosine of known features `[n, d_in]` with their one-to-one partners in a decoder `[d_sae, d_in]`, in [0, 1].
 
-    A negative cosine counts 0, and so does a feature without a partner.
+    Negative cosines and features without a partner count 0.
     """
     return float(match(W_dec, features, signed=True).cosines.sum() / len(features))

@@ -1,4 +1,4 @@
-"""SAEs that differ in their seed alone: what their files say, and how far their figures lie apart."""
+"""Checks that SAEs are seed replicates: by the settings in their files, and by the spread of their figures."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from husai.runs.errors import BadInput, Dependent
 from husai.subjects.hooks import same_model, same_place
 
 SHOWN = 60
-"""Characters of a value in a message."""
+"""Largest number of characters of a value in a message."""
 ALIKE = {"hook_name": same_place, "hf_hook_name": same_place, "model_name": same_model}
-"""Key -> whether two names mean one thing; other values must be equal."""
+"""Key -> function that tells whether two names mean one thing. Values of other keys must be equal."""
 
 
 def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequence[Heldout] = ()) -> list[str]:
-    """What a reader must know of SAEs that are judged as seeds of one condition; empty where nothing is unusual.
+    """Notes on SAEs that are judged as seeds of one condition; empty if nothing is unusual.
 
     Args:
-        flag: that named them. heldout: their figures, where they are measured.
+        flag: flag that named the SAEs, for messages. heldout: held-out figures; empty if not measured.
 
     Raises:
-        BadInput: the files say that two SAEs differ in more than their seed, share an initialisation, or say nothing
-            while the figures lie far apart.
+        BadInput: the files show that two SAEs differ in more than their seed or share an initialisation, or the files
+            state nothing and the figures are far apart.
     """
     settings = [recipes.settings_of(*each) for each in zip(paths, saes, strict=True)]
     conditions = [*map(_condition, saes)]
@@ -56,7 +56,7 @@ def check(flag: str, paths: Sequence[Path], saes: Sequence[SAE], heldout: Sequen
 
 
 def _condition(sae: SAE) -> dict[str, Any]:
-    """What an SAE is by its weights and names."""
+    """Condition of an SAE, as far as its weights and names show it."""
     return {
         "source": recipes.library(sae),
         "architecture": sae.architecture,
@@ -70,7 +70,7 @@ def _condition(sae: SAE) -> dict[str, Any]:
 
 
 def _refuse_difference(flag: str, described: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Compare each SAE with the first."""
+    """Raise BadInput if the settings of an SAE differ from those of the first in more than the seed."""
     for path, other in described[1:]:
         first_path, first = described[0]
         keys = [key for key in dict.fromkeys([*first, *other]) if not recipes.may_differ(key)]
@@ -97,7 +97,7 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 def _refuse_one_start(
     flag: str, paths: Sequence[Path], saes: Sequence[SAE], settings: Sequence[dict[str, Any]]
 ) -> None:
-    """Refuse a common checkpoint to begin with, or a common seed of the initialisation."""
+    """Raise Dependent if two SAEs start from one checkpoint, or share the seed of their initialisation."""
     seen: dict[str, Path] = {}
     for path, sae, setting in zip(paths, saes, settings, strict=True):
         starts = [f"{k}: {v}" for k, v in setting.items() if k.rpartition(".")[2] in recipes.STARTS and v]

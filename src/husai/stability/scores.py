@@ -1,9 +1,10 @@
-"""How alike two dictionaries are. Feature directions are the rows of `W_dec [d_sae, d_in]`, never guessed from a shape.
+"""Scores of the similarity of two dictionaries. Feature directions are the rows of `W_dec [d_sae, d_in]`.
 
-`mcc`: mean over the best one-to-one assignment (Hungarian, `matching.py`) of max(cos, 0). Features are never negative,
-so that a feature and its negative are two. `share70`: share of those pairs with a cosine of 0.7 or more. `pwmcc`:
-symmetrised mean of the largest |cos| (the earlier study's score; several features may share a partner). `_alive`: of
-features that fire; `_others`: of those that are like no prototype, too; `_abs`: of |cos|.
+`mcc`: mean of max(cos, 0) over the best one-to-one assignment (Hungarian, `matching.py`). Features are non-negative,
+therefore a feature and its negative differ. `share70`: share of the assigned pairs with a cosine of at least 0.7.
+`pwmcc`: symmetrised mean of the largest |cos|, the earlier study's score, in which several features may share a
+partner. Suffixes: `_alive` reads features that fire; `_others` reads alive features that are like no prototype; `_abs`
+uses |cos|.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from husai.stability.matching import BLOCK, Matching, match, unit_rows
 
 MATCHED = 0.7
 FEWEST = 10
-"""Features that are like no prototype, without which nothing is said of them."""
+"""Fewest features that are like no prototype. With fewer, their scores are 0."""
 
 
 def max_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,14 @@ def score(
     others_a: Tensor | None = None,
     others_b: Tensor | None = None,
 ) -> dict[str, float]:
-    """Scores of one pair of dictionaries, one of SCORED; empty dictionaries score 0.
+    """Scores of one pair of dictionaries. Empty dictionaries score 0.
 
-    With them `mcc_gap_bound`: by how much an `mcc` may fall short of the best assignment's.
+    `mcc_gap_bound` is an upper bound on how far an `mcc` lies below that of the best assignment.
 
     Args:
-        alive_a, others_a: bool `[n]` of the rows of `a [n, d]`; alive_b, others_b: of `b`. Fewer than FEWEST others
-            score 0.
+        alive_a, others_a: masks of the rows of `a [n, d]`, bool `[n]`. alive_b, others_b: masks of `b`. Fewer than
+            FEWEST others score 0.
+        scores: one of SCORED.
     """
     parts = {"": (a, b), "_alive": (a[alive_a], b[alive_b])}
     if others_a is not None and others_b is not None:
@@ -75,13 +77,15 @@ def score(
         for signed, names in ((True, ("mcc" + part, "share70" + part)), (False, ("mcc" + part + "_abs",))):
             if names[0] not in scores:
                 continue
-            # Where all features fire, the matching of all is that of those that fire.
+            # If all features fire, the matching of all features is that of the alive ones.
             known = whole if len(first) == len(a) and len(second) == len(b) else {}
             if signed not in known:
                 known[signed] = None if empty else match(first, second, signed=signed)
             matching = known[signed]
-            found = (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
-            values |= {name: float(value) for name, value in zip(names, found, strict=False)}
+            matched = (
+                (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
+            )
+            values |= {name: float(value) for name, value in zip(names, matched, strict=False)}
             gap = gap if matching is None else max(gap, matching.gap_bound)
         if "pwmcc" + part in scores:
             values["pwmcc" + part] = 0.0 if empty else pwmcc(first, second)

@@ -53,7 +53,7 @@ from husai.training.trainer import evaluate
 
 log = logging.getLogger("husai")
 TEXT = ("prepend_bos", "context_size")
-"""How a text is cut into inputs."""
+"""Settings of how a text is cut into inputs."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class ControlArm:
     """SAEs of a control, one for each of those under test, in their order."""
 
     store: ActivationStore
-    """What they were trained on."""
+    """Activations that the SAEs were trained on."""
     dictionaries: list[Dictionary]
     alike: Alike
-    """Their record in evidence."""
+    """Record of the SAEs in evidence."""
 
 
 def own_dictionary(folder: Path) -> Dictionary:
-    """A checkpoint that the grid trained, with its state before training."""
+    """Dictionary of a checkpoint that HUSAI trained, with its untrained state."""
     return Dictionary(
         checkpoints.load(folder).W_dec, checkpoints.firing_rate(folder), load_file(folder / SNAPSHOTS)["W_dec"][0]
     )
 
 
 def open_fitting(folder: Path, store: ActivationStore) -> SAE:
-    """A checkpoint that was made for a store's activations, as far as it says.
+    """Open a checkpoint that fits a store's activations, as far as its files state.
 
     Raises:
-        BadInput: a transcoder, or made for another width, hook or subject.
+        BadInput: the checkpoint is a transcoder, or was made for another width, hook or subject.
     """
     sae = open_checkpoint(folder)
     refuse_unfitting(folder, sae, store.manifest.hook_name, store.manifest.subject_digest, store.d_in)
@@ -94,10 +94,10 @@ def refuse_unfitting(
     d_in: int,
     same: Callable[[str, str], bool] = same_place,
 ) -> None:
-    """Raise BadInput for a transcoder, or an SAE of another width, hook or subject, as far as it says.
+    """Raise BadInput for a transcoder, or for an SAE whose files name another width, hook or subject.
 
     Args:
-        d_in: of the activations. same: whether two names are of one place of the subject.
+        d_in: width of the activations. same: function that tells whether two names mean one place of the subject.
     """
     if "transcoder" in sae.architecture or "W_skip" in sae.weights:
         raise BadInput(f"checkpoint: {folder} is a transcoder; an SAE of the activations expected")
@@ -114,29 +114,29 @@ def refuse_unfitting(
 
 
 def refuse_other_way(folder: Path, sae: SAE, store: ActivationStore) -> None:
-    """Raise BadInput where a store's activations were made in another way than an SAE's, as far as both say.
+    """Raise BadInput if a store's activations and an SAE's are known to be made in different ways.
 
-    A store does not keep the tokenizer. Therefore nothing says whether its inputs begin with the BOS token, or how long
-    they are, where that is HUSAI's own way.
+    A store does not keep the tokenizer. Therefore it is unknown whether inputs that HUSAI made in its own way begin
+    with the BOS token, and how long they are.
     """
-    said = Harvesting.read(sae.metadata, store.manifest.hook_name, f"checkpoint: {folder}")
-    made = Harvesting.of_json(store.manifest.harvesting or {})
-    known = {name: getattr(made, name) for name in TEXT if getattr(said, name) is not None}
+    sae_harvesting = Harvesting.read(sae.metadata, store.manifest.hook_name, f"checkpoint: {folder}")
+    store_harvesting = Harvesting.of_json(store.manifest.harvesting or {})
+    known = {name: getattr(store_harvesting, name) for name in TEXT if getattr(sae_harvesting, name) is not None}
     if open_questions := [name for name, value in known.items() if value is None]:
         log.warning("%s: %s of its activations is not compared with that of the store", folder, open_questions[0])
-    if said.complete:
-        return refuse_other(said, said, made, f"checkpoint: {folder}")
-    cut = replace(said, prepend_bos=None, context_size=None)
-    refuse_other(cut, said.without_subject(), made, f"checkpoint: {folder}")
+    if sae_harvesting.complete:
+        return refuse_other(sae_harvesting, sae_harvesting, store_harvesting, f"checkpoint: {folder}")
+    cut = replace(sae_harvesting, prepend_bos=None, context_size=None)
+    refuse_other(cut, sae_harvesting.without_subject(), store_harvesting, f"checkpoint: {folder}")
 
 
 def external_dictionary(
     folder: Path, store: ActivationStore, heldout: range, untrained: Path | None
 ) -> tuple[Dictionary, Heldout]:
-    """(a checkpoint that a user supplies, its held-out figures).
+    """(dictionary of a user-supplied checkpoint, its held-out figures).
 
     Args:
-        untrained: folder of the same SAE before training, if there is one.
+        untrained: folder of the same SAE before training; None if there is none.
 
     Raises:
         BadInput: it was made for another width, hook or subject than the store's.
@@ -148,10 +148,10 @@ def external_dictionary(
 
 
 def untrained_state(folder: Path, sae: SAE, untrained: Path | None) -> Tensor | None:
-    """`W_dec` of the same SAE before training, where a checkpoint of it is given.
+    """`W_dec` of the same SAE before training; None without a checkpoint of that state.
 
     Raises:
-        BadInput: that checkpoint has another shape.
+        BadInput: the untrained state has another shape.
     """
     before = None if untrained is None else open_checkpoint(untrained).W_dec
     if before is not None and before.shape != sae.W_dec.shape:
@@ -170,23 +170,23 @@ def compare_all(
     gaussian: ControlArm | None = None,
     random_model: list[Dictionary] | None = None,
     scores: tuple[str, ...] = SCORES,
-    of: Tensor | None = None,
+    prototype_rows: Tensor | None = None,
 ) -> tuple[Comparison, Drawn]:
-    """Score all pairs, one cell each, and summarise them.
+    """Score all pairs, one cell for each, and summarise the scores.
 
     Args:
-        missing: null -> why it is not there.
-        gaussian: SAEs trained alike on Gaussian rows, in the same order.
-        random_model: SAEs trained alike on the random-weights model, in the same order.
+        missing: null -> why it is missing.
+        gaussian: SAEs trained by the same recipe on Gaussian rows, in the same order.
+        random_model: SAEs trained by the same recipe on the random-weights model, in the same order.
         scores: SCORES or ALIVE.
-        of: prototypes of the store, unit rows `[n, d_in]`; with them, OTHERS are scored too.
+        prototype_rows: prototypes of the store, unit rows `[n, d_in]`. With prototypes, OTHERS are scored too.
     """
     independence.refuse_shared(labels, dictionaries)
     arms = {"gaussian": None if gaussian is None else gaussian.dictionaries, "random_model": random_model}
-    if of is not None:
+    if prototype_rows is not None:
         scores += OTHERS
-        dictionaries = told_apart(dictionaries, of)
-        arms = {name: arm and control_apart(arm, of) for name, arm in arms.items()}
+        dictionaries = with_nearest_prototype(dictionaries, prototype_rows)
+        arms = {name: arm and control_apart(arm, prototype_rows) for name, arm in arms.items()}
     mean, covariance = moments(store)
     with one_torch_thread():
         spectrum = Spectrum.of(covariance, store.rows, mean)
@@ -216,7 +216,7 @@ def compare_all(
         scored,
         missing,
         gaussian=None if gaussian is None else gaussian.alike,
-        others=None if of is None else [int(d.others.sum()) for d in dictionaries if d.others is not None],
+        others=None if prototype_rows is None else [int(d.others.sum()) for d in dictionaries if d.others is not None],
     )
     drawn = Drawn(
         spectral_groups=[len(g) for g in spectrum.groups],
@@ -250,13 +250,13 @@ def _comparison(
 
 
 def _strata(of_pairs: list[dict]) -> list[Stratum]:
-    """Strata of the features of all pairs that have matched features."""
-    made, sides = [], 2 * len(of_pairs)
+    """Strata of the features, over all pairs with matched features."""
+    rows_of_strata, sides = [], 2 * len(of_pairs)
     for figure, rows in compare.added([pair for pair in of_pairs if pair]).items():
         for (low, high), (n, cosines, matched) in zip(pairwise(STRATA[figure]), rows, strict=True):
             shares = {"mcc": cosines / n, "share70": matched / n} if n else {"mcc": None, "share70": None}
-            made.append(Stratum(figure=figure, low=low, high=high, features=n / sides, **shares))
-    return made
+            rows_of_strata.append(Stratum(figure=figure, low=low, high=high, features=n / sides, **shares))
+    return rows_of_strata
 
 
 def compare_across(
@@ -269,12 +269,13 @@ def compare_across(
     gaussian: tuple[list[Dictionary], list[Dictionary]],
     scores: tuple[str, ...] = SCORES,
 ) -> Comparison:
-    """Score each dictionary of one side against those of the other side that are of another seed, one cell a pair of
-    seeds. A pair of seeds has two scores, the mean of which counts.
+    """Score each dictionary of one side against the dictionaries of other seeds on the other side.
+
+    Each pair of seeds is one cell. It has two scores, whose mean counts.
 
     Args:
-        store: the activations in whose space both sides lie. labels: one a seed.
-        sides: for each seed, a dictionary of either kind. gaussian: the same, trained alike on Gaussian rows.
+        store: activations in whose space both sides lie. labels: one for each seed.
+        sides: two lists with one dictionary for each seed. gaussian: the same, trained on Gaussian rows.
     """
     mean, covariance = moments(store)
     with one_torch_thread():
@@ -294,12 +295,12 @@ def compare_across(
             }
 
             def compute(i: int = i, j: int = j) -> tuple[dict, list[Path]]:
-                found = []
+                directions = []
                 for one, other in ((i, j), (j, i)):
                     value = compare.pair(saes[one], partners[other], spectrum, draws, threads, scores)
                     control = compare.given(noise[0][one], noise[1][other], scores)
-                    found.append(value | {"gaussian": control})
-                return mean_of_two(*found), []
+                    directions.append(value | {"gaussian": control})
+                return mean_of_two(*directions), []
 
             scored[i, j] = cells.get("pair_across", key, compute)
             advance(1)
@@ -307,7 +308,7 @@ def compare_across(
 
 
 def mean_of_two(first: dict, second: dict) -> dict:
-    """The mean of two outcomes of `compare.pair`, draw by draw; `mcc_gap_bound`: the larger."""
+    """Mean of two results of `compare.pair`, draw by draw. `mcc_gap_bound` is the larger of the two."""
 
     def of_null(a: dict, b: dict) -> dict:
         means = {s: (a["mean"][s] + b["mean"][s]) / 2 for s in a["mean"]}
@@ -316,24 +317,26 @@ def mean_of_two(first: dict, second: dict) -> dict:
         return {"mean": means, "draws": draws}
 
     merged = {null: of_null(first[null], second[null]) for null in first}
-    both = compare.added([first["observed"]["strata"], second["observed"]["strata"]])
-    merged["observed"]["strata"] = {figure: (np.array(rows) / 2).tolist() for figure, rows in both.items()}
+    strata = compare.added([first["observed"]["strata"], second["observed"]["strata"]])
+    merged["observed"]["strata"] = {figure: (np.array(rows) / 2).tolist() for figure, rows in strata.items()}
     return merged
 
 
-def told_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
-    """The same dictionaries, which know which of their features are like no prototype.
+def with_nearest_prototype(dictionaries: list[Dictionary], prototype_rows: Tensor) -> list[Dictionary]:
+    """The same dictionaries, with each feature's cosine with its nearest prototype.
 
     Args:
-        of: prototypes, unit rows `[n, d_in]`.
+        prototype_rows: prototypes, unit rows `[n, d_in]`.
     """
-    return [replace(d, nearest=prototypes.nearest(d.W_dec, of)) for d in dictionaries]
+    return [replace(d, nearest=prototypes.nearest(d.W_dec, prototype_rows)) for d in dictionaries]
 
 
-def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary]:
-    """`told_apart` of a control. Where one has too few features that are like no prototype, all of its count: with
-    none to compare with, any excess would be shown."""
-    known = told_apart(dictionaries, of)
+def control_apart(dictionaries: list[Dictionary], prototype_rows: Tensor) -> list[Dictionary]:
+    """`with_nearest_prototype` for a control.
+
+    All features of a control count if too few of them are like no prototype: any excess over an empty set would pass.
+    """
+    known = with_nearest_prototype(dictionaries, prototype_rows)
     few = [d.others is not None and int(d.others.sum()) < FEWEST for d in known]
     return [
         replace(d, nearest=torch.full_like(d.W_dec[:, 0], -1.0)) if f else d for d, f in zip(known, few, strict=True)
@@ -341,33 +344,36 @@ def control_apart(dictionaries: list[Dictionary], of: Tensor) -> list[Dictionary
 
 
 def last_third(steps: list[int]) -> list[int]:
-    """The snapshots of the last third of training; the last two, if fewer lie there."""
+    """Steps of the snapshots in the last third of training, at least the last two snapshots."""
     late = [step for step in steps if 3 * step >= 2 * steps[-1]]
     return late if len(late) > 1 else steps[-2:]
 
 
 def over_training(cells: Cells, folders: list[Path], digests: list[str], steps: list[int], threads: int) -> Followed:
-    """Stability of all features at each snapshot, and whether it has come to rest: the slope of mcc over the last third
-    of training, pairs of seeds matched, as the change that it makes there."""
+    """Stability of all features at each snapshot, and whether it is at rest at the end of training.
+
+    The change at rest is the slope of mcc over the last third of training, times the length of that third. Pairs of
+    seeds are matched across snapshots.
+    """
 
     def compute() -> tuple[dict, list[Path]]:
         decoders = [load_file(folder / SNAPSHOTS)["W_dec"] for folder in folders]
-        found = {(name, step): np.zeros((len(folders),) * 2) for name in ("mcc", "pwmcc") for step in steps}
+        matrices = {(name, step): np.zeros((len(folders),) * 2) for name in ("mcc", "pwmcc") for step in steps}
 
         def one(index: int, i: int, j: int) -> None:
             for name, function in (("mcc", mcc), ("pwmcc", pwmcc)):
                 value = function(decoders[i][index], decoders[j][index])
-                found[name, steps[index]][i, j] = found[name, steps[index]][j, i] = value
+                matrices[name, steps[index]][i, j] = matrices[name, steps[index]][j, i] = value
 
         pairs = [(index, i, j) for index in range(len(steps)) for i, j in combinations(range(len(folders)), 2)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(lambda pair: one(*pair), pairs))
         points = [
-            Snapshot(step=step, **{name: Interval.of(jackknife(found[name, step])) for name in ("mcc", "pwmcc")})
+            Snapshot(step=step, **{name: Interval.of(jackknife(matrices[name, step])) for name in ("mcc", "pwmcc")})
             for step in steps
         ]
         late = last_third(steps)
-        change = fitted_change(late, np.stack([found["mcc", step] for step in late]))
+        change = fitted_change(late, np.stack([matrices["mcc", step] for step in late]))
         moved = Interval.of(jackknife(change))
         rest = Convergence(from_step=late[0], to_step=late[-1], moved=moved, converged=rules.at_rest(moved))
         return Followed(over_training=points, convergence=rest).to_json(), []
@@ -387,13 +393,13 @@ def score_trained(
     gaussian: ControlArm | None = None,
     random_model: Sequence[GridMember] | None = None,
     scores: tuple[str, ...] = SCORES,
-    of: Tensor | None = None,
+    prototype_rows: Tensor | None = None,
 ) -> tuple[Section, Drawn]:
-    """The stability study of SAEs that `training.grid.train_or_find` trained: one a seed, alike but for it.
+    """Stability study of SAEs from `training.grid.train_or_find`, which differ in their seed alone.
 
     Args:
-        random_model: SAEs of the random-weights model.
-        gaussian, scores, of: see `compare_all`.
+        random_model: SAEs of the random-weights model, in the same order.
+        gaussian, scores, prototype_rows: see `compare_all`.
     """
     root = cells.folder.parent
     folders = [root / m.checkpoint for m in saes]
@@ -409,27 +415,26 @@ def score_trained(
         gaussian,
         None if random_model is None else [own_dictionary(root / m.checkpoint) for m in random_model],
         scores,
-        of,
+        prototype_rows,
     )
     followed = over_training(cells, folders, [m.checkpoint_sha256 for m in members], snapshot_steps, threads)
     return Section(members=members, **dict(compared), **dict(followed)), drawn
 
 
 def member_of(sae: GridMember) -> TrainedMember:
-    """An SAE of a grid, as a stability study names it."""
+    """Record of a grid's SAE in a stability study."""
     shared = {name: getattr(sae, name) for name in TrainedSAE.model_fields}
     return TrainedMember(**shared, label=f"seed{sae.seed}")
 
 
 def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: list[int]) -> Tensor:
-    """`W_dec` of a checkpoint that a user brings as a reference.
+    """`W_dec` of a user-supplied reference.
 
     Args:
-        scored: seeds of the SAEs that are compared; a reference of one of them would be compared with itself.
+        scored: seeds of the compared SAEs. A reference with one of these seeds would be compared with itself.
 
     Raises:
-        BadInput: it was made for another width, hook or subject than the store's, has another number of features, or
-            comes of a seed that is scored.
+        BadInput: the reference has another width, hook, subject or number of features, or one of the scored seeds.
     """
     sae = open_fitting(folder, store)
     if sae.d_sae != d_sae:
@@ -440,17 +445,19 @@ def reference_decoder(folder: Path, store: ActivationStore, d_sae: int, scored: 
 
 
 def mcc_with_reference(root: Path, section: Section, reference: Tensor) -> float:
-    """What `mcc_alive` would be if the reference, all of whose features count as alive, were among the SAEs that are
-    scored, as it was in the earlier study."""
-    own = [own_dictionary(root / m.checkpoint) for m in section.members]
+    """`mcc_alive` if the reference were among the scored SAEs, as in the earlier study.
+
+    All features of the reference count as alive.
+    """
+    dictionaries = [own_dictionary(root / m.checkpoint) for m in section.members]
     with one_torch_thread():
-        values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in own]
+        values = [mcc(d.W_dec[d.alive], reference) if d.alive.any() else 0.0 for d in dictionaries]
     pairs: list[dict] = section.pairs
     return float(np.mean(values + [pair["observed"]["mcc_alive"] for pair in pairs]))
 
 
 def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
-    """Why the stability code refuses to compare these; None if it does not."""
+    """Reason why the stability code refuses to compare the dictionaries; None if it accepts them."""
     try:
         independence.refuse_shared([f"seed{label}" for label in labels], dictionaries)
     except BadInput as error:
@@ -459,10 +466,10 @@ def refusal(labels: list, dictionaries: list[Dictionary]) -> str | None:
 
 
 def checkpoint_files(cells: Cells, checkpoints: Iterable[str]) -> list[Path]:
-    """Files of the checkpoints that a phase's cell rests on, without hidden ones that a killed process left beside.
+    """Files of the checkpoints that a phase's cell rests on. Hidden files of killed processes are left out.
 
     Args:
-        checkpoints: their folders, relative to the output folder.
+        checkpoints: folders of the checkpoints, relative to the output folder.
     """
     folders = [cells.folder.parent / checkpoint for checkpoint in checkpoints]
     return [path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
