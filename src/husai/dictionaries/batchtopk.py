@@ -1,6 +1,8 @@
-"""BatchTopK SAEs: the k · rows largest pre-activations of a batch, in whatever rows they lie (Bussmann et al.,
-arXiv 2412.06410). At inference a row is encoded by itself: a threshold, the running mean of the smallest value kept,
-takes the batch's place, which makes it a JumpReLU SAE with one threshold."""
+"""BatchTopK SAEs: the k · rows largest pre-activations of a batch are active (Bussmann et al., arXiv 2412.06410).
+
+At inference each row is encoded by itself. A threshold replaces the batch: the running mean of the smallest kept value.
+The trained SAE is therefore a JumpReLU SAE with one threshold.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ MEMORY = 0.99  # of the running mean
 def loss(
     params: Params, buffers: Params, batch: Batch, prefixes: tuple[int, ...] = (), transcoder: bool = False
 ) -> Outcome:
-    """‖y − ŷ‖²/variance + aux_coefficient · AuxK; moves the threshold."""
+    """‖y − ŷ‖²/variance + aux_coefficient · AuxK. Updates the threshold."""
     choice = Choice(batch.k, across_batch=True)
     outcome, kept = kept_loss(params, batch, choice, prefixes, transcoder)
     with torch.no_grad():

@@ -1,5 +1,4 @@
-"""SAELens' catalogue as HUSAI sees it: what each SAE is, as far as its names and the local hub cache say, and how far
-HUSAI's reading of it is checked."""
+"""Lists SAELens' catalogue: facts of each SAE from its name and the local hub cache, and whether HUSAI can judge it."""
 
 from __future__ import annotations
 
@@ -36,25 +35,25 @@ IMITATED = {
     "sae_lens": "`cfg.json` and safetensors of SAELens 2 to 6",
     "temporal": "`conf.yaml` and safetensors",
 }
-"""Loader of the catalogue -> what it reads. A test opens an imitation of each one's repositories."""
+"""Loader of the catalogue -> the files that it reads. A test opens an imitation of each loader's repositories."""
 TRANSCODERS = {"gemma_2_transcoder", "mntss_clt_layer_transcoder", "mwhanna_transcoder"}
 REFUSED = {"temporal": "temporal"}
-"""Loader -> the setting for which `sources.behind` refuses all its SAEs."""
+"""Loader -> the setting because of which `sources.behind` refuses all SAEs of this loader."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An SAE of the catalogue. None: neither a name nor the local hub cache says it."""
+    """An SAE of the catalogue. A value is None if neither a name nor the local hub cache states it."""
 
     name: str
-    """For `--checkpoint`: release and id."""
+    """Argument of `--checkpoint`: release and id."""
     model: str
     hook: str | None
     width: str | None
     architecture: str | None
     loader: str
     status: str
-    """named, tested or opened."""
+    """`named`, `tested` or `opened`."""
     judged: str
     """`yes`, or why the release check does not judge it."""
 
@@ -63,7 +62,7 @@ def listed(model: str | None = None) -> list[Listed]:
     """The SAEs of the catalogue.
 
     Args:
-        model: those of this model alone, by any of its names (`hooks.same_model`).
+        model: list only SAEs of this model, which may have any of its names (`hooks.same_model`).
 
     Raises:
         BadInput: the catalogue has no SAE of this model.
@@ -74,19 +73,21 @@ def listed(model: str | None = None) -> list[Listed]:
     chosen = [entry for entry in entries if model is None or same_model(entry.model, model)]
     if model is not None and not chosen:
         models = {short_name(entry.model).lower() for entry in entries}
-        near = difflib.get_close_matches(short_name(model).lower(), models, 5) or sorted(models)
-        raise BadInput(f"--model {model}: SAELens' catalogue has no SAE of it; one such as {', '.join(near)} expected")
+        similar = difflib.get_close_matches(short_name(model).lower(), models, 5) or sorted(models)
+        raise BadInput(
+            f"--model {model}: SAELens' catalogue has no SAE of it; one such as {', '.join(similar)} expected"
+        )
     opened = {each["name"] for each in read_opened()}
     with sources.cached_only():
         loaders, _ = sources.loaders_that_run_nothing()
         fetch, shapes = loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes
-        found: list[Listed] = []
-        for entry in chosen:  # of a repository that is not cached, names alone speak
+        entries_listed: list[Listed] = []
+        for entry in chosen:  # without a cached repository, names are the only source
             cached = _is_cached(entry.repo_id)
             loaders.hf_hub_download = fetch if cached else _absent
             loaders.get_safetensors_tensor_shapes = partial(_shapes, shapes if cached else _absent)
-            found += _of(entry, loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, opened)
-        return found
+            entries_listed += _of(entry, loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, opened)
+        return entries_listed
 
 
 def _is_cached(repo: str) -> bool:
@@ -99,7 +100,7 @@ def _of(entry: Any, getters: dict, opened: set[str]) -> Iterator[Listed]:
     """The SAEs of a release.
 
     Args:
-        getters: SAELens' own, loader -> what reads a configuration.
+        getters: SAELens' table, loader -> function that reads a configuration.
     """
     loader = entry.conversion_func or "sae_lens"
     read = partial(_or_none, getters[loader], entry.repo_id)
@@ -134,26 +135,26 @@ def _shapes(read: Any, repo: str, filename: str) -> dict:
 
 
 def _or_none(function: Any, *arguments: Any) -> Any:
-    """What a function of SAELens gives; None where it lacks a file, or a name tells it too little."""
+    """Result of a function of SAELens; None if a file is missing or a name is uninformative."""
     try:
         return function(*arguments)
-    except Exception:  # a listing says less; opening the SAE says why
+    except Exception:  # a listing may be incomplete; opening the SAE reports the error
         return None
 
 
 def _hook_in(sae_id: str) -> str | None:
-    """The hook that an id names, in TransformerLens' words or dictionary_learning's."""
+    """Hook in an id, in the spelling of TransformerLens or of dictionary_learning; None without a hook."""
     if hook := re.match(r"blocks\.\d+\.(?:attn\.)?hook_[a-z]+(?:_(?:pre|mid|post|out|z))?", sae_id):
         return hook[0]
     place = re.match(r"[a-z_]+_layer_\d+", sae_id)
-    found = hook_name_of(place[0]) if place else None
-    return found if found and "hook_" in found else None
+    hook_name = hook_name_of(place[0]) if place else None
+    return hook_name if hook_name and "hook_" in hook_name else None
 
 
 def _width_in(name: str) -> str | None:
-    """The width that a name tells: exactly, or in thousands as `16k`."""
-    found = re.search(r"width[_-](?:2pow(\d+)|(\d+[km])(?![a-z0-9]))", name)
-    return None if found is None else str(2 ** int(found[1])) if found[1] else found[2]
+    """Width in a name: an exact number, or thousands such as `16k`; None without a width."""
+    match = re.search(r"width[_-](?:2pow(\d+)|(\d+[km])(?![a-z0-9]))", name)
+    return None if match is None else str(2 ** int(match[1])) if match[1] else match[2]
 
 
 def _judged(loader: str, architecture: str | None) -> str:
@@ -166,11 +167,11 @@ def _judged(loader: str, architecture: str | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What someone opened from the hub
+# SAEs that someone opened from the hub
 
 
 def read_opened() -> list[dict]:
-    """One entry an SAE: its name, sha256, architecture and shape; none where nobody opened one.
+    """One entry for each opened SAE: name, sha256, architecture and shape. Empty if nobody opened one.
 
     Raises:
         BadInput: the file is damaged.
@@ -179,10 +180,10 @@ def read_opened() -> list[dict]:
 
 
 def record_opened(names: list[str]) -> list[dict]:
-    """Open SAEs of the catalogue, which downloads what the local hub cache lacks, and record them; their entries.
+    """Open SAEs of the catalogue, downloading files that the cache lacks, and record them; returns their entries.
 
     Raises:
-        BadInput: one cannot be opened.
+        BadInput: an SAE cannot be opened.
     """
     entries = [_entry(Path(name)) for name in names]
     others = [each for each in read_opened() if each["name"] not in names]
@@ -194,5 +195,5 @@ def _entry(name: Path) -> dict:
     if not in_catalogue(name):
         raise BadInput(f"--open: {name} is no name in SAELens' catalogue; sae-lens:RELEASE/SAE_ID expected")
     sae = foreign.open_checkpoint(name)
-    about = {"name": str(name), "sha256": foreign.checkpoint_sha256(name), "architecture": sae.architecture}
-    return about | {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": sae.metadata.get("hook_name")}
+    entry = {"name": str(name), "sha256": foreign.checkpoint_sha256(name), "architecture": sae.architecture}
+    return entry | {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": sae.metadata.get("hook_name")}

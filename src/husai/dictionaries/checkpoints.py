@@ -1,7 +1,7 @@
 """SAE checkpoints in the SAELens layout: `cfg.json` + `sae_weights.safetensors` (+ `sparsity.safetensors`).
 
-`sae_lens.SAE.load_from_disk(folder)` opens what `save` writes. Activations need no rescaling: whatever normalisation
-training used is folded into the weights. Checkpoints of other libraries: `foreign.py`.
+`sae_lens.SAE.load_from_disk(folder)` opens the files that `save` writes. Activations need no rescaling, because the
+normalisation of the training is folded into the weights. `foreign.py` reads checkpoints of other libraries.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 NEVER = 1e-10
 """Added to firing rates before their logarithm, as SAELens does; less than one row in a billion."""
 SAE_LENS_VERSION = "6.54.12"  # the layout's version
-# What would change encode or decode if it were set otherwise, and the only value that this code computes.
+# Settings that change encode or decode, and the only value that this code computes.
 ASSUMED = {
     "normalize_activations": "none",
     "reshape_activations": "none",
 }
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
-"""How SAELens 6 scales activations while it trains; not yet in the weights of a checkpoint from before the end."""
+"""Files with SAELens 6's scaling of activations. Checkpoints from before the end of training need them."""
 STORE_STATE = "activations_store_state.safetensors"
-"""The same of SAELens 5, among other tensors."""
+"""File of SAELens 5 that holds the scaling among other tensors."""
 RUNNER = "runner_cfg.json"
 STANDARD = ("standard", "topk")
 BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
-"""Architectures of trainings whose SAEs encode with a threshold, as JumpReLU SAEs do."""
+"""Training architectures whose SAEs encode with a threshold, as JumpReLU SAEs do."""
 SQUARED = 1e-15, 1e15
-"""Numbers whose squares are well inside the range of float32."""
+"""Range of numbers whose squares neither overflow nor underflow in float32."""
 UNIT = 1e-5
-"""Largest distance from 1 of a norm that is left as it is: the rounding of float32."""
+"""Largest distance from 1 of a norm that is not rescaled, because it is float32 rounding."""
 
 
 def firing_rate(folder: Path) -> Tensor:
-    """Share of the held-out rows of a checkpoint's training on which each feature fires, float64 `[d_sae]`."""
+    """Share of the training's held-out rows on which each feature fires, float64 `[d_sae]`."""
     sparsity = load_file(folder / SPARSITY)["sparsity"].double()
     return (10**sparsity).where(sparsity > math.log10(10 * NEVER), 0.0)
 
@@ -56,7 +56,7 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
     """Write a checkpoint folder; returns its files.
 
     Args:
-        firing_rate: `[d_sae]`, share of rows on which each feature is active; saved as SAELens' log10 sparsity.
+        firing_rate: share of rows on which each feature fires, `[d_sae]`; saved as SAELens' log10 sparsity.
 
     Raises:
         BadInput: SAELens has no such architecture (a top-k SAE beside a linear map, as sparsify makes them).
@@ -94,38 +94,39 @@ def _write(folder: Path, weights: dict[str, Tensor], config: dict, firing_rate: 
 
 
 def load(folder: Path, weights_name: str = WEIGHTS, config_name: str = CONFIG) -> SAE:
-    """Open a checkpoint folder in SAELens' layout; decoder rows come out with norm 1 (`unit_decoder`).
+    """Open a checkpoint folder in SAELens' layout. The returned SAE has decoder rows of norm 1 (`unit_decoder`).
 
-    The scale of activations that a checkpoint from before the end of a training keeps beside its weights is folded into
-    them.
+    Checkpoints from before the end of a training keep the scale of activations beside the weights. It is folded into
+    the weights.
 
     Raises:
-        BadInput: it is missing, truncated, of another architecture or layout, non-finite, or contradicts itself.
+        BadInput: the checkpoint is missing, truncated, non-finite or self-contradictory, or has an unknown architecture
+            or layout.
     """
     config, path = read_json(folder / config_name, "checkpoint"), folder / weights_name
-    where = f"checkpoint: {folder / config_name}"
+    place = f"checkpoint: {folder / config_name}"
     if not isinstance(config, dict):
-        raise BadInput(f"{where} does not hold an SAE's configuration")
+        raise BadInput(f"{place} does not hold an SAE's configuration")
     whitened = config.get("normalize_activations") == "covariance_whitening" and (folder / WHITENING).is_file()
     if sources.beyond_formulas(config) and not whitened:
         sae = sources.open_folder(folder)
-        sae.metadata |= modern(config, where, folder)[1]
+        sae.metadata |= modern(config, place, folder)[1]
         return unit_decoder(checked(sae, {name: tuple(t.shape) for name, t in sae.weights.items()}, path))
     saved = config
-    config, metadata = modern(saved, where, folder)
+    config, metadata = modern(saved, place, folder)
     architecture, scaling = config["architecture"], config["normalize_activations"]
     transcoder = "transcoder" in architecture
     subtract = config.get("apply_b_dec_to_input", not transcoder)
     if not isinstance(subtract, bool) or (subtract and transcoder):
-        raise BadInput(f"{where}: apply_b_dec_to_input is {subtract!r}; true or false expected, false for transcoders")
+        raise BadInput(f"{place}: apply_b_dec_to_input is {subtract!r}; true or false expected, false for transcoders")
     needed = ["d_in", "d_sae", *(["k"] if architecture == "topk" else []), *(["d_out"] if transcoder else [])]
     sizes: dict[str, Any] = {name: config.get(name) for name in needed}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise BadInput(f"{where}: {name} is {size!r}; a positive whole number expected")
+            raise BadInput(f"{place}: {name} is {size!r}; a positive whole number expected")
     d_in, d_sae, k = sizes["d_in"], sizes["d_sae"], sizes.get("k")
     if k is not None and k > d_sae:
-        raise BadInput(f"{where}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
+        raise BadInput(f"{place}: k {k} with d_sae {d_sae}: k ≤ d_sae expected")
     weights = _inference(read_tensors(path), architecture, d_sae, path)
     architecture = "jumprelu" if architecture in BY_BATCH else architecture
     d_out = sizes.get("d_out", d_in)
@@ -139,7 +140,7 @@ def load(folder: Path, weights_name: str = WEIGHTS, config_name: str = CONFIG) -
         # A threshold that a batch's k-th activation set is of activations that are scaled already.
         _scale_features(sae, sae.W_dec.norm(dim=1), but=("threshold",))
     if scaling == "expected_average_only_in":
-        factor = _scale(folder, saved, where)
+        factor = _scale(folder, saved, place)
         b_dec = sae.weights["b_dec"] / factor
         sae.weights |= {"W_enc": sae.W_enc * factor, "W_dec": sae.W_dec / factor, "b_dec": b_dec}
     if whitened:
@@ -148,10 +149,10 @@ def load(folder: Path, weights_name: str = WEIGHTS, config_name: str = CONFIG) -
 
 
 def _inference(state: dict[str, Tensor], architecture: str, d_sae: int, path: Path) -> dict[str, Tensor]:
-    """Tensors of a training's state as those that encode and decode."""
+    """Tensors for encode and decode, from the state of a training."""
     state = dict(state)
     if "scaling_factor" in state and bool((state["scaling_factor"] == 1).all()):
-        del state["scaling_factor"]  # versions 3 to 5 wrote it where nothing was fine-tuned, too
+        del state["scaling_factor"]  # versions 3 to 5 wrote it even without fine-tuning
     if architecture == "jumprelu" and "log_threshold" in state:
         state["threshold"] = state.pop("log_threshold").exp()
     if architecture in BY_BATCH and "topk_threshold" in state:
@@ -163,13 +164,14 @@ def _inference(state: dict[str, Tensor], architecture: str, d_sae: int, path: Pa
 
 
 def _scale(folder: Path, config: dict, where: str) -> float:
-    """Factor of the activations that a training saw, where the weights do not hold it yet; 1 where they do.
+    """Factor by which the training scaled activations; 1 if the weights hold it already.
 
-    SAELens folds it into the weights at the end. Its versions 3.15 to 5 go on to write `expected_average_only_in` into
-    the cfg.json of that last checkpoint, `final_<tokens>`, because they write the whole configuration of the run.
+    SAELens folds the factor into the weights at the end of training. Versions 3.15 to 5 still write
+    `expected_average_only_in` into the cfg.json of the last checkpoint, `final_<tokens>`, because they write the whole
+    configuration of the run.
 
     Raises:
-        BadInput: the files do not say which.
+        BadInput: the files do not show whether the factor is folded in.
     """
     if (folder / SCALER).is_file():
         saved = read_json(folder / SCALER, "checkpoint")
@@ -195,13 +197,13 @@ def _scale(folder: Path, config: dict, where: str) -> float:
 
 
 def version(config: dict) -> tuple[int, ...]:
-    """SAELens' version, as far as it is numbers; that of before the layout said it is (0,)."""
-    said = str(config.get("sae_lens_version") or "")
-    return tuple(int(n) for n in re.findall(r"\d+", said)[:2]) or (0,)
+    """SAELens' version as numbers; (0,) for old layouts without a version."""
+    text = str(config.get("sae_lens_version") or "")
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:2]) or (0,)
 
 
 def _scale_features(sae: SAE, factor: Tensor, but: tuple[str, ...] = ()) -> None:
-    """Multiply features by a factor, `[d_sae]` or one number, and divide decoder rows by it: the same map."""
+    """Multiply features by a factor, `[d_sae]` or one number, and divide decoder rows by it. The map is unchanged."""
     names = {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"} & set(sae.weights) - set(but)
     sae.weights |= {name: sae.weights[name] * factor for name in names}
     sae.weights["W_dec"] = sae.W_dec / (factor.unsqueeze(1) if factor.ndim else factor)
@@ -210,8 +212,8 @@ def _scale_features(sae: SAE, factor: Tensor, but: tuple[str, ...] = ()) -> None
 def _fold_whitening(sae: SAE, tensors: dict[str, Tensor], path: Path) -> None:
     """Fold z = (x − mean) @ matrix, and its inverse behind the decoder, into the weights."""
     shapes = {"mean": (sae.d_in,), "matrix": (sae.d_in, sae.d_in), "inverse_matrix": (sae.d_in, sae.d_in)}
-    if (found := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != shapes:
-        raise BadInput(f"checkpoint: {path} holds {found}; {shapes} expected")
+    if (sizes := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != shapes:
+        raise BadInput(f"checkpoint: {path} holds {sizes}; {shapes} expected")
     mean, matrix, inverse = (tensors[name].double() for name in shapes)
     w = {name: tensor.double() for name, tensor in sae.weights.items()}
     w["W_enc"] = matrix @ w["W_enc"]
@@ -226,10 +228,10 @@ def _fold_whitening(sae: SAE, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def unit_decoder(sae: SAE) -> SAE:
-    """The same map with decoder rows of norm 1, where features' scale is free: encoder × s with decoder ÷ s is one SAE,
-    and no figure may depend on s.
+    """The same SAE with decoder rows of norm 1.
 
-    Of a TopK SAE the scales of single features say which are the k largest. One factor brings the median norm to 1.
+    Encoder × s with decoder ÷ s computes the same map, and no figure may depend on s. The scales of a TopK SAE's
+    features decide which features are the k largest. Therefore one common factor brings their median norm to 1.
     """
     if isinstance(sae, sources.PeerSAE):
         sae.unit()
@@ -246,16 +248,16 @@ def unit_decoder(sae: SAE) -> SAE:
 
 
 def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
-    """(settings of a `cfg.json` of SAELens 3 or later in the terms of version 6, `SAE.metadata`).
+    """(settings of a `cfg.json` of SAELens 3 or later, converted to version 6; `SAE.metadata`).
 
     Args:
-        folder: of the checkpoint; SAELens 6 writes the configuration of the run beside it.
+        folder: folder of the checkpoint. SAELens 6 writes the configuration of the run into it.
 
     Raises:
-        BadInput: a setting would change encode or decode and is not computed here, is unknown, or contradicts another.
+        BadInput: a setting is unknown, contradicts another, or changes the SAE's map in a way HUSAI does not compute.
     """
-    about = config.get("metadata") or {}
-    if not isinstance(about, dict):
+    file_metadata = config.get("metadata") or {}
+    if not isinstance(file_metadata, dict):
         raise BadInput(f"{where}: metadata is no object")
     config = {key: value for key, value in config.items() if key != "metadata"}
     described = TABLE["sae_lens cfg.json"].split(config, where)
@@ -273,50 +275,58 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
         raise BadInput(f"{where}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
     if settings.pop("finetuning_scaling_factor", False):
         raise BadInput(f"{where}: finetuning_scaling_factor is set; an SAE without one expected")
-    if not {"reshape_activations", "sae_lens_version"} & {*config, *about} and "hook_z" in str(about.get("hook_name")):
+    if not {"reshape_activations", "sae_lens_version"} & {*config, *file_metadata} and "hook_z" in str(
+        file_metadata.get("hook_name")
+    ):
         raise BadInput(f"{where}: an SAE of hook_z without reshape_activations reshapes its input; none expected")
     architecture = settings.setdefault("architecture", "standard")
     scaling = settings.get("normalize_activations")
     if scaling in (None, False):
         scaling = "none"
     settings["normalize_activations"] = scaling = "expected_average_only_in" if scaling is True else scaling
-    trained = about.get("training_architecture") or architecture
-    details = about.get("training_architecture_details")
+    trained = file_metadata.get("training_architecture") or architecture
+    details = file_metadata.get("training_architecture_details")
     details, runner = details if isinstance(details, dict) else {}, _runner(folder, where)
-    said = {CONFIG: settings, "training_architecture_details": details, RUNNER: runner[0].computes if runner else {}}
-    if settings.get("k") is not None and isinstance(ours := about.get("husai"), dict):
-        said["metadata.husai"] = ours  # of other architectures, k there is the L0 that they were steered to
-    _refuse_contradiction(said, trained, where)
+    settings_by_file = {
+        CONFIG: settings,
+        "training_architecture_details": details,
+        RUNNER: runner[0].computes if runner else {},
+    }
+    if settings.get("k") is not None and isinstance(husai := file_metadata.get("husai"), dict):
+        settings_by_file["metadata.husai"] = husai  # for other architectures, this k is the target L0
+    _refuse_contradiction(settings_by_file, trained, where)
     training = details | described.training
-    if training or runner:  # else the files say nothing
+    if training or runner:  # else the files state nothing
         training["architecture"] = trained
         training |= {} if settings.get("k") is None else {"k": settings["k"]}
         training |= {} if scaling == "none" else {"normalize_activations": scaling}
-    in_metadata = {k: v for k, v in about.items() if not k.startswith("training_") and v not in (None, [], {}, ())}
-    if "husai" in about:  # trained here: `husai` says how
-        return _computed(settings, where), dict(about)
-    own = Described({}, in_metadata), Described({}, described.activations, training)
-    return _computed(settings, where), metadata_of(*own, *runner, where=where)
+    in_metadata = {
+        k: v for k, v in file_metadata.items() if not k.startswith("training_") and v not in (None, [], {}, ())
+    }
+    if "husai" in file_metadata:  # trained by HUSAI: `husai` holds the settings
+        return _computed(settings, where), dict(file_metadata)
+    described_parts = Described({}, in_metadata), Described({}, described.activations, training)
+    return _computed(settings, where), metadata_of(*described_parts, *runner, where=where)
 
 
-def _refuse_contradiction(said: dict[str, dict], trained: str, where: str) -> None:
-    """Raise BadInput where two files name different sizes, or one names k of an architecture without it.
+def _refuse_contradiction(settings_by_file: dict[str, dict], trained: str, place: str) -> None:
+    """Raise BadInput if two files state different sizes, or a file states k for an architecture without k.
 
     Args:
-        said: file -> what it says. trained: architecture of the training.
+        settings_by_file: file -> its settings. trained: architecture of the training.
     """
     for name in ("d_in", "d_sae", "k"):
-        values = {file: config[name] for file, config in said.items() if config.get(name) is not None}
+        values = {file: config[name] for file, config in settings_by_file.items() if config.get(name) is not None}
         if len({*map(repr, values.values())}) > 1:
             listed = ", ".join(f"{value!r} in {file}" for file, value in values.items())
-            raise BadInput(f"{where}: {name} is {listed}; one {name} expected")
+            raise BadInput(f"{place}: {name} is {listed}; one {name} expected")
         if name == "k" and values and trained in ("standard", "gated"):
             file, k = next(iter(values.items()))
-            raise BadInput(f"{where}: k is {k!r} ({file}) in a {trained} SAE, which has none; one of both expected")
+            raise BadInput(f"{place}: k is {k!r} ({file}) in a {trained} SAE, which has none; one of both expected")
 
 
 def _runner(folder: Path, where: str) -> list[Described]:
-    """Settings in the configuration of a SAELens 6 run; empty where the file is missing."""
+    """Settings in the configuration of a SAELens 6 run; empty if the file is missing."""
     if not (folder / RUNNER).is_file():
         return []
     runner, at = read_json(folder / RUNNER, "checkpoint"), f"checkpoint: {folder / RUNNER}"
@@ -333,7 +343,7 @@ def _runner(folder: Path, where: str) -> list[Described]:
 
 
 def _computed(settings: dict, where: str) -> dict:
-    """The settings, or BadInput where one is not computed here."""
+    """The settings. Raises BadInput for a setting that HUSAI does not compute."""
     architecture = settings["architecture"]
     known = (*ARCHITECTURES, *BY_BATCH)
     if sources.beyond_formulas(settings):
@@ -354,7 +364,7 @@ def _computed(settings: dict, where: str) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or BadInput."""
+    """Tensors of a safetensors file. Raises BadInput if the file cannot be read."""
     if not path.is_file():
         raise BadInput(f"checkpoint: {path} does not exist")
     try:
@@ -364,10 +374,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked(sae: SAE, shapes: dict[str, tuple[int, ...]], path: Path) -> SAE:
-    """The SAE in float32, or BadInput where its tensors are others than `shapes` says, not finite, or no decoder."""
-    found = {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}
-    if found != shapes:
-        raise BadInput(f"checkpoint: {path} holds {found}; {shapes} expected")
+    """The SAE in float32. Raises BadInput for other shapes than `shapes`, for non-finite values, or a zero decoder."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}
+    if sizes != shapes:
+        raise BadInput(f"checkpoint: {path} holds {sizes}; {shapes} expected")
     if other := [str(tensor.dtype) for tensor in sae.weights.values() if not tensor.is_floating_point()]:
         raise BadInput(f"checkpoint: {path} holds {other[0]}; floating-point numbers expected")
     sae.weights = {name: tensor.float() for name, tensor in sae.weights.items()}
@@ -379,5 +389,5 @@ def checked(sae: SAE, shapes: dict[str, tuple[int, ...]], path: Path) -> SAE:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 of the weights file: what a result names when it speaks of this SAE."""
+    """sha256 of the weights file, by which results name the SAE."""
     return sha256_file(folder / WEIGHTS)

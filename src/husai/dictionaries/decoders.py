@@ -1,4 +1,4 @@
-"""Decoders and covariances as bare arrays, for comparisons that need no model."""
+"""Reads decoders and covariances from bare arrays, for comparisons without a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ARRAYS = (".npy", ".safetensors", ".pt")
 
 
 def read_decoder(path: Path, rows_are_features: bool | None = None) -> Tensor:
-    """The feature directions `[d_sae, d_in]` of a checkpoint, or of a file with one matrix.
+    """Feature directions `[d_sae, d_in]` of a checkpoint, or of a file with one matrix.
 
     Args:
-        rows_are_features: of a bare matrix, because a shape does not say it. The names in a checkpoint do.
+        rows_are_features: orientation of a bare matrix, because its shape does not determine it.
 
     Raises:
-        BadInput: no such file, no single matrix, or one whose orientation is not given.
+        BadInput: the file does not exist, does not hold exactly one matrix, or its orientation is not given.
     """
     if path.suffix not in ARRAYS or path.name in foreign.FILES:
         return foreign.open_checkpoint(path).W_dec
@@ -33,13 +33,13 @@ def read_decoder(path: Path, rows_are_features: bool | None = None) -> Tensor:
 
 
 def read_moments(path: Path) -> dict[str, Tensor | int]:
-    """`covariance [d_in, d_in]`, and `mean [d_in]`, `rows`, `token_means [n, d_in]` where the file or store has them.
+    """`covariance [d_in, d_in]`, and if the file or store has them `mean [d_in]`, `rows`, `token_means [n, d_in]`.
 
     Args:
-        path: a `.npy` file with a covariance, a `.safetensors` file with these names, or an activation store.
+        path: `.npy` file with a covariance, `.safetensors` file with these names, or activation store.
 
     Raises:
-        BadInput: none of these.
+        BadInput: the path is none of these.
     """
     if path.is_dir():
         from husai.activations.outliers import moments as moments_of
@@ -50,11 +50,11 @@ def read_moments(path: Path) -> dict[str, Tensor | int]:
         return {"covariance": covariance, "mean": mean, "rows": store.rows}
     if path.suffix == ".npy":
         return {"covariance": _one_matrix(path)}
-    found = read_tensors(path)
-    if "covariance" not in found:
-        raise BadInput(f"--covariance: {path} holds {', '.join(sorted(found)) or 'nothing'}; covariance expected")
-    moments: dict[str, Tensor | int] = {n: found[n] for n in ("covariance", "mean", "token_means") if n in found}
-    return moments | ({"rows": int(found["rows"])} if "rows" in found else {})
+    tensors = read_tensors(path)
+    if "covariance" not in tensors:
+        raise BadInput(f"--covariance: {path} holds {', '.join(sorted(tensors)) or 'nothing'}; covariance expected")
+    moments: dict[str, Tensor | int] = {n: tensors[n] for n in ("covariance", "mean", "token_means") if n in tensors}
+    return moments | ({"rows": int(tensors["rows"])} if "rows" in tensors else {})
 
 
 def _one_matrix(path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The SAE families by name."""
+"""The SAE architectures that HUSAI trains, by name."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What every SAE family offers the trainer, and what families share.
+"""Interface between SAE architectures and the trainer, with code that architectures share.
 
-A family is a module with `PENALISED` (its sparsity comes from a penalty, which a controller steers to the target L0),
-`UNIT_DECODER` (decoder rows are kept at norm 1) and three functions:
+An architecture is a module with `PENALISED` (a penalty makes codes sparse, and a controller steers it to the target
+L0), `UNIT_DECODER` (decoder rows are kept at norm 1) and three functions:
 
     init(shape, generators)                      -> parameters of a stack, `[n, …]`
     loss(params, buffers, batch)                 -> Outcome
     weights(params, buffers)                     -> the trained member's tensors, in SAELens' names
 
 Parameters carry one leading axis n, the member: `W_enc [n, d_in, d_sae]`, `b_enc [n, d_sae]`,
-`W_dec [n, d_sae, d_out]`, `b_dec [n, d_out]`; activations are `x [n, rows, d_in]`. `W_enc` is stored feature by feature
-(a transposed view), so that a feature's encoder weights are contiguous.
+`W_dec [n, d_sae, d_out]`, `b_dec [n, d_out]`; activations are `x [n, rows, d_in]`. `W_enc` is a transposed view:
+the encoder weights of a feature must be contiguous.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Batch:
     x: Tensor
     """`[n, rows, d_in]`, centred, of unit variance a coordinate on average."""
     y: Tensor
-    """What is to be reconstructed, `[n, rows, d_out]`: x itself, or for transcoders another hook's activations."""
+    """Target of the reconstruction, `[n, rows, d_out]`: x itself, or for transcoders another hook's activations."""
     k: tuple[int, ...]
-    """For each member: active features a row, kept (top-k families) or aimed at (the others)."""
+    """For each member: active features a row. Top-k architectures keep exactly k; the others aim at k."""
     dead: tuple[Tensor, ...]
     """For each member: its dead features, int64."""
     aux_coefficient: float = 1 / 32
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def unit_rows(rows: int, columns: int, generators: list[torch.Generator]) -> Tensor:
-    """Directions drawn uniformly, one matrix a generator: `[n, rows, columns]`."""
+    """Directions uniform on the sphere, one matrix for each generator: `[n, rows, columns]`."""
     matrices = [torch.randn(rows, columns, generator=g) for g in generators]
     return torch.stack([m / m.norm(dim=1, keepdim=True) for m in matrices])
 
@@ -91,8 +91,12 @@ def tied_init(shape: Shape, generators: list[torch.Generator]) -> Params:
 def kept_loss(
     params: Params, batch: Batch, choice: Choice, prefixes: tuple[int, ...] = (), transcoder: bool = False
 ) -> tuple[Outcome, Kept]:
-    """The loss of the families that keep the largest pre-activations: error, averaged over nested dictionaries if
-    there are `prefixes` (the sizes of those smaller than the whole), plus AuxK."""
+    """Loss of the architectures that keep the largest pre-activations: reconstruction error plus AuxK.
+
+    Args:
+        prefixes: sizes of nested dictionaries smaller than the whole. The error is averaged over all of them.
+        transcoder: do not subtract the decoder bias from the input.
+    """
     x, y, W_dec = batch.x, batch.y, params["W_dec"]
     b_in = None if transcoder else params["b_dec"]
     rows = x.shape[1]
@@ -115,21 +119,21 @@ def kept_loss(
 def auxiliary(params: Params, batch: Batch, error: Tensor, squares: Tensor, b_in: Tensor | None) -> Tensor:
     """AuxK (Gao et al., arXiv 2406.04093, section 3.3 and appendix A.2), `[n]`.
 
-    The d_in/2 largest pre-activations of dead features, ReLU after the selection, model what the kept features left
-    over; the gradient reaches those features' encoder and decoder. 0 for members without dead features. So many are
-    kept of so few that dense products are the faster ones.
+    The d_in/2 largest pre-activations of dead features, after ReLU, model the residual of the kept features. The
+    gradient reaches encoder and decoder of these features. Members without dead features have loss 0. Products are
+    dense, which is faster because a large share of few features is kept.
 
     Args:
-        error: what the kept features left over, `[n, rows, d_out]`; squares: its squared norm, `[n]`.
+        error: residual of the kept features, `[n, rows, d_out]`. squares: its squared norm, `[n]`.
     """
     k = max(1, batch.x.shape[-1] // 2)
     stacks = params["W_enc"].transpose(1, 2), params["b_enc"], params["W_dec"]
     losses = []
-    for i, (dead, *own) in enumerate(zip(batch.dead, *(p.unbind() for p in stacks), strict=True)):
+    for i, (dead, *parameters) in enumerate(zip(batch.dead, *(p.unbind() for p in stacks), strict=True)):
         if len(dead) == 0:
             losses.append(error.new_zeros(()))
             continue
-        W_enc, b_enc, W_dec = (_Rows.apply(p, dead) for p in own)
+        W_enc, b_enc, W_dec = (_Rows.apply(p, dead) for p in parameters)
         bias = b_enc if b_in is None else b_enc - W_enc @ b_in[i]
         features = torch.addmm(bias, batch.x[i], W_enc.T)
         if len(dead) > k:
@@ -140,7 +144,7 @@ def auxiliary(params: Params, batch: Batch, error: Tensor, squares: Tensor, b_in
 
 
 class _Rows(torch.autograd.Function):
-    """`p[rows]` for distinct rows. index_select's own gradient allows for repeated ones, which is slow."""
+    """`p[rows]` for distinct rows. The gradient of index_select is slow because it allows for repeated rows."""
 
     @staticmethod
     def forward(ctx, p, rows):
@@ -155,7 +159,7 @@ class _Rows(torch.autograd.Function):
 
 
 def dense_outcome(loss: Tensor, squares: Tensor, features: Tensor, batch: Batch) -> Outcome:
-    """The outcome of a family whose `features [n, rows, d_sae]` are computed in full."""
+    """Outcome of an architecture whose `features [n, rows, d_sae]` are computed in full."""
     active = features.detach() > 0
     error = squares.detach() / (batch.x.shape[1] * batch.variance)
     return Outcome(loss, error, active.any(1), active.sum((1, 2)).float() / batch.x.shape[1])

@@ -1,4 +1,4 @@
-"""Checkpoints below a folder, one of each training: the last one where a run keeps several."""
+"""Finds checkpoints below a folder: one for each training, the last one if a run keeps several."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ log = logging.getLogger("husai")
 STEP = re.compile(r"(?P<word>step|steps|checkpoint|ckpt|iter|tokens|samples|epoch)?[_-]?(?P<number>\d+)")
 FINAL = re.compile(r"final([_-]\d+)?|last|latest")
 STATE = ("trainer_state.pt", "activation_scaler.json", "activations_store_state.safetensors")
-"""Files that SAELens writes beside a checkpoint from which a training can go on."""
+"""Files that SAELens writes beside a checkpoint so that a training can resume."""
 LEARNING_STEP = re.compile(r"ae_(\d+)\.pt")
-"""dictionary_learning's RUN/checkpoints/ae_<step>.pt."""
+"""Name of dictionary_learning's RUN/checkpoints/ae_<step>.pt."""
 STEPS_FOLDER, BEST = "checkpoints", "best"
 
 
-def below(root: Path, here: Callable[[Path, list[str]], list[Path]]) -> list[Path]:
-    """Checkpoints at or below a folder, sorted. Links to folders are followed, each folder is visited once.
+def below(root: Path, checkpoints_in: Callable[[Path, list[str]], list[Path]]) -> list[Path]:
+    """Checkpoints at or below a folder, sorted. Links to folders are followed; each folder is visited once.
 
     Args:
-        here: (folder, names of its files) -> the checkpoints that lie in it.
+        checkpoints_in: function (folder, names of its files) -> checkpoints in the folder.
     """
-    found: list[Path] = []
+    checkpoints: list[Path] = []
     visited: set[str] = set()
     for folder, inner, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -38,15 +38,15 @@ def below(root: Path, here: Callable[[Path, list[str]], list[Path]]) -> list[Pat
             continue
         visited.add(real)
         inner.sort()
-        found += here(Path(folder), files)
-    return sorted(found)
+        checkpoints += checkpoints_in(Path(folder), files)
+    return sorted(checkpoints)
 
 
 def of_each_run(checkpoints: list[Path], untrained: bool = False) -> list[Path]:
-    """One checkpoint of each training, with a line on the log where a run keeps others.
+    """One checkpoint of each training, sorted. The log names runs with several checkpoints.
 
     Args:
-        untrained: take a run's state before its first step where it is kept.
+        untrained: take a run's state from before its first step, if the run kept it.
     """
     runs: dict[Path, list[Path]] = defaultdict(list)
     steps = dict(_steps(checkpoints))
@@ -57,7 +57,7 @@ def of_each_run(checkpoints: list[Path], untrained: bool = False) -> list[Path]:
     kept = []
     for run, members in runs.items():
         start = [p for p in members if untrained and step_of(p) == 0]
-        # The output of a training is named by the run; `final` follows every step.
+        # The output of a training has the name of the run. `final` is later than every step.
         last = max(members, key=lambda p: (p == run, bool(FINAL.fullmatch(p.name)), step_of(p) or 0))
         chosen = start[0] if start else last
         kept.append(chosen)
@@ -67,16 +67,16 @@ def of_each_run(checkpoints: list[Path], untrained: bool = False) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that the name of a checkpoint says; None where it says none."""
+    """Step in the name of a checkpoint; None without a step."""
     match = LEARNING_STEP.fullmatch(path.name) or STEP.fullmatch(path.name)
     return int(match[match.lastindex or 1]) if match else None
 
 
 def _steps(checkpoints: list[Path]) -> Iterator[tuple[Path, Path]]:
-    """(checkpoint, folder or checkpoint that stands for its run), where names and files say that it is one of several.
+    """(checkpoint, folder or checkpoint that represents its run), for checkpoints that are one of several of a run.
 
-    A folder of numbers alone may be one of seeds. They are steps where SAELens' training left its state in them, and
-    the configurations name one run.
+    Folders whose names are numbers may be seeds or steps. They are steps if SAELens' training state lies in them and
+    their configurations name one run.
     """
     siblings: dict[Path, list[Path]] = defaultdict(list)
     for path in checkpoints:
@@ -91,15 +91,15 @@ def _steps(checkpoints: list[Path]) -> Iterator[tuple[Path, Path]]:
         matches = [STEP.fullmatch(p.name) for p in others]
         if len(finals) > 1 or not all(matches) or len(members) < 2:
             continue
-        told = bool(finals) or all(m and m["word"] for m in matches)
-        if told or all(any((p / name).is_file() for name in STATE) for p in others):
+        are_steps_by_name = bool(finals) or all(m and m["word"] for m in matches)
+        if are_steps_by_name or all(any((p / name).is_file() for name in STATE) for p in others):
             runs = [_run(p) for p in members]
             if all(run == runs[0] for run in runs):
                 yield from ((p, parent) for p in members)
 
 
 def _run(checkpoint: Path) -> Any:
-    """(folder of checkpoints, seed) as SAELens writes them, which the steps of one run share."""
+    """(folder of checkpoints, seed) from SAELens' configuration. All steps of a run share both."""
     for name in ("runner_cfg.json", "cfg.json"):
         if (checkpoint / name).is_file():
             config = read_json(checkpoint / name, "checkpoint")
@@ -111,13 +111,14 @@ def _run(checkpoint: Path) -> Any:
 def _finals_elsewhere(runs: dict[Path, list[Path]]) -> list[tuple[Path, Path]]:
     """(run, the run that holds its final SAE): RUN/checkpoints/… with RUN or RUN/output, and sparsify's RUN/best/….
 
-    SAELens' output names the folder of its checkpoints. Without this, RUN holds one SAE and one run of checkpoints.
+    SAELens' output names the folder of its checkpoints. If it does not, RUN must hold exactly one SAE and one run of
+    checkpoints.
     """
     pairs, outputs = [], {}
     for run, members in runs.items():
-        said = _run(members[0]) if len(members) == 1 and members[0] == run and run.is_dir() else None
-        if said and said[0] and not any((run / name).is_file() for name in STATE):
-            outputs[Path(said[0]).name] = run
+        run_settings = _run(members[0]) if len(members) == 1 and members[0] == run and run.is_dir() else None
+        if run_settings and run_settings[0] and not any((run / name).is_file() for name in STATE):
+            outputs[Path(run_settings[0]).name] = run
     for run in runs:
         parts = run.parts
         if (final := outputs.get(run.name) or outputs.get(run.parent.name)) and final != run:
@@ -138,5 +139,5 @@ def _finals_elsewhere(runs: dict[Path, list[Path]]) -> list[tuple[Path, Path]]:
 
 @cache
 def _say(line: str) -> None:
-    """On the log, once a process."""
+    """Log a line, once in each process."""
     log.info("%s", line)

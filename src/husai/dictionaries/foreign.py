@@ -1,5 +1,5 @@
-"""SAE checkpoints of other libraries, opened as ours. Which library wrote one is told by the names of its files; names
-of tensors, never shapes, say which side is which."""
+"""Opens SAE checkpoints of other libraries. The names of files identify the library. The names of tensors, never their
+shapes, identify encoder and decoder."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from husai.subjects.hooks import BLOCK, hook_name_of, same_place
 
 log = logging.getLogger("husai")
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
-"""torch's Linear layers store `[out, in]`: both weights are transposed on the way."""
+"""Names of torch's Linear layers, which store `[out, in]`. Both weights are transposed."""
 DIRECT = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
-# dictionary_learning: class -> (architecture, whether b_dec is taken off the input, names of tensors -> ours)
+# dictionary_learning: class -> (architecture, whether b_dec is subtracted from the input, names of tensors -> ours)
 DICTIONARY_LEARNING = {
     "AutoEncoder": ("standard", True, LINEAR | {"bias": "b_dec"}),
     "AutoEncoderNew": ("standard", False, LINEAR | {"decoder.bias": "b_dec"}),
@@ -46,19 +46,21 @@ DICTIONARY_LEARNING = {
 FILES = ("sae.safetensors", "ae.pt", "sae_final.pt", sources.GEMMA_SCOPE, checkpoints.WEIGHTS)
 """Weights files of sparsify, dictionary_learning, the earlier study, Gemma Scope, and SAELens."""
 UPLOAD = "model.safetensors"
-"""Name of the weights in uploads to the hub, of any library and of language models."""
+"""Name of weights on the hub, used by all libraries and by language models."""
 CONFIGS = ("cfg.json", "config.json")
-# Tensors beside the weights that say nothing about encode or decode, or that are read by themselves.
+# Tensors that do not affect encode or decode, or that are read separately.
 BESIDE = {"k", "group_sizes", "feature_counts"}
 
 
 def open_checkpoint(path: Path) -> SAE:
-    """A checkpoint of SAELens (folder with `cfg.json` and `sae_weights.safetensors`; ours are such), of
-    dictionary_learning (`config.json`, `ae.pt`), of sparsify (`cfg.json`, `sae.safetensors`), or of the earlier study
-    (`sae_final.pt`, the file or its folder), of Gemma Scope (`params.npz`), or one that is named (`sources`).
+    """Open a checkpoint of any known library, or one that is given by name (`sources`). No code of a pickle runs.
+
+    Known are SAELens and HUSAI (folder with `cfg.json` and `sae_weights.safetensors`), dictionary_learning
+    (`config.json`, `ae.pt`), sparsify (`cfg.json`, `sae.safetensors`), Gemma Scope (`params.npz`), and the earlier
+    study (`sae_final.pt`, the file or its folder).
 
     Raises:
-        BadInput: none of these, damaged, or with settings whose meaning is not known. No code of a pickle is run.
+        BadInput: the path is none of these, is damaged, or has settings of unknown meaning.
     """
     if in_catalogue(path):
         return finite(sources.open_named(path), path)
@@ -80,7 +82,7 @@ def _open(path: Path) -> SAE:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of weights of a checkpoint of any kind; of several, the first."""
+    """The weights file of a checkpoint; the first one if there are several."""
     if in_catalogue(path):
         return sources.weights_of(path)[0]
     path = sources.local(path)
@@ -89,69 +91,69 @@ def weights_file(path: Path) -> Path:
 
 
 def checkpoint_sha256(path: Path) -> str:
-    """What names the weights of a checkpoint of any kind."""
+    """sha256 that names the weights of a checkpoint."""
     return sources.sha256_of(path) if in_catalogue(path) else sha256_file(weights_file(path))
 
 
 def find(root: Path, flag: str = "--sae-root", hook_name: str | None = None, untrained: bool = False) -> list[Path]:
-    """The checkpoints of any kind at or below `root`, sorted: one of each training (`finding.of_each_run`).
+    """Checkpoints at or below `root`, sorted: one for each training (`finding.of_each_run`).
 
     Args:
-        hook_name: where SAEs of several places lie below `root`, those of this place.
-        untrained: take a run's state before its first step where it is kept.
+        hook_name: if SAEs of several places lie below `root`, take those of this place.
+        untrained: take a run's state from before its first step, if the run kept it.
 
     Raises:
         BadInput: `root` is no folder or holds no checkpoint.
     """
     if not root.is_dir():
         raise BadInput(f"{flag}: {root} is not a folder")
-    found = finding.of_each_run(finding.below(root, _here), untrained)
-    if not found:
+    checkpoints_found = finding.of_each_run(finding.below(root, _here), untrained)
+    if not checkpoints_found:
         raise BadInput(f"{flag}: no checkpoint ({', '.join(FILES)}) below {root}")
-    return found if hook_name is None else _of_place(found, hook_name)
+    return checkpoints_found if hook_name is None else _of_place(checkpoints_found, hook_name)
 
 
 def _here(folder: Path, names: list[str]) -> list[Path]:
-    """The checkpoints whose weights lie in a folder."""
+    """Checkpoints whose weights lie in a folder."""
     steps = [folder / name for name in names if LEARNING_STEP.fullmatch(name)] if folder.name == STEPS_FOLDER else []
     upload = UPLOAD in names and not set(FILES) & set(names) and _uploaded(folder) is not None
     return steps or ([folder] if set(FILES) & set(names) or upload else [])
 
 
-def _of_place(found: list[Path], hook_name: str) -> list[Path]:
-    """The checkpoints of one place of the model, where some are; else all, for a message that names one."""
-    places = {path: place_of(path) for path in found}
+def _of_place(paths: list[Path], hook_name: str) -> list[Path]:
+    """Checkpoints of one place of the model. If none is of this place, all: an error message then names one."""
+    places = {path: place_of(path) for path in paths}
     fitting = [path for path, place in places.items() if place and same_place(place, hook_name)]
     others = [path for path, place in places.items() if place and path not in fitting]
     if not fitting or not others:
-        return found
+        return paths
     log.info("%s: left out with %d more SAEs of other places than %s", others[0], len(others) - 1, hook_name)
-    return [path for path in found if path not in others]
+    return [path for path in paths if path not in others]
 
 
 def place_of(path: Path) -> str | None:
-    """The place in the model that the files beside an SAE's weights say it was trained on; None where they do not."""
+    """Place in the model that an SAE was trained on, as the files beside its weights state; None if they do not."""
     folder = path.parent if path.is_file() else path
     folder = folder.parent if folder.name == STEPS_FOLDER else folder
     if (folder / FILES[0]).is_file():
-        said_by_name = _hookpoint(folder)
-        return said_by_name.get("hook_name") or said_by_name.get("hf_hook_name")
+        place_by_name = _hookpoint(folder)
+        return place_by_name.get("hook_name") or place_by_name.get("hf_hook_name")
     for name in CONFIGS:
         if (folder / name).is_file():
             config = read_json(folder / name, "checkpoint")
             parts = [config.get(part) for part in ("metadata", "trainer")] if isinstance(config, dict) else []
-            said = [part for part in (config, *parts) if isinstance(part, dict)]
+            settings = [part for part in (config, *parts) if isinstance(part, dict)]
             keys = ("hook_name", "hook_point", "submodule_name")
-            place = next((part[key] for part in said for key in keys if part.get(key)), None)
+            place = next((part[key] for part in settings for key in keys if part.get(key)), None)
             return None if place is None else hook_name_of(str(place))
     return None
 
 
 def find_all(paths: list[Path], flag: str, hook_name: str | None = None, untrained: bool = False) -> list[Path]:
-    """The checkpoints at or below these paths and names, in their order, each once. Names stay names (`sources`).
+    """Checkpoints at or below these paths and names, in this order, each once. Names stay names (`sources`).
 
     Args:
-        hook_name, untrained: as in `find`.
+        hook_name, untrained: see `find`.
 
     Raises:
         BadInput: a path does not exist, or holds no checkpoint.
@@ -172,8 +174,10 @@ def _at_or_below(path: Path, flag: str, hook_name: str | None, untrained: bool) 
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The folder of a checkpoint that is named by its folder, by its weights file, or on the hub. An SAE of SAELens'
-    catalogue has none; its name is given back."""
+    """Folder of a checkpoint that is given by its folder, by its weights file, or by a hub name.
+
+    An SAE of SAELens' catalogue has no folder; its name is returned.
+    """
     if in_catalogue(checkpoint):
         return checkpoint
     checkpoint = sources.local(checkpoint)
@@ -185,40 +189,42 @@ def _dictionary_learning(folder: Path, weights: str = "ae.pt") -> SAE:
 
 
 def _learning_step(path: Path) -> SAE:
-    """RUN/checkpoints/ae_<step>.pt, whose configuration lies in RUN."""
+    """Open RUN/checkpoints/ae_<step>.pt, whose configuration lies in RUN."""
     folder = path.parent
     folder = folder.parent if folder.name == STEPS_FOLDER else folder
     return _learning(path, folder / "config.json", finding.step_of(path))
 
 
 def _learning(path: Path, at: Path, step: int | None = None) -> SAE:
-    """A checkpoint of dictionary_learning.
+    """Open a checkpoint of dictionary_learning.
 
     Args:
-        at: its configuration. step: of a checkpoint from before the end of the training; 0 is the untrained state.
+        at: file of its configuration. step: step of a checkpoint from before the end of training; 0 is untrained.
     """
-    config, where = read_json(at, "checkpoint"), f"checkpoint: {at}"
+    config, place_in_messages = read_json(at, "checkpoint"), f"checkpoint: {at}"
     trainer = config.get("trainer") if isinstance(config, dict) else None
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(name, str) or name not in DICTIONARY_LEARNING:
         known = ", ".join(DICTIONARY_LEARNING)
-        raise BadInput(f"{where}: trainer.dict_class {name!r}; one of {known} expected")
+        raise BadInput(f"{place_in_messages}: trainer.dict_class {name!r}; one of {known} expected")
     if unknown := sorted(set(config) - {"trainer", "buffer"}):
-        raise BadInput(f"{where}: {unknown[0]} is not known; trainer and buffer expected")
-    about = TABLE["dictionary_learning config.json trainer"].split(trainer, where)
-    data = TABLE["dictionary_learning config.json buffer"].split(config.get("buffer") or {}, f"{where}: buffer")
+        raise BadInput(f"{place_in_messages}: {unknown[0]} is not known; trainer and buffer expected")
+    described = TABLE["dictionary_learning config.json trainer"].split(trainer, place_in_messages)
+    data = TABLE["dictionary_learning config.json buffer"].split(
+        config.get("buffer") or {}, f"{place_in_messages}: buffer"
+    )
     architecture, subtract, names = DICTIONARY_LEARNING[name]
     state = _tensors(path)
     if "TopK" not in name and (trainer.get("k") is not None or "k" in state):
-        raise BadInput(f"{where}: k is {trainer.get('k', state.get('k'))!r} of {name}, which has none")
+        raise BadInput(f"{place_in_messages}: k is {trainer.get('k', state.get('k'))!r} of {name}, which has none")
     k = _k(state, trainer, path) if "TopK" in name else None
     if "threshold" not in names:
         state.pop("threshold", None)  # AutoEncoderTopK keeps one that its encode does not use
     weights = _renamed(state, names, path)
-    training = {"architecture": name} | about.training | data.training | ({} if k is None else {"k": k})
-    place = _place(about.activations.pop("hook_name", None), data, where)
-    activations = about.activations | data.activations | place
-    metadata = metadata_of(Described({}, activations, training), where=where)
+    training = {"architecture": name} | described.training | data.training | ({} if k is None else {"k": k})
+    place = _place(described.activations.pop("hook_name", None), data, place_in_messages)
+    activations = described.activations | data.activations | place
+    metadata = metadata_of(Described({}, activations, training), where=place_in_messages)
     metadata |= {} if step is None else {"checkpoint_step": step}
     k = k if architecture == "topk" else None
     sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path, untrained=step == 0)
@@ -228,7 +234,7 @@ def _learning(path: Path, at: Path, step: int | None = None) -> SAE:
 
 
 def _place(submodule: Any, buffer: Described, where: str) -> dict[str, str]:
-    """Metadata of the place that dictionary_learning names, and whether its activations are that module's output."""
+    """Metadata of the place that dictionary_learning names: the input or the output of a module."""
     io = buffer.activations.get("io", "out")
     if io not in ("in", "out"):
         raise BadInput(f"{where}: buffer: io is {io!r}; activations of one place expected, 'in' or 'out'")
@@ -247,7 +253,7 @@ def _sparsify(folder: Path, weights: str = "sae.safetensors", config_name: str =
     where = f"checkpoint: {folder / config_name}"
     if not isinstance(config, dict):
         raise BadInput(f"{where} does not hold an SAE's configuration")
-    own = TABLE["sparsify cfg.json"].split(config, where)
+    described = TABLE["sparsify cfg.json"].split(config, where)
     if config.get("activation", "topk") != "topk" or config.get("signed"):
         raise BadInput(f"{where}: activation {config.get('activation')!r}; 'topk', not signed, expected")
     state = read_tensors(path)
@@ -256,18 +262,20 @@ def _sparsify(folder: Path, weights: str = "sae.safetensors", config_name: str =
     names |= {"W_skip": "W_skip"} if config.get("skip_connection") else {}
     weights_of = _renamed(state, names, path)
     run = _sparsify_run(folder, k)
-    training = {"architecture": "topk", "k": k} | own.training if run else {}  # cfg.json alone says too little
+    training = {"architecture": "topk", "k": k} | described.training if run else {}  # cfg.json alone is incomplete
     metadata = metadata_of(Described({}, _hookpoint(folder), training), *run, where=where)
     sae = _finished(weights_of, "topk", k, not config.get("transcode", False), metadata, "sparsify", path)
     _fits(config, "d_in", sae.d_in, path)
-    if config.get("num_latents"):  # 0: not said
+    if config.get("num_latents"):  # 0 means unknown
         _fits(config, "num_latents", sae.d_sae, path)
     return sae
 
 
 def _hookpoint(folder: Path) -> dict[str, str]:
-    """Metadata of the place of sparsify's RUN/<hookpoint>/ or RUN/<hookpoint>/seed<n>/: the folder's name is all that
-    says it."""
+    """Metadata of the place of sparsify's RUN/<hookpoint>/ or RUN/<hookpoint>/seed<n>/, from the folder's name.
+
+    No file states the place.
+    """
     place = folder.resolve()
     name = place.parent.name if re.fullmatch(r"seed\d+", place.name) else place.name
     hook = hook_name_of(name)
@@ -277,7 +285,7 @@ def _hookpoint(folder: Path) -> dict[str, str]:
 
 
 def _sparsify_run(folder: Path, k: int) -> list[Described]:
-    """Settings in sparsify's configuration of the run, one or more levels up; empty where there is none."""
+    """Settings in sparsify's configuration of the run, up to three levels up; empty without such a file."""
     for place in list(folder.resolve().parents)[:3]:
         at = place / "config.json"
         config = read_json(at, "checkpoint") if at.is_file() else None
@@ -292,7 +300,7 @@ def _sparsify_run(folder: Path, k: int) -> list[Described]:
 
 
 def _uploaded(folder: Path) -> Callable[[], SAE] | None:
-    """How to open `model.safetensors` of a folder; None where the files beside it describe no SAE."""
+    """Function that opens `model.safetensors` of a folder; None if the files beside it describe no SAE."""
     for name in CONFIGS:
         if not (folder / name).is_file():
             continue
@@ -324,20 +332,20 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     state = next((saved[name] for name in ("model_state_dict", "sae_state_dict") if name in saved), saved)
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint: {path}: a dictionary of tensors expected")
-    about = saved
+    description = saved
     state = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    has_k, has_threshold = "k" in state or "k" in about, {"threshold", "log_threshold"} & set(state)
-    if "architecture" not in about and has_k and has_threshold:
+    has_k, has_threshold = "k" in state or "k" in description, {"threshold", "log_threshold"} & set(state)
+    if "architecture" not in description and has_k and has_threshold:
         raise BadInput(f"checkpoint: {path} has both k and a threshold and no architecture: topk or batchtopk?")
-    architecture = about.get("architecture", "topk" if has_k else "jumprelu" if has_threshold else "relu")
+    architecture = description.get("architecture", "topk" if has_k else "jumprelu" if has_threshold else "relu")
     kinds = {"topk": "topk", "relu": "standard", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
     if not isinstance(architecture, str) or architecture not in kinds:
         raise BadInput(f"checkpoint: {path}: architecture {architecture!r}; one of {', '.join(kinds)} expected")
     kind = kinds[architecture]
-    k = _k(state, about, path) if kind == "topk" else None
+    k = _k(state, description, path) if kind == "topk" else None
     linear = "encoder.weight" in state
     names = dict(LINEAR if linear else DIRECT)
-    if linear:  # takes nothing off its input, and may have no bias behind the decoder
+    if linear:  # subtracts nothing from its input, and may have no decoder bias
         names["decoder.bias"] = "b_dec"
         if "decoder.weight" in state:
             state.setdefault("decoder.bias", torch.zeros(state["decoder.weight"].shape[:1]))
@@ -350,12 +358,12 @@ def _earlier_study(folder: Path, name: str = "sae_final.pt") -> SAE:
     weights = _renamed(state, names, path)
     sae = _finished(weights, kind, k, not linear, {}, "earlier study", path)
     for name, size in (("d_model", sae.d_in), ("d_sae", sae.d_sae)):
-        _fits(about, name, size, path)
+        _fits(description, name, size, path)
     return sae
 
 
 def finite(sae: SAE, path: Path) -> SAE:
-    """The SAE, or BadInput where a tensor is no finite float, or the decoder is zero."""
+    """The SAE. Raises BadInput if a tensor holds no finite floats, or the decoder is zero."""
     return unit_decoder(checked(sae, {name: tuple(tensor.shape) for name, tensor in sae.weights.items()}, path))
 
 
@@ -370,14 +378,16 @@ OPENERS: tuple[Callable[[Path], SAE], ...] = (
     _gemma_scope,
     checkpoints.load,
 )
-"""One for each of `FILES`."""
+"""Functions that open the files of `FILES`, in the same order."""
 
 
 def _k(state: dict, config: dict, path: Path) -> int:
-    found = [k.item() if isinstance(k, Tensor) and k.numel() == 1 else k for k in (config.get("k"), state.get("k"))]
-    k = found[0] if found[0] is not None else found[1]
-    if None not in found and found[0] != found[1]:
-        raise BadInput(f"checkpoint: {path}: k is {found[0]!r} in its configuration and {found[1]!r} among its tensors")
+    values = [k.item() if isinstance(k, Tensor) and k.numel() == 1 else k for k in (config.get("k"), state.get("k"))]
+    k = values[0] if values[0] is not None else values[1]
+    if None not in values and values[0] != values[1]:
+        raise BadInput(
+            f"checkpoint: {path}: k is {values[0]!r} in its configuration and {values[1]!r} among its tensors"
+        )
     if type(k) is not int or k < 1:
         raise BadInput(f"checkpoint: {path}: k is {k!r}; a positive whole number expected")
     return k
@@ -389,14 +399,19 @@ def _fits(config: dict, name: str, size: int, path: Path) -> None:
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Tensor]:
-    """The tensors in our names, `[in, out]`; BadInput where one is missing or unknown."""
+    """The tensors in HUSAI's names, `[in, out]`. Raises BadInput for a missing or unknown tensor."""
     if missing := sorted(set(names) - set(state)):
         raise BadInput(f"checkpoint: {path}: {missing[0]} is missing")
     if unknown := sorted(set(state) - set(names) - BESIDE):
         raise BadInput(f"checkpoint: {path}: {unknown[0]} is not known; it may change what the SAE computes")
     linear = {"encoder.weight", "decoder.weight"} & set(names)
-    turned = {theirs for theirs in linear if state[theirs].ndim == 2}  # torch deprecates `.T` of any other shape
-    return {ours: state[theirs].T if theirs in turned else state[theirs] for theirs, ours in names.items()}
+    turned = {
+        foreign_name for foreign_name in linear if state[foreign_name].ndim == 2
+    }  # torch deprecates `.T` of any other shape
+    return {
+        husai_name: state[foreign_name].T if foreign_name in turned else state[foreign_name]
+        for foreign_name, husai_name in names.items()
+    }
 
 
 def _finished(
@@ -413,7 +428,7 @@ def _finished(
     if not plain or weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
         raise BadInput(f"checkpoint: {path}: its weights are no dense matrices and vectors of floats")
     (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
-    if "threshold" in weights and weights["threshold"].ndim == 0:  # one for all features, as BatchTopK learns it
+    if "threshold" in weights and weights["threshold"].ndim == 0:  # BatchTopK learns one threshold for all features
         if weights["threshold"] < 0 and not untrained:
             raise BadInput(f"checkpoint: {path}: its threshold was never learned; train it for longer")
         weights["threshold"] = weights["threshold"].expand(d_sae)
@@ -435,11 +450,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch_load(path: Path) -> dict:
-    """A dictionary saved by torch. Only tensors and plain values are unpickled: nothing else in a file can run."""
+    """Load a dictionary that torch saved. Only tensors and plain values are unpickled, therefore no code can run."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's advice on pickles; the line below says what matters
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on pickles; weights_only is set below
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever a damaged archive happens to cause
+    except Exception as error:  # damaged archives raise various errors
         if type(error).__name__ == "UnpicklingError":
             raise BadInput(
                 f"checkpoint: {path} holds more than tensors and plain values, or is no torch file"

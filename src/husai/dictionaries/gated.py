@@ -1,5 +1,5 @@
-"""Gated SAEs (Rajamanoharan et al., arXiv 2404.16014): one half decides which features are active, the other how much;
-they share encoder directions. The L1 penalty touches the gate alone, so magnitudes are not shrunk."""
+"""Gated SAEs (Rajamanoharan et al., arXiv 2404.16014): a gate decides which features are active, a second path sets
+their magnitudes. Both share encoder directions. The L1 penalty acts on the gate alone, so magnitudes do not shrink."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def init(shape: Shape, generators: list[torch.Generator]) -> Params:
 
 
 def loss(params: Params, buffers: Params, batch: Batch) -> Outcome:
-    """Equation 8: ‖y − ŷ‖² + penalty · Σ ReLU(gate) + ‖y − ReLU(gate) W_dec − b_dec‖² with the decoder of the last
-    term held fixed; each in units of the variance (the penalty's in those of its root), averaged over rows."""
+    """Equation 8: ‖y − ŷ‖² + penalty · Σ ReLU(gate) + ‖y − ReLU(gate) W_dec − b_dec‖², averaged over rows.
+
+    The decoder of the last term has no gradient. Squared errors are in units of the variance, the penalty in units of
+    its square root.
+    """
     W_dec, b_dec = params["W_dec"], params["b_dec"].unsqueeze(1)
     shared = torch.bmm(batch.x - b_dec, params["W_enc"])
     gate = shared + params["b_gate"].unsqueeze(1)

@@ -1,5 +1,7 @@
-"""JumpReLU SAEs (Rajamanoharan et al., arXiv 2407.14435): a feature is active above a threshold of its own, learned
-through straight-through estimators from an L0 penalty and from the reconstruction."""
+"""JumpReLU SAEs (Rajamanoharan et al., arXiv 2407.14435): each feature is active above its own threshold.
+
+Thresholds are learned by straight-through estimators from the reconstruction error and an L0 penalty.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ INITIAL_THRESHOLD = 0.1
 
 
 def init(shape: Shape, generators: list[torch.Generator]) -> Params:
-    """Tied. The threshold itself is the parameter: at Adam's step sizes its logarithm would hardly move."""
+    """Tied initialisation. The threshold is a parameter, because its logarithm hardly moves at Adam's step sizes."""
     n = len(generators)
     return tied_init(shape, generators) | {"threshold": torch.full((n, shape.d_sae), INITIAL_THRESHOLD)}
 
@@ -54,8 +56,10 @@ def loss(params: Params, buffers: Params, batch: Batch) -> Outcome:
 
 
 def calibrated(sae: SAE, x: Tensor, k: int) -> SAE:
-    """The same SAE with all thresholds multiplied by one factor, so that `x [rows, d_in]` has k active features a row
-    on average. The penalty's controller comes near; thresholds hardly move once the learning rate falls."""
+    """The same SAE with thresholds multiplied by one factor, which gives rows `x [rows, d_in]` a mean L0 of k.
+
+    The penalty's controller misses k slightly, because thresholds hardly move once the learning rate decays.
+    """
     w = sae.weights
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     threshold = w["threshold"].clamp_min(torch.finfo(pre.dtype).tiny)

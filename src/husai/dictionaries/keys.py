@@ -1,14 +1,14 @@
-"""Keys of the libraries' configuration files, by what they mean.
+"""Keys of the libraries' configuration files, grouped by meaning.
 
-A reader passes each file through its row of `TABLE`. A key that the row does not know is refused by its name.
+A reader passes each file through its row of `TABLE`. Unknown keys are refused by name.
 
-What a reader keeps in `SAE.metadata`, whatever library wrote the checkpoint:
+A reader keeps the following in `SAE.metadata`, for every library:
 
-- `metadata[name]` for the values of `ACTIVATIONS`: how the activations were made, in SAELens' names. `hook_name` is
-  TransformerLens' name of the place, `hf_hook_name` the library's own where it differs. `revision` repeats the one
-  inside `model_from_pretrained_kwargs`. `normalize_activations` stands there only where it remains to be applied.
-- `metadata["training"]`: how the SAE was trained, flat, each key as the library writes it, with `architecture`, `k` and
-  the seeds. It is absent where the files say nothing.
+- `metadata[name]` for the names in `ACTIVATIONS`: how the activations were made, in SAELens' names. `hook_name` is
+  TransformerLens' name of the place. `hf_hook_name` is the library's name if it differs. `revision` repeats the value
+  inside `model_from_pretrained_kwargs`. `normalize_activations` is present only if it must still be applied.
+- `metadata["training"]`: settings of the training, flat, with the library's keys, `architecture`, `k` and the seeds. It
+  is absent if the files state nothing.
 
 Values that are absent, None or empty are left out.
 """
@@ -28,27 +28,27 @@ ACTIVATIONS = (
     *("context_size", "prepend_bos", "seqpos_slice", "exclude_special_tokens", "sequence_separator_token"),
     *("disable_concat_sequences", "autocast_lm", "dtype", "normalize_activations", "max_examples"),
 )
-"""Names in `SAE.metadata` of how activations were made."""
+"""Names in `SAE.metadata` of settings by which activations were made."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Meanings of the keys of one file."""
+    """Keys of one file, grouped by meaning."""
 
     computes: tuple[str, ...] = ()
     """Keys that change encode or decode, or name shapes. The reader uses each."""
     activations: dict[str, str] = field(default_factory=dict)
     """Key -> name in `SAE.metadata`."""
     training: tuple[str, ...] = ()
-    """How the SAE was trained."""
+    """Keys of the training's settings."""
     run: tuple[str, ...] = ()
-    """Machine, paths and logs of the run; nothing is kept."""
+    """Keys of machine, paths and logs of the run. They are dropped."""
 
     def split(self, config: dict[str, Any], where: str) -> Described:
-        """The configuration by meaning.
+        """The configuration, grouped by meaning.
 
         Raises:
-            BadInput: a key is in none of the meanings.
+            BadInput: a key is unknown.
         """
         known = {*self.computes, *self.activations, *self.training, *self.run}
         for key in sorted(set(config) - known):
@@ -66,15 +66,15 @@ class Keys:
 
 @dataclass(frozen=True)
 class Described:
-    """Contents of a file, by meaning."""
+    """Content of a file, grouped by meaning."""
 
     computes: dict[str, Any] = field(default_factory=dict)
     activations: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
 
-# Of SAELens' SAEs since version 3, their trainings and their runs. Versions 3 to 5 write a checkpoint's cfg.json from
-# the whole configuration of the run; version 6 from the class that trains, beside runner_cfg.json.
+# Keys of SAELens since version 3. Versions 3 to 5 write the whole configuration of a run into a checkpoint's cfg.json.
+# Version 6 writes the configuration of the training class, and that of the run into runner_cfg.json.
 _SAELENS_SAE = (
     *("architecture", "d_in", "d_sae", "d_out", "k", "apply_b_dec_to_input", "normalize_activations"),
     *("reshape_activations", "rescale_acts_by_decoder_norm", "metadata"),
@@ -84,7 +84,7 @@ SAELENS_OBJECTS = (
     *("residual_threshold", "max_iterations", "stop_on_duplicate_support", "n_heads", "n_attn_layers"),
     *("bottleneck_factor", "sae_diff_type", "kval_topk", "tied_weights", "activation_normalization_factor"),
 )
-"""Settings of matching pursuit and of temporal SAEs, which SAELens' own objects compute."""
+"""Settings of matching-pursuit and temporal SAEs, which SAELens' own objects compute."""
 _SAELENS_ACTIVATIONS = {
     name: name
     for name in ACTIVATIONS
@@ -179,10 +179,10 @@ TABLE = {
 
 
 def metadata_of(*described: Described, where: str) -> dict[str, Any]:
-    """`SAE.metadata` of what several files of one checkpoint say, in the form that the module's docstring gives.
+    """`SAE.metadata` from several files of one checkpoint, in the form that the module's docstring gives.
 
     Raises:
-        BadInput: two files say different things about the activations.
+        BadInput: two files contradict each other about the activations.
     """
     metadata: dict[str, Any] = {}
     training: dict[str, Any] = {}

@@ -1,5 +1,5 @@
-"""Settings of training that the libraries write beside an SAE, flat: dotted key -> value. Which of them may differ
-between seed replicates stands in one table."""
+"""Settings of training that libraries write beside an SAE, flat: dotted key -> value. A table lists the settings in
+which seed replicates may differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from husai.runs.files import read_json
 from husai.subjects.hooks import BLOCK
 
 FILES = ("runner_cfg.json", "config.json")
-"""SAELens' whole runner; dictionary_learning's trainer and buffer, or sparsify's run."""
+"""Configuration of SAELens' runner; of dictionary_learning's trainer and buffer, or of sparsify's run."""
 LEVELS = 2
 """Folders above an SAE that may hold the file of its run: sparsify writes RUN/config.json and
 RUN/<hookpoint>/seed<n>/, SAELens RUN/runner_cfg.json and RUN/<steps>/."""
@@ -38,42 +38,42 @@ MAY_DIFFER = {
     "places of the whole run; each SAE's own is compared": ("hookpoints", "layers", "layer_stride"),
     "measured": ("norm_factor",),
 }
-"""Reason -> keys in which seed replicates may differ, by any part of their dotted names. Keys that begin with `wandb`
+"""Reason -> keys in which seed replicates may differ. Any part of a dotted key may match. Keys that begin with `wandb`
 may differ as well."""
 STARTS = ("finetune", "from_pretrained_path", "pretrained_path")
-"""Keys that name what an SAE was initialised from."""
+"""Keys that name the checkpoint an SAE was initialised from."""
 SEEDED = {"dictionary_learning": "seed", "sparsify": "init_seeds"}
-"""Library -> the key of the seed that it draws initialisations with. SAELens' seed orders the data alone."""
+"""Library -> key of the seed of its initialisations. SAELens' seed orders the data alone."""
 
 
 def may_differ(key: str) -> bool:
-    """Whether seed replicates may differ in a dotted key."""
+    """True if seed replicates may differ in a dotted key."""
     parts = key.split(".")
     allowed = {name for names in MAY_DIFFER.values() for name in names}
     return any(part in allowed or part.startswith("wandb") for part in parts)
 
 
 def settings_of(path: Path, sae: SAE) -> dict[str, Any]:
-    """What a checkpoint and the files beside it say about its training; empty where they say nothing.
+    """Training settings in a checkpoint and the files beside it; empty if they state none.
 
     Raises:
-        BadInput: a file that is there cannot be read.
+        BadInput: a file exists but cannot be read.
     """
     if library(sae) == "husai":
         return flat(sae.metadata["husai"])
     if training := sae.metadata.get("training"):
         return flat({name: sae.metadata[name] for name in ACTIVATIONS if name in sae.metadata} | training)
-    found = flat({name: sae.metadata[name] for name in DETAILS if name in sae.metadata})
+    settings = flat({name: sae.metadata[name] for name in DETAILS if name in sae.metadata})
     if foreign.in_catalogue(path):
-        return found
+        return settings
     folder = foreign.folder_of(path)
     levels = 1 if is_name(path) else LEVELS + 1
     for place in [folder, *folder.resolve().parents][:levels]:
         for name in FILES:
             if (place / name).is_file():
                 value = read_json(place / name, "checkpoint")
-                return found | (flat(value) if isinstance(value, dict) else {})
-    return found
+                return settings | (flat(value) if isinstance(value, dict) else {})
+    return settings
 
 
 DETAILS = ("training_architecture", "training_architecture_details", "sae_lens_training_version")
@@ -82,46 +82,48 @@ DETAILS = ("training_architecture", "training_architecture_details", "sae_lens_t
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, entry in value.items():
-        found |= flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {f"{prefix}{key}": entry}
-    return found
+        entries |= flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {f"{prefix}{key}": entry}
+    return entries
 
 
 def place_of(sae: SAE) -> str | None:
-    """The place of the model that an SAE was trained on: a hook, or the library's name of a module without one. None
-    where the files say nothing, or what names no place of a model."""
-    own = sae.metadata.get("hf_hook_name")
-    return sae.metadata.get("hook_name") or (own if own and BLOCK.fullmatch(own) else None)
+    """Place in the model that an SAE was trained on: a hook, or the library's name of a module without a hook.
+
+    None if the files state no place, or the name is no place of a model.
+    """
+    module_name = sae.metadata.get("hf_hook_name")
+    return sae.metadata.get("hook_name") or (module_name if module_name and BLOCK.fullmatch(module_name) else None)
 
 
 def library(sae: SAE) -> str:
-    """What wrote a checkpoint."""
-    made = sae.metadata.get("husai") or {}
-    return "husai" if "training" in made else made.get("source", "SAELens")
+    """Name of the library that wrote a checkpoint."""
+    metadata = sae.metadata.get("husai") or {}
+    return "husai" if "training" in metadata else metadata.get("source", "SAELens")
 
 
 def initial_seed(path: Path, sae: SAE, settings: dict[str, Any]) -> Any:
-    """The seed of an SAE's initialisation, as its library wrote it; None where it is not said."""
+    """Seed of an SAE's initialisation, as its library wrote it; None if unknown."""
     key = SEEDED.get(library(sae))
     value = next((v for name, v in settings.items() if name.rpartition(".")[2] == key), None)
     if not isinstance(value, list):
         return value
     if len(value) == 1:
         return value[0]
-    name = foreign.folder_of(path).name  # of several seeds, each has a folder
+    name = foreign.folder_of(path).name  # each of several seeds has its own folder
     return name.removeprefix("seed") if name.startswith("seed") else None
 
 
 TOKENS = ("training_tokens", "total_training_tokens", "tokens", "num_tokens")
-"""Last parts of keys that hold the tokens of a training."""
+"""Last parts of keys that hold the number of training tokens."""
 
 
 def tokens_of(sae: SAE, settings: dict[str, Any]) -> int | None:
-    """Tokens that an SAE was trained on, as its files say; None where they do not.
+    """Number of tokens that an SAE was trained on, as its files state; None if they do not.
 
     Args:
-        settings: of `settings_of`. dictionary_learning writes steps and the rows of a batch.
+        settings: result of `settings_of`. dictionary_learning writes steps and rows of a batch instead of tokens.
     """
     named = {key.rpartition(".")[2]: value for key, value in settings.items()}
     for key in TOKENS:

@@ -1,4 +1,4 @@
-"""One trained SAE (or transcoder), as it is used: encode and decode, in plain PyTorch."""
+"""A trained SAE or transcoder: encode and decode, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENCODER = {
     "jumprelu": ("W_enc", "b_enc", "threshold"),
     "gated": ("W_enc", "b_gate", "b_mag", "r_mag"),
 }
-"""What each kind of encoder consists of; the decoder is `W_dec`, `b_dec`, for skip transcoders also `W_skip`."""
+"""Kind of encoder -> its tensors. The decoder is `W_dec` and `b_dec`, for skip transcoders also `W_skip`."""
 ARCHITECTURES = {
     **{name: name for name in ENCODER},
     "transcoder": "standard",
@@ -26,7 +26,7 @@ ARCHITECTURES = {
 
 
 class Autoencoder(Protocol):
-    """What encodes rows and decodes them: an SAE, or a dictionary of prototypes."""
+    """Interface of objects that encode and decode rows: SAEs and dictionaries of prototypes."""
 
     @property
     def d_sae(self) -> int: ...
@@ -37,17 +37,17 @@ class Autoencoder(Protocol):
 
 @dataclass
 class SAE:
-    """The tensors, in SAELens' names and shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`,
+    """Tensors of an SAE, in SAELens' names and shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`,
     `b_dec [d_out]`; `threshold`, `b_gate`, `b_mag`, `r_mag` `[d_sae]`; `W_skip [d_out, d_in]`."""
 
     weights: dict[str, Tensor]
     architecture: str = "topk"
     k: int | None = None
-    """Active features a row, for topk alone."""
+    """Number of active features a row, for topk alone."""
     subtract_b_dec: bool = True
-    """Whether the encoder takes b_dec off its input. Transcoders do not."""
+    """Whether the encoder subtracts b_dec from its input. Transcoders do not."""
     metadata: dict = field(default_factory=dict)
-    """How it was made: model_name, hook_name, and under `husai` family, seeds, tokens, and digests."""
+    """How the SAE was made: model_name, hook_name, and under `husai` family, seeds, tokens, and digests."""
 
     @property
     def W_enc(self) -> Tensor:
@@ -70,7 +70,7 @@ class SAE:
         return self.W_dec.shape[0]
 
     def to(self, device: torch.device | str) -> SAE:
-        """The same on another device."""
+        """The same SAE on another device."""
         return replace(self, weights={name: t.to(device) for name, t in self.weights.items()})
 
     def encode(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Skip transcoders (Paulo et al., arXiv 2501.18823): a transcoder beside a linear map,
+"""Skip transcoders (Paulo et al., arXiv 2501.18823): a transcoder plus a linear map,
 ŷ = f(x) W_dec + b_dec + x W_skip."""
 
 from __future__ import annotations

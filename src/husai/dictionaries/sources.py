@@ -1,12 +1,12 @@
-"""Checkpoints by name, and SAELens' own objects behind our `SAE`.
+"""Opens checkpoints by name, and wraps SAELens' own objects as `SAE`.
 
     sae-lens:RELEASE/SAE_ID      an SAE of SAELens' catalogue, read by SAELens' own loader
-    hf:REPO[@REVISION]/PATH      a checkpoint, or a folder of some, of a repository on the Hugging Face hub
+    hf:REPO[@REVISION]/PATH      a checkpoint, or a folder of checkpoints, in a repository on the Hugging Face hub
 
-A name is a `Path` like every other checkpoint, and stays one: `foreign.find_all`, `foreign.open_checkpoint` and
-`foreign.checkpoint_sha256` take both. Files come from the local hub cache. HUSAI downloads what the cache lacks,
-because the user named it. Files of one repository come from one commit. Nothing that is downloaded can run: pickles
-are read weights-only, in SAELens' loaders too, and no path leaves its repository.
+A name is a `Path`, as every checkpoint is: `foreign.find_all`, `foreign.open_checkpoint` and
+`foreign.checkpoint_sha256` take paths and names. Files come from the local hub cache. HUSAI downloads files that the
+cache lacks, because the user named them. Files of one repository come from one commit. Downloaded code cannot run:
+pickles are read weights-only, in SAELens' loaders too, and no path leaves its repository.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _downloads: ContextVar[bool] = ContextVar("downloads", default=True)
 
 @contextmanager
 def cached_only() -> Iterator[None]:
-    """Names are read from the local hub cache alone: a file named them, not the user."""
+    """Context in which names are read from the local hub cache alone, because a file and not the user gave them."""
     token = _downloads.set(False)
     try:
         yield
@@ -60,20 +60,20 @@ def cached_only() -> Iterator[None]:
 
 
 _LOCATED: dict[tuple[str, Path], tuple[Path, Path]] = {}
-"""(hub cache, name) -> (snapshot, file or folder in it): the hub is asked once about a name."""
+"""(hub cache, name) -> (snapshot, file or folder in it). The hub is asked once about each name."""
 
 
 def local(name: Path, flag: str = "checkpoint") -> Path:
-    """The file or folder in the local hub cache that `hf:REPO[@REVISION]/PATH` names; any other path itself.
+    """File or folder in the local hub cache that `hf:REPO[@REVISION]/PATH` names. Any other path is returned unchanged.
 
     Raises:
-        BadInput: the name is malformed or leaves its repository, or the cache lacks it and it cannot be downloaded.
+        BadInput: the name is malformed or leaves its repository, or the file is not cached and cannot be downloaded.
     """
     return _locate(name, flag)[1] if str(name).startswith(HUB) else name
 
 
 def pinned(name: Path, place: Path, flag: str = "checkpoint") -> Path:
-    """The name of a checkpoint at or below what `name` names, with the commit that it is read from.
+    """Name of a checkpoint at or below `name`, with the commit that it is read from.
 
     Args:
         place: the checkpoint in the local hub cache.
@@ -82,9 +82,9 @@ def pinned(name: Path, place: Path, flag: str = "checkpoint") -> Path:
 
     snapshot, _ = _locate(name, flag)
     repo = _parse(name, flag)[0]
-    found = Path(f"{HUB}{repo}@{snapshot.name}", place.relative_to(snapshot))
-    _LOCATED[HF_HUB_CACHE, found] = snapshot, _inside(place, snapshot, found)
-    return found
+    pinned_name = Path(f"{HUB}{repo}@{snapshot.name}", place.relative_to(snapshot))
+    _LOCATED[HF_HUB_CACHE, pinned_name] = snapshot, _inside(place, snapshot, pinned_name)
+    return pinned_name
 
 
 def _parse(name: Path, flag: str) -> tuple[str, str | None, str]:
@@ -97,34 +97,34 @@ def _parse(name: Path, flag: str) -> tuple[str, str | None, str]:
 
 
 def _locate(name: Path, flag: str) -> tuple[Path, Path]:
-    """(the folder of the repository's snapshot, the file or folder in it)."""
+    """(folder of the repository's snapshot, file or folder in it)."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if (HF_HUB_CACHE, name) in _LOCATED:
         return _LOCATED[HF_HUB_CACHE, name]
     repo, revision, inside = _parse(name, flag)
     patterns = [f"{glob.escape(inside)}/{n}" if inside else n for n in DOWNLOADED]
-    if inside:  # a file, and what lies beside it
+    if inside:  # a file, and the JSON files beside it
         patterns += [glob.escape(inside), f"{glob.escape(str(Path(inside).parent))}/*.json".removeprefix("./")]
     try:
         snapshot = _snapshot(repo, revision, patterns)
     except Exception as error:  # whatever the hub's client raises
         raise BadInput(f"{flag}: {name} {_unavailable(error)}") from None
-    found = snapshot / inside
-    if not found.exists():
+    path = snapshot / inside
+    if not path.exists():
         raise BadInput(
             f"{flag}: {name} is not at commit {snapshot.name[:12]} of the repository, as far as the local hub cache "
             f"{HF_HUB_CACHE} or the hub says; a path inside the repository expected"
         )
-    _LOCATED[HF_HUB_CACHE, name] = snapshot, _inside(found, snapshot, name)
-    return snapshot, found
+    _LOCATED[HF_HUB_CACHE, name] = snapshot, _inside(path, snapshot, name)
+    return snapshot, path
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder of a repository's snapshot, with the files that match; at the commit that is cached, if one is.
+    """Folder of a repository's snapshot with the matching files, at the cached commit if there is one.
 
-    The hub's client completes a download that was cut off. Without a network it gives the cached folder, unless it
-    knows that a file is missing there.
+    The hub's client completes an interrupted download. Without a network it returns the cached folder, unless it knows
+    that a file is missing.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -137,7 +137,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _fetch(fetched: list[Path], repo_id: str, filename: str, subfolder: str | None = None, **more: Any) -> str:
-    """`hf_hub_download` for SAELens' loaders: the cached file, or else the one of the cached commit."""
+    """`hf_hub_download` for SAELens' loaders: the cached file, else a download from the cached commit."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -145,23 +145,23 @@ def _fetch(fetched: list[Path], repo_id: str, filename: str, subfolder: str | No
     if ".." in Path(filename).parts or Path(filename).is_absolute():
         raise BadInput(f"checkpoint: {filename} leaves the repository {repo_id}")
     try:
-        found = Path(hf_hub_download(repo_id, filename, revision=revision, local_files_only=True))
+        path = Path(hf_hub_download(repo_id, filename, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         if not _downloads.get():
             raise LocalEntryNotFoundError(f"{repo_id}: {filename}") from None
-        found = _snapshot(repo_id, revision, [glob.escape(filename)]) / filename
-        if not found.is_file():
+        path = _snapshot(repo_id, revision, [glob.escape(filename)]) / filename
+        if not path.is_file():
             raise EntryNotFoundError(f"{repo_id} has no {filename}, or the hub cannot be reached") from None
-    snapshot = found.parents[len(Path(filename).parts) - 1]
-    fetched.append(_inside(found, snapshot, Path(filename)))
-    return str(found)
+    snapshot = path.parents[len(Path(filename).parts) - 1]
+    fetched.append(_inside(path, snapshot, Path(filename)))
+    return str(path)
 
 
-def _inside(found: Path, snapshot: Path, name: Path) -> Path:
-    """`found`, or BadInput where a link leads out of the repository's part of the cache."""
-    if not found.resolve().is_relative_to(snapshot.parents[1].resolve()):
-        raise BadInput(f"checkpoint: {name} leads out of its repository, to {found.resolve()}")
-    return found
+def _inside(path: Path, snapshot: Path, name: Path) -> Path:
+    """`path`. Raises BadInput if a link leads out of the repository's part of the cache."""
+    if not path.resolve().is_relative_to(snapshot.parents[1].resolve()):
+        raise BadInput(f"checkpoint: {name} leads out of its repository, to {path.resolve()}")
+    return path
 
 
 def _unavailable(error: Exception) -> str:
@@ -179,7 +179,7 @@ def _unavailable(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the hub's client says about its retries and fallbacks."""
+    """Context without the hub client's messages on retries and fallbacks."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -193,15 +193,15 @@ def _quiet() -> Iterator[None]:
 # SAELens' catalogue
 
 _WEIGHTS_OF: dict[Path, list[Path]] = {}
-"""Name -> the files of weights that SAELens' loader read."""
+"""Name -> weights files that SAELens' loader read."""
 
 
 def open_named(name: Path, flag: str = "checkpoint") -> SAE:
-    """An SAE of SAELens' catalogue.
+    """Open an SAE of SAELens' catalogue.
 
     Raises:
-        BadInput: no such SAE, the local hub cache lacks it and it cannot be downloaded, it is damaged, its file holds
-            more than weights, or HUSAI cannot compute what it computes.
+        BadInput: the SAE does not exist, is not cached and cannot be downloaded, is damaged, its file holds more than
+            weights, or HUSAI cannot compute its map.
     """
     release, sae_id = refuse_unknown(name, flag)
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
@@ -211,53 +211,53 @@ def open_named(name: Path, flag: str = "checkpoint") -> SAE:
     loaders, fetched = loaders_that_run_nothing()
     converter = loaders.NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(release)]
     try:
-        with warnings.catch_warnings(action="ignore"):  # what matters of it, `behind` refuses
+        with warnings.catch_warnings(action="ignore"):  # `behind` refuses settings that matter
             peer, *_ = Peer.from_pretrained_with_cfg_and_sparsity(release, sae_id, converter=converter)
     except BadInput as error:
         raise BadInput(f"{flag}: {name}: {error}") from None
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise BadInput(f"{flag}: {name} {_unavailable(error)}") from None
-    except Exception as error:  # a loader raises whatever a damaged or foreign file happens to cause
+    except Exception as error:  # damaged or foreign files raise various errors
         raise BadInput(f"{flag}: {name}: {_unreadable(error)}") from None
     _WEIGHTS_OF[name] = [p for p in fetched if p.suffix in WEIGHTS and p.name != "sparsity.safetensors"]
     return behind(peer, f"{flag}: {name}")
 
 
 def weights_of(name: Path) -> list[Path]:
-    """The files of weights of an SAE of the catalogue."""
+    """Weights files of an SAE of the catalogue."""
     if name not in _WEIGHTS_OF:
         open_named(name)
     return _WEIGHTS_OF[name]
 
 
 def sha256_of(name: Path) -> str:
-    """What names the weights of an SAE of the catalogue: the sha256 of its file; of several, of all sha256."""
-    found = [sha256_file(path) for path in weights_of(name)]
-    return found[0] if len(found) == 1 else digest(found)
+    """sha256 that names the weights of an SAE of the catalogue: of its file, or of all its files' sha256."""
+    digests = [sha256_file(path) for path in weights_of(name)]
+    return digests[0] if len(digests) == 1 else digest(digests)
 
 
 def refuse_unknown(name: Path, flag: str = "checkpoint") -> tuple[str, str]:
-    """(release, id) of an SAE of the catalogue; BadInput where the catalogue lacks it."""
+    """(release, id) of an SAE of the catalogue. Raises BadInput if the catalogue lacks it."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     release, _, sae_id = str(name).removeprefix(CATALOGUE).partition("/")
     catalogue = get_pretrained_saes_directory()
-    known, what = (catalogue, release) if release not in catalogue else (catalogue[release].saes_map, sae_id)
-    if what not in known:
-        near = difflib.get_close_matches(what, known, 3) or sorted(known)[:3]
+    known, part = (catalogue, release) if release not in catalogue else (catalogue[release].saes_map, sae_id)
+    if part not in known:
+        near = difflib.get_close_matches(part, known, 3) or sorted(known)[:3]
         kind = "id of its release" if release in catalogue else "release"
         raise BadInput(
-            f"{flag}: {name}: {what!r} is no {kind} in SAELens' catalogue; one such as {', '.join(near)} expected "
+            f"{flag}: {name}: {part!r} is no {kind} in SAELens' catalogue; one such as {', '.join(near)} expected "
             "(scripts/analysis/list_saes.py prints all)"
         )
     return release, sae_id
 
 
 def loaders_that_run_nothing() -> tuple[Any, list[Path]]:
-    """(SAELens' loaders, the files that they will have fetched).
+    """(SAELens' loaders, list that collects the files that they fetch).
 
-    The module is a copy of `sae_lens.loading.pretrained_sae_loaders` whose ways out are ours: files come from `_fetch`,
-    shapes from cached files in place of HTTP, and pickles are read weights-only, whatever the environment says.
+    The module is a copy of `sae_lens.loading.pretrained_sae_loaders` with replaced input functions: files come from
+    `_fetch`, shapes come from cached files instead of HTTP, and pickles are read weights-only in every environment.
     """
     import numpy
 
@@ -280,7 +280,7 @@ def _shapes(path: str) -> dict[str, list[int]]:
 
 
 def _unreadable(error: Exception, reader: str = "SAELens") -> str:
-    """What a loader's error means, in one line."""
+    """Meaning of a loader's error, in one line."""
     if type(error).__name__ == "UnpicklingError" or "allow_pickle" in str(error):
         return "its file holds more than tensors and plain values, which could run code"
     return f"{reader} cannot read it ({type(error).__name__}: {_first_line(error)})"
@@ -303,23 +303,23 @@ REFUSED = {
 }
 """Architecture or scaling of activations -> why HUSAI cannot compute it soundly."""
 BY_ROW = ("layer_norm", "constant_norm_rescale")
-"""Scalings by statistics of the row itself, which decode takes back."""
+"""Scalings by statistics of the row itself, which decode reverts."""
 
 
 def beyond_formulas(config: dict) -> bool:
-    """Whether a `cfg.json` of SAELens describes what only SAELens' own object computes."""
+    """True if a `cfg.json` of SAELens describes an SAE that only SAELens' own object can compute."""
     values = [config.get(key) for key in ("architecture", "normalize_activations", "reshape_activations")]
     beyond = (*BY_ROW, "hook_z", "matching_pursuit", "temporal", "abstopk", "covariance_whitening")
-    before_6 = not {"reshape_activations", "metadata"} & set(config)  # where SAELens tells heads by the hook's name
+    before_6 = not {"reshape_activations", "metadata"} & set(config)  # SAELens then recognises heads by the hook's name
     heads = before_6 and "hook_z" in str(config.get("hook_name") or config.get("hook_point"))
     return heads or any(value in beyond for value in values)
 
 
 def open_folder(folder: Path) -> SAE:
-    """A folder in SAELens' layout, read by SAELens.
+    """Open a folder in SAELens' layout by SAELens' own code.
 
     Raises:
-        BadInput: damaged, or HUSAI cannot compute what it computes.
+        BadInput: the folder is damaged, or HUSAI cannot compute the SAE's map.
     """
     from sae_lens import SAE as Peer
 
@@ -333,10 +333,10 @@ def open_folder(folder: Path) -> SAE:
 
 
 def behind(peer: Any, where: str) -> SAE:
-    """SAELens' object as an `SAE`: its weights where our formulas compute the same, else the object itself.
+    """SAELens' object as an `SAE`: by its weights if HUSAI's formulas compute the same map, else by the object itself.
 
     Raises:
-        BadInput: neither is sound.
+        BadInput: HUSAI cannot judge such an SAE.
     """
     config = peer.cfg
     architecture, scaling = config.architecture(), config.normalize_activations
@@ -358,7 +358,7 @@ def behind(peer: Any, where: str) -> SAE:
 
 @dataclass
 class PeerSAE(SAE):
-    """An SAE that SAELens computes, because the formulas of `SAE` do not. Rows of attention heads are flat."""
+    """An SAE that SAELens computes, because the formulas of `SAE` do not cover it. Attention heads are flattened."""
 
     peer: Any = None
     """SAELens' object."""
@@ -368,13 +368,12 @@ class PeerSAE(SAE):
 
     @property
     def computes(self) -> dict:
-        """Settings that change encode or decode."""
+        """Settings that affect encode or decode."""
         config = self.peer.cfg.to_dict()
         return {k: v for k, v in config.items() if k not in ("metadata", "device", "dtype", "d_in", "d_sae")}
 
     def unit(self) -> None:
-        """Bring decoder rows to norm 1 where the scale of features is free, the median norm of a TopK SAE's
-        (`checkpoints.unit_decoder`)."""
+        """Scale decoder rows to norm 1, or a TopK SAE's rows to median norm 1 (`checkpoints.unit_decoder`)."""
         architecture = self.peer.cfg.architecture()
         if architecture == "topk":
             norms = self.peer.W_dec.norm(dim=1)
@@ -388,7 +387,7 @@ class PeerSAE(SAE):
         self.weights = {name: tensor.detach() for name, tensor in self.peer.state_dict().items()}
 
     def to(self, device: torch.device | str) -> PeerSAE:
-        """The same on another device."""
+        """The same SAE on another device."""
         weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
         return replace(self, weights=weights, peer=copy.deepcopy(self.peer).to(device))
 
@@ -397,12 +396,14 @@ class PeerSAE(SAE):
         return self.peer.encode(x)
 
     def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
-        """features `[rows, d_sae]` -> `[rows, d_out]`. Where rows were scaled by their own statistics, decode takes
-        the scale of `x [rows, d_in]` back."""
+        """features `[rows, d_sae]` -> `[rows, d_out]`.
+
+        If the SAE scales rows by their own statistics, decode restores the scale of `x [rows, d_in]`.
+        """
         if self.peer.cfg.normalize_activations in BY_ROW:
             if x is None:
                 raise ValueError("decode needs the rows that were encoded")
-            self.peer.run_time_activation_norm_fn_in(x)  # leaves the rows' statistics, which decode removes
+            self.peer.run_time_activation_norm_fn_in(x)  # stores the rows' statistics, which decode reverts
         return self.peer.decode(features)
 
     def saved(self) -> tuple[dict[str, Tensor], dict]:
@@ -417,11 +418,12 @@ class PeerSAE(SAE):
 
 
 def open_gemma_scope(folder: Path) -> SAE:
-    """`params.npz` of Gemma Scope: a JumpReLU SAE that takes nothing off its input. The names of its
-    folders, as SAELens reads them, say which model and hook it was made for.
+    """Open `params.npz` of Gemma Scope: a JumpReLU SAE that subtracts nothing from its input.
+
+    The names of its folders give model and hook, as SAELens reads them.
 
     Raises:
-        BadInput: damaged, or holds more than arrays of numbers.
+        BadInput: the file is damaged, or holds more than arrays of numbers.
     """
     import numpy
 
@@ -429,7 +431,7 @@ def open_gemma_scope(folder: Path) -> SAE:
     try:
         with open(path, "rb") as file, numpy.load(file, allow_pickle=False) as arrays:
             weights = {re.sub("^w_", "W_", n): torch.from_numpy(arrays[n]).float() for n in arrays}
-    except Exception as error:  # numpy and zipfile raise whatever a damaged archive happens to cause
+    except Exception as error:  # damaged archives raise various errors in numpy and zipfile
         raise BadInput(f"checkpoint: {path}: {_unreadable(error, 'numpy')}") from None
     names = (*ENCODER["jumprelu"], "W_dec", "b_dec")
     if set(weights) != set(names) or weights["W_enc"].ndim != 2 or weights["W_dec"].ndim != 2:
@@ -445,8 +447,10 @@ def open_gemma_scope(folder: Path) -> SAE:
 
 
 def _gemma_scope_config(folder: Path) -> tuple[str, dict]:
-    """(architecture, metadata) of `…/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`, where a
-    folder is called as the repository is. Other names say nothing about model and hook."""
+    """(architecture, metadata) of `…/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`.
+
+    A folder must have the repository's name. Other names give no model and hook.
+    """
     at = next((i for i, part in enumerate(folder.parts) if re.search(r"(^|--)gemma-scope-\d+b-", part)), None)
     if at is None:
         return "jumprelu", {}

@@ -1,5 +1,5 @@
-"""Transcoders: from one hook's activations to another's, such as an MLP's input to its output (Dunefsky et al.,
-arXiv 2406.11944), with the activation of a BatchTopK SAE. The input is encoded as it is, no decoder bias taken off."""
+"""Transcoders (Dunefsky et al., arXiv 2406.11944): they map one hook's activations to another's, such as an MLP's input
+to its output. Their activation function is that of BatchTopK SAEs. No decoder bias is subtracted from the input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ weights = batchtopk.weights
 
 
 def init(shape: Shape, generators: list[torch.Generator]) -> Params:
-    """Encoder columns and decoder rows uniform on the unit sphere, drawn apart; biases zero."""
+    """Encoder columns and decoder rows uniform on the unit sphere, drawn independently; biases zero."""
     n = len(generators)
     return {
         "W_enc": unit_rows(shape.d_sae, shape.d_in, generators).transpose(1, 2),
