@@ -20,9 +20,9 @@ SAE_FAMILIES = tuple(name for name in FAMILIES if "transcoder" not in name)
 
 
 def family_of(architecture: str) -> str:
-    """Family that trains SAEs of an architecture, in SAELens' name; `topk` where HUSAI trains none like it.
+    """HUSAI's name of an architecture that SAELens names; `topk` if HUSAI trains no such architecture.
 
-    Several families give `jumprelu`; the one of that name is meant.
+    Several of HUSAI's architectures are `jumprelu` in SAELens; the one of that name is returned.
     """
     if architecture in SAE_FAMILIES:
         return architecture
