@@ -306,7 +306,7 @@ def signed_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
 def rotated_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
     """Rotated among the first, in which they leave the space as it is."""
     W = components(data, g, seed)
-    return nulls.random_rotation(len(W), g) @ W
+    return nulls.random_rotations(1, len(W), g)[0] @ W
 
 
 def dense(data: Data, g: torch.Generator, seed: int) -> Tensor:

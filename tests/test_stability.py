@@ -245,12 +245,12 @@ def test_strata_count_each_matched_feature_once_on_either_side():
     assert np.allclose(doubled["nearest"], 2 * np.array(found["nearest"]))
 
 
-def test_random_rotations_are_orthogonal_and_seeded():
-    q = nulls.random_rotation(6, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(q @ q.T, torch.eye(6), atol=1e-6, rtol=0)
-    assert torch.equal(q, nulls.random_rotation(6, torch.Generator().manual_seed(0)))
-    mean = torch.stack([nulls.random_rotation(3, torch.Generator().manual_seed(i)) for i in range(2000)]).mean(0)
-    assert mean.abs().max() < 0.06, "Haar measure has mean 0; QR without the sign correction has not"
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_random_rotations_are_orthogonal_and_seeded(size):
+    q = nulls.random_rotations(2000, size, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(q @ q.mT, torch.eye(size).expand_as(q), atol=1e-5, rtol=0)
+    assert torch.equal(q, nulls.random_rotations(2000, size, torch.Generator().manual_seed(0)))
+    assert q.mean(0).abs().max() < 0.08, "Haar measure has mean 0; QR without the sign correction has not"
 
 
 def test_gaussian_nulls_have_their_covariance():

@@ -83,9 +83,9 @@ def pair(
 
     contents = a.digest(), b.digest()  # seeds of the draws, independent of names and places of checkpoints
 
-    def drawn(name: str, draw: Callable, n: int) -> dict:
+    def drawn(name: str, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], n: int) -> dict:
         def one(i: int) -> tuple[dict[str, float], np.ndarray]:
-            x, y = draw(a.W_dec, b.W_dec, g=generator("null", *contents, name, i))
+            x, y = draw(generator("null", *contents, name, i))
             return scores_of(x, y, a, b, scores), histogram(x, y, a, b) if i == 0 else np.zeros(0)
 
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -98,10 +98,11 @@ def pair(
     before = {}
     if a.untrained is not None and b.untrained is not None:
         before["untrained"] = given(replace(a, W_dec=a.untrained), replace(b, W_dec=b.untrained), scores)
+    x, y = (d.W_dec @ spectrum.components for d in (a, b))  # in these coordinates all cosines are the same
     return {
         "observed": given(a, b, scores),
-        "isotropic": drawn("isotropic", nulls.isotropic, max(1, draws // 5)),
-        "spectral": drawn("spectral", partial(nulls.spectral, spectrum=spectrum), draws),
+        "isotropic": drawn("isotropic", partial(nulls.isotropic, x, y), max(1, draws // 5)),
+        "spectral": drawn("spectral", lambda g: (x, spectrum.turned(y, g)), draws),
     } | before
 
 

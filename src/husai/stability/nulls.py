@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -67,16 +66,19 @@ class Spectrum:
         return cls(vectors.float(), values.float(), groups)
 
     @cached_property
-    def runs(self) -> list[tuple[slice, bool]]:
-        """Columns that are drawn together: (a group of several, true), or (neighbouring single components, false)."""
-        found = []
-        for several, groups in groupby(self.groups, key=lambda group: len(group) > 1):
-            if several:
-                found += [(slice(g.start, g.stop), True) for g in groups]
-            else:
-                singles = list(groups)
-                found.append((slice(singles[0].start, singles[-1].stop), False))
-        return found
+    def columns_by_size(self) -> list[Tensor]:
+        """Columns of the groups of each size, int `[groups, size]`: groups of one size are drawn in one call."""
+        sizes = sorted({len(group) for group in self.groups})
+        return [torch.tensor([list(g) for g in self.groups if len(g) == size]) for size in sizes]
+
+    def turned(self, coordinates: Tensor, g: torch.Generator) -> Tensor:
+        """Rows `[n, d]` in the coordinates of the components, with each group of columns rotated at random, a single
+        column's sign flipped at random, and a mean direction that is set apart left as it is."""
+        drawn = coordinates.clone()
+        for columns in self.columns_by_size:
+            rotations = random_rotations(len(columns), columns.shape[1], g)  # [groups, size, size]
+            drawn[:, columns] = torch.einsum("ngs,gst->ngt", coordinates[:, columns], rotations)
+        return drawn
 
     def effective_rank(self) -> float:
         """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007)."""
@@ -92,21 +94,14 @@ def spectral(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tu
     beyond the spectrum of the activations is gone. A feature that is a single component by itself is left where it
     was: such a feature has no excess over this null, by design.
     """
-    coordinates = b @ spectrum.components
-    for columns, rotated in spectrum.runs:
-        part = coordinates[:, columns]
-        if rotated:
-            coordinates[:, columns] = part @ random_rotation(part.shape[1], g)
-        else:
-            part.mul_(torch.where(torch.rand(part.shape[1], generator=g) < 0.5, 1.0, -1.0))
-    return a, coordinates @ spectrum.components.T
+    return a, spectrum.turned(b @ spectrum.components, g) @ spectrum.components.T
 
 
-def random_rotation(size: int, g: torch.Generator) -> Tensor:
-    """Haar-distributed orthogonal matrix (Mezzadri 2007, "How to generate random matrices from the classical compact
-    groups", section 5)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
+def random_rotations(count: int, size: int, g: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal matrices `[count, size, size]` (Mezzadri 2007, "How to generate random matrices from
+    the classical compact groups", section 5); of size 1, signs."""
+    q, r = torch.linalg.qr(torch.randn(count, size, size, generator=g, dtype=torch.float64))
+    return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]).float()
 
 
 def covariance_matched(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
