@@ -4,6 +4,7 @@ The subject is a miniature that has learned nothing: what is tested is that each
 The study has no probing, which takes most of the time."""
 
 import json
+import multiprocessing
 import re
 import shutil
 
@@ -286,6 +287,49 @@ def test_no_candidate_is_exit_code_1(run, flow):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ledger of confirmations
+
+
+def test_an_attempt_that_is_broken_off_counts(run, flow, work, monkeypatch):
+    """It stands in the ledger before anything of it is scored; resumed, it is the same attempt."""
+    ledger = work / "artifacts" / retrained.LEDGER
+    first, reached = ledger.read_text(), []
+
+    def broken_off(made):
+        reached.append(json.loads(ledger.read_text()))
+        assert not list((work / "broken_off").glob("cells/pair-*.json"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrained.bank, "scored", broken_off)
+    given = ["--candidate", flow["selected"], "--dataset-names", SETS, "--threads", 1, "--seeds", "7,8,9,10,11"]
+    try:
+        for _ in range(2):
+            code, results, said = run(CONFIRM, "broken_off", *given)
+            assert (code, results) == (130, None), said
+        once, again = reached
+    finally:
+        ledger.write_text(first)
+    assert once == again
+    assert once[:-1] == json.loads(first)
+    assert once[-1]["seeds"] == [7, 8, 9, 10, 11]
+    assert once[-1]["candidate"] == once[0]["candidate"]
+
+
+def note_ten(root, first: int) -> None:
+    for i in range(first, first + 10):
+        own = retrained.noted(root, entry(0, i))
+        assert own[-1] == entry(0, i)
+
+
+def test_confirmations_at_once_lose_no_entry(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=note_ten, args=(tmp_path, first)) for first in range(0, 40, 10)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    found = retrained.confirmations(tmp_path)
+    assert sorted(e.saes for e in found) == sorted(entry(0, i).saes for i in range(40))
 
 
 def entry(configuration: int, saes: int, selection: int = 0) -> LedgerEntry:

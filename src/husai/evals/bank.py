@@ -207,8 +207,24 @@ def run(**settings) -> dict:
     return evaluated(BankPlan(**settings)).to_json()
 
 
+@dataclass(frozen=True)
+class TrainedBank:
+    """The SAEs of a bank, trained and opened; none of their scores is computed yet."""
+
+    plan: BankPlan
+    cells: Cells
+    store: ActivationStore
+    groups: list[TrainedGroup]
+    saes: LoadedSAEs
+
+
 def evaluated(plan: BankPlan) -> Bank:
     """Train the bank's SAEs, compare them over seeds, and score them on the benchmarks."""
+    return scored(trained(plan))
+
+
+def trained(plan: BankPlan) -> TrainedBank:
+    """Train the bank's SAEs, or find them, and open them."""
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
     machine = Path(plan.artifact_root), device, plan.threads
@@ -220,14 +236,7 @@ def evaluated(plan: BankPlan) -> Bank:
         text=plan.source,
         harvesting=plan.harvesting,
     )
-    groups, sections = train(plan, cells, store, device), []
-    for g in (g for g in groups if not g.reference):
-        arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
-        prototype_rows, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
-        scores = SCORES if plan.judged else ALIVE
-        section, _ = study.score_trained(*arguments, gaussian, scores=scores, prototype_rows=prototype_rows)
-        sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
-
+    groups = train(plan, cells, store, device)
     subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
     place = plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads
     heldout = loaded.heldout_store(subject, *place, plan.source)
@@ -238,6 +247,20 @@ def evaluated(plan: BankPlan) -> Bank:
 
     references = loaded.as_references(opened(True))
     saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), references, source=plan.source)
+    return TrainedBank(plan, cells, store, groups, saes)
+
+
+def scored(opened: TrainedBank) -> Bank:
+    """Compare the bank's SAEs over seeds, and hold them against the benchmarks."""
+    plan, cells, store, saes = opened.plan, opened.cells, opened.store, opened.saes
+    device, sections = prepare(plan.device, plan.threads), []
+    for g in (g for g in opened.groups if not g.reference):
+        arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
+        prototype_rows, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
+        scores = SCORES if plan.judged else ALIVE
+        section, _ = study.score_trained(*arguments, gaussian, scores=scores, prototype_rows=prototype_rows)
+        sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
+
     probing = pairs = None
     if plan.saebench:
         setup = saebench.Setup(
@@ -258,9 +281,9 @@ def evaluated(plan: BankPlan) -> Bank:
             cells.get("cebench", key, lambda: (contrastive_scores(plan, saes).to_json(), []))
         )
     core = saebench.core_metrics(saes, plan.core_texts, cells, plan.threads)
-    scored = saebench.scored(saes, core)
+    records = saebench.scored(saes, core)
     root = plan.places.artifact_root
-    coded = {"code": coding.evaluate(saes, scored, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
+    coded = {"code": coding.evaluate(saes, records, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
     bank = Bank(
         saebench=probing,
         cebench=pairs,
@@ -269,7 +292,7 @@ def evaluated(plan: BankPlan) -> Bank:
         rows=store.rows,
         train_rows=len(store.split(TrainingConfig.heldout_fraction)[0]),
         inputs=saes.inputs(),
-        saes=scored,
+        saes=records,
         sections=sections,
         recipe=recipe_again(plan),
         conditions=[],
@@ -286,10 +309,10 @@ def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
     groups = []
     for budget in plan.budgets:
         grid = members(plan.seeds, plan.d_saes, plan.ks, [plan.learning_rate], (*architectures, *missing))
-        trained = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
+        result = train_or_find(cells, store, grid, recipe_of(plan, budget), device, plan.threads)
         for family, d_sae, k in product((*architectures, *missing), plan.d_saes, plan.ks):
-            saes = [m for m in trained.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
-            groups.append(TrainedGroup(family, d_sae, k, budget, saes, trained.snapshot_steps, family in missing))
+            saes = [m for m in result.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
+            groups.append(TrainedGroup(family, d_sae, k, budget, saes, result.snapshot_steps, family in missing))
     return groups
 
 

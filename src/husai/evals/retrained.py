@@ -15,7 +15,6 @@ from husai.evidence.schemas import (
     LedgerEntry,
     Recipe,
     Retrained,
-    SeedGroup,
     Selected,
     Selection,
     refusal,
@@ -87,12 +86,14 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         **bank.places_of(args),
     )
     bank.check(plan)
-    found = bank.evaluated(plan)
-    candidate = SeedGroup.of([r for r in found.saes if r.candidate])
+    trained_bank = bank.trained(plan)
+    candidate = trained_bank.saes.group
     if other := [n for n, value in candidate.facts if value != getattr(facts, n)]:
         why = "(--threads, device and packages as in the study expected)"
         raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
+    # Before anything is scored: an attempt that is broken off once figures can be seen is an attempt.
     ledger = noted(args.artifact_root, LedgerEntry.of(selected, candidate))
+    found = bank.scored(trained_bank)
     return Retrained(
         phase="candidate_confirmation",
         inputs=found.inputs | found.sections[0].control_inputs | {"selection": sha256},
