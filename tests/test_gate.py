@@ -344,6 +344,34 @@ def test_the_decision_says_what_is_licensed(good):
     assert judged(no_section)[0]["licensed"] is None
 
 
+@pytest.mark.parametrize("gate", ["random_model", "transcoder"])
+def test_a_stress_test_scores_the_candidates_own_pairs_as_the_confirmation_does(good, gate):
+    """An account of its own is no evidence where SAEs, store and draws are the same; another one's cannot be equal."""
+
+    def status(name: str, by: float, **more) -> str:
+        def change(results):
+            section = results["section"]
+            section["pairs"][3][name]["mcc_alive"] += by
+            section["stability"]["scores"]["mcc_alive"]["nulls"]["spectral"] |= more
+
+        return judged(with_results(good, gate, change))[1][gate]["status"]
+
+    for name in ("observed", *GATED_NULLS):
+        assert status(name, 2e-5) == "MISSING"
+        assert status(name, 1e-7) == "PASS", "rounding"
+    assert status("spectral", 2e-5, draws=200) == "PASS", "other draws"
+    assert status("observed", 2e-5, draws=200) == "MISSING"
+
+    def other_noise(results):
+        for member in results["section"]["gaussian"]["members"]:
+            member["checkpoint_sha256"] = digest(member["checkpoint_sha256"])
+        kept = {k: v for k, v in results["inputs"].items() if not k.startswith("gaussian")}
+        results["inputs"] = kept | Alike.model_validate(results["section"]["gaussian"]).inputs("gaussian")
+        results["section"]["pairs"][3]["gaussian"]["mcc_alive"] += 2e-5
+
+    assert judged(with_results(good, gate, other_noise))[1][gate]["status"] == "PASS"
+
+
 @pytest.mark.parametrize("attempt", [1, 2, 3, 60])
 def test_the_gate_is_stricter_at_each_attempt(attempt):
     """The same figures; what has no finite interval any more is no evidence."""

@@ -240,7 +240,7 @@ def study_of(section: dict, dictionaries: list[torch.Tensor], rows: torch.Tensor
             value = compare.pair(whole[i], whole[j], spectrum, 10, 1, (*ALIVE, *OTHERS))
             for name in ("observed", *GATED_NULLS):  # SAEs of Gaussian rows: as the spectral null
                 p[name] = value.get(name, value["spectral"])["mean"]
-    simulate._summarise(section)
+    simulate.summarise_again(section)
 
 
 def test_a_planted_dictionary_passes_and_shuffled_features_do_not(control):
@@ -284,7 +284,7 @@ def test_few_seeds_have_no_verdict(control):
     section["pairs"] = [p for p in section["pairs"] if {p["a"], p["b"]} <= set(labels)]
     section["convergence"]["moved"]["n_seeds"] = 4
     section["others"] = section["others"][:4]
-    simulate._summarise(section)
+    simulate.summarise_again(section)
     assert judged(control) == (MISSING, f"4 seeds; a verdict needs {rules.MINIMUM_SEEDS}")
     found = planted.sensitivity(PlantedSection.model_validate(control).degrees)[-1]
     assert not found.passes

@@ -33,7 +33,7 @@ from husai.evidence.estimates import (
     pass_probability,
 )
 from husai.evidence.levels import CERTIFIED_AT, RECURS_CORRELATION, RECURS_COSINE, SPECTRAL_DRAWS
-from husai.evidence.names import GATED_NULLS, PRIMARY_SCORE
+from husai.evidence.names import GAP, GATED_NULLS, PRIMARY_SCORE
 from husai.evidence.references import L0_TOLERANCE, same_l0
 from husai.evidence.schemas import (
     CODE_FIGURES,
@@ -64,6 +64,8 @@ PASS: Literal["PASS"] = "PASS"
 FAIL: Literal["FAIL"] = "FAIL"
 MISSING: Literal["MISSING"] = "MISSING"
 ROUNDING = 1e-12
+SAME_SCORE = 1e-5
+"""Largest difference of two accounts of one score, which rounding may make."""
 POWER = 0.8
 """Pass probability for which a gate states the effect that it needs."""
 MINIMUM_SEEDS = 5
@@ -392,6 +394,40 @@ def trained_alike(section: Section | OwnSection | Control, at_same_l0: bool = Tr
     require(once, "an SAE of Gaussian rows stands twice")
     alike = all(_same_l0(a.heldout, b.heldout) for a, b in zip(own, theirs, strict=True))
     require(alike or not at_same_l0, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %")
+
+
+def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
+    """Raise Missing for scores of the candidate's own pairs that are not those of its confirmation.
+
+    Studies of another store are not compared. Drawn nulls are compared where both studies have the same nulls with as
+    many draws, SAEs of Gaussian rows where both have the same SAEs.
+    """
+    if (section.checkpoints, section.store_digest) != (confirmed.checkpoints, confirmed.store_digest):
+        return
+    draws = _draws(section)
+    shared = ["observed", *(null for null in draws if null != "gaussian" and draws == _draws(confirmed))]
+    shared += ["gaussian"] if section.control_inputs == confirmed.control_inputs else []
+    pairs, known = _by_checkpoints(section), _by_checkpoints(confirmed)
+    require(pairs.keys() == known.keys(), "pairs of its own SAEs are not those of the confirmation")
+    for saes, pair in pairs.items():
+        for name in [name for name in shared if name in pair and name in known[saes]]:
+            own, other = pair[name], known[saes][name]
+            same = all(abs(own[score] - other[score]) <= SAME_SCORE for score in own.keys() & other.keys() - {GAP})
+            which = f"{pair['a']} and {pair['b']}, {name}"
+            require(same, f"scores of its own SAEs are not those of the confirmation: {which}")
+
+
+def _draws(section: Scored) -> dict[str, int]:
+    """Null -> its draws."""
+    primary = section.stability.scores.get(PRIMARY_SCORE)
+    return {} if primary is None else {null: spread.draws for null, spread in primary.nulls.items()}
+
+
+def _by_checkpoints(section: Section | OwnSection) -> dict[frozenset[str], dict]:
+    """sha256 of both SAEs of a pair -> the pair."""
+    sha256 = dict(zip(section.stability.labels, section.checkpoints.values(), strict=True))
+    pairs: list[dict] = section.pairs
+    return {frozenset(sha256.get(pair[side], "") for side in ("a", "b")): pair for pair in pairs}
 
 
 def sentence(met: Container[str]) -> str:

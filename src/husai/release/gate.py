@@ -537,7 +537,12 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
     own = [m.seed for m in found.section.members]
     others = any([m.seed for m in control.members] != own for control in found.random_models)
     require(c.facts.training is None or not others, f"{script}: its controls have other seeds")
-    return _of(script, lambda: rules.random_model(found.section, found.random_models, level))
+
+    def judge() -> Shown:
+        rules.one_account(found.section, c.section)
+        return rules.random_model(found.section, found.random_models, level)
+
+    return _of(script, judge)
 
 
 def _of(script: str, judge: Callable[[], Shown]) -> Shown:
@@ -559,7 +564,12 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
     _about(found.section, c)
     require(transcoder.preregistered(setting, c.own), f"{script}: another setting than the candidate's own")
     arms = found.section, found.transcoder, found.across
-    return _of(script, lambda: rules.transcoder(setting, *arms, level=level, minimum=minimum))
+
+    def judge() -> Shown:
+        rules.one_account(found.section, c.section)
+        return rules.transcoder(setting, *arms, level=level, minimum=minimum)
+
+    return _of(script, judge)
 
 
 def _ood(bundle: Bundle, candidate: _Candidate, level: float, maximum: float) -> Shown:

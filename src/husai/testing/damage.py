@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from husai.evidence.names import GAP, GATED_NULLS
+from husai.evidence.schemas import Strict
 from husai.release.gate import GATES, Bundle, Thresholds, decide
-from husai.release.recompute import results_problems
+from husai.release.recompute import decisions, results_problems
 from husai.runs.files import digest
+from husai.testing import simulate
 
 OF_FILE = {
     "phase4a": ("positive_control",),
@@ -218,7 +221,7 @@ def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
                 yield case("key renamed", lambda parent, key: parent.__setitem__(f"{key}_", parent.pop(key)))
 
 
-def _at(value: Any, at: tuple) -> Any:
+def _at(value: Any, at: Sequence) -> Any:
     for key in at:
         value = value[key]
     return value
@@ -268,7 +271,7 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
             if results != file.results:
                 rest = ALONE.get(what, gates) if label == "confirmation" else gates
                 yield case(what, label, rest, file=replace(file, results=results, sha256=digest([what, label, new])))
-        for what, results in _swaps(file.results, label):
+        for what, results in (*_swaps(file.results, label), *_other_accounts(file.results, label)):
             yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
     stale = replace(bundle.given("selection"), sha256=digest("another selection"))
     yield case("stale selection", "selection", OF_FILE["selection"], file=stale)
@@ -333,6 +336,21 @@ def _attempts(confirmation: dict) -> Iterator[tuple[str, dict]]:
         yield kind, {"ledger": entries, "attempt": len(entries)}
     for attempt in {0, len(ledger) - 1, len(ledger) + 1, -1}:
         yield "a number that the ledger does not count", {"attempt": attempt}
+
+
+def _other_accounts(results: dict, label: str) -> Iterator[tuple[str, dict]]:
+    """(kind, results of a stress test that score the candidate's own pairs otherwise, all that follows made again)."""
+    if label not in ("random_model", "transcoder"):
+        return
+    for name, by in (("observed", 0.01), *((null, -0.01) for null in GATED_NULLS)):
+        new = copy.deepcopy(results)
+        for pair in new["section"]["pairs"]:
+            pair[name] = {score: value + (score != GAP) * by for score, value in pair[name].items()}
+        simulate.summarise_again(new["section"])
+        for place, value in decisions(new).items():
+            *above, key = place.split("/")[1:]
+            _at(new, above)[key] = json.loads(json.dumps(value, default=Strict.to_json))
+        yield "another account of its own SAEs", new
 
 
 def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:

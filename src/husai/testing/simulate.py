@@ -6,6 +6,7 @@ that make it in a run, so that `recompute.results_problems` finds nothing. Nothi
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from husai.evidence import (
 )
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.estimates import Estimate, noise
-from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS, STRATA
+from husai.evidence.names import ALIVE, GAP, GATED_NULLS, OTHERS, PRIMARY_SCORE, STRATA
 from husai.evidence.rules import SPECTRAL_DRAWS
 from husai.evidence.schemas import (
     CODE_FIGURES,
@@ -316,9 +317,16 @@ def bundle(
         ("stability", bank["sections"][0]),
     ):
         pairs(gate, section, section, GATED_NULLS)
-    meaningless, across = files["random_model"], files["transcoder"]["across"]
-    for control in meaningless["random_models"]:  # the candidate's own figures are those of the last call
-        pairs("random_model", meaningless["section"], control, ("observed",))
+    own, across = bank["sections"][0], files["transcoder"]["across"]
+    for stress in (files["random_model"], files["transcoder"]):  # the candidate's own pairs have one account
+        stress["section"]["pairs"] = copy.deepcopy(own["pairs"])
+    spread = noise["random_model"]
+    itself = effects["random_model"] + of_pairs(rng, seeds, spread)
+    for control in files["random_model"]["random_models"]:
+        gain = itself - of_pairs(rng, seeds, spread) * spread.other
+        for (i, j), p, q in zip(combinations(range(seeds), 2), own["pairs"], control["pairs"], strict=True):
+            q |= {null: dict(p[null]) for null in GATED_NULLS}
+            q["observed"] = _scores(p["observed"][PRIMARY_SCORE] - gain[i, j])
     pairs("transcoder", across, across, GATED_NULLS)
     _draw_seeds(bank, effects, noise, rng)
     drawn = np.concatenate(sets("saebench", bank["saebench"]["families"]))
@@ -390,7 +398,7 @@ def supplied(of: Bundle) -> Bundle:
     kept = ("label", "seed", "checkpoint_sha256", "heldout")
     section |= {"store_digest": heldout, "members": [{n: m[n] for n in kept} for m in section["members"]]}
     section["pairs"] = [p | {"untrained": p["isotropic"]} for p in section["pairs"]]
-    _summarise(section)
+    summarise_again(section)
     _means(bank)
     _derive_benchmarks(bank)
     untrained = {seed: _sha("untrained", seed) for seed in own["checkpoints"]}
@@ -585,7 +593,7 @@ def _phase4a(seeds: Sequence[int], heldout: dict) -> dict:
     husai = _section(reported, _sha("modular addition"), "blocks.0.hook_resid_post", _sha("modular addition store"))
     husai |= {"curve_steps": [0, 1200], "snapshot_steps": [0, 400, 1200], "spectral_groups": [1] * D_IN}
     husai |= {"histogram_bins": [0.0, 1.0], "histograms": {"observed": [1]}}
-    _summarise(husai)
+    summarise_again(husai)
 
     data, degrees = rules.PLANTED, []
     made = {"d_sae": data.features, "k": data.active, "learning_rate": rules.PLANTED_RATE}
@@ -593,7 +601,7 @@ def _phase4a(seeds: Sequence[int], heldout: dict) -> dict:
         members = [_member(_sha("planted", tokens, s), s, heldout) | made for s in seeds]
         study = _section(members, data.digest, rules.PLANTED_HOOK, _sha("planted rows"))
         study |= {"rows": data.rows, "d_in": data.d_in}
-        _summarise(study)
+        summarise_again(study)
         recovery = [rules.RECOVERY.threshold + 0.1 + i / 1000 for i in range(len(seeds))]
         degrees.append({"tokens": tokens, "recovery": recovery, "study": study})
     control = {"data": data.to_json(), "batch_size": rules.PLANTED_BATCH, "degrees": degrees, "sensitivity": []}
@@ -677,14 +685,14 @@ def _derive(files: dict) -> None:
     meaningless, other, ood = (files[label] for label in ("random_model", "transcoder", "ood"))
     control = files["phase4a"]["planted"]
     for degree in control["degrees"]:
-        _summarise(degree["study"])
+        summarise_again(degree["study"])
     typed_control = PlantedSection.model_validate(control | {"sensitivity": []})
     control["sensitivity"] = [s.to_json() for s in planted.sensitivity(typed_control.degrees)]
     random_models = meaningless["random_models"]
     for section in (files["phase4a"]["husai"], meaningless["section"], *random_models):
-        _summarise(section)
+        summarise_again(section)
     for section in (other["section"], other["transcoder"], other["across"]):
-        _summarise(section)
+        summarise_again(section)
     own, controls = OwnSection.model_validate(meaningless["section"]), [*map(Control.model_validate, random_models)]
     meaningless |= {"gains": [gain.to_json() for gain in random_model.gains(own, controls)]}
     meaningless |= {"verdict": random_model.verdict(own, controls)}
@@ -702,7 +710,7 @@ def _derive(files: dict) -> None:
 
 def _derive_bank(bank: dict) -> None:
     for section in bank["sections"]:
-        _summarise(section)
+        summarise_again(section)
     _means(bank)
     _derive_benchmarks(bank)
     if "code" in bank:
@@ -734,7 +742,8 @@ def _repeats(own: float) -> dict:
     return noise([own, own + 0.01, own - 0.01])
 
 
-def _summarise(section: dict) -> None:
+def summarise_again(section: dict) -> None:
+    """Make the summary of a section again from its pairs."""
     labels = list(dict.fromkeys(p[side] for side in ("a", "b") for p in section["pairs"]))
     scored = {
         (labels.index(p["a"]), labels.index(p["b"])): {
