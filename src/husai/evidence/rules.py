@@ -414,7 +414,8 @@ def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
             own, other = pair[name], known[saes][name]
             same = all(abs(own[score] - other[score]) <= SAME_SCORE for score in own.keys() & other.keys() - {GAP})
             which = f"{pair['a']} and {pair['b']}, {name}"
-            require(same, f"scores of its own SAEs are not those of the confirmation: {which}")
+            why = f"scores of its own SAEs are not those of the confirmation ({which}); both by one version of HUSAI"
+            require(same, f"{why} expected")
 
 
 def _draws(section: Scored) -> dict[str, int]:
