@@ -1,4 +1,4 @@
-"""From a subject to a store: run the model, keep what passes a hook point."""
+"""Harvests activations: runs a subject and stores the rows at a hook."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("husai")
 DRAWN_AT_ONCE = 65_536
-"""Rows."""
+"""Number of rows drawn at a time."""
 
 
 def check_hook(model: HookedTransformer, hook_name: str) -> None:
-    """Raise BadInput, naming similar hooks, where the model has no such hook point."""
+    """Raise BadInput if the model has no such hook. The message names similar hooks."""
     known = model.hook_dict
     if hook_name not in known:
         near = difflib.get_close_matches(hook_name, known, 5) or [name for name in known if "resid" in name]
@@ -48,10 +48,10 @@ def width_of(model: HookedTransformer, hook_name: str, tokens: Tensor) -> int:
     """d_in of a hook.
 
     Args:
-        tokens: of one row, `[positions]`.
+        tokens: tokens of one input, `[positions]`.
 
     Raises:
-        BadInput: there is no such hook, it never fires, or its output is not `[batch, position, d_in]`.
+        BadInput: the hook does not exist, never fires, or its output is not `[batch, position, d_in]`.
     """
     check_hook(model, hook_name)
     with warnings.catch_warnings(action="ignore"):  # of a hook that never fires, which is refused
@@ -65,7 +65,7 @@ def width_of(model: HookedTransformer, hook_name: str, tokens: Tensor) -> int:
 
 
 def check_modular_addition(config: modular_addition.ModularAdditionConfig, hook_names: list[str]) -> None:
-    """Raise BadInput, without a trained model, for a hook that a modular-addition transformer does not have."""
+    """Raise BadInput for a hook that a modular-addition transformer lacks. Needs no trained model."""
     model, tokens = modular_addition.build_model(config), modular_addition.dataset(config)[0]
     for hook_name in hook_names:
         width_of(model, hook_name, tokens[0])
@@ -75,7 +75,7 @@ def check_modular_addition(config: modular_addition.ModularAdditionConfig, hook_
 def harvest(
     model: HookedTransformer, tokens: Tensor, hook_name: str, position: int, writer: StoreWriter, batch: int = 4096
 ) -> None:
-    """Run `tokens [rows, positions]` through the model and append the hook's output at `position` to the writer."""
+    """Run `tokens [rows, positions]` through the model, and append the hook's output at `position` to a store."""
     device = next(model.parameters()).device
     with progress(f"harvesting {hook_name} (rows)", len(tokens)) as advance:
         for part in tokens.split(batch):
@@ -96,14 +96,14 @@ def harvest_modular_addition(
     force: bool = False,
     random_seed: int | None = None,
 ) -> Path:
-    """The store of every pair's activation at one hook and position, harvested where it is missing.
+    """Folder of the store with every pair's activation at one hook and position. It is harvested if missing.
 
     Args:
         subject: folder of a modular-addition subject.
-        root: folder below which stores lie; a store's name is the digest of what it is made from.
-        position: token position; by default that of "=".
-        row_seed: of the order of the rows.
-        random_seed: harvest the random-weights control in the subject's place.
+        root: folder of stores. The name of a store is a digest of its inputs.
+        position: token position. None: the position of "=".
+        row_seed: seed of the order of the rows.
+        random_seed: seed of the random weights that replace the subject's. None: the subject's own weights.
     """
     description = modular_addition.describe(subject, require_solved)
     control = None if random_seed is None else random_weights(random_seed)
@@ -141,17 +141,17 @@ def harvest_modular_addition(
 
 
 def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) -> list[Path]:
-    """Control stores: as many rows of the normal distribution with the joint mean and covariance of the stores.
+    """Folders of control stores: equally many rows of a normal distribution with the stores' joint mean and covariance.
 
-    Such rows keep every second moment and hold no feature; what SAEs trained alike on them share is owed to the
-    covariance alone. Memory: one shard and a covariance matrix. The rows of a store rest on those before it alone, so
-    that the first store of a joint draw is the very one that is drawn of it by itself.
+    Such rows keep every second moment and hold no feature. The agreement of SAEs that are trained on them is due to
+    mean and covariance alone. Memory: one shard and a covariance matrix. The draws of a store do not depend on later
+    stores. Therefore the first store of a joint draw equals its single draw.
 
     Args:
-        stores: of the same rows at several hooks, or one.
+        stores: stores of the same rows at several hooks, or one store.
 
     Raises:
-        BadInput: the stores hold other numbers of rows.
+        BadInput: the stores hold different numbers of rows.
     """
     first = stores[0].manifest
     if any(s.rows != first.rows or s.manifest.heldout_rows != first.heldout_rows for s in stores):
@@ -173,8 +173,8 @@ def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) 
                 size = min(DRAWN_AT_ONCE, m.rows - row)
                 z = [_standard_normal(size, ends[i + 1] - ends[i], seed, row, i) for i in range(number + 1)]
                 writer.append((torch.cat(z, 1) @ root_of_covariance[:, :stop].T + mean).float())
-            about = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed
-            writer.finish(*about, control=f"gaussian(seed={seed})", heldout_rows=m.heldout_rows)
+            facts = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed
+            writer.finish(*facts, control=f"gaussian(seed={seed})", heldout_rows=m.heldout_rows)
 
         publish_directory(folder, build)
         folders.append(folder)
@@ -182,17 +182,16 @@ def gaussian_rows(stores: Sequence[ActivationStore], root: Path, seed: int = 0) 
 
 
 def _standard_normal(rows: int, d: int, seed: int, row: int, number: int) -> Tensor:
-    """`[rows, d]` of the store of this number, from this row on."""
+    """Standard normal numbers `[rows, d]` for a block of rows of one store."""
     streams = ("gaussian", row) if number == 0 else ("gaussian", row, number)
     return torch.randn(rows, d, generator=generator(seed, *streams), dtype=torch.float64)
 
 
 def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
-    """(mean `[d]`, a square root `[d, d]` of the covariance) of the rows of all stores side by side, float64; of
-    outliers, as training shrinks them.
+    """(mean `[d]`, a square root `[d, d]` of the covariance) of the concatenated rows of all stores, float64.
 
-    The root is block-triangular: each store's rows are their regression on the draws of the stores before it, and a
-    draw of what that leaves.
+    Outliers are shrunk as in training. The root is block-triangular: rows of a store are a regression on the draws of
+    earlier stores, plus a draw of the residual.
     """
     mean = torch.cat([moments(s)[0] for s in stores])
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -204,10 +203,10 @@ def _joint_normal(stores: Sequence[ActivationStore]) -> tuple[Tensor, Tensor]:
     root_of_covariance = torch.zeros_like(covariance)
     first = 0
     for store in stores:
-        before, own = slice(0, first), slice(first, first + store.d_in)
-        on_before = covariance[own, before] @ torch.linalg.pinv(root_of_covariance[before, before]).T
+        before, columns = slice(0, first), slice(first, first + store.d_in)
+        on_before = covariance[columns, before] @ torch.linalg.pinv(root_of_covariance[before, before]).T
         values, vectors = torch.linalg.eigh(moments(store)[1] - on_before @ on_before.T)
-        root_of_covariance[own, before] = on_before
-        root_of_covariance[own, own] = vectors * values.clamp_min(0).sqrt()
+        root_of_covariance[columns, before] = on_before
+        root_of_covariance[columns, columns] = vectors * values.clamp_min(0).sqrt()
         first += store.d_in
     return mean, root_of_covariance

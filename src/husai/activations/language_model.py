@@ -1,7 +1,7 @@
-"""Activations of a language model: of every token, into stores; of each prompt's last token, where sae-probes looks.
+"""Harvests activations of a language model: of every token for stores, of each prompt's last token for sae-probes.
 
-Inputs are what the subject's tokenizer makes of a text, and batches hold inputs of about one length, padded on the
-right, which changes nothing before the padding. A pass stops at the last layer that is asked for.
+The subject's tokenizer makes the inputs. Batches hold inputs of similar length, padded on the right. Padding does not
+change earlier positions. A pass stops at the last layer that is needed.
 """
 
 from __future__ import annotations
@@ -43,44 +43,44 @@ from husai.subjects.sources import Side
 
 log = logging.getLogger("husai")
 BATCH_TOKENS = 8192
-PART_ROWS = 65_536  # rows of a finished part: what an interruption can cost
+PART_ROWS = 65_536  # rows of a part; an interruption loses at most one part
 ARRAYS = ("owner", "start", "rows", "length", "document")
 """Fields of `Inputs` that hold a number for each input."""
 SENTENCE = "The quick brown fox jumps over the lazy dog."
 HASHED = 2**28 - 1
-"""Bits of a document's number that say whether a store holds it out; the first 32 bits of its hash say its side."""
+"""Bits of a document's number that decide whether a store holds it out. Other bits of its hash decide its side."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Facts of a hook point, from two short inputs."""
+    """Facts of a hook, measured on two short inputs."""
 
     d_in: int
     """Width of its rows."""
     of_token: bool
-    """Whether a row rests on its token alone, as the token embedding does."""
+    """Whether a row depends on its token alone, as at the token embedding."""
 
 
 def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool = False) -> dict[str, Hook]:
-    """Facts of each hook; a warning for rows of the token alone, which are held out by token.
+    """Facts of each hook. Warns of rows that depend on the token alone, because they are held out by token.
 
     Raises:
-        BadInput: the subject has no such hook, or it never fires, or its rows are none of a text.
+        BadInput: the subject lacks the hook, it never fires, or its rows do not depend on the text.
     """
-    found = {hook: inspect_hook(subject, hook) for hook in hook_names}
-    for hook in [hook for hook, what in found.items() if what.of_token and not by_document]:
+    facts = {hook: inspect_hook(subject, hook) for hook in hook_names}
+    for hook in [hook for hook, hook_facts in facts.items() if hook_facts.of_token and not by_document]:
         log.warning(
-            "%s of %s gives one row for each token, whatever stands before it, as the token embedding does. Held-out "
-            "rows are of tokens that the others are not of; a later block says more",
+            "%s of %s gives one row for each token, whatever precedes it, as the token embedding does. Held-out rows "
+            "and training rows share no tokens; a hook of a later block is more informative",
             *(hook, subject.name),
         )
-    return found
+    return facts
 
 
 def inspect_hook(subject: LanguageModel, hook: str) -> Hook:
-    """Run two short inputs of three tokens, and compare rows: names do not say what a hook sees.
+    """Run two short inputs of three tokens and compare rows, because the name of a hook does not show its dependence.
 
-    The tokens are those of a sentence. Unused ones, which open many vocabularies, may have equal embeddings.
+    The tokens come from a sentence. Unused tokens, with which many vocabularies begin, may have equal embeddings.
 
     Raises:
         BadInput: as `check_hooks`.
@@ -99,14 +99,14 @@ def inspect_hook(subject: LanguageModel, hook: str) -> Hook:
 
 
 def _equal(subject: LanguageModel, one: Tensor, other: Tensor) -> bool:
-    """Whether rows are equal but for the rounding of the subject's arithmetic."""
+    """True if rows are equal up to rounding of the subject's arithmetic."""
     rounding = max(1e-5, torch.finfo(getattr(torch, subject.dtype)).eps / 2)
     return bool((one - other).norm() <= rounding * torch.maximum(one.norm(), other.norm()))
 
 
 @torch.inference_mode()
 def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str]) -> dict[str, Tensor]:
-    """Each hook's output `[len(inputs), longest, d_in]`, padding included, as float32."""
+    """Output of each hook, `[len(inputs), longest, d_in]`, including padding, as float32."""
     longest = max(map(len, inputs))
     tokens = torch.zeros(len(inputs), longest, dtype=torch.long)
     for row, tokens_of_row in enumerate(inputs):
@@ -118,23 +118,23 @@ def run(subject: LanguageModel, inputs: list[np.ndarray], hook_names: list[str])
         output, cache = subject.model.run_with_cache(tokens.to(device), names_filter=cached, stop_at_layer=stop)
     if silent := [hook for hook in cached if hook not in cache]:
         raise BadInput(f"--hook-name {silent[0]}: it never fires in {subject.name}; a hook that fires expected")
-    found = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
+    rows_of_hook = {hook: (output if hook == at_stop else cache[hook]).float() for hook in hook_names}
     one_head = subject.harvesting.hook_head_index is not None
-    for hook, x in found.items():
-        if x.ndim == 4 and (hook.endswith("hook_z") or one_head):  # attention heads: their rows side by side
+    for hook, x in rows_of_hook.items():
+        if x.ndim == 4 and (hook.endswith("hook_z") or one_head):  # attention heads are concatenated
             x = x.flatten(2)
         if x.ndim != 3:
             raise BadInput(
                 f"--hook-name {hook}: its output has shape {list(x.shape)}; [batch, position, d_in] expected"
             )
-        found[hook] = subject.harvesting.read_by_sae(x, hook, subject.heads(hook))
-    return found
+        rows_of_hook[hook] = subject.harvesting.read_by_sae(x, hook, subject.heads(hook))
+    return rows_of_hook
 
 
 def where_to_stop(hook_names: list[str]) -> tuple[int | None, str | None]:
-    """(the block before which a pass stops, None for no stop; the hook that is the output of the stopped pass, if any).
+    """(block before which a pass stops, None for no stop; hook that equals the output of the stopped pass, or None).
 
-    What stands before the last block asked for is there without running it.
+    The input of a block is available without running the block.
     """
     layers = {hook: int(m[1]) if (m := re.match(r"blocks\.(\d+)\.", hook)) else None for hook in hook_names}
     known = [layer for layer in layers.values() if layer is not None]
@@ -148,7 +148,7 @@ def where_to_stop(hook_names: list[str]) -> tuple[int | None, str | None]:
 
 
 def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
-    """Indices of inputs by length, in batches of at most `batch_tokens` with padding (one input at least)."""
+    """Batches of input numbers, by length, with at most `batch_tokens` including padding; at least one input each."""
     order = np.argsort(lengths, kind="stable")
     cut, first = [], 0
     for i in range(1, len(order) + 1):
@@ -164,39 +164,41 @@ def batches(lengths: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> list[np.nd
 
 @dataclass(frozen=True)
 class Inputs:
-    """Documents cut into inputs of at most n_ctx tokens. Of an input, position 0 gives no row: it holds the token that
-    begins every text or, where the tokenizer puts none, one that can attend to nothing but itself. Other positions give
-    none where `Harvesting` says so.
+    """Documents cut into inputs of at most n_ctx tokens.
 
-    Holds where each input lies, not its tokens: those of a list of texts are made again when they are needed, those of
+    Position 0 of an input gives no row. It holds the token that begins every text or, without such a token, one that
+    attends to itself alone. `Harvesting` may exclude other positions.
+
+    An object holds the place of each input, not its tokens. Texts of a list are tokenised again when needed. Tokens of
     a stream lie on disk.
     """
 
     tokenizer: Any
     texts: list[str] | None  # None for a stream
-    stream: Path | None  # int32 tokens of the documents of a stream, one after the other
-    begins: list[int]  # what the tokenizer puts before a text
-    owner: np.ndarray  # [inputs], number of its document: its position in `texts`, or in the order of the stream
-    start: np.ndarray  # [inputs], its first token in the document, or in the file of a stream
-    rows: np.ndarray  # [inputs], rows that it gives
-    length: np.ndarray  # [inputs], its tokens, those before the text included
+    stream: Path | None  # int32 tokens of the documents of a stream, concatenated
+    begins: list[int]  # tokens before a text
+    owner: np.ndarray  # [inputs], number of the document in `texts`, or in the stream
+    start: np.ndarray  # [inputs], first token in the document, or in the file of a stream
+    rows: np.ndarray  # [inputs], number of rows
+    length: np.ndarray  # [inputs], number of tokens, including those before the text
     document: np.ndarray  # [inputs] int64, the first 60 bits of the document's sha256
-    counts: np.ndarray  # [vocabulary], rows of each token
+    counts: np.ndarray  # [vocabulary], number of rows of each token
     digest: str  # sha256 (hex) of documents and tokens
-    used: TextUsed | None = None  # what a stream gave
+    used: TextUsed | None = None  # facts of a stream's text
 
     @classmethod
     def of(
         cls, subject: LanguageModel, documents: list[str] | Side, rows: int, seed: int, root: Path | None = None
     ) -> Inputs:
-        """As many documents as give `rows` rows: of a list in random order, of a stream in its own; the last input is
-        cut to meet them exactly.
+        """Inputs that give exactly `rows` rows. The last input is cut to meet the number.
+
+        Documents of a list are taken in random order, those of a stream in the stream's order.
 
         Args:
-            root: of a stream: folder below which its tokens lie, found where they were read before.
+            root: folder that holds the tokens of a stream. They are read from the stream once.
 
         Raises:
-            BadInput: all documents together give fewer.
+            BadInput: all documents together give fewer rows.
         """
         if isinstance(documents, Side):
             assert root is not None
@@ -215,7 +217,7 @@ class Inputs:
         return cls(subject.tokenizer, documents, None, cut.begins, **arrays, digest=cut.sha.hexdigest())
 
     def tokens(self, part: range) -> list[np.ndarray]:
-        """Tokens of these inputs, position 0 included."""
+        """Tokens of these inputs, including position 0."""
         if self.texts is None:
             assert self.stream is not None
             lengths = self.length - len(self.begins)
@@ -225,21 +227,24 @@ class Inputs:
         owners = sorted({int(self.owner[i]) for i in part})
         encoded = self.tokenizer([self.texts[o] for o in owners], add_special_tokens=False)["input_ids"]
         of_owner = dict(zip(owners, encoded, strict=True))
-        found = []
+        token_rows = []
         for i in part:
             piece = of_owner[int(self.owner[i])][self.start[i] :]
-            found.append(np.array([*self.begins, *piece])[: self.length[i]])
-        return found
+            token_rows.append(np.array([*self.begins, *piece])[: self.length[i]])
+        return token_rows
 
     def parts(self) -> list[range]:
-        """Neighbouring inputs that give about PART_ROWS rows together."""
+        """Ranges of neighbouring inputs with about PART_ROWS rows each."""
         number = (np.cumsum(self.rows) - 1) // PART_ROWS
         edges = np.flatnonzero(np.diff(number, prepend=-1))
         return [range(a, b) for a, b in zip(edges, [*edges[1:], len(number)], strict=True)]
 
     def heldout_documents(self, fraction: float) -> np.ndarray:
-        """Documents that give about this share of the rows, `[inputs]` bool: of a list the last ones, one at least; of
-        a stream those whose hash says so, therefore more rows keep the split."""
+        """Mask of inputs in held-out documents, `[inputs]` bool, with about this share of the rows.
+
+        A list holds out its last documents, at least one. A stream holds out documents by hash, therefore more rows
+        keep the split.
+        """
         if self.used is not None:
             return (self.document & HASHED) < fraction * (HASHED + 1)
         before = np.cumsum(self.rows) - self.rows
@@ -248,7 +253,7 @@ class Inputs:
         return begins >= min((1 - fraction) * self.rows.sum(), begins[-1])
 
     def heldout_tokens(self, fraction: float, seed: int) -> np.ndarray:
-        """A random set of tokens, one at least, which gives at most this share of the rows, sorted."""
+        """Sorted random set of tokens, at least one, with at most this share of the rows."""
         seen = np.flatnonzero(self.counts)
         order = seen[torch.randperm(len(seen), generator=generator(seed, "tokens")).numpy()]
         total = np.cumsum(self.counts[order])
@@ -256,7 +261,7 @@ class Inputs:
 
 
 class Cutter:
-    """Cuts documents into inputs until these give enough rows."""
+    """Cuts documents into inputs until they give enough rows."""
 
     def __init__(self, subject: LanguageModel, rows: int):
         tokenizer, self.harvesting = subject.tokenizer, subject.harvesting
@@ -267,20 +272,20 @@ class Cutter:
         self.found = [array("q") for _ in range(5)]  # owner, start, rows, length, document of each input
 
     def add(self, owner: int, sha256: str, tokens: np.ndarray, first: int = 0) -> None:
-        """A document's inputs.
+        """Add the inputs of a document.
 
         Args:
-            first: place of its first token in what `start` counts from.
+            first: place of the document's first token in the file of a stream; 0 for a list.
         """
         number, begins = int(sha256[:15], 16), np.array(self.begins, dtype=np.int64)
         for start in range(0, len(tokens), self.size):
             piece = np.concatenate([begins, tokens[start : start + self.size]])
             kept = np.flatnonzero(self.harvesting.kept(piece))[: self.missing]
             if len(kept) > 0:
-                piece = piece[: kept[-1] + 1]  # what comes later changes no row
+                piece = piece[: kept[-1] + 1]  # later tokens change no row
                 values = owner, first + start, len(kept), len(piece), number
-                for found, value in zip(self.found, values, strict=True):
-                    found.append(value)
+                for column, value in zip(self.found, values, strict=True):
+                    column.append(value)
                 self.sha.update(number.to_bytes(8, "big") + piece.tobytes())
                 np.add.at(self.counts, piece[kept], 1)
                 self.missing -= len(kept)
@@ -291,7 +296,7 @@ class Cutter:
 
 
 def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inputs:
-    """Inputs of a stream, whose tokens are written below `root` in one pass, or found there."""
+    """Inputs of a stream. One pass writes its tokens below `root`; later calls find them."""
     tokenizer = subject.tokenizer
     key = {"side": [str(side.source), side.source.fingerprint(), side.heldout], "rows": rows, "n_ctx": subject.n_ctx}
     key |= {"tokenizer": tokenizer_digest(tokenizer), "code": code_version(Inputs.of)}
@@ -309,7 +314,7 @@ def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inp
                     if cut.missing == 0:
                         break
                     tokens = np.array(next(encoded), dtype=np.int32) if d.tokens is None else d.tokens
-                    if cut.begins and tokens[:1] == cut.begins:  # ids of other people's packing may hold it already
+                    if cut.begins and tokens[:1] == cut.begins:  # packed ids may hold it already
                         tokens = tokens[1:]
                     cut.add(number, d.sha256, tokens, first)
                     f.write(tokens.tobytes())
@@ -331,22 +336,22 @@ def _of_stream(subject: LanguageModel, side: Side, rows: int, root: Path) -> Inp
         write_json(partial / "manifest.json", {"begins": cut.begins, **record, "digest": cut.sha.hexdigest()})
 
     publish_directory(folder, build)
-    about = read_json(folder / "manifest.json", "text")
+    record_on_disk = read_json(folder / "manifest.json", "text")
     arrays = {name: t.numpy() for name, t in load_file(folder / "inputs.safetensors").items()}
-    begins = about.pop("begins")
-    found: dict[str, Any] = arrays | {"digest": about["digest"], "used": TextUsed(**about)}
-    return Inputs(tokenizer, None, folder / "tokens.int32", begins, **found)
+    begins = record_on_disk.pop("begins")
+    fields: dict[str, Any] = arrays | {"digest": record_on_disk["digest"], "used": TextUsed(**record_on_disk)}
+    return Inputs(tokenizer, None, folder / "tokens.int32", begins, **fields)
 
 
 def batched(documents: Iterable, n: int) -> Iterator[list]:
-    """Neighbouring documents, n at a time."""
+    """Lists of n neighbouring documents."""
     left = iter(documents)
     while batch := [*islice(left, n)]:
         yield batch
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """sha256 of all that a tokenizer does, or of its vocabulary where it cannot be written down."""
+    """sha256 of a tokenizer's definition, or of its vocabulary if the definition cannot be serialised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest(sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str())
 
@@ -364,16 +369,16 @@ def harvest_tokens(
     force: bool = False,
     by_document: bool = False,
 ) -> dict[str, Path]:
-    """A store a hook, all from one pass, found where they exist. Rows are shuffled among all documents.
+    """One store for each hook, all from one pass; existing stores are reused. Rows are shuffled over all documents.
 
-    Held-out rows come last and are of documents (at the embedding: of tokens) that no other row is of. The rows of the
-    stores of one pass correspond, the embedding's aside. Memory: the texts, and one part or shard.
+    Held-out rows come last. They share no documents with training rows (at the embedding: no tokens). Rows of the
+    stores of one pass correspond, except the embedding's. Memory: the texts, and one part or shard.
 
     Args:
-        by_document: hold out documents at the embedding too, so that its rows correspond to those of other hooks.
-        documents: the texts to draw from, each once, or a side of a stream.
-        root: folder below which stores lie; a store's name is the digest of what it is made from.
-        dtype: of the store; by default that of the subject, which loses nothing.
+        by_document: hold out documents at the embedding too, which makes its rows correspond to those of other hooks.
+        documents: distinct texts, or a side of a stream.
+        root: folder of stores. The name of a store is a digest of its inputs.
+        dtype: type of the stored numbers. None: the subject's type, which is lossless.
 
     Returns:
         {hook: folder}
@@ -382,7 +387,7 @@ def harvest_tokens(
     hooks = check_hooks(subject, hook_names, by_document)
     inputs = Inputs.of(subject, documents, rows, row_seed, root)
     device = next(subject.model.parameters()).device.type
-    about = {
+    key_of_pass = {
         "subject": subject.activations_digest,
         "inputs": inputs.digest,
         "row_seed": row_seed,
@@ -393,13 +398,13 @@ def harvest_tokens(
         "threads": threads,
     }
     by_token = {name: hook.of_token and not by_document for name, hook in hooks.items()}
-    keys = {hook: about | {"hook": hook, "by_token": by_token[hook]} for hook in hook_names}
+    keys = {hook: key_of_pass | {"hook": hook, "by_token": by_token[hook]} for hook in hook_names}
     folders = {hook: root / f"{subject.name}-{digest(key)[:16]}" for hook, key in keys.items()}
-    work = root / f".{subject.name}-{digest([about, by_document])[:16]}.work"
+    work = root / f".{subject.name}-{digest([key_of_pass, by_document])[:16]}.work"
     with locked(work.with_suffix(".lock")):
-        wanted = [hook for hook in hook_names if force or not folders[hook].exists()]
-        if wanted:
-            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, by_token[h]) for h in wanted}
+        missing = [hook for hook in hook_names if force or not folders[hook].exists()]
+        if missing:
+            plans = {h: Plan.of(inputs, heldout_fraction, row_seed, by_token[h]) for h in missing}
             if force:
                 shutil.rmtree(work, ignore_errors=True)
             _harvest(subject, inputs, plans, dtype, work)
@@ -430,13 +435,13 @@ def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dty
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the rows of a hook go: each to a bucket, the first `training_buckets` of which hold the training rows.
+    """Assignment of a hook's rows to buckets. The first `training_buckets` buckets hold the training rows.
 
-    A bucket becomes a shard: its rows are a random part of all, brought into random order when it is written.
+    A bucket becomes a shard. It holds a random subset of the rows, which are shuffled when the shard is written.
     """
 
-    heldout_inputs: np.ndarray | None  # [inputs] bool, where whole documents are held out
-    heldout_tokens: np.ndarray | None  # sorted, where tokens are
+    heldout_inputs: np.ndarray | None  # [inputs] bool, if whole documents are held out
+    heldout_tokens: np.ndarray | None  # sorted, if tokens are held out
     heldout_rows: int
     training_buckets: int
     buckets: int
@@ -458,7 +463,7 @@ class Plan:
         return cls(by_input, by_token, heldout, training, training + -(-heldout // PART_ROWS), seed)
 
     def bucket(self, tokens: Tensor, owner: Tensor, part: int) -> Tensor:
-        """Bucket of each row of a part, given its token and the number of its input."""
+        """Bucket of each row of a part, from its token and the number of its input."""
         if self.heldout_tokens is not None:
             held = torch.isin(tokens, torch.from_numpy(self.heldout_tokens))
         else:
@@ -472,14 +477,14 @@ class Plan:
 def _harvest_part(
     subject: LanguageModel, inputs: Inputs, part: range, number: int, plans: dict[str, Plan], dtype: DType, work: Path
 ) -> None:
-    """Run the inputs of a part; one file a hook, its rows ordered by bucket."""
-    found, tokens, owner = rows_of_part(subject, inputs, part, list(plans), dtype)
+    """Run the inputs of a part, and write one file for each hook, with rows ordered by bucket."""
+    rows_of_hook, tokens, owner = rows_of_part(subject, inputs, part, list(plans), dtype)
     document = torch.from_numpy(inputs.document)[owner]
     for hook, plan in plans.items():
         bucket = plan.bucket(tokens, owner, number)
         order = bucket.argsort(stable=True)
         tensors = {
-            "activations": found[hook][order],
+            "activations": rows_of_hook[hook][order],
             "document": document[order],
             "token": tokens[order],
             "edges": torch.cat([torch.zeros(1, dtype=torch.long), bucket.bincount(minlength=plan.buckets).cumsum(0)]),
@@ -490,20 +495,22 @@ def _harvest_part(
 def rows_of_part(
     subject: LanguageModel, inputs: Inputs, part: range, hook_names: list[str], dtype: DType
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(each hook's rows `[n, d_in]` on the CPU, token `[n]` and number of the input `[n]` of each row): a function of
-    the part alone, in whatever order parts are run."""
-    of_part = inputs.tokens(part)
-    lengths = np.array([*map(len, of_part)])
-    found: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
+    """(rows of each hook `[n, d_in]` on the CPU, token of each row `[n]`, number of its input `[n]`).
+
+    The result depends on the part alone, not on the order in which parts run.
+    """
+    token_rows = inputs.tokens(part)
+    lengths = np.array([*map(len, token_rows)])
+    rows_of_hook: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
     tokens, owner = [], []
-    kept = [np.flatnonzero(subject.harvesting.kept(one)) for one in of_part]
+    kept = [np.flatnonzero(subject.harvesting.kept(one)) for one in token_rows]
     for chosen in batches(lengths):
-        outputs = run(subject, [of_part[i] for i in chosen], hook_names)
+        outputs = run(subject, [token_rows[i] for i in chosen], hook_names)
         for hook, x in outputs.items():
-            found[hook] += [x[row, kept[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
-        tokens += [torch.from_numpy(of_part[i][kept[i]]) for i in chosen]
+            rows_of_hook[hook] += [x[row, kept[i]].to(getattr(torch, dtype)).cpu() for row, i in enumerate(chosen)]
+        tokens += [torch.from_numpy(token_rows[i][kept[i]]) for i in chosen]
         owner += [torch.full((len(kept[i]),), part[i]) for i in chosen]
-    return {hook: torch.cat(rows) for hook, rows in found.items()}, torch.cat(tokens), torch.cat(owner)
+    return {hook: torch.cat(rows) for hook, rows in rows_of_hook.items()}, torch.cat(tokens), torch.cat(owner)
 
 
 def _merge(
@@ -527,9 +534,9 @@ def _merge(
         writer.append(x, {name: label[order] for name, label in rows.items()})
     position = "every token but the first" + ("" if plan.heldout_tokens is None else "; held out by token")
     assert writer is not None  # a harvest has rows
-    about = subject.name, subject.digest, hook, position, plan.seed, subject.control
+    facts = subject.name, subject.digest, hook, position, plan.seed, subject.control
     departs = replace(subject.harvesting, max_norm_multiple=None).to_json() or None
-    writer.finish(*about, heldout_rows=plan.heldout_rows, text=inputs.used, harvesting=departs)
+    writer.finish(*facts, heldout_rows=plan.heldout_rows, text=inputs.used, harvesting=departs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,24 +546,24 @@ def _merge(
 def harvest_prompts(
     subject: LanguageModel, hook_names: list[str], data_sets: list[str], cache: Path, force: bool = False
 ) -> Path:
-    """Write `<data set>_<hook>.pt` files, each a tensor `[prompts, d_in]`, where sae-probes looks for them.
+    """Write `<data set>_<hook>.pt` files, each a tensor `[prompts, d_in]`, at the place where sae-probes reads them.
 
-    `sae_probes.run_sae_evals(model_name=subject.name, model_cache_path=cache, …)` then runs without a model. Files that
-    exist are kept: the same call resumes.
+    `sae_probes.run_sae_evals(model_name=subject.name, model_cache_path=cache, …)` then runs without a model. Existing
+    files are kept, therefore the same call resumes.
 
     Returns:
-        `<cache>/model_activations_<subject.name>`; shifted sets go beside it, with `_OOD` at its end.
+        `<cache>/model_activations_<subject.name>`. The folder of shifted sets has `_OOD` at the end of its name.
 
     Raises:
         BadInput: the folder holds another subject's activations.
     """
     check_hooks(subject, hook_names)
     folder = cache / f"model_activations_{subject.name}"
-    about = {"subject": subject.activations_digest, "n_ctx": subject.n_ctx}
+    facts = {"subject": subject.activations_digest, "n_ctx": subject.n_ctx}
     for place in {folder.with_name(folder.name + ("_OOD" if name.endswith("_OOD") else "")) for name in data_sets}:
         if not (place / "subject.json").exists():
-            write_json(place / "subject.json", about)
-        if read_json(place / "subject.json", "activations of prompts") != about:
+            write_json(place / "subject.json", facts)
+        if read_json(place / "subject.json", "activations of prompts") != facts:
             raise BadInput(f"{place} holds the activations of another subject; delete it or name another folder")
     tokenizer = subject.tokenizer
     began, done = time.monotonic(), 0

@@ -1,9 +1,9 @@
-"""The order in which a training run sees the rows: seeded, resumable, and made without holding the rows in memory.
+"""Order in which a training reads the rows: seeded, resumable, and without all rows in memory.
 
-An epoch permutes blocks of neighbouring rows, takes a window of blocks at a time, and permutes the rows inside the
-window. Reading is sequential within blocks, the buffer is one window, and the order is a pure function of (seed,
-rows seen so far), so that a resumed run continues exactly where it stopped. A store no larger than the window is
-permuted in full.
+An epoch permutes blocks of neighbouring rows, reads a window of blocks at a time, and permutes the rows inside the
+window. Reading is sequential within blocks, and the buffer is one window. The order is a pure function of (seed, rows
+seen so far), therefore a resumed run continues exactly where it stopped. A store that fits into a window is permuted in
+full.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class WindowReader:
-    """Rows in the order of their source, each once, shuffled inside windows.
+    """Reads rows in the order of their source, each once, shuffled inside windows.
 
-    All readers of a stream share its window, which is filled again in place. Therefore a window holds whole batches,
-    and the next one is asked for only when a batch of it is taken.
+    All readers of a stream share its window, which is refilled in place. Therefore a window holds whole batches, and
+    the next window is read only when one of its batches is needed.
 
     Args:
-        source: a store, or a stream; its rows are read a window at a time.
-        rows: how many of them, from the first on.
-        seed: of the order inside each window.
-        position: rows already seen; the reader goes on there.
-        window_rows: rows of the buffer, a multiple of the batch.
+        source: store or stream, whose rows are read a window at a time.
+        rows: number of rows to read, from the first on.
+        seed: seed of the order inside each window.
+        position: number of rows already seen, from which the reader continues.
+        window_rows: rows of the buffer, a multiple of the batch size.
     """
 
     def __init__(self, source: ActivationStore | HookStream, rows: int, seed: int, position: int, window_rows: int):
@@ -56,12 +56,12 @@ class BatchReader:
     """An endless stream of shuffled rows.
 
     Args:
-        store: where to read.
-        rows: which rows, a contiguous range.
-        seed: of the order.
-        position: rows of the stream already seen; the stream goes on there.
-        window_rows, block_rows: rows buffered at a time, and rows that stay neighbours on disk.
-        held: all of `rows`, where they lie in memory already.
+        store: store to read.
+        rows: contiguous range of rows.
+        seed: seed of the order.
+        position: number of rows already seen, from which the stream continues.
+        window_rows, block_rows: rows buffered at a time, and rows that are read as one block.
+        held: all of `rows`, if they are in memory already.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class BatchReader:
             self.buffer = torch.cat([self.store.read(block.start, block.stop) for block in blocks])[order]
 
     def take(self, n: int) -> Tensor:
-        """The next `n` rows `[n, d_in]`; a batch may reach into the next epoch, and each epoch shows each row once."""
+        """The next `n` rows `[n, d_in]`. A batch may extend into the next epoch. Each epoch has each row once."""
         parts, missing = [], n
         while missing:
             part = self.buffer[self.offset : self.offset + missing]

@@ -1,5 +1,7 @@
-"""Rows of activations whose norm is many times the median norm: attention sinks. Training brings them down, or a store
-leaves them out."""
+"""Outliers: rows of activations whose norm is many times the median norm, as at attention sinks.
+
+Training shrinks them, or a store leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,19 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest, publish_directory
 
 AT_ONCE = 65_536
-"""Rows that are read at a time."""
+"""Number of rows read at a time."""
 LABELS = ("document", "token")
 MULTIPLE = "max_norm_multiple"
 """Key of `StoreManifest.harvesting`."""
 SAMPLE = 65_536
-"""Rows that give the median norm. Rows lie in random order, and memory must not grow with their number."""
+"""Number of rows from which the median norm is estimated. Rows are in random order, and memory must be bounded."""
 
 
 def norm_limit(norms: Tensor) -> float:
-    """The largest norm that is no outlier's; infinite where most rows are zero.
+    """Largest norm of a row that is no outlier; infinite if most rows are zero.
 
     Args:
-        norms: of a sample of the rows, `[rows]`.
+        norms: norms of a sample of the rows, `[rows]`.
     """
     return OUTLIER_NORM * norms.median().item() or math.inf
 
@@ -40,11 +42,10 @@ def sampled_norms(store: ActivationStore, rows: range) -> Tensor:
 
 
 def shrunk(x: Tensor, limit: float) -> Tensor:
-    """Rows `[rows, d_in]`; outliers brought down to SHRUNK_NORM medians, in their own direction. The others keep their
-    bits.
+    """Rows `[rows, d_in]` with outliers scaled down to SHRUNK_NORM median norms. Other rows are unchanged.
 
     Args:
-        limit: of `norm_limit`.
+        limit: result of `norm_limit`.
     """
     norms = x.norm(dim=1, keepdim=True)
     if not (norms > limit).any():
@@ -53,14 +54,14 @@ def shrunk(x: Tensor, limit: float) -> Tensor:
 
 
 def limit_of(store: ActivationStore) -> float:
-    """The largest norm that is no outlier's; infinite where the store has no outlier."""
+    """Largest norm of a store's row that is no outlier; infinite if the store has no outlier."""
     return _of_store(store.folder, store.digest)[0]
 
 
 def moments(store: ActivationStore) -> tuple[Tensor, Tensor]:
-    """(mean `[d_in]`, covariance `[d_in, d_in]`), float64, of the rows as SAEs are trained on them: outliers shrunk.
+    """(mean `[d_in]`, covariance `[d_in, d_in]`) of the rows as training reads them, with outliers shrunk; float64.
 
-    Where no row is an outlier these are the moments that the store keeps, to the bit. Each process reads a store once.
+    Without outliers these are exactly the moments that the store keeps. Each process reads a store once.
     """
     return _of_store(store.folder, store.digest)[1]
 
@@ -88,13 +89,13 @@ def _of_store(folder: Path, digest: str) -> tuple[float, tuple[Tensor, Tensor]]:
 def without_outliers(
     store: ActivationStore, multiple: float, root: Path, by: ActivationStore | None = None, force: bool = False
 ) -> ActivationStore:
-    """The store without the rows whose norm exceeds `multiple` times the median norm, found below `root` or made.
+    """The store without rows whose norm exceeds `multiple` times the median norm; found below `root` or made.
 
     Args:
-        by: a store whose rows correspond; its norms decide. None: this one.
+        by: store of corresponding rows whose norms decide. None: the store itself.
 
     Raises:
-        BadInput: no row is left to train on, or none to hold out, or rows of one of the stores were left out before.
+        BadInput: no training row or no held-out row remains, or one of the stores has left rows out before.
     """
     m, by = store.manifest, by or store
     if m.dropped_rows is not None or by.manifest.dropped_rows is not None or store.rows != by.rows:
@@ -119,9 +120,9 @@ def without_outliers(
                 f"--max-norm-multiple {multiple:g}: {writer.rows} rows of {store.folder} are left, {heldout} of them "
                 "held out; a larger multiple expected"
             )
-        about = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed, m.control
+        facts = m.subject, m.subject_digest, m.hook_name, m.position, m.row_seed, m.control
         writer.finish(
-            *about,
+            *facts,
             heldout_rows=None if m.heldout_rows is None else heldout,
             text=m.text,
             harvesting=(m.harvesting or {}) | {MULTIPLE: multiple},

@@ -1,4 +1,4 @@
-"""Stores of rows that are made of planted features."""
+"""Stores of rows generated from planted features."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from husai.subjects.planted import Planted, generate
 
 
 def planted_rows(setting: PlantedRows, root: Path) -> tuple[Path, Planted]:
-    """(folder of the store, written where it is missing; what its rows are made of).
+    """(folder of the store, which is written if missing; its rows with their features and activations).
 
     Args:
-        root: folder below which stores lie; a store's name is the digest of what it is made from.
+        root: folder of stores. The name of a store is a digest of its inputs.
     """
     planted = generate(setting)
     key = digest({"setting": setting.to_json(), "code": code_version(planted_rows)})

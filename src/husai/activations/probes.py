@@ -1,4 +1,4 @@
-"""Logistic probes on the activations of prompts: sae-probes' own split and fit, with an interval for the AUC."""
+"""Logistic probes on activations of prompts, by sae-probes' own split and fit, with an interval for the AUC."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LEVEL = 0.95
 
 
 def delong(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """(AUC, its standard error) of the scores of both classes.
+    """(AUC, its standard error) from the scores of both classes.
 
-    DeLong, DeLong & Clarke-Pearson, Biometrics 44(3), 1988: the variances over positives and over negatives of the
-    share of the other class that each one beats (ties half).
+    DeLong, DeLong & Clarke-Pearson, Biometrics 44(3), 1988. Each score has a share of the other class that it beats
+    (ties count half). The standard error comes from the variances of this share over positives and over negatives.
     """
     beats = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
     over_positive, over_negative = beats.mean(1).var(ddof=1), beats.mean(0).var(ddof=1)
@@ -27,7 +27,7 @@ def delong(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
 
 
 def auc_interval(auc: float, standard_error: float, level: float = LEVEL) -> tuple[float, float]:
-    """Bounds of an AUC, on the logit scale, where they stay in [0, 1]; the point itself where there is no spread."""
+    """(low, high) of an AUC, from the logit scale, which keeps them in [0, 1]. Without spread, the AUC itself."""
     if standard_error == 0 or not 0 < auc < 1:
         return auc, auc
     logit, spread = np.log(auc / (1 - auc)), standard_error / (auc * (1 - auc))
@@ -39,10 +39,10 @@ def auc_interval(auc: float, standard_error: float, level: float = LEVEL) -> tup
 def probe(file: Path, data_set: str, seed: int = 42) -> dict:
     """Fit a logistic probe on one data set's activations as sae-probes does, and score it on its test rows.
 
-    At most 1,024 training rows, balanced; C chosen on a part of them; test rows balanced and not seen before.
+    There are at most 1,024 training rows, balanced. C is chosen on a part of them. Test rows are balanced and unseen.
 
     Args:
-        file: the tensor `[prompts, d_in]` that `harvest_prompts` wrote.
+        file: file with the tensor `[prompts, d_in]` that `harvest_prompts` wrote.
 
     Returns:
         {"data_set", "auc": {"estimate", "low", "high", "standard_error", "n_positive", "n_negative", "method"},
@@ -58,8 +58,8 @@ def probe(file: Path, data_set: str, seed: int = 42) -> dict:
     train, test = get_train_test_indices(y, n_train, len(y) - n_train - 1, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = find_best_reg(x[train], y[train], x[test], y[test], seed=seed)
-    scores, truth = found.classifier.predict_proba(x[test])[:, 1], y[test]
+        fitted = find_best_reg(x[train], y[train], x[test], y[test], seed=seed)
+    scores, truth = fitted.classifier.predict_proba(x[test])[:, 1], y[test]
     auc, error = delong(scores[truth == 1], scores[truth == 0])
     low, high = auc_interval(auc, error)
     return {
@@ -73,7 +73,7 @@ def probe(file: Path, data_set: str, seed: int = 42) -> dict:
             "n_negative": int((truth == 0).sum()),
             "method": f"DeLong, on the logit scale, {LEVEL:.0%}",
         },
-        "validation_auc": found.metrics.val_auc,
-        "accuracy": found.metrics.test_acc,
+        "validation_auc": fitted.metrics.val_auc,
+        "accuracy": fitted.metrics.test_acc,
         "n_train": n_train,
     }

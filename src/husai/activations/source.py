@@ -1,4 +1,4 @@
-"""Source of a phase's activations: a given store, or a store harvested from a subject."""
+"""Opens the activations of a phase: a given store, or a store harvested from a subject."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def open_store(
     text: TextSource | None = None,
     harvesting: Harvesting | None = None,
 ) -> ActivationStore:
-    """The store to study.
+    """Open or harvest the store of a phase.
 
     Args:
-        store: a store's folder; where None, the activations of `subject` are harvested, or found below `artifact_root`.
-        subject: folder of a trained transformer, or folder or name of a language model; where None, a modular-addition
-            transformer is trained by `config`, or found.
-        hook_name: by default the store's, or the default of the kind of subject.
-        position: modular addition: by default that of "=".
-        rows: language models: by default LANGUAGE_MODEL_ROWS, of the training documents of `text`.
-        random_seed: the random-weights control in the subject's place.
-        text: by default the packaged one, whose training documents husai-tiny was trained on.
-        harvesting: how the activations of a language model are made, as the files of SAEs say, and which rows of any
-            subject are left out.
+        store: folder of a store. None: activations of `subject` are found below `artifact_root`, or harvested.
+        subject: folder of a trained transformer, or folder or name of a language model. None: a modular-addition
+            transformer is found, or trained by `config`.
+        hook_name: hook of the rows. None: the store's hook, or the default hook of the kind of subject.
+        position: token position, for modular addition. None: the position of "=".
+        rows: number of rows, for language models, from training documents of `text`. None: LANGUAGE_MODEL_ROWS.
+        random_seed: seed of the random weights that replace the subject's. None: the subject's own weights.
+        text: text source. None: the packaged text, whose training documents husai-tiny was trained on.
+        harvesting: how the activations of a language model are made, as the files of SAEs state, and the norm above
+            which rows of any subject are left out.
 
     Raises:
-        BadInput: the store is damaged, or of another subject or hook.
+        BadInput: the store is damaged, or has another subject or hook.
     """
     multiple = harvesting and harvesting.max_norm_multiple
 
@@ -64,7 +64,7 @@ def open_store(
         return _of_language_model(artifact_root, threads, model, hook_name, rows, text or TextSource())
     config = config or ModularAdditionConfig()
     if subject is None:
-        if hook_name not in (None, DEFAULT_HOOK):  # what the transformer lacks is refused before it is trained
+        if hook_name not in (None, DEFAULT_HOOK):  # refuse an unknown hook before training
             check_modular_addition(config, [hook_name])
         subject = modular_addition.train_or_find(config, artifact_root / "subjects", device, threads)
     folder = harvest_modular_addition(
@@ -81,7 +81,7 @@ def open_store(
 
 
 def of_arguments(args: argparse.Namespace, device: torch.device) -> ActivationStore:
-    """The store that a phase's command line names (`evals.flags.EvalParser.add_source`)."""
+    """Store that a phase's command line names (`evals.flags.EvalParser.add_source`)."""
     named = {"store": args.activation_cache_dir, "subject": args.subject, "hook_name": args.hook_name}
     way = Harvesting(max_norm_multiple=args.max_norm_multiple)
     return open_store(args.artifact_root, device, args.threads, **named, rows=args.rows, text=args.text, harvesting=way)

@@ -1,10 +1,10 @@
 """A sharded, memory-mapped, content-addressed store of activations.
 
 A store is a folder: `shard-00000.safetensors`, … (each one tensor `activations [rows, d_in]`), `stats.safetensors`
-(`mean [d_in]`, `covariance [d_in, d_in]`, float64) and `manifest.json`. Its digest names all of them, the subject and
-the hook, so that a result can say on what it rests. Rows are in random order; the last rows serve as held-out rows.
-A store of a language model says itself how many these are, since they come from documents (or tokens) that no other
-row comes from; beside `activations`, its shards hold the int64 labels `document` and `token` of each row.
+(`mean [d_in]`, `covariance [d_in, d_in]`, float64) and `manifest.json`. Its digest covers all of them, the subject and
+the hook, and results name the store by it. Rows are in random order. The last rows are held out. A store of a language
+model states their number, because training rows and held-out rows share no documents (or no tokens). Its shards also
+hold the int64 labels `document` and `token` of each row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TextUsed(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     source: str
-    revision: str | None  # commit of a data set of the hub
+    revision: str | None  # commit of a hub data set
     heldout: bool
     documents: int
     duplicates: int  # documents left out because an earlier one is the same
@@ -68,19 +68,19 @@ class StoreManifest(BaseModel):
     d_in: int
     dtype: DType
     row_seed: int
-    control: str | None  # e.g. "gaussian(seed=0)"; null for what the model really computed
+    control: str | None  # e.g. "gaussian(seed=0)"; null for the model's own activations
     shards: list[Shard]
     stats_sha256: str
-    heldout_rows: int | None = None  # the last ones; null where any last rows may serve
-    text: TextUsed | None = None  # what a source gave; absent for the packaged text
+    heldout_rows: int | None = None  # number of held-out rows, the last ones; null: any last rows may be held out
+    text: TextUsed | None = None  # documents of a text source; absent for the packaged text
     harvesting: dict[str, Any] | None = None
-    """In what the activations depart from HUSAI's own way (`subjects.harvesting`); absent where in nothing."""
+    """Differences of the activations from HUSAI's own way (`subjects.harvesting`); absent without a difference."""
     dropped_rows: int | None = None
-    """Rows left out by `activations.outliers.without_outliers`; absent where it was not asked for."""
+    """Number of rows left out by `activations.outliers.without_outliers`; absent if it was not requested."""
 
     @property
     def digest(self) -> str:
-        """Names the content. A text counts by what was read of it, and not by the place where it lies."""
+        """Digest of the content. A text counts by the documents that were read, not by its place."""
         return digest(self.to_json() if self.text is None else self.to_json() | {"text": self.text.digest})
 
     def to_json(self) -> dict:
@@ -89,7 +89,7 @@ class StoreManifest(BaseModel):
 
 
 class StoreWriter:
-    """Append rows, then `finish()`. Memory: one shard and a covariance matrix.
+    """Writes a store: append rows, then `finish()`. Memory: one shard and a covariance matrix.
 
     Args:
         folder: an empty folder (see `runs.files.publish_directory`).
@@ -106,7 +106,7 @@ class StoreWriter:
         self.scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     def append(self, x: Tensor, labels: dict[str, Tensor] | None = None) -> None:
-        """Add rows `[n, d_in]`, with integers `[n]` that say where each comes from (the same names each time).
+        """Add rows `[n, d_in]`, with integer labels `[n]` of their origin. All calls must use the same label names.
 
         Raises:
             BadInput: a value is NaN or infinite.
@@ -155,7 +155,7 @@ class StoreWriter:
         harvesting: dict[str, Any] | None = None,
         dropped_rows: int | None = None,
     ) -> None:
-        """Write what is pending, the statistics, and the manifest."""
+        """Write pending rows, statistics and manifest."""
         if self.rows == 0:
             raise BadInput("activations: no rows were harvested; at least one expected")
         if self.pending:
@@ -185,20 +185,20 @@ class StoreWriter:
 
 @dataclass
 class ActivationStore:
-    """An opened store. Reading goes through memory maps; `read` copies only the rows asked for."""
+    """An opened store. Files are memory-mapped, and `read` copies only the requested rows."""
 
     folder: Path
     manifest: StoreManifest
 
     @classmethod
     def open(cls, folder: Path, subject_digest: str | None = None, hook_name: str | None = None) -> ActivationStore:
-        """Open a store and check every byte of it: seconds a few gigabytes, once a process.
+        """Open a store and check every byte of it, once in each process. A few gigabytes take seconds.
 
         Args:
-            subject_digest, hook_name: what the store must have been harvested from, where given.
+            subject_digest, hook_name: required subject and hook of the store. None: any.
 
         Raises:
-            BadInput: no store there, a damaged manifest or shard, or another subject or hook.
+            BadInput: the folder holds no store, a file is damaged, or the store has another subject or hook.
         """
         value = read_json(folder / "manifest.json", "activation store")
         try:
@@ -207,12 +207,14 @@ class ActivationStore:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top level"
             raise BadInput(f"activation store: {folder / 'manifest.json'}: {place}: {first['msg']}") from None
-        for name, expected, found, same in (
+        for name, expected, value_of_store, same in (
             ("subject", subject_digest, manifest.subject_digest, str.__eq__),
             ("hook", hook_name, manifest.hook_name, same_place),
         ):
-            if expected is not None and not same(expected, found):
-                raise BadInput(f"activation store: {folder} was harvested from {name} {found}; {expected} expected")
+            if expected is not None and not same(expected, value_of_store):
+                raise BadInput(
+                    f"activation store: {folder} was harvested from {name} {value_of_store}; {expected} expected"
+                )
         store = cls(folder, manifest)
         for shard in manifest.shards:
             path = folder / shard.file
@@ -247,7 +249,7 @@ class ActivationStore:
 
     @property
     def labelled(self) -> bool:
-        """Whether rows say their `document` and `token`."""
+        """Whether rows have the labels `document` and `token`."""
         with safe_open(self.folder / self.manifest.shards[0].file, framework="pt") as f:
             return {"document", "token"} <= set(f.keys())
 
@@ -264,11 +266,11 @@ class ActivationStore:
         return x
 
     def window(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop−1, as a stream gives them."""
+        """Rows start … stop−1; the interface that stores share with streams."""
         return self.read(start, stop)
 
     def labels(self, name: str, start: int, stop: int) -> Tensor:
-        """`document` (a number made of its sha256) or `token` of rows start … stop−1, int64 `[stop − start]`."""
+        """`document` (a number derived from its sha256) or `token` of rows start … stop−1, int64 `[stop − start]`."""
         return self._slice(name, start, stop)
 
     def _slice(self, name: str, start: int, stop: int) -> Tensor:
@@ -285,9 +287,9 @@ class ActivationStore:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def split(self, heldout_fraction: float) -> tuple[range, range]:
-        """(training rows, held-out rows): the rows are in random order, so the last ones are a random sample.
+        """(training rows, held-out rows). Rows are in random order, therefore the last rows are a random sample.
 
-        Where the store was split by document when it was made, that split stands, whatever the fraction.
+        A store that was split by document when it was made keeps this split, and ignores the fraction.
         """
         n = self.rows - (self.manifest.heldout_rows or max(2, round(self.rows * heldout_fraction)))
         if n < 1:

@@ -1,8 +1,8 @@
-"""Activations that SAEs train on while they are harvested: no row lies anywhere but in a buffer of bounded size.
+"""Streams of activations: SAEs train on rows while the rows are harvested. Only a bounded buffer holds rows.
 
-A stream's rows are those of its text in order. One pass of the model gives the rows of every hook. The buffer holds a
+The rows of a stream have the order of its text. One pass of the model gives the rows of every hook. The buffer holds a
 window of rows for each hook, in memory or in a file. A window is a function of its number, therefore an interrupted
-training goes on with the window in which it stopped.
+training resumes with the window in which it stopped.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ActivationStream:
     """Rows of several hooks of a subject, a window at a time.
 
     Args:
-        inputs: the text, cut for the subject; their rows are the stream's.
-        window_rows: rows of the buffer, for each hook.
-        dtype: of the rows in the buffer; by default that of the subject.
-        buffer: folder for files that hold the windows; None: in memory.
+        inputs: text, cut into inputs of the subject.
+        window_rows: number of rows of the buffer, for each hook.
+        dtype: type of the rows in the buffer. None: the subject's type.
+        buffer: folder for files of the windows. None: windows are in memory.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class ActivationStream:
         self.held: tuple[int, int] | None = None  # rows that the windows hold
         self.last: tuple[int, dict[str, Tensor]] | None = None  # (number, rows) of the part that was run last
         self.seconds = 0.0
-        """Time that the model took."""
+        """Seconds that the model has run."""
 
     @property
     def hooks(self) -> dict[str, HookStream]:
-        """Hook -> its rows."""
+        """Hook -> stream of its rows."""
         return {hook: HookStream(self, hook) for hook in self.hook_names}
 
     @cached_property
@@ -82,7 +82,7 @@ class ActivationStream:
         return {hook: x.shape[1] for hook, x in self._part(0).items()}
 
     def fill(self, start: int, stop: int) -> None:
-        """Let the windows hold rows start … stop−1, in place of what they held."""
+        """Fill the windows with rows start … stop−1. The previous rows are overwritten."""
         if self.held == (start, stop):
             return
         began, self.held = time.monotonic(), None
@@ -96,14 +96,14 @@ class ActivationStream:
         self.seconds += time.monotonic() - began
 
     def _part(self, number: int) -> dict[str, Tensor]:
-        """Rows of a part, which neighbouring windows may share."""
+        """Rows of a part, cached because neighbouring windows may share a part."""
         if self.last is None or self.last[0] != number:
-            self.last = None  # before the next one is made
+            self.last = None  # free its memory before the next part is made
             self.last = number, self.sample(number)
         return self.last[1]
 
     def sample(self, number: int = 0) -> dict[str, Tensor]:
-        """Rows of a part, made anew."""
+        """Rows of a part, computed by the model."""
         rows, _, _ = rows_of_part(self.subject, self.inputs, self.parts[number], self.hook_names, self.dtype)
         for hook, x in rows.items():
             if not x.isfinite().all():
@@ -131,12 +131,12 @@ class ActivationStream:
 
 @dataclass(frozen=True)
 class HookStream:
-    """The rows of one hook of a stream: what training reads in place of a store."""
+    """Rows of one hook of a stream. Training reads it like a store."""
 
     stream: ActivationStream
     hook_name: str
     folder: Path = field(default=Path("a stream"), repr=False)
-    """Named by errors."""
+    """Name in error messages."""
 
     @property
     def rows(self) -> int:
@@ -152,21 +152,21 @@ class HookStream:
 
     @property
     def digest(self) -> str:
-        """Names the rows by what they are made of: they are never together anywhere."""
-        about = {"subject": self.stream.subject.activations_digest, "inputs": self.stream.inputs.digest}
-        return digest(about | {"hook_name": self.hook_name, "dtype": self.stream.dtype, "in order": True})
+        """Digest of the inputs of the rows, because the rows themselves are never stored together."""
+        facts = {"subject": self.stream.subject.activations_digest, "inputs": self.stream.inputs.digest}
+        return digest(facts | {"hook_name": self.hook_name, "dtype": self.stream.dtype, "in order": True})
 
     def split(self, heldout_fraction: float) -> tuple[range, range]:
-        """(all rows, none): held-out rows are of documents of the other side."""
+        """(all rows, no rows). Held-out rows come from documents of the other side."""
         return range(self.rows), range(0)
 
     def window(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop−1 in the stream's buffer, where the next window takes their place."""
+        """Rows start … stop−1 in the stream's buffer. The next window overwrites them."""
         self.stream.fill(start, stop)
         return self.stream.windows[self.hook_name][: stop - start]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A copy of rows start … stop−1 as float32; of a part or two, because they are made anew."""
+        """A copy of rows start … stop−1 as float32. The model computes them again, therefore read only a few parts."""
         parts = []
         for number in range(len(self.stream.parts)):
             first, last = self.stream.edges[number : number + 2]

@@ -7,13 +7,13 @@ from husai.evidence.estimates import Estimate
 from husai.evidence.schemas import Code, CodeGain, Interval
 
 
-def concluded(found: Code) -> Code:
-    """The same with the SAEs' gain over each kind of prototypes."""
-    gains = rules.gain_over_prototypes(found)
+def concluded(code: Code) -> Code:
+    """The same record with the SAEs' gain over each kind of prototypes."""
+    gains = rules.gain_over_prototypes(code)
 
     def of_kind(explained_variance: Estimate, ce_recovered: Estimate | None = None) -> CodeGain:
         spliced = None if ce_recovered is None else Interval.of(ce_recovered)
         return CodeGain(explained_variance=Interval.of(explained_variance), ce_recovered=spliced)
 
     gain = {kind: of_kind(**gains[kind]) for kind in gains}
-    return found.model_copy(update={"gain": gain})
+    return code.model_copy(update={"gain": gain})

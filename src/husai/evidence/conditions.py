@@ -1,5 +1,7 @@
-"""The conditions of a study, and what its axes do to them. Pure functions of the banks' results: the audit makes all of
-it again."""
+"""Figures of the conditions of a study, and effects of its axes.
+
+Pure functions of the banks' results, because the audit computes all of them again.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +18,34 @@ AXES = ("budget", "layer", "d_sae", "k", "family")
 FIGURES = ("l0", "explained_variance", "ce_loss_score")
 """Figures of a condition that have a value for each seed."""
 BENCHMARKS = {"saebench": "families", "cebench": "clusters"}
-"""Benchmark -> what its data sets (or pairs) are clustered by."""
+"""Benchmark -> field that clusters its data sets or pairs."""
 POINTS = 4
-"""That a power law is fitted to, at least."""
+"""Fewest points for a power law."""
 
 
 def conditions(bank: Bank) -> list[dict]:
-    """One row a condition: what was reached, stability, and each benchmark's figure and difference, with intervals.
+    """One row for each condition: held-out figures, stability, and each benchmark's figure and delta, with intervals.
 
     Raises:
-        ValueError: a benchmark was run and says nothing of a condition.
+        ValueError: results of a benchmark lack a condition.
     """
     records = {(r.checkpoint_sha256, r.facts.family, r.facts.d_sae, r.facts.k): r for r in bank.saes}
     parts = bank.hook_name.split(".")
     rows = []
     for s in bank.sections:
-        own = [records[m.checkpoint_sha256, s.family, s.d_sae, s.k] for m in s.members]
+        members_records = [records[m.checkpoint_sha256, s.family, s.d_sae, s.k] for m in s.members]
         row = {
-            "condition": own[0].condition,
-            "facts": own[0].facts.to_json(),
+            "condition": members_records[0].condition,
+            "facts": members_records[0].facts.to_json(),
             "layer": int(parts[1]) if parts[0] == "blocks" else None,
             **{name: getattr(s, name) for name in Condition.model_fields},
             "epochs": s.budget / bank.train_rows,
             "seeds": [m.seed for m in s.members],
             "checkpoints": {str(m.seed): m.checkpoint_sha256 for m in s.members},
-            "l0": over_seeds([r.heldout.l0 for r in own]),
-            "explained_variance": over_seeds([r.heldout.explained_variance for r in own]),
-            "dead_share": over_seeds([r.heldout.dead_share for r in own]),
-            "ce_loss_score": over_seeds([r.core.ce_loss_score for r in own]),
+            "l0": over_seeds([r.heldout.l0 for r in members_records]),
+            "explained_variance": over_seeds([r.heldout.explained_variance for r in members_records]),
+            "dead_share": over_seeds([r.heldout.dead_share for r in members_records]),
+            "ce_loss_score": over_seeds([r.core.ce_loss_score for r in members_records]),
             "mcc_alive": s.stability.scores["mcc_alive"].observed.to_json(),
             "excess": s.stability.verdict.claimable_excess.to_json(),
             "outcome": s.stability.verdict.outcome,
@@ -53,22 +55,22 @@ def conditions(bank: Bank) -> list[dict]:
             row[name], row[f"{name}_delta"] = None, deltas.none("not run")
             if (part := getattr(bank, name)) is None:
                 continue
-            of = next((c for c in part.conditions if c["condition"] == row["condition"]), None)
-            if of is None:
-                raise ValueError(f"{name} says nothing of {row['condition']}")
-            row[name] = of["auc"][deltas.K] if name == "saebench" else of["normalised"]
-            row[f"{name}_delta"] = of["delta"]["reference"]
+            benchmark_row = next((c for c in part.conditions if c["condition"] == row["condition"]), None)
+            if benchmark_row is None:
+                raise ValueError(f"{name}: a row of {row['condition']} expected")
+            row[name] = benchmark_row["auc"][deltas.K] if name == "saebench" else benchmark_row["normalised"]
+            row[f"{name}_delta"] = benchmark_row["delta"]["reference"]
         rows.append(row)
     return rows
 
 
 def over_seeds(values: list[float]) -> dict:
-    """The estimate, and the values themselves, in order of seeds."""
+    """Estimate of a mean over seeds, with the values in order of seeds."""
     return mean_over_seeds(values).to_json() | {"of_seeds": [float(v) for v in values]}
 
 
 def unmatched(rows: list[dict]) -> str | None:
-    """Why some condition has no difference on a benchmark that was run; None where all have."""
+    """Reason why a condition has no delta on a benchmark that was run; None if all conditions have one."""
     for row in rows:
         for name in BENCHMARKS:
             if row[name] is not None and (delta := row[f"{name}_delta"])["estimate"] is None:
@@ -77,8 +79,11 @@ def unmatched(rows: list[dict]) -> str | None:
 
 
 def pareto(rows: list[dict]) -> list[str]:
-    """The conditions that no other one of the same k beats on both benchmarks' differences, by estimates. Differences
-    are comparable where they are to one reference: those to ReLU take part, ReLU's own, to TopK, do not."""
+    """Conditions on the Pareto front of both benchmarks' deltas, among conditions of the same k, by estimates.
+
+    Only deltas to one reference architecture are comparable. Conditions with ReLU references take part. ReLU conditions
+    have TopK references and do not.
+    """
     points = {}
     for r in rows:
         x, y = r["saebench_delta"]["estimate"], r["cebench_delta"]["estimate"]
@@ -111,31 +116,31 @@ def contrasts(banks: list[Bank]) -> list[dict]:
         for bank in banks
         for row, section in zip(bank.conditions, bank.sections, strict=True)
     ]
-    found = []
+    entries = []
     for axis in AXES:
         values = sorted({r[axis] for r in rows if r[axis] is not None})
         for low, high in combinations(values, 2) if axis == "family" else pairwise(values):
             pairs = _matched(rows, axis, low, high)
             entry = {"axis": axis, "from": low, "to": high}
-            alike = [(a, b) for a, b in pairs if axis == "k" or _same_l0(a, b)]
-            if not alike:
+            comparable = [(a, b) for a, b in pairs if axis == "k" or _same_l0(a, b)]
+            if not comparable:
                 why = "L0 differs by more than 10 %" if pairs else "no setting has both with the same seeds"
-                found.append(entry | {"settings": 0, "reason": why})
+                entries.append(entry | {"settings": 0, "reason": why})
                 continue
-            entry |= {"settings": len(alike), "reason": None}
+            entry |= {"settings": len(comparable), "reason": None}
             for name in FIGURES:
-                steps = [np.array(b[name]["of_seeds"]) - np.array(a[name]["of_seeds"]) for a, b in alike]
+                steps = [np.array(b[name]["of_seeds"]) - np.array(a[name]["of_seeds"]) for a, b in comparable]
                 entry[name] = mean_over_seeds(np.mean(steps, axis=0)).to_json()
             for name, clusters in BENCHMARKS.items():
                 entry[name] = deltas.none("not run")
-                if all(getattr(r["bank"], name) is not None for pair in alike for r in pair):
-                    steps = [_figures(b, name) - _figures(a, name) for a, b in alike]
-                    of = getattr(getattr(alike[0][0]["bank"], name), clusters)
-                    entry[name] = mean_over_seeds_and_sets(np.mean(steps, axis=0), of).to_json()
-            before, after = ([pair[side]["section"] for pair in alike] for side in (0, 1))
+                if all(getattr(r["bank"], name) is not None for pair in comparable for r in pair):
+                    steps = [_figures(b, name) - _figures(a, name) for a, b in comparable]
+                    names_of_clusters = getattr(getattr(comparable[0][0]["bank"], name), clusters)
+                    entry[name] = mean_over_seeds_and_sets(np.mean(steps, axis=0), names_of_clusters).to_json()
+            before, after = ([pair[side]["section"] for pair in comparable] for side in (0, 1))
             entry["stability"] = contrast.gain(after, before).to_json()
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def _same_l0(a: dict, b: dict) -> bool:
@@ -143,14 +148,16 @@ def _same_l0(a: dict, b: dict) -> bool:
 
 
 def _figures(row: dict, name: str) -> np.ndarray:
-    """`[seeds, data sets or pairs]` of a condition on a benchmark."""
+    """Figures of a condition on a benchmark, `[seeds, data sets or pairs]`."""
     records = {r.checkpoint_sha256: r for r in getattr(row["bank"], name).saes}
-    own = [records[sha] for sha in row["checkpoints"].values()]
-    return np.array([r.test_auc[deltas.K] if name == "saebench" else r.normalised_of_pairs for r in own])
+    records_of_condition = [records[sha] for sha in row["checkpoints"].values()]
+    return np.array(
+        [r.test_auc[deltas.K] if name == "saebench" else r.normalised_of_pairs for r in records_of_condition]
+    )
 
 
 def _matched(rows: list[dict], axis: str, low, high) -> list[tuple[dict, dict]]:
-    """Conditions that differ in this axis alone, with the same seeds."""
+    """Pairs of conditions that have the same seeds and differ in one axis alone."""
     at = {tuple(r[a] for a in AXES): r for r in rows}
     pairs = []
     for r in rows:
@@ -161,28 +168,31 @@ def _matched(rows: list[dict], axis: str, low, high) -> list[tuple[dict, dict]]:
 
 
 def power_laws(rows: list[dict]) -> list[dict]:
-    """1 − explained variance against the budget and the width, where a setting has POINTS values or more: the exponent
-    of each seed's least-squares line in logarithms, then over seeds.
+    """Power laws of 1 − explained variance in the budget and in the width, for settings with at least POINTS values.
+
+    The exponent is the slope of each seed's least-squares line in logarithms, averaged over seeds.
 
     Returns:
-        [{"axis", "figure", "values", "setting", "exponent": estimate, "largest_residual": of the seeds' mean, in
-        natural logarithms; "epochs": the most}]
+        [{"axis", "figure", "values", "setting", "exponent": estimate, "largest_residual": largest residual of the
+        seeds' mean, in natural logarithms, "epochs": largest number of epochs}]
     """
-    found = []
+    laws = []
     for axis in ("budget", "d_sae"):
         settings: dict[tuple, list[dict]] = {}
         for r in rows:
             settings.setdefault(tuple((a, r[a]) for a in AXES if a != axis), []).append(r)
-        for setting, of in settings.items():
-            of = sorted(of, key=lambda r: r[axis])
-            if len(of) < POINTS or len({tuple(r["seeds"]) for r in of}) > 1:
+        for setting, conditions_of_setting in settings.items():
+            conditions_of_setting = sorted(conditions_of_setting, key=lambda r: r[axis])
+            if len(conditions_of_setting) < POINTS or len({tuple(r["seeds"]) for r in conditions_of_setting}) > 1:
                 continue
-            x = np.log([r[axis] for r in of])
-            y = np.log([1 - np.array(r["explained_variance"]["of_seeds"]) for r in of])  # [values, seeds]
+            x = np.log([r[axis] for r in conditions_of_setting])
+            y = np.log(
+                [1 - np.array(r["explained_variance"]["of_seeds"]) for r in conditions_of_setting]
+            )  # [values, seeds]
             slope, level = np.polyfit(x, y, 1)
             residual = float(np.abs((y - np.outer(x, slope) - level).mean(1)).max())
-            about: dict[str, Any] = {"axis": axis, "figure": "1 - explained_variance"}
-            about |= {"values": [r[axis] for r in of], "setting": dict(setting)}
-            about |= {"exponent": mean_over_seeds(slope).to_json()}
-            found.append(about | {"largest_residual": residual, "epochs": max(r["epochs"] for r in of)})
-    return found
+            law: dict[str, Any] = {"axis": axis, "figure": "1 - explained_variance"}
+            law |= {"values": [r[axis] for r in conditions_of_setting], "setting": dict(setting)}
+            law |= {"exponent": mean_over_seeds(slope).to_json()}
+            laws.append(law | {"largest_residual": residual, "epochs": max(r["epochs"] for r in conditions_of_setting)})
+    return laws

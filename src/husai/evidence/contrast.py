@@ -1,4 +1,4 @@
-"""One arm of SAEs against another. Both arms have the same seeds; their pairs are matched.
+"""Compares two arms of SAEs. Both arms have the same seeds, and their pairs of seeds are matched.
 
 Pure functions of sections of results, because the audit computes everything again from the evidence.
 """
@@ -15,7 +15,7 @@ from husai.evidence.schemas import Alike, Compared, Gain, Interval, Scored
 
 
 def lower_bound(section: Scored) -> float | None:
-    """The least lower end of the intervals of the excess of PRIMARY_SCORE over the required nulls: what is sure."""
+    """Smallest lower end among the intervals of the excess of PRIMARY_SCORE over the required nulls."""
     excess = section.stability.scores[PRIMARY_SCORE].excess
     ends = [excess[null].low for null in GATED_NULLS if null in excess]
     sure = [end for end in ends if end is not None]
@@ -42,24 +42,27 @@ def gain_over(null: str | None, arms: Sequence[Scored], controls: Sequence[Score
 
 
 def gain(arms: Sequence[Scored], controls: Sequence[Scored]) -> Gain:
-    """`gain_over` no null and each required one that all of them hold. A gain over one null can come from that null's
-    fall. Therefore a gain counts as shown only over each; `least` is the null with the lowest lower end."""
+    """`gain_over` no null, and over each required null that all sections hold.
+
+    A gain over one null can come from a decrease of that null. Therefore a gain is shown only if it is shown over each
+    null. `least` is the null with the lowest lower end.
+    """
     over = {null: gain_over(null, arms, controls) for null in GATED_NULLS if has_null(null, [*arms, *controls])}
     sure = {null: e.estimate if e.low is None else e.low for null, e in over.items()}
-    found = {"observed": gain_over(None, arms, controls)} | over
+    estimates = {"observed": gain_over(None, arms, controls)} | over
     least = min(sure, key=lambda null: sure[null])
-    return Gain.model_validate({name: Interval.of(e) for name, e in found.items()} | {"least": least})
+    return Gain.model_validate({name: Interval.of(e) for name, e in estimates.items()} | {"least": least})
 
 
 def gain_and_left_out(arms: Sequence[Scored], control: Scored) -> tuple[Gain, list[Gain]]:
-    """(the mean gain of several arms over one control, the same with each arm left out in turn; of one arm, none)."""
+    """(mean gain of several arms over one control, the same without each arm in turn; empty for a single arm)."""
     others = [[*arms[:i], *arms[i + 1 :]] for i in range(len(arms)) if len(arms) > 1]
-    mean, *left_out = [gain(of, [control] * len(of)) for of in (arms, *others)]
+    mean, *left_out = [gain(group, [control] * len(group)) for group in (arms, *others)]
     return mean, left_out
 
 
 def heldout(section: Compared | Alike, figure: str = "explained_variance") -> Interval:
-    """A held-out figure, over seeds."""
+    """Mean of a held-out figure over seeds."""
     return Interval.of(mean_over_seeds([getattr(m.heldout, figure) for m in section.members]))
 
 

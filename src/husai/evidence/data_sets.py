@@ -1,8 +1,8 @@
 """The labelled data sets that the sae-probes package carries, split once, by name, into three sides.
 
-`train` is what husai-tiny learns from, `probe` what probes are trained and scored on, `ood` what stands for a shift of
-the data. A family is a group of data sets made from the same source texts, and lies on one side as a whole. The table
-is fixed: subjects, probes, stress tests and the gate read it here.
+`train` holds the training text of husai-tiny, `probe` the data sets for probes, `ood` the shifted data. A family is a
+group of data sets made from the same source texts. Each family lies on one side as a whole. The table is fixed:
+subjects, probes, stress tests and the gate read it here.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ DATA_SETS = (
     "95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,113_movie_sent,114_nyc_borough_Manhattan,"
     "127_art_type_song,157_amazon_5star"
 )
-"""24 of the probing data sets, of many families: what a study takes that has minutes, not hours."""
+"""24 probing data sets from many families, for studies that must finish in minutes."""
 PAIR_SETS = (
     "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
 )
@@ -223,30 +223,30 @@ PAIR_SETS = (
 
 
 def families(data_sets: list[str]) -> list[str]:
-    """The family of each: data sets that were made from the same texts.
+    """Family of each data set. Data sets of one family were made from the same texts.
 
     Raises:
-        BadInput: an unknown data set.
+        BadInput: a data set is unknown.
     """
-    of = {name: family for side in FAMILIES.values() for family, members in side.items() for name in members}
-    if unknown := [name for name in data_sets if name not in of]:
+    family_of_set = {name: family for side in FAMILIES.values() for family, members in side.items() for name in members}
+    if unknown := [name for name in data_sets if name not in family_of_set]:
         raise BadInput(f"data set {unknown[0]!r}: a name of the sae-probes package expected")
-    return [of[name] for name in data_sets]
+    return [family_of_set[name] for name in data_sets]
 
 
 ONE_IN = 3
-"""Selection reads one group in so many."""
+"""Selection reads one in this many groups."""
 FEWEST = 3
-"""Number of groups that selection reads at least."""
+"""Fewest groups that selection reads."""
 LARGEST = 4
-"""No group holds more than one in so many of the gated sets."""
+"""The gated sets are at least this many times as many as those of any group."""
 
 
 def third(groups: Iterable[str], read: Collection[str] = (), left: Collection[str] = ()) -> list[str]:
-    """The groups that selection reads: a third, at least three, the first in the order of their names' digests.
+    """Groups that selection reads: a third, at least three, in the order of their names' digests.
 
     Args:
-        read: groups that selection reads anyhow, which count first. left: groups that the gate reads anyhow.
+        read: groups that selection reads in any case; they count first. left: groups that the gate reads in any case.
     """
     distinct = set(groups)
     free = sorted(distinct - {*read, *left}, key=digest)
@@ -256,11 +256,10 @@ def third(groups: Iterable[str], read: Collection[str] = (), left: Collection[st
 
 
 def gated(names: Sequence[str], groups: Sequence[str]) -> list[int]:
-    """Places of the sets that the gate counts, in their order. No group holds more than a quarter of them; of fewer
-    than four groups, none holds more than another.
+    """Places of the sets that the gate counts, in order. No group holds more than a quarter of these sets.
 
-    Up to c sets of each group count, the first in the order of their names' digests. c is the largest number that
-    keeps every group small enough.
+    With fewer than four groups, all groups hold equally many. Up to c sets of each group count, in the order of their
+    names' digests. c is the largest number that keeps every group small enough.
     """
     members: dict[str, list[int]] = {}
     for place in sorted(range(len(names)), key=lambda i: digest(names[i])):
@@ -273,10 +272,10 @@ def gated(names: Sequence[str], groups: Sequence[str]) -> list[int]:
 
 
 def pair_names(clusters: Sequence[str]) -> list[str]:
-    """A name of each pair of stories: its cluster, and its number in the cluster."""
+    """Name of each pair of stories: its cluster, and its number within the cluster."""
     counts: dict[str, int] = {}
-    found = []
+    names = []
     for cluster in clusters:
         counts[cluster] = counts.get(cluster, 0) + 1
-        found.append(f"{cluster}, pair {counts[cluster]}")
-    return found
+        names.append(f"{cluster}, pair {counts[cluster]}")
+    return names

@@ -31,15 +31,19 @@ def drops(shifted: Shifted, k: str) -> np.ndarray:
 
 
 def drop(shifted: Shifted) -> dict[str, dict]:
-    """k -> the estimate of the mean drop over training seeds and all data sets, clustered by `families`. Reported: it
-    decides nothing."""
+    """k -> estimate of the mean drop over training seeds and all data sets, clustered by `families`.
+
+    It is reported and decides nothing.
+    """
     ks = shifted.saes[0].test_auc
     return {k: mean_over_seeds_and_sets(drops(shifted, k), shifted.families).to_json() for k in ks}
 
 
 def kept(shifted: Shifted) -> list[int]:
-    """Places of the data sets whose shifted version the model's own probe tells apart (`ood_low` above 0.5). If the
-    probe falls to chance, the SAE's relative drop is uninformative."""
+    """Places of the data sets on whose shifted version the model's own probe is above chance (`ood_low` above 0.5).
+
+    If the model's probe falls to chance, the SAE's relative drop is uninformative.
+    """
     return [i for i, low in enumerate(shifted.llm.ood_low) if low > CHANCE]
 
 
@@ -49,8 +53,7 @@ def names_kept(shifted: Shifted) -> list[str]:
 
 
 def on_kept(shifted: Shifted, k: str, level: float = 0.95) -> Estimate:
-    """The mean drop over the data sets that `kept` finds, one figure a seed. These sets are fixed, the seeds are the
-    sample.
+    """Mean drop over the data sets that `kept` finds, one figure for each seed. The sets are fixed, the seeds a sample.
 
     Raises:
         ValueError: the model's own probe is above chance under no shift.
@@ -59,7 +62,7 @@ def on_kept(shifted: Shifted, k: str, level: float = 0.95) -> Estimate:
 
 
 def drop_where_kept(shifted: Shifted) -> dict[str, dict]:
-    """k -> the estimate that the rule reads (`on_kept`)."""
+    """k -> estimate that the rule reads (`on_kept`)."""
     ks = shifted.saes[0].test_auc
     if not kept(shifted):
         return {k: deltas.none("the model's own probe is above chance under no shift") for k in ks}
@@ -67,26 +70,28 @@ def drop_where_kept(shifted: Shifted) -> dict[str, dict]:
 
 
 def unused(data_sets: list[str], skipped: Iterable[str]) -> list[str]:
-    """Shifted versions that could be used and were not: a choice among them is no fair test."""
+    """Usable shifted versions that were not used. A test on a choice of versions would not be fair."""
     used = {f"{name}_OOD" for name in data_sets} | set(skipped)
     return [name for name in FAMILIES["ood"]["shifted"] if name not in used]
 
 
 def gap(families: dict) -> dict[str, dict]:
-    """Mean (SAE − LLM): `id` on the probe sets, over seeds and data sets; `ood` on the held-out family, over seeds,
-    for one family says nothing of others; `difference` ood − id, seed by seed, of other data sets: informational.
+    """Mean AUC of SAEs less that of the model. Informational.
+
+    `id`: on the probe sets, over seeds and data sets. `ood`: on the held-out family, over seeds alone, because one
+    family does not generalise to others. `difference`: ood − id for each seed, although the data sets differ.
 
     Args:
         families: `id`, `ood` ({"data_sets", "families"}); `llm` and `test_auc` of `saes`: {"id", "ood"}.
     """
-    of = {
+    differences = {
         side: np.array([sae["test_auc"][side] for sae in families["saes"]]) - np.array(families["llm"][side])
         for side in ("id", "ood")
     }
     return {
-        "id": mean_over_seeds_and_sets(of["id"], families["id"]["families"]).to_json(),
-        "ood": mean_over_seeds(of["ood"].mean(1)).to_json(),
-        "difference": mean_over_seeds(of["ood"].mean(1) - of["id"].mean(1)).to_json(),
+        "id": mean_over_seeds_and_sets(differences["id"], families["id"]["families"]).to_json(),
+        "ood": mean_over_seeds(differences["ood"].mean(1)).to_json(),
+        "difference": mean_over_seeds(differences["ood"].mean(1) - differences["id"].mean(1)).to_json(),
     }
 
 
@@ -99,10 +104,10 @@ def change(saes: list[dict]) -> dict[str, dict]:
 
 
 def decisions(stress: OODStress) -> dict[str, dict]:
-    """Every estimate of a run, made again from its figures: place in the results -> value."""
-    again = {
+    """Conclusions of a run, computed again from its figures: place in the results -> value."""
+    conclusions = {
         "/shifted/drop": drop(stress.shifted),
         "/shifted/drop_where_kept": drop_where_kept(stress.shifted),
         "/activations/change": change(stress.activations["saes"]),
     }
-    return again if stress.families is None else again | {"/families/gap": gap(stress.families)}
+    return conclusions if stress.families is None else conclusions | {"/families/gap": gap(stress.families)}

@@ -1,4 +1,4 @@
-"""Inference over seeds. The unit is the seed: S seeds give S(S−1)/2 dependent pairs, never independent ones."""
+"""Inference over seeds. The unit is the seed: S seeds give S(S−1)/2 pairs, which are not independent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_RELABELLINGS = 2_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval (or the level stated in `method`), its standard error, and n."""
+    """A figure, its interval (95 % unless `method` states another level), its standard error, and n."""
 
     estimate: float
     low: float | None
@@ -25,19 +25,19 @@ class Estimate:
     n_seeds: int
     method: str
     reason: str | None = None
-    """Why there is no interval."""
+    """Reason why there is no interval."""
     freedom: int | None = None
     """Degrees of freedom of the interval."""
     without_one: tuple[float, float] | None = None
-    """Least and largest of the means without one seed."""
+    """Smallest and largest mean without one seed."""
 
     def to_json(self) -> dict:
-        """Fields, less what only the estimate's own power and its leave-one-seed-out means need."""
+        """Fields without `freedom` and `without_one`, which only power and leave-one-seed-out means need."""
         return {name: value for name, value in vars(self).items() if name not in ("freedom", "without_one")}
 
 
 def _deleted(x: np.ndarray) -> np.ndarray:
-    """The mean of a figure's values without each of them."""
+    """Means of a figure's values without each of them in turn, `[n]`."""
     return (x.sum() - x) / (len(x) - 1)
 
 
@@ -57,10 +57,10 @@ def _upper(s: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _without_one(s: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pairs that are left without each seed, `[S, (S−1)(S−2)/2]` both."""
+    """Rows and columns of the pairs without each seed in turn, `[S, (S−1)(S−2)/2]` both."""
     pairs = np.stack(_upper(s), 1)
-    left = np.stack([pairs[(pairs != i).all(1)] for i in range(s)])
-    return left[..., 0], left[..., 1]
+    remaining = np.stack([pairs[(pairs != i).all(1)] for i in range(s)])
+    return remaining[..., 0], remaining[..., 1]
 
 
 @cache
@@ -72,14 +72,14 @@ def _quantile(level: float, freedom: int) -> float:
 def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
     """Mean of a pairwise score over S seeds, with the delete-one-seed jackknife interval and t(S−1).
 
-    Deleting seed s gives the mean of the pairs without s, θ₍ₛ₎; SE² = (S−1)/S · Σ(θ₍ₛ₎ − mean θ)² (Efron & Stein 1981;
-    for this U-statistic of order 2 see Arvesen 1969).
+    θ₍ₛ₎ is the mean of the pairs without seed s, and SE² = (S−1)/S · Σ(θ₍ₛ₎ − mean θ)² (Efron & Stein 1981; for this
+    U-statistic of order 2 see Arvesen 1969).
 
     Args:
         matrix: symmetric `[S, S]`; the diagonal is ignored.
 
     Raises:
-        ValueError: fewer than two seeds, not square, not symmetric, or not finite off the diagonal.
+        ValueError: there are fewer than two seeds, or the matrix is not square, not symmetric, or not finite.
     """
     matrix = np.asarray(matrix, dtype=float)
     s = len(matrix)
@@ -102,7 +102,7 @@ def fitted_change(at: list[int], values: np.ndarray) -> np.ndarray:
     """Change from the first to the last point of the least-squares line through each series.
 
     Args:
-        at: places, two different ones at least. values: `[len(at), ...]`.
+        at: x-values, at least two different ones. values: `[len(at), ...]`.
     """
     x = np.asarray(at, dtype=float)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
@@ -110,10 +110,10 @@ def fitted_change(at: list[int], values: np.ndarray) -> np.ndarray:
 
 
 def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
-    """Mean of one figure a seed, with the t(S−1) interval; of paired differences, that of the paired t test.
+    """Mean over seeds with the t(S−1) interval. For paired differences this is the interval of the paired t test.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: there is no value, or a value is not finite.
     """
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or len(x) == 0 or not np.isfinite(x).all():
@@ -127,18 +127,19 @@ def mean_over_seeds(values: list[float], level: float = 0.95) -> Estimate:
 
 
 def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: float = 0.95) -> Estimate:
-    """Mean of a figure (of paired differences, as a rule) over S training seeds and D data sets.
+    """Mean of a figure, usually of paired differences, over S training seeds and D data sets.
 
-    Both are samples: other seeds would give other SAEs, and data sets of one family share their source. Var = s²/S over
-    the seeds' means + the variance of the mean over data sets, clustered by family, F/(F−1) Σ_f (Σ_{d∈f} (x̄_d − x̄))²/D²
-    (Liang & Zeger 1986). What is left over in each cell counts in both: conservative. t with the fewer degrees of
-    freedom. Below three seeds there is only the second term, and the interval says nothing of training again.
+    Both are samples: other seeds would give other SAEs, and data sets of one family share their source. The variance is
+    s²/S over the seeds' means, plus the variance of the mean over data sets clustered by family,
+    F/(F−1) Σ_f (Σ_{d∈f} (x̄_d − x̄))²/D² (Liang & Zeger 1986). Residual variance counts in both terms, which is
+    conservative. The t quantile has the smaller number of degrees of freedom. With fewer than three seeds the variance
+    has the second term alone, and the interval does not cover other trainings.
 
     Args:
         values: `[S, D]`. families: D names.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: there is no value, or a value is not finite.
     """
     x = np.asarray(values, dtype=float)
     if x.ndim != 2 or 0 in x.shape or x.shape[1] != len(families) or not np.isfinite(x).all():
@@ -166,10 +167,10 @@ def mean_over_seeds_and_sets(values: np.ndarray, families: list[str], level: flo
 def pass_probability(estimate: Estimate, end: str, threshold: float, truth: float) -> float:
     """Probability that an end of the interval lies beyond a threshold if the true figure is `truth`.
 
-    (X − c)/s has the noncentral t distribution with noncentrality (θ − c)/σ; s is taken for σ.
+    (X − c)/s has the noncentral t distribution with noncentrality (θ − c)/σ. σ is replaced by s.
 
     Args:
-        estimate: with an interval. end: `low`, which must lie above the threshold, or `high`, which must lie below.
+        estimate: an estimate with an interval. end: `low` must lie above the threshold, `high` must lie below it.
     """
     error, critical, sign = _scale(estimate, end)
     if error == 0:
@@ -193,10 +194,10 @@ def narrowing(estimate: float, reached: float, end: str, threshold: float) -> fl
     """Factor by which an interval must shrink for its end to reach a threshold, if the estimate is the true figure.
 
     Args:
-        reached: the end that is compared. end: `low` or `high`, which it is.
+        reached: value of the compared end. end: `low` or `high`.
 
     Returns:
-        At most 1 where the end reaches the threshold; None where the estimate itself is not beyond it.
+        At most 1 if the end reaches the threshold; None if the estimate itself is not beyond the threshold.
     """
     margin = (estimate - threshold) * (-1 if end == "high" else 1)
     return abs(reached - estimate) / margin if margin > 0 else None
@@ -215,7 +216,7 @@ def minimum_detectable_difference(repeats: list[float], level: float = 0.95) -> 
     """Smallest difference of two single runs of a benchmark that exceeds its own noise: t(n−1)·√2·s.
 
     Args:
-        repeats: the same SAE's figure at n ≥ 2 seeds of the benchmark.
+        repeats: figures of one SAE at n ≥ 2 seeds of the benchmark.
     """
     x = np.asarray(repeats, dtype=float)
     return float(special.stdtrit(len(x) - 1, 0.5 + level / 2) * np.sqrt(2) * x.std(ddof=1))
@@ -230,14 +231,15 @@ def noise(means: list[float]) -> dict:
 def permutation_test(matrix: np.ndarray, first: int) -> float:
     """Exact two-sided p-value that two arms of seeds have the same mean within-arm score.
 
-    All ways to split the S seeds into arms of the given sizes are enumerated; the statistic is |mean within the first −
-    mean within the second|. Valid only where the arms are exchangeable under the null, equal variance included.
+    All ways to split the S seeds into arms of the given sizes are enumerated. The statistic is |mean within the first −
+    mean within the second|. The test is valid only if the arms are exchangeable under the null, including equal
+    variance.
 
     Args:
-        matrix: `[S, S]` scores of all pairs, across arms too; the first `first` seeds are the first arm.
+        matrix: scores of all pairs, also across arms, `[S, S]`. first: size of the first arm, whose seeds come first.
 
     Raises:
-        ValueError: an arm with fewer than two seeds, or too many relabellings to enumerate.
+        ValueError: an arm has fewer than two seeds, or there are too many relabellings to enumerate.
     """
     matrix = np.asarray(matrix, dtype=float)
     s = len(matrix)
@@ -275,7 +277,7 @@ class Equivalence:
 
 
 def tost(estimate: Estimate, margin: float, alpha: float = 0.05) -> Equivalence:
-    """Is |θ| < margin? Two one-sided t tests (Schuirmann 1987): what a statement of "indistinguishable" rests on.
+    """Test of equivalence, |θ| < margin, by two one-sided t tests (Schuirmann 1987).
 
     Raises:
         ValueError: the margin is not positive, or the estimate has no standard error.
@@ -299,10 +301,10 @@ def tost(estimate: Estimate, margin: float, alpha: float = 0.05) -> Equivalence:
 
 
 def clopper_pearson_low(hits: np.ndarray | int, n: int, level: float = 0.95) -> np.ndarray:
-    """One-sided lower confidence bound of a probability after `hits` of `n` independent trials; 0 where none hit.
+    """One-sided lower confidence bound of a probability after `hits` in `n` independent trials; 0 without a hit.
 
-    Clopper & Pearson (1934): the probability at which `hits` or more would happen with probability 1 − level, the
-    1 − level quantile of Beta(hits, n − hits + 1). At n of n it is (1 − level)^(1/n).
+    Clopper & Pearson (1934): the bound is the probability under which `hits` or more occur with probability 1 − level.
+    It is the 1 − level quantile of Beta(hits, n − hits + 1). With n hits it is (1 − level)^(1/n).
 
     Args:
         hits: whole numbers 0 … n, of any shape.
@@ -317,15 +319,15 @@ def clopper_pearson_low(hits: np.ndarray | int, n: int, level: float = 0.95) -> 
 
 
 def clopper_pearson_high(hits: int, n: int, level: float = 0.95) -> float:
-    """One-sided upper confidence bound of a probability; 1 where all trials hit."""
+    """One-sided upper confidence bound of a probability; 1 if all trials hit."""
     return float(1 - clopper_pearson_low(n - hits, n, level))
 
 
 def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
-    """q-values `[m]`: marking all with q ≤ α controls the expected share of false ones among those marked at α.
+    """q-values `[m]`. Marking all with q ≤ α controls the false discovery rate at α.
 
-    Benjamini & Hochberg (1995), for p-values that are independent or positively dependent: the least of
-    p₍ⱼ₎ · m / j over the ranks j from the rank of a p-value on.
+    Benjamini & Hochberg (1995), for independent or positively dependent p-values. The q-value at rank i is the smallest
+    p₍ⱼ₎ · m / j over the ranks j ≥ i.
 
     Raises:
         ValueError: a p-value outside 0 … 1, or NaN.

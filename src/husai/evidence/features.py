@@ -1,4 +1,4 @@
-"""The feature table, one row a feature of one SAE, and the results beside it. `COLUMNS` is the data dictionary."""
+"""Columns of the feature table (one row for each feature of an SAE) and types of its summary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Column:
     """A column of the feature table."""
 
     dtype: str
-    """pandas' name of its type. Nullable types hold `<NA>` where a figure does not exist."""
+    """pandas' name of the type. Nullable types hold `<NA>` if a figure does not exist."""
     meaning: str
 
 
@@ -71,13 +71,13 @@ COLUMNS: dict[str, Column] = {
 
 
 def dictionary() -> str:
-    """The data dictionary, as a table of markdown."""
+    """The data dictionary as a Markdown table."""
     lines = [f"| `{name}` | {column.dtype} | {column.meaning} |" for name, column in COLUMNS.items()]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *lines]) + "\n"
 
 
 class Bars(Strict):
-    """Bars that decide; each is a flag."""
+    """Thresholds of the statements. Each one is a flag."""
 
     cosine: Number = levels.RECURS_COSINE
     correlation: Number = levels.RECURS_CORRELATION
@@ -85,16 +85,16 @@ class Bars(Strict):
 
 
 class Sibling(Strict):
-    """An SAE that the SAE is compared with."""
+    """An SAE that the judged SAE is compared with."""
 
     label: str
     origin: Literal["trained", "supplied", "relative"]
     checkpoint_sha256: Sha256
     d_sae: int
     heldout: Heldout | None
-    """None for a relative, whose decoder alone is read."""
+    """None for a relative, because only its decoder is read."""
     partners: Share
-    """Share of the SAE's features with a one-to-one partner at the bar of decoder cosines."""
+    """Share of the judged SAE's features whose one-to-one partner reaches the threshold of decoder cosines."""
 
 
 class Decile(Strict):
@@ -104,66 +104,66 @@ class Decile(Strict):
     high: Number
     features: int
     recur: Interval
-    """Share that recurs in a sibling."""
+    """Share of these features that recur in a sibling."""
 
 
 class SiblingTraining(Strict):
-    """How siblings were trained."""
+    """Recipe of the trained siblings."""
 
     family: str
     d_sae: int
     k: int
     tokens: int
     rows: int
-    """Different activations among these tokens."""
+    """Number of different activations among these tokens."""
     learning_rate: Number
     batch_size: int
     recipe: Literal["the SAE's own", "HUSAI's own, at the SAE's width and L0"]
     recipe_tokens: int | None
-    """Tokens of the SAE's own training; None: its files do not say."""
+    """Number of tokens of the judged SAE's training. None: its files do not state it."""
 
 
 class FeatureReliability(Strict):
-    """Results of `run_feature_reliability.py`. The table beside it holds the features."""
+    """Results of `run_feature_reliability.py`. The features are in a separate table."""
 
     phase: Literal["feature_reliability"]
     inputs: dict[str, str]
-    """Label -> sha256 of what the results rest on."""
+    """Label -> sha256 of each input."""
     subject: str
     hook_name: str
     text: str | None
-    """Source of the text; None for the packaged one."""
+    """Source of the text. None: the packaged text."""
     sae: SAERecord
     siblings: list[Sibling]
     training: SiblingTraining | None
-    """None where no sibling was trained."""
+    """None if no sibling was trained."""
     bars: Bars
     heldout_tokens: int
     rotations: int | None
     gaussian: int
-    """SAEs of Gaussian rows; 0: *above chance* is not tested."""
+    """Number of SAEs of Gaussian rows. 0: *above chance* is not tested."""
     statements: dict[str, int]
     """Statement -> number of features."""
     alive: int
     recur: Interval
     """Share of the alive features that recur in a sibling."""
     recur_others: Interval | None
-    """The same of alive features that are like no prototype; None where all are."""
+    """The same share of alive features that are like no prototype. None if all are prototype-like."""
     certified: Share | None
-    """Share of the alive features; None where nothing can be certified."""
+    """Share of the alive features. None if nothing can be certified."""
     above_chance: Share | None
     deciles: list[Decile]
     in_every: list[Share]
     """Expected share of the alive features that recur in every one of j siblings, j = 1 … n."""
     in_some: list[Share]
-    """The same, in at least one."""
+    """Expected share of the alive features that recur in at least one of j siblings, j = 1 … n."""
     differs: bool | None
-    """Whether the SAE recurs less in its siblings than they do in each other; None: too few to say."""
+    """Whether the SAE's features recur less in siblings than siblings' features do. None: too few siblings."""
     among_siblings: list[Share]
-    """Share of each sibling's features with a partner in the others."""
+    """Share of each sibling's features with a partner in the other siblings."""
     limits: list[str]
-    """Limits of the statements, a sentence each."""
+    """Limits of the statements, one sentence each."""
     notes: list[str]
-    """Notes on the SAEs for the reader, a sentence each."""
+    """Notes on the SAEs, one sentence each."""
     table_sha256: Sha256
     """Digest of features.csv."""

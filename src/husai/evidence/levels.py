@@ -1,6 +1,6 @@
-"""Registered levels and seeds: `rules` compares with them, flags show them as their defaults. Imports nothing heavy.
+"""Registered thresholds and seeds. `rules` compares with them, and flags have them as defaults. Imports nothing heavy.
 
-docs/methods.md states them before the runs that they judge.
+docs/methods.md stated them before the runs that they judge.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ K = 5
 """Number of features of a probe at which differences are taken."""
 SPECTRAL_DRAWS = 100
 MIN_STABILITY_EXCESS = 0.02
-"""Excess of `mcc`, and of the share of features matched at 0.7 or more, over each control. Excess of `mcc` between the
-candidate's SAEs and transcoders likewise."""
+"""Smallest excess over each control, of `mcc` and of the share of features matched at 0.7 or more. It is also the
+smallest excess of `mcc` between the candidate's SAEs and transcoders."""
 MIN_CODE_GAIN = 0.01
-"""Gain of explained variance, and of CE recovered, over the best kind of dictionary of prototypes."""
+"""Smallest gain of explained variance and of CE recovered over the best kind of dictionary of prototypes."""
 MIN_RECOVERY = 0.8
-"""Lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
+"""Smallest lower end of the recovery of planted features. Fixed on pilots with other data seeds (docs/methods.md)."""
 RANDOM_DRAWS = (0, 1, 2)
 """Seeds of the draws of the random weights. Fixed, so that nobody can pick the draws with the best result."""
 
@@ -37,27 +37,29 @@ MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0
 MIN_EXPLAINED_VARIANCE, MIN_CE_RECOVERED = 0.5, 0.5
-"""Floors. Below the first, SAEs of planted features have recovered less than half. The second is a convention."""
+"""Floors. Below the first, SAEs of planted features recover less than half of them. The second is a convention."""
 MAX_DEAD_SHARE = 0.25
 """Ceiling. SAEs twice as wide as a planted dictionary, trained until they recover it, have fewer dead features."""
 MAX_EV_LOST = 0.05
 """Held-out explained variance that a pull towards a reference may cost."""
 ALPHA = 0.05
-"""Two-sided; intervals are of level 1 − ALPHA."""
+"""Two-sided error probability. Intervals have level 1 − ALPHA."""
 CONFIRMATION_SEEDS = 5
-"""Number of fresh seeds that a selection fixes for its confirmation if nobody asks for more."""
+"""Default number of fresh seeds that a selection fixes for its confirmation."""
 LARGEST_SCORE = 1.0
 """Upper bound of a normalised score of CE-Bench."""
 
 
 def level_of_attempt(attempt: int, alpha: float = ALPHA) -> float:
-    """Level of the intervals of a configuration's j-th confirmation, j = 1, 2, …: 1 − α/2ʲ. What is spent on all
-    attempts together is at most α."""
+    """Level of the intervals in a configuration's j-th confirmation, j = 1, 2, …: 1 − α/2ʲ.
+
+    The error probabilities of all attempts add up to at most α.
+    """
     return 1 - alpha * 0.5**attempt
 
 
 def within_reach(reference: float, minimum: float) -> bool:
-    """Whether an SAE can lie a minimum above a reference's normalised score."""
+    """True if a normalised score can exceed the reference's by the minimum."""
     return reference + minimum <= LARGEST_SCORE
 
 

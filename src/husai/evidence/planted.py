@@ -37,9 +37,9 @@ def _at(degree: PlantedDegree) -> Sensitivity:
     return Sensitivity(tokens=degree.tokens, recovery=recovered, over=over, excess=excess, passes=passes, reason=reason)
 
 
-def turns_at(found: Sequence[Sensitivity]) -> tuple[float, float] | None:
-    """(largest recovery without a pass, smallest one from which on all pass); None if the verdict never turns."""
-    ordered = sorted(found, key=lambda s: s.recovery.estimate)
+def turns_at(degrees: Sequence[Sensitivity]) -> tuple[float, float] | None:
+    """(largest recovery that fails, smallest recovery from which on all pass); None if the verdict never changes."""
+    ordered = sorted(degrees, key=lambda s: s.recovery.estimate)
     failing = [i for i, s in enumerate(ordered) if not s.passes]
     if not failing or failing[-1] == len(ordered) - 1:
         return None
@@ -56,11 +56,13 @@ def decisions(phase: Phase4a) -> dict:
 
 def inputs(husai: Phase4aSection | Phase4aSupplied, planted: PlantedSection | None) -> dict[str, str]:
     """The inputs of phase 4a: label -> sha256."""
-    named = {"subject": husai.subject_digest, "activation store": husai.store_digest}
-    named |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in husai.members} | husai.control_inputs
+    inputs_of_phase = {"subject": husai.subject_digest, "activation store": husai.store_digest}
+    inputs_of_phase |= {f"checkpoint {m.label}": m.checkpoint_sha256 for m in husai.members} | husai.control_inputs
     for degree in planted.degrees if planted else []:
         study = degree.study
-        of = {f"checkpoint {m.label}": m.checkpoint_sha256 for m in study.members} | study.control_inputs
-        named |= {"planted rows": study.store_digest}
-        named |= {f"planted, {degree.tokens} tokens: {label}": sha256 for label, sha256 in of.items()}
-    return named
+        study_inputs = {f"checkpoint {m.label}": m.checkpoint_sha256 for m in study.members} | study.control_inputs
+        inputs_of_phase |= {"planted rows": study.store_digest}
+        inputs_of_phase |= {
+            f"planted, {degree.tokens} tokens: {label}": sha256 for label, sha256 in study_inputs.items()
+        }
+    return inputs_of_phase

@@ -1,4 +1,4 @@
-"""Figures by which a reader first judges a group of SAEs, and what is unusual in them."""
+"""Summarises the quality of a group of SAEs, and names unusual figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STABLE_SHARE = "share70_alive"
 
 @dataclass(frozen=True)
 class Quality:
-    """One value an SAE, in the order of `names`."""
+    """Figures of a group of SAEs. Lists have one value for each SAE, in the order of `names`."""
 
     names: list[str]
     d_in: int
@@ -28,35 +28,35 @@ class Quality:
     dead_share: list[float]
     l0: list[float]
     stable_share: list[float] | None
-    """Share of its alive features that are matched in the other SAEs, their mean; None: not compared."""
+    """Share of an SAE's alive features that are matched, averaged over the other SAEs. None: not compared."""
     stable: Interval | None
-    """The same over all pairs of SAEs."""
+    """Share of matched alive features over all pairs of SAEs."""
     stable_of_controls: float | None
-    """The largest mean of the same share among the controls."""
+    """Largest mean of this share among the controls."""
     auc: list[float] | None
-    """Mean test AUC of probes on `levels.K` features; None: not probed."""
+    """Mean test AUC of probes on `levels.K` features. None: not probed."""
     auc_of_pca: float | None
     auc_of_model: float | None
-    """The same of probes on principal components, and on the activations themselves."""
+    """Mean test AUC of probes on principal components, and on the activations themselves."""
     outliers: list[str]
     """Sentences on outlier rows."""
 
     @classmethod
     def of(cls, results: Any) -> Quality:
-        """The figures in results of a confirmation.
+        """Figures from the results of a confirmation.
 
         Raises:
-            ValidationError: results of another shape.
+            ValidationError: the results have another shape.
         """
-        found = read_evaluation(results)
-        seeds = list(found.candidate.identities)
-        of_identity = {r.identity: r for r in found.bank.saes if r.candidate}
-        records = [of_identity[found.candidate.identities[seed]] for seed in seeds]
-        facts = found.candidate.facts
-        shares, stable, controls = _stable(found.section)
-        auc, pca, model = _probes(found, [r.identity for r in records])
+        evaluation = read_evaluation(results)
+        seeds = list(evaluation.candidate.identities)
+        of_identity = {r.identity: r for r in evaluation.bank.saes if r.candidate}
+        records = [of_identity[evaluation.candidate.identities[seed]] for seed in seeds]
+        facts = evaluation.candidate.facts
+        shares, stable, controls = _stable(evaluation.section)
+        auc, pca, model = _probes(evaluation, [r.identity for r in records])
         return cls(
-            names=_names(found, seeds),
+            names=_names(evaluation, seeds),
             d_in=facts.d_in,
             d_sae=facts.d_sae,
             explained_variance=[r.heldout.explained_variance for r in records],
@@ -73,7 +73,7 @@ class Quality:
         )
 
     def warnings(self) -> list[str]:
-        """Sentences on figures that are unusual. They decide nothing."""
+        """Sentences on unusual figures. They decide nothing."""
         names = self.names
         dead = [f"{n} ({share:.0%})" for n, share in zip(names, self.dead_share, strict=True) if rules.many_dead(share)]
         full = [
@@ -84,26 +84,26 @@ class Quality:
         middle = float(np.median(self.explained_variance))
         ev = zip(names, self.explained_variance, strict=True)
         apart = [f"{n} ({value:.3f})" for n, value in ev if abs(value - middle) > rules.UNUSUAL_EV]
-        found = []
+        sentences = []
         if len(names) < rules.MINIMUM_SEEDS:
-            found.append(f"Few SAEs: {len(names)} differ in their seed. A verdict needs {rules.MINIMUM_SEEDS}.")
+            sentences.append(f"Few SAEs: {len(names)} differ in their seed. A verdict needs {rules.MINIMUM_SEEDS}.")
         if dead:
-            found.append(
+            sentences.append(
                 f"Dead features: at least {rules.MANY_DEAD:.0%} of the features never fire on the held-out tokens in "
                 f"{_listed(dead)}."
             )
         if full:
-            found.append(
+            sentences.append(
                 f"Not sparse: L0 is at least half of the smaller of {self.d_sae} features and {self.d_in} input "
                 f"dimensions in {_listed(full)}."
             )
         if apart:
-            found.append(
+            sentences.append(
                 f"Outlier: explained variance is more than {rules.UNUSUAL_EV:g} away from the median of {middle:.3f} "
                 f"in {_listed(apart)}."
             )
         if max(self.l0) - min(self.l0) > rules.UNUSUAL_L0 * float(np.median(self.l0)):
-            found.append(
+            sentences.append(
                 f"Unequal sparsity: L0 ranges from {min(self.l0):.3g} to {max(self.l0):.3g}. SAEs of one configuration "
                 f"usually stay within {rules.UNUSUAL_L0:.0%}."
             )
@@ -112,30 +112,30 @@ class Quality:
             and self.auc_of_pca is not None
             and (below := sum(a < self.auc_of_pca for a in self.auc))
         ):
-            found.append(
+            sentences.append(
                 f"Below PCA: probes on {levels.K} features of the SAE reach a lower AUC than probes on {levels.K} "
                 f"principal components ({self.auc_of_pca:.3f}) in {below} of {len(self.auc)} SAEs "
                 f"(mean {np.mean(self.auc):.3f})."
             )
-        return found + self.outliers
+        return sentences + self.outliers
 
 
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} SAEs: {', '.join(names)}"
 
 
-def _names(found: Retrained | Supplied, seeds: list[str]) -> list[str]:
-    """Names of the SAEs for the reader: their folders where these differ, else their seeds."""
-    if isinstance(found, Retrained):
+def _names(evaluation: Retrained | Supplied, seeds: list[str]) -> list[str]:
+    """Names of the SAEs on the page: their folders if these differ, else their seeds."""
+    if isinstance(evaluation, Retrained):
         return [f"seed {seed}" for seed in seeds]
-    names = [PurePosixPath(found.paths[seed]).name for seed in seeds]
+    names = [PurePosixPath(evaluation.paths[seed]).name for seed in seeds]
     if len(set(names)) < len(names):
         return [f"SAE {seed}" for seed in seeds]
     return [name if seed in name else f"{name} (number {seed})" for name, seed in zip(names, seeds, strict=True)]
 
 
 def _stable(section: Scored) -> tuple[list[float] | None, Interval | None, float | None]:
-    """(share of each SAE, share over all pairs, the largest mean share of a control)."""
+    """(share of each SAE, share over all pairs, largest mean share of a control)."""
     summary = section.stability.scores.get(STABLE_SHARE)
     if summary is None or PRIMARY_SCORE not in section.stability.scores:
         return None, None, None
@@ -146,10 +146,10 @@ def _stable(section: Scored) -> tuple[list[float] | None, Interval | None, float
 
 
 def _probes(
-    found: Retrained | Supplied, identities: list[str]
+    evaluation: Retrained | Supplied, identities: list[str]
 ) -> tuple[list[float] | None, float | None, float | None]:
-    """(AUC of each SAE, that of principal components, that of the activations), at `levels.K` features."""
-    probing, k = found.bank.saebench, str(levels.K)
+    """(AUC of each SAE, AUC of principal components, AUC of the activations), at `levels.K` features."""
+    probing, k = evaluation.bank.saebench, str(levels.K)
     if probing is None:
         return None, None, None
     auc = {r.identity: r.means[k].test_auc for r in probing.saes if r.candidate}

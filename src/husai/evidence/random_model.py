@@ -9,14 +9,14 @@ from husai.evidence.schemas import Control, Gain, OwnSection, RandomModelStress
 
 
 def decisions(stress: RandomModelStress) -> dict:
-    """The verdict, the gains, and the SAEs that they are about: place in the results -> value."""
+    """Conclusions of the test: place in the results -> value."""
     section, controls = stress.section, stress.random_models
-    again = {"/verdict": verdict(section, controls), "/candidate/checkpoints": section.checkpoints}
-    return again | {"/gains": gains(section, controls)}
+    conclusions = {"/verdict": verdict(section, controls), "/candidate/checkpoints": section.checkpoints}
+    return conclusions | {"/gains": gains(section, controls)}
 
 
 def inputs(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:
-    """The inputs of the test beside the candidate: label -> sha256."""
+    """Inputs of the test other than the candidate: label -> sha256."""
     named = {"activation store": section.store_digest} | section.control_inputs
     for i, control in enumerate(controls, 1):
         named |= control.inputs(f"random_model {i}") | control.gaussian.inputs(f"random_model {i}, gaussian")
@@ -29,7 +29,7 @@ def verdict(section: OwnSection, controls: Sequence[Control]) -> dict[str, str]:
 
 
 def draw_names(section: OwnSection, controls: Sequence[Control]) -> list[str]:
-    """A name of each control, by the draw of the weights that it is of."""
+    """Name of each control: the draw of its weights."""
     known = {levels.random_subject(section.subject_digest, draw): f"draw {draw}" for draw in levels.RANDOM_DRAWS}
     return [known.get(c.subject_digest, f"another draw ({c.subject_digest[:6]})") for c in controls]
 

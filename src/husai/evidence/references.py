@@ -17,13 +17,12 @@ ALIKE = ("subject_digest", "hook_name", "d_sae", "tokens", "store_digest", "trai
 
 
 def same_l0(a: float, b: float) -> bool:
-    """Within 10 % of the smaller one."""
+    """True if the larger L0 exceeds the smaller one by at most 10 %."""
     return max(a, b) <= (1 + L0_TOLERANCE) * min(a, b)
 
 
 def untrained_like(facts: Facts) -> tuple[int, int, int]:
-    """(d_sae, k, seed) of the untrained SAE that stands beside one: of its width and L0 (its k, where it reached that
-    within 10 %)."""
+    """(d_sae, k, seed) of the untrained SAE for comparison: the SAE's width, and its k, or its L0 if that misses k."""
     k = facts.k if facts.k and same_l0(facts.k, facts.known_l0) else max(1, round(facts.known_l0))
     return facts.d_sae, k, facts.seed or 0
 
@@ -37,12 +36,12 @@ def pca_name(facts: Facts) -> str:
 
 
 def reference_family(family: str) -> str:
-    """ReLU with an L1 penalty; for a ReLU SAE, TopK."""
+    """Architecture of an SAE's reference: ReLU with an L1 penalty, and TopK for a ReLU SAE."""
     return "topk" if family in ("relu", "standard") else "relu"
 
 
 def unmatched(candidate: Facts, reference: Facts) -> str | None:
-    """Why a reference is no match for a candidate; None if it is one."""
+    """Reason why a reference does not match a candidate; None if it matches."""
     for name in ALIKE:
         values = [getattr(facts, name) for facts in (candidate, reference)]
         if None in values:
@@ -65,26 +64,26 @@ R = TypeVar("R", bound=SAERecord | Reference)
 
 @dataclass(frozen=True)
 class Match(Generic[R]):
-    """The records of a reference condition, or why there is none."""
+    """Records of a reference condition, or the reason why none matches."""
 
     records: list[R]
     reason: str | None = None
 
 
 def matched(candidates: Sequence[SAERecord], references: Sequence[R]) -> Match[R]:
-    """The reference condition that matches a candidate's condition; of several, the nearest in L0.
+    """Reference condition that matches a candidate's condition. If several match, the nearest in L0.
 
     Args:
-        candidates: of one condition. references: of any conditions. The facts of each seed must match those of its
-            partner, in order of seeds.
+        candidates: records of one condition. references: records of any conditions. They are paired in order of seeds,
+            and the facts of each pair must match.
     """
-    wanted = reference_family(candidates[0].facts.family)
+    family = reference_family(candidates[0].facts.family)
     groups: dict[str, list[R]] = {}
     for r in references:
-        if r.facts.family in ((wanted, "standard") if wanted == "relu" else (wanted,)):
+        if r.facts.family in ((family, "standard") if family == "relu" else (family,)):
             groups.setdefault(r.condition, []).append(r)
     if not groups:
-        return Match([], f"no {wanted} reference whose facts are known is at hand")
+        return Match([], f"no {family} reference whose facts are known is at hand")
     fitting: list[tuple[float, str, list[R]]] = []
     reasons: list[str] = []
     for name in sorted(groups):
@@ -97,4 +96,4 @@ def matched(candidates: Sequence[SAERecord], references: Sequence[R]) -> Match[R
             fitting.append((distance / len(pairs), name, [r for _, r in pairs]))
     if fitting:
         return Match(min(fitting, key=lambda each: each[:2])[2])
-    return Match([], max(reasons, key=lambda why: why.startswith("L0")))  # what came nearest
+    return Match([], max(reasons, key=lambda why: why.startswith("L0")))  # the reference that came nearest

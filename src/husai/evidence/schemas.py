@@ -1,6 +1,8 @@
-"""Types of evidence. A phase constructs the schema of its results; selection, gate, audit and report load the same
-class. Strict: an unknown key, a string or boolean for a number, NaN or null where a figure belongs is refused, with the
-place. The order of fields is the order of keys in results."""
+"""Types of evidence. A phase constructs the schema of its results; selection, gate, audit and report load this class.
+
+Types are strict: unknown keys, strings or booleans for numbers, NaN, and null for a figure are refused, and the message
+names the place. The order of fields is the order of keys in results.
+"""
 
 from __future__ import annotations
 
@@ -34,39 +36,39 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Names = Annotated[list[str], Field(min_length=1)]
 Versions = Annotated[dict[str, Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Place = Annotated[str, Field(pattern=r"^[0-9]+$")]
-"""A seed, or the place of an SAE in its group if seeds are not known (`seed_names`)."""
+"""A seed, or the number of an SAE in its group if seeds are unknown (`seed_names`)."""
 ContrastiveName = Literal["cebench", "cebench_local_copy", "contrastive_local"]
-"""Where story pairs came from (`evals.contrastive.Pairs`)."""
+"""Origin of story pairs (`evals.contrastive.Pairs`)."""
 ProbingName = Literal["sae_probes", "sae_probes_exact"]
-"""What fitted the probes (`evals.sae_probes.PROBINGS`). Evidence that names nothing is of sae-probes' own code."""
+"""Implementation of the probes (`evals.sae_probes.PROBINGS`). Evidence without a name used sae-probes' own code."""
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON of the fields that were given: what is written into results."""
+        """JSON of the given fields, as it is written into results."""
         return self.model_dump(exclude_unset=True, by_alias=True)
 
 
 def same(a: float, b: float) -> bool:
-    """Up to rounding."""
+    """True if two numbers are equal up to rounding."""
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def has(value: Any, name: str) -> bool:
-    """Whether JSON or a model holds a key: tells which class of several is meant."""
+    """True if JSON or a model holds a key. Discriminators of union types use it."""
     return name in value if isinstance(value, dict) else hasattr(value, name)
 
 
 def refusal(error: ValidationError) -> str:
-    """The first thing that is wrong: where, and what was expected."""
+    """First problem of a validation error: the place, and the expected value."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
 
 
 class Facts(Strict):
-    """How an SAE was made; None: not known. Facts of a group lack `l0` and `seed`, in which its SAEs differ."""
+    """Facts about an SAE and its training. None: unknown. Facts of a group lack `l0` and `seed`."""
 
     source: str
     subject_digest: Sha256 | None
@@ -86,17 +88,17 @@ class Facts(Strict):
 
     @property
     def shared(self) -> Facts:
-        """The facts that SAEs of other seeds share."""
+        """Facts that SAEs of other seeds share."""
         return Facts(**{name: value for name, value in self if name not in OF_ONE_SEED})
 
     @property
     def whole(self) -> bool:
-        """Whether these are the facts of one SAE."""
+        """True for facts of one SAE, False for facts that a group shares."""
         return self.l0 is not None and "seed" in self.model_fields_set
 
     @property
     def known_l0(self) -> float:
-        """L0 of one SAE, whose facts are whole."""
+        """L0 of one SAE. The facts must be `whole`."""
         assert self.l0 is not None
         return self.l0
 
@@ -112,7 +114,7 @@ def _whole(facts: Facts) -> Facts:
 
 
 WholeFacts = Annotated[Facts, AfterValidator(_whole)]
-"""The facts of one SAE."""
+"""Facts of one SAE."""
 
 
 class Outliers(Strict):
@@ -122,14 +124,14 @@ class Outliers(Strict):
     explained_variance: Number
     """Explained variance of the other rows."""
     norms: dict[str, Number]
-    """Quantile -> norm of a row, of at most `activations.outliers.SAMPLE` rows; `1`: the largest of all rows."""
+    """Quantile -> norm of a row, from at most `activations.outliers.SAMPLE` rows. `1`: the largest norm of all rows."""
 
 
 class Dropped(Strict):
-    """Rows that the store leaves out, training rows among them (`activations.outliers.without_outliers`)."""
+    """Rows that the store leaves out, including training rows (`activations.outliers.without_outliers`)."""
 
     max_norm_multiple: Number
-    """Multiple of the median norm that their norm exceeds."""
+    """Multiple of the median norm that the norms of these rows exceed."""
     share: Share
 
 
@@ -139,28 +141,28 @@ class Heldout(Strict):
     l0: Number
     dead_share: Share
     outliers: Outliers | None = None
-    """Absent where no row is an outlier."""
+    """Absent if no row is an outlier."""
     dropped: Dropped | None = None
-    """Absent where the store leaves no row out."""
+    """Absent if the store leaves no row out."""
 
 
 class SAERecord(Strict):
-    """One SAE: its digests, how it was made, and its figures on held-out rows."""
+    """One SAE: digests, facts, and figures on held-out rows."""
 
     candidate: bool
     """False: the SAE serves as a reference alone."""
     label: str
     condition: str
-    """Name that it shares with its siblings of other seeds."""
+    """Name that SAEs of other seeds share."""
     checkpoint_sha256: Sha256
     identity: Sha256
-    """Digest of the weights and of what else encode and decode depend on. Figures are kept and compared under it."""
+    """Digest of the weights and of all settings that change encode or decode. Figures are stored under it."""
     facts: WholeFacts
     heldout: Heldout
 
 
 def seed_names(seeds: Sequence[int | None]) -> list[str]:
-    """Names of SAEs in evidence: their seeds, or their places if the seeds are not known."""
+    """Names of SAEs in evidence: seeds, or numbers if seeds are unknown."""
     return [str(i if seed is None else seed) for i, seed in enumerate(seeds)]
 
 
@@ -169,11 +171,11 @@ class SeedGroup(Strict):
 
     condition: str
     facts: Facts
-    """The facts that its SAEs share."""
+    """Facts that the SAEs share."""
     checkpoints: dict[Place, Sha256]
     """seed -> sha256 of the weights."""
     identities: dict[Place, Sha256]
-    """seed -> digest of the weights and of how they are used."""
+    """seed -> identity (`SAERecord.identity`)."""
 
     @model_validator(mode="after")
     def _same_seeds(self) -> SeedGroup:
@@ -187,10 +189,10 @@ class SeedGroup(Strict):
 
     @classmethod
     def of(cls, records: Sequence[SAERecord]) -> SeedGroup:
-        """The group that these SAEs are.
+        """Group of these SAEs.
 
         Raises:
-            BadInput: no SAE, SAEs of several configurations, two of one seed, or one SAE twice.
+            BadInput: there is no SAE, the SAEs have several configurations, two have one seed, or an SAE occurs twice.
         """
         if not records:
             raise BadInput("checkpoint: no SAE of a candidate")
@@ -203,10 +205,10 @@ class SeedGroup(Strict):
             )
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"checkpoint: two SAEs of one seed among {', '.join(seeds)}")
-        ours = shared[0].source == "husai"
+        trained_by_husai = shared[0].source == "husai"
         try:
             return cls(
-                condition=records[0].condition if ours else f"SAEs ({digest(shared[0].to_json())[:6]})",
+                condition=records[0].condition if trained_by_husai else f"SAEs ({digest(shared[0].to_json())[:6]})",
                 facts=shared[0],
                 checkpoints=dict(zip(seeds, (r.checkpoint_sha256 for r in records), strict=True)),
                 identities=dict(zip(seeds, (r.identity for r in records), strict=True)),
@@ -243,7 +245,7 @@ class ScoredRecord(SAERecord):
 
 
 class Means(Strict):
-    """Over data sets."""
+    """Means over data sets."""
 
     test_auc: Number
     test_acc: Number
@@ -254,7 +256,7 @@ class Means(Strict):
 class Figures(Strict):
     means: dict[str, Means]
     test_auc: dict[str, list[Share]]
-    """k -> one a data set."""
+    """k -> one value for each data set."""
     auc_by_validation: Share | None = None
 
     @model_validator(mode="after")
@@ -274,7 +276,7 @@ class ProbedRecord(Figures, ScoredRecord):
 
 
 class Scores(Strict):
-    """CE-Bench's three."""
+    """CE-Bench's three scores."""
 
     contrastive: Number
     independence: Number
@@ -321,9 +323,9 @@ class Repeats(Strict):
     @model_validator(mode="after")
     def _own_spread(self) -> Repeats:
         if self.sd is not None:
-            made, least = noise(self.means), self.minimum_detectable_difference
+            expected, least = noise(self.means), self.minimum_detectable_difference
             if least is None or not all(
-                map(same, (self.sd, least), (made["sd"], made["minimum_detectable_difference"]))
+                map(same, (self.sd, least), (expected["sd"], expected["minimum_detectable_difference"]))
             ):
                 raise ValueError("sd and minimum_detectable_difference: those of the means expected")
         elif self.minimum_detectable_difference is not None:
@@ -358,7 +360,7 @@ class PairControl(PairScores, SAERecord):
 
 
 class Reference(Strict):
-    """What is kept of a baseline summary's record."""
+    """Part of a baseline summary's record that results keep."""
 
     condition: str
     facts: WholeFacts
@@ -383,7 +385,7 @@ class Probing(Strict):
     controls: list[ProbedControl]
     baselines: dict[str, Figures]
     conditions: list[Any]
-    """Made again by the audit."""
+    """Computed again by the audit."""
     noise: ProbingNoise
     text: str = "packaged"
     """Source of the held-out text (`subjects.sources.TextSource`)."""
@@ -430,13 +432,13 @@ class Contrastive(Strict):
     references: list[Reference]
     summary_refused: str | None
     no_reference: str | None
-    """Why no SAE shall serve as a reference."""
+    """Reason why no SAE may serve as a reference."""
     conditions: list[Any]
     noise: PairNoise
     random_seed: int | None = None
-    """Seed of the drawn pairs, of a run by itself."""
+    """Seed of the drawn pairs; present for single runs."""
     min_delta: Number | None = None
-    """Minimum that was asked for, of a run by itself."""
+    """Requested minimum; present for single runs."""
     text: str = "packaged"
     """Source of the held-out text (`subjects.sources.TextSource`)."""
 
@@ -545,15 +547,15 @@ class StabilityVerdict(Strict):
     outcome: Literal["PASS", "FAIL", "MISSING"]
     reason: str
     sentence: str
-    """What may be said (`rules.sentence`)."""
+    """Licensed statement (`rules.sentence`)."""
     highest_null: str
     claimable_excess: Interval
     equivalence: dict[str, bool | Number] | None
-    """An `estimates.Equivalence`, where its excess is not above the registered one."""
+    """An `estimates.Equivalence`; None if the excess is above the registered minimum."""
 
 
 class Stability(Strict):
-    """What `stability.summarise` says; the audit makes it again."""
+    """Result of `stability.summarise`. The audit computes it again."""
 
     labels: Names
     scores: dict[str, ScoreSummary]
@@ -563,13 +565,13 @@ class Stability(Strict):
 
 
 class Scored(Strict):
-    """All pairs of SAEs, scored against their nulls. The audit makes `stability` again from `pairs`."""
+    """All pairs of SAEs, scored against their nulls. The audit computes `stability` again from `pairs`."""
 
     stability: Stability
     pairs: Pairs
 
     def scores(self, null: str | None = None, score: str = PRIMARY_SCORE) -> np.ndarray:
-        """`[S, S]`: a score of each pair, less that of a null where one is named."""
+        """Score of each pair, less that of a null if one is named, `[S, S]`."""
         labels = self.stability.labels
         pairs: list[dict] = self.pairs
         matrix = np.zeros((len(labels), len(labels)))
@@ -595,7 +597,7 @@ class Scored(Strict):
 
 
 class OnStore(Strict):
-    """The activation store whose principal components the spectral null is drawn in."""
+    """Activation store whose principal components define the spectral null."""
 
     subject_digest: Sha256
     hook_name: str
@@ -607,7 +609,7 @@ class OnStore(Strict):
 
 class AlikeMember(Strict):
     seed: int | None
-    """None: not known, of SAEs that a user supplies."""
+    """None: unknown, for user-supplied SAEs."""
     checkpoint: str | None
     checkpoint_sha256: Sha256
     heldout: Heldout
@@ -618,29 +620,28 @@ class AlikeMember(Strict):
 
 
 class Alike(Strict):
-    """SAEs trained alike on a control."""
+    """SAEs trained by the same recipe on a control."""
 
     subject_digest: Sha256
     store_digest: Sha256
     members: list[AlikeMember]
 
     def inputs(self, name: str) -> dict[str, str]:
-        """What results that read it name among their inputs: label -> sha256."""
+        """Inputs of results that use these SAEs: label -> sha256."""
         checkpoints = {f"{name}: checkpoint {i}": m.checkpoint_sha256 for i, m in enumerate(self.members, 1)}
         return {f"{name}: subject": self.subject_digest, f"{name}: activations": self.store_digest} | checkpoints
 
 
 class Stratum(Strict):
-    """Matched alive features for which a figure lies in [low, high), over all pairs and both sides. Nothing is decided
-    by them."""
+    """Matched alive features with a figure in [low, high), over all pairs and both sides. Strata decide nothing."""
 
     figure: str
     low: Number
     high: Number
     features: Number
-    """Mean number an SAE."""
+    """Mean number of features for each SAE."""
     mcc: Number | None
-    """None, as the next: no feature lies in the stratum."""
+    """None if no feature lies in the stratum. The same holds for `share70`."""
     share70: Number | None
 
     @model_validator(mode="after")
@@ -651,10 +652,10 @@ class Stratum(Strict):
 
 
 def _every_stratum(strata: list[Stratum]) -> list[Stratum]:
-    found: dict[str, list[tuple]] = {}
+    edges: dict[str, list[tuple]] = {}
     for s in strata:
-        found.setdefault(s.figure, []).append((s.low, s.high))
-    if any(found[figure] != [*pairwise(STRATA.get(figure, ()))] for figure in found):
+        edges.setdefault(s.figure, []).append((s.low, s.high))
+    if any(edges[figure] != [*pairwise(STRATA.get(figure, ()))] for figure in edges):
         raise ValueError("strata: each stratum of a figure once expected, in order")
     return strata
 
@@ -667,9 +668,9 @@ class Comparison(Scored, OnStore):
     """All pairs of SAEs on one store (`stability.study.compare_all`)."""
 
     gaussian: Alike | None
-    """SAEs of Gaussian rows; None: not part of the study."""
+    """SAEs of Gaussian rows. None: not part of the study."""
     others: list[int] | None
-    """Alive features of each SAE that are like no prototype; None: prototypes are not part of the study."""
+    """Number of each SAE's alive features that are like no prototype. None: the study has no prototypes."""
     strata: Strata
 
     @model_validator(mode="after")
@@ -697,16 +698,16 @@ class Members(Strict, Generic[M]):
 
 
 class Compared(Comparison, Members[M], Generic[M]):
-    """A comparison, and the SAEs that it is of."""
+    """A comparison and the compared SAEs."""
 
     @property
     def control_inputs(self) -> dict[str, str]:
-        """What results name among their inputs of the SAEs of Gaussian rows."""
+        """Inputs of results due to the SAEs of Gaussian rows: label -> sha256."""
         return {} if self.gaussian is None else self.gaussian.inputs("gaussian")
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """seed -> sha256 of the weights, as a `SeedGroup` names them."""
+        """seed -> sha256 of the weights, as in a `SeedGroup`."""
         seeds = seed_names([m.seed for m in self.members])
         return dict(zip(seeds, (m.checkpoint_sha256 for m in self.members), strict=True))
 
@@ -729,7 +730,7 @@ class OwnMember(Strict):
 
 
 class OwnSection(Compared[OwnMember]):
-    """The SAEs under test."""
+    """Comparison of the SAEs under test."""
 
 
 class Followed(Strict):
@@ -752,28 +753,28 @@ class Section(Followed, Compared[TrainedMember]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phases on SAEs that HUSAI trains for them
+# Phases that train their SAEs
 
 
 class InOrder(Strict):
-    """Keys are written in the order in which they were first published."""
+    """Base of types whose keys keep the order in which they were first published."""
 
     KEYS: ClassVar[tuple[str, ...]]
 
     @classmethod
     def __pydantic_init_subclass__(cls, **given: Any) -> None:
-        """Raise TypeError for a field that would not be written."""
+        """Raise TypeError for a field that KEYS lacks, because it would not be written."""
         if not set(cls.model_fields) <= set(cls.KEYS):
             raise TypeError(f"{cls.__name__}.KEYS: {', '.join(set(cls.model_fields) - set(cls.KEYS))} expected too")
 
     @model_serializer(mode="wrap")
     def _in_order(self, write: Callable) -> dict[str, Any]:
-        found = write(self)
-        return {name: found[name] for name in self.KEYS if name in found}
+        values = write(self)
+        return {name: values[name] for name in self.KEYS if name in values}
 
 
 class Drawn(InOrder):
-    """Histograms of a comparison. Figures are drawn from them, and nothing is decided by them."""
+    """Histograms of a comparison, for figures. They decide nothing."""
 
     KEYS = (
         *("members", "curve_steps", "snapshot_steps", *OnStore.model_fields, "spectral_groups"),
@@ -788,7 +789,7 @@ class Drawn(InOrder):
 
 
 class GridMember(TrainedSAE, InOrder):
-    """An SAE of a grid, with its course."""
+    """An SAE of a grid, with its training curve."""
 
     KEYS = ("hook_name", *TrainedSAE.model_fields, "curve", "aux_steps")
     hook_name: str | None = None
@@ -800,12 +801,12 @@ class GridMember(TrainedSAE, InOrder):
 
 
 class Grid(Strict):
-    """SAEs that one training made (`training.grid`)."""
+    """SAEs of one training (`training.grid`)."""
 
     members: Annotated[list[GridMember], Field(min_length=1)]
     curve_steps: list[int]
     snapshot_steps: list[int]
-    """Steps of which each checkpoint keeps the decoder."""
+    """Steps at which each checkpoint keeps the decoder."""
 
 
 class Phase4aMember(TrainedMember, InOrder):
@@ -831,32 +832,32 @@ class Phase4aSection(Drawn, Section):
     curve_steps: list[int]
     snapshot_steps: list[int]
     random_model: list[AlikeMember] | None = None
-    """SAEs of the random-weights model, where the subject is a language model."""
+    """SAEs of the random-weights model, if the subject is a language model."""
     cross_entropy: CrossEntropy | None = None
-    """Losses, where the subject is a language model."""
+    """Losses, if the subject is a language model."""
 
 
 class SuppliedMember(OwnMember):
     seed: int | None = None
-    """Phase 4a does not write it."""
+    """Optional, because phase 4a does not write it."""
 
 
 class Phase4aSupplied(Drawn, OwnSection):
-    """SAEs that a user supplies."""
+    """Comparison of user-supplied SAEs."""
 
     members: Annotated[list[SuppliedMember], Field(min_length=1)]  # type: ignore[assignment]  # pydantic: narrowed
     notes: list[str] = []
-    """What a reader must know of the SAEs (`stability.replicates`)."""
+    """Notes on the SAEs (`stability.replicates`)."""
 
 
 class PlantedRows(Strict):
-    """Rows that are made of planted features (`subjects.planted`)."""
+    """Rows generated from planted features (`subjects.planted`)."""
 
     structure: Literal["independent", "correlated", "hierarchical"]
     features: Annotated[int, Field(ge=1)]
     d_in: Annotated[int, Field(ge=1)]
     active: Annotated[int, Field(ge=1)]
-    """Mean number of features that are active on a row."""
+    """Mean number of active features a row."""
     rows: Annotated[int, Field(ge=1)]
     seed: int
 
@@ -873,7 +874,7 @@ class PlantedRows(Strict):
 
 
 class PlantedDegree(Strict):
-    """SAEs of planted rows that were trained for one number of tokens."""
+    """SAEs of planted rows, trained for one number of tokens."""
 
     tokens: int
     recovery: Annotated[list[Share], Field(min_length=1)]
@@ -888,12 +889,12 @@ class PlantedDegree(Strict):
 
 
 class Sensitivity(Strict):
-    """Verdict on SAEs that recover this much of the planted features."""
+    """Verdict on SAEs at one degree of recovery."""
 
     tokens: int
     recovery: Interval
     over: str | None
-    """Name of the estimate that comes nearest to failing; None where there is no verdict."""
+    """Name of the estimate that is nearest to failing. None: there is no verdict."""
     excess: Interval | None
     passes: bool
     reason: str
@@ -905,7 +906,7 @@ class PlantedSection(Strict):
     data: PlantedRows
     batch_size: int
     degrees: Annotated[list[PlantedDegree], Field(min_length=1)]
-    """In the order of their tokens. The last one decides."""
+    """Degrees in the order of their tokens. The last one decides."""
     sensitivity: list[Sensitivity]
 
 
@@ -919,14 +920,14 @@ class Phase4a(Strict):
         Discriminator(lambda value: "trained" if has(value, "over_training") else "supplied"),
     ]
     published: Phase4aSection | None = None
-    """The earlier study's setting."""
+    """SAEs in the earlier study's setting."""
     published_figures: dict[str, Any]
     planted: PlantedSection | None = None
-    """The positive control, where the phase ran on its default subject."""
+    """The positive control; present if the phase ran on its default subject."""
 
 
 class Gain(Strict):
-    """How much more an arm has than its control: of PRIMARY_SCORE, and of its excess over each required null."""
+    """Gain of an arm over its control: in PRIMARY_SCORE, and in its excess over each required null."""
 
     observed: Interval
     isotropic: Interval
@@ -934,11 +935,11 @@ class Gain(Strict):
     gaussian: Interval | None = None
     """None: not part of the study."""
     least: Literal["isotropic", "spectral", "gaussian"]
-    """The null over which the least is sure."""
+    """Null over which the gain has the lowest lower end."""
 
     @property
     def over(self) -> dict[str, Interval]:
-        """Required null -> the gain over it."""
+        """Required null -> gain in the excess over this null."""
         return {null: e for null in GATED_NULLS if (e := getattr(self, null)) is not None}
 
     @model_validator(mode="after")
@@ -955,7 +956,7 @@ class Gain(Strict):
 class AblationNames(Strict):
     name: str
     axes: list[str]
-    """The axes that it lies on: k, d_sae."""
+    """Axes of the condition: k, d_sae."""
     family: str
     d_sae: int
     k: int
@@ -980,18 +981,18 @@ class AblationRow(Reached, AblationNames):
 
 
 class AblationMethod(Reached, MethodNames):
-    """A method that is credited with higher stability. The first is the recipe as it is, which has no gain."""
+    """A method that is said to raise stability. The first one is the unchanged recipe, which has no gain."""
 
     gain: Gain | None = None
     ev_drop: Interval | None = None
 
 
 class RefusedControl(Strict):
-    """SAEs that share what must not be shared."""
+    """SAEs that share an initialisation or a decoder, and must be refused."""
 
     name: str
     refused: str | None
-    """Why they are refused; None: they were not."""
+    """Reason of the refusal. None: they were not refused."""
 
 
 class CoreAblations(Strict):
@@ -1018,7 +1019,7 @@ class CoreAblations(Strict):
 class Sparsity(Strict):
     k: int
     lower_bound: Number | None
-    """The least that is sure of the excess (`contrast.lower_bound`)."""
+    """Smallest lower end of the excess (`contrast.lower_bound`)."""
     explained_variance: Interval
 
 
@@ -1042,15 +1043,15 @@ class AdaptiveL0(Strict):
     outcome: str
     selection: list[SparsitySection]
     confirmation: list[SparsitySection]
-    """The chosen k on fresh seeds, and the control's where it is another."""
+    """The chosen k on fresh seeds, and the control's k if it differs."""
 
     @model_validator(mode="after")
     def _gain_of_two(self) -> AdaptiveL0:
         ks = [] if self.chosen_k is None else list(dict.fromkeys([self.chosen_k, self.control_k]))
         if [s.k for s in self.confirmation] != ks:
             raise ValueError("confirmation: the chosen k, and the control's where it is another, expected")
-        both = len(ks) == 2
-        if (self.gain is not None, self.ev_drop is not None) != (both, both):
+        two_confirmations = len(ks) == 2
+        if (self.gain is not None, self.ev_drop is not None) != (two_confirmations, two_confirmations):
             raise ValueError("gain, ev_drop: of two confirmations, and of no fewer, expected")
         return self
 
@@ -1059,7 +1060,7 @@ LAMBDA = Field(alias="lambda")
 
 
 def pull(weight: float | None) -> dict[str, Any]:
-    """The argument that gives a schema its λ: `lambda` is no name in Python."""
+    """Keyword argument for the λ of a schema, because `lambda` is no name in Python."""
     return {"lambda": weight}
 
 
@@ -1067,7 +1068,7 @@ class Pull(Strict):
     weight: Annotated[Number, LAMBDA]
 
     def given(self) -> dict[str, Any]:
-        """Its fields, by the names that a schema takes."""
+        """Fields, by the names that a schema takes."""
         return {"lambda" if name == "weight" else name: value for name, value in self}
 
 
@@ -1093,12 +1094,12 @@ class ReferenceSection(PulledSection, ReferenceName):
 
 
 class SharedArm(Pull):
-    """SAEs of which all seeds have one reference, for several references."""
+    """SAEs whose seeds all share one reference, for several references."""
 
     gain: Gain
     leave_one_reference_out: list[Gain]
     gain_counting_the_reference: Number
-    """Gain of `mcc_alive` with the reference among the SAEs, as the earlier study counted it."""
+    """Gain of `mcc_alive` with the reference counted as one of the SAEs, as in the earlier study."""
     references: Annotated[list[ReferenceSection], Field(min_length=1)]
 
 
@@ -1130,7 +1131,7 @@ class AssignmentConsistency(Strict):
             Discriminator(lambda value: "pulled" if has(value, "gain") else "control"),
         ]
     ]
-    """λ = 0 and the chosen λ on fresh seeds; empty: none was chosen."""
+    """λ = 0 and the chosen λ on fresh seeds. Empty: no λ was chosen."""
 
     @property
     def confirmed(self) -> tuple[UnpulledSection, PulledSection] | None:
@@ -1151,7 +1152,7 @@ class AssignmentConsistency(Strict):
 
 
 class Condition(Strict):
-    """What the axes of a study fix."""
+    """Values of a study's axes."""
 
     family: str
     d_sae: int
@@ -1160,11 +1161,11 @@ class Condition(Strict):
 
 
 class ConditionSection(Section, Condition):
-    """The study of one condition of a bank."""
+    """Comparison of the SAEs of one condition of a bank."""
 
 
 class Recipe(Strict):
-    """What it takes, beside a condition, to train on a bank again."""
+    """Settings that, with a condition, suffice to train and evaluate on a bank again."""
 
     rows: int
     batch_size: int
@@ -1179,11 +1180,11 @@ class Recipe(Strict):
     text: str = "packaged"
     """Source of the bank's text (`subjects.sources.TextSource`)."""
     max_norm_multiple: Number | None = None
-    """Rows of a larger norm, in medians, are left out of the bank. Absent: none."""
+    """Multiple of the median norm above which the bank leaves rows out. Absent: no row is left out."""
 
 
 class Coded(Strict):
-    """How well SAEs, or dictionaries of one kind of prototypes, code activations: a figure a seed."""
+    """Code quality of SAEs, or of dictionaries of one kind of prototypes: one value for each seed."""
 
     explained_variance: dict[Place, Number]
     ce_recovered: dict[Place, Number] | None
@@ -1191,7 +1192,7 @@ class Coded(Strict):
 
 
 class CodeGain(Strict):
-    """How much better SAEs code activations than dictionaries of one kind of prototypes."""
+    """Gain in code quality of SAEs over dictionaries of one kind of prototypes."""
 
     explained_variance: Interval
     ce_recovered: Interval | None
@@ -1202,25 +1203,25 @@ CODE_FIGURES = {"explained_variance": "explained variance", "ce_recovered": "CE 
 
 
 class Code(Strict):
-    """SAEs beside dictionaries of prototypes of their width, coded at their L0 (`stability.prototypes`)."""
+    """Code quality of SAEs and of dictionaries of prototypes at the same width and L0 (`stability.prototypes`)."""
 
     store_digest: Sha256
-    """Activations that the prototypes were made of."""
+    """Activations that the prototypes were made from."""
     heldout_digest: Sha256
     """Activations that were coded."""
     d_sae: int
     k: dict[Place, int]
-    """Seed -> L0 of its SAE, rounded: directions that code a row."""
+    """Seed -> rounded L0 of its SAE, the number of prototypes that code a row."""
     tokens: int | None
-    """Predictions that CE recovered is of."""
+    """Number of predicted tokens for CE recovered."""
     saes: Coded
     prototypes: Annotated[dict[Literal["rows", "centroids", "token means"], Coded], Field(min_length=1)]
     """Kind -> figures at each seed's k."""
     gain: dict[str, CodeGain]
-    """Kind -> gain of the SAEs over it (`rules.gain_over_prototypes`). The audit makes it again."""
+    """Kind -> gain of the SAEs over it (`rules.gain_over_prototypes`). The audit computes it again."""
 
     def best(self, figure: str) -> str:
-        """The kind of prototypes with the highest mean of a figure."""
+        """Kind of prototypes with the highest mean of a figure."""
         return max(self.prototypes, key=lambda kind: sum(getattr(self.prototypes[kind], figure).values()))
 
     @model_validator(mode="after")
@@ -1244,7 +1245,7 @@ class Evaluated(Strict):
     inputs: dict[str, Sha256]
     saes: list[ScoredRecord]
     code: Code | None = None
-    """The candidate's SAEs beside dictionaries of prototypes, of a confirmation."""
+    """Code quality of the candidate's SAEs; present for confirmations."""
     text: str = "packaged"
     """Source of the held-out text (`subjects.sources.TextSource`)."""
 
@@ -1264,7 +1265,7 @@ class Bank(Strict):
     recipe: Recipe
     conditions: list[Any]
     code: Code | None = None
-    """The candidate's SAEs beside dictionaries of prototypes, of a confirmation."""
+    """Code quality of the candidate's SAEs; present for confirmations."""
 
 
 class Selected(Strict):
@@ -1273,7 +1274,7 @@ class Selected(Strict):
 
 
 class Evaluation(Strict):
-    """A candidate with the figures that the gate reads (`run_candidate_confirmation.py`)."""
+    """Evaluation of a candidate, which the gate reads (`run_candidate_confirmation.py`)."""
 
     phase: Literal["candidate_confirmation"]
     origin: Literal["retrained", "supplied"] = "retrained"
@@ -1281,18 +1282,18 @@ class Evaluation(Strict):
     subject: str
     candidate: SeedGroup
     paths: dict[str, str]
-    """seed -> checkpoint, from the folder of these results."""
+    """seed -> path of the checkpoint, relative to the folder of these results."""
 
 
 class LedgerEntry(Strict):
-    """One confirmation of a configuration, by digests."""
+    """Entry for one confirmation of a configuration, by digests."""
 
     selection: Sha256
     candidate: Sha256
     """Digest of the configuration (`Selected.id`)."""
     seeds: Annotated[list[int], Field(min_length=1)]
     saes: Sha256
-    """Digest of the identities of its SAEs, seed by seed."""
+    """Digest of the SAEs' identities, in order of seeds."""
 
     @classmethod
     def of(cls, selection: Selected, candidate: SeedGroup) -> LedgerEntry:
@@ -1305,14 +1306,14 @@ class LedgerEntry(Strict):
 
 
 class Retrained(Evaluation):
-    """The selected recipe, trained again on fresh seeds."""
+    """Evaluation of the selected recipe, trained again on fresh seeds."""
 
     origin: Literal["retrained"] = "retrained"
     selection: Selected
     attempt: int
-    """Number of confirmations of this configuration, this one included."""
+    """Number of confirmations of this configuration, including this one."""
     ledger: list[LedgerEntry]
-    """These confirmations, the earliest first."""
+    """Entries of these confirmations, the earliest first."""
     bank: Bank
 
     @model_validator(mode="after")
@@ -1332,10 +1333,10 @@ class Retrained(Evaluation):
 
 
 class Control(Scored, Alike):
-    """SAEs of one draw of the random weights, with a stability study of their own, on their own activations."""
+    """Stability study of SAEs of one draw of the random weights, on activations of that draw."""
 
     gaussian: Alike
-    """SAEs of Gaussian rows with the moments of these activations."""
+    """SAEs of Gaussian rows with the same moments as these activations."""
     strata: Strata
 
     @model_validator(mode="after")
@@ -1345,12 +1346,14 @@ class Control(Scored, Alike):
 
 
 class Harvested(Strict):
-    """How a text became activations, in SAELens' names (`subjects.harvesting`); `unknown`: no file beside the SAEs says
-    it, and HUSAI's own way stands."""
+    """How a text became activations, in SAELens' names (`subjects.harvesting`).
+
+    `unknown`: no file beside the SAEs states the value, and HUSAI used its own.
+    """
 
     prepend_bos: bool | Literal["unknown"]
     context_size: int | Literal["unknown"]
-    """Most tokens of an input."""
+    """Largest number of tokens of an input."""
     seqpos_slice: list[int | None] | Literal["unknown"]
     exclude_special_tokens: list[int] | Literal["unknown"]
     """Tokens that give no rows."""
@@ -1359,13 +1362,13 @@ class Harvested(Strict):
     center_writing_weights: bool | Literal["unknown"]
     autocast_lm: bool | Literal["unknown"]
     max_norm_multiple: Number | None = None
-    """Rows of a larger norm, in medians, are left out. Absent: none."""
+    """Multiple of the median norm above which rows are left out. Absent: no row is left out."""
     dtype: str
     revision: str
 
 
 class Supplied(Evaluation):
-    """SAEs that a user supplies. HUSAI cannot see how they were selected."""
+    """Evaluation of user-supplied SAEs. HUSAI cannot see how they were selected."""
 
     origin: Literal["supplied"]
     untrained: dict[str, Sha256] | None
@@ -1373,18 +1376,18 @@ class Supplied(Evaluation):
     section: OwnSection
     bank: Evaluated
     notes: list[str] = []
-    """What a reader must know of the SAEs (`stability.replicates`)."""
+    """Notes on the SAEs (`stability.replicates`)."""
     same_model: str | None = None
-    """Name of the model in the SAEs' files, where --same-model alone says that it is the subject."""
+    """Name of the model in the SAEs' files, if --same-model alone identifies it with the subject."""
     harvesting: Harvested | None = None
     """How the SAEs' activations were made. Absent for SAEs that HUSAI trained in its own way."""
 
 
 def read_evaluation(results: Any) -> Retrained | Supplied:
-    """The evaluation that these results are.
+    """Evaluation of a candidate from results.
 
     Raises:
-        ValidationError.
+        ValidationError: the results are no evaluation.
     """
     supplied = isinstance(results, dict) and results.get("origin") == "supplied"
     return Supplied.model_validate(results) if supplied else Retrained.model_validate(results)
@@ -1399,7 +1402,7 @@ class RandomModelStress(Strict):
     candidate: SeedGroup
     section: OwnSection
     random_models: Annotated[list[Control], Field(min_length=1)]
-    """One a draw of the weights."""
+    """One study for each draw of the weights."""
     gains: list[Gain]
     """Gains of the candidate over each draw."""
     verdict: dict[str, str]
@@ -1408,12 +1411,12 @@ class RandomModelStress(Strict):
 
 
 class Setting(Strict):
-    """What transcoders were trained on, and how."""
+    """Setting of the transcoders' training."""
 
     hook_in: str
-    """Hook that they read."""
+    """Hook whose activations the transcoders read."""
     hook_out: str
-    """The candidate's hook, which they write."""
+    """Hook whose activations the transcoders reconstruct: the candidate's hook."""
     d_sae: int
     k: int
     tokens: int
@@ -1422,7 +1425,7 @@ class Setting(Strict):
     seeds: list[int]
     subject_digest: Sha256
     preregistered: bool
-    """Whether this is the setting that was fixed in advance (`transcoder.preregistered`)."""
+    """Whether the setting was fixed in advance (`transcoder.preregistered`)."""
 
 
 class TranscoderStress(Strict):
@@ -1434,11 +1437,11 @@ class TranscoderStress(Strict):
     candidate: SeedGroup
     setting: Setting
     section: OwnSection
-    """The candidate's SAEs among themselves."""
+    """Comparison of the candidate's SAEs with each other."""
     transcoder: Section
-    """Transcoders among themselves."""
+    """Comparison of transcoders with each other."""
     across: Comparison
-    """SAEs of the candidate against transcoders of other seeds (`stability.study.compare_across`)."""
+    """Comparison of the candidate's SAEs with transcoders of other seeds (`stability.study.compare_across`)."""
     gain: Gain | None
     """Gain of transcoders among themselves over the candidate's SAEs; None: not concluded yet."""
     explained_variance: dict[str, Interval]
@@ -1448,14 +1451,14 @@ class TranscoderStress(Strict):
 
 
 class SideBySide(Strict):
-    """Figures of data sets as they are, and shifted."""
+    """Figures of data sets (`id`) and of their shifted versions (`ood`)."""
 
     id: list[Share]
     ood: list[Share]
 
 
 class Model(SideBySide):
-    """The model's own activations."""
+    """Figures of the model's own activations."""
 
     ood_low: list[Share]
     """Lower ends of the intervals of `ood`."""
@@ -1536,5 +1539,5 @@ class Selection(Strict):
     front: list[str]
     seeds_used: list[int]
     confirmation_seeds: int
-    """Number of fresh seeds of the confirmation, fixed before it."""
+    """Number of fresh seeds of the confirmation, which is fixed before it."""
     selected: dict[str, Any]

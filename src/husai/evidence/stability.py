@@ -1,4 +1,4 @@
-"""Estimates and the verdict over all seeds, from pairs of dictionaries and their nulls. Pure functions of scores."""
+"""Estimates and verdict over all seeds, from scores of pairs of dictionaries and of their nulls. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from husai.evidence.schemas import Interval, ScoreSummary, Spread, Stability, St
 
 
 def computed(pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> list[str]:
-    """The nulls that stand in these pairs, in the order in which they are reported."""
+    """Nulls that the pairs hold, in the order of the report."""
     asked_for = [n for n in ASKED_FOR_NULLS if all(n in value for value in pairs.values())]
     return [n for n in (*GATED_NULLS, *asked_for) if n not in missing]
 
 
 def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing: dict[str, str]) -> Stability:
-    """Estimates over all seeds: the observed scores, each null, and the excess over each null, with intervals.
+    """Estimates over all seeds: observed scores, each null, and the excess over each null, with intervals.
 
     Args:
-        labels: one a dictionary. pairs: the outcome of `pair` for each i < j; "untrained" and "random_model" may
-            stand among the nulls.
-        missing: null -> why it is not there.
+        labels: one for each dictionary.
+        pairs: results of `stability.compare.pair` for each i < j. Nulls may include "untrained" and "random_model".
+        missing: null -> why it is missing.
     """
     seeds = len(labels)
 
@@ -59,7 +59,7 @@ def summarise(labels: Sequence[str], pairs: dict[tuple[int, int], dict], missing
 
 
 def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
-    """Variation of the null's own mean over the pairs between draws."""
+    """Spread over draws of a null's mean over pairs."""
     values = [value[null]["draws"] for value in pairs.values()]
     if values[0] is None:
         return Spread(mean=mean, draws=0, q95_of_mean=None)
@@ -68,10 +68,10 @@ def _spread(pairs: dict, null: str, score: str, mean: float) -> Spread:
 
 
 def _verdict(seeds: int, scores: dict[str, ScoreSummary], highest: str, missing: dict[str, str]) -> StabilityVerdict:
-    """The rule of stability. The excess over the highest control may be claimed where it holds.
+    """Verdict of the rule of stability. If it passes, the excess over the highest control may be claimed.
 
-    Where that excess does not exceed the registered one, an equivalence test says whether it is shown to be within
-    EQUIVALENCE_MARGIN of 0, or whether nothing is.
+    If that excess does not exceed the registered minimum, an equivalence test shows whether it is within
+    EQUIVALENCE_MARGIN of 0.
     """
     excesses = {name: scores[s].excess[null] for name, (s, null) in rules.STABLE.items() if _has(scores, s, null)}
     met = [name for name, excess in excesses.items() if rules.STABILITY.met_by(excess)]

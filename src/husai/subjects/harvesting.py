@@ -1,8 +1,7 @@
-"""How a text becomes activations: what the files of an SAE say about those that it was trained on, and how a subject
-makes them.
+"""Settings by which a text becomes activations: read from an SAE's files, and applied to a subject.
 
-Names are SAELens' own. A value that no file gives is None. HUSAI's own way then stands: an input begins as the
-tokenizer begins every text, it is as long as the model reads, and every position but 0 gives a row.
+Names are SAELens' own. A value that no file states is None, and HUSAI then uses its own way: an input begins as the
+tokenizer begins every text, it is as long as the model's context, and every position except 0 gives a row.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from husai.subjects.hooks import canonical
 
 KWARGS = "model_from_pretrained_kwargs"
 CLASSES = ("HookedTransformer", "AutoModelForCausalLM", "TransformerBridge")
-"""Classes of models whose activations HUSAI makes, in SAELens' names."""
+"""Model classes, in SAELens' names, whose activations HUSAI can make."""
 ENDLESS = 2**62
 UNKNOWN = "unknown"
 OWN_WAY = "as HUSAI makes them"
@@ -33,41 +32,41 @@ INERT = {
     *("default_prepend_bos", "default_padding_side", "first_n_layers", "low_cpu_mem_usage", "use_safetensors"),
     *("trust_remote_code", "attn_implementation", "force_download"),
 }
-"""Keys of KWARGS that change no activation. SAELens gives its inputs as tokens, BOS included."""
+"""Keys of KWARGS that change no activation. SAELens passes inputs as tokens, including BOS."""
 STREAM = re.compile(
     r"(hook_embed|hook_pos_embed|pos_embed\.hook_out|ln_final\.hook_in"
     r"|blocks\.\d+\.(hook_resid_(pre|mid|post)|ln\d\.hook_in|hook_(attn|mlp)_out|(attn|mlp)\.hook_out"
     r"|attn\.hook_result))"
 )
-"""Hooks at which the residual stream passes, or what is written to it; names as `canonical` gives them."""
+"""Hooks of the residual stream, or of outputs that are added to it; names as `canonical` gives them."""
 HEADS = re.compile(r"blocks\.\d+\.attn\.(hook_(z|q|k|v|rot_q|rot_k|result)|[qkv]\.hook_out)")
-"""Hooks that hold one vector for each attention head."""
+"""Hooks with one vector for each attention head."""
 PROCESSED = {
     "fold_ln": re.compile(r"(ln\d?(_\w+)?|ln_final)\.hook_(normalized|out)$"),
     "fold_value_biases": re.compile(r"attn\.(hook_(v|z|result)|v\.hook_out)$"),
     "center_unembed": re.compile(r"unembed"),
     "refactor_factored_attn_matrices": re.compile(r"\battn\.(?!hook_(out|in|pattern|attn_scores)$)"),
 }
-"""Processing of weights by TransformerLens -> hooks at which it changes activations in a way that HUSAI does not
-compute. At all other hooks it changes nothing."""
+"""Processing of weights by TransformerLens -> hooks whose activations it changes in a way that HUSAI does not compute.
+At all other hooks it changes nothing."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
 """Special tokens of a tokenizer, as SAELens counts them (`sae_lens.util.get_special_token_ids`)."""
 
 
 @dataclass(frozen=True)
 class Harvesting:
-    """How a text becomes activations."""
+    """Settings by which a text becomes activations."""
 
     prepend_bos: bool | None = None
     """Whether every input begins with the BOS token."""
     context_size: int | None = None
-    """Most tokens of an input, BOS included."""
+    """Largest number of tokens of an input, including BOS."""
     seqpos_slice: tuple[int | None, ...] | None = None
-    """Arguments of the `slice` of positions that give rows. Position 0 never does."""
+    """Arguments of the `slice` of positions that give rows. Position 0 never gives a row."""
     exclude_special_tokens: bool | tuple[int, ...] | None = None
-    """Tokens that give no rows; True: the tokenizer's special ones."""
+    """Tokens that give no rows. True: the tokenizer's special tokens."""
     hook_head_index: int | None = None
-    """Number of the only attention head that is read."""
+    """Number of the attention head that the SAE reads. None: all heads."""
     center_writing_weights: bool | None = None
     """Whether the residual stream has mean 0 over its coordinates, as TransformerLens' processing leaves it."""
     autocast_lm: bool | None = None
@@ -79,7 +78,7 @@ class Harvesting:
     max_norm_multiple: float | None = None
     """Rows of stores whose norm exceeds this multiple of the median norm are left out (--max-norm-multiple)."""
     complete: bool = field(default=False, compare=False)
-    """Whether None means HUSAI's own way, and not that no file says it: of an SAE that HUSAI trained."""
+    """Whether None means HUSAI's own way, as for SAEs that HUSAI trained, instead of an unknown value."""
 
     def to_json(self) -> dict[str, Any]:
         """The values that are not None."""
@@ -96,24 +95,24 @@ class Harvesting:
     # From the files of an SAE
 
     @classmethod
-    def read(cls, metadata: dict[str, Any], hook_name: str, where: str) -> Harvesting:
+    def read(cls, metadata: dict[str, Any], hook_name: str, checkpoint: str) -> Harvesting:
         """Harvesting as the files of an SAE describe it.
 
         Args:
-            metadata: `SAE.metadata` (`dictionaries.keys`). hook_name: the place that is read. where: names the SAE in
-                messages.
+            metadata: `SAE.metadata` (`dictionaries.keys`). hook_name: hook that the SAE reads.
+            checkpoint: name of the SAE in messages.
 
         Raises:
-            BadInput: a value that HUSAI cannot apply, naming its key.
+            BadInput: HUSAI cannot apply a value; the message names its key.
         """
-        ours = metadata.get("husai") or {}
-        if "training" in ours:
-            return replace(cls.of_json(ours.get("harvesting") or {}), complete=True)
+        husai = metadata.get("husai") or {}
+        if "training" in husai:
+            return replace(cls.of_json(husai.get("harvesting") or {}), complete=True)
 
         def value_of(key: str, good: Callable[[Any], bool], expected: str) -> Any:
             value = metadata.get(key)
             if value is not None and not good(value):
-                raise BadInput(f"{where}: {key} is {value!r}; {expected} expected")
+                raise BadInput(f"{checkpoint}: {key} is {value!r}; {expected} expected")
             return value
 
         value_of("model_class_name", lambda v: v in CLASSES, " or ".join(CLASSES))
@@ -121,19 +120,19 @@ class Harvesting:
             value_of(key, lambda v: v is False, "false, because HUSAI does not make activations so,")
         value_of("model_kwargs", lambda v: v == {}, "no argument of the forward pass")
         given = value_of(KWARGS, lambda v: isinstance(v, dict), "an object") or {}
-        processing = _processing(given, canonical(hook_name), where)
+        processing = _processing(given, canonical(hook_name), checkpoint)
         streams = STREAM.fullmatch(canonical(hook_name))  # elsewhere centring changes nothing
 
         context = None if metadata.get("context_size") == -1 else metadata.get("context_size")
         if context is not None and not _whole(context, 2):
-            raise BadInput(f"{where}: context_size is {context!r}; a number of tokens, 2 at least, expected")
+            raise BadInput(f"{checkpoint}: context_size is {context!r}; a number of tokens, 2 at least, expected")
         positions = value_of("seqpos_slice", _is_slice, "[start, stop, step] of whole numbers or null")
-        positions = None if positions is None else _positions(tuple(positions), context, where)
+        positions = None if positions is None else _positions(tuple(positions), context, checkpoint)
         special = value_of("exclude_special_tokens", _is_tokens, "true, false or numbers of tokens")
         head = value_of("hook_head_index", lambda v: _whole(v, 0), "the number of a head")
         if head is not None and not HEADS.fullmatch(canonical(hook_name)):
             raise BadInput(
-                f"{where}: hook_head_index is {head}, and {hook_name} has no attention heads; a hook such as "
+                f"{checkpoint}: hook_head_index is {head}, and {hook_name} has no attention heads; a hook such as "
                 "blocks.1.attn.hook_z expected as --hook-name"
             )
         return cls(
@@ -144,23 +143,23 @@ class Harvesting:
             hook_head_index=head,
             center_writing_weights=processing.get("center_writing_weights") if streams else None,
             autocast_lm=value_of("autocast_lm", lambda v: isinstance(v, bool), "true or false"),
-            dtype=_dtype(given, where),
-            revision=_revision(metadata, given, where),
+            dtype=_dtype(given, checkpoint),
+            revision=_revision(metadata, given, checkpoint),
         )
 
     # -----------------------------------------------------------------------------------------------------------------
     # On a subject
 
     def on(self, tokenizer: Any, n_ctx: int, centred: bool | None) -> Harvesting:
-        """Departures from HUSAI's own way on a subject; two that are equal make the same activations.
+        """Differences from HUSAI's own way on a subject. Equal results make equal activations.
 
         Args:
-            n_ctx: most tokens that the model reads.
-            centred: whether TransformerLens centres the writing weights of such a model; None: it does, and the
-                residual stream is not centred by it alone.
+            n_ctx: context length of the model.
+            centred: whether TransformerLens centres the writing weights of this model. None: it does, but this does
+                not centre the residual stream.
 
         Raises:
-            BadInput: it cannot be done with this tokenizer or model.
+            BadInput: this tokenizer or model does not support the settings.
         """
         if self.prepend_bos and bos_of(tokenizer) is None:
             raise BadInput(
@@ -196,7 +195,7 @@ class Harvesting:
         )
 
     def without_subject(self) -> Harvesting:
-        """Departures from HUSAI's own way, as far as they can be told without the subject."""
+        """Differences from HUSAI's own way, as far as they are known without the subject."""
         return Harvesting(
             seqpos_slice=self._positions(ENDLESS),
             exclude_special_tokens=self.exclude_special_tokens or None,
@@ -207,7 +206,7 @@ class Harvesting:
         )
 
     def _positions(self, context: int) -> tuple[int | None, ...] | None:
-        """The slice of positions in one spelling; None where all but position 0 are in it."""
+        """The slice of positions in a canonical form; None if it holds all positions except 0."""
         start, stop, step = slice(*self.seqpos_slice or (None,)).indices(context)
         start = 1 if (start, step) == (0, 1) else start  # position 0 gives no row
         return None if (start, stop, step) == (1, context, 1) else (start, None if stop == context else stop, step)
@@ -223,7 +222,7 @@ class Harvesting:
         """Tokens of each text.
 
         Args:
-            n_ctx: most tokens, None for all. side: where a longer text is cut.
+            n_ctx: largest number of tokens; None for all. side: end at which a longer text is cut.
         """
         if self.prepend_bos is None:
             tokenizer.truncation_side = side
@@ -238,7 +237,7 @@ class Harvesting:
         """Positions of an input that give rows, bool `[len(tokens)]`.
 
         Args:
-            first: the first position that may.
+            first: first position that may give a row.
         """
         keep = np.zeros(len(tokens), bool)
         keep[slice(*self.seqpos_slice) if self.seqpos_slice else slice(None)] = True
@@ -251,7 +250,7 @@ class Harvesting:
         """Input of an SAE at a hook.
 
         Args:
-            x: `[…, d]`, heads side by side. heads: number of attention heads.
+            x: activations `[…, d]`, heads concatenated. heads: number of attention heads.
         """
         if self.hook_head_index is not None and HEADS.fullmatch(canonical(hook_name)):
             x = x[..., self._head(x, heads)]
@@ -260,9 +259,10 @@ class Harvesting:
         return x
 
     def written(self, x: Tensor, made: Tensor, heads: int) -> Tensor:
-        """A hook's output with what an SAE made in the place of what it read.
+        """A hook's output with an SAE's reconstruction `made` in place of the SAE's input.
 
-        The mean that centring took away stays away: LayerNorms, which read the residual stream, remove it anyway.
+        The mean that centring removed is not added again, because the LayerNorms that read the residual stream remove
+        it.
         """
         if self.hook_head_index is None:
             return made
@@ -278,7 +278,7 @@ class Harvesting:
         return slice(self.hook_head_index * size, (self.hook_head_index + 1) * size)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Context that the model runs in."""
+        """Context manager in which the model runs."""
         return torch.autocast(device.type, torch.bfloat16, enabled=bool(self.autocast_lm))
 
 
@@ -287,27 +287,27 @@ KEYS = tuple(f.name for f in fields(Harvesting) if f.compare)
 
 
 def begins_of(tokenizer: Any) -> list[int]:
-    """Tokens that a tokenizer puts before every text, where they are the BOS token."""
+    """The BOS token, if the tokenizer puts it before every text; else no token."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The BOS token. TransformerLens takes the EOS token where there is none."""
+    """The BOS token, or the EOS token if there is no BOS token, as in TransformerLens."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def agreed(said: Sequence[tuple[str, Harvesting]], flag: str) -> Harvesting:
-    """How the activations of all these SAEs were made. An SAE whose files do not say a value goes with those that do.
+def agreed(stated_by_sae: Sequence[tuple[str, Harvesting]], flag: str) -> Harvesting:
+    """Common settings of several SAEs. A value that the files of one SAE state holds for all of them.
 
     Args:
-        said: (name of an SAE, what its files say).
+        stated_by_sae: (name of an SAE, settings in its files).
 
     Raises:
-        BadInput: two differ, naming the key and both values.
+        BadInput: two SAEs differ; the message names the key and both values.
     """
     values: dict[str, tuple[str, Any]] = {}
-    for name, harvesting in said:
+    for name, harvesting in stated_by_sae:
         for key, value in harvesting.to_json().items():
             first, other = values.setdefault(key, (name, value))
             if other != value:
@@ -315,38 +315,42 @@ def agreed(said: Sequence[tuple[str, Harvesting]], flag: str) -> Harvesting:
                     f"{flag}: {key} is {other!r} in {first} and {value!r} in {name}; SAEs whose activations were made "
                     "alike expected"
                 )
-    found = Harvesting.of_json({key: value for key, (_, value) in values.items()})
-    return replace(found, complete=bool(said) and all(harvesting.complete for _, harvesting in said))
+    common = Harvesting.of_json({key: value for key, (_, value) in values.items()})
+    return replace(common, complete=bool(stated_by_sae) and all(harvesting.complete for _, harvesting in stated_by_sae))
 
 
-def refuse_other(said: Harvesting, wanted: Harvesting, made: Harvesting, where: str) -> None:
-    """Raise BadInput where an SAE's activations were made in another way than those at hand.
+def refuse_other(stated: Harvesting, needed: Harvesting, present: Harvesting, checkpoint: str) -> None:
+    """Raise BadInput if an SAE's activations were made in another way than the present ones.
 
     Args:
-        said: by its files. wanted: the same on the subject (`Harvesting.on`). made: those at hand, on the subject.
+        stated: settings in the SAE's files. needed: these settings on the subject (`Harvesting.on`).
+        present: settings of the present activations. checkpoint: name of the SAE in messages.
     """
     for name in KEYS:
-        if name in ("dtype", "revision", "max_norm_multiple") or (getattr(said, name) is None and not said.complete):
+        if name in ("dtype", "revision", "max_norm_multiple") or (
+            getattr(stated, name) is None and not stated.complete
+        ):
             continue
-        theirs, ours = getattr(wanted, name), getattr(made, name)
-        if theirs is True and isinstance(ours, tuple):  # special tokens, whose numbers a subject gives
+        needed_value, present_value = getattr(needed, name), getattr(present, name)
+        if needed_value is True and isinstance(present_value, tuple):  # special tokens, whose numbers a subject gives
             continue
-        if theirs != ours:
-            asked = OWN_WAY if getattr(said, name) is None else f"{getattr(said, name)!r} by its files"
-            have = OWN_WAY if ours is None else repr(ours)
+        if needed_value != present_value:
+            required = OWN_WAY if getattr(stated, name) is None else f"{getattr(stated, name)!r} by its files"
+            available = OWN_WAY if present_value is None else repr(present_value)
             raise BadInput(
-                f"{where}: {name} of its activations is {asked}, and {have} of those at hand; activations made alike "
-                "expected"
+                f"{checkpoint}: {name} of its activations is {required}, and {available} of those at hand; activations "
+                "made alike expected"
             )
 
 
-def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
-    """Values that were applied, by key: `unknown` where no file says it and HUSAI's own way stands.
+def recorded(stated: Harvesting, subject: Any = None) -> dict[str, Any]:
+    """Key -> applied value, or `unknown` if no file states the value and HUSAI used its own.
 
     Args:
-        said: by the files of all SAEs. subject: the `LanguageModel` that makes their activations, where it is at hand.
+        stated: settings in the files of all SAEs.
+        subject: the `LanguageModel` that makes the activations; None if it is not loaded.
     """
-    applied = said.to_json()
+    applied = stated.to_json()
     if subject is not None:
         departs = subject.harvesting
         applied |= {
@@ -355,77 +359,77 @@ def recorded(said: Harvesting, subject: Any = None) -> dict[str, Any]:
             "center_writing_weights": bool(departs.center_writing_weights),
             "dtype": subject.dtype,
         }
-    found = {name: UNKNOWN if getattr(said, name) is None else applied[name] for name in KEYS}
+    values = {name: UNKNOWN if getattr(stated, name) is None else applied[name] for name in KEYS}
     if subject is not None and subject.dtype != DTYPES[0]:
-        found["dtype"] = subject.dtype  # by the files, or by --dtype
+        values["dtype"] = subject.dtype  # by the files, or by --dtype
     for name in ("hook_head_index", "max_norm_multiple"):  # all heads and rows, in the libraries' files as here
-        if getattr(said, name) is None:
-            del found[name]
-    return found
+        if getattr(stated, name) is None:
+            del values[name]
+    return values
 
 
-def line(found: dict[str, Any]) -> str:
-    """The values of `recorded` in one line."""
-    multiple = found.get("max_norm_multiple")
-    given = [f"{name} {v}" for name, v in found.items() if v != UNKNOWN and name != "max_norm_multiple"]
-    silent = [name for name, value in found.items() if value == UNKNOWN]
-    said = f"as the files say: {', '.join(given)}" if given else "in HUSAI's own way"
-    said = f"Activations {said}." + (f" The files do not say {', '.join(silent)}." if silent else "")
-    return said + (f" Rows of more than {multiple:g} times the median norm are left out." if multiple else "")
+def line(values: dict[str, Any]) -> str:
+    """The values of `recorded` as one line of text."""
+    multiple = values.get("max_norm_multiple")
+    given = [f"{name} {v}" for name, v in values.items() if v != UNKNOWN and name != "max_norm_multiple"]
+    silent = [name for name, value in values.items() if value == UNKNOWN]
+    sentence = f"as the files say: {', '.join(given)}" if given else "in HUSAI's own way"
+    sentence = f"Activations {sentence}." + (f" The files do not say {', '.join(silent)}." if silent else "")
+    return sentence + (f" Rows of more than {multiple:g} times the median norm are left out." if multiple else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
 
 
-def _processing(given: dict[str, Any], hook_name: str, where: str) -> dict[str, bool]:
-    """How the model's weights were processed."""
+def _processing(given: dict[str, Any], hook_name: str, checkpoint: str) -> dict[str, bool]:
+    """Key -> whether TransformerLens processed the model's weights in this way."""
     known = {"center_writing_weights", *PROCESSED}
     for key, value in sorted(given.items()):
         if key not in known | INERT:
-            raise BadInput(f"{where}: {KWARGS}.{key} ({value!r}) is not known; it may change activations")
+            raise BadInput(f"{checkpoint}: {KWARGS}.{key} ({value!r}) is not known; it may change activations")
         if key in known and not isinstance(value, bool):
-            raise BadInput(f"{where}: {KWARGS}.{key} is {value!r}; true or false expected")
+            raise BadInput(f"{checkpoint}: {KWARGS}.{key} is {value!r}; true or false expected")
         if key in PROCESSED and value and PROCESSED[key].search(hook_name):
             raise BadInput(
-                f"{where}: {KWARGS}.{key} is true, which changes the activations at {hook_name} in a way that HUSAI "
-                "does not compute; an SAE of unprocessed weights expected"
+                f"{checkpoint}: {KWARGS}.{key} is true, which changes the activations at {hook_name} in a way that "
+                "HUSAI does not compute; an SAE of unprocessed weights expected"
             )
     return {key: value for key, value in given.items() if key in known}
 
 
-def _dtype(given: dict[str, Any], where: str) -> DType | None:
+def _dtype(given: dict[str, Any], checkpoint: str) -> DType | None:
     values = {str(given[key]).removeprefix("torch.") for key in DTYPE if given.get(key) is not None}
     if len(values) > 1 or values - set(DTYPES):
         raise BadInput(
-            f"{where}: {KWARGS}.dtype is {' and '.join(sorted(values))}; {' or '.join(DTYPES)}, in which HUSAI "
+            f"{checkpoint}: {KWARGS}.dtype is {' and '.join(sorted(values))}; {' or '.join(DTYPES)}, in which HUSAI "
             "computes, expected"
         )
     return next((name for name in DTYPES if name in values), None)
 
 
-def _revision(metadata: dict[str, Any], given: dict[str, Any], where: str) -> str | None:
+def _revision(metadata: dict[str, Any], given: dict[str, Any], checkpoint: str) -> str | None:
     revision, value = metadata.get("revision") or given.get("revision"), given.get("checkpoint_value")
     if value is not None:
         if "pythia" not in str(metadata.get("model_name")).lower():
             raise BadInput(
-                f"{where}: {KWARGS}.checkpoint_value is {value!r}, and only pythia's revisions are known by their "
+                f"{checkpoint}: {KWARGS}.checkpoint_value is {value!r}, and only pythia's revisions are known by their "
                 "step; a revision in its place expected"
             )
         revision = revision or f"step{value}"
     if revision is not None and (not isinstance(revision, str) or revision != (f"step{value}" if value else revision)):
-        raise BadInput(f"{where}: revision is {revision!r} and checkpoint_value {value!r}; one revision expected")
+        raise BadInput(f"{checkpoint}: revision is {revision!r} and checkpoint_value {value!r}; one revision expected")
     return revision
 
 
-def _positions(given: tuple[int | None, ...], context: int | None, where: str) -> tuple[int | None, ...]:
-    """Arguments of a slice that mean the same in inputs of any length."""
+def _positions(given: tuple[int | None, ...], context: int | None, checkpoint: str) -> tuple[int | None, ...]:
+    """Arguments of a slice that have the same meaning for inputs of any length."""
     if all(v is None or v >= 0 for v in given):
         return given
     if context is None:
         raise BadInput(
-            f"{where}: seqpos_slice is {list(given)}, which counts from the end of an input of a length that the files "
-            "do not say; context_size expected beside it"
+            f"{checkpoint}: seqpos_slice is {list(given)}, which counts from the end of an input of a length that the "
+            "files do not say; context_size expected beside it"
         )
     return slice(*given).indices(context)
 

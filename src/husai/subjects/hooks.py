@@ -1,4 +1,4 @@
-"""Names of places in a model: what other libraries call a place, as TransformerLens calls it."""
+"""Names of places in a model. Names of other libraries are translated into TransformerLens' names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODULES = {
     **dict.fromkeys(("attn", "attention", "self_attn", "self_attention"), "attn.hook_out"),
     **dict.fromkeys(("self_attn.o_proj", "self_attn.out_proj", "attention.dense", "attn.c_proj"), "attn.hook_out"),
 }
-"""Module inside a block of transformers' models -> hook at its output."""
+"""Module inside a block of transformers' models -> hook at the module's output."""
 EMBEDDINGS = ("embed_in", "embed_tokens", "wte", "word_embeddings")
 SUBMODULES = {
     **{"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid"},
@@ -31,14 +31,14 @@ ALIASES = {
     "mlp.out.hook_out": "mlp.hook_out",
     "attn.o.hook_in": "attn.hook_z",
 }
-"""Hook of a block -> another name of the same place, whatever the model."""
+"""Hook of a block -> another name of the same place, in every model."""
 
 
 def hook_name_of(place: str) -> str:
-    """TransformerLens' name of a place that a library names by its module.
+    """TransformerLens' name of a place that a library names by a module.
 
     transformers and sparsify: `gpt_neox.layers.0`, `model.layers.0.mlp`, `transformer.h.0`, `layers.0` (the output of
-    the module). dictionary_learning: `resid_post_layer_0`. Any other name comes back as it is.
+    the module). dictionary_learning: `resid_post_layer_0`. Any other name is returned unchanged.
     """
     if "hook_" in place:
         return place
@@ -51,7 +51,7 @@ def hook_name_of(place: str) -> str:
 
 
 def canonical(place: str) -> str:
-    """One name for all names of a place: the output of a block is the input of the next one."""
+    """Canonical name of a place. The output of a block and the input of the next block are one place."""
     name = hook_name_of(place)
     if name == "embed.hook_out":
         return "hook_embed"
@@ -63,17 +63,19 @@ def canonical(place: str) -> str:
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two names are of one place in every model.
+    """True if two names mean one place in every model.
 
-    `hook_mlp_out` and `mlp.hook_out` are two places of a model that normalises the output of its blocks' parts (Gemma
-    2), and one place of most others. An opened model says so (`LanguageModel.same_place`).
+    `hook_mlp_out` and `mlp.hook_out` are two places in models that normalise the outputs of attention and MLP (Gemma
+    2), and one place in most other models. `LanguageModel.same_place` decides for an opened model.
     """
     return canonical(one) == canonical(other)
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are of one model: case aside, by TransformerLens' aliases, and by any owner where one is not
-    named."""
+    """True if two names mean one model. Case does not matter, and TransformerLens' aliases count.
+
+    A name without an owner matches every owner.
+    """
     if (names := [hub_name(n).lower() for n in (one, other)])[0] == names[1]:
         return True
     (owner, name), (other_owner, other_name) = map(_owner_and_name, names)
@@ -81,14 +83,14 @@ def same_model(one: str, other: str) -> bool:
 
 
 def _owner_and_name(hub_name: str) -> tuple[str, str]:
-    """An alias is replaced by the name that TransformerLens gives first."""
+    """(owner, name) of a model. An alias is replaced by TransformerLens' main name."""
     owner, _, name = hub_name.rpartition("/")
     return owner, _aliases().get(name, name)
 
 
 @cache
 def _aliases() -> dict[str, str]:
-    """Lower-case alias -> the model's name, owners aside."""
+    """Lower-case alias -> name of the model, without owners."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     plain = {full.rpartition("/")[2].lower(): aliases for full, aliases in MODEL_ALIASES.items()}

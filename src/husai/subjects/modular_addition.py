@@ -1,7 +1,7 @@
 """A transformer that learns (a, b, =) -> (a + b) mod p, and the Fourier structure that its solution has.
 
-Loss and accuracy are read only at "=", and the answer is not in the input. The architecture (one layer, ReLU MLP, no
-LayerNorm) is that of Nanda et al., "Progress measures for grokking via mechanistic interpretability",
+Loss and accuracy are measured only at "=", and the input does not hold the answer. The architecture (one layer, ReLU
+MLP, no LayerNorm) is that of Nanda et al., "Progress measures for grokking via mechanistic interpretability",
 arXiv 2301.05217, section 3.
 """
 
@@ -36,7 +36,7 @@ log = logging.getLogger("husai")
 
 @dataclass(frozen=True)
 class ModularAdditionConfig:
-    """The subject: its task, its architecture and how it is trained."""
+    """Task, architecture and training of the subject."""
 
     modulus: int = 113
     layout: Literal["equals", "published"] = "equals"
@@ -47,10 +47,10 @@ class ModularAdditionConfig:
     d_mlp: int = 512
     train_fraction: float = 0.8
     epochs: int = 100
-    """At most; training ends once the target has held for `hold_epochs`. 0 leaves the model as initialised."""
+    """Largest number of epochs. Training ends once the target has held for `hold_epochs`. 0: no training."""
     hold_epochs: int = 5
     target_accuracy: float = 0.999
-    """Held-out accuracy without which nothing downstream accepts the model."""
+    """Smallest held-out accuracy with which later phases accept the model."""
     batch_size: int = 1024
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
@@ -59,7 +59,7 @@ class ModularAdditionConfig:
 
     @property
     def answer_position(self) -> int:
-        """Where the answer is predicted: at "="."""
+        """Position of "=", at which the answer is predicted."""
         return 2 if self.layout == "equals" else 4
 
     @property
@@ -68,13 +68,13 @@ class ModularAdditionConfig:
 
 
 def pairs(modulus: int) -> tuple[Tensor, Tensor]:
-    """All (a, b), each `[modulus²]`."""
+    """All pairs (a, b), each `[modulus²]`."""
     n = torch.arange(modulus)
     return n.repeat_interleave(modulus), n.repeat(modulus)
 
 
 def tokens(config: ModularAdditionConfig, a: Tensor, b: Tensor, answer: Tensor) -> Tensor:
-    """Input tokens `[rows, positions]`. Only the `published` layout looks at `answer`: there it stands in the input."""
+    """Input tokens `[rows, positions]`. Only the `published` layout holds the answer."""
     p = config.modulus
     if config.layout == "equals":
         return torch.stack([a, b, torch.full_like(a, p)], dim=1)
@@ -83,7 +83,7 @@ def tokens(config: ModularAdditionConfig, a: Tensor, b: Tensor, answer: Tensor) 
 
 
 def dataset(config: ModularAdditionConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(tokens `[p², positions]`, answers `[p²]`, training rows, held-out rows): the split depends on the seed alone."""
+    """(tokens `[p², positions]`, answers `[p²]`, training rows, held-out rows). The split depends on the seed alone."""
     a, b = pairs(config.modulus)
     answer = (a + b) % config.modulus
     order = torch.randperm(len(a), generator=generator(config.seed, "split"))
@@ -92,7 +92,7 @@ def dataset(config: ModularAdditionConfig) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def build_model(config: ModularAdditionConfig) -> HookedTransformer:
-    """The untrained model, seeded; the only place of the project that uses HookedTransformer."""
+    """The untrained model, seeded. Only this function of the project builds a HookedTransformer."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it reports its device on stdout
         warnings.simplefilter("ignore")
         from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -120,8 +120,8 @@ def build_model(config: ModularAdditionConfig) -> HookedTransformer:
 def answer_logits(model: HookedTransformer, config: ModularAdditionConfig, x: Tensor) -> Tensor:
     """Logits `[rows, modulus]` at "=".
 
-    The model's own forward pass, a third of its cost: later positions are left out, because attention is causal, and
-    the last block computes nothing but the answer's position.
+    The result equals the model's own forward pass at a third of its cost. Later positions are left out, because
+    attention is causal, and the last block computes the answer's position alone.
     """
     x = x[:, : config.answer_position + 1]
     stream = model.W_E[x] + model.W_pos[: x.shape[1]]
@@ -150,9 +150,9 @@ def evaluate(model: HookedTransformer, config: ModularAdditionConfig, x: Tensor,
 
 
 def train(config: ModularAdditionConfig, device: torch.device) -> tuple[HookedTransformer, dict]:
-    """Train until held-out accuracy has stayed at the target for `hold_epochs`; return that model and its history.
+    """Train until held-out accuracy has stayed at the target for `hold_epochs`; returns the model and its history.
 
-    AdamW, betas (0.9, 0.98), linear warm-up and cosine decay over `epochs`. `history` has one row an epoch.
+    AdamW with betas (0.9, 0.98), linear warm-up, and cosine decay over `epochs`. `history` has one row for each epoch.
     """
     model = build_model(config).to(device, print_details=False)
     x, y, train_rows, heldout_rows = dataset(config)
@@ -210,7 +210,7 @@ def train(config: ModularAdditionConfig, device: torch.device) -> tuple[HookedTr
 def train_or_find(
     config: ModularAdditionConfig, root: Path, device: torch.device, threads: int, force: bool = False
 ) -> Path:
-    """The folder of this subject below `root`, trained first where it is missing (or again, with `force`)."""
+    """Folder of this subject below `root`. The subject is trained if it is missing, or again with `force`."""
     key = digest({"config": asdict(config), "code": code_version(train), "device": device.type, "threads": threads})
     folder = root / f"modular_addition-{key[:16]}"
 
@@ -236,15 +236,15 @@ def train_or_find(
 
 
 def _weights(model: HookedTransformer) -> dict[str, Tensor]:
-    """The parameters alone: buffers (the causal mask) follow from the configuration."""
+    """Parameters of the model. Buffers such as the causal mask follow from the configuration."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def describe(folder: Path, require_solved: bool = True) -> dict:
-    """Read and check a subject folder without loading the model; adds `digest`, which names config and weights.
+    """Read and check a subject folder without loading the model. Adds `digest`, which names configuration and weights.
 
     Raises:
-        BadInput: the folder is not a modular-addition subject, its weights changed, or it did not solve its task.
+        BadInput: the folder is no modular-addition subject, its weights changed, or it did not solve its task.
     """
     description = read_json(folder / "subject.json", "subject")
     if not isinstance(description, dict) or description.get("kind") != "modular_addition":
@@ -272,13 +272,13 @@ def describe(folder: Path, require_solved: bool = True) -> dict:
 
 
 def _config(description: dict) -> ModularAdditionConfig:
-    """The configuration in a description, every field of its declared type (TypeError or ValueError otherwise)."""
-    config = ModularAdditionConfig(**description["config"])  # TypeError for fields that it does not have
+    """The configuration in a description. Raises TypeError or ValueError for a field of another type."""
+    config = ModularAdditionConfig(**description["config"])  # TypeError for unknown fields
     return TypeAdapter(ModularAdditionConfig).validate_python(asdict(config))
 
 
 def load(folder: Path, require_solved: bool = True) -> tuple[HookedTransformer, ModularAdditionConfig, dict]:
-    """(model, config, description) of a subject folder; see `describe` for what is refused."""
+    """(model, config, description) of a subject folder. Refuses the same folders as `describe`."""
     description = describe(folder, require_solved)
     config = _config(description)
     try:

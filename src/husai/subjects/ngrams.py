@@ -1,10 +1,11 @@
-"""Interpolated Witten–Bell n-grams: what a language model must beat.
+"""Interpolated Witten–Bell n-grams, the baseline that a language model must beat.
 
     P(w | h) = (c(h, w) + T(h) P(w | h′)) / (c(h) + T(h))
 
-with c(h, w) how often w followed the context h, c(h) the sum over w, T(h) the number of different w, and h′ the context
-without its oldest token. Below the unigram lies the uniform distribution. Witten & Bell, IEEE Trans. Inf. Theory 37(4),
-1991; the interpolated form of Chen & Goodman, "An empirical study of smoothing techniques", 1998, section 2.5.
+c(h, w) is the number of times that w followed the context h, c(h) its sum over w, T(h) the number of different w, and
+h′ the context without its oldest token. The unigram backs off to the uniform distribution. Witten & Bell, IEEE Trans.
+Inf. Theory 37(4), 1991; interpolated form of Chen & Goodman, "An empirical study of smoothing techniques", 1998,
+section 2.5.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 
 class WittenBell:
-    """An n-gram model of documents, each a row of token numbers that ends with its own end token.
+    """An n-gram model of documents. Each document is a row of token numbers that ends with an end token.
 
     Args:
         order: 1 (unigram), 2 (bigram), 3 (trigram).
         vocabulary: number of tokens; `vocabulary ** order` must fit into 63 bits.
-        start: token that stands before a document.
+        start: token before the first token of a document.
     """
 
     def __init__(self, order: int, vocabulary: int, start: int = 0):
@@ -27,7 +28,7 @@ class WittenBell:
         self.contexts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # sorted codes, c(h), T(h)
 
     def _codes(self, documents: list[np.ndarray], n: int) -> np.ndarray:
-        """Number of each n-gram, `[tokens]`: the digits, oldest first, in base `vocabulary`."""
+        """Code of the n-gram that ends at each token, `[tokens]`: its tokens as digits in base `vocabulary`."""
         pad = np.full(n - 1, self.start, np.int64)
         parts = []
         for document in documents:
@@ -49,7 +50,7 @@ class WittenBell:
         return self
 
     def probabilities(self, documents: list[np.ndarray]) -> np.ndarray:
-        """P of each token of the documents, one after the other, `[tokens]`."""
+        """Probability of each token of the concatenated documents, `[tokens]`."""
         p = np.full(sum(map(len, documents)), 1 / self.vocabulary)
         for n in range(1, self.order + 1):
             codes = self._codes(documents, n)
@@ -66,7 +67,7 @@ class WittenBell:
         return -np.log2(self.probabilities(documents))
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value beside each wanted key, 0 where it is not among the sorted `keys`."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Value of each query, or 0 if the sorted `keys` lack it."""
+    place = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[place] == queries, values[place], 0)

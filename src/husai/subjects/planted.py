@@ -1,4 +1,4 @@
-"""Rows that are made of planted features, by SAELens' `synthetic` generators: a subject whose features are known."""
+"""Generates rows from planted features by SAELens' `synthetic` generators: a subject with known features."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from husai.evidence.schemas import PlantedRows
 
 NOISE = 0.02
-"""Standard deviation of what is added to each coordinate."""
+"""Standard deviation of the noise on each coordinate."""
 MAGNITUDE, SPREAD = 1.0, 0.25
 """Mean and standard deviation of an active feature's strength, before ReLU."""
 ORTHOGONAL_STEPS = 50
-"""Steps that spread the features out."""
+"""Number of optimisation steps that spread the features out."""
 
 
 class Planted(NamedTuple):
@@ -24,10 +24,10 @@ class Planted(NamedTuple):
 
 
 def generate(setting: PlantedRows) -> Planted:
-    """The rows of a setting and what they are made of. The global random state stays as it is.
+    """Rows of a setting, with their features and activations. The global random state is not changed.
 
-    independent: each feature is active by itself. correlated: a low-rank Gaussian copula. hierarchical: a feature of
-    the second half is active only with its parent in the first half.
+    Structures. independent: features are active independently. correlated: by a low-rank Gaussian copula. hierarchical:
+    a feature of the second half is active only with its parent in the first half.
     """
     from sae_lens.synthetic import (
         ActivationGenerator,

@@ -1,7 +1,7 @@
-"""Language models as subjects: husai-tiny, a local Hugging Face folder, or any name that TransformerLens knows.
+"""Opens language models as subjects: husai-tiny, a local Hugging Face folder, or any name that TransformerLens knows.
 
-A subject is opened through TransformerLens's bridge over transformers' own model, with the usual hook names
-(`blocks.0.hook_resid_pre`) and the weights as they were saved: no folding, no centring.
+A subject is opened by TransformerLens' bridge over transformers' own model, with the usual hook names
+(`blocks.0.hook_resid_pre`). Weights stay as they were saved, without folding or centring.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENIZER = ("merges.txt", "vocab.json", "vocab.txt", "added_tokens.json", "spec
 """Files of a tokenizer beside `tokenizer*.json`."""
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 """Names of the context length in configurations."""
-DIGESTS = "digests.json"  # sha256 of each file, where whoever made the folder left them
+DIGESTS = "digests.json"  # sha256 of each file, if the folder's author wrote them
 
 
 @dataclass(frozen=True)
@@ -42,58 +42,58 @@ class LanguageModel:
     """An opened subject."""
 
     name: str  # names folders and files: husai-tiny, pythia-70m-deduped, husai-tiny-random0
-    digest: str  # of configuration, tokenizer and weights, of a dtype other than float32, of how the control was drawn
+    digest: str  # covers configuration, tokenizer, weights, dtype (unless float32), and draw of the control
     control: str | None  # how the weights were redrawn; None for the model itself
     model: TransformerBridge
     n_ctx: int
-    """Most tokens of an input."""
+    """Largest number of tokens of an input."""
     transformer: torch.nn.Module
-    """transformers' own model, without hooks and with its fastest attention; its parameters are those of `model`."""
+    """transformers' own model, without hooks and with its fastest attention. It shares parameters with `model`."""
     counterparts: dict[torch.nn.Module, torch.nn.Module]
-    """Each of transformers' modules inside `model` -> the same one of `transformer`."""
+    """Module of transformers inside `model` -> the same module of `transformer`."""
 
     dtype: DType
     """Type of weights and arithmetic."""
     known_as: str
-    """OWNER/NAME, as far as the name that it was opened by says."""
+    """OWNER/NAME, or NAME if the owner is unknown."""
     harvesting: Harvesting = field(default_factory=Harvesting)
-    """In what its activations depart from HUSAI's own way."""
+    """Differences of its activations from HUSAI's own way."""
 
     @property
     def tokenizer(self):
         return self.model.tokenizer
 
     def same_place(self, one: str, other: str) -> bool:
-        """Whether two names are of one place of this model."""
+        """True if two names mean one place in this model."""
         hooks, names = self.model.hook_dict, [hook_name_of(place) for place in (one, other)]
         return same_place(*names) or (names[0] in hooks and hooks[names[0]] is hooks.get(names[1]))
 
     @property
     def activations_digest(self) -> str:
-        """Names the subject and how its activations are made."""
+        """Digest of the subject and of how its activations are made."""
         departs = self.harvesting.to_json()
         return digest([self.digest, departs]) if departs else self.digest
 
-    def resolve(self, said: Harvesting) -> Harvesting:
-        """In what an SAE's activations depart from HUSAI's own way on this subject.
+    def resolve(self, harvesting: Harvesting) -> Harvesting:
+        """Differences of an SAE's activations from HUSAI's own way on this subject.
 
         Raises:
-            BadInput: they cannot be made with this model or tokenizer.
+            BadInput: this model or tokenizer cannot make such activations.
         """
-        return said.on(self.tokenizer, context_of(self.transformer.config, self.name), centred(self.model))
+        return harvesting.on(self.tokenizer, context_of(self.transformer.config, self.name), centred(self.model))
 
     def heads(self, hook_name: str) -> int:
-        """Number of attention heads side by side at a hook."""
+        """Number of concatenated attention heads at a hook."""
         config, of_keys = self.transformer.config, re.search(r"attn\.(hook_|rot_)?[kv](\.|$)", hook_name)
         heads = getattr(config, "num_attention_heads", 1)
         return (getattr(config, "num_key_value_heads", None) or heads) if of_keys else heads
 
 
 def open_folder(name: str) -> Path:
-    """The folder of a subject; a hub name is downloaded, or found where it was downloaded before.
+    """Folder of a subject. A model with a hub name comes from the local cache, or is downloaded.
 
     Raises:
-        BadInput: no such folder or name, or it cannot be had.
+        BadInput: the folder or name does not exist, or the model cannot be downloaded.
     """
     if folder := folder_of(name):
         if not (folder / "config.json").is_file():
@@ -116,7 +116,7 @@ def open_folder(name: str) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
         return Path(snapshot_download(official, revision=subject.revision, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub's client raises: no network, no such repository, no right to read it
+    except Exception as error:  # no network, no such repository, no right to read it
         revision = f" at revision {subject.revision}" if subject.revision else ""
         raise BadInput(
             f"subject {name}: {official}{revision} could not be downloaded ({type(error).__name__}); {OFFLINE}"
@@ -124,7 +124,7 @@ def open_folder(name: str) -> Path:
 
 
 def official_name(name: str) -> str:
-    """The hub's name of a model that is called by one of TransformerLens' aliases; any other name itself."""
+    """The hub's name of a model that is given by one of TransformerLens' aliases. Other names are unchanged."""
     with quiet():
         from transformer_lens.supported_models import MODEL_ALIASES
 
@@ -132,54 +132,54 @@ def official_name(name: str) -> str:
 
 
 def known_as(name: str | Path) -> str:
-    """OWNER/NAME of a subject, as far as what it is called says its owner."""
+    """OWNER/NAME of a subject, or NAME if the owner is unknown."""
     return hub_name(name if folder_of(name) else official_name(SubjectName.parse(name).name))
 
 
 def digest_of(name: str | Path) -> str:
-    """Digest of a subject as `load` opens it, without opening it."""
+    """Digest of a subject as opened by `load`. Does not open it."""
     sha, dtype = describe(open_folder(str(name))), SubjectName.parse(name).dtype
     return sha if dtype == DTYPES[0] else digest([sha, dtype])
 
 
 def describe(folder: Path) -> str:
-    """sha256 that names configuration, tokenizer and weights of a folder.
+    """sha256 of the configuration, tokenizer and weights in a folder.
 
     Raises:
-        BadInput: no safetensors in it, or a file that differs from the digest kept beside it.
+        BadInput: the folder holds no safetensors, or a file differs from its digest in digests.json.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise BadInput(f"subject: {folder} holds no *.safetensors; weights of another format are not read")
     tokenizer = sorted({*folder.glob("tokenizer*.json"), *(folder / name for name in TOKENIZER)})
     files = [folder / "config.json", *tokenizer, *weights]
-    found = {p.name: sha256_file(p) for p in files if p.is_file()}
+    digests = {p.name: sha256_file(p) for p in files if p.is_file()}
     if (folder / DIGESTS).exists():
         expected = read_json(folder / DIGESTS, "subject")["files"]
-        changed = [n for n, sha in found.items() if expected.get(n) != sha]
+        changed = [n for n, sha in digests.items() if expected.get(n) != sha]
         if changed:
             raise BadInput(f"subject: {folder / changed[0]} is not the file that {DIGESTS} names (sha256 differs)")
-    return digest(found)
+    return digest(digests)
 
 
 def context_of(config, subject: str | Path) -> int:
-    """Most tokens that a model reads.
+    """Context length of a model.
 
     Raises:
-        BadInput: its configuration does not say.
+        BadInput: the configuration does not state it.
     """
-    found = next((v for n in CONTEXT if type(v := getattr(config, n, None)) is int and v > 1), None)
-    if found is None:
+    length = next((v for n in CONTEXT if type(v := getattr(config, n, None)) is int and v > 1), None)
+    if length is None:
         raise BadInput(f"subject: {subject}: config.json says no context length; one of {', '.join(CONTEXT)} expected")
-    return found
+    return length
 
 
 @torch.no_grad()
 def redraw(model: torch.nn.Module, seed: int) -> None:
-    """Replace every parameter by Gaussian numbers of its own mean and variance: the random-weights control.
+    """Replace every parameter by Gaussian numbers with the parameter's mean and variance: the random-weights control.
 
-    Heap et al., "Sparse autoencoders can interpret randomly initialized transformers", arXiv 2501.17727. What is left
-    of the training is two numbers a tensor.
+    Heap et al., "Sparse autoencoders can interpret randomly initialized transformers", arXiv 2501.17727. Only two
+    numbers for each tensor remain of the training.
     """
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator(seed, "redraw", name))
@@ -188,7 +188,7 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
 
 
 def tokenizer_of(name: str):
-    """The tokenizer of a subject.
+    """Tokenizer of a subject.
 
     Raises:
         BadInput: transformers cannot open it.
@@ -204,7 +204,7 @@ def tokenizer_of(name: str):
 
 
 def load_transformers(name: str, random_seed: int | None = None):
-    """(transformers' model in its dtype, its tokenizer, digest, control): the subject without hooks."""
+    """The subject without hooks: (transformers' model in its dtype, its tokenizer, digest, control)."""
     folder = open_folder(name)
     sha, dtype = digest_of(name), getattr(torch, SubjectName.parse(name).dtype)
     control = None if random_seed is None else random_weights(random_seed)
@@ -231,13 +231,13 @@ def load(
     """Open a subject with its hooks.
 
     Args:
-        name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it, with a revision and a
-            dtype where these are not the usual ones (`runs.subjects.SubjectName`).
-        random_seed: give the random-weights control in its place (see `redraw`).
-        harvesting: how its activations are made, as the files of SAEs say.
+        name: `husai-tiny`, a Hugging Face folder, or a hub name as TransformerLens spells it, with optional revision
+            and dtype (`runs.subjects.SubjectName`).
+        random_seed: seed of the random-weights control (see `redraw`). None: the model's own weights.
+        harvesting: how activations are made, as the files of SAEs state.
 
     Raises:
-        BadInput: there is no such subject, it cannot be had without a network, or activations of it cannot be made so.
+        BadInput: the subject does not exist or cannot be downloaded, or it cannot make such activations.
     """
     named = SubjectName.parse(name)
     model, tokenizer, sha, control = load_transformers(name, random_seed)
@@ -253,15 +253,15 @@ def load(
     n_ctx = context_of(model.config, folder_of(name) or name)
     departs = (harvesting or Harvesting()).on(tokenizer, n_ctx, centred(bridge))
     n_ctx = departs.context_size or n_ctx
-    about = named.dtype, known_as(name), departs
-    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, *about)
+    facts = named.dtype, known_as(name), departs
+    return LanguageModel(short, sha, control, bridge, n_ctx, transformer, counterparts, *facts)
 
 
 def centred(bridge: TransformerBridge) -> bool | None:
-    """Whether TransformerLens' `center_writing_weights` centres the residual stream of a model and changes nothing
-    else; None where it does less.
+    """Whether TransformerLens' `center_writing_weights` centres a model's residual stream and changes nothing else.
 
-    It leaves models without LayerNorm as they are. Where a LayerNorm writes to the stream, its output keeps a mean.
+    False: it does not change this model, because the model has no LayerNorm. None: it does not centre the stream fully,
+    because a LayerNorm writes to the stream and its output keeps a mean.
     """
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
@@ -274,17 +274,17 @@ def centred(bridge: TransformerBridge) -> bool | None:
 
 
 def sharing_parameters(model: torch.nn.Module) -> torch.nn.Module:
-    """The same modules once more over the same parameters, with scaled-dot-product attention where there is one."""
+    """A second copy of the modules over the same parameters, with scaled-dot-product attention if it is supported."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    with contextlib.suppress(ValueError):  # an architecture that has eager attention alone
+    with contextlib.suppress(ValueError):  # some architectures have eager attention alone
         twin.set_attn_implementation("sdpa")
     return twin
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without what the libraries print while they load."""
+    """Context without the messages that libraries print while they load."""
     logger = logging.getLogger()
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,6 +1,6 @@
-"""One pass over a text source: each document once, on the side that its hash says.
+"""One pass over a text source: each document once. The hash of a document decides whether it is held out.
 
-Therefore a larger source keeps the split. Memory: one batch of documents, and 16 bytes for each document read.
+A larger source therefore keeps the split. Memory: one batch of documents, and 16 bytes for each document read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 256
 """Documents that are read and hashed together."""
 CHECKED_ROWS = 16
 ROUND_TRIP = 0.95
-"""Least share of token ids that the subject's own tokenizer gives again, from a column of ids."""
+"""Smallest share of a column's token ids that the subject's own tokenizer must reproduce."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Document:
     sha256: str
     text: str
     tokens: np.ndarray | None
-    """int32, where the source holds token ids."""
+    """Token ids, int32; None if the source holds text."""
 
     @property
     def held_out(self) -> bool:
@@ -44,10 +44,10 @@ class Document:
 
 
 class Reading:
-    """One pass over a side, in the source's order: each document once, none that a probing data set holds.
+    """One pass over a side in the source's order. Duplicates and documents of probing data sets are left out.
 
     Args:
-        tokenizer: the subject's, which turns a column of token ids into text.
+        tokenizer: tokenizer of the subject, which decodes a column of token ids.
     """
 
     def __init__(self, side: Side, tokenizer: Any):
@@ -57,7 +57,7 @@ class Reading:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What was read so far: the fields of `activations.store.TextUsed`, its digest aside."""
+        """Facts of the documents read so far: the fields of `activations.store.TextUsed` except its digest."""
         names = ("revision", "documents", "duplicates", "probing", "empty")
         side = {"source": str(self.side.source), "heldout": self.side.heldout}
         return side | {name: getattr(self, name) for name in names}
@@ -71,7 +71,7 @@ class Reading:
         while True:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # whatever a reader raises at a damaged row
+            except Exception as error:  # damaged rows raise various errors
                 raise BadInput(f"--text {source.name}: cannot be read ({type(error).__name__}: {error})") from None
             if batch is None:
                 return
@@ -105,8 +105,8 @@ class Reading:
         ids = [self._checked(v) for v in values]
         if first:
             self._refuse_other_tokenizer(ids[:CHECKED_ROWS])
-        for tokens, of in zip(ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            yield Document(text.document_id(of), of, tokens)
+        for tokens, decoded in zip(ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            yield Document(text.document_id(decoded), decoded, tokens)
 
     def _checked(self, value: Any) -> np.ndarray:
         column = f"--text-column {self.side.source.column}"
@@ -121,14 +121,14 @@ class Reading:
         return tokens.astype(np.int32)
 
     def _refuse_other_tokenizer(self, rows: list[np.ndarray]) -> None:
-        """Raise BadInput where the subject's tokenizer does not give the ids of these rows again."""
+        """Raise BadInput if the subject's tokenizer does not reproduce the ids of these rows."""
         special = set(self.tokenizer.all_special_ids)
         same = total = 0
         for row in rows:
-            again = self.tokenizer(self.tokenizer.decode(row), add_special_tokens=False)["input_ids"]
-            ours, theirs = (Counter(int(t) for t in ids if int(t) not in special) for ids in (row, again))
-            same += (ours & theirs).total()
-            total += max(ours.total(), theirs.total())
+            encoded_again = self.tokenizer(self.tokenizer.decode(row), add_special_tokens=False)["input_ids"]
+            given, reproduced = (Counter(int(t) for t in ids if int(t) not in special) for ids in (row, encoded_again))
+            same += (given & reproduced).total()
+            total += max(given.total(), reproduced.total())
         if same < ROUND_TRIP * total:
             raise BadInput(
                 f"--text-column {self.side.source.column}: token ids of the subject's tokenizer expected; it gives "
@@ -137,7 +137,7 @@ class Reading:
 
 
 class Seen:
-    """A set of digests of 16 bytes, which takes 16 bytes for each: sorted runs whose lengths grow geometrically."""
+    """A set of 16-byte digests that takes 16 bytes for each: sorted runs whose lengths grow geometrically."""
 
     RECENT = 65_536
 
@@ -146,7 +146,7 @@ class Seen:
         self.recent: set[bytes] = set()
 
     def add(self, key: bytes) -> bool:
-        """Whether the digest is new."""
+        """Add a digest; returns True if it is new."""
         if key in self.recent or any(contains(run, key) for run in self.runs):
             return False
         self.recent.add(key)
@@ -161,12 +161,12 @@ class Seen:
 
 
 def as_run(keys: set[bytes]) -> np.ndarray:
-    """Digests of 16 bytes, sorted."""
+    """Sorted array of 16-byte digests."""
     return np.sort(np.array(list(keys), dtype="S16"))
 
 
 def contains(run: np.ndarray, key: bytes) -> bool:
-    """Whether a sorted array of digests holds one."""
+    """True if a sorted array of digests holds the key."""
     place = int(np.searchsorted(run, np.bytes_(key)))
     return place < len(run) and run[place] == np.bytes_(key).rstrip(b"\0")
 
@@ -175,20 +175,20 @@ def contains(run: np.ndarray, key: bytes) -> bool:
 def probing_documents() -> np.ndarray:
     """First 16 bytes of the sha256 of every text of the sae-probes data sets, sorted.
 
-    Made in some ten seconds for an installed version of the package, and kept in the user's cache.
+    It takes some ten seconds for each installed version of the package, and is kept in the user's cache.
     """
-    text.data_folder()  # says what to do without the package
+    text.data_folder()  # raises BadInput if the package is missing
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "husai"
     kept = home / f"probing_documents-{importlib.metadata.version('sae-probes')}.npy"
-    with contextlib.suppress(OSError, ValueError):  # none there, or a damaged one
+    with contextlib.suppress(OSError, ValueError):  # the file is missing or damaged
         run = np.load(kept)
         if run.dtype == np.dtype("S16") and len(run):
             return run
-    found: set[bytes] = set()
+    digests: set[bytes] = set()
     for side in text.FAMILIES:
         for name in text.names(side):
-            found |= {hashlib.sha256(t.encode()).digest()[:16] for t in text.documents(name)}
-    run, buffer = as_run(found), io.BytesIO()
+            digests |= {hashlib.sha256(t.encode()).digest()[:16] for t in text.documents(name)}
+    run, buffer = as_run(digests), io.BytesIO()
     np.save(buffer, run)
     with contextlib.suppress(OSError):
         write_bytes(kept, buffer.getvalue())
@@ -198,9 +198,9 @@ def probing_documents() -> np.ndarray:
 @cache
 def first_texts(side: Side, n: int, tokenizer: Any) -> list[str]:
     """The first n documents of a side, or all of them."""
-    found = []
+    texts = []
     for document in side.read(tokenizer):
-        found.append(document.text)
-        if len(found) == n:
+        texts.append(document.text)
+        if len(texts) == n:
             break
-    return found
+    return texts

@@ -1,7 +1,7 @@
-"""Text sources: the packaged text, files and folders, saved data sets, and data sets of the hub, read as a stream.
+"""Text sources: the packaged text, files and folders, saved data sets, and streamed data sets of the hub.
 
-Every reader is the `datasets` library's; no data set runs code of its own. Imports nothing heavy: a repeated run reads
-only this. `reading` goes over the documents.
+All readers belong to the `datasets` library, and no data set runs its own code. Imports nothing heavy, because repeated
+runs import this module. `reading` iterates over the documents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGED = "packaged"
 HELD_OUT_EVERY = 10
-"""One document in so many is held out of a source; of the packaged text one opening in `text.HELD_OUT_EVERY` is."""
+"""One in this many documents of a source is held out. The packaged text uses `text.HELD_OUT_EVERY` instead."""
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffix of a file -> reader of the `datasets` library."""
 COMPRESSED = (".gz", ".zst")
@@ -30,7 +30,7 @@ HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text, by name, and the part of it that is read."""
+    """A named text, with the column and split to read."""
 
     name: str = PACKAGED
     column: str = "text"
@@ -38,14 +38,14 @@ class TextSource:
 
     @classmethod
     def parse(cls, spec: str) -> TextSource:
-        """The source that `str` of it names."""
+        """The inverse of `str`."""
         name, mark, query = spec.rpartition("?")
         if not mark or not re.fullmatch(r"((column|split)=[^&]*&?)+", query):
             return cls(spec)
         return cls(name, **dict(parse_qsl(query)))
 
     def __str__(self) -> str:
-        """NAME, or NAME?column=C&split=S where these are not the usual ones: what evidence and plans hold."""
+        """NAME, or NAME?column=C&split=S if these are not the defaults. Evidence and plans hold this form."""
         changed = {n: v for n in ("column", "split") if (v := getattr(self, n)) != getattr(TextSource, n)}
         return self.name + (f"?{urlencode(changed)}" if changed else "")
 
@@ -54,7 +54,7 @@ class TextSource:
         return self.name == PACKAGED
 
     def record(self) -> dict[str, Any]:
-        """What results say of it: nothing of the packaged text."""
+        """Entry of results that names the text; empty for the packaged text."""
         return {} if self.packaged else {"text": str(self)}
 
     @property
@@ -63,8 +63,8 @@ class TextSource:
         return None if self.packaged or not Path(self.name).exists() else Path(self.name)
 
     def check(self) -> None:
-        """Raise BadInput for what is neither the packaged text, nor a file or folder that can be read, nor spelt like a
-        name of the hub. Reads no document and asks no network."""
+        """Raise BadInput unless the source is the packaged text, a readable file or folder, or has the form of a hub
+        name. Reads no document and does not use the network."""
         if self.packaged:
             if self != TextSource():
                 raise BadInput("--text-column and --text-split: go with --text SOURCE; --text is packaged")
@@ -79,43 +79,45 @@ class TextSource:
             )
 
     def files(self) -> list[Path] | None:
-        """The files of a local source, in the order in which they are read; None for a saved data set.
+        """Files of a local source, in reading order; None for a saved data set.
 
         Raises:
-            BadInput: none that can be read, or files of several kinds.
+            BadInput: no file can be read, or there are files of several kinds.
         """
         path = self.path
         assert path is not None
         if path.is_file():
-            found = [path]
+            paths = [path]
         elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return None
         else:
             below = (p for p in path.rglob("*") if p.is_file())
             shown = (p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts))
-            found = sorted(p for p in shown if suffix_of(p))
-        kinds = sorted({READERS.get(suffix_of(p) or "", "") for p in found})
+            paths = sorted(p for p in shown if suffix_of(p))
+        kinds = sorted({READERS.get(suffix_of(p) or "", "") for p in paths})
         if len(kinds) != 1 or not kinds[0]:
-            what = f"files of {len(kinds)} kinds ({', '.join(kinds)})" if len(kinds) > 1 else "no such file"
+            problem = f"files of {len(kinds)} kinds ({', '.join(kinds)})" if len(kinds) > 1 else "no such file"
             raise BadInput(
                 f"--text {path}: files of one kind ({', '.join(READERS)}, also {', '.join(COMPRESSED)}) or a folder of "
-                f"datasets.save_to_disk expected; found {what}"
+                f"datasets.save_to_disk expected; found {problem}"
             )
-        return found
+        return paths
 
     def fingerprint(self) -> str | None:
-        """What the key of a phase holds: names, sizes and times of local files, because to read them all would take as
-        long as the phase. What was used is named by its content (`TextUsed`). None for the packaged text."""
+        """Entry of a phase's key: names, sizes and times of local files. None for the packaged text.
+
+        Hashing the content would take as long as the phase. Evidence names the used text by content (`TextUsed`).
+        """
         if self.packaged:
             return None
         if self.path is None:
             return str(self)
         files = self.files() or sorted(p for p in self.path.rglob("*") if p.is_file())
-        about = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-        return digest([self.column, self.split, about])
+        facts = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+        return digest([self.column, self.split, facts])
 
     def training(self) -> list[str] | Side:
-        """Documents to train on: a list, each once, or a side of a stream."""
+        """Training documents: a list without duplicates, or a side of a stream."""
         return text.corpus().train if self.packaged else Side(self, heldout=False)
 
     def heldout(self) -> list[str] | Side:
@@ -123,22 +125,22 @@ class TextSource:
         return text.corpus().heldout if self.packaged else Side(self, heldout=True)
 
     def heldout_texts(self, n: int, tokenizer: Any) -> list[str]:
-        """The first n held-out documents, or all of them where there are fewer.
+        """The first n held-out documents, or all if there are fewer.
 
         Raises:
-            BadInput: a source without one.
+            BadInput: the source has no held-out document.
         """
         if self.packaged:
             return text.corpus().heldout[:n]
         from husai.subjects.reading import first_texts
 
-        found = first_texts(Side(self, heldout=True), n, tokenizer)
-        if not found:
+        texts = first_texts(Side(self, heldout=True), n, tokenizer)
+        if not texts:
             raise BadInput(f"--text {self.name}: none of its documents is held out; a larger source expected")
-        return found
+        return texts
 
     def open(self) -> tuple[Any, str | None]:
-        """(a `datasets.IterableDataset`, the revision of a hub's data set).
+        """(a `datasets.IterableDataset`, the revision of a data set of the hub).
 
         Raises:
             BadInput: the source cannot be read, or has no such split.
@@ -162,7 +164,7 @@ class TextSource:
             return saved.to_iterable_dataset(), None
         except BadInput:
             raise
-        except Exception as error:  # whatever readers of six formats raise
+        except Exception as error:  # readers of six formats raise various errors
             raise BadInput(f"--text {self.name}: cannot be read ({type(error).__name__}: {error})") from None
 
     def _open_hub(self) -> tuple[Any, str | None]:
@@ -170,14 +172,14 @@ class TextSource:
         from huggingface_hub import HfApi
 
         hub = HUB_NAME.fullmatch(self.name)
-        assert hub is not None  # `check` saw to it
+        assert hub is not None  # `check` guarantees it
         revision = HfApi().dataset_info(hub["repository"], revision=hub["revision"]).sha
-        about = {"name": hub["config"], "revision": revision, "split": self.split}
-        return datasets.load_dataset(hub["repository"], **about, streaming=True), revision
+        arguments = {"name": hub["config"], "revision": revision, "split": self.split}
+        return datasets.load_dataset(hub["repository"], **arguments, streaming=True), revision
 
 
 def suffix_of(path: Path) -> str | None:
-    """`.jsonl` of `a.jsonl` and of `a.jsonl.zst`; None for a file that no reader takes."""
+    """`.jsonl` for `a.jsonl` and for `a.jsonl.zst`; None for a file without a reader."""
     suffixes = [s for s in path.suffixes if s not in COMPRESSED]
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
@@ -190,14 +192,14 @@ class Side:
     heldout: bool
 
     def read(self, tokenizer: Any) -> Reading:
-        """One pass over its documents."""
+        """One pass over the documents of the side."""
         from husai.subjects.reading import Reading
 
         return Reading(self, tokenizer)
 
 
 def with_flags(name: str | TextSource, column: str, split: str) -> TextSource:
-    """The source that --text, --text-column and --text-split name, checked.
+    """Source that --text, --text-column and --text-split name. It is checked.
 
     Raises:
         BadInput: as `TextSource.check`.

@@ -1,8 +1,8 @@
-"""Real, labelled text that the installed sae-probes package carries, split once, by name, into three sides.
+"""Real, labelled text of the installed sae-probes package, split once, by name, into three sides.
 
-`train` is what husai-tiny learns from, `probe` what probes are trained and scored on, `ood` what stands for a shift of
-the data. A family is a group of data sets made from the same source texts, and lies on one side as a whole. The table
-is fixed: subjects, probes and stress tests all read it here. The text itself is read from the package, never copied.
+`train` holds the training text of husai-tiny, `probe` the data sets for probes, `ood` the shifted data. A family is a
+group of data sets made from the same source texts. Each family lies on one side as a whole. The table is fixed
+(`evidence.data_sets`). The text is read from the package and never copied.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from husai.runs.errors import BadInput
 from husai.runs.files import digest
 
 SIDES_APART = {"0.4.2"}
-"""Versions of sae-probes in which no training document occurs on another side, which takes seconds to find out."""
-OPENING = 100  # characters: documents that begin alike share a passage, and are held out together
+"""Versions of sae-probes that are known to hold no training document on another side. A check takes seconds."""
+OPENING = 100  # characters; documents with equal openings share a passage and are held out together
 HELD_OUT_EVERY = 50
 
 
 def names(side: str) -> list[str]:
-    """The data sets of a side, in the table's order."""
+    """Data sets of a side, in the order of the table."""
     return [name for family in FAMILIES[side].values() for name in family]
 
 
 def expand(chosen: list[str]) -> list[str]:
-    """Names of data sets, where `train`, `probe` and `ood` stand for a whole side.
+    """Names of data sets. `train`, `probe` and `ood` expand to a whole side.
 
     Raises:
-        BadInput: a name that is neither a side nor a data set.
+        BadInput: a name is neither a side nor a data set.
     """
     known = {name for side in FAMILIES for name in names(side)}
     for name in chosen:
@@ -43,13 +43,13 @@ def expand(chosen: list[str]) -> list[str]:
 
 
 def distinct(chosen: list[str]) -> list[str]:
-    """The documents of the chosen data sets (or sides), each once, ordered by hash."""
-    found = {document_id(text): text for name in expand(chosen) for text in documents(name)}
-    return [found[key] for key in sorted(found)]
+    """Documents of the chosen data sets or sides, each once, ordered by hash."""
+    text_of_id = {document_id(text): text for name in expand(chosen) for text in documents(name)}
+    return [text_of_id[key] for key in sorted(text_of_id)]
 
 
 def data_folder() -> Path:
-    """Where the installed sae-probes package keeps its data; found without importing it.
+    """Data folder of the installed sae-probes package. The package is not imported.
 
     Raises:
         BadInput: the package is not installed.
@@ -61,13 +61,13 @@ def data_folder() -> Path:
 
 
 def path_of(name: str) -> Path:
-    """The file of a data set."""
+    """File of a data set."""
     return data_folder() / ("OOD data" if name.endswith("_OOD") else "cleaned_data") / f"{name}.csv.zst"
 
 
-@lru_cache(maxsize=8)  # a study asks several times for the few data sets that it reads
+@lru_cache(maxsize=8)  # a study reads a few data sets several times
 def table(name: str):
-    """A data set as pandas reads it: columns `prompt` and `target`, a row a document. Not to be changed."""
+    """A data set as a table: columns `prompt` and `target`, one row for each document. Do not modify it."""
     import pandas as pd
 
     path = path_of(name)
@@ -77,7 +77,7 @@ def table(name: str):
 
 
 def documents(name: str) -> list[str]:
-    """The texts of a data set, in its order, repeats included."""
+    """Texts of a data set, in order, including repeats."""
     return [str(text) for text in table(name)["prompt"]]
 
 
@@ -88,7 +88,7 @@ def document_id(text: str) -> str:
 
 @cache
 def binary_sets() -> list[str]:
-    """The data sets with two classes: those of the sae-probes benchmark."""
+    """Data sets with two classes, which form the sae-probes benchmark."""
     import pandas as pd
 
     master = pd.read_csv(data_folder() / "probing_datasets_MASTER.csv.zst", compression="zstd")
@@ -104,14 +104,14 @@ def probe_sets() -> list[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a language model is trained on, and the documents held out of it. Each document once, ordered by hash."""
+    """Training documents of a language model, and held-out ones. Each document once, ordered by hash."""
 
     train: list[str]
     heldout: list[str]
     heldout_families: list[str]
     """Family of each held-out document."""
     dropped: int
-    """Training documents that a probe or out-of-distribution set also holds; left out."""
+    """Number of documents left out of training because a probe or out-of-distribution set holds them too."""
 
     @cached_property
     def trained_on(self) -> frozenset[str]:
@@ -130,22 +130,22 @@ def documents_elsewhere() -> set[str]:
 
 @cache
 def corpus() -> Corpus:
-    """The training side without whatever occurs on another side; one opening in 50 is held out.
+    """The training side without documents that occur on another side. One opening in 50 is held out.
 
-    Kept, because it takes seconds to read and hash, and a study asks for it many times.
+    The result is cached, because reading takes seconds and a study uses it many times.
     """
-    data_folder()  # says what to do without the package
+    data_folder()  # raises BadInput if the package is missing
     known = importlib.metadata.version("sae-probes") in SIDES_APART
     elsewhere = set() if known else documents_elsewhere()
-    found: dict[str, tuple[str, str]] = {}
+    texts: dict[str, tuple[str, str]] = {}
     for family, members in FAMILIES["train"].items():
         for name in members:
-            found |= {document_id(text): (text, family) for text in documents(name)}
-    kept = [found[key] for key in sorted(found) if key not in elsewhere]
+            texts |= {document_id(text): (text, family) for text in documents(name)}
+    kept = [texts[key] for key in sorted(texts) if key not in elsewhere]
     held = [int(document_id(text[:OPENING])[:8], 16) % HELD_OUT_EVERY == 0 for text, _ in kept]
     return Corpus(
         train=[text for (text, _), out in zip(kept, held, strict=True) if not out],
         heldout=[text for (text, _), out in zip(kept, held, strict=True) if out],
         heldout_families=[family for (_, family), out in zip(kept, held, strict=True) if out],
-        dropped=len(found) - len(kept),
+        dropped=len(texts) - len(kept),
     )

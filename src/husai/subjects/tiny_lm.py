@@ -1,10 +1,10 @@
 """husai-tiny: a small GPT-NeoX language model (the architecture of Pythia), trained from scratch on real text.
 
-It stands in for Pythia where no weights can be downloaded. The text is the training side of `data_sets.FAMILIES`; a
-byte-level BPE tokenizer is made from it first. A document is a row of tokens that ends with END; it is cut into windows
-of at most `n_ctx` targets, each predicted from what stands before it in its window, which starts with END. A batch is
-made of windows of about one length, so that no window sees another and little is padded. The matrices of the blocks are
-trained by Muon, everything else by AdamW.
+It replaces Pythia where no weights can be downloaded. The text is the training side of `data_sets.FAMILIES`, and gives
+a byte-level BPE tokenizer first. A document is a row of tokens that ends with END. It is cut into windows of at most
+`n_ctx` targets. A window starts with END, and each target is predicted from the preceding tokens of its window. Batches
+hold windows of similar length, because little padding is then needed. Muon trains the matrices of the blocks, AdamW all
+other parameters.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class TinyLMConfig:
     d_mlp: int = 1024
     n_ctx: int = 256
     tokens: int = 24_000_000
-    """Targets seen in training, repeats included."""
+    """Number of targets seen in training, including repeats."""
     batch_tokens: int = 4096
-    """Tokens of a step, padding included."""
+    """Number of tokens of a step, including padding."""
     learning_rate: float = 2e-3
-    """Rate of Muon (matrices of the blocks; its updates have the size of AdamW's) and AdamW (everything else)."""
+    """Learning rate of Muon (matrices of the blocks; updates scaled to AdamW's size) and AdamW (other parameters)."""
     warmup_tokens: int = 600_000
     decay_fraction: float = 0.35
     """The learning rate falls linearly to zero over this last share of the tokens."""
@@ -70,11 +70,11 @@ class TinyLMConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     history_tokens: int = 500_000
-    """Between two rows of the history."""
+    """Number of tokens between two rows of the history."""
     seed: int = 42
 
     def learning_rate_factor(self, tokens: int) -> float:
-        """Linear warm-up, constant, linear decay to zero, by the tokens seen so far."""
+        """Factor of the learning rate by tokens seen so far: linear warm-up, constant, linear decay to zero."""
         warmup = (tokens + self.batch_tokens) / self.warmup_tokens
         decay = (self.tokens - tokens) / (self.decay_fraction * self.tokens)
         return max(0.0, min(1.0, warmup, decay))
@@ -85,7 +85,7 @@ class TinyLMConfig:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE with END as token 0, which it puts before a text when it is asked for special tokens."""
+    """Train byte-level BPE with END as token 0. With special tokens, END precedes a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     name = "<|endoftext|>"
@@ -111,12 +111,12 @@ def tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Documents cut into windows of at most n_ctx targets: window i is `stream[starts[i] : starts[i] + lengths[i]]`.
+    """Documents cut into windows of at most n_ctx targets. Window i is `stream[starts[i] : starts[i] + lengths[i]]`.
 
-    Neighbouring windows may overlap; the first `context[i]` targets of a window are then not scored a second time.
+    Neighbouring windows may overlap. The first `context[i]` targets of a window are context and are not scored again.
     """
 
-    stream: np.ndarray  # [tokens] int32, all documents one after the other
+    stream: np.ndarray  # [tokens] int32, concatenated documents
     starts: np.ndarray  # [windows]
     lengths: np.ndarray  # [windows]
     context: np.ndarray  # [windows]
@@ -134,7 +134,7 @@ class Windows:
         return cls(np.concatenate(documents), np.array(starts), np.array(lengths), np.array(context), end)
 
     def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(inputs, targets), each `[rows, longest]`: end and all targets but the last; the targets, then IGNORED."""
+        """(inputs, targets), each `[rows, longest]`. Inputs are targets shifted by one; padding targets are IGNORED."""
         longest = self.lengths[chosen].max()
         inputs = torch.full((len(chosen), longest), self.end)
         targets = torch.full((len(chosen), longest), IGNORED)
@@ -145,7 +145,7 @@ class Windows:
         return inputs, targets
 
     def batches(self, order: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-        """The windows of `order` in batches of about one length, at most `batch_tokens` with padding (one at least)."""
+        """Batches of windows of similar length, at most `batch_tokens` with padding, at least one window each."""
         by_length = order[np.argsort(self.lengths[order], kind="stable")]
         cut, first = [], 0
         for i in range(1, len(by_length) + 1):
@@ -155,7 +155,7 @@ class Windows:
         return cut
 
     def epoch(self, batch_tokens: int, *seed: int | str) -> list[np.ndarray]:
-        """All windows once, in random order; those sorted by length together are a small random part."""
+        """Batches with all windows once, in random order. Only small random parts are sorted by length."""
         g = generator(*seed)
         order = torch.randperm(len(self.starts), generator=g).numpy()
         batches = []
@@ -192,7 +192,7 @@ def build_model(config: TinyLMConfig) -> GPTNeoXForCausalLM:
 
 
 def cross_entropy(model: GPTNeoXForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the targets, in nats."""
+    """Sum of the cross-entropy over the targets, in nats."""
     logits = model(input_ids=inputs, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -201,7 +201,7 @@ def cross_entropy(model: GPTNeoXForCausalLM, inputs: Tensor, targets: Tensor) ->
 
 @torch.no_grad()
 def nats(model: GPTNeoXForCausalLM, windows: Windows, chosen: np.ndarray, batch_tokens: int = 4096) -> float:
-    """Summed cross-entropy of the chosen windows."""
+    """Sum of the cross-entropy over the chosen windows, in nats."""
     device = model.device
     batches = windows.batches(chosen, batch_tokens)
     return sum(cross_entropy(model, *(t.to(device) for t in windows.batch(b))).item() for b in batches)
@@ -209,7 +209,7 @@ def nats(model: GPTNeoXForCausalLM, windows: Windows, chosen: np.ndarray, batch_
 
 @dataclass
 class Progress:
-    """Where a training stands; with the model's and the optimiser's tensors, all that it takes to go on."""
+    """Position of a training. With the tensors of model and optimisers it suffices to resume."""
 
     step: int = 0
     tokens: int = 0
@@ -227,11 +227,11 @@ def train(
     state_path: Path,
     seconds_between_saves: float = 60.0,
 ) -> tuple[GPTNeoXForCausalLM, list[dict]]:
-    """Train on `training` in bfloat16 autocast; the state is saved now and then, and the same call resumes there.
+    """Train on `training` in bfloat16 autocast. The state is saved regularly, and the same call resumes from it.
 
     Returns:
-        (the model; history: rows of tokens seen, learning rate, training loss since the row before and loss on a sample
-        of the held-out windows, both in nats a token)
+        (the model; history: rows of tokens seen, learning rate, training loss since the previous row, and loss on a
+        sample of the held-out windows, both in nats a token)
     """
     keep_freed_memory()
     model = build_model(config).to(device)
@@ -292,7 +292,7 @@ def train(
 def make_optimizers(model: GPTNeoXForCausalLM, config: TinyLMConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and vectors.
 
-    Muon: Jordan et al. 2024; updates scaled to the size of AdamW's, Liu et al., arXiv 2502.16982.
+    Muon: Jordan et al. 2024. Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982).
     """
     blocks = [p for p in model.gpt_neox.layers.parameters() if p.ndim == 2]
     embeddings = [model.gpt_neox.embed_in.weight, model.lm_head.weight]
@@ -329,7 +329,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 @torch.no_grad()
 def _restore(path: Path, key: str, model, optimizers) -> tuple[Progress, list[dict]]:
-    """Load an interrupted training into model and optimisers; a fresh start where there is none that fits."""
+    """Load an interrupted training into model and optimisers. Without a fitting one, training starts afresh."""
     if not path.exists():
         return Progress(), []
     try:
@@ -360,19 +360,19 @@ def _restore(path: Path, key: str, model, optimizers) -> tuple[Progress, list[di
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bits per byte, and the bars
+# Bits per byte, and the criteria of a language model
 
 
 def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx: int, end: int = END) -> dict:
-    """The model beside Witten–Bell n-grams of the same tokenizer, on the same held-out documents.
+    """Bits per byte of the model and of Witten–Bell n-grams on the same tokens and held-out documents.
 
-    Bits are summed over all tokens of a document and its END; bytes are those of its UTF-8 text. The n-grams are fitted
-    on the training documents and see a document from its start. The model sees at least n_ctx/2 tokens back, where the
-    document has them, since its windows overlap by half.
+    Bits are summed over all tokens of a document and its END. Bytes are those of its UTF-8 text. The n-grams are fitted
+    on the training documents and read a document from its start. The model has a context of at least n_ctx/2 tokens,
+    if the document has so many before the target, because windows overlap by half.
 
     Args:
-        tokenise_texts: texts -> token numbers of each, the end token last.
-        end: that token; it also stands before each document.
+        tokenise_texts: function texts -> token numbers of each text, the end token last.
+        end: the end token, which also precedes each document.
 
     Returns:
         {"documents", "tokens", "bytes", "all": {model: bits per byte}, "families": {family: {model: bits per byte}}}
@@ -404,38 +404,38 @@ def bits_per_byte(model, tokenise_texts, corpus: Corpus, vocabulary: int, n_ctx:
 
 
 def bars(figures: dict) -> list[dict]:
-    """What makes it a language model: bits per byte 20 % below the bigram's, and below the trigram's."""
-    found = figures["all"]
+    """Criteria of a language model: bits per byte 20 % below the bigram's, and below the trigram's."""
+    bits_of_all = figures["all"]
     return [
-        {"bar": name, "value": found["model"], "below": bound, "holds": found["model"] < bound}
+        {"bar": name, "value": bits_of_all["model"], "below": bound, "holds": bits_of_all["model"] < bound}
         for name, bound in (
-            ("20 % below the bigram", rules.BELOW_BIGRAM * found["bigram"]),
-            ("below the trigram", found["trigram"]),
+            ("20 % below the bigram", rules.BELOW_BIGRAM * bits_of_all["bigram"]),
+            ("below the trigram", bits_of_all["trigram"]),
         )
     ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder: what transformers opens, with training.json, a model card and the digest of each file
+# The folder for transformers, with training.json, a model card and the digest of each file
 
 
 def make(
     config: TinyLMConfig, corpus: Corpus, folder: Path, device: torch.device, threads: int, force: bool = False
 ) -> dict:
-    """Train the model, or find it, as a Hugging Face folder; returns what its `training.json` holds.
+    """Train the model, or find it, as a Hugging Face folder; returns the content of its `training.json`.
 
     The state of an unfinished training lies beside the folder and is removed at the end.
     """
     from tokenizers import Tokenizer
 
-    about = {"config": json.loads(json.dumps(asdict(config))), "data_digest": corpus.digest}
-    about |= {"device": device.type, "threads": threads}
+    settings = {"config": json.loads(json.dumps(asdict(config))), "data_digest": corpus.digest}
+    settings |= {"device": device.type, "threads": threads}
     if (folder / LOG).exists() and not force:
-        found = read_json(folder / LOG, "language model")
-        if about.items() <= found.items():
-            return found
+        record_on_disk = read_json(folder / LOG, "language model")
+        if settings.items() <= record_on_disk.items():
+            return record_on_disk
         raise BadInput(f"{folder} holds a language model of another configuration; --force replaces it")
-    work = folder.with_name(f".{folder.name}-{digest(about)[:8]}.work")
+    work = folder.with_name(f".{folder.name}-{digest(settings)[:8]}.work")
     if not (work / TOKENIZER).exists():
         log.info("making the tokenizer from %d documents", len(corpus.train))
         write_text(work / TOKENIZER, train_tokenizer(corpus.train, config.vocabulary).to_str(pretty=True))
@@ -443,7 +443,7 @@ def make(
     training, heldout = (Windows.of(tokenise(tokenizer, t), config.n_ctx) for t in (corpus.train, corpus.heldout))
     log.info("%d documents, %d tokens to train on", len(corpus.train), len(training.stream))
     model, history = train(config, training, heldout, device, work / STATE)
-    record = about | {
+    record = settings | {
         "documents": len(corpus.train),
         "distinct_tokens": len(training.stream),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -461,7 +461,7 @@ def make(
 
 
 def measure(folder: Path, corpus: Corpus) -> dict:
-    """{"bits_per_byte", "bars"} of the weights as they were written."""
+    """{"bits_per_byte", "bars"} of the saved weights."""
     from tokenizers import Tokenizer
     from transformers import GPTNeoXForCausalLM
 
@@ -473,7 +473,7 @@ def measure(folder: Path, corpus: Corpus) -> dict:
 
 
 def write_card(folder: Path, record: dict) -> None:
-    """training.json, the model card made of it, and the digest of each file."""
+    """Write training.json, the model card, and the digest of each file."""
     write_json(folder / LOG, record)
     write_text(folder / "README.md", model_card(record))
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != DIGESTS)
@@ -481,7 +481,7 @@ def write_card(folder: Path, record: dict) -> None:
 
 
 def save_folder(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, config: TinyLMConfig, folder: Path) -> None:
-    """What transformers opens: weights in bfloat16, configuration and tokenizer."""
+    """Write the folder that transformers opens: weights in bfloat16, configuration and tokenizer."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
@@ -499,7 +499,7 @@ def save_folder(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, config: TinyLMC
 
 
 def model_card(record: dict) -> str:
-    """README.md of the folder, from its training.json."""
+    """Text of the folder's README.md, from its training.json."""
     c, figures = record["config"], record["bits_per_byte"]
     order = ("model", "trigram", "bigram", "unigram")
     rows = [("all", figures["all"]), *figures["families"].items()]
