@@ -311,8 +311,8 @@ def test_the_phase_trains_scores_and_measures(good, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "PLANTED_TOKENS", (500, 16_000))
     monkeypatch.setattr(rules, "PLANTED_BATCH", 64)
     script, args = runpy.run_path(str(ROOT / PHASE4A)), arguments(tmp_path)
-    assert script["of_default_subject"](args)
-    assert not script["of_default_subject"](Namespace(**vars(args) | {"subject": "husai-tiny"}))
+    assert script["is_default_subject"](args)
+    assert not script["is_default_subject"](Namespace(**vars(args) | {"subject": "husai-tiny"}))
     cells = Cells(args.output_dir / "cells")
     found = script["planted"](args, cells, torch.device("cpu"))
     few, most = found.degrees

@@ -1,13 +1,13 @@
-"""One HTML page about SAEs: how good they are, what can be trusted, what failed, and what to do next.
+"""Build one HTML page about SAEs: their quality, which results can be trusted, which gates failed, and the next steps.
 
     python scripts/analysis/build_report.py
     python scripts/analysis/build_report.py --results-root results/experiments --output report.html
     python scripts/analysis/build_report.py --results-root docs/evidence --gate GATE/results.json
 
-The page needs no network. It reads the folders below --results-root: the results, summary and figures of each run, each
-checked against its own manifest. A damaged or unfinished run is named, and the other runs are shown. The page decides
-nothing: without the decision of a release gate it says that nothing may be claimed externally. Exit 0 whatever the
-verdict, 2 bad input.
+The page needs no network. The script reads results, summary and figures of each run below --results-root, and checks
+them against the run's manifest. A damaged or unfinished run is named, and the other runs are shown. The page decides
+nothing. Without the decision of a release gate it states that nothing may be claimed externally. Exit 0 for every
+verdict, 2 for bad input.
 """
 
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Compare the decoders of SAEs that differ in their seed, without a model: which features come back?
+"""Compare the decoders of SAEs that differ in their seed, without a model: which features recur?
 
     python scripts/analysis/compare_decoders.py assets/husai-tiny-saes --covariance assets/husai-tiny-saes-activations.safetensors
     python scripts/analysis/compare_decoders.py seed0.npy seed1.npy seed2.npy --rows-are-features yes
 
-Takes checkpoints of any library, folders of them, names (sae-lens:RELEASE/SAE_ID, hf:REPO/PATH), or bare matrices
-(.npy, .safetensors, .pt). Prints mcc, pwmcc and share70 with jackknife intervals over the SAEs, beside random directions
-and, with --covariance, beside the spectral null; then in how many others the features of each SAE recur. Figures alone:
-the release check gives a verdict. Exit 0 done, 2 bad input.
+The input is checkpoints of any library, folders of checkpoints, names (sae-lens:RELEASE/SAE_ID, hf:REPO/PATH), or bare
+matrices (.npy, .safetensors, .pt). The script prints mcc, pwmcc and share70 with jackknife intervals over the SAEs,
+beside random directions and, with --covariance, beside the spectral null. Then it counts the other SAEs in which
+features recur. It gives figures alone; the release check gives a verdict. Exit 0 done, 2 bad input.
 """  # noqa: E501
 
 import argparse
@@ -42,23 +42,23 @@ def main() -> None:
     rows = None if args.rows_are_features is None else args.rows_are_features == "yes"
     moments = read_moments(args.covariance) if args.covariance else {}
     labels = [str(p) for p in paths]
-    found = husai.compare([read_decoder(p, rows) for p in paths], labels=labels, **moments)
+    comparison = husai.compare([read_decoder(p, rows) for p in paths], labels=labels, **moments)
 
     header = ["score", "observed, 95 % interval", "random directions"]
-    header += ["spectral null"] if found.spectral is not None else []
+    header += ["spectral null"] if comparison.spectral is not None else []
     scores = []
-    for name, estimate in found.scores.items():
-        row = [name, interval(estimate.to_json()), f"{found.isotropic[name]:.4f}"]
-        scores.append(row + ([f"{found.spectral[name]:.4f}"] if found.spectral is not None else []))
+    for name, estimate in comparison.scores.items():
+        row = [name, interval(estimate.to_json()), f"{comparison.isotropic[name]:.4f}"]
+        scores.append(row + ([f"{comparison.spectral[name]:.4f}"] if comparison.spectral is not None else []))
     print(*table(header, scores), "", sep="\n")
 
     others = len(labels) - 1
     header = ["SAE", "features", "recur in any other", "in every other", "certified"]
-    header += ["above the spectral null"] if found.q_values is not None else []
+    header += ["above the spectral null"] if comparison.q_values is not None else []
     lines = []
-    for i, (label, k, bound) in enumerate(zip(labels, found.recurrence, found.bounds, strict=True)):
+    for i, (label, k, bound) in enumerate(zip(labels, comparison.recurrence, comparison.bounds, strict=True)):
         counts = [len(k), int((k > 0).sum()), int((k == others).sum()), int((bound >= rules.CERTIFIED_AT).sum())]
-        above = [] if found.q_values is None else [int((found.q_values[i] <= rules.FALSE_SHARE).sum())]
+        above = [] if comparison.q_values is None else [int((comparison.q_values[i] <= rules.FALSE_SHARE).sum())]
         lines.append([label, *counts, *above])
     print(*table(header, lines), "", sep="\n")
     needed = rules.siblings_needed(rules.CERTIFIED_AT)
@@ -67,8 +67,8 @@ def main() -> None:
         f"{rules.RECURS_COSINE:g}.\nCertified: the one-sided 95 % bound of its share of trainings reaches "
         f"{rules.CERTIFIED_AT:g}, which needs {needed} other SAEs or more; here are {others}."
     )
-    if found.q_values is not None:
-        share = float(np.mean([(q <= rules.FALSE_SHARE).mean() for q in found.q_values]))
+    if comparison.q_values is not None:
+        share = float(np.mean([(q <= rules.FALSE_SHARE).mean() for q in comparison.q_values]))
         print(f"{share:.0%} of the features lie above the spectral null. That alone does not make a feature stable.")
 
 

@@ -1,14 +1,14 @@
-"""What a language model knows: bits per byte beside n-grams, and logistic probes on its residual stream.
+"""Evaluate a language model: bits per byte beside n-grams, and logistic probes on its residual stream.
 
     python scripts/analysis/evaluate_language_model.py
     python scripts/analysis/evaluate_language_model.py --model-name results/subjects/husai-tiny --no-control
     python scripts/analysis/evaluate_language_model.py --model-name pythia-70m-deduped \\
       --hook-name blocks.3.hook_resid_pre
 
-Bits per byte are of documents held out of husai-tiny's training, beside Witten-Bell n-grams of the subject's own
-tokenizer. A probe is fitted on each binary data set of the probe side by sae-probes' own code, on the last token of
-each prompt; the same on the random-weights model stands beside it. Exit code 1 where the bars of docs/methods.md are
-missed.
+Bits per byte are measured on documents held out of husai-tiny's training, and compared with Witten-Bell n-grams of the
+subject's own tokenizer. sae-probes' own code fits a probe on each binary data set of the probe side, on the last token
+of each prompt. The same probes are fitted on the random-weights model. Exit code 1 if the criteria of docs/methods.md
+are missed.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def bits(args, cells, device) -> dict:
-    """{"bits_per_byte", "bars", "history": of its training, where the folder tells it}."""
+    """{"bits_per_byte", "bars", "history": history of its training, or None if the folder has none}."""
     import numpy as np
 
     from husai.runs.code import code_version
@@ -102,7 +102,7 @@ def bits(args, cells, device) -> dict:
 
 
 def probes(args, cells, device, data_sets: list[str], random_seed: int | None) -> dict[str, list[dict]]:
-    """{hook: one record a data set}, each a cell."""
+    """{hook: one record for each data set}. Each record is a cell."""
     from husai.activations.language_model import harvest_prompts
     from husai.activations.probes import probe
     from husai.runs.code import code_version
@@ -113,20 +113,20 @@ def probes(args, cells, device, data_sets: list[str], random_seed: int | None) -
     folder = harvest_prompts(
         subject, args.hook_name, data_sets, args.artifact_root / "probe_activations" / subject.digest[:16], args.force
     )
-    found: dict[str, list[dict]] = {hook: [] for hook in args.hook_name}
+    records: dict[str, list[dict]] = {hook: [] for hook in args.hook_name}
     with progress(f"probes on {subject.name}", len(data_sets) * len(args.hook_name)) as advance:
         for hook in args.hook_name:
             for name in data_sets:
                 key = {"subject": subject.digest, "hook_name": hook, "data_set": name, "threads": args.threads}
                 key["code"] = code_version(harvest_prompts, probe)
                 file = folder / f"{name}_{hook}.pt"
-                found[hook].append(cells.get("probe", key, lambda f=file, n=name: (probe(f, n), [])))
+                records[hook].append(cells.get("probe", key, lambda f=file, n=name: (probe(f, n), [])))
                 advance(1)
-    return found
+    return records
 
 
 def count(results: dict, hook: str) -> dict:
-    """How many data sets' probes beat chance, and how many beat the random-weights model's."""
+    """Numbers of data sets whose probes are above chance, and above those of the random-weights model."""
     import numpy as np
 
     aucs = [r["auc"] for r in results["probes"][hook]]

@@ -11,10 +11,10 @@
     python scripts/analysis/extract_activations.py --model-name pythia-70m-deduped \\
       --hook-name blocks.2.hook_resid_pre --layout sae-probes --data-sets 87_glue_cola,92_glue_sst2
 
-A subject is a folder of a modular-addition transformer (by default it is trained, or found, first), `husai-tiny`, a
-local Hugging Face folder, or a hub name that TransformerLens knows. A store of modular addition holds every pair once;
-one of a language model holds every token but the first of as many documents as give --rows rows. Rows lie in random
-order. Several hooks (A,B) share one forward pass and give a store each. What exists is found, and an interrupted
+A subject is a folder of a modular-addition transformer (by default found, or trained first), `husai-tiny`, a local
+Hugging Face folder, or a hub name that TransformerLens knows. A store of modular addition holds every pair once. A
+store of a language model holds --rows rows: every token of a document except the first. Rows are in random order.
+Several hooks (A,B) share one forward pass and give one store each. Existing stores are reused, and an interrupted
 harvest resumes.
 """
 

@@ -1,13 +1,13 @@
-"""Which SAEs of SAELens' catalogue HUSAI can judge, one a line, and how far its reading of them is checked.
+"""List the SAEs of SAELens' catalogue, one in each line, and whether HUSAI can judge them.
 
     python scripts/analysis/list_saes.py
     python scripts/analysis/list_saes.py --model gpt2-small
     python scripts/analysis/list_saes.py --summary > docs/sources.md
     python scripts/analysis/list_saes.py --open sae-lens:gpt2-small-res-jb/blocks.8.hook_resid_pre
 
-Columns are separated by tabs: name for --checkpoint, model, hook, width, architecture, loader, status, judged. Only
-names of the catalogue and the local hub cache are read; `-` stands where neither says it. --open downloads what the
-cache lacks, opens each SAE, and records it in docs/opened_saes.json. Exit 0 done, 2 bad input.
+Columns are separated by tabs: name for --checkpoint, model, hook, width, architecture, loader, status, judged. The
+script reads only the catalogue's names and the local hub cache; `-` means that neither states a value. --open downloads
+files that the cache lacks, opens each SAE, and records it in docs/opened_saes.json. Exit 0 done, 2 bad input.
 """
 
 import sys
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def document(saes: list) -> str:
-    """docs/sources.md: how many SAEs each loader reads, and how far each is checked."""
+    """Text of docs/sources.md: number of SAEs of each loader, by status."""
     import sae_lens
 
     from husai.dictionaries import catalogue, sources

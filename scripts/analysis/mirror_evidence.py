@@ -1,10 +1,10 @@
-"""Copy what runs have found, without checkpoints and activations, to where it is kept and audited.
+"""Copy the evidence of runs, without checkpoints and activations, into a folder that is kept and audited.
 
     python scripts/analysis/mirror_evidence.py --results-root results/experiments --output docs/evidence/embedded_queue
 
-Of each run's folder: results.json, summary.md, manifest.json, and the figures and decisions that the manifest names.
-Every file is what its manifest says (sha256), or nothing is copied; nothing is removed. The audit computes the copies
-again (`make audit-results`), and build_report.py makes a report card of them.
+The script copies results.json, summary.md, manifest.json, and the figures and decisions that each manifest names. If a
+file differs from its sha256 in the manifest, nothing is copied. Nothing is removed. The audit computes the copies again
+(`make audit-results`), and build_report.py makes a report card from them.
 """
 
 from pathlib import Path
@@ -27,19 +27,19 @@ def main() -> None:
     runs = sorted(path.parent for path in args.results_root.glob("*/manifest.json"))
     if not runs:
         raise BadInput(f"--results-root: {args.results_root} holds no run")
-    found = {run.name: files(run) for run in runs}
+    files_of_run = {run.name: files(run) for run in runs}
 
-    for run, paths in found.items():
+    for run, paths in files_of_run.items():
         for path in paths:
             write_bytes(args.output / run / path.name, path.read_bytes())
-    print(f"{len(found)} runs  {args.output}")
+    print(f"{len(files_of_run)} runs  {args.output}")
 
 
 def files(run: Path) -> list[Path]:
-    """The files of one run's folder.
+    """Files of one run's folder to copy.
 
     Raises:
-        BadInput: the run is not complete, or a file is not what its manifest says.
+        BadInput: the run is not complete, or a file differs from its sha256 in the manifest.
     """
     from husai.runs.errors import BadInput
     from husai.runs.files import read_json, sha256_file

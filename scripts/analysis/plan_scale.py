@@ -1,12 +1,12 @@
-"""What a study of published scale costs: GPU-hours, storage, network and CPU-hours, from our own measured rates.
+"""Estimate the cost of a study of published scale: GPU-hours, storage, network and CPU-hours, from measured rates.
 
     python scripts/analysis/plan_scale.py
     python scripts/analysis/plan_scale.py --gpu H100 --utilisation 0.3 --output docs/scaling.md
 
-Reads training_speed.json, eval_speed.json and streaming_memory.json of docs/benchmarks. What was
-measured on a CPU is carried to a GPU by counted floating-point operations: a TopK step costs its
-dense product, divided by the share of that product's speed that the measured step reaches; the GPU
-gives `--utilisation` of its maker's figure, an assumption until it is measured there.
+The script reads training_speed.json, eval_speed.json and streaming_memory.json of docs/benchmarks.
+Rates measured on a CPU are converted to a GPU by floating-point operations. The cost of a TopK step
+is its dense product, divided by the share of that product's speed that the measured step reaches.
+The GPU reaches `--utilisation` of its maker's figure, which is an assumption until it is measured.
 """
 
 import textwrap
@@ -18,25 +18,25 @@ from husai.runs.cli import Parser, fraction, positive_float, run_main
 from husai.runs.files import read_json, write_text
 
 GPUS = {"H100": 989e12, "B200": 2250e12}
-"""Dense bfloat16 operations a second, as the makers state them."""
+"""Dense bfloat16 operations a second, as stated by the makers."""
 WIDTH = 120
 BYTES = 2  # of a stored activation, bfloat16
 BUFFER = 2**20
-"""Rows of a stream's buffer, as RUNBOOK's lines for large models name it."""
+"""Rows of a stream's buffer, as in the RUNBOOK's commands for large models."""
 
 
 @dataclass(frozen=True)
 class ScaleStudy:
-    """What is trained and evaluated."""
+    """Sizes of a study."""
 
     name: str
     d_in: int
     d_sae: int
     parameters: float
-    """Parameters of the model up to the hook. A harvested token costs twice as many operations."""
+    """Number of parameters of the model up to the hook. A harvested token costs twice as many operations."""
     tokens: float = 500e6
     saes: int = 30
-    """5 seeds of 6 families."""
+    """5 seeds of 6 architectures."""
     layers: int = 1
     data_sets: int = 113
 
@@ -52,15 +52,17 @@ def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation:
     """Costs of one study, in hours unless the name says otherwise."""
     widest = max((r for r in speed["rows"] if "AuxK" not in r["label"]), key=width)
     rates = widest["medians"]
-    ours, product = rates["HUSAI, float32 product"], rates["the encoder's dense float32 product alone"]
+    husai_rate, product = rates["HUSAI, float32 product"], rates["the encoder's dense float32 product alone"]
     rows = study.tokens * study.saes * study.layers
-    operations = 2 * study.d_in * study.d_sae * rows / (ours / product)
-    measured = ours * speed["d_in"] * width(widest) / (study.d_in * study.d_sae)  # rows × SAEs a second, this machine
+    operations = 2 * study.d_in * study.d_sae * rows / (husai_rate / product)
+    measured = (
+        husai_rate * speed["d_in"] * width(widest) / (study.d_in * study.d_sae)
+    )  # rows × SAEs a second, this machine
     harvest = 2 * study.parameters * study.tokens  # all layers in one pass
     probing = next(r for r in evals["rows"] if r["unit"] == "SAEs × data sets")
     core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]
     stored = study.tokens * study.d_in * BYTES * study.layers
-    found = {
+    hours = {
         "training": operations / (peak * utilisation) / 3600,
         "training on the measured machine": rows / measured / 3600,
         "harvest": harvest / (peak * utilisation) / 3600,
@@ -68,9 +70,9 @@ def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation:
         "storage, TB": stored / 1e12,
         "sending the bank to a node": stored * 8 / (gigabits * 1e9) / 3600,
     }
-    each = {name: found[name] for name in ("training", "harvest", "sending the bank to a node")}
-    each["probing on 16 cores"] = found["probing, core-hours"] / 16
-    return found | {"bottleneck": max(each, key=lambda name: each[name])}
+    each = {name: hours[name] for name in ("training", "harvest", "sending the bank to a node")}
+    each["probing on 16 cores"] = hours["probing, core-hours"] / 16
+    return hours | {"bottleneck": max(each, key=lambda name: each[name])}
 
 
 def width(row: dict) -> int:
@@ -85,7 +87,7 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
     prompts = next(r for r in evals["rows"] if r["unit"] == "tokens")
     probing = next(r for r in evals["rows"] if r["unit"] == "SAEs × data sets")
     command = "python scripts/analysis/plan_scale.py"
-    ours = rates["HUSAI, float32 product"]
+    husai_rate = rates["HUSAI, float32 product"]
     harvest = prompts["work"] / prompts["seconds"]["ours"]
     core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]
     header = ["study", "training, GPU-h", "on the measured machine, h", "harvest, GPU-h", "bank, TB", "to a node, h"]
@@ -103,7 +105,7 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
         "",
         "Measured:",
         "",
-        f"- training, {widest['label']}, d_in {speed['d_in']}: {ours:,.0f} rows × SAEs a second "
+        f"- training, {widest['label']}, d_in {speed['d_in']}: {husai_rate:,.0f} rows × SAEs a second "
         f"({share:.0%} of what the dense product alone allows), {speed['machine']['device']}",
         f"- harvest of husai-tiny: {harvest:,.0f} tokens a second, {evals['cpu']}",
         f"- probing: {core_seconds:.2f} core-seconds an SAE and data set, process starts included",
@@ -141,15 +143,15 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
 
 
 def streams(memory: dict) -> list[str]:
-    """Cost of a stream in place of a bank.
+    """Text on the cost of a stream instead of a store.
 
     Args:
-        memory: of docs/benchmarks/streaming_memory.json.
+        memory: content of docs/benchmarks/streaming_memory.json.
     """
     sources = memory["sources"]
     peaks = [source["peak_mb"] for source in sources]
     sizes = ", ".join(f"{BUFFER * s.d_in * BYTES * s.layers / 1e9:.1f} GB ({s.name})" for s in STUDIES)
-    about = (
+    paragraph = (
         "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no bank is stored "
         "or sent. Rows pass a buffer of `--buffer-rows` rows a hook, in memory or on disk. At "
         f"{BUFFER:,} rows in bfloat16 it takes {sizes}. The price is the harvest, again for each "
@@ -161,7 +163,7 @@ def streams(memory: dict) -> list[str]:
         "([streaming_memory](benchmarks/streaming_memory.md)). Sixteen bytes a document, for repeated "
         "documents, are all that grows with the source."
     )
-    return [textwrap.fill(about, WIDTH)]
+    return [textwrap.fill(paragraph, WIDTH)]
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""Does every headline figure follow from its artefact?
+"""Check that every headline figure follows from its artefact.
 
     python scripts/analysis/verify_experiment_consistency.py
     python scripts/analysis/verify_experiment_consistency.py --write-digests
 
-Reads docs/claims.yaml and checks each claim: its words stand in the document, its artefact is unchanged, its figures
-are what the artefact holds. It is on a benchmark or an internal phase of ours, or else it is external and has a passed
-gate that read the artefact. Figures that need a claim and have none are found in the documents; every folder below
-docs/evidence holds the files that its manifest names and no others, and what rests on pairs of seeds is computed again,
-decisions of the gate included.
---write-digests first records the artefacts as they are now: for when they were meant to change.
+The script reads docs/claims.yaml and checks each claim. The document must contain the statement, the artefact must be
+unchanged, and the figures must equal the artefact's values. An internal claim must be on a benchmark or an internal
+phase; an external claim needs a passed gate that read the artefact. Figures in the documents that need a claim and have
+none are reported. Every folder below docs/evidence must hold exactly the files that its manifest names. All conclusions
+from pairs of seeds are computed again, including decisions of the gate. --write-digests first records the present
+artefacts, after an intended change.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def main() -> None:
         for name, problems in findings.items():
             print(f"FAIL  {name}: {'; '.join(problems)}" if problems else f"ok    {name}")
     failed = sum(bool(problems) for findings in parts.values() for problems in findings.values())
-    counted = ", ".join(f"{len(findings)} {what}" for what, findings in parts.items())
+    counted = ", ".join(f"{len(findings)} {part}" for part, findings in parts.items())
     if failed:
         raise CheckFailed(f"audit: {failed} do not hold, of {counted}")
     print(f"audit: {counted}: all hold")

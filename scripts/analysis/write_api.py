@@ -3,8 +3,8 @@
     python scripts/analysis/write_api.py
     python scripts/analysis/write_api.py --output api.md
 
-Each object of `PUBLIC` gives its signature, its docstring, its fields and its public methods. A test compares the file
-with what this script writes, and runs the examples. Exit 0 done, 2 bad input.
+The page has the signature, the docstring, the fields and the public methods of each object in `PUBLIC`. A test compares
+the file with this script's output, and runs the examples. Exit 0 done, 2 bad input.
 """
 
 import ast
@@ -89,17 +89,17 @@ def described(name: str) -> str:
     parts = [f"### {path}", markdown(inspect.getdoc(thing) or "")]
     if not inspect.isclass(thing):
         return "\n\n".join([parts[0], signature(path.rpartition(".")[2], thing), *parts[1:]])
-    parts.append("\n".join(f"- `{field}`: {about}" for field, about in fields(thing)))
+    parts.append("\n".join(f"- `{field}`: {text}" for field, text in fields(thing)))
     for method, function in vars(thing).items():
-        if not method.startswith("_") and (about := inspect.getdoc(function)) and callable_of(function):
+        if not method.startswith("_") and (text := inspect.getdoc(function)) and callable_of(function):
             computed = isinstance(function, property | cached_property)
             shown = f"`{method}`" if computed else signature(method, callable_of(function))
-            parts += [f"#### {path.rpartition('.')[2]}.{method}", shown, markdown(about)]
+            parts += [f"#### {path.rpartition('.')[2]}.{method}", shown, markdown(text)]
     return "\n\n".join(part for part in parts if part)
 
 
 def callable_of(member: Any) -> Any:
-    """The function behind a method, a class method or a property; None for what is none of these."""
+    """The function behind a method, a class method or a property; None for other objects."""
     if isinstance(member, property):
         return member.fget
     member = getattr(member, "__func__", getattr(member, "func", member))  # of a class method, a cached property
@@ -107,13 +107,13 @@ def callable_of(member: Any) -> Any:
 
 
 def signature(name: str, function: Any) -> str:
-    """The call, with annotations as they stand in the source."""
+    """Signature of a function, with annotations as in the source."""
     shown = re.sub(r"((?:: |-> ))'([^']*)'", r"\1\2", f"{name}{inspect.signature(function)}")
     return f"```python\n{shown}\n```"
 
 
 def fields(cls: type) -> Iterator[tuple[str, str]]:
-    """(field, what is said of it): the string below it, or the comment behind it."""
+    """(field, its description): the string below the field, or the comment behind it."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (node,) = ast.parse(source).body
@@ -121,11 +121,11 @@ def fields(cls: type) -> Iterator[tuple[str, str]]:
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        about = f"`{ast.unparse(statement.annotation)}`"
+        text_of_field = f"`{ast.unparse(statement.annotation)}`"
         comment = lines[statement.lineno - 1].partition("  # ")[2]
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             comment = " ".join(str(following.value.value).split())
-        yield statement.target.id, f"{about}. {comment}" if comment else about
+        yield statement.target.id, f"{text_of_field}. {comment}" if comment else text_of_field
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def fields(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def markdown(text: str) -> str:
-    """A docstring as markdown: examples fenced, the sections on arguments and errors as lists."""
+    """A docstring as Markdown: examples are fenced, and sections on arguments and errors are lists."""
     parts = []
     for block in re.split(r"\n\s*\n", text):
         heading = re.match(r"(Args|Raises|Returns):\n", block)
@@ -145,7 +145,7 @@ def markdown(text: str) -> str:
             listed = "\n".join(f"- {' '.join(item.split())}" for item in items if item.strip())
             parts.append(f"*{titles[heading[1]]}*\n\n{listed}")
         elif all(line.startswith("    ") for line in block.splitlines()):
-            parts.append(block)  # no fence: the formatter would rewrite what the docstring says
+            parts.append(block)  # no fence, because the formatter would rewrite the docstring
         else:
             parts.append(" ".join(block.split()))
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Is the environment what the pipeline needs? One line a fact; exit 2 where one does not hold.
+"""Check that the environment meets the pipeline's needs. Prints one line for each fact; exit 2 if one does not hold.
 
 python scripts/ci/check_environment.py --device cuda --executor ray --dataset-names probe
 """

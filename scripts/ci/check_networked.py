@@ -1,4 +1,4 @@
-"""Check an SAE's held-out figures against what SAELens' catalogue states of it.
+"""Check an SAE's held-out figures against the figures that SAELens' catalogue states.
 
 python scripts/ci/check_networked.py SAEBENCH/results.json sae-lens:RELEASE/SAE_ID
 """
@@ -11,7 +11,7 @@ from husai.runs.errors import CheckFailed
 from husai.runs.files import read_json
 
 BELOW, FACTOR = 0.1, 2.0
-"""Explained variance may lie this far below the stated one, and L0 within this factor: the text is another."""
+"""Largest deficit of explained variance, and largest factor of L0. The texts differ, so figures differ too."""
 
 
 def main() -> None:
@@ -27,10 +27,13 @@ def main() -> None:
     stated = get_pretrained_saes_directory()[release]
     explained, l0 = stated.expected_var_explained[sae_id], stated.expected_l0[sae_id]
     (sae,) = read_json(args.results, "networked check")["saes"]
-    found = sae["heldout"]
+    heldout = sae["heldout"]
     for holds, statement in (
-        (found["explained_variance"] > explained - BELOW, f"EV {found['explained_variance']:.3f}, stated {explained}"),
-        (l0 / FACTOR < found["l0"] < l0 * FACTOR, f"L0 {found['l0']:.1f}, stated {l0}"),
+        (
+            heldout["explained_variance"] > explained - BELOW,
+            f"EV {heldout['explained_variance']:.3f}, stated {explained}",
+        ),
+        (l0 / FACTOR < heldout["l0"] < l0 * FACTOR, f"L0 {heldout['l0']:.1f}, stated {l0}"),
     ):
         if not holds:
             raise CheckFailed(f"networked check: {statement}")

@@ -1,4 +1,4 @@
-"""Check the figures that the smoke pipeline left behind: losses fell, L0 = k, scores lie in [0, 1].
+"""Check the figures of the smoke pipeline: losses fell, L0 = k, scores lie in [0, 1].
 
 python scripts/ci/check_smoke.py SAES/results.json PHASE4A/results.json
 """

@@ -1,20 +1,20 @@
-"""The queue's manifest: note a stage that has ended; say which stages need not be run again.
+"""Maintain the queue's manifest: record a finished stage, and list the stages that can be skipped.
 
     python scripts/experiments/queue_manifest.py inputs MANIFEST PLACE -- COMMAND...
     python scripts/experiments/queue_manifest.py record MANIFEST PLACE PROFILE STAGE CODE SECONDS INPUTS -- COMMAND...
     bash QUEUE --dry-run | python scripts/experiments/queue_manifest.py finished MANIFEST --always STAGE...
 
-There is one record a stage, its last run's, in the order in which they ran: the command, its return code, the sha256 of
-every file below PLACE (a folder or a file that the stage leaves; `-`: none) and of those elsewhere that its cells rest
-on, and a digest of what the outcome follows from: the code, the packages, and the key that the script's flags give
-(`runs.inputs`: a file counts by its content).
-`inputs` prints that digest before a stage begins; what is another when it ends was changed meanwhile. INPUTS are empty
-for a stage that always runs.
+The manifest has one record for each stage, of its last run, in the order of the runs. A record holds the command, its
+return code, and the sha256 of every file below PLACE (a folder or a file that the stage writes; `-`: none) and of other
+files that its cells depend on. It also holds a digest of the inputs: the code, the packages, and the key of the
+script's flags (`runs.inputs`: a file counts by its content). `inputs` prints this digest before a stage begins. A
+different digest at the end shows that the inputs changed during the run. INPUTS are empty for a stage that always runs.
 
-`finished` reads the dry run's commands and prints `STAGE RETURN_CODE` for every stage that stands: all of this is as it
-was when it ended, and every stage before it ran before it and stands too. What is not as it was is named on stderr.
-From the first such stage on all are run, each of which reads its own finished cells. A stage that leaves nothing always
-runs, and so do those that the queue names (`--always`): what they left is looked at, and holds up no other stage.
+`finished` reads the commands of the dry run and prints `STAGE RETURN_CODE` for every stage that can be skipped. The
+queue skips a stage if its command, code, inputs and outputs are unchanged, and all earlier stages ran before it and are
+skipped too. Changes are named on stderr. All stages from the first changed one on are run, and each reads its finished
+cells. A stage without outputs always runs, and so do the stages that the queue names (`--always`). Changes in their
+outputs are reported, but do not affect other stages.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ STAGE = re.compile(r"^== (\w+)\n(.+)$", re.M)
 NO_PLACE = "-"
 SCRIPTS = Path(__file__).resolve().parents[1]
 WORKING = ("logs", "workers", "encoders")
-"""Folders of what is used on the way to a finished cell and not looked at again."""
+"""Folders with intermediate files of cells, which are not read again."""
 
 
 def parse():
@@ -75,9 +75,9 @@ def record(
 
     try:
         stages = read(manifest)
-    except BadInput:  # it is damaged, and only says what ran
+    except BadInput:  # the manifest is damaged, and only records past runs
         stages = {}
-    stages.pop(stage, None)  # to the end
+    stages.pop(stage, None)  # the new record goes to the end
     commit, dirty, _ = git_state()
     after = follows_from(command)
     stages[stage] = {
@@ -102,10 +102,10 @@ def whole(text: str) -> int:
 
 
 def standing(manifest: Path, commands: dict[str, str], always: list[str]) -> list[tuple[str, int]]:
-    """(stage, return code) of the stages that need not run again, in order.
+    """(stage, return code) of the stages that can be skipped, in order.
 
     Args:
-        always: stages that run each time, whatever the manifest says.
+        always: stages that run each time.
     """
     try:
         stages = read(manifest)
@@ -113,10 +113,10 @@ def standing(manifest: Path, commands: dict[str, str], always: list[str]) -> lis
         print(f"{error}: every stage is looked at again", file=sys.stderr)
         return []
     ran = list(stages)
-    found, stands, last = [], True, -1
+    skippable, unchanged, last = [], True, -1
     for stage, line in commands.items():
         if stage not in stages:
-            stands = stands and stage in always
+            unchanged = unchanged and stage in always
             continue
         noted = stages[stage]
         if noted["place"] == NO_PLACE:
@@ -126,30 +126,30 @@ def standing(manifest: Path, commands: dict[str, str], always: list[str]) -> lis
             if ran.index(stage) < last:
                 problems.append("a stage before it was run since it ended")
             last = max(last, ran.index(stage))
-            stands = stands and not problems
-            if stands:
-                found.append((stage, noted["return_code"]))
+            unchanged = unchanged and not problems
+            if unchanged:
+                skippable.append((stage, noted["return_code"]))
         for problem in problems:
             print(f"{stage}: {problem}", file=sys.stderr)
-    return found
+    return skippable
 
 
 def changed(noted: dict, line: str) -> list[str]:
-    """Why a stage does not stand; empty where it does."""
-    code, kept = noted["return_code"], noted["files"]
+    """Reasons why a stage cannot be skipped; empty if it can."""
+    code, recorded_files = noted["return_code"], noted["files"]
     results = str(Path(noted["place"], "results.json"))
-    if code != 0 and not (code == 1 and results in kept):  # with results, 1 says that a check does not hold
+    if code != 0 and not (code == 1 and results in recorded_files):  # with results, 1 means that a check failed
         return [f"it ended with exit code {code}"]
-    if not kept:
+    if not recorded_files:
         return ["it left nothing"]
     command = shlex.split(line)
     if noted["command"] != shlex.join(command):
         return ["its command is another"]
-    found = []
+    problems = []
     if noted["follows_from"] != follows_from(command):
-        found.append("the code, the packages or what its command names is another")
-    damaged = ((name, Path(name), sha256) for name, sha256 in kept.items())
-    return found + [
+        problems.append("the code, the packages or what its command names is another")
+    damaged = ((name, Path(name), sha256) for name, sha256 in recorded_files.items())
+    return problems + [
         f"{name} {'was changed after it ended' if path.is_file() else 'is gone'}"
         for name, path, sha256 in damaged
         if not path.is_file() or sha256_file(path) != sha256
@@ -157,16 +157,16 @@ def changed(noted: dict, line: str) -> list[str]:
 
 
 def read(manifest: Path) -> dict[str, dict]:
-    """Stage -> its record; empty where there is no manifest yet.
+    """Stage -> its record; empty if there is no manifest yet.
 
     Raises:
         BadInput: the manifest is damaged.
     """
     if not manifest.exists():
         return {}
-    found = read_json(manifest, "queue manifest")
+    content = read_json(manifest, "queue manifest")
     try:
-        stages = {stage["stage"]: stage for stage in found["stages"]}
+        stages = {stage["stage"]: stage for stage in content["stages"]}
         for stage in stages.values():
             digests = [
                 *stage["files"].items(),
@@ -183,7 +183,7 @@ def read(manifest: Path) -> dict[str, dict]:
 
 
 def files(place: str) -> list[Path]:
-    """What a stage left at its place; working folders and hidden files (locks, what is half made) aside."""
+    """Files that a stage wrote at its place, except working folders and hidden files (locks, partial files)."""
     path = Path(place)
     if place == NO_PLACE or not path.exists():
         return []
@@ -194,13 +194,13 @@ def files(place: str) -> list[Path]:
 
 
 def shared(place: str) -> list[Path]:
-    """Files elsewhere that the cells at a stage's place rest on: controls, which phases share."""
-    found = set()
+    """Files outside a stage's place that its cells depend on, such as controls that phases share."""
+    paths = set()
     for cell in Path(place).rglob("cells/[!.]*.json") if place != NO_PLACE else []:
         root = cell.parents[1].resolve()
         named = {Path(os.path.normpath(root / name)) for name in read_json(cell, "cell").get("artefacts", {})}
-        found |= {path for path in named if not path.is_relative_to(Path(place).resolve()) and path.is_file()}
-    return sorted(found)
+        paths |= {path for path in named if not path.is_relative_to(Path(place).resolve()) and path.is_file()}
+    return sorted(paths)
 
 
 def follows_from(command: list[str]) -> str:
@@ -209,27 +209,31 @@ def follows_from(command: list[str]) -> str:
 
 
 def key(command: list[str]) -> dict | None:
-    """The key that a script's own flags give its arguments; None for arguments that the script itself will refuse, and
-    for a command without a `parse`."""
+    """Key of a command's arguments, by the script's own flags.
+
+    None for arguments that the script will refuse, and for a command without a `parse`.
+    """
     if len(command) < 2 or (parse := runpy.run_path(command[1]).get("parse")) is None:
         return None
-    own, sys.argv = sys.argv, command[1:]
+    own_arguments, sys.argv = sys.argv, command[1:]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return key_of(parse())
     except (BadInput, SystemExit):
         return None
     finally:
-        sys.argv = own
+        sys.argv = own_arguments
 
 
 @cache
 def own_code() -> list:
-    """Digests of the code and of the packages, and the number of cores. Comments count: a stage that is entered again
-    for one finds its cells."""
+    """Digests of the code and of the packages, and the number of cores.
+
+    Comments count. A stage that is run again because of a changed comment finds its cells.
+    """
     package = Path(husai.__file__).parent
     files = [path for folder in (package, SCRIPTS) for path in sorted(folder.rglob("*.py"))]
-    # A folder's name says name and version; to parse 170 files of metadata would take most of this script's time.
+    # The name of a folder gives name and version. Parsing 170 metadata files would take most of this script's time.
     installed = sorted(p.name for place in sys.path if place for p in Path(place).glob("*.*-info"))
     return [digest([sha256_file(path) for path in files]), digest(installed), usable_cores()]
 

@@ -1,13 +1,13 @@
-"""Adaptive L0: which sparsity k gives the most reproducible features, and does that hold on fresh seeds?
+"""Adaptive L0: find the sparsity k with the most reproducible features, and confirm it on fresh seeds.
 
     python scripts/experiments/run_adaptive_l0_calibration.py
     python scripts/experiments/run_adaptive_l0_calibration.py --k-candidates 32
     python scripts/experiments/run_adaptive_l0_calibration.py --activation-cache-dir STORE --d-sae 1024 --ev-floor 0.7
 
-Every candidate k is trained on the selection seeds. Chosen is the one whose excess stability is surest (the least lower
-end of its intervals over the required nulls) among those whose held-out explained variance is surely above the floor.
-What was chosen by looking is then tried on seeds that had no part in the choice: against the control k, the same seeds
-and the same number of rows in both, with a paired interval. A single candidate that is the control runs it alone.
+Every candidate k is trained on the selection seeds. A candidate qualifies if the interval of its held-out explained
+variance lies above the floor. The chosen k has the highest lower end of excess stability, where the lowest end over the
+required nulls counts. The chosen k is then compared with the control k on fresh seeds, with the same seeds and number
+of rows on both sides and a paired interval. A single candidate that is the control runs alone.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Subject -> activations -> candidates on selection seeds -> choice -> confirmation on fresh seeds."""
+    """Harvest activations, train the candidates on selection seeds, choose, and confirm on fresh seeds."""
     device = prepare(args.device, args.threads)
     from husai.activations import source
     from husai.evidence import contrast, rules
@@ -69,20 +69,22 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
 
     def arms(ks: list[int], seeds: list[int]) -> dict[int, SparsitySection]:
-        """k -> its section: all of them trained in one pass."""
+        """k -> its section. All SAEs are trained in one pass."""
         grid = members(seeds, [args.d_sae], ks, [args.learning_rate])
         trained = train_or_find(cells, store, grid, recipe, device, args.threads)
         sections = {}
         for k in ks:
-            alike = [m for m in trained.members if m.k == k]
+            members_of_k = [m for m in trained.members if m.k == k]
             steps = trained.snapshot_steps
-            section, _ = study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)
+            section, _ = study.score_trained(
+                cells, store, members_of_k, steps, args.null_draws, args.threads, scores=ALIVE
+            )
             lower, ev = contrast.lower_bound(section), contrast.heldout(section)
             sections[k] = SparsitySection(k=k, lower_bound=lower, explained_variance=ev, **dict(section))
         return sections
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Selection: the surest excess above the floor; ties go to the sparser one
+    # Selection: the highest lower end of excess above the floor; ties go to the sparser k
 
     candidates = arms(args.k_candidates, args.seeds)
     chosen = rules.choose_k(list(candidates.values()), args.ev_floor)
@@ -99,8 +101,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         drop = contrast.drop(confirmed[chosen], confirmed[args.control_k])
     outcome = rules.sparsity_outcome(chosen, gain, len(args.confirmation_seeds))
 
-    both = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
-    trained = [(stage, s.k, m) for stage, sections in both.items() for s in sections for m in s.members]
+    sections_by_stage = {"selection": list(candidates.values()), "confirmation": list(confirmed.values())}
+    trained = [(stage, s.k, m) for stage, sections in sections_by_stage.items() for s in sections for m in s.members]
     results = AdaptiveL0(
         phase="adaptive_l0_calibration",
         inputs={
@@ -117,14 +119,14 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         gain=gain,
         ev_drop=drop,
         outcome=outcome,
-        **both,
+        **sections_by_stage,
     )
     files = study.checkpoint_files(cells, [m.checkpoint for _, _, m in trained])
     return results.to_json(), [*draw(results, args.output_dir), *files]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results, output_dir: Path) -> list[Path]:
@@ -152,7 +154,7 @@ def draw(results, output_dir: Path) -> list[Path]:
         title = f"Fresh seeds: {results.outcome}"
         drawn.append(Panel(title, "excess of mcc_alive; below, paired gain", "", names, {"excess": excess}))
     stages = {"selection": results.selection, "confirmation": results.confirmation}
-    pairs = [row for stage, of in stages.items() for s in of for row in pair_rows(s, stage=stage, k=s.k)]
+    pairs = [row for stage, sections in stages.items() for s in sections for row in pair_rows(s, stage=stage, k=s.k)]
     return [panels(output_dir / "figures" / "adaptive_l0.png", drawn), write_csv(output_dir / "pairs.csv", pairs)]
 
 

@@ -1,13 +1,13 @@
-"""Which SAE family is worth its L0: stability, reconstruction and external benchmarks of all families on one bank.
+"""Compare SAE architectures at one L0: stability, reconstruction and external benchmarks on one activation store.
 
     python scripts/experiments/run_architecture_frontier_external.py --architectures topk,relu,batchtopk,jumprelu \\
       --seeds 42,123,456 --run-saebench --run-cebench --cebench-repo PATH
     python scripts/experiments/run_architecture_frontier_external.py --ks 8,16,32 --run-saebench --run-cebench
 
-All families and seeds are trained in stacked passes on one activation bank, steered to the same L0 (what was reached is
-reported). Each condition stands beside its nulls and against its matched reference: ReLU with an L1 penalty, for ReLU
-TopK; a reference that --architectures leaves out is trained as well. Without `--cebench-repo` the built-in scoring is
-used, and without `--stories` its pairs are not CE-Bench's.
+All architectures and seeds are trained in stacked passes on one activation store, and steered to the same L0; the
+reached L0 is reported. Each condition is compared with its nulls and with its matched reference: ReLU with an L1
+penalty, or TopK for ReLU. A reference that --architectures leaves out is trained too. Without `--cebench-repo` the
+built-in scoring is used, and without `--stories` its pairs are not CE-Bench's.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def parse():
     )
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--d-sae", type=positive_int, default=512, help="features (default: %(default)s)")
-    p.add_argument("--ks", type=int_list, default="16", help="L0 that each family is steered to (default: %(default)s)")
+    p.add_argument("--ks", type=int_list, default="16", help="L0 that each SAE is steered to (default: %(default)s)")
     p.add_argument("--tokens", type=positive_int, default=600_000, help="each SAE sees (default: %(default)s)")
     args = p.parse_args()
     if unknown := [f for f in args.architectures if f not in FAMILIES]:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """One bank, one task: everything is trained and evaluated there, cell by cell."""
+    """Train and evaluate all SAEs on one bank, which is one task."""
     from husai.evals import bank
     from husai.evidence import conditions
 
@@ -73,7 +73,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """Explained variance and stability against L0; the differences on both benchmarks against each other."""
+    """Draw explained variance and stability against L0, and the deltas of both benchmarks against each other."""
     from husai.report import figures
 
     rows = results["banks"][0]["conditions"]
@@ -87,16 +87,16 @@ def draw(results: dict, folder: Path) -> list[Path]:
             "normalised contrastive score − matched reference",
         )
         named = [r | ({"family": "relu, against topk"} if r["family"] == "relu" else {}) for r in rows]
-        both = figures.Points.of("Benchmarks", *labels, named, "saebench_delta", "cebench_delta")
-        points.append(both)
+        benchmark_points = figures.Points.of("Benchmarks", *labels, named, "saebench_delta", "cebench_delta")
+        points.append(benchmark_points)
     return [figures.scatter(folder / "frontier.png", points, results["pareto"])]
 
 
 def summary(results: dict) -> str:
     from husai.report.text import interval, strata_of_banks, table
 
-    (found,) = results["banks"]
-    local = found["cebench"] and found["cebench"]["benchmark"] == "contrastive_local"
+    (bank,) = results["banks"]
+    local = bank["cebench"] and bank["cebench"]["benchmark"] == "contrastive_local"
     header = [
         "condition",
         "SAEs",
@@ -106,7 +106,7 @@ def summary(results: dict) -> str:
         "`mcc_alive`",
         "excess over the highest null",
     ]
-    probing = found["saebench"]["probing"] if found["saebench"] else "SAEBench"
+    probing = bank["saebench"]["probing"] if bank["saebench"] else "SAEBench"
     header += ["outcome", f"`{probing}` AUC", "− matched reference", "contrastive, normalised", "− matched reference"]
     rows = [
         [
@@ -117,12 +117,12 @@ def summary(results: dict) -> str:
             r["outcome"] + (", still moving" if r["converged"] is False else ""),
             *(f(r, n) for n in ("saebench", "cebench") for f in (figure, difference)),
         ]
-        for r in found["conditions"]
+        for r in bank["conditions"]
     ]
     lines = [
         "# Architecture frontier",
         "",
-        f"{results['subject']}, {found['hook_name']}, {found['rows']} rows; intervals: 95 %, over training seeds, "
+        f"{results['subject']}, {bank['hook_name']}, {bank['rows']} rows; intervals: 95 %, over training seeds, "
         "of benchmarks over data sets too (docs/methods.md). With fewer than five seeds nothing is concluded.",
         "",
         *table(header, rows),

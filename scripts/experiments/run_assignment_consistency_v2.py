@@ -1,18 +1,17 @@
-"""Assignment consistency v2: does a pull towards a reference make independently trained SAEs more alike?
+"""Assignment consistency v2: test whether a pull towards a reference makes independently trained SAEs more similar.
 
     python scripts/experiments/run_assignment_consistency_v2.py --device cpu
     python scripts/experiments/run_assignment_consistency_v2.py --lambdas 0,0.05,0.2 --fail-on-acceptance-fail
     python scripts/experiments/run_assignment_consistency_v2.py --activation-cache-dir STORE --reference CKPT
 
-Loss: reconstruction + λ · [1 − mean |cos(d_i, r_π(i))|], r a frozen reference dictionary, π the best assignment, found
-again every --assign-every steps. No reference is ever among the SAEs that are scored: in the earlier study 4 of 10
-pairs held it, and made most of the gain.
+Loss: reconstruction + λ · [1 − mean |cos(d_i, r_π(i))|]. r is a frozen reference dictionary. π is the best assignment,
+computed again every --assign-every steps. References are never among the scored SAEs. In the earlier study 4 of 10
+pairs held the reference, and these pairs made most of the gain.
 
-*own*: every seed has a reference of its own, trained independently of all others. Only this arm can show that the
-pull finds features rather than copies them, and the acceptance is read from it: λ is chosen on the selection seeds,
-and what counts is its paired gain over λ = 0 on fresh seeds with fresh references. *shared*: all seeds have one
-reference; reported for several references, with each left out in turn, and with its pairs counted as the earlier
-study counted them.
+*own*: every seed has its own reference, trained independently of all others. Only this arm can show that the pull finds
+features instead of copying them. Therefore it decides the acceptance: λ is chosen on the selection seeds, and its
+paired gain over λ = 0 is measured on fresh seeds with fresh references. *shared*: all seeds have one reference. This
+arm is reported for several references, without each reference in turn, and with pairs counted as in the earlier study.
 """
 
 from dataclasses import replace
@@ -86,7 +85,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Subject -> activations -> references -> own and shared arms at each λ -> choice -> confirmation."""
+    """Harvest activations, train references and both arms at each λ, choose λ, and confirm it."""
     device = prepare(args.device, args.threads)
     from torch import Tensor
 
@@ -115,7 +114,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     store = source.of_arguments(args, device)
     recipe = TrainingConfig(tokens=args.tokens, batch_size=args.batch_size)
-    decoders: dict[str, Tensor] = {}  # sha256 of a checkpoint -> W_dec, of everything that is pulled towards
+    decoders: dict[str, Tensor] = {}  # sha256 of a reference's checkpoint -> W_dec
 
     def train(grid: list) -> Grid:
         pull = References(decoders, partners, args.assign_every)
@@ -128,14 +127,14 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         return [replace(m, assignment_weight=weight, reference=n) for m, n in zip(plain(seeds), names, strict=True)]
 
     # ----------------------------------------------------------------------------------------------------------------
-    # References: trained like everything else, on seeds of their own, and never scored
+    # References: trained by the same recipe on separate seeds, and never scored
 
     references = train(plain([*args.reference_seeds, *args.confirmation_reference_seeds])).members
     for r in references:
         decoders[r.checkpoint_sha256] = checkpoints.load(args.output_dir / r.checkpoint).W_dec
-    own = [r.checkpoint_sha256 for r in references[: len(args.seeds)]]
+    own_references = [r.checkpoint_sha256 for r in references[: len(args.seeds)]]
     own_fresh = [r.checkpoint_sha256 for r in references[len(args.seeds) :]]
-    shared = own[: args.shared_references]
+    shared = own_references[: args.shared_references]
     if args.reference:
         name = sha256_file(weights_file(args.reference))
         seeds = [*args.seeds, *args.confirmation_seeds]
@@ -147,15 +146,17 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     lambdas = sorted(args.lambdas)[1:]
     arms: dict[tuple[str, float, str | None], list] = {("control", 0.0, None): plain(args.seeds)}
-    arms |= {("own", weight, None): pulled(args.seeds, weight, own) for weight in lambdas}
+    arms |= {("own", weight, None): pulled(args.seeds, weight, own_references) for weight in lambdas}
     arms |= {("shared", w, name): pulled(args.seeds, w, [name] * len(args.seeds)) for w in lambdas for name in shared}
-    grid = list(dict.fromkeys(m for arm in arms.values() for m in arm))  # a shared reference is some seed's own, too
+    grid = list(
+        dict.fromkeys(m for arm in arms.values() for m in arm)
+    )  # a shared reference is also the own reference of a seed
     selection = train(grid)
     sae_of = dict(zip(grid, selection.members, strict=True))
 
-    def score(alike: list[GridMember]) -> Section:
+    def score(saes: list[GridMember]) -> Section:
         steps = selection.snapshot_steps  # the confirmation has the same number of rows
-        return study.score_trained(cells, store, alike, steps, args.null_draws, args.threads, scores=ALIVE)[0]
+        return study.score_trained(cells, store, saes, steps, args.null_draws, args.threads, scores=ALIVE)[0]
 
     scored = {key: score([sae_of[m] for m in arm]) for key, arm in arms.items()}
     control = scored["control", 0.0, None]
@@ -164,7 +165,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         gain, drop = contrast.gain([section], [control]), contrast.drop(section, control)
         return PulledSection(gain=gain, ev_drop=drop, **pull(weight), **dict(section))
 
-    # What the score would seem to gain if the reference were among the SAEs, as it was in the earlier study.
+    # Apparent gain if the reference counted as one of the SAEs, as in the earlier study.
     def counting(section: Section, name: str) -> float:
         return study.mcc_with_reference(args.output_dir, section, decoders[name])
 
@@ -186,7 +187,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         )
 
     # ----------------------------------------------------------------------------------------------------------------
-    # The surest gain among the λ that keep the explained variance, tried on fresh seeds with fresh references
+    # The λ with the highest lower end of gain among those that keep explained variance, on fresh seeds and references
 
     chosen = rules.choose_weight(arm_own, args.max_ev_drop)
     confirmation: list[UnpulledSection | PulledSection] = []
@@ -224,7 +225,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results, output_dir: Path) -> list[Path]:
@@ -274,8 +275,8 @@ def summary(results: dict) -> str:
             f"Confirmation, λ {fresh.weight:g}, fresh seeds, each with a reference of its own: "
             f"{gain_sentence(fresh.gain)}; held-out EV lost {interval(fresh.ev_drop, '+')}.",
         ]
-    own = [[f"{a.weight:g}", *gain_cells(a.gain), interval(a.ev_drop, "+")] for a in phase.own]
-    lines += ["", "## Own references, selection seeds", "", *table(["λ", *GAIN_HEADER, "EV lost"], own)]
+    rows_of_own = [[f"{a.weight:g}", *gain_cells(a.gain), interval(a.ev_drop, "+")] for a in phase.own]
+    lines += ["", "## Own references, selection seeds", "", *table(["λ", *GAIN_HEADER, "EV lost"], rows_of_own)]
     shared = [
         [
             f"{a.weight:g}",

@@ -1,4 +1,4 @@
-"""What the gate reads of a candidate: stability against every null, and both benchmarks.
+"""Evaluate a candidate for the gate: stability against every null, and both benchmarks.
 
     python scripts/experiments/run_candidate_confirmation.py
     python scripts/experiments/run_candidate_confirmation.py --candidate SELECTED.json \\
@@ -6,13 +6,13 @@
     python scripts/experiments/run_candidate_confirmation.py --checkpoint SEED1 SEED2 SEED3 SEED4 SEED5 \\
       --model-name husai-tiny --hook-name blocks.1.hook_resid_pre --untrained BEFORE_TRAINING --reference RELU_SAES
 
-Choosing the best of several and then testing it on the same seeds and data sets would count luck as merit. Therefore a
-selected recipe is trained again on seeds that no study used, and the benchmarks read the data-set families that
-selection did not. `confirmations.json` below --artifact-root counts how often a configuration was tried; the gate is
-stricter at each attempt. SAEs of your own (`--checkpoint`) are evaluated as they are: at least three that differ in
-their seed alone, five for a verdict. HUSAI cannot see how those were selected, and the gate gives them no more than a
-provisional decision. `run_release_check.py` runs this and all that follows. Exit 2: nothing was selected, a seed is not
-fresh, or the SAEs do not belong together.
+A test of the best of several candidates on the same seeds and data sets would reward luck. Therefore the selected
+recipe is trained again on seeds that no study used, and the benchmarks use the data-set families that selection did not
+read. `confirmations.json` below --artifact-root counts the attempts of a configuration; the gate is stricter at each
+attempt. User-supplied SAEs (`--checkpoint`) are evaluated without training: at least three that differ in their seed
+alone, five for a verdict. HUSAI cannot see how you selected them, therefore the gate's decision is at best provisional.
+`run_release_check.py` runs this script and all later parts. Exit 2: nothing was selected, a seed is not fresh, or the
+SAEs are not seeds of one condition.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ OF_SUPPLIED = (
     "random_model_checkpoint",
     *("probing", "max_rows", "null_draws", "same_model", "max_norm_multiple"),
 )
-"""Flags that go with --checkpoint: a selection names its own recipe."""
+"""Flags that need --checkpoint, because a selection names its own recipe."""
 
 
 def parse():
@@ -45,7 +45,7 @@ def parse():
         help="that no study used, as many as the selection fixed (default: fixed ones; the gate takes no others)",
     )
     p.add_supplied(required=False)
-    p.set_defaults(dataset_names=None)  # a selection says which data sets it left
+    p.set_defaults(dataset_names=None)  # a selection names the data sets that it left
     p.add_baseline_map()
     args = p.parse_args()
     if args.seeds is not None and len(args.seeds) < 2:
@@ -69,44 +69,44 @@ def main() -> None:
 
     if args.candidate and not args.candidate.is_file():
         raise BadInput(f"--candidate: {args.candidate} does not exist; select_release_candidate.py makes it")
-    # The gate looks for the checkpoints where the results say that they lie: a move is another result.
+    # Results hold the places of checkpoints, where the gate looks for them. A move changes the results.
     args.lie_at = [write_place(p, args.output_dir) for p in args.checkpoint]
     run_phase(args, "candidate_confirmation", compute, summary)
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Train the recipe again, or take the SAEs as they are; compare, probe and draw."""
+    """Train the recipe again, or open the user's SAEs; then compare, probe and draw."""
     device = prepare(args.device, args.threads)
     from husai.evals import retrained, supplied
 
-    found = supplied.evaluate(args, cells, device) if args.checkpoint else retrained.evaluate(args)
-    return found.to_json(), draw(found, args.output_dir / "figures")
+    evaluation = supplied.evaluate(args, cells, device) if args.checkpoint else retrained.evaluate(args)
+    return evaluation.to_json(), draw(evaluation, args.output_dir / "figures")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
-def draw(found, folder: Path) -> list[Path]:
-    """The candidate against each null and each baseline of the benchmarks: what is above zero is above them."""
+def draw(evaluation, folder: Path) -> list[Path]:
+    """Draw the candidate's excess over each null, and its delta to each baseline of the benchmarks."""
     from husai.report import figures
 
-    excess, name = found.section.stability.scores["mcc_alive"].excess, found.candidate.condition
+    excess, name = evaluation.section.stability.scores["mcc_alive"].excess, evaluation.candidate.condition
     over = {name: list(excess.values())}
     panels = [figures.Panel("mcc of alive features", "above the null", "", list(excess), over)]
-    for title, label, _, delta in benchmarks(found):
+    for title, label, _, delta in benchmarks(evaluation):
         if known := {arm: d for arm, d in delta.items() if d["estimate"] is not None}:
             series = {name: list(known.values())}
             panels.append(figures.Panel(f"{title}: less a baseline", label, "", list(known), series))
     return [figures.panels(folder / "confirmation.png", panels)]
 
 
-def benchmarks(found) -> list[tuple[str, str, dict, dict]]:
-    """(name, figure, the candidate's estimate, baseline -> difference) of each benchmark."""
+def benchmarks(evaluation) -> list[tuple[str, str, dict, dict]]:
+    """(name, figure, estimate of the candidate, baseline -> delta) of each benchmark."""
     rows = []
-    for part in (found.bank.saebench, found.bank.cebench):
-        (row,) = [c for c in part.conditions if c["condition"] == found.candidate.condition]
-        if part is found.bank.saebench:
+    for part in (evaluation.bank.saebench, evaluation.bank.cebench):
+        (row,) = [c for c in part.conditions if c["condition"] == evaluation.candidate.condition]
+        if part is evaluation.bank.saebench:
             rows.append((part.probing, "test AUC, k = 5", row["auc"]["5"], row["delta"]))
         else:
             rows.append((part.benchmark, "normalised score", row["normalised"], row["delta"]))
@@ -119,35 +119,36 @@ def summary(results: dict) -> str:
     from husai.report.text import interval, stand_in, strata, table
     from husai.subjects.harvesting import line
 
-    found = read_evaluation(results)
-    section, own = found.section, [r for r in found.bank.saes if r.candidate]
+    evaluation = read_evaluation(results)
+    section, member_records = evaluation.section, [r for r in evaluation.bank.saes if r.candidate]
     verdict, scores = section.stability.verdict, section.stability.scores
     reached = {
-        "L0": [r.heldout.l0 for r in own],
-        "held-out explained variance": [r.heldout.explained_variance for r in own],
-        "dead features": [r.heldout.dead_share for r in own],
-        "CE loss score": [r.core.ce_loss_score for r in own],
+        "L0": [r.heldout.l0 for r in member_records],
+        "held-out explained variance": [r.heldout.explained_variance for r in member_records],
+        "dead features": [r.heldout.dead_share for r in member_records],
+        "CE loss score": [r.core.ce_loss_score for r in member_records],
     }
     rows = [[name, interval(mean_over_seeds(values).to_json())] for name, values in reached.items()]
     rows += [[f"`{n}`", interval(scores[n].observed)] for n in ("mcc_alive", "mcc") if n in scores]
     rows += [[f"excess over {null}", interval(e, "+")] for null, e in scores["mcc_alive"].excess.items()]
-    for name, what in (("share70_alive", "single features"), ("mcc_others", "without prototypes")):
+    for name, title in (("share70_alive", "single features"), ("mcc_others", "without prototypes")):
         excess = scores[name].excess
-        rows += [[f"{what}: excess over {null}", interval(e, "+")] for null, e in excess.items()]
-    for kind, gain in found.bank.code.gain.items() if found.bank.code else ():
+        rows += [[f"{title}: excess over {null}", interval(e, "+")] for null, e in excess.items()]
+    for kind, gain in evaluation.bank.code.gain.items() if evaluation.bank.code else ():
         named = {"explained variance": gain.explained_variance, "CE recovered": gain.ce_recovered}
         rows += [[f"{name} − that of {kind}", interval(g, "+")] for name, g in named.items() if g is not None]
-    for name, figure, estimate, delta in benchmarks(found):
+    for name, figure, estimate, delta in benchmarks(evaluation):
         rows.append([f"`{name}`, {figure}", interval(estimate)])
         rows += [[f"− {arm.replace('_', ' ')}", interval(d, "+")] for arm, d in delta.items()]
-    probing = found.bank.saebench
+    probing = evaluation.bank.saebench
     assert probing is not None  # a confirmation probes
     lines = [
-        "# Confirmation of the candidate" if found.origin == "retrained" else "# SAEs of your own",
+        "# Confirmation of the candidate" if evaluation.origin == "retrained" else "# SAEs of your own",
         "",
         f"**{verdict.outcome}**: {verdict.reason}{still_moving(section)}. *{verdict.sentence}*",
         "",
-        f"{found.candidate.condition} of {found.subject}, {found.bank.hook_name}: {where_from(found)}.",
+        f"{evaluation.candidate.condition} of {evaluation.subject}, {evaluation.bank.hook_name}: "
+        f"{where_from(evaluation)}.",
         "",
         *table(["figure", "95 % interval"], rows),
         "",
@@ -158,11 +159,11 @@ def summary(results: dict) -> str:
         f"Probing data sets: {', '.join(probing.data_sets)}.",
         "",
     ]
-    if found.origin == "supplied":
+    if evaluation.origin == "supplied":
         called = ", ".join(
-            f"{seed} is {label}" for seed, label in zip(found.paths, section.stability.labels, strict=True)
+            f"{seed} is {label}" for seed, label in zip(evaluation.paths, section.stability.labels, strict=True)
         )
-        notes = [*found.notes, *([line(found.harvesting.to_json())] if found.harvesting else [])]
+        notes = [*evaluation.notes, *([line(evaluation.harvesting.to_json())] if evaluation.harvesting else [])]
         lines += [f"SAEs: {called}.", "", *(text for note in notes for text in (note, ""))]
         lines += ["HUSAI cannot see how you selected these SAEs, so the result cannot support an external claim.", ""]
         lines += stand_in(results)
@@ -174,11 +175,13 @@ def still_moving(section) -> str:
     return ", still moving at the end of training" if convergence and convergence.converged is False else ""
 
 
-def where_from(found) -> str:
-    n, seeds = len(found.candidate.checkpoints), ", ".join(found.candidate.checkpoints)
-    if found.origin == "retrained":
-        return f"trained again with seeds {seeds}, which no study used; attempt {found.attempt} of this configuration"
-    source = found.candidate.facts.source
+def where_from(evaluation) -> str:
+    n, seeds = len(evaluation.candidate.checkpoints), ", ".join(evaluation.candidate.checkpoints)
+    if evaluation.origin == "retrained":
+        return (
+            f"trained again with seeds {seeds}, which no study used; attempt {evaluation.attempt} of this configuration"
+        )
+    source = evaluation.candidate.facts.source
     return f"{n} SAEs " + ("as HUSAI trained them" if source == "husai" else f"of {source}, their training not known")
 
 

@@ -1,13 +1,13 @@
-"""Core ablations: how stability depends on sparsity, on width and on how SAEs are trained.
+"""Core ablations: measure how stability depends on sparsity, width and training.
 
     python scripts/experiments/run_core_ablations.py
     python scripts/experiments/run_core_ablations.py --architectures topk,batchtopk --ks 8,16 --d-saes 256,512
     python scripts/experiments/run_core_ablations.py --activation-cache-dir STORE --d-sae 1024 --k 32 --tokens 5000000
 
-Two axes, k at a fixed width and width at a fixed k, every condition with the same seeds and the same number of rows,
-scored against its nulls (docs/methods.md). A condition whose stability still moves at the end of training is marked:
-SAEs that are trained too short look like chance. Beside the axes stand methods that are credited with higher
-stability, under the same protocol, and two controls that share what must not be shared; they have to be refused.
+There are two axes: k at a fixed width, and width at a fixed k. All conditions have the same seeds and number of rows,
+and are scored against their nulls (docs/methods.md). A condition whose stability still changes at the end of training
+is marked, because undertrained SAEs resemble chance. The same protocol tests methods that are said to raise stability,
+and two controls that share an initialisation or a decoder and must be refused.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def parse():
     p.add_common("results/experiments/core_ablations")
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
-    p.add_argument("--architectures", type=name_list, default="topk", help="families (default: %(default)s)")
+    p.add_argument("--architectures", type=name_list, default="topk", help="default: %(default)s")
     p.add_argument("--ks", type=int_list, default="8,16,32,64", help="sparsities at --d-sae (default: %(default)s)")
     p.add_argument(
         "--d-saes", type=int_list, default="64,128,256,512,1024", help="widths at --k (default: %(default)s)"
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Subject -> activations -> all conditions in a few passes -> scores. Returns the results and their files."""
+    """Harvest activations, train all conditions, and score them; returns the results and the files of the plots."""
     device = prepare(args.device, args.threads)
     from husai.activations import source
     from husai.evidence import contrast
@@ -94,20 +94,20 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         return dict(section) | {name: contrast.heldout(section, name) for name in figures}
 
     # ----------------------------------------------------------------------------------------------------------------
-    # The two axes: all conditions of a width and family take each step together
+    # The two axes: all conditions of a width and architecture take each step together
 
     grid_of_axes = train(conditions)
     rows = []
     for family in args.architectures:
         for d_sae, k in axes:
-            alike = [m for m in grid_of_axes.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
-            on = [axis for axis, here in (("k", d_sae == args.d_sae), ("d_sae", k == args.k)) if here]
+            members_of_row = [m for m in grid_of_axes.members if (m.family, m.d_sae, m.k) == (family, d_sae, k)]
+            on = [axis for axis, varies in (("k", d_sae == args.d_sae), ("d_sae", k == args.k)) if varies]
             name = f"{family}, d_sae {d_sae}, k {k}"
-            about = {"name": name, "axes": on, "family": family, "d_sae": d_sae, "k": k}
-            rows.append(AblationRow(**about, **scored(alike, grid_of_axes.snapshot_steps)))
+            names = {"name": name, "axes": on, "family": family, "d_sae": d_sae, "k": k}
+            rows.append(AblationRow(**names, **scored(members_of_row, grid_of_axes.snapshot_steps)))
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Methods credited with higher stability, and controls that must be refused: the first family, at --d-sae and --k
+    # Methods said to raise stability, and controls that must be refused: first architecture, at --d-sae and --k
 
     methods: list[AblationMethod] = []
     controls: list[RefusedControl] = []
@@ -121,20 +121,20 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
             "a quarter of the batch, four times the steps": (replace(recipe, batch_size=quarter), args.d_sae),
             "half the width, twice the rows": (replace(recipe, tokens=2 * args.tokens), half),
         }
-        for name, (how, d_sae) in variants.items():
-            varied = train(grid(d_sae), how)
+        for name, (settings_of_method, d_sae) in variants.items():
+            varied = train(grid(d_sae), settings_of_method)
             figures = scored(varied.members, varied.snapshot_steps)
-            method = AblationMethod(name=name, d_sae=d_sae, rows_seen=how.tokens, **figures)
+            method = AblationMethod(name=name, d_sae=d_sae, rows_seen=settings_of_method.tokens, **figures)
             if methods:
                 lost = contrast.drop(method, methods[0])
                 method = method.model_copy(update={"gain": contrast.gain([method], methods[:1]), "ev_drop": lost})
             methods.append(method)
             trained += [(name, m) for m in method.members]
-        for name, how in (
+        for name, settings_of_method in (
             ("shared initialisation", recipe),
             ("shared frozen decoder", replace(recipe, freeze_decoder=True)),
         ):
-            sharing = [study.member_of(m) for m in train(grid(init_seed=args.seeds[0]), how).members]
+            sharing = [study.member_of(m) for m in train(grid(init_seed=args.seeds[0]), settings_of_method).members]
             trained += [(name, m) for m in sharing]
             dictionaries = [study.own_dictionary(args.output_dir / m.checkpoint) for m in sharing]
             controls.append(RefusedControl(name=name, refused=study.refusal(args.seeds, dictionaries)))
@@ -159,7 +159,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results, output_dir: Path) -> list[Path]:
@@ -172,11 +172,11 @@ def draw(results, output_dir: Path) -> list[Path]:
     for axis, label in (("k", "k, active features a row"), ("d_sae", "d_sae, features")):
         series, unfinished, x = {}, {}, []
         for family in dict.fromkeys(r.family for r in results.rows):
-            here = [r for r in results.rows if axis in r.axes and r.family == family]
-            here.sort(key=lambda r: getattr(r, axis))
-            x = [getattr(r, axis) for r in here]
-            series[family] = [r.stability.verdict.claimable_excess for r in here]
-            unfinished[family] = [r.convergence.converged is False for r in here]
+            rows_of_axis = [r for r in results.rows if axis in r.axes and r.family == family]
+            rows_of_axis.sort(key=lambda r: getattr(r, axis))
+            x = [getattr(r, axis) for r in rows_of_axis]
+            series[family] = [r.stability.verdict.claimable_excess for r in rows_of_axis]
+            unfinished[family] = [r.convergence.converged is False for r in rows_of_axis]
         drawn.append(Panel(f"Against {axis}", label, "excess over the highest null", x, series, unfinished))
     if results.methods:
         others = results.methods[1:]

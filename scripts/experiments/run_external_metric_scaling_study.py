@@ -1,13 +1,13 @@
-"""What tokens, width and layer do to SAEs: reconstruction, stability and external benchmarks over a full product.
+"""Measure how tokens, width and layer affect SAEs: reconstruction, stability and external benchmarks on a full grid.
 
     python scripts/experiments/run_external_metric_scaling_study.py --token-budgets 10000,30000 --hook-layers 0,1 \\
       --d-sae-values 1024,2048 --seeds 42,123,456 --run-saebench --run-cebench --cebench-repo PATH \\
       --cebench-matched-baseline-map docs/evidence/phase4e_cebench_matched200/cebench_baseline_map.json
     python scripts/experiments/run_external_metric_scaling_study.py --executor ray --run-saebench
 
-A budget is the tokens that each SAE sees, met exactly, with a learning-rate schedule of its own. Each layer is one
-bank of activations and one task of the executor. What an axis does is estimated by contrasts that are paired by seed; a
-layer whose baseline is missing in the map gets no difference, and the study goes on.
+A budget is the exact number of tokens that each SAE sees, with its own learning-rate schedule. Each layer is one
+activation store and one task of the executor. The effect of an axis is estimated by contrasts that are paired by seed.
+A layer without a baseline in the map gets no delta, and the study continues.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """A task a layer; then what each axis does."""
+    """Run one task for each layer, then estimate the effect of each axis."""
     from husai.evals import bank
     from husai.evidence import conditions
 
@@ -78,7 +78,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """Each figure against the budget, a line a layer and width."""
+    """Draw each figure against the budget, one line for each layer and width."""
     from husai.report import figures
 
     rows = [row for found in results["banks"] for row in found["conditions"]]
@@ -93,14 +93,18 @@ def draw(results: dict, folder: Path) -> list[Path]:
         ("saebench", f"{probing_name(results)} test AUC, k = 5"),
         ("cebench", "contrastive score, normalised"),
     ):
-        series = {line: [r[name] for r in of] for line, of in lines.items() if all(r[name] for r in of)}
+        series = {
+            line: [r[name] for r in rows_of_line]
+            for line, rows_of_line in lines.items()
+            if all(r[name] for r in rows_of_line)
+        }
         if series:
             panels.append(figures.Panel(label, "tokens seen", label, budgets, series))
     return [figures.panels(folder / "scaling.png", panels)]
 
 
 def probing_name(results: dict) -> str:
-    """What fitted the probes of all banks."""
+    """Name of the probe implementation of all banks."""
     return next((b["saebench"]["probing"] for b in results["banks"] if b["saebench"]), "SAEBench")
 
 

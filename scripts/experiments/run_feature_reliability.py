@@ -1,4 +1,4 @@
-"""Which features of an SAE can you trust? A calibrated statement about each of them, from siblings with other seeds.
+"""Judge each feature of an SAE: a calibrated statement about each feature, from siblings with other seeds.
 
     python scripts/experiments/run_feature_reliability.py --checkpoint MY_SAE \\
       --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
@@ -6,12 +6,12 @@
     python scripts/experiments/run_feature_reliability.py --checkpoint sae-lens:gpt2-small-res-jb/blocks.8.hook_resid_pre \\
       --model-name gpt2 --hook-name blocks.8.hook_resid_pre --text Skylion007/openwebtext --tokens 300000000 --dry-run
 
-One checkpoint: siblings are trained here, of the same architecture, width and L0, each with its own initialisation and
-data order. Several: the statements are about the first, and the others are its siblings. --relatives takes other SAEs of
-the hook, of whatever width, by their decoders alone; nothing is trained. A forecast of time, memory and disk comes first;
---dry-run stops there. Leaves features.csv and features.parquet (one row a feature; columns.md explains the columns),
-results.json, summary.md, contexts.json, figures, and report.html. Exit 0 done, 1 the siblings miss the SAE's L0, 2 bad
-input.
+With one checkpoint, siblings of the same architecture, width and L0 are trained, each with its own initialisation and
+data order. With several, the statements are about the first one, and the others are its siblings. --relatives uses
+decoders of other SAEs at the hook, of any width, and trains nothing. A forecast of time, memory and disk comes first;
+--dry-run stops after it. The script writes features.csv and features.parquet (one row for each feature; columns.md
+explains the columns), results.json, summary.md, contexts.json, figures, and report.html. Exit 0 done, 1 the siblings
+miss the SAE's L0, 2 bad input.
 """  # noqa: E501
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Train the siblings, judge every feature, and write what a reader opens."""
+    """Train the siblings, judge every feature, and write tables, contexts and pages."""
     device = prepare(args.device, args.threads)
     from husai.evals import reliability
     from husai.evidence.features import dictionary
@@ -58,17 +58,19 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     from husai.report.features import feature_page
     from husai.runs.files import write_json, write_text
 
-    found, out = reliability.answer(args, cells, device), args.output_dir
-    results = found.results.to_json()
+    reliability_of_features, out = reliability.answer(args, cells, device), args.output_dir
+    results = reliability_of_features.results.to_json()
     files = {
         name: out / name for name in ("features.csv", "features.parquet", "columns.md", "contexts.json", "report.html")
     }
-    write_text(files["features.csv"], found.table.to_csv(index=False))
-    found.table.to_parquet(files["features.parquet"], index=False)
+    write_text(files["features.csv"], reliability_of_features.table.to_csv(index=False))
+    reliability_of_features.table.to_parquet(files["features.parquet"], index=False)
     write_text(files["columns.md"], dictionary())
-    write_json(files["contexts.json"], found.contexts)
-    write_text(files["report.html"], feature_page(results, found.table, found.contexts))
-    return results, [*files.values(), *figures.of_features(results, found.table, out / "figures")]
+    write_json(files["contexts.json"], reliability_of_features.contexts)
+    write_text(
+        files["report.html"], feature_page(results, reliability_of_features.table, reliability_of_features.contexts)
+    )
+    return results, [*files.values(), *figures.of_features(results, reliability_of_features.table, out / "figures")]
 
 
 def summary(results: dict) -> str:

@@ -1,16 +1,15 @@
-"""CE-Bench's contrastive score on SAEs at hand, as published and corrected, against matched references.
+"""Compute CE-Bench's contrastive score of SAEs, as published and corrected, against matched references.
 
     python scripts/experiments/run_husai_cebench_custom_eval.py --cebench-repo PATH --checkpoint CKPT \\
       --model-name pythia-70m-deduped --hook-layer 0 --hook-name blocks.0.hook_resid_pre --device cuda
     python scripts/experiments/run_husai_cebench_custom_eval.py --model-name husai-tiny --hook-layer 1 \\
       --checkpoint results/experiments/sae_training/checkpoints --random-model-checkpoint RANDOM_MODEL_SAES
 
-With `--stories GulkoA/contrastive-stories-v3` the pairs are CE-Bench's own; a local copy of them is marked as one that
-nobody has verified. Without it they are texts of the two classes of labelled sae-probes sets, and the metric is called
-`contrastive_local`: it is not CE-Bench.
-Scores grow with the width of an SAE (docs/methods.md), so that a difference is taken only against a reference of the
-same width and L0, of bound-normalised corrected scores. `--cebench-repo` also runs your checkout of CE-Bench,
-unmodified, on the same pairs.
+With `--stories GulkoA/contrastive-stories-v3` the pairs are CE-Bench's own. A local copy is marked as unverified.
+Without `--stories`, pairs are texts from the two classes of labelled sae-probes sets, and the metric is called
+`contrastive_local`, because it is not CE-Bench. Scores grow with the width of an SAE (docs/methods.md). Therefore a
+delta is taken only to a reference of the same width and L0, on bound-normalised corrected scores. `--cebench-repo` also
+runs your checkout of CE-Bench, unmodified, on the same pairs.
 """
 
 from pathlib import Path
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 def check(results: dict) -> None:
-    """Raise CheckFailed where a condition does not reach --min-delta, or has no difference at all."""
+    """Raise CheckFailed if a condition does not reach --min-delta, or has no delta."""
     from husai.evidence import rules
     from husai.runs.errors import CheckFailed
 
@@ -79,7 +78,7 @@ def check(results: dict) -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all input, then read the stories once for all SAEs, and compare."""
+    """Check all input, read the stories once for all SAEs, and compare."""
     device = prepare(args.device, args.threads)
     from husai.evals import baselines, cebench, contrastive, loaded, sae_probes
 
@@ -93,9 +92,9 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         cebench.refuse_unreachable(saes, args.min_delta, references)
     places = loaded.Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
     no_reference = getattr(args, "no_reference", None)
-    found = cebench.evaluate(saes, pairs, repeats, places, references, no_reference, args.cebench_repo)
-    asked = {"random_seed": args.random_seed, "min_delta": args.min_delta}
-    results = found.model_copy(update=asked).to_json()
+    contrastive_results = cebench.evaluate(saes, pairs, repeats, places, references, no_reference, args.cebench_repo)
+    settings = {"random_seed": args.random_seed, "min_delta": args.min_delta}
+    results = contrastive_results.model_copy(update=settings).to_json()
     files = draw(results, args.output_dir / "figures")
     if args.as_baseline:
         files.append(baselines.write_map(args.output_dir / baselines.MAP, args.hook_name, "results.json"))
@@ -103,7 +102,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 ARMS = ("untrained", "random_model", "reference")
 

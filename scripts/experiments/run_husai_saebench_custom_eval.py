@@ -1,15 +1,14 @@
-"""SAEBench's sparse probing (sae-probes) and core metrics on SAEs at hand, with baselines and intervals.
+"""Run SAEBench's sparse probing (sae-probes) and core metrics on SAEs, with baselines and intervals.
 
     python scripts/experiments/run_husai_saebench_custom_eval.py --checkpoint CKPT --model-name pythia-70m-deduped \\
       --hook-layer 0 --hook-name blocks.0.hook_resid_pre --device cuda
     python scripts/experiments/run_husai_saebench_custom_eval.py --model-name husai-tiny --hook-layer 1 \\
       --checkpoint results/experiments/sae_training/checkpoints --random-model-checkpoint RANDOM_MODEL_SAES
 
-A checkpoint is one of HUSAI, SAELens, dictionary_learning or sparsify, or a folder that holds some. Probing runs by
-SAEBench's own code (`sparse_probing_sae_probes`), on activations that are harvested once for all SAEs. An SAE's figure
-stands beside the residual stream's own probe, PCA of its size, an untrained SAE of its width and L0, SAEs of the
-random-weights model, and, where one at hand matches (docs/methods.md), a reference SAE. The AUC at k = 5, fixed in
-advance, is the one that counts.
+A checkpoint is one of HUSAI, SAELens, dictionary_learning or sparsify, or a folder of checkpoints. SAEBench's own code
+(`sparse_probing_sae_probes`) probes activations that are harvested once for all SAEs. The baselines of an SAE are a
+probe on the activations themselves, PCA of the same size, an untrained SAE of the same width and L0, SAEs of the
+random-weights model and, if one matches (docs/methods.md), a reference SAE. The AUC at k = 5, fixed in advance, counts.
 """
 
 from pathlib import Path
@@ -77,14 +76,14 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     places = loaded.Places(
         args.output_dir, args.artifact_root, args.device, args.threads, args.force, args.model_cache_path
     )
-    found, rows = saebench.evaluate(loaded.load(args, device), setup, places, cells)
-    results = found.to_json()
+    probing, rows = saebench.evaluate(loaded.load(args, device), setup, places, cells)
+    results = probing.to_json()
     files = [write_csv(args.output_dir / "per_data_set.csv", rows), *draw(results, args.output_dir / "figures")]
     return results, files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 ARMS = ("llm", "pca", "untrained", "random_model", "reference")

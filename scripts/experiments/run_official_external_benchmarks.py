@@ -1,13 +1,13 @@
-"""The external benchmarks in their own code, and HUSAI's evals on top of them: what can run here, and run it.
+"""List the external benchmarks that can run on this machine, and run them in their own code.
 
     python scripts/experiments/run_official_external_benchmarks.py
     python scripts/experiments/run_official_external_benchmarks.py --execute
     python scripts/experiments/run_official_external_benchmarks.py --execute --checkpoint CKPT --cebench-repo PATH
 
-Without `--execute` it says what is installed, which data and weights are at hand, what would run and for how long. With
-it, every command runs in a process of its own; a failed one does not stop the others, and the run then exits with 1.
-Commands, return codes and logs are in the manifest. Without `--checkpoint` the embedded default is trained: TopK and
-ReLU SAEs of husai-tiny, five seeds.
+Without `--execute` the script lists the installed versions, the data and weights that it found, and the evals that
+would run, with a guess at their time. With `--execute` every command runs in a separate process. If one fails, the
+others still run, and the script then exits with 1. Commands, return codes and logs are in the manifest. Without
+`--checkpoint` the embedded default is trained: TopK and ReLU SAEs of husai-tiny, five seeds.
 """
 
 import shutil
@@ -21,8 +21,9 @@ from husai.runs.cli import name_list, prepare, run_main
 SCRIPTS = Path(__file__).resolve().parent
 EVALS = ("saebench_custom", "cebench_custom", "sparse_probing_sae_probes", "core", "meta_structure")
 SECONDS = {"sae-probes": 0.4, "llm": 0.5, "official": 15.0, "story": 0.02}
-"""On two CPU cores, for a guess at the time: of an SAE and data set, of the model's probe and data set, of an official
-eval's start, of a story pair and SAE. docs/benchmarks/eval_speed.md measures them."""
+"""Seconds on two CPU cores, for a guess at the time of a run (docs/benchmarks/eval_speed.md): `sae-probes` for an SAE
+and data set, `llm` for the model's probe and data set, `official` for the start of an official eval, and `story` for a
+story pair and SAE."""
 
 
 CORE_DOCUMENTS = 2000
@@ -33,9 +34,11 @@ def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/official_external_benchmarks")
     p.add_benchmark(needs_checkpoint=False)
-    p.add_argument("--execute", action="store_true", help="run what can run; without it, only say so")
+    p.add_argument("--execute", action="store_true", help="run the evals; without it, they are only listed")
     p.add_cebench()
-    p.add_argument("--dataset-names", type=name_list, default="probe", help="of sae-probes (default: %(default)s)")
+    p.add_argument(
+        "--dataset-names", type=name_list, default="probe", help="data sets of sae-probes (default: %(default)s)"
+    )
     p.add_argument("--evals", type=name_list, help=f"some of {', '.join(EVALS)} (default: all)")
     args = p.parse_benchmark()
     if unknown := [name for name in args.evals or [] if name not in EVALS]:
@@ -98,7 +101,7 @@ def guess(name: str, n_saes: int, n_data_sets: int) -> float:
 
 
 def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
-    """What each benchmark would read, in words."""
+    """Description of each benchmark's data."""
     local = "no --stories: contrastive pairs of labelled texts, which are not CE-Bench's"
     stories = Path(args.stories).name if args.stories else local
     checkout = str(args.cebench_repo.name) if args.cebench_repo else "no --cebench-repo: its own code does not run"
@@ -107,7 +110,7 @@ def data_at_hand(args, data_sets: list[str]) -> dict[str, str]:
 
 
 def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
-    """Run the plan, command after command; returns a record of each."""
+    """Run all commands one after another; returns a record of each."""
     from husai.evals import loaded, official
     from husai.evidence import deltas
     from husai.runs.files import write_json
@@ -163,16 +166,16 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
 
 
 def record(run, name: str, command: list[str], folder: Path) -> dict:
-    """Run one command; its return code, log, and what it found."""
+    """Run one command; returns its return code, its log, and its main figure."""
     from husai.evals import official
     from husai.runs.errors import CheckFailed
     from husai.runs.files import sha256_file
 
     if "-m" in command:
-        shutil.rmtree(folder, ignore_errors=True)  # SAEBench takes up whatever lies there as its own
+        shutil.rmtree(folder, ignore_errors=True)  # SAEBench would reuse any results in its folder
     code = run.command(name, command)
-    about = {"name": name, "return_code": code, "log": run.commands[-1]["log"], "seconds": run.commands[-1]["seconds"]}
-    answer = about | {"result": None, "sha256": None, "metric": None, "figure": None, "reason": None}
+    facts = {"name": name, "return_code": code, "log": run.commands[-1]["log"], "seconds": run.commands[-1]["seconds"]}
+    answer = facts | {"result": None, "sha256": None, "metric": None, "figure": None, "reason": None}
     if code != 0:
         return answer | {"reason": f"return code {code}"}
     file = folder / "results.json"
@@ -191,7 +194,7 @@ def summary(results: dict) -> str:
     for p in results["preflight"]:
         seconds = f"{p['seconds'] / 60:.1f} min" if p["seconds"] else ""
         lines.append(f"| {p['name']} | {'yes' if p['runs'] else 'no'} | {seconds} | {p['reason'] or ''} |")
-    lines += ["", *(f"- {name}: {what}" for name, what in results["data"].items())]
+    lines += ["", *(f"- {name}: {description}" for name, description in results["data"].items())]
     lines += [f"- {name} {version}" for name, version in results["versions"].items()]
     if not results["executed"]:
         return "\n".join([*lines, "", "Nothing was run: --execute does it."]) + "\n"

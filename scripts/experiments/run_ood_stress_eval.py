@@ -1,15 +1,15 @@
-"""Does what an SAE's features say about a probing task survive a shift of the data, beside the model's own activations?
+"""Measure how much probes on an SAE's features lose under a shift of the data, beyond the model's own probes.
 
     python scripts/experiments/run_ood_stress_eval.py
     python scripts/experiments/run_ood_stress_eval.py --candidate CONFIRMATION/results.json
     python scripts/experiments/run_ood_stress_eval.py --checkpoint CKPTS --model-name husai-tiny --hook-layer 1
     python scripts/experiments/run_ood_stress_eval.py --skip-families
 
-Probes are trained on a data set and scored on its own test rows and on its shifted version (another language, spelling
-or register), by sae-probes' own functions or by exact probes (`--probing`). The drop is what the SAE loses less what
-the model loses, on the data sets whose shift the model's own probe survives. Beside it, the SAE less the model on a
-held-out family of data sets, and how well the SAE fits the activations of shifted text. Without --candidate and
---checkpoint: the confirmed candidate below --artifact-root, if there is one, else the embedded default.
+Probes are trained on a data set, and scored on its test rows and on its shifted version (another language, spelling or
+register), by sae-probes' own functions or by exact probes (`--probing`). The drop is the loss of the SAE less the loss
+of the model, on the data sets whose shift the model's own probe survives. The script also reports the SAE less the
+model on a held-out family of data sets, and the SAE's fit to activations of shifted text. Without --candidate and
+--checkpoint it uses the confirmed candidate below --artifact-root if there is one, else the embedded default.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Check all input, then probe, measure and draw."""
+    """Check all input, probe, measure and draw."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, ood, sae_probes
     from husai.evals.loaded import Places
@@ -55,17 +55,17 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     sae_probes.versions(args.probing)
     chosen = ood.choose(args.shifted, [] if args.skip_families else args.dataset_names, args.random_seed)
     places = Places(args.output_dir, args.artifact_root, args.device, args.threads, args.force)
-    how = args.probing, tuple(args.probe_ks)
-    results = ood.evaluate(candidate.find(args, device), chosen, *how, places, cells).to_json()
+    settings = args.probing, tuple(args.probe_ks)
+    results = ood.evaluate(candidate.find(args, device), chosen, *settings, places, cells).to_json()
     return results, draw(results, args.output_dir / "figures")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """AUC of SAE and model on the test rows of each data set and on its shifted version, and the drop."""
+    """Draw the AUC of SAE and model on each data set's test rows and shifted version, and the drop."""
     from husai.evidence.drop import CHANCE, drops
     from husai.evidence.estimates import mean_over_seeds
     from husai.evidence.schemas import Shifted
@@ -103,7 +103,7 @@ def summary(results: dict) -> str:
     from husai.evidence.schemas import Shifted
     from husai.report.text import interval, stand_in, table
 
-    shifted, found = results["shifted"], results["candidate"]
+    shifted, candidate = results["shifted"], results["candidate"]
     evidence = Shifted.model_validate(shifted)
     verdict = rules.verdict(lambda: rules.ood(evidence, results["skipped"]))
     k, families = shifted["k"], dict.fromkeys(shifted["families"])
@@ -112,8 +112,8 @@ def summary(results: dict) -> str:
         "",
         f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
-        f"{results['subject']}, {found['facts']['hook_name']}, {found['condition']}, SAEs: {len(shifted['saes'])}. "
-        f"{where_kept(evidence, results['probing'])}",
+        f"{results['subject']}, {candidate['facts']['hook_name']}, {candidate['condition']}, "
+        f"SAEs: {len(shifted['saes'])}. {where_kept(evidence, results['probing'])}",
         f"On all {len(shifted['data_sets'])} data sets, of {len(families)} families ({', '.join(families)}), the drop "
         f"is {interval(shifted['drop'][k], '+')}, seeds and data sets both samples. Where the model keeps nothing, "
         "the drop is little more than how far the SAE is behind on the data set itself: this mean decides nothing.",
@@ -136,7 +136,7 @@ def summary(results: dict) -> str:
 
 
 def where_kept(evidence, probing: str) -> str:
-    """The drop that decides, and the shifted versions that it speaks of.
+    """Sentences on the drop that decides, and on its shifted versions.
 
     Args:
         evidence: `schemas.Shifted`.

@@ -1,4 +1,4 @@
-"""Phase 4a: are the features of SAEs trained with different seeds more alike than chance?
+"""Phase 4a: test whether features of SAEs with different seeds are more similar than chance.
 
     python scripts/experiments/run_phase4a_reproduction.py
     python scripts/experiments/run_phase4a_reproduction.py --hook-name blocks.0.mlp.hook_post --d-sae 512 --k 16
@@ -9,11 +9,11 @@
 
 The subject is a transformer that solved modular addition. TopK SAEs are trained on its residual stream at "=" with
 several seeds, and every pair is scored against its nulls (docs/methods.md). On this default subject the phase also
-makes the positive control that the gate reads: SAEs of planted features, at several degrees of recovery. Neither says
-anything about another model. `--model-name` names a language model in its place. Then training rows and held-out rows
-share no documents, SAEs trained alike on the random-weights model stand beside the nulls, and the cross-entropy that
-the model loses to each SAE is measured. `--protocol published` also runs the setting of the earlier study, whose input
-contained the answer and whose model had hardly been trained. `--sae-root` scores checkpoints that you bring.
+makes the gate's positive control: SAEs of planted features, at several degrees of recovery. Neither result applies to
+another model. `--model-name` replaces the subject by a language model. Then training rows and held-out rows share no
+documents, SAEs of the random-weights model serve as a further null, and the cross-entropy with each SAE spliced in is
+measured. `--protocol published` also runs the setting of the earlier study, whose input contained the answer and whose
+model was hardly trained. `--sae-root` scores user-supplied checkpoints.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from husai.evals.flags import EvalParser
 from husai.runs.cli import DEFAULT_SEEDS, positive_int, prepare, run_main, seed_list
 
-# What the earlier study published for its phase 4a: score pwmcc, trained over pairs of seeds, and random dictionaries.
+# Published figures of the earlier study's phase 4a: pwmcc over pairs of trained seeds, and of random dictionaries.
 PUBLISHED: dict[str, Any] = {"trained": [0.300, 0.302], "random": 0.2988, "difference": [0.0012, 0.0029]}
 
 
@@ -59,20 +59,22 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """The study itself: subject -> activations -> SAEs -> scores. Returns the results and the files they rest on."""
+    """Harvest activations, train SAEs, and score them; returns the results and the files that they depend on."""
     device = prepare(args.device, args.threads)
     from husai.evidence.planted import inputs
     from husai.evidence.schemas import Phase4a, Phase4aSection
     from husai.report import figures
     from husai.stability import study
 
-    ours = supplied(args, cells, device) if args.sae_root else trained(args, cells, device, own(args))
-    sections = {"husai": ours}
+    main_section = (
+        supplied(args, cells, device) if args.sae_root else trained(args, cells, device, default_protocol(args))
+    )
+    sections = {"husai": main_section}
     if args.protocol == "published":
         sections["published"] = trained(args, cells, device, published(args))
-    control = planted(args, cells, device) if of_default_subject(args) else None
-    found = {"phase": "4a", "inputs": inputs(ours, control), **sections, "published_figures": PUBLISHED}
-    results = Phase4a.model_validate(found if control is None else found | {"planted": control})
+    control = planted(args, cells, device) if is_default_subject(args) else None
+    values = {"phase": "4a", "inputs": inputs(main_section, control), **sections, "published_figures": PUBLISHED}
+    results = Phase4a.model_validate(values if control is None else values | {"planted": control})
     files = [path for name, section in sections.items() for path in draw(section, name, args.output_dir)]
     if control is not None:
         files.append(figures.sensitivity(control.sensitivity, args.output_dir / "figures" / "sensitivity.png"))
@@ -87,11 +89,11 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two protocols: ours, and the earlier study's
+# Two protocols: HUSAI's, and the earlier study's
 
 
-def own(args) -> dict:
-    """A transformer that solved its task, read at "="; the controls of a verdict beside it."""
+def default_protocol(args) -> dict:
+    """HUSAI's protocol: a transformer that solved its task, read at "=", with the controls of a verdict."""
     from husai.subjects.modular_addition import ModularAdditionConfig
     from husai.training.trainer import TrainingConfig
 
@@ -112,9 +114,9 @@ def own(args) -> dict:
 
 
 def published(args) -> dict:
-    """Seven tokens with the answer among them, read at the answer; a model at its initialisation; 120 Adam steps.
+    """The earlier study's protocol: seven tokens with the answer, read at the answer; untrained model; 120 Adam steps.
 
-    The batch size and the number of layers were not published; 1,024 and 2 are ours.
+    The batch size and the number of layers were not published. HUSAI uses 1,024 and 2.
     """
     from husai.subjects.modular_addition import ModularAdditionConfig
     from husai.training.trainer import TrainingConfig
@@ -153,7 +155,7 @@ def open_store(args, device, protocol: dict, random_seed: int | None = None):
 
 
 def trained(args, cells, device, protocol: dict):
-    """Train one SAE a seed (and the controls: Gaussian rows, the random-weights model), and score every pair."""
+    """Train one SAE for each seed, and controls on Gaussian rows and the random-weights model; score every pair."""
     from husai.evidence.names import SCORES
     from husai.evidence.schemas import AlikeMember, Phase4aMember, Phase4aSection
     from husai.runs.subjects import is_language_model
@@ -163,10 +165,10 @@ def trained(args, cells, device, protocol: dict):
     store = open_store(args, device, protocol)
     grid = members(args.seeds, [protocol["d_sae"]], [protocol["k"]], [protocol["learning_rate"]])
     arms = [train_or_find(cells, store, grid, protocol["recipe"], device, args.threads)]
-    of = gaussian = None
+    prototype_rows = gaussian = None
     if protocol["judged"]:
         gaussian = controls.gaussian(args.artifact_root, store, grid, protocol["recipe"], device, args.threads)
-        of = prototypes.of_store(store, args.artifact_root, protocol["d_sae"])
+        prototype_rows = prototypes.of_store(store, args.artifact_root, protocol["d_sae"])
 
     language_model = is_language_model(protocol["subject"])
     if language_model and protocol["store"] is None:
@@ -178,7 +180,9 @@ def trained(args, cells, device, protocol: dict):
     steps = arms[0].snapshot_steps
     arguments = cells, store, own_saes, steps, protocol["null_draws"], args.threads, gaussian
     scores = protocol.get("scores", SCORES)
-    section, drawn = study.score_trained(*arguments, random_model=random_model, scores=scores, prototype_rows=of)
+    section, drawn = study.score_trained(
+        *arguments, random_model=random_model, scores=scores, prototype_rows=prototype_rows
+    )
     fields = dict(section) | dict(drawn) | {"curve_steps": arms[0].curve_steps, "snapshot_steps": steps}
     fields["members"] = [
         Phase4aMember(**dict(m), curve=sae.curve, aux_steps=sae.aux_steps)
@@ -192,7 +196,7 @@ def trained(args, cells, device, protocol: dict):
 
 
 def cross_entropy(args, cells, device, store, section):
-    """What the language model loses to each SAE on documents that neither was trained on."""
+    """Cross-entropy of the language model with each SAE spliced in, on held-out documents."""
     from husai.dictionaries import checkpoints
     from husai.evidence.schemas import CrossEntropy
     from husai.runs.code import code_version
@@ -219,13 +223,13 @@ def cross_entropy(args, cells, device, store, section):
 # The positive control: planted features
 
 
-def of_default_subject(args) -> bool:
-    """Whether the phase runs on the subject that it makes itself, which the gate's positive control asks for."""
+def is_default_subject(args) -> bool:
+    """True if the phase runs on its default subject, as the gate's positive control requires."""
     return args.subject is None and args.activation_cache_dir is None and args.sae_root is None
 
 
 def planted(args, cells, device):
-    """Train SAEs of planted rows for each number of tokens, score each five as `trained` does, and measure recovery."""
+    """Train SAEs of planted rows for each number of tokens, score them as in `trained`, and measure recovery."""
     from husai.activations.planted import planted_rows
     from husai.dictionaries import checkpoints
     from husai.evidence import rules
@@ -240,7 +244,7 @@ def planted(args, cells, device):
     with one_torch_thread():
         store, made = planted_rows(data, args.artifact_root / "activations")
     for tokens in rules.PLANTED_TOKENS:
-        protocol = own(args) | {
+        protocol = default_protocol(args) | {
             "subject": None,
             "store": store,
             "hook_name": rules.PLANTED_HOOK,
@@ -248,21 +252,21 @@ def planted(args, cells, device):
             "k": data.active,
             "learning_rate": rules.PLANTED_RATE,
             "recipe": TrainingConfig(tokens=tokens, batch_size=rules.PLANTED_BATCH),
-            "scores": ALIVE,  # which the rule reads; those of all features would take half as long again
+            "scores": ALIVE,  # the rule reads these; scores of all features would take half as long again
         }
-        found = trained(args, cells, device, protocol)
-        members = [{n: v for n, v in m if n in TrainedMember.model_fields} for m in found.members]
-        kept = {name: getattr(found, name) for name in Section.model_fields} | {"members": members}
+        section_of_degree = trained(args, cells, device, protocol)
+        members = [{n: v for n, v in m if n in TrainedMember.model_fields} for m in section_of_degree.members]
+        kept = {name: getattr(section_of_degree, name) for name in Section.model_fields} | {"members": members}
         with one_torch_thread():
-            decoders = [checkpoints.load(args.output_dir / m.checkpoint).W_dec for m in found.members]
+            decoders = [checkpoints.load(args.output_dir / m.checkpoint).W_dec for m in section_of_degree.members]
             recovered = [recovery(W, made.features) for W in decoders]
         degrees.append(PlantedDegree(tokens=tokens, recovery=recovered, study=Section.model_validate(kept)))
-    found = sensitivity(degrees)
-    return PlantedSection(data=data, batch_size=rules.PLANTED_BATCH, degrees=degrees, sensitivity=found)
+    section_of_degree = sensitivity(degrees)
+    return PlantedSection(data=data, batch_size=rules.PLANTED_BATCH, degrees=degrees, sensitivity=section_of_degree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints that a user brings
+# User-supplied checkpoints
 
 
 def supplied(args, cells, device):
@@ -276,14 +280,17 @@ def supplied(args, cells, device):
     from husai.stability import independence, prototypes, replicates, study
     from husai.subjects import harvesting
 
-    protocol = own(args)
+    protocol = default_protocol(args)
     folders = foreign.find(args.sae_root, hook_name=args.hook_name)
     saes = [foreign.open_checkpoint(folder) for folder in folders]
-    said = loaded.common_harvesting(folders, saes, args.hook_name, "sae-root")
-    said = loaded.with_multiple(said, args.max_norm_multiple)
+    harvesting_of_saes = loaded.common_harvesting(folders, saes, args.hook_name, "sae-root")
+    harvesting_of_saes = loaded.with_multiple(harvesting_of_saes, args.max_norm_multiple)
     if is_language_model(args.subject):
-        version = None if args.same_model else said.revision, said.dtype, args.dtype
-        protocol |= {"subject": with_stated_version(args.subject, *version, "sae-root"), "harvesting": said}
+        version = None if args.same_model else harvesting_of_saes.revision, harvesting_of_saes.dtype, args.dtype
+        protocol |= {
+            "subject": with_stated_version(args.subject, *version, "sae-root"),
+            "harvesting": harvesting_of_saes,
+        }
     store = open_store(args, device, protocol)
     _, heldout = store.split(protocol["recipe"].heldout_fraction)
     members, dictionaries, folders = [], [], foreign.find(args.sae_root, hook_name=store.manifest.hook_name)
@@ -306,19 +313,19 @@ def supplied(args, cells, device):
     notes = replicates.check("--sae-root", folders, saes, [m.heldout for m in members])
     if other := next(filter(None, (loaded.other_model(sae, subject) for sae in saes)), None):
         notes.append(f"--same-model alone says that {other}, which the SAEs' files name, is {subject}.")
-    notes += [] if said.complete else [harvesting.line(harvesting.recorded(said))]
+    notes += [] if harvesting_of_saes.complete else [harvesting.line(harvesting.recorded(harvesting_of_saes))]
     missing = {"gaussian": "nothing is trained here; run_release_check.py trains them"}
     labels = [m.label for m in members]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_dependent(labels, [d.W_dec for d in dictionaries])
-    of = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
+    prototype_rows = prototypes.of_store(store, args.artifact_root, max(len(d.W_dec) for d in dictionaries))
     arguments = cells, store, labels, dictionaries, args.null_draws, args.threads, missing
-    compared, drawn = study.compare_all(*arguments, prototype_rows=of)
+    compared, drawn = study.compare_all(*arguments, prototype_rows=prototype_rows)
     return Phase4aSupplied(members=members, notes=notes, **dict(compared), **dict(drawn))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(section, name: str, output_dir: Path) -> list[Path]:
@@ -351,7 +358,7 @@ def summary(results: dict) -> str:
 
 
 def table(section) -> list[str]:
-    """The verdict, then each score beside its nulls, as markdown."""
+    """Lines of Markdown: the verdict, then each score beside its nulls."""
     from husai.evidence.rules import outlier_note
     from husai.report.text import interval, strata
 
@@ -388,7 +395,7 @@ def table(section) -> list[str]:
 
 
 def positive_control(planted) -> list[str]:
-    """The rule of the positive control, then the verdict at each degree of recovery, as markdown."""
+    """Lines of Markdown: the verdict of the positive control, then the verdict at each degree of recovery."""
     from husai.evidence import levels, rules
     from husai.evidence.planted import turns_at
     from husai.report.text import interval
@@ -405,7 +412,7 @@ def positive_control(planted) -> list[str]:
         "planted features, one to one.",
         "",
     ]
-    found = [
+    rows = [
         [
             f"{s.tokens:,}",
             interval(s.recovery),
@@ -414,7 +421,7 @@ def positive_control(planted) -> list[str]:
         ]
         for s in planted.sensitivity
     ]
-    lines += rows_of(["tokens", "recovery, 95 % interval", "least excess, 95 % interval", "stability"], found)
+    lines += rows_of(["tokens", "recovery, 95 % interval", "least excess, 95 % interval", "stability"], rows)
     if (ends := turns_at(planted.sensitivity)) is not None:
         turn = f"The verdict turns to a pass between a recovery of {ends[0]:.3f} and one of {ends[1]:.3f}."
     elif planted.sensitivity[-1].passes:
@@ -425,7 +432,7 @@ def positive_control(planted) -> list[str]:
 
 
 def spliced(section) -> list[str]:
-    """What the language model loses to the SAEs, where there is one."""
+    """Lines on the cross-entropy with SAEs spliced in; empty without a language model."""
     if (losses := getattr(section, "cross_entropy", None)) is None:
         return []
     values, shares = losses.spliced, losses.recovered
@@ -438,7 +445,7 @@ def spliced(section) -> list[str]:
 
 
 def comparison(section) -> list[str]:
-    """Published figures next to what the same setting gives here."""
+    """Lines of Markdown: published figures beside those of the same setting here."""
     from husai.report.text import interval
 
     score, verdict = section.stability.scores["pwmcc"], section.stability.verdict

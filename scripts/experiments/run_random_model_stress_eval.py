@@ -1,15 +1,15 @@
-"""Stress: what does a meaningless subject score? The candidate beside SAEs trained alike on its random-weights control.
+"""Stress test: compare the candidate with SAEs of the same recipe on its random-weights control.
 
     python scripts/experiments/run_random_model_stress_eval.py
     python scripts/experiments/run_random_model_stress_eval.py --candidate CONFIRMED/results.json --output-dir DIR
     python scripts/experiments/run_random_model_stress_eval.py --checkpoint SAES --model-name husai-tiny \\
       --hook-name blocks.1.hook_resid_pre --random-model-checkpoint RANDOM_SAES_0 RANDOM_SAES_1 RANDOM_SAES_2
 
-The candidate's recipe is trained again, with its seeds, on as many activations of the same model with all weights
-redrawn, in three draws. Beside each stand SAEs trained alike on Gaussian rows with the same mean and covariance.
-Features that agree from seed to seed no more than those of a model that has learned nothing say nothing about the
-model. The rule is in docs/methods.md. SAEs that were trained elsewhere have no recipe here: `--random-model-checkpoint`
-gives those of the random-weights model, as many of each of the draws 0, 1 and 2 as of --checkpoint.
+The candidate's recipe is trained again, with its seeds, on equally many activations of the same model with redrawn
+weights, in three draws. Each draw has its own SAEs of Gaussian rows with the same mean and covariance. If features
+agree between seeds no more than those of a random-weights model, they are no evidence about the model. The rule is in
+docs/methods.md. The recipe of SAEs from other libraries is unknown. For these, `--random-model-checkpoint` names SAEs
+of the random-weights model, as many for each of the draws 0, 1 and 2 as --checkpoint names.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """The candidate -> SAEs of each draw of the random weights -> all of them scored, pair by pair."""
+    """Open the candidate, train or open SAEs of each draw of the random weights, and score all pairs."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, random_model
     from husai.evidence import random_model as rule
@@ -56,8 +56,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     refuse_unknown_recipe(args, tested)
     store = random_model.own_store(tested, args.artifact_root, args.train_rows, *machine)
     if paths := args.random_model_checkpoint:
-        where = args.artifact_root, args.rows, args.train_rows
-        draws = random_model.supplied_draws(tested, paths, *where, *machine)
+        sizes = args.artifact_root, args.rows, args.train_rows
+        draws = random_model.supplied_draws(tested, paths, *sizes, *machine)
     else:
         draws = random_model.trained_draws(tested, store, args.artifact_root, *machine)
     section, drawn = random_model.section_of(tested, store, args.artifact_root, args.null_draws, *machine)
@@ -78,7 +78,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 def refuse_unknown_recipe(args, tested) -> None:
-    """Raise BadInput where controls can neither be trained nor are given."""
+    """Raise BadInput if controls can neither be trained nor are given."""
     from husai.runs.errors import BadInput
 
     if tested.training_metadata is None and not args.random_model_checkpoint:
@@ -89,7 +89,7 @@ def refuse_unknown_recipe(args, tested) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results, drawn, output_dir: Path) -> list[Path]:
@@ -108,14 +108,17 @@ def draw(results, drawn, output_dir: Path) -> list[Path]:
             "excess of mcc_alive",
             "",
             over,
-            {name: [of[null] for null in GATED_NULLS] for name, of in excess.items()},
+            {name: [estimates[null] for null in GATED_NULLS] for name, estimates in excess.items()},
         ),
         figures.Panel(
             "Gain of the candidate over each draw",
             "gain of mcc_alive",
             "",
             ["itself", *over],
-            {name: [getattr(gain, of) for of in GAINS] for name, gain in zip(names, results.gains, strict=True)},
+            {
+                name: [getattr(gain, estimates) for estimates in GAINS]
+                for name, gain in zip(names, results.gains, strict=True)
+            },
         ),
     ]
     rows = [row for name, arm in arms.items() for row in pair_rows(arm, arm=name)]
@@ -132,14 +135,14 @@ def summary(results: dict) -> str:
     from husai.evidence.schemas import Control, OwnSection, RandomModelStress
     from husai.report.text import GAINS, interval, stand_in, strata, table
 
-    found = RandomModelStress.model_validate(results)
-    section, verdict = found.section, found.verdict
+    stress = RandomModelStress.model_validate(results)
+    section, verdict = stress.section, stress.verdict
     lines = [
         "# Stress: a meaningless subject",
         "",
         f"**{verdict['outcome']}**: {verdict['reason']}.",
         "",
-        f"{found.candidate.condition}, {len(section.members)} SAEs of {found.subject} at "
+        f"{stress.candidate.condition}, {len(section.members)} SAEs of {stress.subject} at "
         f"{section.hook_name}; intervals: 95 %, delete-one-seed jackknife over seeds.",
         "",
         "Gain of the candidate over SAEs trained alike on each draw of the random weights, of `mcc_alive` and of its "
@@ -147,13 +150,13 @@ def summary(results: dict) -> str:
         "",
     ]
     header = ["draw", "`mcc_alive` itself", *(f"excess over {null}" for null in GATED_NULLS)]
-    names = random_model.draw_names(section, found.random_models)
-    gains = dict(zip(names, found.gains, strict=True))
+    names = random_model.draw_names(section, stress.random_models)
+    gains = dict(zip(names, stress.gains, strict=True))
     rows = [[name, *(interval(getattr(gain, n), "+") for n in GAINS)] for name, gain in gains.items()]
     lines += [*table(header, rows), ""]
 
     arms: dict[str, OwnSection | Control] = {"the candidate": section}
-    arms |= dict(zip(names, found.random_models, strict=True))
+    arms |= dict(zip(names, stress.random_models, strict=True))
     rows = []
     for name, arm in arms.items():
         score = arm.stability.scores["mcc_alive"]

@@ -1,17 +1,18 @@
-"""Judge SAEs of your own: stability, benchmarks, stress tests, the gate, the feature table, and a page about it all.
+"""Judge your SAEs: stability, benchmarks, stress tests, the gate, the feature table, and one report page.
 
     python scripts/experiments/run_release_check.py --checkpoint SEED1 SEED2 SEED3 SEED4 SEED5 \\
       --model-name husai-tiny --hook-name blocks.1.hook_resid_pre
     python scripts/experiments/run_release_check.py --checkpoint MY_SAES --untrained MY_SAES_BEFORE_TRAINING \\
       --reference RELU_SAES --random-model-checkpoint RANDOM_SAES --stories GulkoA/contrastive-stories-v3
 
-Takes checkpoints of HUSAI, SAELens, dictionary_learning or sparsify that differ in their seed alone, the last of each
-training: three at least, five for a verdict. `sae-lens:RELEASE/SAE_ID` and `hf:REPO[@REVISION]/PATH` name checkpoints
-too (docs/sources.md). Input that does not fit is refused before anything is computed. Each part runs in a process of
-its own. A part that fails is named with its log, and the others go on. The same command again reads finished parts.
-Each group of SAEs has an output folder of its own. The check of the method itself (the positive control) runs once, and
-all groups share it. HUSAI cannot see how you selected these SAEs, therefore the decision is provisional at best. Exit 0
-done, whatever the verdict (--fail-on-gate-fail: 1 without a pass), 1 a part failed, 2 bad input.
+The input is the last checkpoint of each training, from HUSAI, SAELens, dictionary_learning or sparsify. The trainings
+must differ in their seed alone: at least three, five for a verdict. `sae-lens:RELEASE/SAE_ID` and
+`hf:REPO[@REVISION]/PATH` name checkpoints too (docs/sources.md). Unfit input is refused before anything is computed.
+Each part runs in a separate process. A failed part is named with its log, and the other parts continue. The same
+command again reads finished parts. Each group of SAEs has its own output folder. The check of the method itself (the
+positive control) runs once, and all groups share it. HUSAI cannot see how you selected these SAEs, therefore the
+decision is at best provisional. Exit 0 done, for every verdict (--fail-on-gate-fail: 1 without a pass), 1 a part
+failed, 2 bad input.
 """
 
 import re
@@ -27,32 +28,32 @@ from husai.runs.inputs import not_at_all
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 CHECKS = Path("results/experiments/release_check")
-"""Holds a folder for each group of SAEs, named by these (`folder_of`)."""
+"""Folder with one folder for each group of SAEs (`folder_of`)."""
 STRESS = ("random_model_stress", "transcoder_stress", "ood_stress")
 GATE_FLAGS = {"candidate_confirmation": "confirmation", "positive_control": "phase4a"} | {
     name: name.removesuffix("_stress").replace("_", "-") for name in STRESS
 }
-"""Part -> how the gate calls its results."""
+"""Part -> name of its results in the gate's flags."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A script to run."""
+    """A script that the check runs."""
 
     name: str
     script: str
     """Path below scripts/."""
     arguments: list[str]
     folder: Path | None = None
-    """Folder of its results; None: it leaves a page alone."""
+    """Folder of its results. None: it writes a page alone."""
     not_run: str | None = None
-    """Why it cannot be run on these SAEs."""
+    """Reason why it cannot be run on these SAEs."""
 
     @property
     def words(self) -> list[str]:
-        """Its command line."""
-        where = [] if self.folder is None else ["--output-dir", str(self.folder)]
-        return [sys.executable, str(SCRIPTS / self.script), *self.arguments, *where]
+        """Command line of the part."""
+        output = [] if self.folder is None else ["--output-dir", str(self.folder)]
+        return [sys.executable, str(SCRIPTS / self.script), *self.arguments, *output]
 
 
 def parse():
@@ -101,8 +102,8 @@ def main() -> None:
     opener = Opener()
     group = supplied.look_over(args, opener)
     names = supplied.named(args, group, opener)
-    args.subject, said = loaded.subject_and_harvesting(args, opener)
-    del opener  # its memory is for the parts
+    args.subject, harvesting = loaded.subject_and_harvesting(args, opener)
+    del opener  # frees its memory for the parts
     make_folder(args.artifact_root)
     subject = pretrained.digest_of(args.subject)
     if args.output_dir is None:
@@ -119,8 +120,8 @@ def main() -> None:
             done.append(record(run, part, done))
         write_json(root / PARTS, {p["name"]: p["reason"] for p in done})
         report = args.output_dir / "report.html"
-        where = ["--results-root", str(root), "--output", str(report), "--command", typed]
-        page = Part("report", "analysis/build_report.py", where)
+        arguments = ["--results-root", str(root), "--output", str(report), "--command", typed]
+        page = Part("report", "analysis/build_report.py", arguments)
         done.append(record(run, page, done))
 
         decided = root / "release_gate" / "results.json"
@@ -129,8 +130,8 @@ def main() -> None:
         results = {"phase": "release_check", "inputs": run.inputs, "hook_name": args.hook_name}
         results |= {"candidate": group.to_json(), "names": names, "parts": done}
         results |= args.text.record()
-        if group.facts.source != "husai" or said.to_json():
-            results["harvesting"] = recorded(said)
+        if group.facts.source != "husai" or harvesting.to_json():
+            results["harvesting"] = recorded(harvesting)
         results["decision"] = decision and {name: decision[name] for name in kept}
         text = summary(results)
         run.write(results, text)
@@ -144,24 +145,24 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is run
+# Parts of the check
 
 
 def evidence(args, root: Path, group) -> list[Part]:
-    """The parts that the gate and the page read, in order."""
+    """Parts whose results the gate and the page read, in order."""
     machine = ["--artifact-root", str(args.artifact_root), "--device", args.device, "--threads", str(args.threads)]
     machine += ["--force"] if args.force else []
     draws = ["--null-draws", str(args.null_draws)]
-    about = ["--model-name", str(args.subject), "--hook-name", args.hook_name, "--rows", str(args.rows)]
-    about += ["--text", str(args.text)]
+    place = ["--model-name", str(args.subject), "--hook-name", args.hook_name, "--rows", str(args.rows)]
+    place += ["--text", str(args.text)]
     probing = ["--probing", args.probing]
-    own = ["--dataset-names", ",".join(args.dataset_names), *probing, "--max-rows", str(args.max_rows), *about]
+    arguments = ["--dataset-names", ",".join(args.dataset_names), *probing, "--max-rows", str(args.max_rows), *place]
     for flag in ("checkpoint", "untrained", "reference", "random_model_checkpoint"):
-        own += given(flag, getattr(args, flag))
+        arguments += given(flag, getattr(args, flag))
     for flag in ("stories", "cebench_repo"):
-        own += given(flag, getattr(args, flag))
-    own += ["--same-model"] if args.same_model else []
-    own += given("max_norm_multiple", args.max_norm_multiple)
+        arguments += given(flag, getattr(args, flag))
+    arguments += ["--same-model"] if args.same_model else []
+    arguments += given("max_norm_multiple", args.max_norm_multiple)
     candidate = [
         "--candidate",
         str(root / "candidate_confirmation" / "results.json"),
@@ -170,14 +171,14 @@ def evidence(args, root: Path, group) -> list[Part]:
         *machine,
     ]
     trained = [*candidate, *draws, *given("train_rows", args.train_rows), *given("untrained", args.untrained)]
-    # SAEs of Gaussian rows need activations alone. Those that others were trained on are not at hand.
+    # SAEs of Gaussian rows need activations. The training activations of other libraries' SAEs are not available.
     rows = args.train_rows or (None if group.facts.source == "husai" else args.rows)
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
     no_recipe = None if group.facts.source == "husai" else "the SAEs do not say how they were trained"
     no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
 
     parts = [
-        Part("candidate_confirmation", "experiments/run_candidate_confirmation.py", [*own, *draws, *machine]),
+        Part("candidate_confirmation", "experiments/run_candidate_confirmation.py", [*arguments, *draws, *machine]),
         Part(
             "random_model_stress",
             "experiments/run_random_model_stress_eval.py",
@@ -193,14 +194,14 @@ def evidence(args, root: Path, group) -> list[Part]:
         ),
     ]
     parts = [replace(p, folder=root / p.name) for p in parts]
-    if positive_control(args) is None:  # last: what is wrong with the SAEs is seen sooner
+    if positive_control(args) is None:  # it comes last, because problems of the SAEs are then seen sooner
         shared = shared_control(args).parent
         parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws], shared))
     return parts
 
 
 def given(flag: str, value) -> list[str]:
-    """A flag as it was given, or nothing."""
+    """Words of a flag with its values; empty without values."""
     values = value if isinstance(value, list) else [value] if value is not None else []
     return [f"--{flag.replace('_', '-')}", *map(str, values)] if values else []
 
@@ -215,7 +216,7 @@ def make_folder(folder: Path) -> None:
 
 
 def folder_of(given: list[Path], sha256: Iterable[str]) -> str:
-    """Name of the folder of a check: what the user calls the SAEs, and a digest of their weights."""
+    """Name of the folder of a check: the user's name of the SAEs, and a digest of their weights."""
     from husai.runs.files import digest
 
     called = re.sub(r"[^A-Za-z0-9.]+", "-", given[0].name).strip("-.")[:40] or "saes"
@@ -228,7 +229,7 @@ def shared_control(args) -> Path:
 
 
 def positive_control(args) -> Path | None:
-    """Where its results lie; None: it has to be run."""
+    """Path of the positive control's results; None if it must be run."""
     from husai.runs.errors import BadInput
     from husai.runs.files import read_json
 
@@ -239,13 +240,13 @@ def positive_control(args) -> Path | None:
         try:
             if read_json(path, "phase 4a").get("planted"):
                 return path
-        except (BadInput, AttributeError):  # none there, or no whole one
+        except (BadInput, AttributeError):  # missing or incomplete results
             continue
     return None
 
 
 def gate(args, root: Path) -> Part:
-    """The gate on what the parts have left. Nothing else lying around is read: each file is named."""
+    """The gate on the results of the parts. Every file is named, therefore no other file is read."""
     read = {flag: root / name / "results.json" for name, flag in GATE_FLAGS.items()}
     read["phase4a"] = positive_control(args) or shared_control(args)
     arguments = [a for flag, path in read.items() for a in (f"--{flag}-results", str(path))]
@@ -262,22 +263,22 @@ def record(run, part: Part, done: list[dict]) -> dict:
     """Run one part; its return code, log, and results."""
     from husai.runs.files import relative, sha256_file
 
-    about = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
+    facts = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
     reason = part.not_run
     if "--candidate" in part.arguments and next(p for p in done if p["name"] == "candidate_confirmation")["reason"]:
         reason = reason or "it takes what candidate_confirmation leaves"
     if reason is None:
         code = run.command(part.name, part.words)
-        about |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
-        reason = None if code == 0 else f"return code {code}: {last_line(run.folder / about['log'])}"
+        facts |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
+        reason = None if code == 0 else f"return code {code}: {last_line(run.folder / facts['log'])}"
     if part.folder is not None and reason is not None:
-        # What an earlier check left there is not about this one; its run folder keeps it.
+        # Remove results of an earlier check, because they are not about this one. Its run folder keeps them.
         for name in ("results.json", "summary.md", "manifest.json", "release_policy.json", "release_policy.md"):
             (part.folder / name).unlink(missing_ok=True)
     elif part.folder is not None and (file := part.folder / "results.json").is_file():
-        about |= {"result": relative(file, run.output_dir), "sha256": sha256_file(file)}
+        facts |= {"result": relative(file, run.output_dir), "sha256": sha256_file(file)}
     print(f"{part.name}: {reason or 'done'}", file=sys.stderr)
-    return about | {"reason": reason}
+    return facts | {"reason": reason}
 
 
 def last_line(log: Path) -> str:
@@ -286,7 +287,7 @@ def last_line(log: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Summary
 
 
 def summary(results: dict) -> str:
@@ -294,21 +295,21 @@ def summary(results: dict) -> str:
     from husai.report.verdict import CONTROL
     from husai.subjects.harvesting import line
 
-    own, decision = results["candidate"], results["decision"]
+    candidate, decision = results["candidate"], results["decision"]
     lines = ["# Release check", ""]
     if decision is None:
         lines += ["**There is no decision**: the gate did not run.", ""]
     else:
         about_saes = [g["status"] for g in decision["gates"] if g["gate"] != CONTROL]
         counts = [about_saes.count(status) for status in ("PASS", "FAIL", "MISSING")]
-        said = "{} of {} gates pass, {} fail, and {} lack evidence".format(counts[0], len(about_saes), *counts[1:])
+        tally = "{} of {} gates pass, {} fail, and {} lack evidence".format(counts[0], len(about_saes), *counts[1:])
         lines += [
-            f"**{decision['outcome'].capitalize()}**: {said}. {decision['unconfirmed']}, therefore the result "
+            f"**{decision['outcome'].capitalize()}**: {tally}. {decision['unconfirmed']}, therefore the result "
             "supports no external claim.",
             "",
         ]
     called = ", ".join(f"{seed} ({name})" for seed, name in results["names"].items())
-    lines += [f"{own['condition']}, {results['hook_name']}, SAEs {called}.", ""]
+    lines += [f"{candidate['condition']}, {results['hook_name']}, SAEs {called}.", ""]
     lines += [line(results["harvesting"]), ""] if "harvesting" in results else []
     rows = [
         [p["name"], "" if p["seconds"] is None else f"{p['seconds']:.0f}", p["result"] or "", p["reason"] or "done"]

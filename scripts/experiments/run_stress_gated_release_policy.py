@@ -1,4 +1,4 @@
-"""May the claim be made? The strict release gate over everything that the earlier phases left.
+"""Decide whether a claim may be made: the strict release gate on the results of all earlier phases.
 
     python scripts/experiments/run_stress_gated_release_policy.py \\
       --phase4a-results results/experiments/phase4a_trained_vs_random/results.json \\
@@ -9,12 +9,12 @@
     python scripts/experiments/run_stress_gated_release_policy.py --waive transcoder --reason "no MLP at this hook" …
     python scripts/experiments/run_stress_gated_release_policy.py --policy published --phase4a-results … …
 
-Fail-closed: each gate is PASS, FAIL or MISSING, and `pass_all` is true only where every one is PASS on its bound
-(docs/methods.md, Rules). All is required, whatever the --require flags say; a waiver, a mode other than joint, or a
-threshold looser than the registered one is written down and makes the decision provisional, which is no pass. Evidence
-about other SAEs than the candidate's, or that does not follow from its own figures, counts as missing. SAEs of your own
-(`run_candidate_confirmation.py --checkpoint`) are judged alike, and never get more than provisional.
-`--policy published` gives the earlier study's verdicts on its files, and says where the strict rules differ. Writes
+Each gate is PASS, FAIL or MISSING. `pass_all` is true only if every gate is PASS on its bound (docs/methods.md, Rules).
+All gates are required, with or without the --require flags. A waiver, a mode other than joint, or a threshold looser
+than the registered one is recorded and makes the decision provisional, which is no pass. Evidence about other SAEs than
+the candidate's, or evidence that does not follow from its own figures, counts as missing. User-supplied SAEs
+(`run_candidate_confirmation.py --checkpoint`) are judged by the same rules, and their decision is at best provisional.
+`--policy published` gives the earlier study's verdicts on its files, and shows where the strict rules differ. Writes
 `release_policy.json` and `.md`. Exit 0 passed (or no --fail-on-gate-fail), 1 not passed, 2 bad usage.
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
     config = {k: v if isinstance(v, str | bool | float) else str(v) for k, v in vars(args).items() if k != "output_dir"}
 
     def on_disk(path: Path, results: object) -> dict[str, str | None]:
-        from husai.evals import loaded  # imports torch, which only an SAE on the disk needs
+        from husai.evals import loaded  # imports torch, which is needed only for SAEs on disk
 
         return loaded.on_disk(path, results)
 
@@ -148,23 +148,23 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Summary
 
 
 def summary(results: dict) -> str:
-    """One page: the verdict, each gate, what would have to change."""
+    """Summary on one page: the verdict, each gate, and the requirements of open gates."""
     from husai.report.text import table
     from husai.report.verdict import Gate
 
     gates, candidate = results["gates"], results["candidate"]
     counts = {status: sum(g["status"] == status for g in gates) for status in ("PASS", "FAIL", "MISSING")}
-    about = "No candidate is confirmed."
+    candidate_line = "No candidate is confirmed."
     if candidate is not None:
         seeds = ", ".join(candidate["checkpoints"])
         hook = candidate["facts"]["hook_name"] or "whose hook they do not say"
-        about = f"Candidate: {candidate['condition']}, {hook}, seeds {seeds}."
+        candidate_line = f"Candidate: {candidate['condition']}, {hook}, seeds {seeds}."
         if results["attempt"] is not None:
-            about += f" Attempt {results['attempt']} of this configuration."
+            candidate_line += f" Attempt {results['attempt']} of this configuration."
     verdict = {
         "passed": "**PASSED.** Every gate holds on its bound: the claim may be made, of this subject, hook and recipe.",
         "not passed": "**NOT PASSED.** No external claim may be made.",
@@ -181,14 +181,14 @@ def summary(results: dict) -> str:
         f"{verdict} Of {len(gates)} gates {counts['PASS']} pass, {counts['FAIL']} fail, and {counts['MISSING']} lack "
         "evidence.",
         "",
-        about,
+        candidate_line,
         "",
     ]
     if results["licensed"] is not None:
-        whose = (
+        heading = (
             "What may be claimed" if results["pass_all"] else "What its stability licenses, inside this project alone"
         )
-        lines += [f"{whose}: *{results['licensed']}*", ""]
+        lines += [f"{heading}: *{results['licensed']}*", ""]
     for g in gates:
         if g["waived"]:
             lines += [f"**Waived: {g['gate']}** ({g['waived']}). A decision with a waiver is never a pass.", ""]
@@ -225,7 +225,7 @@ def summary(results: dict) -> str:
 
 
 def power(gates: list[dict]) -> list[str]:
-    """What each gate could have seen."""
+    """Lines of Markdown: power of each gate."""
     from husai.report.text import table
 
     rows = [
@@ -241,17 +241,19 @@ def power(gates: list[dict]) -> list[str]:
     if not rows:
         return []
     header = ["gate", "passes at no effect", "true figure that passes in 80 %", "figure without one seed"]
-    said = "Power of each gate, its standard error taken for the true one. Of several estimates, the one that is the "
-    return [f"{said}hardest to pass counts (docs/methods.md).", "", *table(header, rows), ""]
+    sentence = (
+        "Power of each gate, its standard error taken for the true one. Of several estimates, the one that is the "
+    )
+    return [f"{sentence}hardest to pass counts (docs/methods.md).", "", *table(header, rows), ""]
 
 
 def published_summary(results: dict) -> str:
     from husai.report.text import table
 
     verdicts = results["published"]["gates"]
-    said = {True: "pass", False: "fail"}
+    words = {True: "pass", False: "fail"}
     rows = [
-        [g["gate"], said[g["published"]], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]
+        [g["gate"], words[g["published"]], f"{g['figure']:+.4f}", g["status"], g["reason"]] for g in results["gates"]
     ]
     lines = [
         "# The earlier study's policy on its own files",

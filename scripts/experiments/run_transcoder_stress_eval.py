@@ -1,14 +1,14 @@
-"""Stress: another objective. Do transcoders find the candidate's features?
+"""Stress test: check whether transcoders, which have another objective, find the candidate's features.
 
     python scripts/experiments/run_transcoder_stress_eval.py
     python scripts/experiments/run_transcoder_stress_eval.py --candidate CONFIRMED/results.json --output-dir DIR
     python scripts/experiments/run_transcoder_stress_eval.py --checkpoint SAES --model-name husai-tiny \\
       --hook-name blocks.1.hook_resid_pre
 
-Transcoders are trained that write the candidate's hook and read the hook of the same kind one block earlier (in the
-first block, what enters it), at the candidate's width, sparsity, budget and seeds. The SAE of each seed is scored
-against the transcoders of the other seeds, against the same nulls as among SAEs. That one setting is judged
-(docs/methods.md, Rules); another, by `--d-sae`, `--k` or `--tokens`, is reported and decides nothing.
+Transcoders reconstruct the candidate's hook from the hook of the same kind one block earlier (in the first block, from
+its input), at the candidate's width, sparsity, budget and seeds. The SAE of each seed is scored against the transcoders
+of the other seeds, with the same nulls as between SAEs. Only this setting is judged (docs/methods.md, Rules). Another
+setting, by `--d-sae`, `--k` or `--tokens`, is reported and decides nothing.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """The candidate and what comes before its hook -> transcoders -> their scores against the candidate."""
+    """Open the candidate, train transcoders, and score them against the candidate."""
     device = prepare(args.device, args.threads)
     from husai.evals import candidate, transcoder
     from husai.evidence import transcoder as rule
@@ -47,8 +47,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     tested = candidate.find(args, device)
     overrides = {name: getattr(args, name) for name in ("d_sae", "k", "tokens")}
     task = transcoder.task_of(tested, overrides, args.artifact_root, args.train_rows, device, args.threads)
-    where = args.artifact_root, args.null_draws, device, args.threads
-    section, (transcoders, drawn), across = transcoder.sections(cells, tested, task, *where)
+    settings = args.artifact_root, args.null_draws, device, args.threads
+    section, (transcoders, drawn), across = transcoder.sections(cells, tested, task, *settings)
     stress = TranscoderStress(
         phase="transcoder_stress",
         inputs=tested.inputs() | tested.untrained_inputs() | {"transcoder input": task.read.digest},
@@ -69,7 +69,7 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results, drawn, output_dir: Path) -> list[Path]:
@@ -109,30 +109,30 @@ def summary(results: dict) -> str:
     from husai.evidence.schemas import OwnSection, Section, TranscoderStress
     from husai.report.text import at_rest, gain_sentence, interval, stand_in, strata, table
 
-    found = TranscoderStress.model_validate(results)
-    s, verdict = found.setting, found.verdict
-    assert found.gain is not None  # the seeds are the candidate's
+    stress = TranscoderStress.model_validate(results)
+    s, verdict = stress.setting, stress.verdict
+    assert stress.gain is not None  # the seeds are the candidate's
     rows = []
-    for name, study in arms_of(found).items():
+    for name, study in arms_of(stress).items():
         scores = study.stability.scores
         excesses = [scores[s].excess[null] if s in scores else None for s, null in rules.CHANCE.values()]
         known = [interval(e, "+") if e else "not computed" for e in excesses]
         rows.append([name, interval(scores["mcc_alive"].observed), *known])
     header = ["", "`mcc_alive`", *(f"excess over {control}" for control in rules.CHANCE)]
-    arms: dict[str, OwnSection | Section] = {"candidate": found.section, "transcoders": found.transcoder}
+    arms: dict[str, OwnSection | Section] = {"candidate": stress.section, "transcoders": stress.transcoder}
     heldout = [
         [name, *(interval(contrast.heldout(arm, f)) for f in ("explained_variance", "l0", "dead_share"))]
         for name, arm in arms.items()
     ]
-    about = "the setting fixed in advance" if s.preregistered else "a setting of your own, which decides nothing"
+    origin = "the setting fixed in advance" if s.preregistered else "a setting of your own, which decides nothing"
     return "\n".join(
         [
             "# Stress: another objective",
             "",
             f"**{verdict['outcome']}**: {verdict['reason']}.",
             "",
-            f"{found.candidate.condition} at {s.hook_out} of {found.subject}; transcoders from {s.hook_in} to it, "
-            f"d_sae {s.d_sae}, k {s.k}, {s.tokens} rows each, {len(s.seeds)} seeds: {about}. Intervals: 95 %; "
+            f"{stress.candidate.condition} at {s.hook_out} of {stress.subject}; transcoders from {s.hook_in} to it, "
+            f"d_sae {s.d_sae}, k {s.k}, {s.tokens} rows each, {len(s.seeds)} seeds: {origin}. Intervals: 95 %; "
             "delete-one-seed jackknife, of held-out figures t over seeds.",
             "",
             *table(header, rows),
@@ -142,10 +142,10 @@ def summary(results: dict) -> str:
             "The first line is judged: the SAE of each seed against the transcoders of the other seeds. *Absolute* "
             "stands for matches by |cos|. Reported "
             "beside it: transcoders among themselves less the candidate's SAEs among themselves, "
-            f"{gain_sentence(found.gain)}. Training of transcoders was at rest: {at_rest(found.transcoder)}. SAEs read "
-            "what they reconstruct, transcoders have to compute it: what each explains is no contest.",
+            f"{gain_sentence(stress.gain)}. Training of transcoders was at rest: {at_rest(stress.transcoder)}. "
+            "SAEs read what they reconstruct, transcoders have to compute it: what each explains is no contest.",
             "",
-            *strata(arms_of(found)),
+            *strata(arms_of(stress)),
             "",
             *stand_in(results),
         ]

@@ -1,13 +1,13 @@
-"""Which condition of the studies shall be put through the gate.
+"""Select the condition of the studies that goes to the gate.
 
     python scripts/experiments/select_release_candidate.py --frontier-results FRONTIER.json \\
       --scaling-results SCALING.json --require-both-external
     python scripts/experiments/select_release_candidate.py --policy published --frontier-results … --scaling-results …
 
-Candidates are conditions: SAEs that differ in their seed alone. They are scored on the lower ends of their intervals,
-on a third of the data-set families and on fixed scales (docs/methods.md). What cannot be compared is left out, with the
-reason. The gate reads the other families, of SAEs that `run_candidate_confirmation.py` trains on fresh seeds.
-`--policy published` is the earlier study's rule on its own files. Exit 1: there is no candidate.
+Candidates are conditions: SAEs that differ in their seed alone. Their score uses the lower ends of intervals, a third
+of the data-set families, and fixed scales (docs/methods.md). Conditions that cannot be compared are excluded, with the
+reason. The gate reads the other families, on SAEs that `run_candidate_confirmation.py` trains on fresh seeds. `--policy
+published` is the earlier study's rule on its own files. Exit 1: there is no candidate.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def compute(args, cells) -> tuple[dict, list[Path]]:
-    """Read the studies; rank what can be compared."""
+    """Read the studies, and rank the comparable conditions."""
     from husai.runs.files import sha256_file
 
     named = {f"frontier {i}": path for i, path in enumerate(args.frontier_results, 1)}
@@ -72,8 +72,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
         from husai.release import published
         from husai.runs.files import read_json
 
-        read = [published.seeds(read_json(path, "study"), str(path), label) for label, path in named.items()]
-        rows, excluded = ([entry for part in parts for entry in part] for parts in zip(*read, strict=True))
+        parts_of_studies = [
+            published.seeds(read_json(path, "study"), str(path), label) for label, path in named.items()
+        ]
+        rows, excluded = ([entry for part in parts for entry in part] for parts in zip(*parts_of_studies, strict=True))
         return results | published.select(rows, excluded, published.WEIGHTS | weights), []
     from husai.evidence.levels import FRESH_SEEDS, fresh_seeds
     from husai.evidence.rules import MINIMUM_SEEDS
@@ -83,10 +85,10 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
     studies = []
     for label, path in named.items():
-        found, problems = run_problems(path)
+        results_of_study, problems = run_problems(path)
         if problems:
             raise BadInput(f"{label}: {path}: {problems[0]}")
-        studies.append(selection.Study(label, inputs[label], found))
+        studies.append(selection.Study(label, inputs[label], results_of_study))
     rules = selection.Rules(
         WEIGHTS | weights,
         args.min_seeds_per_group,
@@ -112,11 +114,11 @@ def check(results: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a reader sees
+# Figures and summary
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """The candidates' differences on both benchmarks, and stability against explained variance."""
+    """Draw the candidates' deltas on both benchmarks, and stability against explained variance."""
     from husai.report import figures
 
     rows = [c | c["figures"] for c in results["candidates"]]
@@ -169,10 +171,10 @@ def summary(results: dict) -> str:
             f"{results['confirmation_seeds']} fresh seeds and on the families that selection did not read.",
             "",
         ]
-    of = "the lower end of its interval" if rules["uncertainty"] == "lcb" else "its estimate"
+    bound = "the lower end of its interval" if rules["uncertainty"] == "lcb" else "its estimate"
     weighted = ", ".join(f"{rules['weights'].get(n, 0):g} × {n} / {rules['scales'][n]:g}" for n in rules["figures"])
     lines += [
-        f"Score: {weighted}, of each {of}. Families read: {', '.join(split['selection_families']) or 'none'}.",
+        f"Score: {weighted}, of each {bound}. Families read: {', '.join(split['selection_families']) or 'none'}.",
         "",
     ]
     names = [n for n in results["rules"]["scales"] if any(n in c["figures"] for c in results["candidates"])]
@@ -198,7 +200,7 @@ def summary(results: dict) -> str:
 
 
 def left_out(excluded: list[dict]) -> list[str]:
-    """Conditions that are left out, each with its reason, as markdown."""
+    """Lines of Markdown: excluded conditions with their reasons."""
     from husai.report.text import table
 
     if not excluded:

@@ -1,5 +1,4 @@
-"""Train a grid of SAEs (families x seeds x widths x sparsities), all in one pass: on a store, or while a language model
-gives the activations.
+"""Train a grid of SAEs (architectures x seeds x widths x sparsities) in one pass, on a store or on a stream.
 
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir results/activations/STORE
     python scripts/experiments/train_husai_sae_on_cached_activations.py --activation-cache-dir STORE \\
@@ -10,13 +9,14 @@ gives the activations.
       --dtype bfloat16 --hook-name blocks.12.hook_resid_post,blocks.20.hook_resid_post --text my_text.jsonl \\
       --tokens 300000000 --batch-size 4096 --buffer-rows 1048576 --d-sae 16384 --k 64 --device cuda
 
-ReLU, JumpReLU and gated SAEs are steered to an L0 of k; what they reach is reported, and a miss of more than 10 % said.
-With `--model-name` no store is made: rows pass a buffer of --buffer-rows, are shuffled there, and are seen once. One
-pass of the model serves all SAEs of all hooks. Figures are those of a store of the same rows in the same order. A store
-(extract_activations.py) is for what is read more than once.
+ReLU, JumpReLU and gated SAEs are steered to an L0 of k. The reached L0 is reported, and a miss of more than 10 % is
+marked. With `--model-name` the activations are a stream, and no store is made: rows pass a buffer of --buffer-rows
+rows, are shuffled in it, and are seen once. One pass of the model serves all SAEs of all hooks. Figures equal those of
+a store with the same rows in the same order. Use a store (extract_activations.py) for rows that are read more than
+once.
 
-Writes one SAELens-layout checkpoint folder an SAE (`sae_lens.SAE.load_from_disk` opens it), held-out figures and
-loss curves. An interrupted run resumes with the same command; a finished one is found.
+The script writes one checkpoint folder in SAELens' layout for each SAE (`sae_lens.SAE.load_from_disk` opens it),
+held-out figures and loss curves. The same command resumes an interrupted run, and finds a finished one.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ class Plan:
     inputs: dict[str, str]
     """Name -> digest."""
     source: str
-    """Subject and hooks, for the reader."""
+    """Subject and hooks, for the summary."""
     text: dict[str, Any] | None
     """Text that was read (`TextUsed`); None for the packaged text."""
     train: Callable[[Cells], Grid]
 
 
 def missed(sae: GridMember) -> str:
-    """Remark for the table if the held-out L0 lies far from k."""
+    """Remark for the table if the held-out L0 misses k by more than 10 %; else empty."""
     return f" (misses {sae.k} by {sae.l0_miss:+.0%})" if abs(sae.l0_miss) > 0.1 else ""
 
 
@@ -194,7 +194,7 @@ def on_store(args, grid, device) -> Plan:
 
 
 def on_stream(args, grid, device) -> Plan:
-    """Rows are harvested while the SAEs train."""
+    """Plan of a training on a stream: rows are harvested while the SAEs train."""
     import torch
 
     from husai.activations.language_model import Inputs, check_hooks
@@ -204,7 +204,7 @@ def on_stream(args, grid, device) -> Plan:
     from husai.training.grid import train_on_stream
 
     subject = pretrained.load(str(args.subject), device=device)
-    check_hooks(subject, args.hook_name, by_document=True)  # before a large text is read
+    check_hooks(subject, args.hook_name, by_document=True)  # check hooks before a large text is read
     root = args.artifact_root / "activations"
     inputs = Inputs.of(subject, args.text.training(), args.tokens, 0, root)
     buffer = args.output_dir / "buffer" if args.buffer_on_disk else None

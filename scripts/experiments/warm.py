@@ -1,13 +1,13 @@
-"""Run the queue's stages in children of one process that has already imported the libraries.
+"""Run the queue's stages as children of one process that has already imported the libraries.
 
     python scripts/experiments/warm.py serve SOCKET PARENT
     python -S scripts/experiments/warm.py run SOCKET scripts/... ARGUMENT...
 
-Importing torch, transformers and sae-lens costs several seconds of each stage. The server imports them once and forks a
-child for every command, before anything has computed. The child imports HUSAI itself, because a change of HUSAI's code
-must reach the next stage. Without a server `run` starts the command with its own Python. Either way the command has its
-own process, its own return code, and the terminal and folder of the caller. The server ends with process PARENT. It is
-for stages on the CPU: a library that it imports asks for GPUs, and CUDA does not survive a fork.
+Imports of torch, transformers and sae-lens take several seconds of each stage. The server imports them once, computes
+nothing, and forks a child for every command. The child imports HUSAI itself, because a change of HUSAI's code must
+affect the next stage. Without a server, `run` starts the command with its own Python. In both cases the command has its
+own process and return code, and the terminal and folder of the caller. The server ends with process PARENT. It serves
+stages on the CPU alone: a library that it imports queries GPUs, and CUDA does not survive a fork.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NEEDS = {
     "verify_experiment_consistency.py": PAGE,
     "build_report.py": PAGE,
 }
-"""Script -> libraries that it is worth waiting for; ALL for every other one. A repeat of a finished queue needs few."""
+"""Script -> libraries to import before its fork; other scripts need ALL. A repeat of a finished queue needs few."""
 KILLED = 137
 """Return code of a command whose process disappeared without one."""
 
@@ -52,45 +52,45 @@ def serve(path: str, parent: int) -> None:
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(_short(path))
-    listener.listen(8)  # whoever connects meanwhile waits
+    listener.listen(8)  # later callers wait
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the children: they report themselves
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children report their return codes themselves
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _end_with(parent)
     os.environ.setdefault("MPLBACKEND", "agg")
-    importlib.import_module("husai")  # alone, for its environment variables: torch reads them at its first allocation
+    importlib.import_module("husai")  # sets environment variables that torch reads at its first allocation
     ahead = [*SOME]
     while True:
-        while ahead and not select.select([listener], [], [], 0)[0]:  # nobody asks: there is time for the next one
+        while ahead and not select.select([listener], [], [], 0)[0]:  # idle: import the next library
             load(ahead.pop(0))
         connection, _ = listener.accept()
         try:
-            asked, streams = _request(connection)
+            request, streams = _request(connection)
         except (OSError, ValueError):  # the caller is gone
             connection.close()
             continue
-        needs = NEEDS.get(os.path.basename(asked["arguments"][0]), ALL)
+        needs = NEEDS.get(os.path.basename(request["arguments"][0]), ALL)
         for name in needs:
             load(name)
-        if not set(needs) <= set(SOME):  # no repeat: the other stages will need them all
+        if not set(needs) <= set(SOME):  # no repeated run: later stages need all libraries
             ahead = [*ALL]
-        gc.freeze()  # what is here stays: a child's garbage collections need not look through it
+        gc.freeze()  # garbage collections of children need not scan the libraries
         if os.fork() == 0:
             listener.close()
-            os._exit(_child(connection, asked, streams))
+            os._exit(_child(connection, request, streams))
         connection.close()
         for stream in streams:
             os.close(stream)
 
 
 def load(library: str) -> None:
-    """Import a library, where it is installed."""
+    """Import a library if it is installed."""
     with contextlib.suppress(ImportError):  # the environment check names it
         importlib.import_module(library)
 
 
 def _request(connection: socket.socket) -> tuple[dict, list[int]]:
-    """(what a caller asks for, its three standard streams)."""
+    """(request of a caller, its three standard streams)."""
     head, streams, *_ = socket.recv_fds(connection, 4, 3)
     length, body = int.from_bytes(head, "big"), b""
     while len(body) < length:
@@ -103,8 +103,8 @@ def _request(connection: socket.socket) -> tuple[dict, list[int]]:
     return json.loads(body), list(streams)
 
 
-def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
-    """Become the command; its return code."""
+def _child(connection: socket.socket, request: dict, streams: list[int]) -> int:
+    """Become the command; returns its return code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _end_with(os.getppid())
@@ -120,10 +120,10 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
         )
     )
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    sys.modules.pop("husai")  # as it is now; it sets its environment variables again
-    os.chdir(asked["folder"])
-    sys.argv = asked["arguments"]
+    os.environ.update(request["environment"])
+    sys.modules.pop("husai")  # import the present code again, which sets its environment variables
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     connection.sendall(f"{os.getpid()}\n".encode())
     threading.Thread(target=_end_with_caller, args=(connection,), daemon=True).start()
@@ -149,18 +149,18 @@ def _child(connection: socket.socket, asked: dict, streams: list[int]) -> int:
 
 
 def _end_with_caller(connection: socket.socket) -> None:
-    """A caller that is killed takes its command with it."""
+    """Kill the command when its caller ends."""
     with contextlib.suppress(OSError):
         connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(path: str, arguments: list[str]) -> int:
-    """Let the server run a command; its return code."""
+    """Let the server run a command; returns its return code."""
     connection, stage, waiting = socket.socket(socket.AF_UNIX), 0, []
 
     def forward(number: int, frame=None) -> None:
-        """Ctrl-C reaches every process of the terminal's group by itself."""
+        """Forward a signal, except Ctrl-C within the terminal's process group, which the child receives itself."""
         if not stage:
             waiting.append(number)
         elif number != signal.SIGINT or os.getpgid(stage) != os.getpgrp():
@@ -171,8 +171,8 @@ def run(path: str, arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             before[number] = signal.signal(number, forward)
-    asked = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
-    message = json.dumps(asked).encode()
+    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    message = json.dumps(request).encode()
     answer = connection.makefile("rb")
     try:
         connection.connect(_short(path))
@@ -194,13 +194,13 @@ def run(path: str, arguments: list[str]) -> int:
 
 
 def _short(path: str) -> str:
-    """The same file by a name that fits a socket's address, which holds 107 bytes."""
+    """A short name of the same file, because a socket's address holds 107 bytes."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     return f"/proc/self/fd/{folder}/{os.path.basename(path)}" if sys.platform == "linux" else path
 
 
 def _end_with(parent: int) -> None:
-    """Let this process be stopped when its parent is gone, however it went (Linux)."""
+    """Stop this process when its parent ends for whatever reason (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -211,7 +211,7 @@ def _end_with(parent: int) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, as in every other script (whose parser costs an import)."""
+    """A parser with errors of one line. HUSAI's own parser would cost an import."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,11 +1,11 @@
-"""Train the modular-addition transformer, or find it where it is already trained.
+"""Train the modular-addition transformer, or find the trained one.
 
     python scripts/training/train_modular_addition.py
     python scripts/training/train_modular_addition.py --modulus 59 --seed 7
 
-It learns (a, b, =) -> (a + b) mod p from a part of the pairs, and is accepted once the held-out pairs have been
-answered with the target accuracy for several epochs in a row (exit code 1 if that never happens). Prints the
-subject's folder, its held-out accuracy and its key frequencies.
+The transformer learns (a, b, =) -> (a + b) mod p from a part of the pairs. It is accepted after several consecutive
+epochs with the target accuracy on held-out pairs; otherwise the exit code is 1. The script prints the subject's folder,
+its held-out accuracy and its key frequencies.
 """
 
 from husai.runs.cli import Parser, fraction, nonnegative_float, positive_float, positive_int, prepare, run_main

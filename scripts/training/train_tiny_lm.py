@@ -1,13 +1,13 @@
-"""Train husai-tiny, a small GPT-NeoX language model, on the text that the sae-probes package carries.
+"""Train husai-tiny, a small GPT-NeoX language model, on the text of the sae-probes package.
 
     python scripts/training/train_tiny_lm.py
     python scripts/training/train_tiny_lm.py --output-dir assets/husai-tiny --force
     python scripts/training/train_tiny_lm.py --tokens 2000000 --output-dir results/subjects/hardly-trained
 
-The repository ships the model, so that nobody needs this. It takes about an hour on two cores and resumes with the
-same command; at most a minute is lost. The folder is one that transformers opens, and `--model-name FOLDER` studies it.
-Exit code 1 where the model is not 20 % below a Witten-Bell bigram, or not below a trigram, in bits per byte of held-out
-documents.
+The repository ships the model, therefore this script is rarely needed. It takes about an hour on two cores and resumes
+with the same command; an interruption loses at most a minute. transformers opens the folder, and `--model-name FOLDER`
+studies the model. Exit code 1 if the model's bits per byte on held-out documents are not 20 % below those of a
+Witten-Bell bigram, or not below those of a trigram.
 """
 
 from pathlib import Path

@@ -192,7 +192,7 @@ def run_all(settings: list[dict], args: argparse.Namespace) -> list[Bank]:
         check(BankPlan(**each))
     gpus = float(args.device != "cpu")
     tasks = [executor.Task(f"bank of {s['hook_name']}", f"{__name__}:run", s, gpus) for s in settings]
-    outcomes = executor.run(tasks, args.executor, args.ray_address, args.threads, what="banks")
+    outcomes = executor.run(tasks, args.executor, args.ray_address, args.threads, title="banks")
     failed = [f"{o.name}: {o.reason}" for o in outcomes if o.reason is not None]
     if failed:
         raise CheckFailed("; ".join(failed))

@@ -1,4 +1,4 @@
-"""The work of `sparse.py` on a CPU: numba kernels (`cpu_kernels.py`), dealt to threads member by member in pieces."""
+"""Implementation of `sparse.py` on a CPU: numba kernels (`cpu_kernels.py`), distributed over threads in pieces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from husai.kernels.sparse import Choice, Kept
 from husai.kernels.workers import deal, spans
 
 ROWS = 512
-"""Rows of a piece. Its pre-activations stay in cache between the product and the choice."""
+"""Number of rows of a piece. Its pre-activations stay in cache between the product and the choice."""
 FEATURES = 256
-"""Features of a piece."""
+"""Number of features of a piece."""
 TILE_BYTES = 2**20
-"""Bytes of a tile of rows that are gathered: half of a core's own cache."""
+"""Bytes of a tile of gathered rows: half of a core's private cache."""
 SLACK = 1.05  # on the bound of a proposal's error: sums in float32 are not exact either
 
 
@@ -54,7 +54,7 @@ def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
 
 
 def _packed(rows: int, d_sae: int, features: list[Tensor], values: list[Tensor], counts: Tensor) -> Kept:
-    """The kept entries of rows `[rows, k]`, of which the first `counts [n, rows]` are filled, without gaps."""
+    """The kept entries without gaps, from rows `[rows, k]` whose first `counts [n, rows]` entries are filled."""
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.flatten().cumsum(0)])
     sizes = tuple(counts.sum(1).tolist())
     chosen = torch.empty(sum(sizes), dtype=torch.int32)
@@ -121,7 +121,7 @@ def _across_batch(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
 
 
 def _kth_positive(pre: Tensor, k: int, histogram: Tensor, integers: torch.dtype, shift: int):
-    """The k-th largest of the positive values of `pre`, or the smallest positive number where there are fewer."""
+    """The k-th largest positive value of `pre`, or the smallest positive number if there are fewer."""
     from_above = histogram.flip(0).cumsum(0)
     tiny = torch.finfo(pre.dtype).tiny
     if int(from_above[-1]) <= k:
@@ -164,7 +164,7 @@ def weighted_sums(kept: Kept, weights: Tensor, x: Tensor, centre: Tensor) -> tup
 
 
 def _tile(x: np.ndarray, entries: float) -> int:
-    """Rows of `x` that stay in cache together, or all where features, of `entries` each, would find few among them."""
+    """Number of rows of `x` that fit into cache; all rows if a feature has few of its `entries` among them."""
     tile = max(1, TILE_BYTES // x[0].nbytes)
     return tile if entries * tile / len(x) >= 4 else len(x)
 
@@ -176,7 +176,7 @@ def activity(kept: Kept) -> tuple[Tensor, Tensor]:
 
 
 def _by_feature(kept: Kept) -> tuple[list, list, list]:
-    """(starts, rows, entries) of `kernels.by_feature`, a list over members each; computed once."""
+    """(starts, rows, entries) of `kernels.by_feature`, each a list over members. They are computed once."""
     if kept.order is not None:
         return kept.order
     offsets, features = kept.offsets.numpy(), kept.features.numpy()
@@ -215,7 +215,9 @@ def adam(
     constants = [number(c) for c in (*betas, *corrections.tolist())]
 
     def share(i: int, first: int, last: int) -> None:
-        own = [a[i] for a in arrays]
-        kernels.adam_rows(*own, first, last, number(rates[i]), number(1 - rates[i] * decay), *constants, unit)
+        rows_of_member = [a[i] for a in arrays]
+        kernels.adam_rows(
+            *rows_of_member, first, last, number(rates[i]), number(1 - rates[i] * decay), *constants, unit
+        )
 
     deal(share, ((i, *span) for i in range(shape[0]) for span in spans(arrays[0].shape[1], FEATURES)))

@@ -1,10 +1,10 @@
 """The sparse parts of a training step as numba kernels, for float32 and float64.
 
-Each kernel is one thread's share of the work and releases the interpreter's lock; `cpu.py` deals the shares out.
-Nothing depends on how many shares there are: a kernel gives the same bytes with any number of threads.
+Each kernel does one thread's share of the work and releases the interpreter's lock. `cpu.py` distributes the shares.
+Results do not depend on the number of shares: a kernel gives the same bytes with any number of threads.
 
-Kept entries are in rows: those of row r lie at `offsets[r] : offsets[r + 1]` of `features` (which) and `values` (how
-much). Weights are feature-major: `W [d_sae, d_in]` for encoder and decoder alike.
+Kept entries are ordered by row: entries of row r are at `offsets[r] : offsets[r + 1]` of `features` and `values`.
+Weights are feature-major: `W [d_sae, d_in]` for encoder and decoder.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-# Reassociation lets the compiler use vector registers for sums; a value's order of summation still is fixed. "nnan"
-# lets it do so for maxima: where training diverges, which entries are kept is arbitrary, and the loss says so.
+# Reassociation lets the compiler use vector registers for sums; the order of summation is still fixed. "nnan" allows
+# the same for maxima. If training diverges, the kept entries are arbitrary, and the loss shows the divergence.
 FAST = {"reassoc", "nsz", "nnan", "contract", "arcp"}
 kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-# Where one kernel counts and another fills, both must answer alike whatever they compare.
+# A kernel that counts and a kernel that fills must make equal comparisons, even of NaN.
 strict_kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -30,7 +30,7 @@ def count_at_least(values, count, threshold):
 
 @kernel
 def cut(values, count, k, steps):
-    """A threshold that at least k of `values[:count]` reach, and few more: bisection by counting, without branches."""
+    """A threshold that at least k of `values[:count]` reach, and few more. Branch-free bisection by counting."""
     low, high = values[0], values[0]
     for i in range(1, count):
         low, high = min(low, values[i]), max(high, values[i])
@@ -50,7 +50,7 @@ def cut(values, count, k, steps):
 def kth_largest(values, count, k):
     """The k-th largest of `values[:count]` (1 ≤ k ≤ count)."""
     low = cut(values, count, k, 24)
-    if count_at_least(values, count, low) > k:  # ties, or values closer than the bisection went
+    if count_at_least(values, count, low) > k:  # ties, or values closer than the resolution of the bisection
         return np.partition(values[:count], count - k)[count - k]
     smallest = values[0]
     first = True
@@ -74,10 +74,10 @@ def group_maxima(row, maxima):
 
 
 @kernel
-def at_least(row, maxima, threshold, chosen, found):
-    """Columns of `row` with values ≥ threshold, into `found`; returns how many. Groups below it are skipped.
+def at_least(row, maxima, threshold, chosen, columns):
+    """Write the columns of `row` with values ≥ threshold into `columns`; returns their number. Skips low groups.
 
-    An entry is always written and counted only if it holds: no branch that the processor could guess wrong.
+    Every entry is written, but counted only if it qualifies. This avoids branches that the processor mispredicts.
     """
     n, count, groups = 0, 0, len(maxima)
     for g in range(groups):
@@ -85,14 +85,14 @@ def at_least(row, maxima, threshold, chosen, found):
         n += maxima[g] >= threshold
     for i in range(n):
         for j in range(chosen[i], len(row), groups):
-            found[count] = j
+            columns[count] = j
             count += row[j] >= threshold
     return count
 
 
 @kernel
-def keep_largest(found, scores, count, k, scratch, features, values):
-    """Of `found[:count]` with `scores[:count]`: the k largest that are positive; returns how many. Ties: as found."""
+def keep_largest(columns, scores, count, k, scratch, features, values):
+    """Keep the k largest positive `scores[:count]` of `columns[:count]`; returns their number. Ties keep the order."""
     if count == 0:
         return 0
     threshold = scores[0]
@@ -110,7 +110,7 @@ def keep_largest(found, scores, count, k, scratch, features, values):
         if scores[i] > threshold or (scores[i] == threshold and ties > 0):
             ties -= scores[i] == threshold
             if scores[i] > 0 and n < k:  # n < k: never past the row's end, whatever a diverged training holds
-                features[n] = found[i]
+                features[n] = columns[i]
                 values[n] = scores[i]
                 n += 1
     return n
@@ -136,7 +136,7 @@ def top_k(pre, k, features, values, counts):
     maxima = np.empty(groups_for(k, width), pre.dtype)
     scratch = np.empty(width, pre.dtype)
     scores = np.empty(width, pre.dtype)
-    found = np.empty(width + 1, np.int32)
+    columns = np.empty(width + 1, np.int32)
     chosen = np.empty(width + 1, np.int32)
     tiny = np.nextafter(pre.dtype.type(0), pre.dtype.type(1))
     for r in range(rows):
@@ -146,15 +146,15 @@ def top_k(pre, k, features, values, counts):
         if k < len(maxima):
             scratch[: len(maxima)] = maxima
             threshold = max(tiny, kth_largest(scratch, len(maxima), k))
-        count = at_least(row, maxima, threshold, chosen, found)
+        count = at_least(row, maxima, threshold, chosen, columns)
         for i in range(count):
-            scores[i] = row[found[i]]
-        counts[r] = keep_largest(found, scores, count, k, scratch, features[r], values[r])
+            scores[i] = row[columns[i]]
+        counts[r] = keep_largest(columns, scores, count, k, scratch, features[r], values[r])
 
 
 @kernel
 def propose(bits, error, largest_bias, k, offsets, features):
-    """Which features may be among a row's k largest positive ones, from a bfloat16 product. Proposals of row r lie at
+    """Propose features that may be among a row's k largest positive ones, by a bfloat16 product. Those of row r are at
     `offsets[r] : offsets[r + 1]` of `features`.
 
     With x̂, ŵ the rounded operands, |x·w − x̂·ŵ| ≤ ‖x − x̂‖‖w‖ + ‖x̂‖‖w − ŵ‖ =: δ (Cauchy–Schwarz; the norms are those of
@@ -171,7 +171,7 @@ def propose(bits, error, largest_bias, k, offsets, features):
     rows, width = bits.shape
     maxima = np.empty(groups_for(k, width), np.int16)
     scratch = np.empty(width, np.float32)
-    found = np.empty(width + 1, np.int32)
+    columns = np.empty(width + 1, np.int32)
     chosen = np.empty(width + 1, np.int32)
     word = np.empty(1, np.int32)
     number = word.view(np.float32)
@@ -183,10 +183,10 @@ def propose(bits, error, largest_bias, k, offsets, features):
         if k < len(maxima):
             as_float(maxima, len(maxima), scratch)
             kth = number[0] = max(np.float32(0), cut(scratch, len(maxima), k, 8))
-            count = at_least(row, maxima, word[0] >> 16, chosen, found)
+            count = at_least(row, maxima, word[0] >> 16, chosen, columns)
             if count > k:
                 for i in range(count):
-                    word[0] = np.int32(row[found[i]]) << 16
+                    word[0] = np.int32(row[columns[i]]) << 16
                     scratch[i] = number[0]
                 kth = max(np.float32(0), cut(scratch, count, k, 8))  # below the k-th largest, if only a little
         number[0] = kth - 2 * error[r] - np.float32(2.0**-7) * (kth + largest_bias)
@@ -215,9 +215,9 @@ def keep_top(offsets, features, scores, k, kept_features, kept_values, counts):
     `[R, k]`."""
     scratch = np.empty(len(scores), scores.dtype)
     for r in range(len(offsets) - 1):
-        here = slice(offsets[r], offsets[r + 1])
+        span = slice(offsets[r], offsets[r + 1])
         count = offsets[r + 1] - offsets[r]
-        counts[r] = keep_largest(features[here], scores[here], count, k, scratch, kept_features[r], kept_values[r])
+        counts[r] = keep_largest(features[span], scores[span], count, k, scratch, kept_features[r], kept_values[r])
 
 
 @kernel
@@ -323,9 +323,9 @@ def weighted_sums(starts, rows, entries, weights, x, centre, first, last, tile, 
     lie in the order of their rows.
     """
     base = starts[first]
-    own, rows = weights[entries[base : starts[last]]], rows[base : starts[last]]
+    weights_of_features, rows = weights[entries[base : starts[last]]], rows[base : starts[last]]
     for f in range(first, last):
-        total = own[starts[f] - base : starts[f + 1] - base].sum()
+        total = weights_of_features[starts[f] - base : starts[f + 1] - base].sum()
         out = sums[f]
         for j in range(len(out)):
             out[j] = -total * centre[j]
@@ -336,7 +336,7 @@ def weighted_sums(starts, rows, entries, weights, x, centre, first, last, tile, 
             low = high = position[f - first]
             while high < starts[f + 1] - base and rows[high] < end:
                 high += 1
-            add_rows(own, x, rows, low, high, sums[f])
+            add_rows(weights_of_features, x, rows, low, high, sums[f])
             position[f - first] = high
 
 
@@ -351,7 +351,7 @@ def histogram(bits, shift, counts):
 
 @strict_kernel
 def count_rows(pre, threshold, counts):
-    """How many values ≥ threshold each row has."""
+    """Number of values ≥ threshold in each row."""
     for r in range(pre.shape[0]):
         n = 0
         for j in range(pre.shape[1]):

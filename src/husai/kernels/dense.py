@@ -1,4 +1,4 @@
-"""The work of `sparse.py` in plain PyTorch, on dense matrices: for devices without kernels, and to test those by."""
+"""Implementation of `sparse.py` in plain PyTorch on dense matrices, for devices without kernels and for tests."""
 
 from __future__ import annotations
 
@@ -75,10 +75,11 @@ def adam(
     corrections: Tensor,
     unit: bool,
 ) -> None:
-    """One step of Adam on `p [n, …]`, in place; `rate [n]`. Decoupled weight decay (AdamW): p ← p (1 − rate · decay).
-    `corrections [2]`: 1 − β₁ᵗ and 1 − β₂ᵗ at step t.
+    """One step of Adam on `p [n, …]`, in place, with decoupled weight decay (AdamW): p ← p (1 − rate · decay).
 
-    With `unit`, rows are directions: only the gradient's part that turns them is used, and they keep norm 1.
+    Args:
+        rate: learning rate of each member, `[n]`. corrections: 1 − β₁ᵗ and 1 − β₂ᵗ at step t, `[2]`.
+        unit: rows keep norm 1. The part of the gradient along a row is removed.
     """
     if unit:
         g = g - (g * p).sum(-1, keepdim=True) * p

@@ -1,5 +1,7 @@
-"""The work of `sparse.py` on a GPU: Triton kernels (`gpu_kernels.py`) over the whole stack, without waiting for the
-device where no feature is dead."""
+"""Implementation of `sparse.py` on a GPU: Triton kernels (`gpu_kernels.py`) over the whole stack.
+
+The host does not wait for the device if no feature is dead.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from husai.kernels.dense import activity  # noqa: F401 (part of what a backend o
 from husai.kernels.sparse import Choice, Kept
 
 PRODUCT_BYTES = 2**30
-"""Bytes of pre-activations that exist at one time."""
-EXTRA = 32  # proposals beside the k largest; on the CPU their number follows from a bound
+"""Largest number of bytes of pre-activations at a time."""
+EXTRA = 32  # proposals beyond the k largest; on the CPU their number follows from a bound
 
 
 def select(x: Tensor, W: Tensor, bias: Tensor, choice: Choice) -> Kept:
@@ -111,5 +113,5 @@ def _block(d: int) -> int:
 
 
 def _rows_together(x: Tensor) -> Tensor:
-    """`x [n, rows, d]` with contiguous rows; members may share them (stride 0)."""
+    """`x [n, rows, d]` with contiguous rows. Members may share rows (stride 0)."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -1,7 +1,7 @@
 """The sparse parts of a training step as Triton kernels. One program works on one row, or on one feature.
 
-Kept entries are as in `sparse.py`: those of row r lie at `offsets[r] : offsets[r + 1]`. Weights are feature-major; rows
-and features are counted over the whole stack, so that no kernel knows of members but by dividing.
+Kept entries are as in `sparse.py`: entries of row r are at `offsets[r] : offsets[r + 1]`. Weights are feature-major.
+Rows and features are numbered over the whole stack, and kernels find the member by division.
 """
 
 import triton
@@ -50,7 +50,7 @@ def gather_dots(features, W, bias, x, out, entries, rows, d_sae, d_in, x_stride,
 def weighted_sums(
     starts, rows_of, order, weights, x, centre, sums, totals, rows, d_sae, d_in, x_stride, BLOCK: tl.constexpr
 ):
-    """Of one feature over its entries: Σ weights, and Σ weights · (x − centre)."""
+    """Sums over the entries of one feature: Σ weights, and Σ weights · (x − centre)."""
     feature = tl.program_id(0).to(tl.int64)
     member = feature // d_sae
     columns = tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def weighted_sums(
 
 @triton.jit
 def adam(p, g, m, v, rate, corrections, decay, beta1, beta2, rows, d, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of `p`; with UNIT the gradient's part along it is taken off and it is scaled to norm 1 again."""
+    """Step of one row of `p`. With UNIT, the gradient's part along the row is removed, and the row keeps norm 1."""
     row = tl.program_id(0).to(tl.int64)
     own_rate = tl.load(rate + row // rows)
     first, second = tl.load(corrections), tl.load(corrections + 1)

@@ -1,7 +1,7 @@
 """Sparse codes of a stack of SAEs, differentiable. Only the encoder's product is dense.
 
-A stack has n members; `x [n, rows, d_in]`, `W_enc [n, d_in, d_sae]`, `W_dec [n, d_sae, d_in]`. Of each member's
-pre-activations a few are kept; `Kept` says which. Everything after the choice touches the kept entries alone:
+A stack has n members; `x [n, rows, d_in]`, `W_enc [n, d_in, d_sae]`, `W_dec [n, d_sae, d_in]`. Few pre-activations of
+each member are kept, and `Kept` holds them. All work after the choice uses the kept entries alone:
 
     values, kept = encode(...)                 x − b_dec in the encoder; gradients reach W_enc, b_enc and b_dec
     squares, error = reconstruct(values, …)    Σ ‖target − b_dec − values W_dec‖²; gradients reach values and decoder
@@ -24,13 +24,13 @@ from torch import Tensor
 class Kept:
     """Kept entries of a stack's pre-activations.
 
-    Those of row r of member i lie at `offsets[i · rows + r] : offsets[i · rows + r + 1]`.
+    Entries of row r of member i are at `offsets[i · rows + r] : offsets[i · rows + r + 1]`.
     """
 
     rows: int
     d_sae: int
     sizes: tuple[int, ...]
-    """Entries of each member, which lie together."""
+    """Number of entries of each member. They are contiguous."""
     offsets: Tensor  # int64 [n · rows + 1]
     features: Tensor  # int32 [entries], 0 … d_sae − 1
     values: Tensor  # [entries], ≥ 0; a 0 keeps its place in a row of fixed length and means nothing
@@ -51,7 +51,7 @@ class Kept:
         return backend(self.values.device.type).activity(self)
 
     def smallest(self) -> Tensor:
-        """`[n]`, each member's smallest positive value; infinite where it has none."""
+        """Smallest positive value of each member, `[n]`; infinite without a positive value."""
         positive = torch.where(self.values > 0, self.values, torch.inf)
         nothing = positive.new_full((1,), torch.inf)
         return torch.stack([torch.cat([v, nothing]).amin() for v in positive.split(self.sizes)])
@@ -65,7 +65,7 @@ class Kept:
 
 @cache
 def backend(device_type: str) -> ModuleType:
-    """The module that does the work on a device: Triton on CUDA, numba on a CPU, PyTorch where they are missing."""
+    """Module for a device: Triton on CUDA, numba on a CPU, PyTorch if they are missing."""
     if device_type == "cuda" and find_spec("triton"):
         from husai.kernels import gpu
 
@@ -124,21 +124,21 @@ class Choice:
     """Rule for the pre-activations that a stack keeps. Only positive ones are kept."""
 
     k: tuple[int, ...]
-    """For each member: how many a row."""
+    """For each member: number of kept entries a row."""
     across_batch: bool = False
-    """The k · rows largest of the whole batch, whatever row they lie in (BatchTopK)."""
+    """Keep the k · rows largest entries of the whole batch, in any rows (BatchTopK)."""
     propose: bool = False
-    """Let a bfloat16 product propose and compute the proposals in float32; the kept set is float32's own."""
+    """Propose entries by a bfloat16 product, and compute the proposals in float32. The kept set is that of float32."""
 
 
 def encode(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, choice: Choice) -> tuple[Tensor, Kept]:
-    """The kept entries of (x − b_dec) W_enc + b_enc.
+    """Kept entries of (x − b_dec) W_enc + b_enc.
 
     Args:
-        b_dec: `[n, d_in]`; None where the input is taken as it is (transcoders).
+        b_dec: `[n, d_in]`; None if nothing is subtracted from the input (transcoders).
 
     Returns:
-        (values `[entries]`, differentiable; which entries they are)
+        (values `[entries]`, differentiable; their places)
     """
     if b_dec is None:
         b_dec = W_enc.new_zeros(W_enc.shape[:2])

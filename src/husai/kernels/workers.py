@@ -1,4 +1,4 @@
-"""Deals shares of work to threads. Numba kernels and torch's products release the interpreter's lock."""
+"""Distributes shares of work over threads. Numba kernels and torch's products release the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """One torch thread a caller, because the callers are what runs in parallel.
+    """Context in which torch uses one thread, because its callers already run in parallel.
 
-    Setting the number in a worker also sets it for MKL in the whole process; here it is put back.
+    A worker that sets the number also sets it for MKL in the whole process, therefore it is restored at the end.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,6 +42,6 @@ def deal(work: Callable, shares: Iterable[tuple]) -> None:
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """0 … total in pieces of at most `size`: (first, last + 1) of each."""
+    """(first, last + 1) of pieces of 0 … total, each of at most `size`."""
     for first in range(0, total, size):
         yield first, min(first + size, total)

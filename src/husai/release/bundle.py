@@ -1,4 +1,4 @@
-"""Reads the evidence that the gate decides on, and says what was read. The decision itself is `release.gate`'s."""
+"""Reads the evidence of the gate, and records what was read. `release.gate` makes the decision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from husai.runs.files import canonical_json, read_json, sha256_file
 
 
 def read(path: Path) -> File | None:
-    """Results of a run with what is wrong with them; None where there is no file."""
+    """Results of a run with their problems; None if there is no file."""
     if not path.is_file():
         return None
     sha256 = sha256_file(path)
@@ -29,26 +29,28 @@ def read(path: Path) -> File | None:
 
 
 def chosen_again(selected: File, studies: list[File]) -> File:
-    """A selection with what is wrong with it where its studies, taken again, give another one.
+    """A selection with its problems. It has one if a selection from the same studies gives another result.
 
     Args:
-        studies: results of studies; those that the selection names by digest must be among them.
+        studies: results of studies. They must include those that the selection names by digest.
     """
     at_hand = {study.sha256: study for study in studies}
     try:
-        wanted, rules = selected.results["inputs"], selected.results["rules"]
-        if absent := next((label for label, sha256 in wanted.items() if sha256 not in at_hand), None):
+        digests, rules = selected.results["inputs"], selected.results["rules"]
+        if absent := next((label for label, sha256 in digests.items() if sha256 not in at_hand), None):
             return replace(selected, problems=[*selected.problems, f"the study that it calls {absent} is not at hand"])
-        if bad := next((s for sha256 in wanted.values() if (s := at_hand[sha256]).problems), None):
+        if bad := next((s for sha256 in digests.values() if (s := at_hand[sha256]).problems), None):
             return replace(selected, problems=[*selected.problems, f"a study that it read: {bad.problems[0]}"])
-        named = [selection.Study(label, sha256, at_hand[sha256].results) for label, sha256 in wanted.items()]
+        read_studies = [selection.Study(label, sha256, at_hand[sha256].results) for label, sha256 in digests.items()]
         given = {n: rules[n] for n in ("weights", "min_seeds", "uncertainty", "require_both_external")}
         given |= {"confirmation_seeds": selected.results["confirmation_seeds"]}
-        made = json.loads(canonical_json(selection.select(named, selection.Rules(**given))))
-        found = list(differences({name: selected.results[name] for name in made}, made, "selection"))
+        selected_again = json.loads(canonical_json(selection.select(read_studies, selection.Rules(**given))))
+        problems = list(
+            differences({name: selected.results[name] for name in selected_again}, selected_again, "selection")
+        )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        found = [f"it cannot be made again ({type(error).__name__}: {error})"]
-    return replace(selected, problems=[*selected.problems, *found[:1]])
+        problems = [f"it cannot be made again ({type(error).__name__}: {error})"]
+    return replace(selected, problems=[*selected.problems, *problems[:1]])
 
 
 def strict(
@@ -58,12 +60,13 @@ def strict(
     studies: list[Path],
     on_disk: Callable[[Path, Any], dict[str, str | None]],
 ) -> dict:
-    """The strict decision as results: what `gate.decide` says, with the digests of the evidence. Those of the studies
-    stand in the selection's inputs.
+    """Results of the strict policy: the decision of `gate.decide`, with the digests of the evidence.
+
+    The inputs of the selection hold the digests of the studies.
 
     Args:
-        paths: of `gate.MAKES`. studies: results that the selection was made from.
-        on_disk: reads what lies beside a confirmation (`evals.loaded.on_disk`).
+        paths: label of `gate.MAKES` -> file. studies: results that the selection was made from.
+        on_disk: function that identifies the checkpoints beside a confirmation (`evals.loaded.on_disk`).
     """
     files = {label: read(path) for label, path in paths.items()}
     if files["selection"]:
@@ -82,23 +85,30 @@ def strict(
 
 
 def published(paths: dict[str, Path], thresholds: Thresholds) -> dict:
-    """The earlier study's verdicts on its files, each beside what the strict gate says of it.
+    """Results of the earlier study's policy on its files, with the status of each gate under the strict policy.
 
     Raises:
-        BadInput: a file is missing or is not one of that study's.
+        BadInput: a file is missing, or is no file of that study.
     """
-    found = {n: read_json(paths[n], n) for n in ("phase4a", "transcoder", "ood", "selection")}
-    selected = found["selection"].get("selected") if isinstance(found["selection"], dict) else None
-    if not isinstance(selected, dict) or found["selection"].get("policy") != "published":
+    results_by_label = {n: read_json(paths[n], n) for n in ("phase4a", "transcoder", "ood", "selection")}
+    selected = (
+        results_by_label["selection"].get("selected") if isinstance(results_by_label["selection"], dict) else None
+    )
+    if not isinstance(selected, dict) or results_by_label["selection"].get("policy") != "published":
         raise BadInput(f"selection: {paths['selection']} was not made with --policy published")
     minima = {"saebench": thresholds.min_saebench_delta, "cebench": thresholds.min_cebench_delta}
     verdict = earlier.gate(
-        found["phase4a"], found["transcoder"], found["ood"], selected, minima, thresholds.max_ood_drop
+        results_by_label["phase4a"],
+        results_by_label["transcoder"],
+        results_by_label["ood"],
+        selected,
+        minima,
+        thresholds.max_ood_drop,
     )
-    gates = earlier.beside_strict(found["transcoder"], found["ood"], selected, verdict)
+    gates = earlier.beside_strict(results_by_label["transcoder"], results_by_label["ood"], selected, verdict)
     return {
         "phase": "release_gate",
-        "inputs": {n: sha256_file(paths[n]) for n in found},
+        "inputs": {n: sha256_file(paths[n]) for n in results_by_label},
         "policy": "published",
         "pass_all": False,
         "provisional": False,
@@ -106,5 +116,5 @@ def published(paths: dict[str, Path], thresholds: Thresholds) -> dict:
         "candidate": None,
         "published": verdict,
         "gates": gates,
-        "read": {n: {"path": str(paths[n]), "sha256": sha256_file(paths[n])} for n in found},
+        "read": {n: {"path": str(paths[n]), "sha256": sha256_file(paths[n])} for n in results_by_label},
     }

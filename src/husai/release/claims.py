@@ -1,7 +1,7 @@
-"""Claims: statements of the documents, every figure in them read again from the artefact that it names.
+"""Claims: statements of the documents whose figures are checked against artefacts.
 
-A figure holds when the value in the artefact, printed to the figure's own digits, is the figure. `docs/claims.yaml`
-lists the claims; `unclaimed` finds the figures that stand in a document without one.
+A figure holds if the artefact's value, printed with equally many digits, equals the figure. `docs/claims.yaml` lists
+the claims. `unclaimed` finds figures of a document without a claim.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from husai.runs.files import read_json, sha256_file
 
 LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
-"""Documents in which a bold number needs a claim. LOG also needs one for each decimal or percentage."""
+"""Documents in which every bold number needs a claim. LOG also needs one for each decimal or percentage."""
 
 INTERNAL_PHASES = ("4a", "core_ablations", "adaptive_l0_calibration", "assignment_consistency_v2", "language_model")
 """Claims on evidence of these phases, on docs/benchmarks and on assets may be internal; all others are external."""
@@ -49,19 +49,19 @@ Text = Annotated[str, Field(pattern=r"\S")]
 
 
 class Figure(BaseModel):
-    """A figure of a statement, as printed, and where its value stands in the claim's artefact."""
+    """A printed figure of a statement, and the place of its value in the claim's artefact."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: Text
-    """`0.9975`, `+0.033 [+0.022, +0.044]` (at the pointer: an estimate with low and high), `42 to 47 %` (with
-    `range_of`), or a word (`above chance`). With a % the artefact holds the fraction."""
+    """`0.9975`, `+0.033 [+0.022, +0.044]` (the pointer leads to an estimate with low and high), `42 to 47 %` (with
+    `range_of`), or a word (`above chance`). For a %, the artefact holds the fraction."""
     pointer: Pointer
     range_of: Pointer | None = None
-    """The figure is the lowest and highest of this, taken of each item of the list or object at `pointer`."""
+    """Pointer inside each item of the list or object at `pointer`. The figure is the lowest and highest value."""
     tolerance: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """In printed units, for a figure that is not the value rounded to its digits; at most one unit of the last digit of
-    each number in `text` (0.01 of `0.25`, 1 of `40 %`)."""
+    """Tolerance in printed units, for a figure that is no rounded value. It is at most one unit of the last digit of
+    each number in `text` (0.01 for `0.25`, 1 for `40 %`)."""
 
     @model_validator(mode="after")
     def _tolerance_is_small(self) -> Figure:
@@ -71,21 +71,21 @@ class Figure(BaseModel):
 
 
 class Claim(BaseModel):
-    """A statement and one artefact; where figures come of two artefacts, two claims have the same statement."""
+    """A statement and one artefact. If its figures come from two artefacts, two claims share the statement."""
 
     model_config = ConfigDict(extra="forbid")
 
     id: str = Field(pattern=r"^[a-z0-9-]+$")
     document: RepositoryPath
     statement: Text
-    """As it stands in the document; line wraps do not matter."""
+    """Text of the statement in the document. Line breaks do not matter."""
     tier: Literal["internal", "external"]
-    """The artefact decides whether `internal` will do (`may_be_internal`)."""
+    """`may_be_internal` decides by the artefact whether `internal` is allowed."""
     gate: RepositoryPath | None = None
-    """Result of the release gate behind an external claim. It names the sha256 of the artefact."""
+    """Result of the release gate for an external claim. It must name the sha256 of the artefact."""
     artefact: RepositoryPath
     figures: list[Figure] = Field(min_length=1)
-    """In the order in which they stand in the statement."""
+    """Figures in the order of the statement."""
 
     def files(self) -> list[str]:
         return [self.artefact] + ([self.gate] if self.gate else [])
@@ -104,7 +104,7 @@ class Claims(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys; this refuses them."""
+    """YAML loader that refuses equal keys. Plain YAML keeps the last one."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -118,23 +118,23 @@ def read(path: Path) -> Claims:
     """Read a claims file.
 
     Raises:
-        BadInput: it is missing, is not YAML, or is no list of claims.
+        BadInput: the file is missing, is no YAML, or is no list of claims.
     """
     try:
         return Claims.model_validate(yaml.load(path.read_text(), _Loader))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BadInput(f"claims: {path}: {where}: {first['msg']}") from None
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BadInput(f"claims: {path}: {place}: {first['msg']}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"claims: {path} is not readable as YAML ({error})") from None
 
 
 def write_digests(path: Path, root: Path) -> list[str]:
-    """Bring `artefacts` of a claims file up to date with the files that its claims name; returns what changed.
+    """Update `artefacts` of a claims file from the files that its claims name; returns the changes.
 
     Raises:
-        BadInput: an artefact is missing, or the list is not written as one indented line an artefact.
+        BadInput: an artefact is missing, or the list has not one indented line for each artefact.
     """
     claims = read(path)
     for name in claims.files():
@@ -162,25 +162,25 @@ NUMBER = re.compile(
     r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:[.,][0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+−-]?[0-9]+)?(?!\.?[0-9])"
 )
-"""A printed number, without its unit (`2.5` of `2.5x`); digits after a letter, or in a version, are none."""
+"""A printed number without its unit (`2.5` of `2.5x`). Digits after a letter or in a version number do not match."""
 
 PERCENT = re.compile(r"\s*(?:%|per\s?cent)", re.I)
 
 
 def plain(printed: str) -> str:
-    """As Python writes it: `1,024` -> `1024`, `0,597` (a decimal comma) -> `0.597`, `−3E-5` -> `-3e-5`."""
+    """A number in Python's spelling: `1,024` -> `1024`, `0,597` (a decimal comma) -> `0.597`, `−3E-5` -> `-3e-5`."""
     grouped = re.match(r"\D?[1-9][0-9]{0,2}(,[0-9]{3})+(?![0-9])", printed)
     return printed.replace("−", "-").lower().replace(",", "" if grouped else ".")
 
 
 def unit(printed: str) -> float:
-    """One unit of the last digit."""
+    """One unit of the last digit of a printed number."""
     mantissa, _, exponent = plain(printed).partition("e")
     return float(f"1e{int(exponent or 0) - len(mantissa.partition('.')[2])}")
 
 
 def prints_as(printed: str, value: float, percent: bool = False, tolerance: float | None = None) -> bool:
-    """Is `printed` what `value` looks like in as many digits?"""
+    """True if `value`, printed with the same number of digits, equals `printed`."""
     printed = plain(printed)
     value = value * 100 if percent else value
     if tolerance is not None:
@@ -188,7 +188,7 @@ def prints_as(printed: str, value: float, percent: bool = False, tolerance: floa
     mantissa, _, exponent = printed.partition("e")
     digits = len(mantissa.partition(".")[2])
     expected = f"{value:.{digits}{'e' if exponent else 'f'}}"
-    signed = printed[0] in "+-"  # even a zero keeps the sign of its value, where it is printed with one
+    signed = printed[0] in "+-"  # a printed sign must be that of the value, even for zero
     return Decimal(expected) == Decimal(printed) and (not signed or (printed[0] == "-") == (expected[0] == "-"))
 
 
@@ -196,44 +196,44 @@ def values(figure: Figure, artefact: Any) -> list[float] | str:
     """Value of a figure in the artefact: a word, a number, [estimate, low, high], or [lowest, highest].
 
     Raises:
-        LookupError: the artefact holds no such value.
+        LookupError: the artefact lacks the value.
     """
-    found = resolve(artefact, figure.pointer)
-    if isinstance(found, str) and figure.range_of is None:
-        return found
+    value = resolve(artefact, figure.pointer)
+    if isinstance(value, str) and figure.range_of is None:
+        return value
     if figure.range_of is not None:
-        items = list(found.values()) if isinstance(found, dict) else found
+        items = list(value.values()) if isinstance(value, dict) else value
         if not isinstance(items, list) or not items:
             raise LookupError(f"a list or an object expected at {figure.pointer}")
         numbers = [resolve(item, figure.range_of) for item in items]
-    elif isinstance(found, dict) and {"estimate", "low", "high"} <= found.keys():
-        numbers = [found[name] for name in ("estimate", "low", "high") if found[name] is not None]
+    elif isinstance(value, dict) and {"estimate", "low", "high"} <= value.keys():
+        numbers = [value[name] for name in ("estimate", "low", "high") if value[name] is not None]
     else:
-        numbers = [found]
+        numbers = [value]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
         raise LookupError(f"no number, interval or word at {figure.pointer}{figure.range_of or ''}")
     return numbers if figure.range_of is None else [min(numbers), max(numbers)]
 
 
 def figure_problem(figure: Figure, artefact: Any) -> str | None:
-    """Why a figure does not follow from its artefact, or None."""
+    """Reason why a figure does not follow from its artefact; None if it does."""
     try:
-        found = values(figure, artefact)
+        recorded = values(figure, artefact)
     except LookupError as error:
         return f"{figure.text!r}: {error.args[0]}"
-    if isinstance(found, str):
-        holds = " ".join(figure.text.split()).casefold() == found.casefold()
+    if isinstance(recorded, str):
+        holds = " ".join(figure.text.split()).casefold() == recorded.casefold()
     else:
         printed, percent = NUMBER.findall(figure.text), PERCENT.search(figure.text) is not None
         try:
-            holds = len(printed) == len(found) and all(
-                prints_as(p, v, percent, figure.tolerance) for p, v in zip(printed, found, strict=True)
+            holds = len(printed) == len(recorded) and all(
+                prints_as(p, v, percent, figure.tolerance) for p, v in zip(printed, recorded, strict=True)
             )
         except ArithmeticError:
             return f"{figure.text!r}: the number printed, or that at {figure.pointer}, is too large"
     if holds:
         return None
-    shown = found if isinstance(found, str) else ", ".join(map(str, found))
+    shown = recorded if isinstance(recorded, str) else ", ".join(map(str, recorded))
     return f"{figure.text!r} printed, {shown} at {figure.pointer}"
 
 
@@ -243,12 +243,12 @@ def figure_problem(figure: Figure, artefact: Any) -> str | None:
 
 @cache
 def number_spans(text: str) -> list[tuple[int, int]]:
-    """Spans of the numbers in a text. They are kept, because every figure is searched in the same document."""
+    """Spans of the numbers in a text. They are cached, because all figures are searched in the same document."""
     return [m.span() for m in NUMBER.finditer(text)]
 
 
 def places(text: str, within: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Spans of `text` in `within[start:end]`. Any white space separates words; numbers and units are whole."""
+    """Spans of `text` in `within[start:end]`. Any white space separates words, and numbers match as a whole."""
     numbers = number_spans(within)
     expected = len(NUMBER.findall(text))
     words = r"\s+".join(map(re.escape, text.split())) + (r"(?![^\W_])" if text[-1:].isdigit() else "")
@@ -259,19 +259,19 @@ def places(text: str, within: str, start: int = 0, end: int | None = None) -> It
 
 def figure_places(claim: Claim, within: str, start: int = 0, end: int | None = None) -> list[tuple[int, int] | None]:
     """Span of each figure of a claim, after the span of the previous figure; None for an absent figure."""
-    found = []
+    spans = []
     for figure in claim.figures:
         place = next(places(figure.text, within, start, end), None)
         start = place[1] if place else start
-        found.append(place)
-    return found
+        spans.append(place)
+    return spans
 
 
 def claim_problems(claim: Claim, document: str, artefact: Any) -> list[str]:
-    """Why a claim does not hold: its words and its figures.
+    """Problems of a claim, in its words and its figures.
 
     Args:
-        document: the text that it should stand in. artefact: the content of the file that it names, or None.
+        document: text of the document. artefact: content of the artefact; None if it cannot be read.
     """
     problems = []
     if not any(places(claim.statement, document)):
@@ -285,7 +285,7 @@ def claim_problems(claim: Claim, document: str, artefact: Any) -> list[str]:
 
 
 def may_be_internal(artefact: str, root: Path) -> bool:
-    """Is the artefact a benchmark or subject of ours, or evidence of an internal phase?"""
+    """True for a benchmark, a shipped asset, or evidence of an internal phase."""
     path = PurePosixPath(artefact)
     if path.parts[:2] != ("docs", "evidence"):
         return path.parts[:2] == ("docs", "benchmarks") or path.parts[0] == "assets"
@@ -297,10 +297,10 @@ def may_be_internal(artefact: str, root: Path) -> bool:
 
 
 def gate_problem(claim: Claim, gate: Any, sha256: str | None, root: Path) -> str | None:
-    """Why an external claim does not pass its gate, or None.
+    """Reason why an external claim does not pass its gate; None if it passes.
 
     Args:
-        gate: the content of the file that the claim names, or None. sha256: of the claim's artefact.
+        gate: content of the gate's results; None if they cannot be read. sha256: digest of the claim's artefact.
     """
     passed = gate.get("pass_all") if isinstance(gate, dict) else None
     if claim.gate is None:
@@ -315,7 +315,7 @@ def gate_problem(claim: Claim, gate: Any, sha256: str | None, root: Path) -> str
 
 
 def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
-    """The numbers of a document that need a claim and are no figure of one."""
+    """Problems of a document: numbers that need a claim and are no figure of one."""
     backed = [
         place
         for claim in claims
@@ -342,7 +342,7 @@ def unclaimed(name: str, text: str, claims: list[Claim]) -> list[str]:
 
 
 def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
-    """Every claim against its document and its artefacts."""
+    """Id of each claim -> problems with its document and its artefacts."""
     opened = {path: _open(root / path, path, claims.artefacts.get(path)) for path in claims.files()}
     internal = {path: may_be_internal(path, root) for path in {claim.artefact for claim in claims.claims}}
     findings = {}
@@ -363,7 +363,7 @@ def audit_claims(claims: Claims, root: Path) -> dict[str, list[str]]:
 
 
 def audit_documents(claims: Claims, root: Path) -> dict[str, list[str]]:
-    """Every figure of DOCUMENTS that needs a claim has one."""
+    """Name of each of DOCUMENTS -> figures that lack a claim."""
     findings = {}
     for name in DOCUMENTS:
         text, problem = _text(root / name, name)
@@ -372,7 +372,7 @@ def audit_documents(claims: Claims, root: Path) -> dict[str, list[str]]:
 
 
 def _open(path: Path, name: str, expected: str | None) -> tuple[Any, str | None]:
-    """(content or None, what is wrong with the file or None)."""
+    """(content or None, problem of the file or None)."""
     if not path.is_file():
         return None, f"{name} is missing"
     problem: str | None

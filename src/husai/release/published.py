@@ -1,5 +1,7 @@
-"""The earlier study's own rules, as they were: points without intervals, seeds ranked as if they were candidates. Kept
-to show what they say of its files, and where the strict rules differ; nothing is released by them."""
+"""Rules of the earlier study: points without intervals, and seeds ranked as candidates.
+
+They show the verdicts of that study on its files, and how the strict rules differ. They release nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ ABOUT = {
     "n_data_sets": "saebench.config.dataset_count",
     "ks": "saebench.config.ks",
 }
-"""Name in the verdicts beside a row's figures -> its place in a record."""
+"""Fact of a row -> its place in a record."""
 
 
 def _figure_places(record: dict) -> dict[str, str]:
-    """Figure -> its place in a record of the frontier or of scaling."""
+    """Figure -> its place in a record of the frontier or scaling study."""
     training = "train_metrics" if "architecture" in record else "train_summary.final_metrics"
     return {
         "saebench": "saebench.summary.best_minus_llm_auc",
@@ -32,7 +34,7 @@ def _figure_places(record: dict) -> dict[str, str]:
 
 
 class _Absent(Exception):
-    """A record has no value at a place."""
+    """Raised if a record has no value at a place."""
 
 
 def _at(record: dict, place: str) -> Any:
@@ -44,20 +46,20 @@ def _at(record: dict, place: str) -> Any:
     return value
 
 
-def seeds(results: Any, where: str, study: str) -> tuple[list[dict], list[dict]]:
+def seeds(results: Any, file: str, study: str) -> tuple[list[dict], list[dict]]:
     """The trained SAEs of a published frontier or scaling file.
 
-    A record without one of the values that the rule reads is left out: a benchmark may have failed for one SAE.
+    A record without one of the values that the rule reads is left out, because a benchmark may have failed for one SAE.
 
     Args:
-        where: the file, for errors. study: its name in the results.
+        file: name of the file, for messages. study: name of the study in the results.
 
     Returns:
-        (one row an SAE: condition, checkpoint and its three figures; {"study", "condition", "reason"} of each record
-        that is left out)
+        (one row for each SAE: condition, checkpoint and three figures; {"study", "condition", "reason"} for each
+        record that is left out)
 
     Raises:
-        BadInput: it is no such file, or a figure is no finite number.
+        BadInput: the file has another form, or a figure is no finite number.
     """
     try:
         rows, excluded = [], []
@@ -65,26 +67,26 @@ def seeds(results: Any, where: str, study: str) -> tuple[list[dict], list[dict]]
             name = f"{r['architecture']}_seed{r['seed']}" if "architecture" in r else r["condition_id"]
             try:
                 figures = {figure: _at(r, place) for figure, place in _figure_places(r).items()}
-                about = {fact: _at(r, place) for fact, place in ABOUT.items()}
+                facts = {fact: _at(r, place) for fact, place in ABOUT.items()}
             except _Absent as absent:
                 excluded.append({"study": study, "condition": name, "reason": str(absent)})
                 continue
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not isfinite(v) for v in figures.values()):
                 raise TypeError(f"{name}: a figure is no finite number")
-            rows.append({"condition": name, "checkpoint": r["checkpoint"], "figures": figures, **about})
+            rows.append({"condition": name, "checkpoint": r["checkpoint"], "figures": figures, **facts})
         return rows, excluded
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{where}: no published frontier or scaling results ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{file}: no published frontier or scaling results ({type(error).__name__}: {error})") from None
 
 
 def select(rows: list[dict], excluded: list[dict], weights: dict[str, float] = WEIGHTS) -> dict:
-    """Min-max over the cohort, weighted and added up; the best of those that no other beats on both benchmarks.
+    """Select the best row of the Pareto front of both benchmarks, by a weighted sum of min-max normalised figures.
 
     Args:
-        excluded: records that were left out (`seeds`); with no row beside them nothing is selected.
+        excluded: records that were left out (`seeds`). Without any row, nothing is selected.
 
     Raises:
-        BadInput: neither a row nor a record that was left out.
+        BadInput: there is neither a row nor an excluded record.
     """
     if not rows and not excluded:
         raise BadInput("no candidate in the published results")
@@ -108,11 +110,11 @@ def select(rows: list[dict], excluded: list[dict], weights: dict[str, float] = W
 def gate(
     phase4a: dict, transcoder: dict, ood: dict, selected: dict, minima: dict[str, float], max_ood_drop: float
 ) -> dict:
-    """The earlier study's verdicts: {"metrics", "gates"}, by points against thresholds.
+    """Verdicts of the earlier study: {"metrics", "gates"}, from points and thresholds.
 
     Args:
-        phase4a: `comparison_difference` and `trained_ci_low_minus_random_ci_high`, all that was published of it.
-        minima: of `saebench` and `cebench`.
+        phase4a: `comparison_difference` and `trained_ci_low_minus_random_ci_high`, the only published figures.
+        minima: minimum of `saebench` and of `cebench`.
 
     Raises:
         BadInput: a figure is missing.
@@ -140,10 +142,10 @@ def gate(
 
 
 def beside_strict(transcoder: dict, ood: dict, selected: dict, verdict: dict) -> list[dict]:
-    """Each of the earlier study's gates beside what the strict gate says of the same evidence, and why.
+    """Each gate of the earlier study, with the strict gate's status on the same evidence, and the reason.
 
     Returns:
-        [{"gate", "published": bool, "figure": its point, "status": of the strict gate, "reason"}]
+        [{"gate", "published": bool, "figure": its point, "status": status of the strict gate, "reason"}]
     """
     metrics, gates = verdict["metrics"], verdict["gates"]
     try:

@@ -1,4 +1,4 @@
-"""Evidence folders, not trusted: the manifest is checked, and what rests on pairs of seeds is computed again."""
+"""Audits evidence folders: checks manifests, and computes again all conclusions from pairs of seeds."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 
 NOT_KEPT = {"draws", "q95_of_mean"}
-"""Figures of single draws of a null. The evidence keeps only the mean of each pair."""
+"""Figures that need single draws of a null. Evidence keeps only the mean of each pair."""
 
 
 EARLIER_RULES = "earlier_rules"
-"""Folder below docs/evidence whose runs were judged by rules that no longer stand: only their files are checked."""
+"""Folder below docs/evidence with runs under superseded rules. Only the integrity of their files is checked."""
 
 
 def of_earlier_rules(path: Path, root: Path) -> bool:
@@ -50,14 +50,14 @@ def of_earlier_rules(path: Path, root: Path) -> bool:
 
 
 def audit_evidence(root: Path) -> dict[str, list[str]]:
-    """Every folder below docs/evidence with results or a manifest: name -> problems."""
-    found = [p for name in ("results.json", "manifest.json") for p in (root / "docs" / "evidence").rglob(name)]
-    folders = sorted({p.parent for p in found})
+    """Folder -> its problems, for every folder below docs/evidence with results or a manifest."""
+    paths = [p for name in ("results.json", "manifest.json") for p in (root / "docs" / "evidence").rglob(name)]
+    folders = sorted({p.parent for p in paths})
     return {str(f.relative_to(root)): folder_problems(f, not of_earlier_rules(f, root)) for f in folders}
 
 
-def folder_problems(folder: Path, again: bool = True) -> list[str]:
-    """Faults of an evidence folder: in its manifest, its files, and figures that are computed again."""
+def folder_problems(folder: Path, recompute: bool = True) -> list[str]:
+    """Problems of an evidence folder: of its manifest, its files, and figures that are computed again."""
     try:
         results = read_json(folder / "results.json", "evidence")
         manifest = Manifest.model_validate(read_json(folder / "manifest.json", "evidence"), strict=True)
@@ -69,17 +69,19 @@ def folder_problems(folder: Path, again: bool = True) -> list[str]:
     digests = {p.name: sha256_file(p) if p.is_file() else None for p in sorted(folder.iterdir())}
     problems = manifest_problems(manifest, results, digests)
     try:
-        return problems + (results_problems(results) if again else [])
+        return problems + (results_problems(results) if recompute else [])
     except (RecursionError, OverflowError) as error:
         return [*problems, f"results.json cannot be computed again ({type(error).__name__}: {error})"]
 
 
 def run_problems(path: Path) -> tuple[Any, list[str]]:
-    """(the results of a run, what is wrong with them): the manifest beside them must speak of a finished run and of
-    these very bytes, and what rests on pairs, members and data sets is computed again.
+    """(results of a run, their problems).
+
+    The manifest beside the results must describe a finished run and these bytes. Conclusions from pairs, members and
+    data sets are computed again.
 
     Raises:
-        BadInput: the file is missing or is not strict JSON.
+        BadInput: the file is missing or is no strict JSON.
     """
     results = read_json(path, "evidence")
     try:
@@ -94,19 +96,19 @@ def run_problems(path: Path) -> tuple[Any, list[str]]:
 
 
 def results_problems(results: Any) -> list[str]:
-    """Places at which results do not follow from their own pairs, members and data sets."""
-    found = [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
-    return found + phase_problems(results)
+    """Places at which results do not follow from their pairs, members and data sets."""
+    problems = [f"{at}: {problem}" for at, study in studies(results) for problem in study_problems(study)]
+    return problems + phase_problems(results)
 
 
 def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str | None]) -> list[str]:
-    """Does the manifest speak of a finished run, of these results, and of every file beside them?
+    """Problems of a manifest: it must describe a finished run, these results, and every file in the folder.
 
     Args:
-        digests: name in the folder -> sha256, or None where it is no file. Figures lie flat in it.
+        digests: name in the folder -> sha256, or None if it is no file. Figures are in the folder itself.
     """
     problems = []
-    if manifest.status != "complete" or manifest.return_code not in (0, 1):  # 1: a check did not hold, a result too
+    if manifest.status != "complete" or manifest.return_code not in (0, 1):  # 1: a failed check is a result too
         ended = f"{manifest.status}, return code {manifest.return_code}"
         problems.append(f"the run is {ended}; complete and 0, or 1 for a check that did not hold, expected")
     if "summary.md" not in digests:
@@ -126,17 +128,17 @@ def manifest_problems(manifest: Manifest, results: Any, digests: dict[str, str |
 
 def studies(value: Any, at: str = "") -> Iterator[tuple[str, dict]]:
     """(JSON pointer, object) of every object that has both `stability` and `pairs`."""
-    left = [(at, value)]
-    while left:
-        at, value = left.pop()
+    remaining = [(at, value)]
+    while remaining:
+        at, value = remaining.pop()
         if isinstance(value, dict) and {"stability", "pairs"} <= value.keys():
             yield at or "/", value
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        left += [(f"{at}/{key}", item) for key, item in items if isinstance(item, dict | list)][::-1]
+        remaining += [(f"{at}/{key}", item) for key, item in items if isinstance(item, dict | list)][::-1]
 
 
 def study_problems(study: dict) -> list[str]:
-    """Compute `stability` again from `pairs`: every estimate, interval and null mean, and the verdict."""
+    """Differences of `stability` from a new computation from `pairs`: estimates, intervals, null means, verdict."""
     try:
         published = study["stability"]
         labels, missing = published["labels"], published["missing_nulls"]
@@ -154,59 +156,63 @@ def study_problems(study: dict) -> list[str]:
         recomputed = summarise(labels, pairs, missing).to_json()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"stability cannot be computed again from the pairs ({type(error).__name__}: {error})"]
-    if GAP not in published:  # evidence from before there was one
+    if GAP not in published:  # older evidence lacks it
         del recomputed[GAP]
     return list(differences(published, recomputed, "stability"))
 
 
 def ablation_decisions(phase: CoreAblations) -> dict[str, Any]:
-    """Held-out means of each section, and the gains of methods: place in the results -> value."""
-    again: dict[str, Any] = {}
+    """Held-out means of each section, and gains of methods: place in the results -> value."""
+    conclusions: dict[str, Any] = {}
     for at, sections in (("rows", phase.rows), ("methods", phase.methods)):
         for i, section in enumerate(sections):
             for name in ("explained_variance", "l0", "dead_share"):
-                again[f"/{at}/{i}/{name}"] = contrast.heldout(section, name)
+                conclusions[f"/{at}/{i}/{name}"] = contrast.heldout(section, name)
     for i, method in enumerate(phase.methods[1:], 1):
-        again |= against(f"/methods/{i}", method, phase.methods[0])
-    return again
+        conclusions |= against(f"/methods/{i}", method, phase.methods[0])
+    return conclusions
 
 
 def adaptive_decisions(phase: AdaptiveL0) -> dict[str, Any]:
-    """The figures that the choice reads, the choice, and its confirmation."""
-    again: dict[str, Any] = {"/chosen_k": rules.choose_k(phase.selection, phase.ev_floor)}
+    """Figures of the choice of k, the choice, and its confirmation: place in the results -> value."""
+    conclusions: dict[str, Any] = {"/chosen_k": rules.choose_k(phase.selection, phase.ev_floor)}
     for at, sections in (("selection", phase.selection), ("confirmation", phase.confirmation)):
         for i, section in enumerate(sections):
-            again[f"/{at}/{i}/lower_bound"] = contrast.lower_bound(section)
-            again[f"/{at}/{i}/explained_variance"] = contrast.heldout(section)
+            conclusions[f"/{at}/{i}/lower_bound"] = contrast.lower_bound(section)
+            conclusions[f"/{at}/{i}/explained_variance"] = contrast.heldout(section)
     gain, seeds = None, 0
     if len(phase.confirmation) == 2:
         chosen, control = phase.confirmation
-        again |= against("", chosen, control)
-        gain, seeds = again["/gain"], len(chosen.members)
-    return again | {"/outcome": rules.sparsity_outcome(phase.chosen_k, gain, seeds)}
+        conclusions |= against("", chosen, control)
+        gain, seeds = conclusions["/gain"], len(chosen.members)
+    return conclusions | {"/outcome": rules.sparsity_outcome(phase.chosen_k, gain, seeds)}
 
 
 def assignment_decisions(phase: AssignmentConsistency) -> dict[str, Any]:
-    """The gains of every arm, and the acceptance."""
-    again: dict[str, Any] = {}
+    """Gains of every arm, and the acceptance: place in the results -> value."""
+    conclusions: dict[str, Any] = {}
     for i, arm in enumerate(phase.own):
-        again |= against(f"/own/{i}", arm, phase.control)
+        conclusions |= against(f"/own/{i}", arm, phase.control)
     for i, shared in enumerate(phase.shared):
         mean, left_out = contrast.gain_and_left_out(shared.references, phase.control)
-        again |= {f"/shared/{i}/gain": mean, f"/shared/{i}/leave_one_reference_out": left_out}
+        conclusions |= {f"/shared/{i}/gain": mean, f"/shared/{i}/leave_one_reference_out": left_out}
         for j, section in enumerate(shared.references):
-            again |= against(f"/shared/{i}/references/{j}", section, phase.control)
+            conclusions |= against(f"/shared/{i}/references/{j}", section, phase.control)
     gain = lost = None
     seeds = 0
     if phase.confirmed:
         control, pulled = phase.confirmed
-        again |= against("/confirmation/1", pulled, control)
-        gain, lost, seeds = again["/confirmation/1/gain"], again["/confirmation/1/ev_drop"], len(pulled.members)
-    return again | {"/acceptance": rules.acceptance(phase.own, gain, lost, seeds, phase.max_ev_drop)}
+        conclusions |= against("/confirmation/1", pulled, control)
+        gain, lost, seeds = (
+            conclusions["/confirmation/1/gain"],
+            conclusions["/confirmation/1/ev_drop"],
+            len(pulled.members),
+        )
+    return conclusions | {"/acceptance": rules.acceptance(phase.own, gain, lost, seeds, phase.max_ev_drop)}
 
 
 def against(at: str, section: Compared, control: Compared) -> dict[str, Any]:
-    """Gain of an arm, and its loss of explained variance, against its control."""
+    """Gain of an arm over its control, and its loss of explained variance: place in the results -> value."""
     return {f"{at}/gain": contrast.gain([section], [control]), f"{at}/ev_drop": contrast.drop(section, control)}
 
 
@@ -215,35 +221,35 @@ PHASES: dict[str, tuple[type[Strict], Callable[[Any], dict]]] = {
     "core_ablations": (CoreAblations, ablation_decisions),
     "adaptive_l0_calibration": (AdaptiveL0, adaptive_decisions),
     "assignment_consistency_v2": (AssignmentConsistency, assignment_decisions),
-    "saebench_custom": (Probing, lambda found: {"/conditions": deltas.saebench(found)}),
-    "cebench_custom": (Contrastive, lambda found: {"/conditions": deltas.contrastive(found)}),
+    "saebench_custom": (Probing, lambda results: {"/conditions": deltas.saebench(results)}),
+    "cebench_custom": (Contrastive, lambda results: {"/conditions": deltas.contrastive(results)}),
     "random_model_stress": (RandomModelStress, random_model.decisions),
     "transcoder_stress": (TranscoderStress, transcoder.decisions),
     "ood_stress": (OODStress, drop.decisions),
 }
-"""Phase -> its schema, and what follows from its figures: place in the results -> value."""
+"""Phase -> (its schema, function that gives conclusions from its figures: place in the results -> value)."""
 
 
 def decisions(results: dict) -> dict[str, Any]:
-    """Decisions of a phase, computed again from its sections: place in the results -> value."""
+    """Conclusions of a phase, computed again from its figures: place in the results -> value."""
     phase = results.get("phase")
-    again: dict[str, Any] = {}
+    conclusions: dict[str, Any] = {}
 
     def of_parts(at: str, bank: Evaluated | Bank) -> None:
         if bank.saebench is not None:
-            again[f"{at}/saebench/conditions"] = deltas.saebench(bank.saebench)
+            conclusions[f"{at}/saebench/conditions"] = deltas.saebench(bank.saebench)
         if bank.cebench is not None:
-            again[f"{at}/cebench/conditions"] = deltas.contrastive(bank.cebench)
+            conclusions[f"{at}/cebench/conditions"] = deltas.contrastive(bank.cebench)
         if bank.code is not None:
-            again[f"{at}/code/gain"] = coding.concluded(bank.code).to_json()["gain"]
+            conclusions[f"{at}/code/gain"] = coding.concluded(bank.code).to_json()["gain"]
 
     def of_bank(at: str, bank: Bank) -> None:
         of_parts(at, bank)
-        again[f"{at}/conditions"] = conditions.conditions(bank)
+        conclusions[f"{at}/conditions"] = conditions.conditions(bank)
 
     if phase in PHASES:
         schema, function = PHASES[phase]
-        again |= function(schema.model_validate(results))
+        conclusions |= function(schema.model_validate(results))
     elif phase == "candidate_confirmation":
         evaluation = read_evaluation(results)
         if isinstance(evaluation, Retrained):
@@ -256,19 +262,19 @@ def decisions(results: dict) -> dict[str, Any]:
             of_bank(f"/banks/{i}", bank)
         rows = [row for bank in banks for row in bank.conditions]
         if phase == "architecture_frontier":
-            again["/pareto"] = conditions.pareto(rows)
+            conclusions["/pareto"] = conditions.pareto(rows)
         else:
-            again["/contrasts"] = conditions.contrasts(banks)
-            again["/power_laws"] = conditions.power_laws(rows)
+            conclusions["/contrasts"] = conditions.contrasts(banks)
+            conclusions["/power_laws"] = conditions.power_laws(rows)
     for at, study in studies(results):
         if "convergence" in study:
             moved = Interval.model_validate(study["convergence"]["moved"])
-            again[f"{at}/convergence/converged"] = rules.at_rest(moved)
-    return again
+            conclusions[f"{at}/convergence/converged"] = rules.at_rest(moved)
+    return conclusions
 
 
 def phase_problems(results: Any) -> list[str]:
-    """Places at which figures and decisions of a phase do not follow from its pairs and members."""
+    """Places at which conclusions of a phase do not follow from its figures."""
     try:
         if not isinstance(results, dict) or "phase" not in results:
             return []
@@ -284,7 +290,7 @@ def phase_problems(results: Any) -> list[str]:
 
 
 def resolve(value: Any, pointer: str) -> Any:
-    """The value at an RFC 6901 pointer (LookupError where there is none)."""
+    """Value at an RFC 6901 pointer. Raises LookupError if there is none."""
     for token in pointer.split("/")[1:]:
         token = token.replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict) and token in value:
@@ -297,7 +303,7 @@ def resolve(value: Any, pointer: str) -> Any:
 
 
 def differences(published: Any, recomputed: Any, at: str) -> Iterator[str]:
-    """Places at which two JSON values differ, numbers up to rounding. The second can be typed evidence."""
+    """Places at which two JSON values differ by more than rounding. The second value can be typed evidence."""
     if isinstance(recomputed, Strict):
         recomputed = recomputed.to_json()
     if isinstance(published, dict) and isinstance(recomputed, dict):

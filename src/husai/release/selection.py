@@ -38,7 +38,7 @@ from husai.runs.files import digest
 
 STUDIES = ("architecture_frontier", "external_metric_scaling")
 SCALES = {"saebench": 0.05, "cebench": 0.1, "stability": 0.25, "train_ev": 0.25}
-"""One unit of each figure. It is fixed, therefore other candidates do not change a score."""
+"""Unit of each figure. Units are fixed, therefore a score does not depend on other candidates."""
 EXTERNAL = ("saebench", "cebench")
 
 F = TypeVar("F", bound=Figures)
@@ -93,12 +93,12 @@ class Cohort:
         )
 
     def to_json(self) -> dict:
-        """Fields; `probing` only where it is not sae-probes' own code, because older evidence knows no other."""
+        """Fields. `probing` is left out for sae-probes' own code, because older evidence does not have it."""
         return {k: v for k, v in vars(self).items() if k != "probing" or v not in (None, "sae_probes")}
 
     def differs(self, other: Cohort) -> str | None:
-        """Why rows of another bank are not comparable; None if they are."""
-        for name, what in (
+        """Reason why rows of another bank are not comparable; None if they are."""
+        for name, difference in (
             ("subject_digest", "another subject"),
             ("data_sets", "other probing data sets"),
             ("probing_seed", "another probing seed"),
@@ -108,12 +108,12 @@ class Cohort:
             ("pairs_digest", "other story pairs"),
         ):
             if getattr(self, name) != getattr(other, name):
-                return f"{what} than the first bank"
+                return f"{difference} than the first bank"
         return None
 
 
 def on_families(probing: Probing, families: set[str], inside: bool) -> Probing:
-    """The probing on the data sets of these families alone, or on the others."""
+    """Probing restricted to the data sets of these families, or to the other ones."""
     keep = [i for i, f in enumerate(probing.families) if (f in families) == inside]
 
     def cut(records: list[F]) -> list[F]:
@@ -131,7 +131,7 @@ def on_families(probing: Probing, families: set[str], inside: bool) -> Probing:
 
 
 def on_clusters(pairs: Contrastive, clusters: set[str], inside: bool) -> Contrastive:
-    """The contrastive score on the pairs of these clusters alone, or on the others."""
+    """Contrastive scores restricted to the pairs of these clusters, or to the other ones."""
     keep = [i for i, c in enumerate(pairs.clusters) if (c in clusters) == inside]
 
     def cut(records: list[PairScores | Reference]) -> list[PairScores | Reference]:
@@ -146,22 +146,24 @@ def _at(places: list[int], values: list) -> list:
 
 
 def differences(bank: Bank, families: Iterable[str], inside: bool = True) -> dict[str, dict[str, dict]]:
-    """{benchmark: {condition: the difference to its matched reference}} on these families, or on the others."""
+    """{benchmark: {condition: delta to its matched reference}} on these families, or on the other ones."""
     chosen, rows = set(families), {}
     if bank.saebench is not None and (probing := on_families(bank.saebench, chosen, inside)).data_sets:
         rows["saebench"] = deltas.saebench(probing)
     if bank.cebench is not None and (pairs := on_clusters(bank.cebench, chosen, inside)).clusters:
         rows["cebench"] = deltas.contrastive(pairs)
-    return {name: {row["condition"]: row["delta"]["reference"] for row in found} for name, found in rows.items()}
+    return {
+        name: {row["condition"]: row["delta"]["reference"] for row in rows_of_benchmark}
+        for name, rows_of_benchmark in rows.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What of a study can be read
+# Usable parts of a study
 
 
 def cleaned(bank: Any) -> tuple[Bank | None, dict[str, str]]:
-    """(the bank without records that are not what they should be, {condition: why it lost one}); (None, {"": why})
-    where the rest does not hold together."""
+    """(the bank without invalid records, {condition: why it lost one}), or (None, {"": why}) for an unusable bank."""
     bank = copy.deepcopy(bank)
     damaged: dict[str, str] = {}
     try:
@@ -194,13 +196,12 @@ def cleaned(bank: Any) -> tuple[Bank | None, dict[str, str]]:
 
 
 def select(studies: list[Study], rules: Rules) -> dict:
-    """The results of a selection.
+    """Results of a selection.
 
     Returns:
-        {"rules", "cohort", "split": families that were read, and those that are left for the gate,
-        "candidates": rows with figures and score, best first; "excluded": [{"study", "condition", "reason"}]; "front":
-        conditions that no other surpasses in all figures; "seeds_used"; "confirmation_seeds"; "selected": a candidate,
-        or None}
+        {"rules", "cohort", "split": families that selection reads, and families left for the gate, "candidates": rows
+        with figures and score, best first, "excluded": [{"study", "condition", "reason"}], "front": conditions that no
+        other condition surpasses in all figures, "seeds_used", "confirmation_seeds", "selected": a candidate, or None}
     """
     banks, excluded = [], []
     seeds_used: set[int] = set()
@@ -274,16 +275,16 @@ def _out(study: Study, condition: str | None, reason: str) -> dict:
 
 
 def _seeds_in(banks: Any) -> set[int]:
-    """Seeds of a study's SAEs, as far as they can be read: a bank that is refused has used its own all the same."""
-    found, waiting = set(), [bank.get("sections") for bank in banks or [] if isinstance(bank, dict)]
+    """Seeds of a study's SAEs, as far as they can be read. Seeds of a refused bank count as used too."""
+    seeds, waiting = set(), [bank.get("sections") for bank in banks or [] if isinstance(bank, dict)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            found |= {value["seed"]} if type(value.get("seed")) is int else set()
+            seeds |= {value["seed"]} if type(value.get("seed")) is int else set()
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
-    return found
+    return seeds
 
 
 def _seeds(section: ConditionSection) -> list[int]:
@@ -291,7 +292,7 @@ def _seeds(section: ConditionSection) -> list[int]:
 
 
 def _split(banks: list[Bank]) -> dict:
-    """Families of SAEBench and clusters of pairs that selection reads, and those it leaves to the gate.
+    """Families of SAEBench and clusters of pairs that selection reads, and those that it leaves to the gate.
 
     A group that selection reads in one benchmark is not left to the gate in the other.
     """
@@ -312,41 +313,43 @@ def _split(banks: list[Bank]) -> dict:
 
 
 def _rows(study: Study, bank: Bank, damaged: set[str], families: list[str], rules: Rules) -> tuple[list, list]:
-    """(candidates of a bank, what is excluded of it)."""
+    """(candidates of a bank, its excluded conditions with reasons)."""
     try:
         external = differences(bank, families)
     except (LookupError, TypeError, ValueError) as error:
         why = f"the benchmarks' differences cannot be computed ({type(error).__name__}: {error})"
         return [], [_out(study, row.get("condition"), why) for row in bank.conditions]
-    found, lost = [], []
+    candidates, lost = [], []
     records = {r.checkpoint_sha256: r for r in bank.saes}
     for section in bank.sections:
-        own = [r for m in section.members if (r := records.get(m.checkpoint_sha256))]
-        name = own[0].condition if own else f"{section.family} d{section.d_sae} k{section.k}"
+        records_of_section = [r for m in section.members if (r := records.get(m.checkpoint_sha256))]
+        name = (
+            records_of_section[0].condition if records_of_section else f"{section.family} d{section.d_sae} k{section.k}"
+        )
         if name in damaged:
-            continue  # said already
-        if len(own) < len(section.members):
+            continue  # the reason is recorded already
+        if len(records_of_section) < len(section.members):
             lost.append(_out(study, name, "an SAE of it has no record"))
             continue
         try:
-            group = SeedGroup.of(own)
-            row = _figures(bank, section, own, name, external, rules)
+            group = SeedGroup.of(records_of_section)
+            row = _figures(bank, section, records_of_section, name, external, rules)
         except (BadInput, LookupError, TypeError, ValueError) as error:
             lost.append(_out(study, name, f"it does not hold together ({error})"))
             continue
         if len(set(_seeds(section))) < rules.min_seeds:
             lost.append(_out(study, name, f"{len(set(_seeds(section)))} seeds; at least {rules.min_seeds} expected"))
             continue
-        about = {"study": study.label, "study_sha256": study.sha256, "subject": study.results.get("subject")}
-        about |= {"id": digest(group.facts.to_json()), **group.to_json()}
-        found.append(about | {"seeds": _seeds(section), "recipe": bank.recipe.to_json(), **row})
-    return found, lost
+        facts = {"study": study.label, "study_sha256": study.sha256, "subject": study.results.get("subject")}
+        facts |= {"id": digest(group.facts.to_json()), **group.to_json()}
+        candidates.append(facts | {"seeds": _seeds(section), "recipe": bank.recipe.to_json(), **row})
+    return candidates, lost
 
 
 def _figures(
-    bank: Bank, section: ConditionSection, own: list[ScoredRecord], name: str, external: dict, rules: Rules
+    bank: Bank, section: ConditionSection, member_records: list[ScoredRecord], name: str, external: dict, rules: Rules
 ) -> dict:
-    """Estimates, and the values that are ranked; why one is missing."""
+    """Estimates of a candidate, the values that are ranked, and the reason for each missing value."""
     excess = section.stability.scores[PRIMARY_SCORE].excess
     controls = [null for null in GATED_NULLS if null in excess]
     least = excess[min(controls, key=lambda null: _sure(excess[null]))]
@@ -354,7 +357,7 @@ def _figures(
         raise ValueError("an excess over a required null has no interval")
     figures = {
         "stability": least.to_json(),
-        "train_ev": conditions.over_seeds([r.heldout.explained_variance for r in own]),
+        "train_ev": conditions.over_seeds([r.heldout.explained_variance for r in member_records]),
     }
     missing = {}
     for benchmark in EXTERNAL:
@@ -364,15 +367,17 @@ def _figures(
             missing[benchmark] = f"{benchmark} was not run"
     value = {}
     for figure, e in figures.items():
-        found = e["low"] if rules.uncertainty == "lcb" else e["estimate"]
-        if found is None:
+        ranked_value = e["low"] if rules.uncertainty == "lcb" else e["estimate"]
+        if ranked_value is None:
             missing[figure] = f"{figure}: {e['reason']}"
         else:
-            value[figure] = found
+            value[figure] = ranked_value
     published = next((r for r in bank.conditions if r.get("condition") == name), None)
-    if published is None or published["checkpoints"] != {str(r.facts.seed): r.checkpoint_sha256 for r in own}:
+    if published is None or published["checkpoints"] != {
+        str(r.facts.seed): r.checkpoint_sha256 for r in member_records
+    }:
         raise ValueError("the study's table names other checkpoints")
-    l0 = sum(r.heldout.l0 for r in own) / len(own)
+    l0 = sum(r.heldout.l0 for r in member_records) / len(member_records)
     return {"family": section.family, "l0": l0, "figures": figures, "value": value, "missing": missing}
 
 
@@ -381,15 +386,15 @@ def _sure(excess: Interval) -> float:
 
 
 def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
-    """One candidate a configuration (the one with more seeds, then the first), and no SAE in two."""
+    """(candidates without duplicates, excluded ones). Of duplicates, the one with more seeds or the first is kept."""
     kept: list[dict] = []
     lost = []
     for c in sorted(candidates, key=lambda c: -len(set(c["seeds"]))):
         same = next((k for k in kept if k["id"] == c["id"]), None)
         shared = next((k for k in kept if set(k["identities"].values()) & set(c["identities"].values())), None)
         if other := same or shared:
-            what = "the same configuration" if same else "an SAE of it"
-            why = f"a duplicate: {what} stands in {other['study']}"
+            duplicate = "the same configuration" if same else "an SAE of it"
+            why = f"a duplicate: {duplicate} stands in {other['study']}"
             lost.append({"study": c["study"], "condition": c["condition"], "reason": why})
         else:
             kept.append(c)
@@ -397,7 +402,7 @@ def _distinct(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def _one_reference(candidates: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Differences to one family of reference alone are comparable: to that of most candidates."""
+    """(candidates with the most frequent reference architecture, excluded ones). Other deltas are not comparable."""
     families = [references.reference_family(c["family"]) for c in candidates]
     usual = max(sorted(set(families)), key=families.count) if families else None
     kept, lost = [], []

@@ -1,4 +1,4 @@
-"""The report card: one HTML page, without any request, from what runs have left below a folder."""
+"""The report card: one self-contained HTML page about the runs below a folder."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ PHASES = {
     "language_model": ("The language model", "Does the model know enough for its features to be worth explaining?"),
     "4a": ("Phase 4a", "Are the features of SAEs with different seeds more alike than chance?"),
 }
-"""Known phases in the order of the page: title, and what each asks."""
+"""Known phases in the order of the page: title and question."""
 SUPPLIED = ("Your SAEs", "How good, how stable and how useful are they?")
 """The confirmation of user-supplied SAEs."""
 ABOUT_METHOD = ("4a", "positive_control")
-"""Phases that check the method on other SAEs; a report on a reader's own SAEs leaves them out."""
+"""Phases that check the method on other SAEs. A report on a reader's own SAEs leaves them out."""
 ALT = {
     "matches": "Histogram of the cosines of matched features: trained SAEs beside each null",
     "over_training": "Stability against training steps with its interval, and the levels of the nulls",
@@ -69,37 +69,37 @@ ALT = {
     "loss": "Loss of the language model in training and on held-out text",
     "probes": "Probe AUC on each data set with its interval, beside the random-weights model",
 }
-"""What a figure shows, for those who do not see it."""
+"""Alternative text of each figure."""
 
 
 def render(root: Path, gate: Path | None, output: Path, command: str | None = None) -> str:
-    """The page.
+    """HTML of the page.
 
     Args:
-        root: holds a folder a phase.
-        gate: a gate's results.json, in place of the one below `root`.
-        output: where the page will lie: links to the evidence are relative to it.
-        command: command line of the release check that made the results. Steps that the page suggests begin with it.
+        root: folder with one folder for each phase.
+        gate: results.json of a gate, instead of the one below `root`.
+        output: place of the page. Links to the evidence are relative to it.
+        command: command line of the release check that made the results. Suggested steps begin with it.
 
     Raises:
         BadInput: `root` or `gate` does not exist, or `root` holds no run.
     """
-    found = phases(root)
+    runs = phases(root)
     if gate is not None and not gate.is_file():
         raise BadInput(f"--gate: {gate} does not exist; the results.json of a release gate expected")
     if gate is not None and gate.name != "results.json":
         raise BadInput(f"--gate: {gate}: the results.json of a release gate expected, beside its manifest.json")
-    # A run of the earlier study's policy decides nothing, and is a run like others.
-    strict = [p for p in found if p.results.get("policy") != "published"]
+    # A run of the earlier study's policy decides nothing, and is shown as an ordinary run.
+    strict = [p for p in runs if p.results.get("policy") != "published"]
     decided = read_phase(gate.parent) if gate else _last(strict, "release_gate")
-    decision = verdict.judge(decided, found)
-    table = _last(found, "feature_reliability")
-    confirmed = _last(found, "candidate_confirmation")
-    reader = ReportReader.of(found, decision.decision, root, command or _command_of_check(root))
+    decision = verdict.judge(decided, runs)
+    table = _last(runs, "feature_reliability")
+    confirmed = _last(runs, "candidate_confirmation")
+    reader = ReportReader.of(runs, decision.decision, root, command or _command_of_check(root))
     order = [*PHASES]
-    elsewhere = [decided, table]  # these have parts of the page of their own
+    elsewhere = [decided, table]  # the page has separate parts for these runs
     shown = sorted(
-        (p for p in found if all(p is not other for other in elsewhere)),
+        (p for p in runs if all(p is not other for other in elsewhere)),
         key=lambda p: (order.index(p.phase) if p.phase in PHASES else len(order), p.name),
     )
     if reader.supplied:
@@ -120,42 +120,42 @@ def render(root: Path, gate: Path | None, output: Path, command: str | None = No
             sections=sections,
             features=PageSection(table, output) if table else None,
             table=Table.of(table, output) if table else None,
-            absent=[] if reader.supplied else _absent(found, decided),
+            absent=[] if reader.supplied else _absent(runs, decided),
             terms=[*glossary.TERMS.values()],
             root=root.parent.name if reader.supplied and root.name == "parts" else root.name,
-            last=max((p.manifest.started_utc for p in found if p.manifest), default=None),
+            last=max((p.manifest.started_utc for p in runs if p.manifest), default=None),
         )
     )
 
 
 def _command_of_check(root: Path) -> str | None:
-    """The command line of the release check whose parts these are; None where there is none, or it has not ended."""
+    """Command line of the release check whose parts these are; None without a finished release check."""
     results, manifest = (root.parent / name for name in ("results.json", "manifest.json"))
     try:
-        found = read_json(results, "results")
-        if isinstance(found, dict) and found.get("phase") == "release_check":
+        content = read_json(results, "results")
+        if isinstance(content, dict) and content.get("phase") == "release_check":
             return Manifest.model_validate(read_json(manifest, "manifest")).command
     except (BadInput, ValidationError):
         pass
     return None
 
 
-def _absent(found: list[Phase], decided: Phase | None) -> list[tuple[str, str]]:
+def _absent(runs: list[Phase], decided: Phase | None) -> list[tuple[str, str]]:
     """(title, question) of each phase of the program that was not run."""
-    present = {p.phase for p in [*found, *([decided] if decided else [])]}
+    present = {p.phase for p in [*runs, *([decided] if decided else [])]}
     return [PHASES[p] for p in PHASES if p not in present]
 
 
-def _last(found: list[Phase], kind: str) -> Phase | None:
-    """The latest whole run of a kind, else a damaged one."""
-    of_kind = [p for p in found if kind in (p.phase, p.name)]
+def _last(runs: list[Phase], kind: str) -> Phase | None:
+    """The latest intact run of a kind, else a damaged one."""
+    of_kind = [p for p in runs if kind in (p.phase, p.name)]
     return max(of_kind, key=lambda p: (not p.problems, p.manifest.started_utc if p.manifest else ""), default=None)
 
 
 def _where_read(
     decision: verdict.Decision | None, sections: list[PageSection]
 ) -> list[tuple[str, str, str | None, str | None]]:
-    """(label, path, sha256, anchor of the section that shows it) of what the gate read."""
+    """(label, path, sha256, anchor of the section that shows it) of each file that the gate read."""
     if decision is None:
         return []
     anchors = {s.run.sha256: s.anchor for s in sections if s.run.sha256}
@@ -180,7 +180,7 @@ class PageSection:
         self.outcome = markup.outcome(run.summary) if run.summary and run.results else None
         self.text = markup.html(run.summary) if run.summary else None
         self.figures: list[tuple[str, str, Picture]] = []
-        """(name, what it shows, image) each; the first is the phase's own figure."""
+        """(name, alternative text, image) of each figure. The first one is the phase's main figure."""
         for path in sorted(run.figures, key=lambda p: ([*ALT].index(p.stem) if p.stem in ALT else len(ALT), p.name)):
             if (picture := markup.picture(path)) is None:
                 run.problems.append(f"{path.name} is no image, therefore it is not shown.")
@@ -196,8 +196,8 @@ class PageSection:
     def alt(self, path: Path) -> str:
         stem = path.stem.removesuffix("_published")
         suffix = ", in the earlier study's setting" if stem != path.stem else ""
-        said = ALT.get(stem) or f"{self.title}: {stem.replace('_', ' ')}"
-        return f"{said}{suffix}. The table beside it has the numbers."
+        description = ALT.get(stem) or f"{self.title}: {stem.replace('_', ' ')}"
+        return f"{description}{suffix}. The table beside it has the numbers."
 
     @property
     def state(self) -> str:
@@ -205,7 +205,7 @@ class PageSection:
 
     @property
     def took(self) -> str:
-        """Time of a run that has a manifest."""
+        """Duration of a run with a manifest, as text."""
         seconds = self.run.seconds
         assert seconds is not None
         return duration(seconds)

@@ -1,6 +1,6 @@
-"""What runs have left below a folder, each checked against its own manifest: what the report card is made from.
+"""Reads the runs below a folder for the report card, and checks each against its manifest.
 
-Nothing here raises for a damaged run: what is wrong is said in its section, and the others are shown.
+A damaged run raises no error. Its section states the problem, and the other runs are shown.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from husai.runs.files import read_json, sha256_file
 from husai.runs.folder import Manifest
 
 PARTS = "parts.json"
-"""Beside the parts of a release check: part -> why it left no results; null where it did."""
+"""File beside the parts of a release check: part -> reason why it left no results; null if it left some."""
 
 
 def not_run(root: Path) -> dict[str, str]:
-    """Part of a release check -> why it left no results."""
+    """Part of a release check -> reason why it left no results."""
     try:
-        found = read_json(root / PARTS, "parts")
+        content = read_json(root / PARTS, "parts")
     except BadInput:
         return {}
-    parts = found if isinstance(found, dict) else {}
+    parts = content if isinstance(content, dict) else {}
     return {name: reason for name, reason in parts.items() if isinstance(reason, str)}
 
 
 @dataclass
 class Phase:
-    """One folder below the root."""
+    """A run, in one folder below the root."""
 
     folder: Path
     results: dict = field(default_factory=dict)
-    """Empty where they are missing, damaged, or not what the manifest names."""
+    """Empty if they are missing, damaged, or not the file that the manifest names."""
     sha256: str | None = None
-    """Digest of results.json as it lies there."""
+    """Digest of results.json on disk."""
     manifest: Manifest | None = None
     seconds: float | None = None
-    """What the results took: the longest run that gave them; a repeat only reads finished cells."""
+    """Duration of the longest run that gave these results, because a repeat only reads finished cells."""
     summary: str | None = None
-    """Markdown; None where it is missing or not what the manifest names."""
+    """Markdown. None if it is missing, or not the file that the manifest names."""
     figures: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     """Further files that the manifest names: tables, maps."""
     problems: list[str] = field(default_factory=list)
-    """Why the run is not what it should be."""
+    """Problems of the run, as sentences."""
     notes: list[str] = field(default_factory=list)
-    """What a reader should know of a run that is whole."""
+    """Notes on an intact run, as sentences."""
 
     @property
     def name(self) -> str:
@@ -56,23 +56,23 @@ class Phase:
 
     @property
     def phase(self) -> str:
-        """The kind of run; the folder's name where the results do not say."""
+        """Kind of run; the folder's name if the results do not state it."""
         phase = self.results.get("phase")
         return phase if isinstance(phase, str) else self.name
 
 
 def phases(root: Path) -> list[Phase]:
-    """Every run folder directly below `root`, by name.
+    """Runs in the folders directly below `root`, by name.
 
     Raises:
-        BadInput: there is no such folder, or no run in it.
+        BadInput: the folder does not exist, or holds no run.
     """
     if not root.is_dir():
         raise BadInput(f"--results-root: {root} is not a folder")
-    found = [read_phase(folder) for folder in sorted(root.iterdir()) if folder.is_dir() and is_phase(folder)]
-    if not found:
+    runs = [read_phase(folder) for folder in sorted(root.iterdir()) if folder.is_dir() and is_phase(folder)]
+    if not runs:
         raise BadInput(f"--results-root: {root} holds no run; {root}/PHASE/results.json expected")
-    return found
+    return runs
 
 
 def is_phase(folder: Path) -> bool:
@@ -80,7 +80,7 @@ def is_phase(folder: Path) -> bool:
 
 
 def read_phase(folder: Path) -> Phase:
-    """Read a run's results, summary and figures, as far as they are what its manifest names."""
+    """Read those results, summary and figures of a run that its manifest names."""
     phase = Phase(folder)
     phase.manifest = _manifest(folder / "manifest.json", phase.problems)
     _later_run(phase)
@@ -100,7 +100,7 @@ def read_phase(folder: Path) -> Phase:
     for name in sorted(named):
         parts = PurePosixPath(name)
         if parts.suffix in (".png", ".csv") or name.endswith("_map.json"):
-            places = [folder / name, folder / parts.name]  # evidence that was copied lies flat
+            places = [folder / name, folder / parts.name]  # copied evidence has no subfolders
             path = next((p for p in places if p.is_file() and ".." not in parts.parts), None)
             if path is None:
                 continue
@@ -108,7 +108,7 @@ def read_phase(folder: Path) -> Phase:
                 phase.problems.append(f"{name} is not the file that the manifest names, therefore it is not shown.")
                 continue
             (phase.figures if parts.suffix == ".png" else phase.others).append(path)
-    _about(phase)
+    _note_facts(phase)
     return phase
 
 
@@ -127,7 +127,7 @@ def _manifest(path: Path, problems: list[str]) -> Manifest | None:
 
 
 def _whole(phase: Phase, name: str, named: dict[str, str]) -> Path | None:
-    """A file, if it is there and the one that the manifest names; without a manifest nothing is."""
+    """Path of a file if it exists and is the one that the manifest names; else None."""
     path = phase.folder / name
     if not path.is_file():
         if phase.manifest is not None:
@@ -140,30 +140,30 @@ def _whole(phase: Phase, name: str, named: dict[str, str]) -> Path | None:
 
 
 def _later_run(phase: Phase) -> None:
-    """Name the last run, where it is another than the one shown."""
+    """Add a problem if the last run is not the one that is shown."""
     manifest = phase.manifest
     runs = sorted(p for p in phase.folder.glob("run_*") if p.is_dir())
     if runs and (manifest is None or runs[-1].name > manifest.run_id):
-        found: list[str] = []
-        last = _manifest(runs[-1] / "manifest.json", found)
-        how = f"{last.status}, return code {last.return_code}" if last else "no manifest: running, or killed"
+        problems: list[str] = []
+        last = _manifest(runs[-1] / "manifest.json", problems)
+        state = f"{last.status}, return code {last.return_code}" if last else "no manifest: running, or killed"
         phase.problems.append(
-            f"The last run is {runs[-1].name}: {how}." + (f" The page shows {manifest.run_id}." if manifest else "")
+            f"The last run is {runs[-1].name}: {state}." + (f" The page shows {manifest.run_id}." if manifest else "")
         )
 
 
 def _seconds(phase: Phase, manifest: Manifest) -> float:
-    """Over all run folders of the same results."""
-    sha, found = manifest.outputs.get("results.json"), [manifest.wall_seconds]
+    """Longest duration among the run folders with the same results."""
+    sha, seconds = manifest.outputs.get("results.json"), [manifest.wall_seconds]
     for path in phase.folder.glob("run_*/manifest.json"):
         run = _manifest(path, [])
         if run is not None and run.outputs.get("results.json") == sha:
-            found.append(run.wall_seconds)
-    return max(found)
+            seconds.append(run.wall_seconds)
+    return max(seconds)
 
 
-def _about(phase: Phase) -> None:
-    """What a whole manifest says."""
+def _note_facts(phase: Phase) -> None:
+    """Add duration and notes from an intact manifest."""
     manifest = phase.manifest
     if manifest is None:
         return

@@ -1,4 +1,4 @@
-"""Feature reliability in five lines."""
+"""Summary of feature reliability in five lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from husai.report.text import percent_interval
 
 
 def summary_lines(results: dict) -> list[str]:
-    """Five lines of markdown, and one for each limit and note.
+    """Five lines of Markdown, and one for each limit and note.
 
     Args:
         results: `evidence.features.FeatureReliability` as JSON.
     """
-    sae, bars, said, n = results["sae"], results["bars"], results["statements"], len(results["siblings"])
+    sae, bars, counts, n = results["sae"], results["bars"], results["statements"], len(results["siblings"])
     held, alive = sae["heldout"], results["alive"]
     lines = [
         f"1. SAE: `{sae['label']}` on {results['subject']}, {results['hook_name']}; {sae['facts']['d_sae']} features, "
@@ -27,11 +27,11 @@ def summary_lines(results: dict) -> list[str]:
         + _without_prototypes(results)
         + f"; {results['in_every'][-1]:.1%} recur in every one of {n}."
         + _partners(results),
-        "3. " + _certified(results, said, bars, n),
-        "4. " + _chance(results, said),
-        f"5. The others: {said['prototype-like']} lie near a token mean or a centroid, which every training finds; "
-        f"{said['split or merged']} are split or merged; {said['not found']} are not found; {said['withheld']} are "
-        f"withheld; {said['dead']} are dead.",
+        "3. " + _certified(results, counts, bars, n),
+        "4. " + _chance(results, counts),
+        f"5. The others: {counts['prototype-like']} lie near a token mean or a centroid, which every training finds; "
+        f"{counts['split or merged']} are split or merged; {counts['not found']} are not found; "
+        f"{counts['withheld']} are withheld; {counts['dead']} are dead.",
     ]
     if results["differs"]:
         lines.append(
@@ -47,14 +47,14 @@ def _siblings(results: dict) -> str:
     relatives = len(results["siblings"]) - sum(counts.values())
     if relatives:
         return f"Compared with {relatives} relatives, SAEs of other width or L0."
-    made = results["training"]
+    training = results["training"]
     parts = [f"{counts['supplied']} supplied siblings"] if counts["supplied"] else []
-    if made:
-        own = made["recipe"] == "the SAE's own"
-        recipe = f"{made['recipe']} recipe: " if own else f"recipe: {made['recipe']}, "
+    if training:
+        own_recipe = training["recipe"] == "the SAE's own"
+        recipe = f"{training['recipe']} recipe: " if own_recipe else f"recipe: {training['recipe']}, "
         parts.append(
-            f"{counts['trained']} siblings trained on {made['tokens']:,} tokens ({recipe}{made['family']}, "
-            f"k {made['k']})"
+            f"{counts['trained']} siblings trained on {training['tokens']:,} tokens ({recipe}{training['family']}, "
+            f"k {training['k']})"
         )
     return f"Compared with {' and '.join(parts)}; explained variance and L0 of siblings {_figures(results)}."
 
@@ -65,31 +65,31 @@ def _without_prototypes(results: dict) -> str:
 
 
 def _partners(results: dict) -> str:
-    """Sentence on partners, which tells an SAE that was trained otherwise from its siblings."""
+    """Sentence on partners. It reveals an SAE that was trained in another way than its siblings."""
     if not results["among_siblings"]:
         return ""
-    own = float(np.mean([s["partners"] for s in results["siblings"]]))
+    share = float(np.mean([s["partners"] for s in results["siblings"]]))
     return (
-        f" By decoder alone, {own:.1%} of its features have a partner in a sibling, and "
+        f" By decoder alone, {share:.1%} of its features have a partner in a sibling, and "
         f"{np.mean(results['among_siblings']):.1%} of a sibling's features have one in another sibling."
     )
 
 
-def _certified(results: dict, said: dict, bars: dict, n: int) -> str:
+def _certified(results: dict, counts: dict, bars: dict, n: int) -> str:
     at = bars["certified_at"]
     if results["certified"] is None:
         return "Certified: nothing can be certified, for the reason below."
     needed = rules.siblings_needed(at)
     few = f" At π = {at:g} it takes {needed} siblings at least." if n < needed else ""
-    chance = said["certified, not above chance"]
+    chance = counts["certified, not above chance"]
     return (
-        f"Certified at π = {at:g}: {said['certified']} features recur in at least this share of trainings, and more "
+        f"Certified at π = {at:g}: {counts['certified']} features recur in at least this share of trainings, and more "
         f"than chance explains; {chance} more are certified, but not above chance. Up to 5 % of the features below π "
         f"may be certified.{few}"
     )
 
 
-def _chance(results: dict, said: dict) -> str:
+def _chance(results: dict, counts: dict) -> str:
     if results["above_chance"] is None:
         return "Above chance: not tested, for the reason below."
     return (
@@ -101,7 +101,7 @@ def _chance(results: dict, said: dict) -> str:
 
 
 def _least(results: dict) -> str:
-    """A sentence where so few SAEs are compared that no feature can be marked."""
+    """A sentence if too few SAEs are compared for any feature to be marked; else empty."""
     n = len(results["siblings"])
     least = 1 / comb(n + results["gaussian"], n)
     if least <= rules.FALSE_SHARE:

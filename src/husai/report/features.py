@@ -1,7 +1,7 @@
-"""The page of a feature table: every feature in one table that sorts, filters and searches, with contexts to read.
+"""The page of a feature table: all features in one table with sorting, filters and search, and contexts of features.
 
-One HTML file without any request. The rows are embedded as columns, and a script draws those that are in sight, because
-a browser cannot hold tens of thousands of rows as elements.
+The page is one self-contained HTML file. It embeds the rows as columns, and a script draws the visible rows, because a
+browser cannot hold tens of thousands of rows as elements.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DIGITS = 4
-"""Significant digits of a figure: more would double the file and show nothing."""
+"""Significant digits of a figure. More would double the file without any use."""
 CONTEXT_BYTES = 9_000_000
-"""Room for contexts. A page of 16,384 features stays below 15 MB."""
+"""Largest size of all contexts. A page of 16,384 features stays below 15 MB."""
 TONES = {
     "certified": "pass",
     "certified, not above chance": "waived",
@@ -47,7 +47,7 @@ TONES = {
     "withheld": "missing",
     "dead": "missing",
 }
-"""Statement -> how the page colours it."""
+"""Statement -> its colour class on the page."""
 NAMES = {
     "feature": "Feature",
     "statement": "Statement",
@@ -59,22 +59,22 @@ NAMES = {
     "firing_rate": "Fires on",
     "prototype": "Prototype",
 }
-"""Columns that the table shows, and what their headers say. A row's details have all columns."""
+"""Columns of the table -> their headers. The details of a row have all columns."""
 
 
 def feature_page(results: dict, table: pd.DataFrame, contexts: Mapping[str, dict]) -> str:
-    """The page.
+    """HTML of the page.
 
     Args:
         results: `evidence.features.FeatureReliability` as JSON.
-        table: one row a feature, with the columns `evidence.features.COLUMNS`.
+        table: one row for each feature, with the columns `evidence.features.COLUMNS`.
         contexts: feature -> its strongest contexts and those of its nearest partner (`evals.features.contexts`).
 
     Raises:
         ValidationError: `results` has another shape.
         KeyError: `table` lacks a column.
     """
-    found = FeatureReliability.model_validate(results)
+    reliability = FeatureReliability.model_validate(results)
     kept, left_out = within(contexts, CONTEXT_BYTES)
     columns = {name: encoded(table[name].tolist()) for name in COLUMNS}
     numbers = {statement: i for i, statement in enumerate(rules.STATEMENTS)}
@@ -85,22 +85,22 @@ def feature_page(results: dict, table: pd.DataFrame, contexts: Mapping[str, dict
         "meanings": rules.STATEMENTS,
         "names": NAMES,
         "about": {name: column.meaning for name, column in COLUMNS.items()},
-        "peers": peers(found),
+        "peers": peers(reliability),
         "contexts": kept,
     }
     script = (TEMPLATES / "features.js").read_text()
     page = environment().get_template("features.html")
     return glossary.explain(
         page.render(
-            r=found,
-            peers=peers(found),
-            compared=compared(found),
-            tiles=tiles(found),
-            statements=[(n, TONES[n], found.statements.get(n, 0), m) for n, m in rules.STATEMENTS.items()],
+            r=reliability,
+            peers=peers(reliability),
+            compared=compared(reliability),
+            tiles=tiles(reliability),
+            statements=[(n, TONES[n], reliability.statements.get(n, 0), m) for n, m in rules.STATEMENTS.items()],
             columns=COLUMNS,
             names=NAMES,
             left_out=left_out,
-            deciles=[(f"{d.low:.2g}", f"{d.high:.2g}", d.features, d.recur) for d in found.deciles],
+            deciles=[(f"{d.low:.2g}", f"{d.high:.2g}", d.features, d.recur) for d in reliability.deciles],
             terms=[*glossary.TERMS.values()],
             data=Markup(embedded(data)),
             script=Markup(script),
@@ -114,7 +114,7 @@ def feature_page(results: dict, table: pd.DataFrame, contexts: Mapping[str, dict
 
 
 def encoded(values: list) -> list:
-    """JSON values of a column: figures of DIGITS significant digits, 1 and 0 for true and false, null for no value."""
+    """JSON values of a column: figures with DIGITS significant digits, 1 and 0 for booleans, null for no value."""
     return [_encoded(value) for value in values]
 
 
@@ -147,7 +147,7 @@ def _rounded(contexts: list[dict]) -> list[dict]:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand inside a script element."""
+    """JSON that is safe inside a script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -156,46 +156,48 @@ def embedded(value: Any) -> str:
 # Sentences and tiles
 
 
-def peers(found: FeatureReliability) -> str:
-    """Name of the SAEs that it was compared with: siblings, or relatives, which are no fresh trainings."""
-    return "relatives" if any(s.origin == "relative" for s in found.siblings) else "siblings"
+def peers(reliability: FeatureReliability) -> str:
+    """Name of the SAEs for comparison: siblings, or relatives, which are not fresh trainings."""
+    return "relatives" if any(s.origin == "relative" for s in reliability.siblings) else "siblings"
 
 
-def compared(found: FeatureReliability) -> str:
-    """A sentence on the SAEs that it was compared with."""
-    n = {origin: sum(s.origin == origin for s in found.siblings) for origin in ("trained", "supplied", "relative")}
+def compared(reliability: FeatureReliability) -> str:
+    """Sentence on the SAEs for comparison."""
+    n = {
+        origin: sum(s.origin == origin for s in reliability.siblings) for origin in ("trained", "supplied", "relative")
+    }
     if n["relative"]:
         return f"It was compared with {n['relative']} relatives: SAEs of the same hook with another width or L0."
     parts = [f"{n['supplied']} siblings that you supplied"] if n["supplied"] else []
     if n["trained"]:
-        tokens = f" on {found.training.tokens:,} tokens" if found.training else ""
+        tokens = f" on {reliability.training.tokens:,} tokens" if reliability.training else ""
         parts.append(f"{n['trained']} siblings that HUSAI trained{tokens}")
-    return f"It was compared with {' and '.join(parts)}. {_likeness(found)}"
+    return f"It was compared with {' and '.join(parts)}. {_likeness(reliability)}"
 
 
-def _likeness(found: FeatureReliability) -> str:
-    """Sentence on what siblings share with the SAE."""
-    made = found.training
-    if made is None or (made.recipe == "the SAE's own" and made.tokens == made.recipe_tokens):
+def _likeness(reliability: FeatureReliability) -> str:
+    """Sentence on the settings that siblings share with the SAE."""
+    training = reliability.training
+    if training is None or (training.recipe == "the SAE's own" and training.tokens == training.recipe_tokens):
         return "Siblings differ in their seed alone."
-    if made.recipe == "the SAE's own":
+    if training.recipe == "the SAE's own":
         return "Trained siblings differ from it in their seed and in the number of tokens."
-    return f"HUSAI did not train this SAE, therefore the recipe of trained siblings is {made.recipe}."
+    return f"HUSAI did not train this SAE, therefore the recipe of trained siblings is {training.recipe}."
 
 
-def tiles(found: FeatureReliability) -> list[Tile]:
-    """The first figures."""
-    held, n, said = found.sae.heldout, len(found.siblings), found.statements
-    at = f"{100 * found.bars.certified_at:g}\u00a0%"
-    word = peers(found)
-    alive = f"of {found.alive:,} alive features"
-    above = "Not tested." if found.above_chance is None else percent(found.above_chance)
-    sure = "none" if found.certified is None else f"{said.get('certified', 0):,}"
-    needed = rules.siblings_needed(found.bars.certified_at)
+def tiles(reliability: FeatureReliability) -> list[Tile]:
+    """Tiles at the top of the page."""
+    held, n, counts = reliability.sae.heldout, len(reliability.siblings), reliability.statements
+    at = f"{100 * reliability.bars.certified_at:g}\u00a0%"
+    word = peers(reliability)
+    alive = f"of {reliability.alive:,} alive features"
+    above = "Not tested." if reliability.above_chance is None else percent(reliability.above_chance)
+    sure = "none" if reliability.certified is None else f"{counts.get('certified', 0):,}"
+    needed = rules.siblings_needed(reliability.bars.certified_at)
     few = f" This takes at least {needed} siblings." if n < needed else ""
     note = (
         "Nothing can be certified, for the reason below."
-        if found.certified is None
+        if reliability.certified is None
         else f"They recur in at least {at} of trainings, and more than by chance. Up to 5 % of the features below that "
         f"share may be certified.{few}"
     )
@@ -206,44 +208,50 @@ def tiles(found: FeatureReliability) -> list[Tile]:
         ),
         Tile(
             f"Recur in a {word.removesuffix('s')}",
-            percent(found.recur.estimate),
-            _bounds(found.recur, word),
+            percent(reliability.recur.estimate),
+            _bounds(reliability.recur, word),
             f"The mean over {n} {word}.",
         ),
-        Tile("Prototype-like", f"{said.get('prototype-like', 0):,}", alive, "They lie near the mean of a token."),
-        Tile("Dead features", f"{said.get('dead', 0):,}", f"of {found.sae.facts.d_sae:,} features", ""),
+        Tile("Prototype-like", f"{counts.get('prototype-like', 0):,}", alive, "They lie near the mean of a token."),
+        Tile("Dead features", f"{counts.get('dead', 0):,}", f"of {reliability.sae.facts.d_sae:,} features", ""),
         Tile("Explained variance", f"{held.explained_variance:.3f}", f"L0 {held.l0:.4g}", "On held-out tokens."),
     ]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A run of the feature table, as the report on the SAEs shows it."""
+    """A feature table, as the report on the SAEs shows it."""
 
     sae: str
     compared: str
     tiles: list[Tile]
     limits: list[str]
     page: str | None
-    """Link to its own page; None where it is not there."""
+    """Link to the page of the feature table; None if there is none."""
 
     @classmethod
     def of(cls, run: Phase, output: Path) -> Table | None:
-        """None, and a problem of the run, where its results have another shape.
+        """The feature table of a run. None, with a problem added to the run, if its results have another shape.
 
         Args:
-            output: where the page will lie.
+            output: place of the page that links to the table.
         """
         if not run.results:
             return None
         try:
-            found = FeatureReliability.model_validate(run.results)
+            reliability = FeatureReliability.model_validate(run.results)
         except ValidationError as error:
             run.problems.append(f"results.json has another shape than this version reads ({type(error).__name__})")
             return None
         page = run.folder / "report.html"
         link = quote(os.path.relpath(page, output.parent)) if page.is_file() else None
-        return cls(found.sae.label, compared(found), tiles(found), [*found.limits, *found.notes], link)
+        return cls(
+            reliability.sae.label,
+            compared(reliability),
+            tiles(reliability),
+            [*reliability.limits, *reliability.notes],
+            link,
+        )
 
 
 def _bounds(e: Interval, word: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a phase, drawn from its results alone."""
+"""Draws the figures of a phase from its results alone."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def over_training(section: Section, path: Path) -> Path:
 
 
 def loss_curves(section: Phase4aSection, path: Path) -> Path:
-    """Unexplained share of the variance on training batches, one line a seed."""
+    """Unexplained share of the variance on training batches, one line for each seed."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     for member in section.members:
         axis.plot(section.curve_steps, member.curve, lw=1.3, label=f"seed {member.seed}")
@@ -89,11 +89,11 @@ def loss_curves(section: Phase4aSection, path: Path) -> Path:
     return _save(figure, path)
 
 
-def sensitivity(found: Sequence[Sensitivity], path: Path) -> Path:
-    """Least excess of stability against the recovery of planted features, each with its interval; filled: a pass."""
+def sensitivity(degrees: Sequence[Sensitivity], path: Path) -> Path:
+    """Least excess of stability against the recovery of planted features, with intervals. Filled points pass."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     axis.axhline(0, color=COLOURS["isotropic"], lw=1)
-    for point in found:
+    for point in degrees:
         x, y = point.recovery, point.excess
         if y is None:
             continue
@@ -110,29 +110,28 @@ def sensitivity(found: Sequence[Sensitivity], path: Path) -> Path:
 
 
 def _reach(e: Interval) -> list[list[float]] | None:
-    """How far an interval reaches below and above its estimate."""
+    """Distances of an interval's ends from its estimate, for error bars; None without an interval."""
     return None if e.low is None or e.high is None else [[e.estimate - e.low], [e.high - e.estimate]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Estimates with their intervals: against numbers on a logarithmic axis, or, where `x` holds names, one a line
-    beside a line."""
+    """Estimates with intervals, against numbers on an axis, or one below the other if `x` holds names."""
 
     title: str
     x_label: str
     y_label: str
     x: list
     series: Mapping[str, Sequence[dict | Interval]]
-    """name -> one estimate for each x; `low` and `high` None: no interval; all None: not drawn."""
+    """Name -> one estimate for each x. `low` and `high` are None without an interval. If all are None: not drawn."""
     unfinished: dict[str, list[bool]] | None = None
-    """Points of each series that are drawn hollow, because training had not come to rest."""
+    """Points of each series that are drawn hollow, because stability was still changing at the end of training."""
     line: float = 0
-    """Where the line beside names stands: no difference, or chance."""
+    """Position of the reference line beside names: no difference, or chance."""
 
 
 def panels(path: Path, drawn: list[Panel]) -> Path:
-    """Panels side by side, two a line where they are more than three."""
+    """Draw panels side by side, two in a row if there are more than three."""
     columns = len(drawn) if len(drawn) <= 3 else 2
     lines = -(-len(drawn) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.2 * lines), squeeze=False)
@@ -182,7 +181,7 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
 
 @dataclass(frozen=True)
 class Points:
-    """Conditions as points with error bars both ways, a colour a family."""
+    """Conditions as points with error bars in both directions, one colour for each architecture."""
 
     title: str
     x_label: str
@@ -192,28 +191,28 @@ class Points:
 
     @classmethod
     def of(cls, title: str, x_label: str, y_label: str, rows: list[dict], x: str, y: str) -> Points:
-        """Points of rows that have `condition`, `family` and the estimates x and y; rows without both are left out."""
-        found = [(r["condition"], r["family"], r[x], r[y]) for r in rows]
-        return cls(title, x_label, y_label, [p for p in found if None not in (p[2]["estimate"], p[3]["estimate"])])
+        """Points of rows with `condition`, `family` and estimates x and y. Rows without an estimate are left out."""
+        points = [(r["condition"], r["family"], r[x], r[y]) for r in rows]
+        return cls(title, x_label, y_label, [p for p in points if None not in (p[2]["estimate"], p[3]["estimate"])])
 
 
 def scatter(path: Path, drawn: list[Points], front: list[str]) -> Path:
-    """Panels of points side by side; on the last one, conditions of `front` are ringed."""
+    """Draw panels of points side by side. Conditions of `front` are ringed on panels other than that of L0."""
     figure, axes = plt.subplots(1, len(drawn), figsize=(5.6 * len(drawn), 4.4), squeeze=False)
     families = sorted({p[1] for panel in drawn for p in panel.points})
     colour = {family: f"C{i}" for i, family in enumerate(families)}
     for axis, panel in zip(axes[0], drawn, strict=True):
         for family in families:
-            own = sorted((p for p in panel.points if p[1] == family), key=lambda p: p[2]["estimate"])
-            if not own:
+            points = sorted((p for p in panel.points if p[1] == family), key=lambda p: p[2]["estimate"])
+            if not points:
                 continue
-            sides = [[p[2] for p in own], [p[3] for p in own]]
+            sides = [[p[2] for p in points], [p[3] for p in points]]
             values = [[e["estimate"] for e in side] for side in sides]
             errors = [
                 [[np.nan if e[end] is None else abs(e[end] - e["estimate"]) for e in side] for end in ("low", "high")]
                 for side in sides
             ]
-            line = "-" if panel.x_label == "L0" and len(own) > 1 else "none"
+            line = "-" if panel.x_label == "L0" and len(points) > 1 else "none"
             style = {"xerr": errors[0], "yerr": errors[1], "fmt": "o", "ls": line, "capsize": 3, "lw": 1.3}
             axis.errorbar(*values, **style, color=colour[family], label=family)
         if panel.x_label != "L0":

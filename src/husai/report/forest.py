@@ -1,4 +1,4 @@
-"""Intervals of stability over its nulls, as lines on one scale: what the page draws of a phase's results itself."""
+"""Forest plot of a phase on the page: intervals of stability over the nulls, as lines on one scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Row:
     high: float | None
     strip: Strip
     firm: bool
-    """Whether a verdict hangs on it: a required null."""
+    """Whether the null is required for a verdict."""
 
     @property
     def value(self) -> str:
@@ -41,12 +41,12 @@ class Forest:
 
     @classmethod
     def of(cls, results: dict) -> Forest | None:
-        """One set of SAEs, or the one of LEAD: its excess over each null. Several: each one's over its highest."""
+        """Rows of one set of SAEs (of LEAD if named): its excess over each null. Of several: over its highest null."""
         try:
-            found = [*stability_sections(results)]
+            sections = [*stability_sections(results)]
             lead, null = LEAD.get(results.get("phase", ""), (None, None))
-            if lead or len(found) == 1:
-                stability = results[lead]["stability"] if lead else found[0][1]
+            if lead or len(sections) == 1:
+                stability = results[lead]["stability"] if lead else sections[0][1]
                 score, null = stability["verdict"]["score"], null or stability["verdict"]["highest_null"]
                 excess, required = stability["scores"][score]["excess"], {*REQUIRED, null}
                 rows = [(NAMES.get(n, n), e, n in required) for n, e in excess.items()]
@@ -54,14 +54,14 @@ class Forest:
                 claim = f"{score} {ends} over {NAMES.get(null, null)}"
                 caption = f"Excess of {score} over each control, with its 95 % interval. Filled dots are required."
             else:
-                rows, claim = [(name, s["verdict"]["claimable_excess"], True) for name, s in found], None
+                rows, claim = [(name, s["verdict"]["claimable_excess"], True) for name, s in sections], None
                 caption = "Excess of stability over the highest required control, with its 95 % interval."
             if not rows:
                 return None
             values = [x for _, e, _ in rows for x in (e["estimate"], e["low"], e["high"]) if x is not None]
             scale = Scale.over([*values, 0.0])
-            counts = Counter(s["verdict"]["outcome"] for _, s in found)
-            outcomes = ", ".join(f"{n} of {len(found)} {outcome}" for outcome, n in counts.items())
+            counts = Counter(s["verdict"]["outcome"] for _, s in sections)
+            outcomes = ", ".join(f"{n} of {len(sections)} {outcome}" for outcome, n in counts.items())
             if "verdict" in results:  # a stress test judges by its own rule
                 outcomes = results["verdict"]["outcome"]
             drawn = []
@@ -76,7 +76,7 @@ class Forest:
 
 REQUIRED = GATED_NULLS
 LEAD = {"4a": ("husai", None)}
-"""Phase -> (key of the set of SAEs that it is about, null that its rule reads; None: the highest required one)."""
+"""Phase -> (key of its main set of SAEs, null that its rule reads; None: the highest required one)."""
 
 
 def stability_sections(value, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -106,7 +106,7 @@ GROUPS = {
     "transcoder": "transcoders",
     "across": "candidate against transcoders",
 }
-"""Keys of results -> how a row says where it belongs."""
+"""Key of results -> name of the group in a row."""
 
 
 def _label(section: dict) -> str | None:

@@ -1,4 +1,4 @@
-"""One line on each technical term of a page: shown on hover, and listed at the page's end."""
+"""Glossary: one line on each technical term of a page, shown on hover and listed at the end of the page."""
 
 from __future__ import annotations
 

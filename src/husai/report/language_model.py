@@ -1,4 +1,4 @@
-"""Figures of a language model: its loss, its bits per byte beside n-grams, its probes."""
+"""Draws figures of a language model: loss, bits per byte beside n-grams, and probes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def loss(history: list[dict], path: Path) -> Path:
 
 
 def bits_per_byte(figures: dict, path: Path) -> Path:
-    """The model beside n-grams, on all held-out documents and on each family's."""
+    """Bits per byte of the model and of n-grams, on all held-out documents and on those of each family."""
     groups = {"all": figures["all"], **figures["families"]}
     figure, axis = plt.subplots(figsize=(9, 4.2))
     width = 0.2
@@ -41,7 +41,7 @@ def bits_per_byte(figures: dict, path: Path) -> Path:
 
 
 def probes(results: dict, path: Path) -> Path:
-    """AUC of each data set at the first hook, with its interval, and of the random-weights model."""
+    """AUC on each data set at the first hook, with its interval, and that of the random-weights model."""
     hook = next(iter(results["probes"]))
     aucs = [record["auc"] for record in results["probes"][hook]]
     order = np.argsort([a["estimate"] for a in aucs])
@@ -61,7 +61,7 @@ def probes(results: dict, path: Path) -> Path:
 
 
 def cross_entropy(section: Phase4aSection, losses: CrossEntropy, path: Path) -> Path:
-    """Loss with each seed's SAE spliced in, between the model's own and that with zeros in the activation's place."""
+    """Loss with each seed's SAE spliced in, beside the model's own loss and the loss with zeroed activations."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     labels = [m.label for m in section.members]
     bars = axis.bar(labels, losses.spliced, color=COLOURS["observed"], alpha=0.8)

@@ -1,4 +1,4 @@
-"""Parts of an HTML page: a summary's markdown, a figure as a data URI, an interval as a line."""
+"""Parts of an HTML page: a summary from Markdown, a figure as a data URI, an interval as a line."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from PIL import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 HEADINGS = 2
-"""Levels by which a summary's headings go down on the page; its first, the title, is left out."""
+"""Number of levels by which headings of a summary are lowered on the page. The title is left out."""
 COLOURS = 96
-"""Colours of a figure: lines and text need no more, and a page of many figures stays small."""
+"""Number of colours of a figure. Lines and text need no more, and the page stays small."""
 
 
 def environment() -> Environment:
     """The templates of the pages."""
-    found = Environment(
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["flags"] = flags
-    return found
+    templates.filters["flags"] = flags
+    return templates
 
 
 def html(markdown: str) -> Markup:
-    """A summary as HTML. Raw HTML in it is escaped; links and images, which could lead out of the page, stay text.
+    """A summary as HTML. Raw HTML is escaped. Links and images stay text, because they could lead out of the page.
 
-    A table's cells carry their column's name, which narrow screens show in place of the header.
+    Cells of a table carry the name of their column, which narrow screens show instead of the header.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
     tokens = parser.parse(markdown)
@@ -54,7 +54,7 @@ def html(markdown: str) -> Markup:
 
 
 WIDE = 7
-"""Columns from which a table needs a wide screen to be shown as one."""
+"""Number of columns from which a table needs a wide screen."""
 
 
 def _label_cells(tokens: list[Token]) -> None:
@@ -77,20 +77,20 @@ def _label_cells(tokens: list[Token]) -> None:
 
 
 def flags(command: str) -> list[str]:
-    """A command line in pieces: the program, then each flag with its values. Joined by spaces they are the line."""
+    """Pieces of a command line: the program, then each flag with its values. Joined by spaces they give the line."""
     return re.split(r" (?=--?[a-zA-Z])", command)
 
 
 def title(markdown: str) -> str | None:
     """The first heading of a summary."""
-    found = re.search(r"^# (.+)$", markdown, re.M)
-    return found[1] if found else None
+    match = re.search(r"^# (.+)$", markdown, re.M)
+    return match[1] if match else None
 
 
 def outcome(markdown: str) -> str | None:
-    """The words in bold before the first table: what a summary says first."""
-    found = re.search(r"\*\*(.+?)\*\*", markdown.partition("\n|")[0], re.S)
-    return " ".join(found[1].split()) if found else None
+    """The first bold words of a summary before its first table; None without them."""
+    match = re.search(r"\*\*(.+?)\*\*", markdown.partition("\n|")[0], re.S)
+    return " ".join(match[1].split()) if match else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def few_colours(image: Image.Image) -> bytes:
 
 
 def picture(path: Path) -> Picture | None:
-    """A PNG as a data URI, with few colours; None where it is no whole image."""
+    """A PNG as a data URI with few colours; None if the file is no intact image."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -122,7 +122,7 @@ def picture(path: Path) -> Picture | None:
 
 
 def number(x: float, sign: bool = False) -> str:
-    """Four digits after the point, with a true minus."""
+    """A number with four decimals and a typographic minus."""
     return f"{x:{'+' if sign else ''}.4f}".replace("-", "−")
 
 
@@ -136,14 +136,14 @@ def interval(estimate: float | None, low: float | None, high: float | None, sign
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps numbers to per cent of a strip's width."""
+    """Linear map from numbers to per cent of a strip's width."""
 
     low: float
     high: float
 
     @classmethod
     def over(cls, values: list[float]) -> Scale:
-        """A little wider than the values."""
+        """A scale slightly wider than the values."""
         low, high = min(values), max(values)
         room = 0.08 * (high - low) or 1.0
         return cls(low - room, high + room)

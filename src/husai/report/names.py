@@ -1,4 +1,4 @@
-"""What a reader sees in place of the names in the results. Imports nothing: the page needs no matplotlib."""
+"""Display names of names in the results. Imports nothing, because the page needs no matplotlib."""
 
 NAMES = {
     "observed": "trained with different seeds",

@@ -1,4 +1,4 @@
-"""The reader's next step at an open gate: one command in the reader's own paths, or why none applies."""
+"""Next step at an open gate: one command with the reader's own paths, or the reason why none applies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STORIES = "GulkoA/contrastive-stories-v3"
 """CE-Bench's own stories, on the hub."""
 PLACE = ("--model-name", "--subject", "--revision", "--dtype", "--text", "--text-column", "--text-split")
 MACHINE = ("--artifact-root", "--device", "--threads")
-"""Flags that name the reader's model, text and machine. A command for another script takes them over."""
+"""Flags that name the reader's model, text and machine. Commands for other scripts repeat them."""
 STRESS = {
     "random_model": f"{EXPERIMENTS}/run_random_model_stress_eval.py",
     "transcoder": f"{EXPERIMENTS}/run_transcoder_stress_eval.py",
@@ -39,21 +39,21 @@ class Step:
 
     text: str
     command: str | None
-    """None: not applicable, and `text` says why."""
+    """None: not applicable, and `text` gives the reason."""
     replaces_reason: bool = False
-    """Whether `text` says all that the gate's own reason does."""
+    """Whether `text` replaces the gate's own reason."""
 
 
 @dataclass(frozen=True)
 class ReportReader:
-    """The reader's runs, and their subjects."""
+    """Facts of the reader's runs and subject."""
 
     root: str
-    """Folder of the results, as the reader names it."""
+    """Folder of the results, as the reader named it."""
     words: list[str]
-    """Command line that made the evidence about the SAEs: of the release check, or of the confirmation."""
+    """Command line of the release check, or of the confirmation, that made the evidence about the SAEs."""
     supplied: bool
-    """Whether the SAEs are the reader's own, and no study selected them."""
+    """Whether the reader supplied the SAEs, and no study selected them."""
     hook_name: str | None = None
     subject: str | None = None
     seeds: int = 0
@@ -61,17 +61,18 @@ class ReportReader:
     k: int | None = None
     recipe_known: bool = True
     survives: bool | None = None
-    """Whether the model's own probe survives a shift of the text; None: not tried."""
+    """Whether the model's own probe survives a shift of the text. None: not tested."""
     places: list[str] = field(default_factory=list)
-    """Each checkpoint, from the folder of the confirmation."""
+    """Paths of the checkpoints, relative to the folder of the confirmation."""
     selection: list[str] = field(default_factory=list)
     """Command line of the selection."""
 
     @classmethod
     def of(cls, phases: list[Phase], decision: Decision | None, root: Path, command: str | None) -> ReportReader:
-        """
+        """Facts from the runs.
+
         Args:
-            command: of the release check; None: each run's manifest names its own.
+            command: command line of the release check. None: commands come from the manifests of the runs.
         """
         commands = {p.phase: _words(p.manifest.command) for p in phases if p.manifest}
         results = {p.phase: p.results for p in phases if p.results}
@@ -101,14 +102,14 @@ class ReportReader:
     # Command lines
 
     def again(self, more: dict[str, list[str]] | None = None, without: tuple[str, ...] = ()) -> str:
-        """The reader's own command, with flags added or left out."""
+        """The reader's own command with flags added or removed."""
         words = self.words or ["python", CHECK if self.supplied else CONFIRMATION]
         for flag in (*(more or {}), *without):
             words = _without(words, flag)
         return shlex.join(words + [word for flag, values in (more or {}).items() for word in (flag, *values)])
 
     def more_seeds(self, n: int) -> str:
-        """The same, with n further SAEs, or with a confirmation on more seeds."""
+        """The reader's command with n further SAEs, or with a confirmation on n more seeds."""
         if not self.supplied:
             words = self.selection or ["python", SELECTION]
             words = _without(words, "--confirmation-seeds")
@@ -122,10 +123,10 @@ class ReportReader:
         return shlex.join([*words, "--checkpoint", *names])
 
     def elsewhere(self, script: str, flags: dict[str, object]) -> str:
-        """Another script on the reader's model, hook and text."""
+        """Command of another script on the reader's model, hook and text."""
         words = ["python", script]
         for flag in (*PLACE, *MACHINE):
-            words += [word for found in _values(self.words, flag) for word in (flag, found)]
+            words += [word for argument in _values(self.words, flag) for word in (flag, argument)]
         if self.subject and not {"--model-name", "--subject"} & set(words):
             words += ["--model-name", self.subject]
         if self.hook_name:
@@ -133,7 +134,7 @@ class ReportReader:
         return shlex.join(words + [str(w) for flag, value in flags.items() if value is not None for w in (flag, value)])
 
     def program(self) -> str:
-        """The whole program on the reader's model, hook and text."""
+        """Command of the whole program on the reader's model, hook and text."""
         named = {"SUBJECT": self.subject, "HOOK": self.hook_name}
         named["TEXT"] = next(iter(_values(self.words, "--text")), None)
         words = [f"{name}={shlex.quote(value)}" for name, value in named.items() if value not in (None, "packaged")]
@@ -141,7 +142,7 @@ class ReportReader:
 
     @property
     def checkpoints(self) -> list[str]:
-        """The SAEs, as the reader named them, or where the confirmation left them."""
+        """Names of the SAEs as the reader gave them, or paths of the confirmation's checkpoints."""
         named = [v for flag in ("--checkpoint", "--checkpoints") for v in _values(self.words, flag)]
         folder = next(iter(_values(self.words, "--output-dir")), self.root)
         return named or [place if is_name(place) else os.path.normpath(f"{folder}/{place}") for place in self.places]
@@ -152,13 +153,13 @@ class ReportReader:
 
 
 FEW = 5
-"""Names of further SAEs that a command spells out."""
+"""Largest number of further SAEs that a command names individually."""
 MANY = 30
-"""SAEs beyond which nobody is advised to train more."""
+"""Largest number of SAEs that a step suggests."""
 
 
 def _words(command: str) -> list[str]:
-    """Words of a command line; `--flag=value` as two."""
+    """Words of a command line. `--flag=value` gives two words."""
     words = shlex.split(command)
     return [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
 
@@ -173,7 +174,7 @@ def _values(words: list[str], flag: str) -> list[str]:
 
 
 def _without(words: list[str], flag: str) -> list[str]:
-    """The words less a flag and its values."""
+    """The words without a flag and its values."""
     kept, i = [], 0
     while i < len(words):
         end = _end_of_values(words, i) if words[i] == flag else i
@@ -187,7 +188,7 @@ def _without(words: list[str], flag: str) -> list[str]:
 
 
 def next_step(gate: Gate, reader: ReportReader) -> Step:
-    """Next step at a gate that is not passed."""
+    """Next step at a gate that did not pass."""
     return _failed(gate, reader) if gate.status == "FAIL" else _missing(gate, reader)
 
 
@@ -289,12 +290,12 @@ def _failed(gate: Gate, reader: ReportReader) -> Step:
 
 
 def general(reader: ReportReader, open_gates: list[Gate], has_table: bool) -> list[tuple[str, Step]]:
-    """(heading, step) of what is worth doing whatever the gates say.
+    """(heading, step) of suggestions that do not depend on a single gate.
 
     Args:
         has_table: whether a feature table is among the results.
     """
-    found = []
+    steps = []
     missing = [g for g in open_gates if g.status == "MISSING"]
     given = set(reader.words)
     more: dict[str, list[str]] = {}
@@ -302,7 +303,7 @@ def general(reader: ReportReader, open_gates: list[Gate], has_table: bool) -> li
         more |= {} if "--reference" in given else {"--reference": ["REFERENCE_SAES"]}
         more |= {} if "--stories" in given else {"--stories": [STORIES]}
     if len(more) > 1 and reader.seeds >= MINIMUM_SEEDS:
-        found.append(("Close the gates that lack evidence", Step("One command adds all of it.", reader.again(more))))
+        steps.append(("Close the gates that lack evidence", Step("One command adds all of it.", reader.again(more))))
     table = reader.elsewhere(RELIABILITY, {}) + " --checkpoint " + shlex.join(reader.checkpoints)
     heading = "Ask which single features you can trust"
     text = "The feature table counts the trainings in which a feature recurs, and tests whether chance explains it."
@@ -313,9 +314,9 @@ def general(reader: ReportReader, open_gates: list[Gate], has_table: bool) -> li
             "Fourteen siblings that HUSAI trains certify more of its features."
         )
         table += " --siblings 14"
-    found.append((heading, Step(text, table)))
+    steps.append((heading, Step(text, table)))
     if reader.supplied:
-        found.append(
+        steps.append(
             (
                 "Make an external claim",
                 Step(
@@ -325,4 +326,4 @@ def general(reader: ReportReader, open_gates: list[Gate], has_table: bool) -> li
                 ),
             )
         )
-    return found
+    return steps

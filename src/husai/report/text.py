@@ -1,4 +1,4 @@
-"""Figures as text: how an estimate, a table, a file of pairs is written."""
+"""Text of estimates, tables and files of pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def interval(e: dict | Interval, sign: str = "") -> str:
-    """`0.597 [0.564, 0.629]`, four digits; `sign="+"` writes it for differences; `none: why` where there is none."""
+    """`0.5970 [0.5640, 0.6290]`. `sign="+"` adds signs, for differences. `none: reason` without an estimate."""
     e = e if isinstance(e, dict) else e.to_json()
     if e["estimate"] is None:
         return f"none: {e['reason']}"
@@ -29,7 +29,7 @@ def percent(share: float) -> str:
 
 
 def percent_interval(e: dict) -> str:
-    """`5.0 % [3.6, 6.4]`; the share alone where there is no interval."""
+    """`5.0 % [3.6, 6.4]`, or the share alone without an interval."""
     bounds = "" if e["low"] is None else f" [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
     return percent(e["estimate"]) + bounds
 
@@ -51,15 +51,15 @@ def gain_sentence(gain: Gain) -> str:
 
 
 def at_rest(section: Section) -> str:
-    """Whether stability had come to rest at the end of training, as a cell."""
+    """Cell that tells whether stability was at rest at the end of training."""
     return {True: "yes", False: "**no**", None: "not known"}[section.convergence.converged]
 
 
 def strata(arms: Mapping[str, Comparison | Control]) -> list[str]:
-    """Lines of markdown: how well features match, by firing rate and by cosine with the nearest prototype.
+    """Lines of Markdown: matches of features by firing rate and by cosine with the nearest prototype.
 
     Args:
-        arms: name of the SAEs -> their study.
+        arms: name of the SAEs -> their comparison.
     """
     named = {"firing_rate": "share of held-out rows it fires on", "nearest": "cosine with the nearest prototype"}
     rows = [
@@ -85,12 +85,12 @@ def strata_of_banks(banks: list[dict]) -> list[str]:
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    """Lines of a markdown table."""
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(map(str, r))} |" for r in (header, ["---"] * len(header), *rows)]
 
 
 def stand_in(results: dict) -> list[str]:
-    """Lines of a summary that warn where the packaged text stands in for the text that SAEs were trained on."""
+    """Lines of a summary that warn if the packaged text replaces the text that SAEs were trained on."""
     named = [results, results.get("bank") or {}]
     facts = (
         [results["candidate"]["facts"]] if results.get("candidate") else [s["facts"] for s in results.get("saes", [])]
@@ -107,18 +107,18 @@ def stand_in(results: dict) -> list[str]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> Path:
-    """One line a row; columns as in the first row."""
+    """Write rows as CSV, with the columns of the first row; returns the path."""
     import pandas as pd
 
     write_text(path, pd.DataFrame(rows).to_csv(index=False))
     return path
 
 
-def pair_rows(section: Scored, **about) -> list[dict]:
-    """Every pair of a section of results against what it was scored, a row each, for `write_csv`."""
+def pair_rows(section: Scored, **facts) -> list[dict]:
+    """Rows for `write_csv`: one for each pair of a section, observed and under each null, with extra columns."""
     return [
-        {**about, "a": pair["a"], "b": pair["b"], "against": against, **scores}
+        {**facts, "a": pair["a"], "b": pair["b"], "against": compared_with, **scores}
         for pair in section.pairs
-        for against, scores in pair.items()
+        for compared_with, scores in pair.items()
         if isinstance(scores, dict)
     ]

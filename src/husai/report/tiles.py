@@ -1,4 +1,4 @@
-"""The first figures of the page: how good the SAEs are, each figure with its value for every SAE."""
+"""Tiles at the top of the page: quality of the SAEs, with each SAE's value."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class Tile:
     name: str
     value: str
     spread: str
-    """How the SAEs differ."""
+    """Range over the SAEs."""
     note: str
     """Value to compare with."""
     places: list[float] = field(default_factory=list)
     """Value of each SAE, in per cent of the line from 0 to 1."""
     bound: float | None = None
-    """Place of the value that the rule *fit* asks for."""
+    """Place of the value that the rule *fit* requires."""
     unusual: bool = False
 
 
 @dataclass(frozen=True)
 class Good:
-    """How good the SAEs are."""
+    """Quality of the SAEs: tiles, warnings and a table."""
 
     names: list[str]
     tiles: list[Tile]
     warnings: list[str]
     columns: list[str]
     rows: list[list[str]]
-    """One row an SAE, its name first."""
+    """One row for each SAE, with its name first."""
 
     @classmethod
     def of(cls, run: Phase | None) -> Good | None:
-        """The figures of a confirmation; None, and a problem of the run, where it holds none."""
+        """Quality from a confirmation. None, with a problem added to the run, if its results have another shape."""
         if run is None or not run.results:
             return None
         try:
@@ -70,7 +70,7 @@ def tiles(q: Quality) -> list[Tile]:
 
     floors = levels.MIN_EXPLAINED_VARIANCE, levels.MIN_CE_RECOVERED
     named = ("Explained variance", q.explained_variance), ("CE recovered", q.ce_recovered)
-    found = [
+    tiles_of_page = [
         Tile(
             name,
             f"{mean(values):.3f}".replace("-", "−"),
@@ -83,7 +83,7 @@ def tiles(q: Quality) -> list[Tile]:
         for (name, values), floor in zip(named, floors, strict=True)
     ]
     dead = q.dead_share
-    found.append(
+    tiles_of_page.append(
         Tile(
             "Dead features",
             percent(mean(dead)),
@@ -96,7 +96,7 @@ def tiles(q: Quality) -> list[Tile]:
     )
     if q.stable is not None and q.stable_share is not None:
         controls = "" if q.stable_of_controls is None else f"Controls reach at most {percent(q.stable_of_controls)}."
-        found.append(
+        tiles_of_page.append(
             Tile(
                 "Stable share",
                 percent(q.stable.estimate),
@@ -108,15 +108,15 @@ def tiles(q: Quality) -> list[Tile]:
     full = any(rules.not_sparse(l0, q.d_in, q.d_sae) for l0 in q.l0)
     sparsity = places([l0 / q.d_sae for l0 in q.l0])
     width = f"Of {q.d_sae:,} features; the input has {q.d_in:,} dimensions."
-    found.append(Tile("L0", f"{mean(q.l0):.4g}", spread(q.l0, ".4g"), width, sparsity, None, full))
+    tiles_of_page.append(Tile("L0", f"{mean(q.l0):.4g}", spread(q.l0, ".4g"), width, sparsity, None, full))
     if q.auc is not None:
         others = [("PCA", q.auc_of_pca), ("the model's own activations", q.auc_of_model)]
         beside = " and ".join(f"{value:.3f} on {name}" for name, value in others if value is not None)
         below = q.auc_of_pca is not None and mean(q.auc) < q.auc_of_pca
         note = f"The same probes reach {beside}." if beside else ""
         auc = f"{mean(q.auc):.3f}"
-        found.append(Tile("Probe AUC", auc, spread(q.auc, ".3f"), note, places(q.auc), None, below))
-    return found
+        tiles_of_page.append(Tile("Probe AUC", auc, spread(q.auc, ".3f"), note, places(q.auc), None, below))
+    return tiles_of_page
 
 
 def each(q: Quality) -> tuple[list[str], list[list[str]]]:

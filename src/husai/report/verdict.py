@@ -1,4 +1,4 @@
-"""The gate's decision as the page shows it: read, and doubted where it does not follow from what it says itself."""
+"""The gate's decision as the page shows it. Contradictions in a decision are reported as doubts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHOWN = {
     "saebench": "Probes on few features are better than those on a matched reference's features.",
     "cebench": "Single features separate contrasting texts better than a matched reference's.",
 }
-"""Gate -> what its pass shows."""
+"""Gate -> statement that its pass shows."""
 NOTHING = "Nothing may be claimed externally."
 
 
@@ -50,7 +50,7 @@ class Beside(BaseModel):
 
 
 FEW = 6
-"""Names of what does not count that are shown."""
+"""Largest number of uncounted data sets or pairs that are named."""
 
 
 class Gate(BaseModel):
@@ -66,17 +66,17 @@ class Gate(BaseModel):
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
     bound: Literal["low", "high"] | None = None
-    """Which end of the interval is compared with the threshold."""
+    """End of the interval that is compared with the threshold."""
     relation: Literal[">", ">=", "<="] | None = None
     threshold: FiniteFloat | None = None
     n: int | None = None
     level: FiniteFloat | None = None
-    """Level of the interval: that of the attempt."""
+    """Level of the interval, which depends on the attempt."""
     passes_at_no_effect: FiniteFloat | None = None
     effect_for_80: FiniteFloat | None = None
-    """True figure at which the gate passes in 80 %."""
+    """True figure at which the gate passes with probability 0.8."""
     without_one_seed: tuple[FiniteFloat, FiniteFloat] | None = None
-    """Least and largest figure without one seed."""
+    """Smallest and largest figure without one seed."""
     beside: dict[str, Beside] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)
     """Data sets or pairs that were measured and do not count."""
@@ -86,7 +86,7 @@ class Gate(BaseModel):
 
     @property
     def margin(self) -> float | None:
-        """By how much the compared end clears the threshold; negative: by how much it falls short."""
+        """Distance of the compared end from the threshold; negative if it does not pass."""
         end = {"low": self.low, "high": self.high, None: None}[self.bound]
         if end is None or self.threshold is None or self.relation is None:
             return None
@@ -94,7 +94,7 @@ class Gate(BaseModel):
 
     @property
     def contradicts_itself(self) -> bool:
-        """Passed, by figures that do not pass."""
+        """True for a pass whose figures do not pass."""
         margin = self.margin
         return self.status == "PASS" and margin is not None and (margin < 0 or (margin == 0 and self.relation == ">"))
 
@@ -116,7 +116,7 @@ class Gate(BaseModel):
 
     @property
     def state(self) -> str:
-        """pass, fail, missing, or waived: what did not pass and was let through."""
+        """`pass`, `fail`, `missing`, or `waived` for a gate that did not pass and was waived."""
         return "waived" if self.waived and self.status != "PASS" else self.status.lower()
 
     @property
@@ -130,15 +130,15 @@ class Gate(BaseModel):
         relation = {">": "above", ">=": "at least", "<=": "at most"}[self.relation]
         reached = number({"low": self.low, "high": self.high, None: None}[self.bound] or 0.0)
         end = "lower" if self.bound == "low" else "upper"
-        how = "clears the bound by" if self.margin >= 0 else "misses the bound by"
+        words = "clears the bound by" if self.margin >= 0 else "misses the bound by"
         return (
             f"The {end} end of the interval is {reached}. It must be {relation} {self.threshold:g}, "
-            f"and {how} {number(abs(self.margin))}."
+            f"and {words} {number(abs(self.margin))}."
         )
 
     @property
     def power(self) -> str | None:
-        """Effect that the gate could have seen, and how the figure moves without one SAE."""
+        """Sentences on the gate's power, and on the figure without one SAE."""
         if self.passes_at_no_effect is None or self.effect_for_80 is None:
             return None
         sentence = (
@@ -152,7 +152,7 @@ class Gate(BaseModel):
 
     @property
     def more(self) -> list[str]:
-        """What stands beside the figure, and what does not count in it."""
+        """Sentences on informational figures, and on data sets that do not count."""
         shown = {name: interval(e.estimate, e.low, e.high) for name, e in self.beside.items()}
         lines = [f"For information, {name}: {figure}. This figure decides nothing." for name, figure in shown.items()]
         if self.left_out:
@@ -163,7 +163,7 @@ class Gate(BaseModel):
 
     @property
     def why(self) -> str | None:
-        """The reason as a sentence, where the figure and its distance from the bound do not give it."""
+        """The reason as a sentence; None if the figure and its distance from the bound show it."""
         margin = self.margin
         given = margin is not None and (margin >= 0) == (self.status == "PASS")
         if given or not self.reason:
@@ -172,8 +172,8 @@ class Gate(BaseModel):
 
     @property
     def scale(self) -> Scale | None:
-        found = [x for x in (self.estimate, self.low, self.high, self.threshold) if x is not None]
-        return Scale.over([*found, 0.0]) if self.estimate is not None and self.threshold is not None else None
+        values = [x for x in (self.estimate, self.low, self.high, self.threshold) if x is not None]
+        return Scale.over([*values, 0.0]) if self.estimate is not None and self.threshold is not None else None
 
     @property
     def strip(self) -> Strip:
@@ -191,7 +191,7 @@ class Read(BaseModel):
 
 
 class Decision(BaseModel):
-    """What the release gate wrote; further keys are ignored."""
+    """Results of the release gate. Further keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -201,9 +201,9 @@ class Decision(BaseModel):
     policy: str = "strict"
     provisional: StrictBool = False
     unconfirmed: str | None = None
-    """Why the candidate is not a confirmed one."""
+    """Reason why the candidate is not a confirmed one."""
     attempt: int | None = None
-    """Number of confirmations of the configuration, this one included."""
+    """Number of confirmations of the configuration, including this one."""
     licensed: str | None = None
     """Sentence that the stability of the SAEs licenses."""
 
@@ -213,25 +213,25 @@ class Decision(BaseModel):
 
     @property
     def licenses(self) -> bool:
-        """Whether the sentence claims anything."""
+        """True if the sentence claims anything."""
         return self.licensed not in (None, rules.LICENCES[0][2])
 
-    def about(self, subjects: dict[str, str]) -> list[tuple[str, str]]:
-        """(what, which) of the candidate, as far as the decision says; `subjects`: digest -> name."""
+    def candidate_facts(self, subjects: dict[str, str]) -> list[tuple[str, str]]:
+        """(label, value) of facts of the candidate in the decision. `subjects`: digest -> name."""
         c = self.candidate or {}
         facts = c["facts"] if isinstance(c.get("facts"), dict) else {}
         checkpoints = c["checkpoints"] if isinstance(c.get("checkpoints"), dict) else {}
         seeds = c["seeds"] if isinstance(c.get("seeds"), list) else [*checkpoints]
         subject = str(c.get("subject") or facts.get("subject_digest") or "")
         name = subjects.get(subject)
-        found = {
+        facts_shown = {
             "SAEs": c.get("condition"),
             "Model": f"{name} ({subject[:12]}…)" if name else subject,
             "Hook": c.get("hook_name") or facts.get("hook_name"),
             "Seeds" if facts.get("source", "husai") == "husai" else "Numbers": ", ".join(map(str, seeds)),
             "Attempt": self.attempt,
         }
-        return [(what, str(which)[:300]) for what, which in found.items() if which]
+        return [(label, str(which)[:300]) for label, which in facts_shown.items() if which]
 
 
 @dataclass
@@ -241,15 +241,15 @@ class Verdict:
     headline: str
     sentence: str
     state: str
-    """pass, fail, or none: no decision, or one that does not hold up."""
+    """`pass`, `fail`, `waived`, or `none` for no decision or a contradictory one."""
     decision: Decision | None = None
     gates: list[Gate] = field(default_factory=list)
-    """All known ones in their order, then others; one that the decision does not name is MISSING."""
+    """Known gates in order, then others. A gate that the decision does not name is MISSING."""
     doubts: list[str] = field(default_factory=list)
-    """Why the decision does not hold up, whatever it says."""
+    """Reasons why the decision cannot be trusted."""
     run: Phase | None = None
-    about: list[tuple[str, str]] = field(default_factory=list)
-    """(what, which) of the candidate."""
+    candidate_facts: list[tuple[str, str]] = field(default_factory=list)
+    """(label, value) of facts of the candidate."""
 
     def count(self, state: str) -> int:
         return sum(g.state == state for g in self.gates)
@@ -266,13 +266,13 @@ class Verdict:
 
     @property
     def open(self) -> list[Gate]:
-        """Gates that did not pass: those that failed come first."""
+        """Gates that did not pass; failed ones come first."""
         rest = [g for g in self.gates if g.state != "pass"]
         return sorted(rest, key=lambda g: g.status == "MISSING")
 
 
 def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
-    """The verdict of a gate run on the phases that lie beside it."""
+    """Verdict from a run of the gate and the runs beside it."""
     if run is None:
         return Verdict("No verdict", f"The release gate has not judged these results. {NOTHING}", "none")
     try:
@@ -287,10 +287,10 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
         )
     gates = in_order(decision.gates)
     doubts = [*run.problems, *contradictions(decision, gates), *stale(decision, phases)]
-    verdict = Verdict("", "", "fail", decision, gates, doubts, run, decision.about(subject_names(phases)))
+    verdict = Verdict("", "", "fail", decision, gates, doubts, run, decision.candidate_facts(subject_names(phases)))
     passed, waived = verdict.count("pass"), verdict.count("waived")
-    own = [g for g in gates if g.gate != CONTROL]
-    counts = f"{sum(g.state == 'pass' for g in own)} of {len(own)} gates passed."
+    sae_gates = [g for g in gates if g.gate != CONTROL]
+    counts = f"{sum(g.state == 'pass' for g in sae_gates)} of {len(sae_gates)} gates passed."
     if (control := verdict.control) is not None and control.status != "PASS":
         counts += " The check of the method itself did not."
     if not decision.pass_all and decision.unconfirmed and passed == len(gates):
@@ -311,13 +311,13 @@ def judge(run: Phase | None, phases: list[Phase]) -> Verdict:
 
 
 def subject_names(phases: list[Phase]) -> dict[str, str]:
-    """Digest of a subject -> its name, as the runs have them."""
-    found = {}
+    """Digest of a subject -> its name, from the runs."""
+    names = {}
     for phase in phases:
         inputs, name = phase.results.get("inputs"), phase.results.get("subject")
         if isinstance(inputs, dict) and isinstance(inputs.get("subject"), str) and isinstance(name, str):
-            found[inputs["subject"]] = name
-    return found
+            names[inputs["subject"]] = name
+    return names
 
 
 def in_order(gates: list[Gate]) -> list[Gate]:
@@ -328,35 +328,37 @@ def in_order(gates: list[Gate]) -> list[Gate]:
 
 
 def contradictions(decision: Decision, gates: list[Gate]) -> list[str]:
-    """What in the decision speaks against itself."""
+    """Sentences on contradictions inside the decision."""
     names = [g.gate for g in decision.gates]
-    found = [f"The gate {name} is listed twice." for name in sorted({n for n in names if names.count(n) > 1})]
-    found += [f"{g.title}: listed as passed, but its own figures do not pass." for g in gates if g.contradicts_itself]
+    sentences = [f"The gate {name} is listed twice." for name in sorted({n for n in names if names.count(n) > 1})]
+    sentences += [
+        f"{g.title}: listed as passed, but its own figures do not pass." for g in gates if g.contradicts_itself
+    ]
     open_gates = [g.title for g in gates if g.state in ("fail", "missing")]
     if decision.pass_all and open_gates:
-        found.append(f"The decision claims that all gates passed, but some did not: {', '.join(open_gates)}")
+        sentences.append(f"The decision claims that all gates passed, but some did not: {', '.join(open_gates)}")
     lenient = decision.provisional or decision.policy != "strict" or decision.looser_than_registered
     if decision.pass_all and (lenient or any(g.waived for g in gates)):
-        found.append("The decision claims a pass although it is provisional, waived or loosened.")
+        sentences.append("The decision claims a pass although it is provisional, waived or loosened.")
     if decision.pass_all and not decision.read:
-        found.append("The decision names no file that it read.")
-    return found
+        sentences.append("The decision names no file that it read.")
+    return sentences
 
 
 def stale(decision: Decision, phases: list[Phase]) -> list[str]:
-    """What the gate read, and lies here with another content."""
+    """Sentences on files that changed since the gate read them."""
     digests = {p.sha256 for p in phases}
-    found = []
+    sentences = []
     for label, read in decision.read.items():
         folder = PurePosixPath(read.path).parent.name
-        here = [p for p in phases if p.name == folder and p.sha256 is not None]
+        runs = [p for p in phases if p.name == folder and p.sha256 is not None]
         if (
             read.sha256 is not None
             and read.sha256 not in digests
-            and here
+            and runs
             and PurePosixPath(read.path).name == "results.json"
         ):
-            found.append(f"{label}: {folder}/results.json has changed since the gate read it.")
+            sentences.append(f"{label}: {folder}/results.json has changed since the gate read it.")
         elif decision.pass_all and read.sha256 not in digests:
-            found.append(f"{label}: the file that the gate read is not here.")
-    return found
+            sentences.append(f"{label}: the file that the gate read is not here.")
+    return sentences

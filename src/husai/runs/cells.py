@@ -1,7 +1,7 @@
-"""The cell cache: what is finished is read, not computed again.
+"""The cell cache: finished results are read instead of computed again.
 
-A cell's key is sha256(its configuration + the digests of its inputs + the version of the code that computes it), so
-that a change in any of the three is another cell. A finished cell is one atomically written JSON file.
+The key of a cell is sha256(its configuration + the digests of its inputs + the version of the code that computes it). A
+change in any of the three gives another cell. A finished cell is one atomically written JSON file.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from husai.runs.files import digest, read_json, sha256_file, write_json
 
 log = logging.getLogger("husai")
 _used: ContextVar[set[Path] | None] = ContextVar("used", default=None)
-"""Artefacts of the cells that the cell which is being computed has asked for."""
+"""Artefacts of the cells that the current computation has read."""
 
 
 class Cells:
     """Finished cells in `folder`, one JSON file each.
 
     Args:
-        folder: where the cells lie; artefacts of a cell are named relative to its parent.
-        force: compute again what is there.
+        folder: folder of the cells. Names of artefacts are relative to its parent.
+        force: compute finished cells again.
     """
 
     def __init__(self, folder: Path, force: bool = False):
         self.folder, self.force = folder, force
 
     def get(self, name: str, config: dict, compute: Callable[[], tuple[Any, list[Path]]]) -> Any:
-        """The cell's value: read if the cell and all its artefacts are whole, else computed and written.
+        """Value of a cell. It is read if the cell and all its artefacts are intact, else computed and written.
 
         Args:
-            name: a readable prefix of the file name.
-            config: everything that the value depends on; its digest is the key.
-            compute: returns the value (JSON) and the files it rests on. The cell rests as well on those of the cells
-                that it asks for, such as controls, which phases share.
+            name: readable prefix of the file name.
+            config: everything that the value depends on. Its digest is the key.
+            compute: function that returns the value (JSON) and the files that it depends on. Files of cells that it
+                reads, such as controls that phases share, are added.
         """
         key = digest(config)
         path = self.folder / f"{name}-{key[:16]}.json"
@@ -69,7 +69,7 @@ class Cells:
         return value
 
     def _read(self, path: Path, key: str) -> tuple[str | None, Any, set[Path]]:
-        """(what is wrong with the cell, its value, its artefacts)."""
+        """(problem of the cell or None, its value, its artefacts)."""
         root = self.folder.parent.resolve()
         artefacts: set[Path] = set()
         try:
@@ -91,6 +91,6 @@ class Cells:
 
 
 def _note(artefacts: set[Path]) -> None:
-    """Let the cell that is being computed rest on them as well."""
+    """Add artefacts to those of the cell that is being computed."""
     if (outer := _used.get()) is not None:
         outer |= artefacts

@@ -1,4 +1,4 @@
-"""Names of checkpoints in command lines and results. Imports nothing heavy, because repeated runs read it.
+"""Names of checkpoints in command lines and results. Imports nothing heavy, because repeated runs import this module.
 
 A name is a path, `sae-lens:RELEASE/SAE_ID` or `hf:REPO[@REVISION]/PATH`, each as a `Path`.
 `dictionaries.sources` opens names.
@@ -19,7 +19,7 @@ def in_catalogue(path: Path | str) -> bool:
 
 
 def is_name(path: Path | str) -> bool:
-    """True for a name in the catalogue or on the hub, false for a path."""
+    """True for a name in the catalogue or on the hub, False for a path."""
     return str(path).startswith((CATALOGUE, HUB))
 
 

@@ -19,7 +19,7 @@ from husai.runs.inputs import Arguments, Counts, by_content, by_value, not_at_al
 from husai.runs.machine import usable_cores
 
 INTERRUPTED = threading.Event()
-"""Set by SIGINT and SIGTERM: an import that is interrupted can turn KeyboardInterrupt into another exception."""
+"""Set by SIGINT and SIGTERM, because an interrupted import can turn KeyboardInterrupt into another exception."""
 
 DEFAULT_SEEDS = "42,123,456,789,1011"
 _FOLDER_ERRORS = {
@@ -39,15 +39,14 @@ _FOLDER_ERRORS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with whole flag names only, the script's docstring as its help, and errors of one line."""
+    """argparse with unabbreviated flags, the script's docstring as help, and errors of one line."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "output and machine": (
             *("output_dir", "output", "artifact_root", "force", "device", "threads", "executor", "ray_address", "help"),
         ),
     }
-    """Title in `--help` -> arguments, in the order of the page. All others stand in a group of their own before the
-    last one."""
+    """Title in `--help` -> arguments, in the order of the page. All others form a group before the last one."""
 
     def __init__(self, doc: str):
         self.counts: dict[str, Counts] = {}
@@ -65,10 +64,9 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def format_help(self) -> str:
-        """The script's docstring first, because its sentence and example say what the usage line cannot; then groups.
+        """The script's docstring, then the usage line, then the groups of flags.
 
-        Groups are made here and not where an argument is added: a script and the methods of a parser that it calls
-        need no agreement on them.
+        Groups are formed here, because scripts and parser methods that add arguments then need not agree on them.
         """
         *first, last = self.groups.items()
         grouped = {dest for dests in self.groups.values() for dest in dests}
@@ -83,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
-        """The arguments, and the contribution of each to the key of a cell."""
+        """Parsed arguments, with the contribution of each to the key of a cell."""
         arguments = super().parse_args(args, namespace or Arguments())
         # Arguments of groups bypass `add_argument`, therefore the default applies to them too.
         by_default = {a.dest: by_content if a.type is Path else by_value for a in self._actions}
@@ -119,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_executor(self) -> None:
-        """Place where the tasks of a grid run: --executor, --ray-address."""
+        """Executor of a grid's tasks: --executor, --ray-address."""
         self.add_argument(
             "--executor",
             choices=("local", "ray"),
@@ -145,13 +143,13 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def _number(text: str, kind: type, holds: Callable[[float], bool], what: str):
+def _number(text: str, kind: type, holds: Callable[[float], bool], expected: str):
     try:
         value = kind(text)
     except ValueError:
         value = None
     if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
 
 
@@ -198,7 +196,7 @@ def name_list(text: str) -> list[str]:
 
 
 def seed_list(text: str) -> list[int]:
-    """`42,123` -> [42, 123]; distinct, not negative. Two seeds at least: one seed says nothing about stability."""
+    """`42,123` -> [42, 123]; distinct, not negative."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
@@ -216,16 +214,16 @@ def _distinct(values: list, text: str) -> list:
 
 
 def prepare(device: str, threads: int):
-    """Fix what the arithmetic depends on: the thread count and deterministic algorithms. Returns the torch device.
+    """Fix the thread count and deterministic algorithms, on which the arithmetic depends. Returns the torch device.
 
     Raises:
-        BadInput: the device is unknown here.
+        BadInput: this machine has no such device.
     """
     import torch
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all memory is written before it is read
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -239,7 +237,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     logging.getLogger("husai").setLevel(logging.INFO)
 
     def interrupt(signum, frame):
-        if INTERRUPTED.is_set():  # a group's signal comes by several ways; the first one is being seen to
+        if INTERRUPTED.is_set():  # a signal to the process group arrives more than once
             return
         INTERRUPTED.set()
         raise KeyboardInterrupt

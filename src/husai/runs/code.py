@@ -1,6 +1,6 @@
-"""Version of the code that computes a value: a changed comment is no change, a changed constant three imports away is.
+"""Version of the code that computes a value. Changed comments do not count; changed constants of imported modules do.
 
-Cells, checkpoints and activation stores are found again by it.
+It is part of the keys of cells, checkpoints and activation stores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGE = Path(husai.__file__).resolve().parent
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 """Fields of a statement that hold other statements."""
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-"""Package -> its distribution, where the names differ. To ask the environment takes half a second."""
+"""Package -> its distribution, if the names differ. A query of the environment would take half a second."""
 KEPT = 2000
 """Largest number of parsed source files that the package's `__pycache__` keeps."""
 
@@ -42,9 +42,9 @@ class Parsed(NamedTuple):
 def code_version(*computing: Callable | Path) -> str:
     """sha256 of the syntax trees of an import closure, and of the versions of the packages that it imports.
 
-    The closure begins at the files in which the functions are defined. It holds every module of husai, and every
-    module beside a script, that is imported there, inside functions too. Comments and docstrings do not count. A
-    package counts by its installed version: `constraints.txt` pins what it needs in its turn.
+    The closure begins at the files that define the functions. It holds every module of husai, and every module beside
+    a script, that is imported there or inside functions. Comments and docstrings do not count. A package counts by its
+    installed version; `constraints.txt` pins its dependencies.
 
     Args:
         computing: functions that compute the value, or files of scripts.
@@ -69,7 +69,7 @@ def file_of(computing: Callable | Path) -> Path:
 
 @cache
 def closure(roots: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
-    """(files that these import, themselves included; names of the packages that they import)."""
+    """(files that the roots import, including the roots; names of the packages that they import)."""
     files: set[Path] = set()
     packages: set[str] = set()
     left = list(roots)
@@ -88,9 +88,9 @@ def closure(roots: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
 
 
 def modules(name: str, importer: Path) -> list[Path]:
-    """Files that run when a file imports a dotted name: the packages around the module and the module itself.
+    """Files that run when a file imports a dotted name: the module and its parent packages.
 
-    Empty for other people's packages. A script also imports what lies beside it.
+    Empty for third-party packages. A script also imports modules beside it.
     """
     parts = name.split(".")
     if parts[0] != PACKAGE.name and importer.is_relative_to(PACKAGE):
@@ -102,9 +102,9 @@ def modules(name: str, importer: Path) -> list[Path]:
 
 @cache
 def parsed(path: Path) -> Parsed:
-    """Facts of a source file, found by its content if any process parsed it before.
+    """Facts of a source file, cached by content across processes.
 
-    To parse the whole package takes half a second, which every process of a queue would spend.
+    Parsing the whole package takes half a second, which every process of a queue would spend.
     """
     source, known = path.read_bytes(), kept(PACKAGE)
     key = hashlib.sha256(own_digest() + source).hexdigest()
@@ -115,7 +115,7 @@ def parsed(path: Path) -> Parsed:
 
 @cache
 def own_digest() -> bytes:
-    """Digest of this file, because what was parsed depends on it."""
+    """Digest of this file, because cached facts depend on it."""
     return hashlib.sha256(Path(__file__).read_bytes()).digest()
 
 
@@ -125,7 +125,7 @@ def store_of(package: Path) -> Path:
 
 @cache
 def kept(package: Path) -> dict[str, Parsed]:
-    """Digest of a source -> its facts, as earlier processes kept them; empty if the file is missing or damaged."""
+    """Digest of a source -> its facts, from earlier processes; empty if the file is missing or damaged."""
     try:
         entries = json.loads(store_of(package).read_text())
         return {key: Parsed(str(tree), frozenset(map(str, names))) for key, (tree, names) in entries.items()}
@@ -134,7 +134,7 @@ def kept(package: Path) -> dict[str, Parsed]:
 
 
 def keep(package: Path) -> None:
-    """Write the facts that this process added, where the package's folder can be written."""
+    """Write the facts that this process added, if the package's folder is writable."""
     known, path = kept(package), store_of(package)
     entries = {key: [facts.tree, sorted(facts.names)] for key, facts in [*known.items()][-KEPT:]}
     text = json.dumps(entries)
@@ -158,7 +158,7 @@ def parse(source: bytes, path: Path) -> Parsed:
         elif isinstance(statement, ast.ImportFrom):
             if statement.level or not statement.module:
                 raise ValueError(f"{path}: a relative import, whose module the code's version would not see")
-            # Whether what is imported from a package is a module of it or a name in it, `modules` finds out.
+            # `modules` decides whether an imported name is a module or an object of a module.
             names |= {f"{statement.module}.{alias.name}" for alias in statement.names}
         for block in BLOCKS:
             if isinstance(inner := getattr(statement, block, None), list):
@@ -168,7 +168,7 @@ def parse(source: bytes, path: Path) -> Parsed:
 
 
 def is_text(statement: ast.AST) -> bool:
-    """A string that stands alone: a docstring, or the description of a field."""
+    """True for a bare string: a docstring, or the description of a field."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)
@@ -178,7 +178,7 @@ def is_text(statement: ast.AST) -> bool:
 
 @cache
 def installed(package: str) -> str:
-    """Installed version of the distribution that gives a top-level package; "absent" where there is none."""
+    """Installed version of the distribution of a top-level package; "absent" if it is not installed."""
     try:
         return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
     except importlib.metadata.PackageNotFoundError:

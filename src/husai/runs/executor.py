@@ -1,7 +1,7 @@
-"""Runs tasks one after the other in this process, or side by side on a Ray cluster, with the same bytes.
+"""Runs tasks sequentially in this process, or in parallel on a Ray cluster, with identical bytes.
 
-A task names a function, which writes its own cells below a given folder. A later run finds the cells that a
-killed run finished. SAEs on one store belong to one task, because they are trained as one stack.
+A task names a function, which writes its own cells below a given folder. A later run finds the cells that an
+interrupted run finished. SAEs on one store belong to one task, because they are trained as one stack.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from husai.runs.progress import progress
 
 log = logging.getLogger("husai")
 SECONDS_TO_ANSWER = 5.0
-"""Time that a Ray address has for an answer."""
+"""Seconds that a Ray address has for an answer."""
 NEW_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, its ports are open to this machine alone
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on those systems, ports are open to this machine alone
 }
-EXISTING_CLUSTER = {  # a quarter of a minute in place of several where something answers that is not Ray
+EXISTING_CLUSTER = {  # fail within 15 s instead of minutes if the address is no Ray cluster
     "RAY_NUM_REDIS_GET_RETRIES": "2",
     "RAY_py_gcs_connect_timeout_s": "3",
     "RAY_gcs_rpc_server_connect_timeout_s": "2",
 }
 SECONDS_TO_STOP = 10.0
-"""Time that interrupted tasks have to end."""
+"""Seconds that interrupted tasks have to end."""
 OBJECT_STORE_BYTES = 2**27  # tasks pass nothing but JSON; Ray would set aside a third of the memory
 
 
@@ -48,11 +48,11 @@ class Task:
 
     name: str
     function: str
-    """package.module:function, importable wherever husai is."""
+    """package.module:function, importable where husai is."""
     arguments: dict[str, Any]
-    """JSON; paths are strings, relative ones to the working directory of the caller."""
+    """JSON. Paths are strings; relative paths refer to the working directory of the caller."""
     gpus: float = 0
-    """GPUs, or a share of one, that Ray sets aside; the task sees no others. The local executor sets nothing aside."""
+    """Number of GPUs, or share of one, that Ray reserves. The task sees no others. The local executor ignores it."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,33 @@ def run(
     ray_address: str | None = None,
     threads: int = 1,
     retries: int = 2,
-    what: str = "tasks",
+    title: str = "tasks",
 ) -> list[TaskOutcome]:
-    """Run all tasks, in their order if local; one that fails is reported and the others go on.
+    """Run all tasks, in order if local. A failed task is reported, and the others continue.
 
     Args:
         executor: "local" or "ray".
-        ray_address: host:port of a cluster, or "auto" for the one that this machine belongs to; by default Ray starts
-            one of this machine alone, which ends with this process.
-        threads: CPU threads of each task, and the cores that Ray sets aside for it.
-        retries: of a task whose worker or node was lost; a task that raises is not tried again.
-        what: the tasks' name beside the progress bar.
+        ray_address: host:port of a cluster, or "auto" for the cluster of this machine. None: Ray starts a cluster on
+            this machine, which ends with this process.
+        threads: CPU threads of each task, and cores that Ray reserves for it.
+        retries: number of retries after the loss of a worker or node. A task that raises is not retried.
+        title: name of the tasks beside the progress bar.
 
     Returns:
-        One outcome a task, in the order of the tasks.
+        One outcome for each task, in the order of the tasks.
 
     Raises:
-        BadInput: no such function, no Ray, no answer from it, or no node with so many cores or GPUs.
-        KeyboardInterrupt: all tasks were stopped; their finished cells are kept.
+        BadInput: a function does not exist, Ray is missing or does not answer, or no node has enough cores or GPUs.
+        KeyboardInterrupt: all tasks were stopped. Their finished cells are kept.
     """
     for task in tasks:
         _function(task.function)
     if executor == "local" and ray_address is not None:
         raise BadInput(f"--ray-address {ray_address}: --executor ray expected with it")
-    each = _local(tasks, threads) if executor == "local" else _on_ray(tasks, ray_address, threads, retries)
+    results = _local(tasks, threads) if executor == "local" else _on_ray(tasks, ray_address, threads, retries)
     outcomes: dict[int, TaskOutcome] = {}
-    with closing(each), progress(what, len(tasks)) as advance:
-        for i, result in each:
+    with closing(results), progress(title, len(tasks)) as advance:
+        for i, result in results:
             name = tasks[i].name
             outcomes[i] = TaskOutcome(name, result.get("value"), result.get("reason"))
             for level, line in result.get("log", []):
@@ -116,7 +116,7 @@ def _function(name: str) -> Callable:
 
 
 def _call(function: str, arguments: dict, threads: int) -> dict:
-    """{"value"}, or {"reason"}: what the task returned, as JSON gives it back, or why it failed."""
+    """{"value": result of the task after a round trip through JSON}, or {"reason": why it failed}."""
     try:
         prepare("cpu", threads)
         return {"value": json.loads(json.dumps(_function(function)(**arguments), allow_nan=False))}
@@ -160,7 +160,7 @@ def _on_ray(tasks: list[Task], address: str | None, threads: int, retries: int) 
                 i = pending.pop(reference)
                 try:
                     yield i, ray.get(reference)
-                except ray.exceptions.RayError as error:  # the machinery's: a task's own errors are in its result
+                except ray.exceptions.RayError as error:  # errors of Ray itself; a task's own errors are in its result
                     yield i, {"reason": f"{type(error).__name__}: {_one_line(error)}"}
             if INTERRUPTED.is_set():
                 raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def _on_ray(tasks: list[Task], address: str | None, threads: int, retries: int) 
 
 
 class _Kept(logging.Handler):
-    """Keeps warnings as (level, message)."""
+    """Handler that keeps warnings as (level, message)."""
 
     def __init__(self, lines: list[tuple[int, str]]):
         super().__init__(logging.WARNING)
@@ -183,7 +183,7 @@ class _Kept(logging.Handler):
 
 
 def _call_on_worker(function: str, arguments: dict, threads: int, folder: str) -> dict:
-    """`_call` in the caller's folder, with the warnings that it logs."""
+    """`_call` in the caller's folder; the result includes logged warnings."""
     lines: list[tuple[int, str]] = []
     handler = _Kept(lines)
     log.addHandler(handler)
@@ -198,12 +198,14 @@ def _call_on_worker(function: str, arguments: dict, threads: int, folder: str) -
 
 
 def _connect(address: str | None, threads: int):
-    """Ray, connected until this process ends.
+    """The ray module, connected until this process ends.
 
     Raises:
         BadInput: Ray is not installed, or nothing answers.
     """
-    for name, value in (NEW_CLUSTER if address is None else EXISTING_CLUSTER).items():  # read when ray is imported
+    for name, value in (
+        NEW_CLUSTER if address is None else EXISTING_CLUSTER
+    ).items():  # ray reads them when it is imported
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -223,17 +225,17 @@ def _connect(address: str | None, threads: int):
     try:
         ray.init(**start, configure_logging=False, log_to_driver=False)
     except Exception as error:
-        where = "--executor ray" if address is None else f"--ray-address {address}"
-        cause = str(error.__cause__ or error).strip().splitlines()[-1]  # it may begin with a whole traceback
-        raise BadInput(f"{where}: Ray cannot be reached or started ({cause})") from None
+        flag = "--executor ray" if address is None else f"--ray-address {address}"
+        cause = str(error.__cause__ or error).strip().splitlines()[-1]  # the text may begin with a traceback
+        raise BadInput(f"{flag}: Ray cannot be reached or started ({cause})") from None
     finally:
-        for s, handler in handlers.items():  # Ray puts its own in place
+        for s, handler in handlers.items():  # Ray installs its own handlers
             signal.signal(s, handler)
     return ray
 
 
 def _answers(address: str) -> None:
-    """Ask before Ray does, which tries for long and writes lines of its own."""
+    """Raise BadInput if nothing answers at the address. Ray itself would try for minutes and print messages."""
     from ray._private.services import canonicalize_bootstrap_address
 
     try:

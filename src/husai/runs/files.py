@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and digests of what they hold."""
+"""Atomic files, locks, and digests of files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling for one value: sorted keys, no spaces, no NaN or Infinity (ValueError)."""
+    """Canonical JSON of a value: sorted keys, no spaces. Raises ValueError for NaN or Infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -33,12 +33,12 @@ def sha256_file(path: Path) -> str:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """The path from a folder, so that what is written there names no machine's places."""
+    """Path relative to a folder, because files must not name places of one machine."""
     return os.path.relpath(path.resolve(), folder.resolve())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write atomically: after a crash `path` holds the old bytes or the new ones, never a part."""
+    """Write atomically: after a crash `path` holds all old bytes or all new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -56,11 +56,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN, no Infinity: ValueError), written atomically."""
+    """Write strict JSON atomically. Raises ValueError for NaN or Infinity."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str = "file") -> Any:
+def read_json(path: Path, name: str = "file") -> Any:
     """Read strict JSON.
 
     Raises:
@@ -73,17 +73,17 @@ def read_json(path: Path, what: str = "file") -> Any:
     try:
         return json.loads(path.read_text(), parse_constant=refuse)
     except FileNotFoundError:
-        raise BadInput(f"{what}: {path} does not exist") from None
+        raise BadInput(f"{name}: {path} does not exist") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{what}: {path} is not readable as strict JSON ({error})") from None
+        raise BadInput(f"{name}: {path} is not readable as strict JSON ({error})") from None
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an advisory lock file at `path`; the system releases it when the process ends, however it ends.
+    """Hold an advisory lock file at `path`. The system releases the lock when the process ends for any reason.
 
     Raises:
-        BadInput: `wait` is false and another process holds it.
+        BadInput: `wait` is false and another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
@@ -95,9 +95,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def publish_directory(final: Path, build: Callable[[Path], None], replace: bool = False) -> None:
-    """Let `build` fill a hidden folder, then show it under its name in one rename: no half-made folder is ever seen.
+    """Fill a hidden folder by `build`, then rename it. Therefore no incomplete folder is ever visible.
 
-    Two processes that want the same folder build it once. With `replace`, an existing folder gives way.
+    Two processes that need the same folder build it once. With `replace`, an existing folder is replaced.
     """
     with locked(final.parent / f".{final.name}.lock"):
         if final.exists() and not replace:
@@ -117,22 +117,22 @@ def publish_directory(final: Path, build: Callable[[Path], None], replace: bool 
 
 
 def content_or_name(name: str | None) -> str | None:
-    """Content digest of a local file or folder; any other name as it is."""
+    """Content digest of a local file or folder. Any other name is returned unchanged."""
     return tree_digest(Path(name), name) if name is not None and Path(name).exists() else name
 
 
-def tree_digest(path: Path, what: str) -> str:
-    """sha256 of a file, or of the names and contents of all files below a folder, without hidden ones.
+def tree_digest(path: Path, name: str) -> str:
+    """sha256 of a file, or of the names and contents of all files below a folder, except hidden ones.
 
     Raises:
-        BadInput: there is no such folder, or it holds no file.
+        BadInput: the folder does not exist, or holds no file.
     """
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
-        raise BadInput(f"{what}: {path} is not a folder")
+        raise BadInput(f"{name}: {path} is not a folder")
     below = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
     files = sorted(p for p in below if not any(part.startswith(".") for part in p.parts))
     if not files:
-        raise BadInput(f"{what}: {path} holds no file")
+        raise BadInput(f"{name}: {path} holds no file")
     return digest({str(p): sha256_file(path / p) for p in files})

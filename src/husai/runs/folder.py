@@ -1,4 +1,4 @@
-"""One run, one folder: config, logs, results, and, written last, the manifest that makes it complete."""
+"""Run folders: configuration, logs, results, and a manifest, which is written last and makes the folder complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Manifest(BaseModel):
     wall_seconds: float
     git_commit: str | None
     git_dirty: bool | None
-    git_reason: str | None  # why commit and dirtiness are null
+    git_reason: str | None  # reason why commit and dirtiness are null
     python: str
     platform: str
     packages: dict[str, str | None]
@@ -55,7 +55,7 @@ class Manifest(BaseModel):
 
 
 def git_state() -> tuple[str | None, bool | None, str | None]:
-    """(commit, dirty, None), or (None, None, the reason)."""
+    """(commit, whether there are changes, None), or (None, None, reason)."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -76,12 +76,12 @@ def _version(package: str) -> str | None:
 
 
 class Run:
-    """A context manager around one run; a second run into the same output folder is refused while it lasts.
+    """Context manager of one run. It locks the output folder against a second run.
 
     Args:
-        output_dir: gets `run_<UTC>_<hash>/`, and copies of the finished `results.json`, `summary.md`, `manifest.json`.
-        config: the whole configuration; written to `config.json`, and its digest names the folder.
-        device, threads: recorded in the manifest.
+        output_dir: folder for `run_<UTC>_<hash>/` and for copies of `results.json`, `summary.md` and `manifest.json`.
+        config: whole configuration. It is written to `config.json`, and its digest names the folder.
+        device, threads: entries of the manifest.
 
     Raises:
         BadInput: the folder cannot be written, or another run holds it.
@@ -109,7 +109,7 @@ class Run:
         return self
 
     def _new_folder(self) -> Path:
-        while True:  # two runs of one configuration within a second: the later one waits for its own name
+        while True:  # a second run of one configuration within a second waits for a new name
             self.started = datetime.now(UTC)
             self.run_id = f"run_{self.started:%Y%m%dT%H%M%SZ}_{digest(self.config)[:8]}"
             folder = self.output_dir / self.run_id
@@ -120,17 +120,17 @@ class Run:
                 time.sleep(0.1)
 
     def add_input(self, label: str, path_or_digest: Path | str) -> None:
-        """Record an input by its sha256 (of the file, or as given)."""
+        """Record an input by its sha256, which is given or computed from the file."""
         self.inputs[label] = sha256_file(path_or_digest) if isinstance(path_or_digest, Path) else path_or_digest
 
     def command(self, name: str, command: list[str]) -> int:
-        """Start a command, its output in `logs/<name>.log`; returns its return code and records all in the manifest."""
+        """Run a command, log its output in `logs/<name>.log`, record it in the manifest; returns its return code."""
         log.info("%s: %s", name, shlex.join(command))
         began, path = time.monotonic(), self.folder / "logs" / f"{name}.log"
         with open(path, "wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
             try:
                 process.wait()
-            except BaseException:  # let it stop what it has started itself
+            except BaseException:  # SIGTERM lets the command stop its own children
                 process.terminate()
                 process.wait()
                 raise
@@ -155,7 +155,7 @@ class Run:
         status: Status
         status, code = ("complete", 0) if kind is None else codes.get(kind, ("failed", CRASHED))
         if kind is CheckFailed and (self.folder / "results.json").exists():
-            status = "complete"  # the work was done; what it found does not pass, which the return code says
+            status = "complete"  # the work was done; the return code shows the failed check
         if INTERRUPTED.is_set():
             status, code = codes[KeyboardInterrupt]
         if kind is not None:  # the log keeps the traceback; the terminal gets one line, from `run_main`

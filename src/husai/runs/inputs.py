@@ -20,7 +20,7 @@ Counts = Callable[[Any, str], Any]
 
 
 class Arguments(argparse.Namespace):
-    """Parsed arguments, and the contribution of each to the key."""
+    """Parsed arguments, with the contribution of each to the key."""
 
     __slots__ = ("counts",)
     counts: dict[str, Counts]
@@ -38,7 +38,7 @@ def by_content(path: Path | list[Path], flag: str) -> Any:
     """Digest of a file, or of all files below a folder; a list of digests for a list of paths.
 
     Raises:
-        BadInput: there is no such file or folder, or it is empty.
+        BadInput: the file or folder does not exist, or is empty.
     """
     if isinstance(path, list):
         return [by_content(each, flag) for each in path]
@@ -48,7 +48,7 @@ def by_content(path: Path | list[Path], flag: str) -> Any:
 
 
 def by_checkpoint(path: Path | list[Path], flag: str) -> Any:
-    """Content of checkpoints. The configuration of a weights file lies beside it, and counts too."""
+    """Content digests of checkpoints. JSON files beside a weights file count too."""
     if isinstance(path, list):
         return [by_checkpoint(each, flag) for each in path]
     if path.is_file():
@@ -57,7 +57,7 @@ def by_checkpoint(path: Path | list[Path], flag: str) -> Any:
 
 
 def by_subject(name: str | Path, flag: str) -> str:
-    """Content of a subject's folder; the name of a subject that is not on this machine."""
+    """Content digest of a subject's folder; the name of a subject that is not on this machine."""
     folder, subject = folder_of(name), SubjectName.parse(name)
     if folder is None:
         return str(name)
@@ -66,7 +66,7 @@ def by_subject(name: str | Path, flag: str) -> str:
 
 
 def by_content_or_name(name: str, flag: str) -> str | None:
-    """Content of a local file or folder; any other name as it is."""
+    """Content digest of a local file or folder. Any other name is returned unchanged."""
     return content_or_name(name)
 
 

@@ -1,4 +1,4 @@
-"""Facts of the machine for benchmarks, and settings of it for long runs."""
+"""Facts of the machine, and settings for long runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; all of the machine's on macOS, which cannot say."""
+    """Number of cores that this process may use. On macOS this number is unknown, and all cores count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """The processor's name and how many of its cores there are."""
+    """Name of the processor, its number of cores, and its vector extensions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "")
@@ -22,10 +22,10 @@ def cpu_model() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, in place of giving them back to the system each time.
+    """Let the C library keep large freed blocks instead of returning them to the system.
 
-    A training step on a CPU frees and takes the same hundreds of megabytes again and again, and spends a third of its
-    time on the pages. Has an effect with glibc only.
+    Each training step on a CPU frees and allocates the same hundreds of megabytes, and would spend a third of its time
+    on page faults. Only glibc is affected.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""A phase: one run, whose whole result is a cell, so that a repeat reads it without importing torch."""
+"""Runs a phase. Its whole result is a cell, which a repeated run reads without importing torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def run_phase(
     """Compute a phase, or read its finished cell, and write results, summary and manifest.
 
     Args:
-        compute: the study itself; returns its results, with `inputs` (label -> sha256), and the files they rest on. A
-            change of the code that it may import is another cell.
-        check: raises CheckFailed where the results, which are kept, do not hold.
+        compute: function that returns the results, with `inputs` (label -> sha256), and the files that they depend on.
+            The cell's key covers all code that the function may import.
+        check: function that raises CheckFailed if the results fail a check. The results are kept.
 
     Raises:
         BadInput, CheckFailed.
@@ -50,5 +50,5 @@ def run_phase(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All that training has left below a phase's folder: its results rest on these, references included."""
+    """All files below a phase's folder of checkpoints, on which its results depend."""
     return [p for p in (folder / "checkpoints").rglob("*") if p.is_file() and not p.name.startswith(".")]

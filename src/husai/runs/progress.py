@@ -1,4 +1,4 @@
-"""Progress with an ETA: a bar on a terminal, a quiet line now and then in a log."""
+"""Progress with an ETA: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 log = logging.getLogger("husai")
 SECONDS_BETWEEN_LINES = 30.0
-_shown = None  # the bars on the terminal: one that begins inside another is a line below it
+_shown = None  # bars on the terminal; a nested bar appears below the outer one
 
 
 def duration(seconds: float) -> str:
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`. `done` of `total` was finished by an earlier run and does not count in the speed."""
+    """Yield `advance(n)`. An earlier run finished `done` of `total`, which does not count in the speed."""
     if sys.stderr.isatty():
         with _bars() as bars:
             task = bars.add_task(description, total=total, completed=done)

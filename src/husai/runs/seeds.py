@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a path such as `(42, "init")`: another path gives an unrelated stream."""
+    """A 63-bit seed from a path such as `(42, "init")`. Different paths give independent streams."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
