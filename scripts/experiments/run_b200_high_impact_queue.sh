@@ -49,8 +49,9 @@ case "$PROFILE" in
     ASSIGNMENT=(--tokens 30000 --lambdas 0,0.1 --shared-references 2 --null-draws 10)
     PROBING=(--probing sae_probes_exact --probe-ks 5)
     STUDY=(--rows 60000 --null-draws 100 --heldout-rows 20000 --max-rows 96 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
+    STUDY+=(--learning-rate 1e-2) # 60,000 tokens then explain as much as 100,000 at 3e-3
     # Each architecture is the other's matched reference: nothing is trained for the comparison alone.
-    FRONTIER=(--architectures topk,relu --d-sae 256 --ks 16 --tokens 100000)
+    FRONTIER=(--architectures topk,relu --d-sae 256 --ks 16 --tokens 60000)
     SCALING=(--token-budgets 60000 --hook-layers 1 --d-sae-values 128 --k 8)
     STRESS=(--rows 20000) NULLS=() RANDOM_MODEL=() SHIFTED=("${PROBING[@]}")
     BENCHMARKS=()
