@@ -1,12 +1,12 @@
-"""Cross-entropy and KL of several SAEs: one pass for all of them beside a pass for each.
+"""Measure the speed of cross-entropy and KL of several SAEs: one pass for all against one pass for each.
 
     python benchmarks/cross_entropy.py
     python benchmarks/cross_entropy.py --rounds 3 --saes 1,8 --hook-names blocks.1.hook_resid_pre
 
-A pass for each is what HUSAI did before: the whole model through TransformerLens' bridge with eager attention, in
-batches, once for the model, once for zeros, once for every SAE. Both sides run by turns in every round on the same
-held-out documents; ratios are of times within a round. The page says how far the figures differ; that they agree to
-1e-5 on several architectures is tested in tests/test_recovered.py.
+HUSAI's earlier code took one pass for each: the whole model in TransformerLens' bridge with eager attention, in
+batches, once for the model, once for zeros, and once for every SAE. Both sides run one after the other in every round,
+on the same held-out documents. Ratios are computed within a round. The page gives the largest difference of their
+figures. tests/test_recovered.py tests that they agree to 1e-5 on several architectures.
 """
 
 import time
@@ -61,14 +61,14 @@ def main() -> None:
 
 
 def difference(one: dict, each: dict) -> float:
-    """Largest |difference| of any figure."""
+    """Largest |difference| over all figures."""
     import numpy as np
 
     return max(float(np.abs(np.subtract(one[name], each[name])).max()) for name in each)
 
 
 def a_pass_each(subject, hook_name: str, saes, texts: list[str]) -> dict:
-    """The figures of `cross_entropies`, by a batched pass of the bridged model for each SAE."""
+    """Figures of `cross_entropies`, from a batched pass of the bridged model for each SAE."""
     import numpy as np
     import torch
 
@@ -104,8 +104,8 @@ def a_pass_each(subject, hook_name: str, saes, texts: list[str]) -> dict:
                 divergences[i] += torch.linalg.vecdot(probability, whole - changed).sum().item()
             count += len(targets)
     (zeroed, *spliced_losses), (kl_zeroed, *kl) = losses / count, divergences / count
-    found = {"model": total / count, "zeroed": zeroed, "spliced": spliced_losses}
-    return found | {"kl_zeroed": kl_zeroed, "kl_spliced": kl}
+    figures = {"model": total / count, "zeroed": zeroed, "spliced": spliced_losses}
+    return figures | {"kl_zeroed": kl_zeroed, "kl_spliced": kl}
 
 
 def markdown(result: dict) -> str:

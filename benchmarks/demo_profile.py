@@ -1,12 +1,12 @@
-"""The demo's time: seconds by stage and by kind of work.
+"""Profile the demo: seconds of each stage and of each kind of work.
 
     python benchmarks/demo_profile.py
     python benchmarks/demo_profile.py --against OTHER_CHECKOUT     # another version of the code, in the same run
     python benchmarks/demo_profile.py --profile smoke --output-dir /tmp/profile
 
-The queue runs from nothing, then again. Each of its Python processes samples the stack of its main thread and notes its
-CPU time when it ends. `--against` names a checkout with its own .venv; it runs first, and ratios are given. Times are
-those after the install.
+The queue runs without cached files, then again. Each of its Python processes samples the stack of its main thread, and
+records its CPU time at its end. `--against` names a checkout with its own .venv. That checkout runs first, and ratios
+are given. Times do not include the install.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = 0.01  # seconds between samples
-KINDS = {  # kind of work -> what stands in a frame's module or path; the innermost frame that matches decides
+KINDS = {  # kind of work -> parts of a frame's module or path; the innermost frame that matches decides
     "imports": ("<frozen importlib", "importlib/"),
     "cross-entropy with SAEs": ("husai/training/recovered",),
     "probing": ("sae_probes", "sae_bench", "sklearn/", "glum/", "husai/evals/ood", "husai/activations/probes"),
@@ -39,11 +39,11 @@ OTHER = "other"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside each process of the queue
+# Code inside each process of the queue
 
 
 def kind_of(frame) -> str:
-    """The kind of work of a stack."""
+    """Kind of work of a stack."""
     while frame is not None:
         name = frame.f_code.co_filename
         for kind, parts in KINDS.items():
@@ -54,7 +54,7 @@ def kind_of(frame) -> str:
 
 
 def sample(folder: Path) -> None:
-    """Sample the main thread from now on; leave a file when the process ends."""
+    """Start to sample the main thread; writes a file when the process ends."""
     began, counts, main = time.monotonic(), Counter(), threading.main_thread().ident
     sampler, ended = None, threading.Event()
 
@@ -64,7 +64,7 @@ def sample(folder: Path) -> None:
         sampler.start()
 
     def forked() -> None:
-        """A child has no thread, and neither the time nor the samples of its parent."""
+        """Restart the sampler in a forked child, without the time and samples of its parent."""
         nonlocal began
         began = time.monotonic()
         counts.clear()
@@ -77,12 +77,12 @@ def sample(folder: Path) -> None:
                 counts[kind_of(frame)] += 1
 
     def leave() -> None:
-        ended.set()  # a thread that is alive when the interpreter goes can abort the process
+        ended.set()  # a thread that is alive at interpreter shutdown can abort the process
         sampler.join()
-        own = os.times()
-        found = {"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv, "cpu": own.user + own.system}
-        found |= {"began": began, "wall": time.monotonic() - began, "samples": dict(counts)}
-        (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
+        times = os.times()
+        record = {"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv, "cpu": times.user + times.system}
+        record |= {"began": began, "wall": time.monotonic() - began, "samples": dict(counts)}
+        (folder / f"{os.getpid()}.json").write_text(json.dumps(record))
 
     start()
     atexit.register(leave)
@@ -118,27 +118,27 @@ def main() -> None:
 
 
 def measured(checkout: Path, profile: str, keep: Path | None) -> dict:
-    """Run a checkout's queue from nothing and again; {"first", "repeat": {"wall", "cpu", "stages", "kinds"}}."""
+    """Run a checkout's queue twice, first without cache; {"first", "repeat": {"wall", "cpu", "stages", "kinds"}}."""
     with tempfile.TemporaryDirectory() as folder:
         if keep:
             keep.mkdir(parents=True)
             (Path(folder) / "results").symlink_to(keep.resolve())
-        found = {}
+        measurements = {}
         for name in ("first", "repeat"):
             notes = Path(folder) / name
             notes.mkdir()
-            found[name] = ran(checkout, profile, Path(folder) / "results", notes)
+            measurements[name] = ran(checkout, profile, Path(folder) / "results", notes)
         stages = json.loads((Path(folder) / "results/queue/manifest.json").read_text())["stages"]
-        found["first"]["stages"] = {s["stage"]: s["seconds"] for s in stages}
-        return found
+        measurements["first"]["stages"] = {s["stage"]: s["seconds"] for s in stages}
+        return measurements
 
 
 def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
-    """One run of the queue, with a sampler in each Python process."""
+    """Run the queue once, with a sampler in each Python process; returns its measurements."""
     hook = f"import sys\nsys.path.append({str(ROOT / 'benchmarks')!r})\nimport demo_profile\nfrom pathlib import Path\n"
     hook += f"demo_profile.sample(Path({str(notes)!r}))\n"
     (notes / "sitecustomize.py").write_text(hook)
-    code = f"{notes}:{checkout.resolve() / 'src'}"  # its own, also where checkouts share an environment
+    code = f"{notes}:{checkout.resolve() / 'src'}"  # the checkout's own source, even if checkouts share an environment
     variables = {"PROFILE": profile, "OUTPUT": str(results), "PYTHONPATH": code}
     variables["PATH"] = f"{checkout}/.venv/bin:{os.environ['PATH']}"
     began = time.monotonic()
@@ -148,12 +148,14 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
             command, cwd=checkout, env=os.environ | variables, stdout=log, stderr=log, timeout=3600, check=False
         )
     if done.returncode not in (0, 1):
-        said = [line for line in (notes / "log").read_text().splitlines() if line.startswith(("error", "failed"))]
-        raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {'; '.join(said)}")
+        errors = [line for line in (notes / "log").read_text().splitlines() if line.startswith(("error", "failed"))]
+        raise SystemExit(f"the queue of {checkout} ended with {done.returncode}: {'; '.join(errors)}")
     wall = time.monotonic() - began
     processes = [json.loads(path.read_text()) for path in notes.glob("*.json")]
     kinds, scripts = Counter(), {}
-    for process in processes:  # a process's CPU time, by its samples: a sample while threads work counts for all
+    for process in (
+        processes
+    ):  # a process's CPU time, divided over its samples: a sample while threads work counts for all of them
         total, script = sum(process["samples"].values()), Path(process["argv"][0]).name
         for kind, n in process["samples"].items():
             kinds[kind] += process["cpu"] * n / total

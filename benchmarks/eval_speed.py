@@ -1,16 +1,16 @@
-"""How fast the external benchmarks run: HUSAI's way beside the libraries' own loops, on husai-tiny.
+"""Measure the speed of the external benchmarks on husai-tiny: HUSAI's code against the libraries' own loops.
 
     python benchmarks/eval_speed.py
     python benchmarks/eval_speed.py --rounds 3 --saes 1,8
 
-Each comparison is on the same inputs, the two sides by turns in every round; ratios are of times within a round, and
-medians over rounds are reported.
+Both sides of a comparison read the same inputs, and run one after the other in every round. Ratios are computed within
+a round, and medians over rounds are reported.
 
-- prompts: the harvest of sae-probes' activations beside sae-probes' own function;
-- contrastive: CE-Bench's scores beside its own way (story by story through the whole model, an SAE after the other);
-  the scores must agree;
-- core: CE and KL of n SAEs beside SAEBench's function, an SAE after the other;
-- probing: SAEBench's probing of several SAEs by our workers beside its own loop in one process.
+- prompts: the harvest of sae-probes' activations, against sae-probes' own function;
+- contrastive: CE-Bench's scores, against its own loop (each story through the whole model, for each SAE). The scores
+  must agree;
+- core: CE and KL of n SAEs, against SAEBench's function for each SAE;
+- probing: SAEBench's probing of several SAEs by HUSAI's workers, against its own loop in one process.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def random_sae(subject, seed: int):
-    """A TopK SAE with random directions: what it costs does not depend on what it learned."""
+    """TopK SAE with random directions. Its speed does not depend on its weights."""
     import torch
 
     from husai.dictionaries.family import unit_rows
@@ -63,18 +63,18 @@ def random_sae(subject, seed: int):
     return SAE({"W_enc": W.T.contiguous(), "b_enc": zeros[0], "W_dec": W, "b_dec": zeros[1]}, "topk", K)
 
 
-def by_turns(args, what: str, unit: str, work: float, ours, theirs) -> dict:
-    """Times of both sides in every round; each is called with a fresh folder."""
+def by_turns(args, title: str, unit: str, work: float, husai_side, library_side) -> dict:
+    """Times of both sides in every round. Each call gets a fresh folder."""
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(args.rounds):
-        for name, side in (("ours", ours), ("theirs", theirs)):
+        for name, side in (("ours", husai_side), ("theirs", library_side)):
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
                 side(Path(folder))
                 times[name].append(time.perf_counter() - began)
     ratio = median(t / o for o, t in zip(times["ours"], times["theirs"], strict=True))
-    seconds = {name: median(of) for name, of in times.items()}
-    return {"what": what, "unit": unit, "work": work, "seconds": seconds, "ratio": ratio, "times": times}
+    seconds = {name: median(seconds_of_rounds) for name, seconds_of_rounds in times.items()}
+    return {"what": title, "unit": unit, "work": work, "seconds": seconds, "ratio": ratio, "times": times}
 
 
 def prompts(args, subject) -> dict:
@@ -89,13 +89,15 @@ def prompts(args, subject) -> dict:
         for ids in subject.tokenizer(text.documents(name), truncation=True, max_length=subject.n_ctx)["input_ids"]
     )
 
-    def theirs(folder: Path) -> None:
+    def library_side(folder: Path) -> None:
         ensure_dataset_activations(
             subject.name, SETS, [HOOK], folder, args.device, max_seq_len=subject.n_ctx, model=subject.model
         )
 
-    what = f"prompts of {len(SETS)} data sets"
-    return by_turns(args, what, "tokens", tokens, lambda folder: harvest_prompts(subject, [HOOK], SETS, folder), theirs)
+    title = f"prompts of {len(SETS)} data sets"
+    return by_turns(
+        args, title, "tokens", tokens, lambda folder: harvest_prompts(subject, [HOOK], SETS, folder), library_side
+    )
 
 
 def contrastive(args, subject, saes) -> dict:
@@ -106,15 +108,15 @@ def contrastive(args, subject, saes) -> dict:
 
     pairs = contrastive.local_pairs(SETS, args.pairs, 0).rows
     stories = [p["story1"] for p in pairs] + [p["story2"] for p in pairs]
-    found: dict[str, list] = {}
+    scores_by_side: dict[str, list] = {}
 
-    def ours(folder: Path) -> None:
+    def husai_side(folder: Path) -> None:
         means, tokens, _ = contrastive.story_means(subject, HOOK, saes, stories, folder)
-        found["ours"] = [contrastive.scores(m, tokens)["published"]["interpretability"].mean() for m in means]
+        scores_by_side["ours"] = [contrastive.scores(m, tokens)["published"]["interpretability"].mean() for m in means]
 
     @torch.inference_mode()
-    def theirs(folder: Path) -> None:
-        found["theirs"] = []
+    def library_side(folder: Path) -> None:
+        scores_by_side["theirs"] = []
         for sae in saes:
             features, tokens = [], []
             for story in stories:
@@ -123,12 +125,17 @@ def contrastive(args, subject, saes) -> dict:
                 features.append(sae.encode(cache[HOOK][0]).mean(0).numpy())
                 tokens.append(len(ids))
             scored = contrastive.scores(np.stack(features), np.array(tokens))
-            found["theirs"].append(scored["published"]["interpretability"].mean())
+            scores_by_side["theirs"].append(scored["published"]["interpretability"].mean())
 
     row = by_turns(
-        args, f"contrastive scores of {len(saes)} SAEs", "pairs × SAEs", len(pairs) * len(saes), ours, theirs
+        args,
+        f"contrastive scores of {len(saes)} SAEs",
+        "pairs × SAEs",
+        len(pairs) * len(saes),
+        husai_side,
+        library_side,
     )
-    np.testing.assert_allclose(found["ours"], found["theirs"], rtol=1e-4)
+    np.testing.assert_allclose(scores_by_side["ours"], scores_by_side["theirs"], rtol=1e-4)
     return row
 
 
@@ -152,19 +159,19 @@ def core(args, subject, saes) -> dict:
             load_and_format_sae("husai", opened[-1], "cpu")
 
     @torch.no_grad()
-    def theirs(folder: Path) -> None:
+    def library_side(folder: Path) -> None:
         for sae in opened:
             for batch in tokens.split(8):
                 get_recons_loss(sae, subject.model, batch, None, compute_kl=True, compute_ce_loss=True)
 
-    what = f"CE and KL of {len(saes)} SAEs"
+    title = f"CE and KL of {len(saes)} SAEs"
     return by_turns(
         args,
-        what,
+        title,
         "tokens × SAEs",
         tokens.numel() * len(saes),
         lambda _: cross_entropies(subject, HOOK, saes, texts),
-        theirs,
+        library_side,
     )
 
 
@@ -191,8 +198,8 @@ def probing(args, subject, saes) -> dict:
 
             return run
 
-        what = f"probing of {len(saes)} SAEs on {len(SETS)} data sets, {args.threads} workers"
-        return by_turns(args, what, "SAEs × data sets", len(saes) * len(SETS), side(args.threads), side(1))
+        title = f"probing of {len(saes)} SAEs on {len(SETS)} data sets, {args.threads} workers"
+        return by_turns(args, title, "SAEs × data sets", len(saes) * len(SETS), side(args.threads), side(1))
 
 
 def markdown(result: dict) -> str:

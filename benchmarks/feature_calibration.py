@@ -1,19 +1,20 @@
-"""May the statements about single features be believed? Their errors are counted where the truth is known.
+"""Measure the error rates of statements about single features, in worlds whose true features are known.
 
     python benchmarks/feature_calibration.py                  # docs/benchmarks/feature_calibration.md, 13 minutes
-    python benchmarks/feature_calibration.py --part pilot     # other seeds, on which the rules were chosen
+    python benchmarks/feature_calibration.py --part pilot     # other seeds, which served to choose the rules
     python benchmarks/feature_calibration.py --smoke --output-dir /tmp/calibration
     python benchmarks/feature_calibration.py --only speed     # 1,024 features × 15 SAEs; the null of 16,384 × 14
 
-A study is one SAE, its siblings and as many SAEs of Gaussian rows. Two worlds come from
-SAELens' generator: features that fire independently, at rates down to 0.1 %, and correlated ones with a hierarchy.
-The third is low-rank Gaussian rows: they hold no feature, and the spectrum alone makes SAEs alike. The fourth is
+A study is one SAE, its siblings, and equally many SAEs of Gaussian rows. Two worlds come from SAELens' generator:
+features that fire independently, at rates down to 0.1 %, and correlated features with a hierarchy. The third world is
+low-rank Gaussian rows. They contain no feature, and SAEs resemble each other by the spectrum alone. The fourth world is
 husai-tiny with fresh siblings.
 
-Planted directions are judged together with the SAE's own, as many of each kind: spectral draws of its own, rows, token
-means and centroids of other documents. They are false, and in the low-rank world everything is. Counted: the share of
-false ones among those marked as above chance and not prototype-like; the share of true features that are marked; and
-how certified features do in fresh trainings. The rules stand in docs/methods.md. Exit 1: one is not kept.
+Planted directions are judged together with the SAE's own directions, in equal numbers of each kind: spectral draws of
+its decoder, rows, token means, and centroids of other documents. Planted directions are false, and in the low-rank
+world all directions are false. Three things are counted: the share of false directions among those that are marked as
+above chance and not prototype-like; the share of true features that are marked; and the recurrence of certified
+features in fresh trainings. The rules are in docs/methods.md. Exit 1 if a rule is not kept.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ from husai.training.trainer import TrainingConfig, train
 
 KINDS = ("spectral draws", "rows", "token means", "centroids")
 PLANTED = 0.5
-"""Planted directions for each of the SAE's own."""
+"""Number of planted directions for each direction of the SAE."""
 NEAR = 0.7
-"""Cosine with a prototype from which on a direction is prototype-like; and with a feature, to be it."""
+"""Least cosine of a direction with a prototype to be prototype-like, and with a true feature to match it."""
 SHARES = (0.5, 0.8)
-"""π."""
+"""Values of π."""
 LEVEL = 0.05
 ENCODED = 4000
-"""Held-out rows of a correlation."""
+"""Held-out rows for a correlation."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class World:
     features: int = 0
     learning_rate: float = 6e-3
     pooled: bool = False
-    """One pool of SAEs, of which each study judges another one, in place of rows and SAEs of its own."""
+    """All studies share one pool of SAEs, and each study judges another SAE of it."""
     empty: bool = False
-    """Without any feature: all that is marked is false."""
+    """The world has no feature, therefore all marked directions are false."""
     fresh_studies: int = 0
     """Studies with fresh trainings."""
 
@@ -101,7 +102,7 @@ SMOKE = {
 
 @dataclass(frozen=True)
 class Data:
-    """Activations of a study, in two halves of other documents."""
+    """Activations of a study, in two halves with different documents."""
 
     store: ActivationStore
     other: ActivationStore
@@ -110,7 +111,7 @@ class Data:
 
 
 def rows_of(name: str, world: World, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(rows, their tokens, true features, firing rates). A token says which of a few commonest sources are active."""
+    """Rows, their tokens, true features, and firing rates. A token encodes the activity of the commonest sources."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "low-rank":
@@ -128,33 +129,33 @@ def rows_of(name: str, world: World, rows: int, seed: int) -> tuple[Tensor, Tens
             zipfian_firing_probabilities,
         )
 
-        n, more = world.features, {}
+        n, correlation = world.features, {}
         firing = zipfian_firing_probabilities(n, exponent=0.2, max_prob=0.3, min_prob=rules.RARE)
         if name == "correlated, hierarchical":
             correlated = generate_random_low_rank_correlation_matrix(n, rank=4, correlation_scale=0.2, seed=seed)
             shape = HierarchyConfig(
                 total_root_nodes=20, branching_factor=3, max_depth=1, mutually_exclusive_portion=0.5
             )
-            more = {
+            correlation = {
                 "correlation_matrix": correlated,
                 "modify_activations": generate_hierarchy(n, shape, seed=seed).modifier,
             }
             firing[20:80] = 0.25  # children, given their parent
-        made = FeatureDictionary(n, world.d_in, bias=False, initializer=orthogonal_initializer(num_steps=50))
+        dictionary = FeatureDictionary(n, world.d_in, bias=False, initializer=orthogonal_initializer(num_steps=50))
         strength = {"mean_firing_magnitudes": 1.0, "std_firing_magnitudes": 0.25}
         with torch.no_grad():
-            active = ActivationGenerator(n, firing, **strength, **more).sample(rows)
-            x = made(active) + 0.02 * torch.randn(rows, world.d_in)
-    return x, token_of(active[:, :6] > 0), made.feature_vectors.detach(), (active > 0).float().mean(0)
+            active = ActivationGenerator(n, firing, **strength, **correlation).sample(rows)
+            x = dictionary(active) + 0.02 * torch.randn(rows, world.d_in)
+    return x, token_of(active[:, :6] > 0), dictionary.feature_vectors.detach(), (active > 0).float().mean(0)
 
 
 def token_of(on: Tensor) -> Tensor:
-    """A number for each pattern `[n, bits]`."""
+    """Number of each pattern `[n, bits]`."""
     return (on.long() * 2 ** torch.arange(on.shape[1])).sum(1)
 
 
 def written(folder: Path, x: Tensor, tokens: Tensor, documents: Tensor, heldout: int) -> ActivationStore:
-    """A store of labelled rows, the last ones held out."""
+    """Store of labelled rows. The last ones are held out."""
     folder.mkdir(parents=True)
     writer = StoreWriter(folder, x.shape[1])
     writer.append(x, {"token": tokens, "document": documents})
@@ -176,16 +177,16 @@ def data_of(name: str, world: World, seed: int, folder: Path, artifact_root: Pat
     rows, _ = whole.split(0.2)
     x, tokens, documents = whole.read(0, len(rows)), *(whole.labels(n, 0, len(rows)) for n in ("token", "document"))
     halves = []
-    for number in range(2):  # a third of the documents of each half gives prototypes: two independent divisions
-        own, held = documents // 3 % 2 == number, documents // 6 % 8 == 0
-        order = torch.cat([(own & ~held).nonzero()[:, 0], (own & held).nonzero()[:, 0]])
+    for number in range(2):  # independent of the division that takes a third of the documents for prototypes
+        in_half, held = documents // 3 % 2 == number, documents // 6 % 8 == 0
+        order = torch.cat([(in_half & ~held).nonzero()[:, 0], (in_half & held).nonzero()[:, 0]])
         parts = x[order], tokens[order], documents[order]
-        halves.append(written(folder / str(number), *parts, int((own & held).sum())))
+        halves.append(written(folder / str(number), *parts, int((in_half & held).sum())))
     return Data(*halves, None, None)
 
 
 def saes(store: ActivationStore, seeds: Sequence[int], world: World) -> list[SAE]:
-    """TopK SAEs, one a seed."""
+    """TopK SAEs, one for each seed."""
     if not seeds:
         return []
     config = TrainingConfig(tokens=world.tokens, batch_size=256, snapshots=2)
@@ -200,7 +201,7 @@ def saes(store: ActivationStore, seeds: Sequence[int], world: World) -> list[SAE
 
 
 def planted(W_dec: Tensor, data: Data, known: dict[str, list[Tensor]], each: int, *stream: int | str) -> list[Tensor]:
-    """`each` directions of every kind of KINDS."""
+    """Planted directions: `each` of them for every kind of KINDS."""
     mean, covariance = data.other.stats()
     spectrum = nulls.Spectrum.of(covariance, data.other.rows, mean)
     drawn = nulls.spectral(W_dec, W_dec, spectrum, generator("planted", *stream))[1]
@@ -213,28 +214,28 @@ def planted(W_dec: Tensor, data: Data, known: dict[str, list[Tensor]], each: int
 
 
 def correlations(sae: SAE, siblings: Sequence[SAE], partner: np.ndarray, x: Tensor) -> np.ndarray:
-    """Correlation of each feature's activations with its partner's, `[siblings, d_sae]`."""
+    """Correlations of each feature's activations with those of its partner, `[siblings, d_sae]`."""
 
     def standard(s: SAE) -> Tensor:
         z = s.encode(x)
         z = z - z.mean(0)
         return z / z.norm(dim=0).clamp_min(1e-12)
 
-    own = standard(sae)
-    return np.stack([(own * standard(s)[:, p]).sum(0).numpy() for s, p in zip(siblings, partner, strict=True)])
+    activations = standard(sae)
+    return np.stack([(activations * standard(s)[:, p]).sum(0).numpy() for s, p in zip(siblings, partner, strict=True)])
 
 
 def study(
     name: str, world: World, number: int, data: Data, pool: list[SAE], noise: list[SAE], n: int, fresh: list[SAE]
 ) -> dict:
-    """Marks and certificates of the first SAE of the pool and of directions planted beside it."""
+    """Marks and certificates of the first SAE of the pool, and of the planted directions."""
     user, siblings = pool[0], pool[1 : n + 1]
     decoders, W = [s.W_dec for s in siblings], user.W_dec
     mean, covariance = data.store.stats()
     each = int(PLANTED * len(W) / len(KINDS))
     groups = [W, *planted(W, data, prototypes.dictionaries(data.other, len(W)), each, name, number)]
     everything = torch.cat(groups)
-    kind = np.repeat(np.arange(len(groups)), [len(g) for g in groups])  # 0: the SAE's own
+    kind = np.repeat(np.arange(len(groups)), [len(g) for g in groups])  # 0: directions of the SAE
     x = data.store.read(rows := data.store.split(0.2)[1].start, min(rows + ENCODED, data.store.rows))
     alive = np.ones(len(everything), bool)
     alive[: len(W)] = (user.encode(x) > 0).any(0).numpy()
@@ -243,27 +244,27 @@ def study(
     true = np.zeros(len(everything), bool)
     if data.features is not None:
         assert data.rates is not None
-        found = match(W, data.features, signed=True)
-        held = (found.cosines >= NEAR) & (data.rates.numpy()[found.columns] >= rules.RARE)
-        true[found.rows[held]] = True
+        matching = match(W, data.features, signed=True)
+        held = (matching.cosines >= NEAR) & (data.rates.numpy()[matching.columns] >= rules.RARE)
+        true[matching.rows[held]] = True
 
     spectrum = nulls.Spectrum.of(covariance, data.store.rows, mean)
     chance = recurrence.chance(
         everything, decoders, spectrum, [s.W_dec for s in noise], stream=("calibration", name, number)
     )
     marked = rules.above_chance(chance.q_values(alive, near))
-    said = marked & ~near
-    false = said & ((kind > 0) | world.empty)
+    claimed = marked & ~near
+    false = claimed & ((kind > 0) | world.empty)
     result = {
-        "marked": int(said.sum()),
+        "marked": int(claimed.sum()),
         "false": int(false.sum()),
-        "false_share": float(false.sum() / max(1, said.sum())),
+        "false_share": float(false.sum() / max(1, claimed.sum())),
         "planted": {
-            k: [int(((kind == i) & ~near).sum()), int(((kind == i) & said).sum())] for i, k in enumerate(KINDS, 1)
+            k: [int(((kind == i) & ~near).sum()), int(((kind == i) & claimed).sum())] for i, k in enumerate(KINDS, 1)
         },
-        "own": [int(((kind == 0) & alive & ~near).sum()), int(((kind == 0) & said).sum())],
+        "own": [int(((kind == 0) & alive & ~near).sum()), int(((kind == 0) & claimed).sum())],
         "true": [int(true.sum()), int((true & marked).sum())],
-        "true_not_prototype": [int((true & ~near).sum()), int((true & said).sum())],
+        "true_not_prototype": [int((true & ~near).sum()), int((true & claimed).sum())],
     }
     if not fresh:
         return result
@@ -272,26 +273,26 @@ def study(
         partner = recurrence.partners(W, [o.W_dec for o in others])
         return rules.recurs(partner.cosines, correlations(user, others, partner.features, x)).sum(0)
 
-    k, again = recurs(siblings), recurs(fresh)
+    k, k_fresh = recurs(siblings), recurs(fresh)
     bounds = clopper_pearson_low(k, n, rules.CERTIFIED_LEVEL)
     result["certified"] = {}
     for share in SHARES:
-        sure = rules.certified(bounds, share) & alive[: len(W)]
-        rejected = stats.binom.cdf(again[sure], len(fresh), share) < LEVEL
-        below = again / len(fresh) < share
+        certified = rules.certified(bounds, share) & alive[: len(W)]
+        rejected = stats.binom.cdf(k_fresh[certified], len(fresh), share) < LEVEL
+        below = k_fresh / len(fresh) < share
         result["certified"][str(share)] = {
-            "features": int(sure.sum()),
-            "recurred": int(again[sure].sum()),
-            "trainings": int(sure.sum()) * len(fresh),
+            "features": int(certified.sum()),
+            "recurred": int(k_fresh[certified].sum()),
+            "trainings": int(certified.sum()) * len(fresh),
             "rejected": int(rejected.sum()),
             "below": int((below & alive[: len(W)]).sum()),
-            "below_certified": int((below & sure).sum()),
+            "below_certified": int((below & certified).sum()),
         }
     return result
 
 
 def run(task: tuple[str, World, int, str, int, int, Path]) -> tuple[str, list[dict]]:
-    """A study of a world, or all of a world with one pool of SAEs."""
+    """One study of a world, or all studies of a world with one pool of SAEs."""
     name, world, number, part, n, fresh, artifact_root = task
     seed = derive_seed("calibration", part, name, number) % 2**31
     with tempfile.TemporaryDirectory() as work, one_torch_thread():
@@ -302,12 +303,12 @@ def run(task: tuple[str, World, int, str, int, int, Path]) -> tuple[str, list[di
         noise = saes(control, range(seed + size, seed + size + n), world)
         if not world.pooled:
             return name, [study(name, world, number, data, pool[: n + 1], noise, n, pool[n + 1 :])]
-        found = []
+        results = []
         for i in range(world.studies):
             first = i * size // world.studies
             turned = pool[first:] + pool[:first]
-            found.append(study(name, world, i, data, turned[: n + 1], noise, n, turned[n + 1 :]))
-        return name, found
+            results.append(study(name, world, i, data, turned[: n + 1], noise, n, turned[n + 1 :]))
+        return name, results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,13 +325,13 @@ def upper(shares: np.ndarray) -> float:
 def summary(world: World, studies: list[dict]) -> dict:
     shares = np.array([s["false_share"] for s in studies])
     marked, false = (sum(s[key] for s in studies) for key in ("marked", "false"))
-    # Where no study marks a false one, t has no spread: the marked directions are counted instead.
+    # If no study marks a false direction, all shares are 0 and t gives no bound. The marked directions are counted.
     bound = clopper_pearson_high(false, marked) if not false and marked and not world.empty else upper(shares)
 
     def pooled(key: str) -> list[int]:
         return [sum(s[key][i] for s in studies) for i in range(2)]
 
-    found = {
+    counts = {
         "studies": len(studies),
         "marked": marked,
         "false": false,
@@ -341,18 +342,19 @@ def summary(world: World, studies: list[dict]) -> dict:
         "true_not_prototype": pooled("true_not_prototype"),
         "planted": {k: [sum(s["planted"][k][i] for s in studies) for i in range(2)] for k in KINDS},
     }
-    asked = [s["certified"] for s in studies if "certified" in s]
-    if asked:
-        found["certified"] = {
-            share: {key: sum(a[share][key] for a in asked) for key in asked[0][share]} for share in map(str, SHARES)
+    certificates = [s["certified"] for s in studies if "certified" in s]
+    if certificates:
+        counts["certified"] = {
+            share: {key: sum(a[share][key] for a in certificates) for key in certificates[0][share]}
+            for share in map(str, SHARES)
         }
-    return found
+    return counts
 
 
-def failures(found: dict[str, dict]) -> list[str]:
-    """The rules that are not kept."""
+def failures(counts_by_world: dict[str, dict]) -> list[str]:
+    """Sentences about the rules that are not kept."""
     wrong = []
-    for name, f in found.items():
+    for name, f in counts_by_world.items():
         if f["false_share"] > rules.CALIBRATED_SHARE or f["false_share_high"] > rules.CALIBRATED_BOUND:
             wrong.append(f"{name}: share of false ones {f['false_share']:.3f}, at most {f['false_share_high']:.3f}")
         if f["true"][0] and f["true"][1] < rules.FEATURE_POWER * f["true"][0]:
@@ -365,8 +367,8 @@ def failures(found: dict[str, dict]) -> list[str]:
     return wrong
 
 
-def page(found: dict[str, dict], wrong: list[str], n: int, fresh: int, part: str, command: str) -> str:
-    def of(pair: Sequence[int]) -> str:
+def page(counts_by_world: dict[str, dict], wrong: list[str], n: int, fresh: int, part: str, command: str) -> str:
+    def ratio_of(pair: Sequence[int]) -> str:
         return f"{pair[1]} of {pair[0]}" if pair[0] else "none"
 
     lines = [
@@ -387,11 +389,12 @@ def page(found: dict[str, dict], wrong: list[str], n: int, fresh: int, part: str
         "| world | studies | marked | false | false share | at most | own marked | true marked | not prototype-like |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, f in found.items():
+    for name, f in counts_by_world.items():
         rate = f" ({f['true'][1] / f['true'][0]:.0%})" if f["true"][0] else ""
         lines.append(
             f"| {name} | {f['studies']} | {f['marked']} | {f['false']} | {f['false_share']:.3f} | "
-            f"{f['false_share_high']:.3f} | {of(f['own'])} | {of(f['true'])}{rate} | {of(f['true_not_prototype'])} |"
+            f"{f['false_share_high']:.3f} | {ratio_of(f['own'])} | {ratio_of(f['true'])}{rate} | "
+            f"{ratio_of(f['true_not_prototype'])} |"
         )
     lines += [
         "",
@@ -400,7 +403,10 @@ def page(found: dict[str, dict], wrong: list[str], n: int, fresh: int, part: str
         "| world | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),
     ]
-    lines += [f"| {name} | " + " | ".join(of(f["planted"][k]) for k in KINDS) + " |" for name, f in found.items()]
+    lines += [
+        f"| {name} | " + " | ".join(ratio_of(f["planted"][k]) for k in KINDS) + " |"
+        for name, f in counts_by_world.items()
+    ]
     lines += [
         "",
         "## Certified",
@@ -412,10 +418,10 @@ def page(found: dict[str, dict], wrong: list[str], n: int, fresh: int, part: str
         "| world | π | certified | recurrence in fresh trainings | rejected | below, certified |",
         "|---|---|---|---|---|---|",
     ]
-    for name, f in found.items():
+    for name, f in counts_by_world.items():
         for share, c in f.get("certified", {}).items():
             rate = f"{c['recurred'] / c['trainings']:.3f}" if c["trainings"] else "none"
-            below = of([c["below"], c["below_certified"]])
+            below = ratio_of([c["below"], c["below_certified"]])
             lines.append(f"| {name} | {share} | {c['features']} | {rate} | {c['rejected']} | {below} |")
     return "\n".join(lines) + PILOT
 
@@ -454,7 +460,7 @@ does not hold no test can mark: true features are those that it holds.
 
 
 def speed(artifact_root: Path, width: int, siblings: int, d_sae: int, d_in: int, rotations: int, tokens: int) -> dict:
-    """Wall and processor seconds: 1,024 features with siblings trained; the null of wide SAEs from their decoders."""
+    """Wall and processor seconds of two tasks: training and judging an SAE with its siblings, and a wide null."""
 
     def clock() -> tuple[float, float]:
         return time.monotonic(), time.process_time()
@@ -463,40 +469,40 @@ def speed(artifact_root: Path, width: int, siblings: int, d_sae: int, d_in: int,
         wall, cpu = (b - a for a, b in zip(began, clock(), strict=True))
         return {"wall_s": round(wall, 1), "cpu_s": round(cpu, 1)}
 
-    found: dict = {"threads": torch.get_num_threads()}
+    times: dict = {"threads": torch.get_num_threads()}
     world = World(1, width, 16, tokens, learning_rate=3e-3)
     with tempfile.TemporaryDirectory() as work:
         data = data_of("husai-tiny", world, 0, Path(work), artifact_root)
         control = ActivationStore.open(gaussian_rows([data.store], Path(work))[0])
         began = clock()
         pool, noise = saes(data.store, range(siblings + 1), world), saes(control, range(100, 100 + siblings), world)
-        found["training"] = since(began) | {"saes": len(pool) + len(noise), "tokens": tokens, "width": width}
+        times["training"] = since(began) | {"saes": len(pool) + len(noise), "tokens": tokens, "width": width}
         began = clock()
         study("husai-tiny", world, 0, data, pool, noise, siblings, [])
-        found["statements"] = since(began)
+        times["statements"] = since(began)
     g = generator("speed")
     W, *others = (torch.randn(d_sae, d_in, generator=g) for _ in range(siblings + 1))
     spectrum = nulls.Spectrum.of(torch.diag(torch.linspace(4, 0.1, d_in)), 100_000)
     began = clock()
     recurrence.rotated(W, others, spectrum, rotations, bfloat16=True)
     sizes = {"d_sae": d_sae, "d_in": d_in, "siblings": siblings, "rotations": rotations}
-    found["null, bfloat16"] = since(began) | sizes
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+    times["null, bfloat16"] = since(began) | sizes
+    times["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return times
 
 
-def speed_page(found: dict, command: str) -> str:
+def speed_page(times: dict, command: str) -> str:
     lines = [
         "# Speed of statements about single features",
         "",
-        f"`{command}`, {found['threads']} thread(s), at most {found['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
+        f"`{command}`, {times['threads']} thread(s), at most {times['peak_bytes'] / 1e9:.1f} GB. Wall time depends "
         "on what else runs. Required on two idle cores: training and statements within 600 s; the null with "
         "20 rotations within 1,800 s and 4 GB. Times grow in proportion to tokens and to rotations.",
         "",
         "| what | wall, s | processor, s |",
         "|---|---|---|",
     ]
-    for name, f in found.items():
+    for name, f in times.items():
         if isinstance(f, dict):
             sizes = ", ".join(f"{k} {v:,}" for k, v in f.items() if not k.endswith("_s"))
             lines.append(f"| {name}{': ' + sizes if sizes else ''} | {f['wall_s']} | {f['cpu_s']} |")
@@ -519,10 +525,10 @@ def main() -> None:
     if args.only == "speed":
         torch.set_num_threads(args.threads)
         sizes = (32, 2, 64, 16, 2, 1_000) if args.smoke else (1024, 14, 16_384, 768, args.rotations, args.tokens)
-        found = speed(args.artifact_root, *sizes)
-        write_json(stem.with_suffix(".json"), found)
+        times = speed(args.artifact_root, *sizes)
+        write_json(stem.with_suffix(".json"), times)
         given = f" --tokens {args.tokens} --rotations {args.rotations}"
-        text = speed_page(found, f"python benchmarks/feature_calibration.py --only speed{given}")
+        text = speed_page(times, f"python benchmarks/feature_calibration.py --only speed{given}")
         write_text(stem.with_suffix(".md"), text)
         print(text)
         return
@@ -542,7 +548,7 @@ def main() -> None:
             advance(1)
     summaries = {name: summary(worlds[name], s) for name, s in studies.items()}
     wrong = failures(summaries)
-    about = {
+    results = {
         "part": args.part,
         "siblings": n,
         "fresh": fresh,
@@ -550,7 +556,7 @@ def main() -> None:
         "not_kept": wrong,
         "studies": studies,
     }
-    write_json(stem.with_suffix(".json"), about)
+    write_json(stem.with_suffix(".json"), results)
     text = page(summaries, wrong, n, fresh, args.part, "python benchmarks/feature_calibration.py")
     write_text(stem.with_suffix(".md"), text)
     print(text)

@@ -1,15 +1,16 @@
-"""How often does the strict gate pass what it must not, and miss what it should see? And does damage get through?
+"""Measure the false passes and the power of the strict gate, and check that damaged evidence never passes.
 
     python benchmarks/gate_calibration.py
     python benchmarks/gate_calibration.py --studies 100 --damaged 1000 --output-dir /tmp/calibration
 
 Evidence is simulated (husai.testing.simulate), with noise of the size that docs/evidence shows (gate_noise.json, which
-this run writes and tests read). First, studies without a true effect in any gate (each true value is its threshold):
-the share in which a gate passes must be at most 5 %, whichever gate. A gate reads figures of its own, therefore this is
-the share that passes all if all other gates have large effects. Then a true effect in all gates, in units of each
-figure's standard error: the smallest round one with which four in five pass. Beside it, what rules would have done that
-compare estimates with thresholds, or take pairs of seeds and cells of seeds and data sets for independent. Last,
-damaged bundles, none of which may pass. Exit 1: a rate is not kept, or damage got through.
+this script writes and tests read). The first studies have no true effect in any gate: each true value is its threshold.
+Each gate may pass in at most 5 % of them. Gates read different figures, therefore this is also the share of studies
+that pass all gates if all other gates have large effects. The next studies have a true effect in all gates, in units of
+each figure's standard error. The smallest round effect with which 80 % pass is reported. For comparison, the same
+studies are judged by two rules that must not be used: estimates against thresholds, and intervals that take pairs of
+seeds, or cells of seeds and data sets, for independent. Last come damaged bundles, of which none may pass. Exit 1: a
+rate is not kept, or a damaged bundle passed.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ REGIMES = {
     "gates of one figure a seed as measured",
 }
 CHUNK = 125
-"""Studies a task."""
+"""Studies in a task."""
 PARTS = 8
-"""The damaged bundles are tried in as many tasks."""
+"""Number of tasks that share the damaged bundles."""
 
 
 @cache
@@ -56,25 +57,25 @@ def as_measured() -> simulate.Noise:
 
 
 def noise_in(regime: str) -> simulate.Noise:
-    found = dict(as_measured())
-    for gate, spread in found.items():
+    noise = dict(as_measured())
+    for gate, spread in noise.items():
         if regime == "unequal arms":
-            found[gate] = simulate.NoiseSpread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)
+            noise[gate] = simulate.NoiseSpread(spread.seed, spread.cell, spread.family, spread.data_set, other=2.0)
         elif regime == "seeds alone":
-            found[gate] = simulate.NoiseSpread(max(spread.seed, 0.005), 0.0, other=spread.other)
+            noise[gate] = simulate.NoiseSpread(max(spread.seed, 0.005), 0.0, other=spread.other)
         elif regime == "pairs or families alone" and gate not in simulate.OF_SEEDS:
-            sampled = gate in ("saebench", "cebench")  # only there families are a sample
+            sampled = gate in ("saebench", "cebench")  # only these gates take families for a sample
             cell = 0.0 if sampled else spread.cell
-            found[gate] = simulate.NoiseSpread(0.0, cell, spread.family, other=spread.other)
-    return found
+            noise[gate] = simulate.NoiseSpread(0.0, cell, spread.family, other=spread.other)
+    return noise
 
 
 def cells(bundle: Bundle, gate: str) -> np.ndarray:
-    """The figures whose mean a gate reads, on the side of its threshold where it passes: one a pair of seeds, one a
-    seed, or one a seed and data set."""
+    """Figures whose mean a gate reads, less its threshold, with the sign that makes passing values positive. There is
+    one figure for each pair of seeds, for each seed, or for each seed and data set."""
     files = {label: file.results for label, file in bundle.files.items()}
     bank, stress, shift = files["confirmation"]["bank"], files["transcoder"], files["ood"]["shifted"]
-    null = GATED_NULLS[0]  # the drawn ones are alike
+    null = GATED_NULLS[0]  # the simulated nulls are equal
     sign, at = -1 if gate == "ood" else 1, simulate.neutral()[gate]
     if gate == "transcoder":
         x = pair_values(scored(stress["across"]).scores(null))
@@ -88,18 +89,18 @@ def cells(bundle: Bundle, gate: str) -> np.ndarray:
         }
         x = pair_values(scored(place[gate]).scores(null))
     elif gate in simulate.OF_SEEDS:
-        own = np.array([*bank["code"]["saes"]["explained_variance"].values()])
-        kinds = [np.array([*of["explained_variance"].values()]) for of in bank["code"]["prototypes"].values()]
-        x = own - (max(kinds, key=np.mean) if gate == "code" else levels.MIN_EXPLAINED_VARIANCE)
+        own_figures = np.array([*bank["code"]["saes"]["explained_variance"].values()])
+        kinds = [np.array([*kind["explained_variance"].values()]) for kind in bank["code"]["prototypes"].values()]
+        x = own_figures - (max(kinds, key=np.mean) if gate == "code" else levels.MIN_EXPLAINED_VARIANCE)
     elif gate == "ood":
         sides = [shift["llm"], *(s["test_auc"]["5"] for s in shift["saes"])]
-        itself, *own = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]
-        x = (np.array(own) - itself).ravel()
+        itself, *own_figures = [np.array(s["id"]) - np.array(s["ood"]) for s in sides]
+        x = (np.array(own_figures) - itself).ravel()
     else:
         records = bank[gate]["saes"]
         figure = (lambda r: r["test_auc"]["5"]) if gate == "saebench" else (lambda r: r["normalised_of_pairs"])
-        own, reference = ([figure(r) for r in records if r["candidate"] == side] for side in (True, False))
-        x = (np.array(own) - np.array(reference)).ravel()
+        own_figures, reference = ([figure(r) for r in records if r["candidate"] == side] for side in (True, False))
+        x = (np.array(own_figures) - np.array(reference)).ravel()
     return sign * (x - at)
 
 
@@ -108,28 +109,28 @@ def scored(section: dict) -> Scored:
 
 
 def naive(x: np.ndarray) -> bool:
-    """The lower end above 0, cells taken for independent: what must not be done."""
+    """True if the lower end is above 0 in an interval that takes cells for independent, which is invalid."""
     return bool(x.mean() - stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) > 0)
 
 
 def studies(regime: str, size: float, n: int, seed: list[int]) -> Counter:
-    """Counts over n studies: how many pass all, each gate, and what other rules say of each.
+    """Counts over n studies: passes of all gates, of each gate, and of each gate by the two invalid rules.
 
     Args:
         size: true effect beyond the threshold in each gate, in standard errors.
     """
-    noise, rng, found = noise_in(regime), np.random.default_rng(seed), Counter(studies=n)
+    noise, rng, counts = noise_in(regime), np.random.default_rng(seed), Counter(studies=n)
     effects = {gate: simulate.shifted(gate, size * simulate.standard_error(gate, noise[gate])) for gate in GATES}
     for _ in range(n):
         bundle = simulate.bundle(effects, noise, rng, derived=False)
         decision = decide(bundle, Thresholds(), {})
-        found["pass_all"] += decision["pass_all"]
+        counts["pass_all"] += decision["pass_all"]
         for g in decision["gates"]:
             gate, x = g["gate"], cells(bundle, g["gate"])
-            found[gate] += g["status"] == "PASS"
-            found["point estimates", gate] += bool(x.mean() > 0)
-            found["independent cells", gate] += naive(x)
-    return found
+            counts[gate] += g["status"] == "PASS"
+            counts["point estimates", gate] += bool(x.mean() > 0)
+            counts["independent cells", gate] += naive(x)
+    return counts
 
 
 def passing(seeds: int, seed: int) -> Bundle:
@@ -139,7 +140,7 @@ def passing(seeds: int, seed: int) -> Bundle:
 
 
 def damaged(n: int, seed: int, part: int) -> tuple[Counter, list[str]]:
-    """(cases of each kind that this part tried, which got through): all of whole bundles, and a random n at places."""
+    """Counts of tried cases by kind, and the cases that passed. All whole bundles and n random places are tried."""
     rng, good = np.random.default_rng([seed, 1]), passing(5, seed)
     if not decide(good, Thresholds(), {})["pass_all"]:
         raise CheckFailed("the bundle to damage does not pass by itself")
@@ -149,7 +150,7 @@ def damaged(n: int, seed: int, part: int) -> tuple[Counter, list[str]]:
     chosen = (case for case, keep in zip(damage.of_values(good, rng), kept, strict=True) if keep)
     cases = [damage.of_bundles(good, [passing(4, seed), passing(6, seed)]), chosen]
     tried, through = Counter(), []
-    for case in islice((c for of in cases for c in of), part, None, PARTS):
+    for case in islice((c for group in cases for c in group), part, None, PARTS):
         tried[case.kind] += 1
         if not case.caught():
             through.append(f"{case.kind} at {case.place}")
@@ -175,7 +176,7 @@ def main() -> None:
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = p.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # of the processes
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # for the processes of the pool
 
     measured = {gate: vars(spread) for gate, spread in as_measured().items()}
     write_json(args.output_dir / "gate_noise.json", measured)
@@ -198,9 +199,9 @@ def main() -> None:
                 kinds, missed = part.result()
                 tried, through = tried + kinds, through + missed
                 advance(1)
-            found: dict[tuple, Counter] = {}
+            counts: dict[tuple, Counter] = {}
             for key, task in tasks.items():
-                found[key[:-1]] = found.get(key[:-1], Counter()) + task.result()
+                counts[key[:-1]] = counts.get(key[:-1], Counter()) + task.result()
                 advance(1)
 
     noise = noise_in("as measured")
@@ -213,16 +214,16 @@ def main() -> None:
                 "independent cells": rate(c["independent cells", gate], c["studies"]),
             }
             for gate in GATES
-            for c in [found["null", regime]]
+            for c in [counts["null", regime]]
         }
         for regime in REGIMES
     }
     power = {}
     for size in SIZES:
-        c = found["power", size]
+        c = counts["power", size]
         power[str(size)] = {name: rate(c[name], c["studies"]) for name in ("pass_all", *GATES)}
     enough = next((s for s in SIZES if power[str(s)]["pass_all"]["rate"] >= POWER), None)
-    worst = max(r["gate"]["rate"] for of in nulls.values() for r in of.values())
+    worst = max(r["gate"]["rate"] for by_gate in nulls.values() for r in by_gate.values())
     results = {
         "studies": args.studies,
         "seed": args.seed,
@@ -230,7 +231,7 @@ def main() -> None:
         "standard_errors": errors,
         "null": nulls,
         "worst": {
-            rule: max(r[rule]["rate"] for of in nulls.values() for r in of.values())
+            rule: max(r[rule]["rate"] for by_gate in nulls.values() for r in by_gate.values())
             for rule in ("gate", "point estimates", "independent cells")
         },
         "power": power,
@@ -276,7 +277,7 @@ def report(args, results: dict) -> str:
         "",
         "Each gate's true figure lies on its threshold. Share of studies in which the gate passes, which is the share "
         f"with `pass_all` if all others have large effects: at most {FALSE_PASSES:.0%} required. "
-        + "; ".join(f"*{n}*: {what}" for n, what in REGIMES.items())
+        + "; ".join(f"*{n}*: {description}" for n, description in REGIMES.items())
         + ".",
         "",
         *table(
@@ -314,8 +315,8 @@ def report(args, results: dict) -> str:
         *table(
             ["effect", "all", *GATES],
             [
-                [size, shown(of["pass_all"]), *(f"{of[g]['rate']:.1%}" for g in GATES)]
-                for size, of in results["power"].items()
+                [size, shown(by_gate["pass_all"]), *(f"{by_gate[g]['rate']:.1%}" for g in GATES)]
+                for size, by_gate in results["power"].items()
             ],
         ),
         "",

@@ -1,27 +1,27 @@
-"""Does a verdict of stability need features? Dictionaries without any are put through rules; planted ones beside them.
+"""Test whether the rules of stability reject dictionaries without features, and accept planted features.
 
     python benchmarks/impostors.py --part even     # half an hour; thresholds are chosen on these studies
-    python benchmarks/impostors.py                 # and judged on the odd ones: docs/benchmarks/impostors.md
-    python benchmarks/impostors.py --kinds rows    # these alone, the others from that report
+    python benchmarks/impostors.py                 # the odd studies judge them: docs/benchmarks/impostors.md
+    python benchmarks/impostors.py --kinds rows    # computes this kind alone, and reads the others from the report
 
-A study is five dictionaries, built afresh. The impostors hold nothing that a sparse code has learned: directions that
-are drawn, single rows, means of tokens, centroids, components, SAEs of Gaussian noise. The real ones are SAEs of
-husai-tiny, and SAEs of rows that are made of planted features, trained for so long that they recover few, some or most
-of them. Each figure is the lower end of the 95 % interval over the five (jackknife over pairs, t over seeds); a rule
-holds where all of its figures exceed their thresholds (`THRESHOLDS`).
+A study is five newly built dictionaries. Impostors contain nothing that a sparse code learned: random directions,
+single rows, means of tokens, centroids, components, SAEs of Gaussian noise. The others are SAEs of husai-tiny, and SAEs
+of rows with planted features, at training lengths that recover few, some or most of these features. Each figure is the
+lower end of the 95 % interval over the five dictionaries (jackknife over pairs, t over seeds). A rule holds if all of
+its figures exceed their thresholds (`THRESHOLDS`).
 
-  before       the rule until November 2026, |cos|: mcc less isotropic, less spectral, each above 0 (untrained aside)
+  before       the rule until November 2026, |cos|: mcc less isotropic, less spectral, each above 0 (without untrained)
   chance       `rules.CHANCE`: signed mcc less isotropic, less spectral (absolute too), less SAEs of Gaussian rows
   single       `rules.SINGLE`: share of features matched at 0.7 or more, less the spectral null's and Gaussian rows'
-  prototypes   both, on features that are not within 0.7 of a token's mean or of a centroid (of a third of the
-               documents, from which no impostor is built; of the rows, where there are no documents)
+  prototypes   both, on features whose cosine with token means and centroids is below 0.7 (prototypes of a third of the
+               documents, or of the rows if there are no documents; no impostor is built from that third)
   code         held-out explained variance less that of the best dictionary of prototypes (rows, token means, centroids)
                of the same width, coded by its top k with least squares
 
-Dictionaries that are no SAE are coded by their top k with least squares, too. Planted features are recovered in a study
-whose recovery is at least 0.8. Exit 1: an impostor passes all four new rules in more than 5 % of its studies, or may by
-the 95 % upper bound in more than 10 %; or planted features of a structure that are recovered pass in less than 80 %, or
-are recovered in no study.
+Dictionaries that are no SAE are also coded by their top k with least squares. Planted features count as recovered in a
+study whose recovery is at least 0.8. Exit 1: an impostor passes all four new rules in more than 5 % of its studies, or
+the 95 % upper bound of this share is above 10 %; or recovered planted features of a structure pass in less than 80 % of
+the studies; or no study recovers the features of a structure.
 """
 
 from __future__ import annotations
@@ -75,21 +75,22 @@ DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 
 LONGEST = {"hierarchical": {"longest training": 500_000}}
 """Further degrees of a structure that SAEs recover late, because features fire only with their parent."""
 LONGEST_STUDIES = 24
-"""Studies of these degrees, at most, even and odd together: they take minutes each."""
+"""Largest number of studies of these degrees, even and odd together. Each takes minutes."""
 TRAININGS = {
     f"{structure}, {degree}": (structure, tokens)
     for structure in STRUCTURES
     for degree, tokens in (DEGREES | LONGEST.get(structure, {})).items()
 }
-"""Kind -> its structure, and training tokens."""
+"""Kind -> structure and training tokens."""
 SHORT = TOKENS // 100
 RECOVERIES = (0.0, 0.5, 0.65, levels.MIN_RECOVERY, 1.0)
-"""Ranges of the recovery that studies are reported in. From the last but one, planted features count as recovered."""
+"""Bounds of the reported ranges of recovery. Planted features count as recovered from the last bound but one."""
 RECOVERED = f"{RECOVERIES[-2]:g} to {RECOVERIES[-1]:g}"
 HELDOUT = 2000
-"""Rows that explained variance is of."""
+"""Rows for explained variance."""
 MOST, SURELY, POWER = 0.05, 0.1, 0.8
-"""Share of an impostor's studies that may pass, its 95 % upper bound, and that of recovered features that must."""
+"""Largest share of an impostor's studies that may pass, largest 95 % upper bound of it, and least share of studies with
+recovered features that must pass."""
 OLD = ("before: isotropic", "before: spectral")
 EV = "explained variance"
 RULES = {
@@ -103,7 +104,7 @@ NEW = ("chance", "single", "prototypes", "code")
 THRESHOLDS = (
     dict.fromkeys(OLD, 0.0) | dict.fromkeys(rules.STABLE, rules.STABILITY.threshold) | {EV: rules.CODE.threshold}
 )
-"""Chosen on the even studies, registered in docs/methods.md before the odd ones ran."""
+"""Thresholds that were chosen on the even studies, and registered in docs/methods.md before the odd ones ran."""
 SCORED = (*dict.fromkeys(score for score, _ in rules.STABLE.values()),)
 
 
@@ -113,13 +114,13 @@ SCORED = (*dict.fromkeys(score for score, _ in rules.STABLE.values()),)
 
 @dataclass
 class Data:
-    """Activations of one place, and the controls that all studies there share."""
+    """Activations of one place, and the controls that its studies share."""
 
     store: ActivationStore
-    x: Tensor  # [n, d_in], rows that dictionaries are built from
+    x: Tensor  # [n, d_in], rows for building dictionaries
     heldout: Tensor  # [m, d_in]
     mean: Tensor  # [d_in]
-    spectrum: nulls.Spectrum  # the mean direction set apart
+    spectrum: nulls.Spectrum  # keeps the direction of the mean
     whole_spectrum: nulls.Spectrum
     tokens: Tensor | None  # [n]
     documents: Tensor | None  # [n]
@@ -127,7 +128,7 @@ class Data:
     width: int
     k: int
     gaussian: list[SAE]  # trained on noise
-    isotropic: float  # mcc of |cos| of directions drawn alike
+    isotropic: float  # mcc of |cos| of isotropic directions
     prototype_variance: float = 0.0
 
     @classmethod
@@ -137,7 +138,7 @@ class Data:
         mean, covariance = store.stats()
         tokens = documents = None
         other = torch.arange(len(x)) % 3 == 0
-        if store.manifest.heldout_rows is not None:  # of a language model
+        if store.manifest.heldout_rows is not None:  # a store of a language model
             tokens, documents = (store.labels(name, 0, len(rows)) for name in ("token", "document"))
             other = documents % 3 == 0
         data = cls(
@@ -167,7 +168,7 @@ class Data:
 
 
 def isotropic_mcc(width: int, d_in: int) -> float:
-    """mcc of |cos| of isotropic directions."""
+    """Mean mcc of |cos| between isotropic directions."""
     shape, draws = torch.empty(width, d_in), []
     for i in range(20):
         a, b = nulls.isotropic(shape, shape, generator("isotropic", width, d_in, i))
@@ -176,17 +177,17 @@ def isotropic_mcc(width: int, d_in: int) -> float:
 
 
 def written(folder: Path, x: Tensor) -> ActivationStore:
-    """A store of rows `x [n, d_in]`."""
+    """Store of rows `x [n, d_in]`."""
     folder.mkdir(parents=True)
     writer = StoreWriter(folder, x.shape[1])
     writer.append(x)
-    about = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"}
-    writer.finish(**about, row_seed=0, control=None)
+    metadata = {"subject": "synthetic", "subject_digest": "0" * 64, "hook_name": "hook", "position": "0"}
+    writer.finish(**metadata, row_seed=0, control=None)
     return ActivationStore.open(folder)
 
 
 def noise_like(store: ActivationStore, folder: Path, seed: object) -> ActivationStore:
-    """As many rows of N(μ, Σ)."""
+    """Store of equally many rows of N(μ, Σ)."""
     mean, covariance = store.stats()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp_min(0).sqrt()
@@ -195,7 +196,7 @@ def noise_like(store: ActivationStore, folder: Path, seed: object) -> Activation
 
 
 def saes(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: int) -> list[SAE]:
-    """TopK SAEs, one a seed."""
+    """TopK SAEs, one for each seed."""
     config = TrainingConfig(tokens=tokens, batch_size=256, snapshots=2)
     with tempfile.TemporaryDirectory() as work:
         grid = members(seeds, [width], [k], [6e-3])
@@ -204,7 +205,7 @@ def saes(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: i
 
 
 def half_frozen(store: ActivationStore, seeds: list[int], width: int, k: int, tokens: int) -> list[SAE]:
-    """TopK SAEs, one a seed. Half of each decoder stays as it was drawn, which no two seeds share."""
+    """TopK SAEs, one for each seed. Half of each decoder keeps its initial values, which differ between seeds."""
     config, half = TrainingConfig(tokens=tokens, batch_size=256, snapshots=2), width // 2
     with tempfile.TemporaryDirectory() as work:
         grid = members(seeds, [width], [k], [6e-3])
@@ -220,7 +221,7 @@ def half_frozen(store: ActivationStore, seeds: list[int], width: int, k: int, to
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Impostors: (data, generator, which of the five) -> directions [width, d_in]
+# Impostors: (data, generator, number among the five) -> directions [width, d_in]
 
 
 def drawn(data: Data, g: torch.Generator, seed: int) -> Tensor:
@@ -237,7 +238,7 @@ def drawn_towards_the_mean(data: Data, g: torch.Generator, seed: int) -> Tensor:
 
 
 def rows_of_tokens(data: Data, g: torch.Generator, seed: int, chosen: Tensor | None = None) -> Tensor:
-    """Rows drawn at random, each of another token where tokens are known."""
+    """Random rows. If tokens are known, each row has another token."""
     order = torch.randperm(len(data.x), generator=g)
     if chosen is not None:
         order = order[chosen[order]]
@@ -250,7 +251,7 @@ def rows_of_disjoint_tokens(data: Data, g: torch.Generator, seed: int) -> Tensor
 
 
 def outlying_rows(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    """Rows among the twentieth that lies farthest from the mean."""
+    """Random rows among the 5 % with the largest distance from the mean."""
     norms = data.centred().norm(dim=1)
     return rows_of_tokens(data, g, seed, norms >= norms.quantile(0.95))
 
@@ -264,14 +265,14 @@ def means_of(x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
     """Mean row of each chosen token, `[len(chosen), d]`."""
     place = torch.full((int(tokens.max()) + 1,), -1)
     place[chosen] = torch.arange(len(chosen))
-    of = place[tokens]
-    inside = of >= 0
-    sums = torch.zeros(len(chosen), x.shape[1]).index_add_(0, of[inside], x[inside])
-    return sums / of[inside].bincount(minlength=len(chosen))[:, None]
+    index_of_row = place[tokens]
+    inside = index_of_row >= 0
+    sums = torch.zeros(len(chosen), x.shape[1]).index_add_(0, index_of_row[inside], x[inside])
+    return sums / index_of_row[inside].bincount(minlength=len(chosen))[:, None]
 
 
 def token_means(data: Data, g: torch.Generator, seed: int, at_random: bool) -> Tensor:
-    """Means over a fifth of the documents, which is no other seed's."""
+    """Token means over a fifth of the documents. Each seed has another fifth."""
     assert data.tokens is not None
     assert data.documents is not None
     part = (data.documents // 3) % SEEDS == seed
@@ -291,7 +292,7 @@ def common_token_means(data: Data, g: torch.Generator, seed: int) -> Tensor:
 
 
 def components(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    """The first principal components of this seed's rows, signed as they come: towards their largest coordinate."""
+    """First principal components of this seed's rows. Each has the sign that makes its largest coordinate positive."""
     rows = torch.randperm(len(data.x), generator=g)[: len(data.x) // 2]
     _, vectors = torch.linalg.eigh(torch.cov(data.x[rows].T.double()))
     W = vectors.flip(1).T[: data.width].float()
@@ -304,18 +305,18 @@ def signed_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
 
 
 def rotated_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    """Rotated among the first, in which they leave the space as it is."""
+    """Random rotation of the first principal components inside their space."""
     W = components(data, g, seed)
     return nulls.random_rotations(1, len(W), g)[0] @ W
 
 
 def dense(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    """Mixtures of eight directions that hold most of the variance."""
+    """Random mixtures of the eight first principal components."""
     return torch.randn(data.width, 8, generator=g) @ data.whole_spectrum.components[:, :8].T
 
 
 def independent_components(data: Data, g: torch.Generator, seed: int) -> Tensor:
-    """FastICA's mixing columns, towards where their source is skewed."""
+    """FastICA's mixing columns, with the sign that makes the skewness of their source positive."""
     rows = torch.randperm(len(data.x), generator=g)[:4000]
     n = min(data.width, data.store.d_in)
     ica = FastICA(n, max_iter=20, tol=1e-2, whiten="unit-variance", random_state=0, whiten_solver="eigh")
@@ -347,16 +348,16 @@ REPORTED = ("SAEs after 1 % of the training", "SAEs, half of the decoder frozen"
 IMPOSTORS = (*CHEAP, *OF_TOKENS, *SLOW, *TRAINED)
 KINDS = (*IMPOSTORS, *REPORTED, *TRAININGS)
 PLANTED = "planted features"
-"""Name of their place."""
+"""Name of the place of all planted features."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a study finds
+# Figures of a study
 
 
 @torch.no_grad()
 def explained(data: Data, W: Tensor) -> float:
-    """Held-out explained variance of the top k directions of each row, with the least-squares coefficients."""
+    """Held-out explained variance of a code by the top k directions of each row, with least-squares coefficients."""
     code = TopKLeastSquares.of(W, data.heldout.mean(0), data.k)
     error = (data.heldout - code.decode(code.encode(data.heldout))).square().sum()
     return 1 - (error / (data.heldout - code.mean).square().sum()).item()
@@ -367,13 +368,13 @@ def lower(matrix: np.ndarray) -> float:
 
 
 def study(data: Data, directions: list[Tensor], variances: list[float], number: int) -> dict[str, float]:
-    """Every figure of `RULES`: its lower end."""
+    """Lower ends of all figures of `RULES`."""
     everything = torch.ones(data.width, dtype=torch.bool)
-    at = SEEDS * (number // 2 % (len(data.gaussian) // SEEDS))  # the studies of one part are every second number
+    at = SEEDS * (number // 2 % (len(data.gaussian) // SEEDS))  # the studies of one part have every second number
     noise = [Dictionary(sae.W_dec, torch.ones(sae.d_sae, dtype=torch.bool)) for sae in data.gaussian[at : at + SEEDS]]
     noise = control_apart(noise, data.prototypes)
     five = with_nearest_prototype([Dictionary(W, everything[: len(W)]) for W in directions], data.prototypes)
-    m = {name: np.zeros((SEEDS, SEEDS)) for name in (*OLD, *rules.STABLE)}
+    matrices = {name: np.zeros((SEEDS, SEEDS)) for name in (*OLD, *rules.STABLE)}
     for i, j in combinations(range(SEEDS), 2):
         a, b = five[i], five[j]
 
@@ -400,11 +401,11 @@ def study(data: Data, directions: list[Tensor], variances: list[float], number: 
         flipped = [mcc(a.W_dec, d, signed=False) for d in drawn(data.whole_spectrum)]
         old = (absolute - data.isotropic, absolute - float(np.mean(flipped)))
         for name, v in (value | dict(zip(OLD, old, strict=True))).items():
-            m[name][i, j] = m[name][j, i] = v
+            matrices[name][i, j] = matrices[name][j, i] = v
     gained = [v - data.prototype_variance for v in variances]
-    left = [float(d.apart.double().mean()) for d in five if d.apart is not None]
-    ends = {name: lower(values) for name, values in m.items()}
-    return ends | {EV: mean_over_seeds(gained).low or 0.0, "left": float(np.mean(left))}
+    shares_left = [float(d.apart.double().mean()) for d in five if d.apart is not None]
+    ends = {name: lower(values) for name, values in matrices.items()}
+    return ends | {EV: mean_over_seeds(gained).low or 0.0, "left": float(np.mean(shares_left))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,14 +413,14 @@ def study(data: Data, directions: list[Tensor], variances: list[float], number: 
 
 
 def planted(structure: str, seed: int) -> tuple[Tensor, Tensor]:
-    """(rows `[PLANTED_ROWS, PLANTED_IN]`, features `[PLANTED_FEATURES, PLANTED_IN]`)."""
+    """Rows `[PLANTED_ROWS, PLANTED_IN]` and their features `[PLANTED_FEATURES, PLANTED_IN]`."""
     sizes = {"features": PLANTED_FEATURES, "d_in": PLANTED_IN, "active": PLANTED_K, "rows": PLANTED_ROWS}
-    made = generate(PlantedRows.model_validate({"structure": structure, "seed": seed, **sizes}))
-    return made.rows, made.features
+    generated = generate(PlantedRows.model_validate({"structure": structure, "seed": seed, **sizes}))
+    return generated.rows, generated.features
 
 
 def planted_study(structure: str, tokens: int, number: int) -> Figures:
-    """The figures of SAEs of one planted dictionary, and `recovery`: signed mcc with it."""
+    """Figures of the SAEs of one planted dictionary, and `recovery`, their mean signed mcc with it."""
     rows, features = planted(structure, number)
     with tempfile.TemporaryDirectory() as work, one_torch_thread():
         store = written(Path(work) / "rows", rows)
@@ -436,7 +437,7 @@ def planted_study(structure: str, tokens: int, number: int) -> Figures:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# All studies
 
 NAMED: dict[str, dict] = {
     "husai-tiny, residual stream": {"subject": "husai-tiny", "hook_name": "blocks.1.hook_resid_pre"},
@@ -444,13 +445,13 @@ NAMED: dict[str, dict] = {
     "modular addition": {},
 }
 PLACES: dict[str, Data] = {}
-"""Read by the processes that are forked."""
+"""Place -> its data, which forked processes inherit."""
 ARMS: dict[tuple[str, str, int], list[tuple[Tensor, float]]] = {}
-"""(place, kind, study) -> directions and explained variance of its five SAEs, of the kinds that are trained."""
+"""(place, kind, study) -> directions and explained variance of its five SAEs, for trained kinds."""
 
 
 def build_places(root: Path, work: Path, studies: range, part: str, kinds: Collection[str]) -> None:
-    """Read the activations, and train the SAEs of these studies, of these kinds."""
+    """Read the activations, and train the SAEs of the given studies and kinds; fills PLACES and ARMS."""
     device = torch.device("cpu")
     seeds = [SEEDS * number + i for number in studies for i in range(SEEDS)]
     for place, named in NAMED.items():
@@ -467,11 +468,11 @@ def build_places(root: Path, work: Path, studies: range, part: str, kinds: Colle
             "SAEs": (saes, store, TOKENS),
         }
         _, heldout = store.split(0.2)
-        some = range(heldout.start, min(heldout.start + HELDOUT, heldout.stop))
+        heldout_rows = range(heldout.start, min(heldout.start + HELDOUT, heldout.stop))
         for kind, (trained, source, tokens) in arms.items():
             if kind not in kinds:
                 continue
-            group = [(s.W_dec, evaluate(s, store, some)[0]) for s in trained(source, seeds, WIDTH, K, tokens)]
+            group = [(s.W_dec, evaluate(s, store, heldout_rows)[0]) for s in trained(source, seeds, WIDTH, K, tokens)]
             for at, number in enumerate(studies):
                 five = group[SEEDS * at : SEEDS * (at + 1)]
                 ARMS[place, kind, number] = [(W, figures.explained_variance) for W, figures in five]
@@ -483,10 +484,10 @@ Task = tuple[str, str, int]
 
 
 def found_or_one(root: Path, task: Task) -> Figures:
-    """The figures of one study, to four digits; read where an earlier run of the same code computed them.
+    """Figures of one study, rounded to four digits, from a cell if the same code has computed them before.
 
     Args:
-        root: cells lie below it.
+        root: folder of the cells.
     """
     key = {"task": list(task), "code": code_version(one)}
 
@@ -497,7 +498,7 @@ def found_or_one(root: Path, task: Task) -> Figures:
 
 
 def one(task: Task) -> Figures:
-    """The figures of one study."""
+    """Figures of one study."""
     place, kind, number = task
     torch.set_num_threads(1)
     if place == PLANTED:
@@ -513,12 +514,14 @@ def one(task: Task) -> Figures:
 def tasks(studies: int, trained_studies: int, planted_studies: int, part: str, kinds: Collection[str]) -> list[Task]:
     numbers = [range(int(part == "odd"), n, 2) for n in (studies, trained_studies, planted_studies)]
     late = {f"{structure}, {degree}" for structure, degrees in LONGEST.items() for degree in degrees}
-    found = [(PLANTED, kind, i) for kind in TRAININGS for i in numbers[2] if kind not in late or i < LONGEST_STUDIES]
+    all_tasks = [
+        (PLANTED, kind, i) for kind in TRAININGS for i in numbers[2] if kind not in late or i < LONGEST_STUDIES
+    ]
     for place, named in NAMED.items():
         cheap = CHEAP | (OF_TOKENS if named else {})
-        found += [(place, kind, i) for kind in cheap for i in numbers[0]]
-        found += [(place, kind, i) for kind in (*SLOW, *TRAINED, *REPORTED) for i in numbers[1]]
-    return [task for task in found if task[1] in kinds]
+        all_tasks += [(place, kind, i) for kind in cheap for i in numbers[0]]
+        all_tasks += [(place, kind, i) for kind in (*SLOW, *TRAINED, *REPORTED) for i in numbers[1]]
+    return [task for task in all_tasks if task[1] in kinds]
 
 
 def passes(figures: Figures, rule: str) -> bool:
@@ -526,7 +529,7 @@ def passes(figures: Figures, rule: str) -> bool:
 
 
 def rates(studies: list[Figures]) -> dict[str, float]:
-    """Share of the studies that pass each rule, and all new ones."""
+    """Shares of the studies that pass each rule, and all new rules."""
     by_rule = {rule: np.array([passes(f, rule) for f in studies]) for rule in RULES}
     n, passed = len(studies), int(np.logical_and.reduce([by_rule[rule] for rule in NEW]).sum())
     most = 1.0 if passed == n else float(stats.beta.ppf(0.95, passed + 1, n - passed))
@@ -540,19 +543,25 @@ def rates(studies: list[Figures]) -> dict[str, float]:
 
 
 def by_recovery(planted: dict[str, list[Figures]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Structure -> range of the recovery -> rates of the studies there, of all trainings together."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    """Structure -> range of recovery -> rates of its studies, over all training lengths."""
+    rates_by_range: dict[str, dict[str, dict[str, float]]] = {}
     for structure in STRUCTURES:
         every = [f for kind, studies in planted.items() if TRAININGS[kind][0] == structure for f in studies]
         for low, high in pairwise(RECOVERIES):
             if inside := [f for f in every if low <= f["recovery"] < high]:
-                found.setdefault(structure, {})[f"{low:g} to {high:g}"] = rates(inside)
-    return found
+                rates_by_range.setdefault(structure, {})[f"{low:g} to {high:g}"] = rates(inside)
+    return rates_by_range
 
 
-def failures(found: dict[str, dict[str, float]], recovered: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    wrong = [f"{kind} pass in {r['all']:.1%}" for kind, r in found.items() if kind in IMPOSTORS and r["all"] > MOST]
-    wrong += [f"{k}: at most {r['most']:.1%}" for k, r in found.items() if k in IMPOSTORS and r["most"] > SURELY]
+def failures(
+    rates_by_kind: dict[str, dict[str, float]], recovered: dict[str, dict[str, dict[str, float]]]
+) -> list[str]:
+    wrong = [
+        f"{kind} pass in {r['all']:.1%}" for kind, r in rates_by_kind.items() if kind in IMPOSTORS and r["all"] > MOST
+    ]
+    wrong += [
+        f"{k}: at most {r['most']:.1%}" for k, r in rates_by_kind.items() if k in IMPOSTORS and r["most"] > SURELY
+    ]
     for structure in STRUCTURES:
         most = recovered.get(structure, {}).get(RECOVERED)
         if most is None:
@@ -566,12 +575,12 @@ def failures(found: dict[str, dict[str, float]], recovered: dict[str, dict[str, 
 # The report
 
 Zoo = dict[str, dict[str, list[Figures]]]
-"""Place -> kind -> the figures of each study."""
+"""Place -> kind -> figures of each study."""
 
 
 def computed(args: argparse.Namespace) -> Zoo:
-    """The studies of the kinds that are asked for."""
-    found: Zoo = {}
+    """Studies of the requested kinds."""
+    zoo: Zoo = {}
     with tempfile.TemporaryDirectory() as work:
         todo = tasks(args.studies, args.trained_studies, args.planted_studies, args.part, args.kinds)
         if any(place != PLANTED for place, _, _ in todo):
@@ -580,29 +589,29 @@ def computed(args: argparse.Namespace) -> Zoo:
         with ProcessPoolExecutor(args.workers) as pool, progress("impostors (studies)", len(todo)) as advance:
             studies = pool.map(partial(found_or_one, args.artifact_root), todo)
             for (place, kind, _), figures in zip(todo, studies, strict=True):
-                found.setdefault(place, {}).setdefault(kind, []).append(figures)
+                zoo.setdefault(place, {}).setdefault(kind, []).append(figures)
                 advance(1)
-    return found
+    return zoo
 
 
-def with_earlier(found: Zoo, path: Path, about: dict) -> Zoo:
-    """The same with the studies that an earlier report holds, of kinds that were not computed again.
+def with_earlier(zoo: Zoo, path: Path, inputs: dict) -> Zoo:
+    """The studies, completed by those of an earlier report for kinds that were not computed again.
 
     Raises:
-        BadInput: that report is of other settings or thresholds.
+        BadInput: the report has other settings or thresholds.
     """
     earlier = read_json(path, "earlier report")
-    if other := [name for name, value in about.items() if earlier.get(name) != value]:
-        raise BadInput(f"--kinds: {path} is of another {other[0]}; the same expected, or all kinds computed again")
+    if differing := [name for name, value in inputs.items() if earlier.get(name) != value]:
+        raise BadInput(f"--kinds: {path} is of another {differing[0]}; the same expected, or all kinds computed again")
     for place, kinds in earlier["figures"].items():
         for kind, columns in kinds.items():
             studies = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            found.setdefault(place, {}).setdefault(kind, studies)
-    return {place: {kind: found[place][kind] for kind in KINDS if kind in found[place]} for place in (PLANTED, *NAMED)}
+            zoo.setdefault(place, {}).setdefault(kind, studies)
+    return {place: {kind: zoo[place][kind] for kind in KINDS if kind in zoo[place]} for place in (PLANTED, *NAMED)}
 
 
-def page(about: dict, name: str) -> str:
-    found, settings = about["rates"], about["settings"]
+def page(results: dict, name: str) -> str:
+    rates_by_kind, settings = results["rates"], results["settings"]
     given = " ".join(f"--{n.replace('_', '-')} {value}" for n, value in settings.items())
     lines = [
         "# Impostors",
@@ -618,7 +627,7 @@ def page(about: dict, name: str) -> str:
         f"| five of | studies | {' | '.join(RULES)} | all new | at most | others |",
         "|---|" + "---|" * (len(RULES) + 4),
     ]
-    for kind, r in found.items():
+    for kind, r in rates_by_kind.items():
         cells = [f"{r[rule]:.0%}" for rule in (*RULES, "all", "most", "left")]
         shown = f"{kind} (recovery {r['recovery']:.2f})" if "recovery" in r else kind
         shown = f"**{kind}**" if kind in IMPOSTORS else shown
@@ -638,7 +647,7 @@ def page(about: dict, name: str) -> str:
         f"| structure | recovery | studies | {' | '.join(RULES)} | all new |",
         "|---|---|" + "---|" * (len(RULES) + 2),
     ]
-    for structure, ranges in about["by_recovery"].items():
+    for structure, ranges in results["by_recovery"].items():
         for between, r in ranges.items():
             cells = [f"{r[rule]:.0%}" for rule in (*RULES, "all")]
             lines.append(f"| {structure} | {between} | {r['studies']} | {' | '.join(cells)} |")
@@ -651,25 +660,25 @@ def page(about: dict, name: str) -> str:
         "| SAEs of | studies | " + " | ".join(RULES) + " | all new |",
         "|---|" + "---|" * (len(RULES) + 2),
     ]
-    for place, r in about["by_place"].items():
+    for place, r in results["by_place"].items():
         if "SAEs" in r:
             cells = [f"{r['SAEs'][rule]:.0%}" for rule in (*RULES, "all")]
             lines.append(f"| {place} | {r['SAEs']['studies']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def figure(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Kinds against rules, each square the share that passes."""
+def figure(rates_by_kind: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw the share of passed studies for each kind and rule."""
     import matplotlib.pyplot as plt
 
     columns = [*RULES, "all"]
-    values = np.array([[r[rule] for rule in columns] for r in found.values()])
-    fig, axes = plt.subplots(figsize=(7.5, 0.28 * len(found) + 1.2), layout="constrained")
+    values = np.array([[r[rule] for rule in columns] for r in rates_by_kind.values()])
+    fig, axes = plt.subplots(figsize=(7.5, 0.28 * len(rates_by_kind) + 1.2), layout="constrained")
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(columns)), [*RULES, "all new"], fontsize=8)
-    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.set_yticks(range(len(rates_by_kind)), list(rates_by_kind), fontsize=8)
     axes.xaxis.tick_top()
     axes.set_title("Share of studies that pass", fontsize=9)
     fig.savefig(path, dpi=130, metadata={"Software": None})
@@ -688,7 +697,8 @@ def main() -> None:
         choices=KINDS,
         default=[],
         metavar="KIND",
-        help=f"compute these alone, and take the others from the report in --output-dir: {', '.join(KINDS)}",
+        help="compute these kinds alone, and take the others from the report in --output-dir: "
+        + ", ".join(KINDS).replace("%", "%%"),
     )
     p.add_argument("--artifact-root", type=Path, default=Path("results"), help="stores (default: %(default)s)")
     p.add_argument("--workers", type=positive_int, default=2, help="default: %(default)s")
@@ -698,28 +708,33 @@ def main() -> None:
         p.error("--studies, --trained-studies, --planted-studies: at least 2 expected, one for each part")
 
     settings = {name: getattr(args, name) for name in ("studies", "trained_studies", "planted_studies", "part")}
-    about: dict = {"settings": settings, "thresholds": THRESHOLDS}
+    results: dict = {"settings": settings, "thresholds": THRESHOLDS}
     name = "impostors" if args.part == "odd" else "impostors_even"
-    some, args.kinds = bool(args.kinds), args.kinds or list(KINDS)
+    partial_run, args.kinds = bool(args.kinds), args.kinds or list(KINDS)
     zoo = computed(args)
-    if some:
-        zoo = with_earlier(zoo, args.output_dir / f"{name}.json", about)
+    if partial_run:
+        zoo = with_earlier(zoo, args.output_dir / f"{name}.json", results)
 
     kinds = dict.fromkeys(kind for place in (*NAMED, PLANTED) for kind in zoo.get(place, {}))
-    about["rates"] = {kind: rates([f for of in zoo.values() for f in of.get(kind, [])]) for kind in kinds}
-    about["by_place"] = {place: {kind: rates(studies) for kind, studies in of.items()} for place, of in zoo.items()}
-    about["recovered_from"] = levels.MIN_RECOVERY
-    about["by_recovery"] = by_recovery(zoo.get(PLANTED, {}))
-    about["figures"] = {
-        place: {kind: {n: [f[n] for f in studies] for n in studies[0]} for kind, studies in of.items()}
-        for place, of in zoo.items()
+    results["rates"] = {
+        kind: rates([f for studies_by_kind in zoo.values() for f in studies_by_kind.get(kind, [])]) for kind in kinds
     }
-    write_json(args.output_dir / f"{name}.json", about)
-    text = page(about, name)
+    results["by_place"] = {
+        place: {kind: rates(studies) for kind, studies in studies_by_kind.items()}
+        for place, studies_by_kind in zoo.items()
+    }
+    results["recovered_from"] = levels.MIN_RECOVERY
+    results["by_recovery"] = by_recovery(zoo.get(PLANTED, {}))
+    results["figures"] = {
+        place: {kind: {n: [f[n] for f in studies] for n in studies[0]} for kind, studies in studies_by_kind.items()}
+        for place, studies_by_kind in zoo.items()
+    }
+    write_json(args.output_dir / f"{name}.json", results)
+    text = page(results, name)
     write_text(args.output_dir / f"{name}.md", text)
-    figure(about["rates"], args.output_dir / f"{name}.png")
+    figure(results["rates"], args.output_dir / f"{name}.png")
     print(text)
-    if wrong := failures(about["rates"], about["by_recovery"]):
+    if wrong := failures(results["rates"], results["by_recovery"]):
         raise CheckFailed("; ".join(wrong))
 
 

@@ -1,21 +1,23 @@
-"""Do the intervals and tests over seeds hold what they promise? Simulated, with the naive pairwise way beside them.
+"""Measure the coverage of intervals and the error rates of tests over seeds, by simulation.
 
     python benchmarks/inference_calibration.py
     python benchmarks/inference_calibration.py --studies 4000 --output-dir docs/benchmarks
 
-The score of a pair of seeds is mu + a_i + a_j + e_ij: additive seed effects a, noise e of the pair. A study draws S
-seeds an arm. Reported, with Monte Carlo standard errors: coverage of the 95 % interval of the mean score; false
-positives at 5 % of the exact permutation test between two arms, with equal variances and with unequal ones (where the
-arms are not exchangeable and the test is not meant to be used); false positives of the jackknife test of the excess
-of one arm over another with the same seeds; and how often equivalence is declared when the difference equals the
-margin.
+The score of a pair of seeds is mu + a_i + a_j + e_ij, with additive seed effects a and noise e of the pair. A study
+draws S seeds for each arm. The script reports, with Monte Carlo standard errors: coverage of the 95 % interval of the
+mean score; false positives at 5 % of the exact permutation test between two arms, with equal variances and with unequal
+ones (then the arms are not exchangeable, and the test should not be used); false positives of the jackknife test of the
+excess of one arm over another with the same seeds; and the rate of declared equivalence if the difference equals the
+margin. Intervals that treat pairs as independent are reported for comparison.
 
-Then seeds that are not Gaussian, of mean 0: how often the lower end of the jackknife interval lies above 0; with it the
-mean without each seed in turn; with it the lower end without each seed in turn. The shapes: Gaussian; skewed, one less
-an exponential; a rare bad seed, one in ten nine times as far below 0 as the others are above it.
+The second part has seeds that are not Gaussian, with mean 0. It counts studies whose jackknife interval lies above 0;
+those whose means without each seed are above 0 as well; and those whose lower ends without each seed are above 0 as
+well. There are three shapes: Gaussian; skewed (one less an exponential); and a rare bad seed (one in ten, nine times as
+far below 0 as the others are above it).
 
-Then means over five seeds and data sets whose groups are of several sizes, no true effect: how often the lower end lies
-above 0, with all sets, and with those of which no group holds more than a quarter (`data_sets.gated`, the gate's).
+The third part has means over five seeds and data sets without a true effect, with groups of several sizes. It counts
+intervals above 0, with all sets, and with sets of which no group has more than a quarter (`data_sets.gated`, which the
+gate uses).
 """
 
 from pathlib import Path
@@ -30,40 +32,40 @@ from husai.runs.errors import CheckFailed
 from husai.runs.files import write_json, write_text
 from husai.runs.progress import progress
 
-# Standard deviations of (seed effect, pair noise): seeds dominate, or pairs do.
+# Standard deviations of (seed effect, pair noise). Seeds dominate, or pairs dominate.
 REGIMES = {"strong seed effects": (1.0, 0.5), "weak seed effects": (0.5, 1.0)}
 
 
 def scores(rng: np.random.Generator, effects: np.ndarray, noise: float) -> np.ndarray:
-    """Pairwise scores `[S, S]` of seeds with the given effects `[S]`."""
+    """Pairwise scores `[S, S]` of seeds with given effects `[S]`."""
     e = np.triu(rng.normal(0, noise, (len(effects), len(effects))), 1)
     return effects[:, None] + effects[None, :] + e + e.T
 
 
 def naive_interval(values: np.ndarray) -> tuple[float, float]:
-    """Pairs taken for independent: what must not be done."""
+    """Interval that takes pairs for independent, which is invalid."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return values.mean() - half, values.mean() + half
 
 
 def study(rng: np.random.Generator, s: int, seed_effect: float, pair_noise: float) -> dict[str, bool]:
-    """One simulated study under the null: which intervals covered, which tests rejected."""
+    """Outcomes of one simulated study under the null: intervals that cover, and tests that reject."""
     effects = rng.normal(0, seed_effect, 2 * s)
-    both = scores(rng, effects, pair_noise)
-    first, second = both[:s, :s], both[s:, s:]
+    matrix = scores(rng, effects, pair_noise)
+    first, second = matrix[:s, :s], matrix[s:, s:]
     unequal = scores(rng, effects * np.repeat([1.0, 2.0], s), pair_noise)
 
     interval = jackknife(first)
     low, high = naive_interval(pair_values(first))
     naive_p = stats.ttest_ind(pair_values(first), pair_values(second), equal_var=False).pvalue
-    # The same seeds, scored under a null of their own with noise of its own and twice the spread.
+    # The same seeds scored under a null, whose noise is independent and has twice the spread.
     excess = jackknife(first - scores(rng, rng.normal(0, 2 * seed_effect, s), pair_noise))
     margin = 1.0
     shifted = jackknife(first + margin)  # the true mean is exactly the margin
     return {
         "interval covers (jackknife)": interval.low <= 0 <= interval.high,
         "interval covers (naive pairs)": low <= 0 <= high,
-        "two arms differ (permutation)": permutation_test(both, s) <= 0.05,
+        "two arms differ (permutation)": permutation_test(matrix, s) <= 0.05,
         "two arms differ (naive pairs)": naive_p <= 0.05,
         "two arms differ, variances 1 : 4 (permutation, not exchangeable)": permutation_test(unequal, s) <= 0.05,
         "excess is not 0, variances 1 : 4 (jackknife)": not excess.low <= 0 <= excess.high,
@@ -81,7 +83,7 @@ SHAPE_NOISE = 0.1
 
 
 def shaped(rng: np.random.Generator, s: int, shape: str) -> dict[str, bool]:
-    """One study of seeds of a shape, of mean 0: what lies above 0."""
+    """Statistics above 0 in one study of seeds of a shape, with mean 0."""
     matrix = scores(rng, SHAPES[shape](rng, s), SHAPE_NOISE)
     without = [jackknife(np.delete(np.delete(matrix, i, 0), i, 1)) for i in range(s)]
     above = (jackknife(matrix).low or 0) > 0
@@ -106,7 +108,7 @@ FALSE_PASSES = 0.05
 
 
 def grouped(rng: np.random.Generator, s: int, sizes: tuple[int, ...]) -> dict[str, bool]:
-    """One study of s seeds on data sets in groups, of mean 0: what lies above 0."""
+    """Statistics above 0 in one study of s seeds on data sets in groups, with mean 0."""
     groups, spread = [str(g) for g, n in enumerate(sizes) for _ in range(n)], GROUP_SPREAD
     of_sets = np.repeat(rng.normal(0, spread["group"], len(sizes)), sizes)
     of_sets += rng.normal(0, spread["data set"], len(groups))
@@ -116,7 +118,7 @@ def grouped(rng: np.random.Generator, s: int, sizes: tuple[int, ...]) -> dict[st
     return {"all sets": (mean_over_seeds_and_sets(x, groups).low or 0) > 0, GATED: (counted.low or 0) > 0}
 
 
-# name -> bounds that the rate must keep for the methods that HUSAI uses; None: reported only.
+# Name -> bounds of the rate for the methods that HUSAI uses. None: the rate is only reported.
 BOUNDS = {
     "interval covers (jackknife)": (0.93, 1.0),
     "two arms differ (permutation)": (0.03, 0.06),
@@ -148,14 +150,14 @@ def main() -> None:
     for number, shape in enumerate(SHAPES):
         for s in (5, 10):
             rng = np.random.default_rng([args.seed, 100 + number, s])
-            found = [shaped(rng, s, shape) for _ in range(args.studies)]
-            shapes[f"S = {s}, {shape}"] = {name: float(np.mean([o[name] for o in found])) for name in found[0]}
+            studies = [shaped(rng, s, shape) for _ in range(args.studies)]
+            shapes[f"S = {s}, {shape}"] = {name: float(np.mean([o[name] for o in studies])) for name in studies[0]}
 
     dominated: dict[str, dict[str, float]] = {}
     for number, (title, sizes) in enumerate(GROUPS.items()):
         rng = np.random.default_rng([args.seed, 200 + number])
-        found = [grouped(rng, 5, sizes) for _ in range(args.studies)]
-        dominated[title] = {name: float(np.mean([o[name] for o in found])) for name in found[0]}
+        studies = [grouped(rng, 5, sizes) for _ in range(args.studies)]
+        dominated[title] = {name: float(np.mean([o[name] for o in studies])) for name in studies[0]}
 
     failures = [
         f"{column}: {name} {rates[column][name]:.3f} outside {low} to {high}"
@@ -164,9 +166,9 @@ def main() -> None:
         if not low <= rates[column][name] <= high
     ]
     failures += [
-        f"{title}, {GATED}: {of[GATED]:.3f} above {FALSE_PASSES}"
-        for title, of in dominated.items()
-        if of[GATED] > FALSE_PASSES
+        f"{title}, {GATED}: {rates_of_group[GATED]:.3f} above {FALSE_PASSES}"
+        for title, rates_of_group in dominated.items()
+        if rates_of_group[GATED] > FALSE_PASSES
     ]
     results = {"studies": args.studies, "seed": args.seed, "regimes": REGIMES, "rates": rates, "shapes": shapes}
     write_json(args.output_dir / "inference_calibration.json", results | {"groups": dominated})
@@ -210,7 +212,10 @@ def main() -> None:
         "",
         "| sets in groups | all sets | no group above a quarter |",
         "|---|---|---|",
-        *(f"| {title} | {of['all sets']:.1%} | {of[GATED]:.1%} |" for title, of in dominated.items()),
+        *(
+            f"| {title} | {rates_of_group['all sets']:.1%} | {rates_of_group[GATED]:.1%} |"
+            for title, rates_of_group in dominated.items()
+        ),
     ]
     text = "\n".join(lines) + "\n"
     write_text(args.output_dir / "inference_calibration.md", text)

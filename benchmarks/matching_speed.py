@@ -1,12 +1,12 @@
-"""How fast two dictionaries are matched: our matching beside scipy's assignment on the dense matrix.
+"""Measure the speed of matching two dictionaries: HUSAI's matching against scipy's assignment on the dense matrix.
 
     python benchmarks/matching_speed.py
     python benchmarks/matching_speed.py --sizes 4096,8192,16384 --dense-up-to 16384
 
-Three kinds of pairs: half of the features shared, at cosines of 0.5 to 0.99; none shared (as in a null, which is drawn
-many times); and none shared in an anisotropic space (spectrum 1/i), where features crowd together as in activations.
-Each matching runs in a process of its own, with one thread; time is that of the whole score (mean |cos| from the two
-decoders on), memory the most that the process ever held beyond what it held before.
+There are three kinds of pairs: half of the features shared, at cosines of 0.5 to 0.99; none shared (as in a null, which
+is drawn many times); and none shared in an anisotropic space (spectrum 1/i), where features are dense as in
+activations. Each matching runs in a separate process with one thread. The time is that of the whole score, from two
+decoders to the mean |cos|. The memory is the peak of the process less its memory before the matching.
 """
 
 import resource
@@ -26,7 +26,7 @@ KINDS = {"half shared": (0.5, 0.0), "none shared": (0.0, 0.0), "none shared, ani
 
 
 def decoders(size: int, d_in: int, kind: str, seed: int):
-    """Two dictionaries `[size, d_in]`."""
+    """Pair of dictionaries `[size, d_in]`."""
     import torch
 
     share, fall = KINDS[kind]
@@ -40,20 +40,20 @@ def decoders(size: int, d_in: int, kind: str, seed: int):
 
 
 def matched(size: int, d_in: int, kind: str, seed: int, exact: bool) -> dict:
-    """One matching: seconds, the mean |cos| it finds, its bound, and its memory in GB."""
+    """Seconds of one matching, its mean |cos|, the bound of its error, and its memory in GB."""
     import torch
 
     from husai.stability.matching import match
 
     torch.set_num_threads(1)
-    match(*decoders(100, d_in, kind, seed), exact)  # what is loaded on first use is loaded
+    match(*decoders(100, d_in, kind, seed), exact)  # loads libraries and compiles before the clock starts
     a, b = decoders(size, d_in, kind, seed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    found = match(a, b, exact)
+    matching = match(a, b, exact)
     seconds = time.perf_counter() - began
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    return {"seconds": seconds, "mcc": float(found.cosines.mean()), "bound": found.gap_bound, "gigabytes": memory}
+    return {"seconds": seconds, "mcc": float(matching.cosines.mean()), "bound": matching.gap_bound, "gigabytes": memory}
 
 
 def main() -> None:
@@ -74,12 +74,12 @@ def main() -> None:
                 times = 1 if exact else args.repeats
                 return [fresh.apply(matched, (size, args.d_in, kind, s, exact)) for s in range(times)]
 
-            ours, dense = run(False), run(True) if size <= args.dense_up_to else None
-            rows.append({"size": size, "kind": kind, "ours": ours, "dense": dense})
+            own_runs, dense = run(False), run(True) if size <= args.dense_up_to else None
+            rows.append({"size": size, "kind": kind, "ours": own_runs, "dense": dense})
             advance(1)
-    about = {"cpu": cpu_model(), "threads": 1}
+    machine = {"cpu": cpu_model(), "threads": 1}
     versions = {name: version(name) for name in ("torch", "scipy")}
-    write_json(args.output_dir / "matching_speed.json", {"machine": about, "versions": versions, "rows": rows})
+    write_json(args.output_dir / "matching_speed.json", {"machine": machine, "versions": versions, "rows": rows})
 
     lines = [
         "# Matching speed",

@@ -1,12 +1,12 @@
-"""Harvest a generated text and train on it: peak memory beside the size of the source.
+"""Measure the peak memory of harvesting a generated text and training on it, for several sizes of the text.
 
     python benchmarks/streaming_memory.py --gigabytes 10
     python benchmarks/streaming_memory.py --gigabytes 1 --rows 200000
 
-Writes a jsonl of random words in several sizes, the last of --gigabytes. Each is streamed once to its end without a row
-being asked of it (hashing, duplicates), and then SAEs of husai-tiny are trained on --rows of its activations while they
-are harvested, in a process of its own, whose peak resident memory is read. The peak must not grow with the source
-beyond 16 bytes a document and MARGIN. Exit 1 where it does.
+The script writes jsonl files of random words in several sizes, the last of --gigabytes. A separate process streams each
+file once to its end without rows (hashes, duplicates), and then trains SAEs of husai-tiny on --rows of its activations
+while they are harvested. The process's peak resident memory may grow with the source by at most 16 bytes a document and
+MARGIN. Exit 1 if it grows more.
 """
 
 import json
@@ -56,8 +56,8 @@ def main() -> None:
             rows.append({"megabytes": size / 1e6} | json.loads(done.stdout.splitlines()[-1]))
     growth = rows[-1]["peak_mb"] - rows[0]["peak_mb"]
     allowed = MARGIN + 16e-6 * rows[-1]["documents"]
-    about = {"rows_trained": args.rows, "buffer_rows": args.buffer_rows, "threads": args.threads}
-    results = about | {"sources": rows, "growth_mb": growth, "allowed_mb": allowed}
+    settings = {"rows_trained": args.rows, "buffer_rows": args.buffer_rows, "threads": args.threads}
+    results = settings | {"sources": rows, "growth_mb": growth, "allowed_mb": allowed}
     write_json(args.output_dir / "streaming_memory.json", results)
     write_text(args.output_dir / "streaming_memory.md", summary(results))
     print(summary(results))
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def generate(path: Path, size: int) -> int:
-    """Write documents of random words until there are `size` bytes; returns how many there are."""
+    """Write documents of random words, `size` bytes in all; returns the number of documents."""
     draw, written = random.Random(0), 0
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(5000)]
     with open(path, "w") as f:
@@ -76,7 +76,7 @@ def generate(path: Path, size: int) -> int:
 
 
 def measure(args) -> dict:
-    """Read a source to its end, then train on a stream of it."""
+    """Read a source to its end, and then train on a stream of it."""
     device = prepare(args.device, args.threads)
     from husai.activations.language_model import Inputs
     from husai.activations.stream import ActivationStream

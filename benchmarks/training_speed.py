@@ -1,13 +1,13 @@
-"""How fast TopK SAEs are trained: our engine beside the peers' own code, on the same activations, in one run.
+"""Measure the training speed of TopK SAEs: HUSAI's engine against other libraries, on the same activations.
 
     pip install --no-deps -r requirements-bench.txt
     python benchmarks/training_speed.py
     python benchmarks/training_speed.py --device cuda --saes 16 --widths 2048,16384 --output-dir docs/benchmarks/gpu
 
 Every contender takes whole training steps (loss with AuxK, gradients, Adam, decoder rows of norm 1, count of dead
-features) for n SAEs that differ in their seed, in a process of its own, so that each library runs as its users run it.
-A round measures every contender once, in turn; ratios are taken inside a round, and medians over the rounds are
-reported. Figures: rows x SAEs trained a second.
+features) for n SAEs that differ in their seed. It runs in a separate process, so that each library runs as its users
+run it. A round measures every contender once. Ratios are computed within a round, and medians over rounds are reported.
+Figures are rows x SAEs per second.
 """
 
 import os
@@ -27,13 +27,13 @@ from husai.runs.machine import cpu_model
 from husai.runs.progress import progress
 
 Step = Callable  # takes one training step of all SAEs on a batch `[rows, d_in]`
-DEAD_SHARE = 0.1  # of the features, in the rounds with AuxK at work
+DEAD_SHARE = 0.1  # share of dead features in the rounds with AuxK
 LONG_AGO = 10**9  # rows or steps since a dead feature fired
-FAINT = 0.05  # a dead feature's encoder weights are scaled by this: positive half of the time, never among the largest
+FAINT = 0.05  # scale of a dead feature's encoder weights, it is positive half of the time, never among the largest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Contenders: each returns a function that takes one step of n SAEs on a batch `[rows, d_in]`
+# Contenders: functions that return a function that takes one step of n SAEs on a batch `[rows, d_in]`
 
 
 def husai(n: int, d_in: int, d_sae: int, k: int, dead: int, device: str, propose: bool) -> Step:
@@ -104,11 +104,11 @@ def sae_lens(n: int, d_in: int, d_sae: int, k: int, dead: int, device: str) -> S
 
 
 def sparsify(n: int, d_in: int, d_sae: int, k: int, dead: int, device: str) -> Step:
-    """Its SparseCoder, and the steps of its Trainer (which trains inside a language model) in their order."""
+    """sparsify: its SparseCoder, with the steps of its Trainer, which itself needs a language model."""
     import torch
 
     if device == "cpu":
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its own choice where Triton finds no GPU, but not on import
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify does so itself without a GPU, but not at import
     from sparsify import SparseCoder, SparseCoderConfig
 
     coders = []
@@ -162,7 +162,7 @@ PARTS = {
 def work(name: str, sizes: tuple, args, pipe: Connection) -> None:
     """Make the contender and its batches, then take as many steps as asked and answer with the seconds they took."""
     if name not in OURS and not args.huge_pages:
-        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # HUSAI's setting of torch; before torch allocates anything
+        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # removes HUSAI's setting before torch allocates memory
     import torch
 
     torch.set_num_threads(args.threads)
@@ -186,7 +186,7 @@ def work(name: str, sizes: tuple, args, pipe: Connection) -> None:
 
 
 def shares(step: Step, data: list, device) -> dict[str, float]:
-    """The shares of our step's time that its parts take; the rest is autograd's and PyTorch's."""
+    """Shares of the parts in the time of HUSAI's step. The rest is that of autograd and PyTorch."""
     from husai.kernels.sparse import backend
 
     spent, module = dict.fromkeys(PARTS, 0.0), backend(device.type)
@@ -200,12 +200,12 @@ def shares(step: Step, data: list, device) -> dict[str, float]:
 
         setattr(module, name, watched)
     total = timed(lambda: [step(x) for x in data], device)
-    found = {PARTS[name]: seconds / total for name, seconds in spent.items()}
-    return found | {"rest": 1 - sum(found.values())}
+    shares_of_parts = {PARTS[name]: seconds / total for name, seconds in spent.items()}
+    return shares_of_parts | {"rest": 1 - sum(shares_of_parts.values())}
 
 
 def timed(work: Callable[[], object], device) -> float:
-    """Seconds."""
+    """Seconds of a call."""
     import torch
 
     if device.type == "cuda":
@@ -233,24 +233,24 @@ def batches(d_in: int, rows: int, device) -> list:
 
 
 def measure(args, n: int, d_sae: int, dead: int, advance: Callable) -> tuple[dict, dict]:
-    """(rows x SAEs a second of every contender, one value a round; of the dense product, rows a second), (the shares of
-    our own steps' parts)."""
+    """Speeds of all contenders, one value a round, and shares of the parts of HUSAI's step. Speeds are rows x SAEs per
+    second, for the dense product rows per second."""
     sizes = (n, args.d_in, d_sae, args.k, dead)
     pipes, processes = {}, []
     for name in [*args.contenders, PRODUCT]:
-        pipes[name], theirs = get_context("spawn").Pipe()
-        processes.append(get_context("spawn").Process(target=work, args=(name, sizes, args, theirs)))
+        pipes[name], child_end = get_context("spawn").Pipe()
+        processes.append(get_context("spawn").Process(target=work, args=(name, sizes, args, child_end)))
         processes[-1].start()
-        theirs.close()
+        child_end.close()
     try:
         for pipe in pipes.values():
             pipe.recv()
-        found = {name: [] for name in pipes}
+        speeds = {name: [] for name in pipes}
         for _ in range(args.rounds):
             for name, pipe in pipes.items():
-                steps = 1 if name in CONTENDERS and name not in OURS else 4  # about the same time for all
+                steps = 1 if name in CONTENDERS and name not in OURS else 4  # similar times for all contenders
                 pipe.send(steps)
-                found[name].append(steps * (1 if name == PRODUCT else n) * args.batch_size / pipe.recv())
+                speeds[name].append(steps * (1 if name == PRODUCT else n) * args.batch_size / pipe.recv())
                 advance(1)
         parts = {}
         for name, pipe in pipes.items():
@@ -262,21 +262,21 @@ def measure(args, n: int, d_sae: int, dead: int, advance: Callable) -> tuple[dic
         for process in processes:
             process.join(timeout=10)
             process.kill()
-    return found, {name: p for name, p in parts.items() if p}
+    return speeds, {name: p for name, p in parts.items() if p}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def row(label: str, found: dict, parts: dict) -> dict:
-    peers = [name for name in found if name in CONTENDERS and name not in OURS]
-    best = [max(values) for values in zip(*(found[p] for p in peers), strict=True)]
-    ratios = {o: [a / b for a, b in zip(found[o], best, strict=True)] for o in OURS if o in found}
+def row(label: str, speeds: dict, parts: dict) -> dict:
+    peers = [name for name in speeds if name in CONTENDERS and name not in OURS]
+    best = [max(values) for values in zip(*(speeds[p] for p in peers), strict=True)]
+    ratios = {o: [a / b for a, b in zip(speeds[o], best, strict=True)] for o in OURS if o in speeds}
     return {
         "label": label,
-        "rates": found,
+        "rates": speeds,
         "parts": parts,
-        "medians": {name: median(values) for name, values in found.items()},
+        "medians": {name: median(values) for name, values in speeds.items()},
         "ratios": {name: {"median": median(r), "lowest": min(r), "highest": max(r)} for name, r in ratios.items()},
     }
 
@@ -343,10 +343,10 @@ def main() -> None:
     p.add_argument("--contenders", default=",".join(["husai", "peers"]), help="husai,peers or one of them")
     args = p.parse_args()
     device = prepare(args.device, args.threads)
-    wanted = set(args.contenders.split(","))
-    if not wanted <= {"husai", "peers"}:
+    contenders = set(args.contenders.split(","))
+    if not contenders <= {"husai", "peers"}:
         raise BadInput(f"--contenders {args.contenders}: husai, peers or both expected")
-    args.contenders = [c for c in CONTENDERS if ("husai" if c in OURS else "peers") in wanted]
+    args.contenders = [c for c in CONTENDERS if ("husai" if c in OURS else "peers") in contenders]
 
     first, *wider = args.widths
     settings = [(n, first, 0) for n in args.saes] + [(args.wide_saes, w, 0) for w in wider]

@@ -1,11 +1,11 @@
-"""What waiting threads cost: one run alone, and two on the same cores, with threads that spin while they wait, as
-OpenMP has them unless it is told otherwise, and with threads that sleep (OMP_WAIT_POLICY=passive).
+"""Measure the cost of waiting threads: one run alone, and two runs on the same cores.
 
     python benchmarks/two_runs.py
     python benchmarks/two_runs.py --rounds 5
 
-Each run is a small phase 4a in a process of its own, from the stored subject and activations on. Ratios are of times
-within a round; medians over rounds are reported.
+OpenMP's threads spin while they wait, unless OMP_WAIT_POLICY=passive makes them sleep. Both settings are measured. Each
+run is a small phase 4a in a separate process that reads the stored subject and activations. Ratios are computed within
+a round, and medians over rounds are reported.
 """
 
 import os
@@ -35,7 +35,7 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {policy: {"alone": [], "two": []} for policy in POLICIES}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        seconds(root, args, "sleep", 1)  # makes what all of them share
+        seconds(root, args, "sleep", 1)  # makes the files that all runs share
         for _ in range(args.rounds):
             for policy in POLICIES:
                 times[policy]["alone"].append(seconds(root, args, policy, 1))
@@ -44,8 +44,11 @@ def main() -> None:
     rows = [
         {
             "policy": policy,
-            "seconds": {n: median(of) for n, of in t.items()},
-            "ratio": {n: median(a / b for a, b in zip(first[n], of, strict=True)) for n, of in t.items()},
+            "seconds": {n: median(times_of_rounds) for n, times_of_rounds in t.items()},
+            "ratio": {
+                n: median(a / b for a, b in zip(first[n], times_of_rounds, strict=True))
+                for n, times_of_rounds in t.items()
+            },
             "times": t,
         }
         for policy, t in times.items()
@@ -57,9 +60,9 @@ def main() -> None:
 
 
 def seconds(root: Path, args, policy: str, runs: int) -> float:
-    """From the start of so many runs at once to the end of the last one."""
-    ours = set().union(*POLICIES.values())
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | POLICIES[policy]
+    """Seconds from the common start of `runs` runs to the end of the last one."""
+    policy_variables = set().union(*POLICIES.values())
+    environment = {name: value for name, value in os.environ.items() if name not in policy_variables} | POLICIES[policy]
     command = [sys.executable, str(SCRIPT), *SIZES, "--force", "--artifact-root", str(root)]
     command += ["--device", args.device, "--threads", str(args.threads)]
     null, began = subprocess.DEVNULL, time.perf_counter()
