@@ -1,1 +1,1 @@
-"""Harvesting at a hook point, and a sharded, memory-mapped, content-addressed store."""
+"""Harvests of activations at a hook, and the store: shards, memory-mapped, named by their content."""

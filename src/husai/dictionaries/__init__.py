@@ -1,1 +1,1 @@
-"""SAE families, one file each, and their checkpoints."""
+"""SAE architectures, one file each, and their checkpoints."""

@@ -1,1 +1,1 @@
-"""Groups of SAEs on external benchmarks and under stress tests, beside matched baselines."""
+"""External benchmarks and stress tests of groups of SAEs, with matched baselines."""

@@ -1,1 +1,1 @@
-"""Results: their types, estimates and rules. Nothing here imports torch."""
+"""Types of results, estimates, and rules. No module of this package imports torch."""

@@ -1,1 +1,1 @@
-"""Sparse products, which take most of a training step: kept entries on numba, Triton or plain PyTorch."""
+"""Sparse products of the kept entries, by numba, Triton or plain PyTorch. They take most of a training step."""

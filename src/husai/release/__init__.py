@@ -1,1 +1,1 @@
-"""The verdict on a claim, and the evidence behind it."""
+"""Release gate: decisions about claims, and audits of their evidence."""

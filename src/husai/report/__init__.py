@@ -1,1 +1,1 @@
-"""Figures."""
+"""Report page, feature page, summaries and plots."""

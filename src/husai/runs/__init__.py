@@ -1,1 +1,1 @@
-"""Run folders, cells, atomic writes, exit codes: what every script shares."""
+"""Code that all scripts share: run folders, cells, atomic writes, exit codes."""

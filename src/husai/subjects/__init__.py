@@ -1,1 +1,1 @@
-"""The models studied."""
+"""Subjects: the models whose activations SAEs reconstruct."""
