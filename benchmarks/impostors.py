@@ -74,8 +74,6 @@ DEGREES = {"few recovered": 10_000, "some recovered": 30_000, "most recovered": 
 """Training tokens of an SAE of planted features."""
 LONGEST = {"hierarchical": {"longest training": 500_000}}
 """Further degrees of a structure that SAEs recover late, because features fire only with their parent."""
-LONGEST_STUDIES = 24
-"""Largest number of studies of these degrees, even and odd together. Each takes minutes."""
 TRAININGS = {
     f"{structure}, {degree}": (structure, tokens)
     for structure in STRUCTURES
@@ -513,10 +511,7 @@ def one(task: Task) -> Figures:
 
 def tasks(studies: int, trained_studies: int, planted_studies: int, part: str, kinds: Collection[str]) -> list[Task]:
     numbers = [range(int(part == "odd"), n, 2) for n in (studies, trained_studies, planted_studies)]
-    late = {f"{structure}, {degree}" for structure, degrees in LONGEST.items() for degree in degrees}
-    all_tasks = [
-        (PLANTED, kind, i) for kind in TRAININGS for i in numbers[2] if kind not in late or i < LONGEST_STUDIES
-    ]
+    all_tasks = [(PLANTED, kind, i) for kind in TRAININGS for i in numbers[2]]
     for place, named in NAMED.items():
         cheap = CHEAP | (OF_TOKENS if named else {})
         all_tasks += [(place, kind, i) for kind in cheap for i in numbers[0]]
