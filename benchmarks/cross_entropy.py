@@ -23,7 +23,7 @@ from husai.runs.machine import cpu_model
 def main() -> None:
     p = Parser(__doc__)
     p.add_machine()
-    p.add_argument("--saes", type=int_list, default="1,8", help="how many SAEs at once (default: %(default)s)")
+    p.add_argument("--saes", type=int_list, default="1,8", help="numbers of SAEs (default: %(default)s)")
     p.add_argument(
         "--hook-names",
         type=name_list,

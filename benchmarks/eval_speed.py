@@ -30,7 +30,7 @@ D_SAE, K = 1024, 16
 def main() -> None:
     p = Parser(__doc__)
     p.add_machine()
-    p.add_argument("--saes", type=int_list, default="1,8", help="how many SAEs at once (default: %(default)s)")
+    p.add_argument("--saes", type=int_list, default="1,8", help="numbers of SAEs (default: %(default)s)")
     p.add_argument("--pairs", type=positive_int, default=40, help="story pairs (default: %(default)s)")
     p.add_argument("--rounds", type=positive_int, default=3, help="default: %(default)s")
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")

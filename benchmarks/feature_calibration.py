@@ -515,9 +515,13 @@ def main() -> None:
     p.add_argument("--smoke", action="store_true", help="tiny sizes, no verdict")
     p.add_argument("--only", choices=["calibration", "speed"], default="calibration", help="default: %(default)s")
     p.add_argument("--workers", type=positive_int, default=1, help="processes (default: %(default)s)")
-    p.add_argument("--tokens", type=positive_int, default=400_000, help="of --only speed (default: %(default)s)")
-    p.add_argument("--rotations", type=positive_int, default=20, help="of --only speed (default: %(default)s)")
-    p.add_argument("--threads", type=positive_int, default=2, help="of --only speed (default: %(default)s)")
+    p.add_argument(
+        "--tokens", type=positive_int, default=400_000, help="training tokens with --only speed (default: %(default)s)"
+    )
+    p.add_argument(
+        "--rotations", type=positive_int, default=20, help="rotations with --only speed (default: %(default)s)"
+    )
+    p.add_argument("--threads", type=positive_int, default=2, help="threads with --only speed (default: %(default)s)")
     p.add_argument("--artifact-root", type=Path, default=Path("results"), help="stores (default: %(default)s)")
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
     args = p.parse_args()

@@ -683,9 +683,15 @@ def figure(rates_by_kind: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--part", choices=["even", "odd"], default="odd", help="default: %(default)s")
-    p.add_argument("--studies", type=positive_int, default=70, help="of a cheap kind in a place (default: %(default)s)")
-    p.add_argument("--trained-studies", type=positive_int, default=20, help="of each other (default: %(default)s)")
-    p.add_argument("--planted-studies", type=positive_int, default=60, help="of each structure (default: %(default)s)")
+    p.add_argument(
+        "--studies", type=positive_int, default=70, help="studies of a cheap kind in a place (default: %(default)s)"
+    )
+    p.add_argument(
+        "--trained-studies", type=positive_int, default=20, help="studies of each other kind (default: %(default)s)"
+    )
+    p.add_argument(
+        "--planted-studies", type=positive_int, default=60, help="studies of each structure (default: %(default)s)"
+    )
     p.add_argument(
         "--kinds",
         nargs="+",

@@ -60,7 +60,7 @@ def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--sizes", type=int_list, default="4096,8192,16384", help="features (default: %(default)s)")
     p.add_argument("--d-in", type=positive_int, default=512, help="default: %(default)s")
-    p.add_argument("--repeats", type=positive_int, default=2, help="of ours (default: %(default)s)")
+    p.add_argument("--repeats", type=positive_int, default=2, help="repeats of HUSAI's matching (default: %(default)s)")
     p.add_argument("--dense-up-to", type=positive_int, default=16384, help="larger ones are not run dense")
     p.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
     args = p.parse_args()

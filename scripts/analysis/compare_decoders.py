@@ -22,7 +22,9 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--covariance", type=Path, help="activation store, .npy, or .safetensors with covariance, mean, rows"
     )
-    p.add_argument("--rows-are-features", choices=["yes", "no"], help="of bare matrices, whose shape does not say it")
+    p.add_argument(
+        "--rows-are-features", choices=["yes", "no"], help="orientation of bare matrices, if their shape leaves it open"
+    )
     return p.parse_args()
 
 

@@ -29,7 +29,7 @@ def parse():
     )
     p.add_argument("--data-sets", type=name_list, help="default: the binary sets of the probe side")
     p.add_argument("--no-control", action="store_true", help="do not probe the random-weights model")
-    p.add_argument("--random-seed", type=int, default=0, help="of the random-weights model (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=0, help="seed of the random-weights model (default: %(default)s)")
     return p.parse_args()
 
 

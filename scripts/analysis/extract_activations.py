@@ -34,8 +34,8 @@ def parse():
         help="default: blocks.0.hook_resid_post of modular addition, blocks.1.hook_resid_pre of a language model",
     )
     p.add_argument("--random-model", action="store_true", help="redraw all weights, mean and variance kept")
-    p.add_argument("--random-seed", type=int, default=0, help="of --random-model (default: %(default)s)")
-    p.add_argument("--row-seed", type=int, default=0, help="of the order of the rows (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=0, help="seed of --random-model (default: %(default)s)")
+    p.add_argument("--row-seed", type=int, default=0, help="seed of the order of the rows (default: %(default)s)")
     p.add_argument("--position", type=int, help='modular addition: token position (default: that of "=")')
     p.add_argument(
         "--layout",
@@ -48,12 +48,12 @@ def parse():
         type=name_list,
         help="names, or train, probe, ood (default: what husai-tiny learned from, or the probe sets)",
     )
-    p.add_argument("--rows", type=positive_int, default=1_000_000, help="of a store (default: %(default)s)")
+    p.add_argument("--rows", type=positive_int, default=1_000_000, help="rows of a store (default: %(default)s)")
     p.add_argument(
         "--heldout-fraction", type=fraction, default=0.2, help="by document; last in the store (default: %(default)s)"
     )
     p.add_argument(
-        "--store-dtype", choices=["float32", "bfloat16"], help="of the rows of a store (default: that of --dtype)"
+        "--store-dtype", choices=["float32", "bfloat16"], help="type of the rows of a store (default: that of --dtype)"
     )
     p.add_argument("--probe-cache-dir", type=Path, help="default: ARTIFACT_ROOT/probe_activations")
     p.add_text()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main() -> None:
     p = Parser(__doc__)
-    p.add_argument("--root", type=Path, default=ROOT, help="what paths are relative to (default: this repository)")
+    p.add_argument("--root", type=Path, default=ROOT, help="folder of relative paths (default: this repository)")
     p.add_argument("--claims", type=Path, help="default: docs/claims.yaml below the root")
     p.add_argument("--write-digests", action="store_true", help="bring the sha256 of the artefacts up to date first")
     args = p.parse_args()

@@ -22,7 +22,9 @@ def parse():
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--k-candidates", type=int_list, default="4,8,12,16,24,32,48,64", help="default: %(default)s")
     p.add_argument("--control-k", type=positive_int, default=32, help="default: %(default)s")
-    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="of the selection (default: %(default)s)")
+    p.add_argument(
+        "--seeds", type=seed_list, default=DEFAULT_SEEDS, help="seeds of the selection (default: %(default)s)"
+    )
     p.add_argument(
         "--confirmation-seeds",
         type=seed_list,

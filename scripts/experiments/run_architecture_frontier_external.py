@@ -26,12 +26,15 @@ def parse():
     p.add_executor()
     p.add_argument("--hook-name", default="blocks.1.hook_resid_pre", help="default: %(default)s")
     p.add_argument(
-        "--architectures", type=name_list, default="topk,relu,batchtopk,jumprelu", help=f"of {', '.join(FAMILIES)}"
+        "--architectures",
+        type=name_list,
+        default="topk,relu,batchtopk,jumprelu",
+        help=f"one or several of {', '.join(FAMILIES)}",
     )
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--d-sae", type=positive_int, default=512, help="features (default: %(default)s)")
     p.add_argument("--ks", type=int_list, default="16", help="L0 that each SAE is steered to (default: %(default)s)")
-    p.add_argument("--tokens", type=positive_int, default=600_000, help="each SAE sees (default: %(default)s)")
+    p.add_argument("--tokens", type=positive_int, default=600_000, help="rows each SAE sees (default: %(default)s)")
     args = p.parse_args()
     if unknown := [f for f in args.architectures if f not in FAMILIES]:
         p.error(f"--architectures {unknown[0]}: one of {', '.join(FAMILIES)} expected")

@@ -35,11 +35,15 @@ def parse():
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--lambdas", type=float_list, default="0,0.01,0.05,0.1,0.2", help="default: %(default)s")
     p.add_argument("--assign-every", type=positive_int, default=50, help="steps (default: %(default)s)")
-    p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="of the selection (default: %(default)s)")
+    p.add_argument(
+        "--seeds", type=seed_list, default=DEFAULT_SEEDS, help="seeds of the selection (default: %(default)s)"
+    )
     for name, (default, text) in SEEDS.items():
         flag = f"--{name.replace('_', '-')}"
         p.add_argument(flag, type=seed_list, default=default, help=f"{text} (default: %(default)s)")
-    p.add_argument("--shared-references", type=positive_int, default=3, help="of the shared arm (default: %(default)s)")
+    p.add_argument(
+        "--shared-references", type=positive_int, default=3, help="references of the shared arm (default: %(default)s)"
+    )
     p.add_argument(
         "--reference", type=Path, counts=by_checkpoint, help="a checkpoint that the shared arm takes in their place"
     )

@@ -38,8 +38,13 @@ def parse():
     )
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
     p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)
-    p.add_argument("--weight-decay", type=nonnegative_float, default=0.01, help="of that method (default: %(default)s)")
-    p.add_argument("--no-methods", action="store_true", help="the two axes alone")
+    p.add_argument(
+        "--weight-decay",
+        type=nonnegative_float,
+        default=0.01,
+        help="value of the method that adds weight decay (default: %(default)s)",
+    )
+    p.add_argument("--no-methods", action="store_true", help="run the two axes alone")
     args = p.parse_phase()
     for k, d_sae in [*((k, args.d_sae) for k in args.ks), *((args.k, d) for d in args.d_saes)]:
         if k > d_sae:

@@ -24,9 +24,11 @@ def parse():
     p.add_common("results/experiments/cebench_custom")
     p.add_benchmark()
     p.add_cebench()
-    p.add_argument("--dataset-names", type=name_list, default=PAIR_SETS, help="of local pairs (default: %(default)s)")
+    p.add_argument(
+        "--dataset-names", type=name_list, default=PAIR_SETS, help="data sets of local pairs (default: %(default)s)"
+    )
     p.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
-    p.add_argument("--random-seed", type=int, default=42, help="which pairs (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=42, help="seed of the drawn pairs (default: %(default)s)")
     p.add_argument(
         "--noise-seeds",
         type=seed_list,

@@ -25,9 +25,9 @@ def parse():
     p.add_benchmark()
     p.add_argument("--dataset-names", type=name_list, default="probe", help="names or sides (default: %(default)s)")
     p.add_argument("--ks", type=probe_ks, default="1,2,5,16", help="features a probe may use (default: %(default)s)")
-    p.add_argument("--reg-type", choices=["l1", "l2"], default="l1", help="of probes (default: %(default)s)")
+    p.add_argument("--reg-type", choices=["l1", "l2"], default="l1", help="penalty of probes (default: %(default)s)")
     p.add_argument("--binarize", action="store_true", help="probes see only whether a feature is active")
-    p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=42, help="seed of splits and probes (default: %(default)s)")
     p.add_argument(
         "--noise-seeds",
         type=seed_list,

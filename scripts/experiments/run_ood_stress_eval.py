@@ -35,7 +35,7 @@ def parse():
     p.add_probing()
     p.add_probe_ks()
     p.add_argument("--skip-families", action="store_true", help="leave the held-out family out")
-    p.add_argument("--random-seed", type=int, default=42, help="of splits and probes (default: %(default)s)")
+    p.add_argument("--random-seed", type=int, default=42, help="seed of splits and probes (default: %(default)s)")
     return p.parse_benchmark()
 
 

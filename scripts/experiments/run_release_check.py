@@ -67,7 +67,7 @@ def parse():
     p.add_argument(
         "--phase4a-results",
         type=Path,
-        help="of phase 4a, with the positive control (default: those below --artifact-root, else it is run)",
+        help="results of phase 4a, with the positive control (default: those below --artifact-root, else it is run)",
     )
     p.add_argument(
         "--contexts", type=positive_int, default=200, help="features to read in their contexts (default: %(default)s)"

@@ -52,7 +52,7 @@ def parse():
         "--study-results",
         type=Path,
         action="append",
-        help=f"what was selected from, repeatable; the selection is made again (default: {studies[0]}, {studies[1]})",
+        help=f"studies of the selection, repeatable, to select again (default: {studies[0]}, {studies[1]})",
     )
     p.add_argument("--external-mode", choices=("joint", "saebench", "cebench"), default="joint", help="default: joint")
     p.add_argument(
@@ -62,19 +62,19 @@ def parse():
         "--min-cebench-delta",
         type=finite_float,
         default=levels.MIN_CEBENCH_DELTA,
-        help="of the bound (default: %(default)s)",
+        help="minimum, as a share of the bound (default: %(default)s)",
     )
     p.add_argument(
         "--min-stability-excess",
         type=finite_float,
         default=levels.MIN_STABILITY_EXCESS,
-        help="over each control (default: %(default)s)",
+        help="least excess over each control (default: %(default)s)",
     )
     p.add_argument(
         "--min-transcoder-delta",
         type=finite_float,
         default=levels.MIN_STABILITY_EXCESS,
-        help="of mcc_alive over each control (default: %(default)s)",
+        help="least excess of mcc_alive over each control (default: %(default)s)",
     )
     p.add_argument(
         "--max-ood-drop", type=nonnegative_float, default=levels.MAX_OOD_DROP, help="AUC (default: %(default)s)"

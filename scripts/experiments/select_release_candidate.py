@@ -27,7 +27,12 @@ def parse():
     for name, weight in WEIGHTS.items():
         flag = f"--weight-{name.replace('_', '-')}"
         p.add_argument(flag, type=nonnegative_float, help=f"default: {weight}; published: stability has none")
-    p.add_argument("--min-seeds-per-group", type=positive_int, default=3, help="of a condition (default: %(default)s)")
+    p.add_argument(
+        "--min-seeds-per-group",
+        type=positive_int,
+        default=3,
+        help="least number of seeds of a condition (default: %(default)s)",
+    )
     p.add_argument("--uncertainty", choices=("lcb", "point"), default="lcb", help="default: %(default)s")
     p.add_argument(
         "--require-both-external", action="store_true", help="leave out what has not both benchmarks' figures"

@@ -56,17 +56,17 @@ def parse():
     p.add_argument("--activation-cache-dir", type=Path, help="a store of extract_activations.py")
     p.add_argument("--target-activation-cache-dir", type=Path, help="transcoders: the store they reconstruct")
     p.add_model_name(None, counts=by_subject, help="instead: a language model, whose activations are a stream")
-    p.add_argument("--hook-name", type=name_list, help="of the stream, one or several (A,B)")
+    p.add_argument("--hook-name", type=name_list, help="hooks of the stream, one or several (A,B)")
     p.add_text()
     p.add_argument(
         "--buffer-rows",
         type=positive_int,
         default=262_144,
-        help="of a stream, for each hook; rounded down to whole batches (default: %(default)s)",
+        help="rows of a stream's buffer, for each hook; rounded down to whole batches (default: %(default)s)",
     )
     p.add_argument("--buffer-on-disk", action="store_true", help="the buffer lies in files below --output-dir")
     p.add_argument(
-        "--heldout-rows", type=positive_int, default=100_000, help="of a stream, for figures (default: %(default)s)"
+        "--heldout-rows", type=positive_int, default=100_000, help="held-out rows of a stream (default: %(default)s)"
     )
     p.add_argument(
         "--architecture",
@@ -84,11 +84,18 @@ def parse():
         "--tokens", type=positive_int, default=1_000_000, help="rows each SAE sees (default: %(default)s)"
     )
     budget.add_argument("--epochs", type=positive_int, help="instead: passes over the training rows of a store")
-    p.add_argument("--heldout-fraction", type=fraction, default=0.2, help="of a store (default: %(default)s)")
     p.add_argument(
-        "--arithmetic", choices=["float32", "float64"], default="float32", help="of training (default: %(default)s)"
+        "--heldout-fraction", type=fraction, default=0.2, help="held-out share of a store (default: %(default)s)"
     )
-    p.add_argument("--weight-decay", type=nonnegative_float, default=0.0, help="of encoders (default: %(default)s)")
+    p.add_argument(
+        "--arithmetic",
+        choices=["float32", "float64"],
+        default="float32",
+        help="arithmetic of training (default: %(default)s)",
+    )
+    p.add_argument(
+        "--weight-decay", type=nonnegative_float, default=0.0, help="weight decay of encoders (default: %(default)s)"
+    )
     p.add_argument("--untied-init", action="store_true", help="encoders do not start as their decoder's transpose")
     p.add_argument("--freeze-decoder", action="store_true", help="a control: decoders stay as initialised")
     p.add_argument("--init-seed", type=int, help="a control: one initialisation for all; --seeds order the data alone")

@@ -16,13 +16,19 @@ def parse():
     p.add_shared()
     p.add_argument("--modulus", type=positive_int, default=113, help="an odd number (default: %(default)s)")
     p.add_argument("--epochs", type=positive_int, default=100, help="at most (default: %(default)s)")
-    p.add_argument("--learning-rate", type=positive_float, default=3e-3, help="of AdamW (default: %(default)s)")
-    p.add_argument("--weight-decay", type=nonnegative_float, default=1.0, help="of AdamW (default: %(default)s)")
+    p.add_argument(
+        "--learning-rate", type=positive_float, default=3e-3, help="learning rate of AdamW (default: %(default)s)"
+    )
+    p.add_argument(
+        "--weight-decay", type=nonnegative_float, default=1.0, help="weight decay of AdamW (default: %(default)s)"
+    )
     p.add_argument("--batch-size", type=positive_int, default=1024, help="pairs a step (default: %(default)s)")
     p.add_argument(
         "--train-fraction", type=fraction, default=0.8, help="share of pairs trained on (default: %(default)s)"
     )
-    p.add_argument("--seed", type=int, default=42, help="of split, initialisation and batches (default: %(default)s)")
+    p.add_argument(
+        "--seed", type=int, default=42, help="seed of split, initialisation and batches (default: %(default)s)"
+    )
     args = p.parse_args()
     if args.modulus % 2 == 0 or args.modulus < 11:
         p.error(f"--modulus {args.modulus}: an odd number of at least 11 expected")

@@ -1,4 +1,4 @@
-"""Flags that several scripts share and that know the domain. Imports nothing heavy, so that `--help` is instant."""
+"""Domain-specific flags that several scripts share. It imports no heavy library, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from husai.subjects.sources import TextSource, with_flags
 
 
 def probe_ks(text: str) -> list[int]:
-    """Numbers of features of a probe, with the one that is judged."""
+    """Parse numbers of features of a probe, which must include K."""
     ks = int_list(text)
     if K not in ks:
         raise argparse.ArgumentTypeError(f"{text!r} lacks {K}, which is judged")
@@ -30,7 +30,7 @@ def probe_ks(text: str) -> list[int]:
 
 
 def multiple(text: str) -> float:
-    """A multiple of the median norm."""
+    """Parse a multiple of the median norm, which must exceed 1."""
     value = positive_float(text)
     if value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 1; half of all rows have more than the median norm")
@@ -38,10 +38,10 @@ def multiple(text: str) -> float:
 
 
 class EvalParser(cli.Parser):
-    """The flags of subjects, SAEs, benchmarks and studies."""
+    """Parser with the flags of subjects, SAEs, benchmarks and studies."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "what is judged": (
+        "judged SAEs and evidence": (
             *("decoders", "checkpoint", "candidate", "untrained", "reference", "random_model_checkpoint", "sae_root"),
             *("untrained_root", "covariance", "rows_are_features", "siblings", "relatives"),
             "features",
@@ -77,28 +77,28 @@ class EvalParser(cli.Parser):
     }
 
     def add_model_name(self, default: str | None = "husai-tiny", **more) -> None:
-        """--model-name, which --subject stands for as well."""
-        about = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
-        settings: dict[str, Any] = {"help": about, "counts": by_subject} | more
+        """Add --model-name (also --subject), --revision and --dtype."""
+        description = "language model: husai-tiny, a Hugging Face folder, a hub name (default: %(default)s)"
+        settings: dict[str, Any] = {"help": description, "counts": by_subject} | more
         self.add_argument("--model-name", "--subject", dest="subject", default=default, **settings)
         self.add_argument("--revision", counts=not_at_all, help="branch, tag or commit of a hub name, as step3000")
         self.add_argument(
             "--dtype",
             choices=DTYPES,
             counts=not_at_all,
-            help="of the model's weights and arithmetic (default: what the files of the SAEs say, else float32)",
+            help="type of the model's weights and arithmetic (default: that in the files of the SAEs, else float32)",
         )
 
     def add_same_model(self) -> None:
-        """--same-model."""
+        """Add --same-model."""
         self.add_argument(
             "--same-model",
             action="store_true",
-            help="the SAEs were made for this model, whatever their files call it; the decision says so",
+            help="the SAEs were trained on this model, even if their files name another; the decision states it",
         )
 
     def add_text(self) -> None:
-        """--text, --text-column, --text-split, --max-norm-multiple: wherever activations are made.
+        """Add the flags of scripts that make activations: --text, --text-column, --text-split, --max-norm-multiple.
 
         `args.text` is a `subjects.sources.TextSource`.
         """
@@ -115,21 +115,24 @@ class EvalParser(cli.Parser):
             "--text-column",
             default=TextSource.column,
             counts=not_at_all,
-            help="of texts, or of ids of the model's own tokenizer (default: %(default)s)",
+            help="column of texts, or of ids of the model's own tokenizer (default: %(default)s)",
         )
         self.add_argument(
-            "--text-split", default=TextSource.split, counts=not_at_all, help="of a data set (default: %(default)s)"
+            "--text-split",
+            default=TextSource.split,
+            counts=not_at_all,
+            help="split of a data set (default: %(default)s)",
         )
         self.add_argument(
             "--max-norm-multiple",
             type=multiple,
             metavar="M",
-            help="leave out rows whose norm exceeds M times the median norm (default: none; training brings rows of "
-            "more than 10 times down)",
+            help="leave out rows whose norm exceeds M times the median norm (default: none; training shortens rows of "
+            "more than 10 times)",
         )
 
     def add_source(self, hook: str) -> None:
-        """The subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows, --text."""
+        """Add the subject of a phase: --model-name, --hook-name, --layer, --activation-cache-dir, --rows, --text."""
         self.add_model_name(
             None,
             type=Path,
@@ -140,7 +143,7 @@ class EvalParser(cli.Parser):
             "--hook-name",
             help=f"default: {hook}, blocks.1.hook_resid_pre of a language model, or that of --activation-cache-dir",
         )
-        self.add_argument("--rows", type=positive_int, help="to harvest of a language model (default: 1000000)")
+        self.add_argument("--rows", type=positive_int, help="rows of a language model's activations (default: 1000000)")
         self.add_argument(
             "--layer", type=int, counts=not_at_all, help="short for --hook-name blocks.LAYER.hook_resid_post"
         )
@@ -148,7 +151,7 @@ class EvalParser(cli.Parser):
         self.add_text()
 
     def add_recipe(self, d_sae: int, tokens: int, batch_size: int, learning_rate: float = 3e-3) -> None:
-        """How SAEs are trained and scored: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
+        """Add the recipe of SAEs and scores: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
         self.add_argument("--d-sae", type=positive_int, default=d_sae, help="features (default: %(default)s)")
         self.add_argument(
             "--tokens", type=positive_int, default=tokens, help="rows each SAE sees (default: %(default)s)"
@@ -158,21 +161,21 @@ class EvalParser(cli.Parser):
         self.add_null_draws()
 
     def add_null_draws(self) -> None:
-        """--null-draws."""
+        """Add --null-draws."""
         self.add_argument(
             "--null-draws",
             type=positive_int,
             default=SPECTRAL_DRAWS,
-            help="of the spectral null, a pair (default: %(default)s)",
+            help="draws of the spectral null for each pair (default: %(default)s)",
         )
 
     def add_cebench(self) -> None:
-        """Places of CE-Bench's own code and stories: --cebench-repo, --stories."""
+        """Add the paths of CE-Bench's own code and stories: --cebench-repo, --stories."""
         self.add_argument(
             "--cebench-repo",
             type=Path,
             counts=by_checkout,
-            help="your checkout of CE-Bench: its own code runs as well",
+            help="your checkout of CE-Bench, whose own code then runs as well",
         )
         self.add_argument(
             "--stories",
@@ -181,16 +184,16 @@ class EvalParser(cli.Parser):
         )
 
     def add_baseline_map(self) -> None:
-        """--cebench-matched-baseline-map."""
+        """Add --cebench-matched-baseline-map."""
         self.add_argument(
             "--cebench-matched-baseline-map",
             type=Path,
             counts=by_baseline_map,
-            help="hook name, layer or default -> summary, or null",
+            help="JSON file: hook name, layer or default -> path of a summary, or null",
         )
 
     def add_core_texts(self) -> None:
-        """--core-texts."""
+        """Add --core-texts."""
         self.add_argument(
             "--core-texts",
             type=positive_int,
@@ -199,34 +202,34 @@ class EvalParser(cli.Parser):
         )
 
     def add_probing(self, default: str = "sae_probes") -> None:
-        """--probing."""
+        """Add --probing."""
         self.add_argument(
             "--probing",
             choices=("sae_probes", "sae_probes_exact"),
             default=default,
-            help="sae-probes' own code, or the same probes solved to their optimum, many times faster; figures of the "
-            "two are never compared (default: %(default)s)",
+            help="sae-probes' own code, or the same probes solved to their optimum, which is many times faster; "
+            "figures of the two are never compared (default: %(default)s)",
         )
 
     def add_probe_ks(self) -> None:
-        """--probe-ks."""
+        """Add --probe-ks."""
         self.add_argument(
             "--probe-ks",
             type=probe_ks,
             default="1,5,16",
-            help=f"features of a probe; {K} is judged (default: %(default)s)",
+            help=f"numbers of features of a probe; {K} is judged (default: %(default)s)",
         )
 
     def add_train_rows(self) -> None:
-        """--train-rows."""
+        """Add --train-rows."""
         self.add_argument(
             "--train-rows",
             type=positive_int,
-            help="of the activations that the SAEs were trained on (default: those below --artifact-root)",
+            help="rows of the SAEs' training activations (default: those of stores below --artifact-root)",
         )
 
     def add_checkpoints(self, required: bool) -> None:
-        """SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows, --text."""
+        """Add SAEs of a language model: --checkpoint, --model-name, --hook-name, --hook-layer, --rows, --text."""
         self.add_argument(
             "--checkpoint",
             "--checkpoints",
@@ -235,26 +238,27 @@ class EvalParser(cli.Parser):
             nargs="+",
             required=required,
             default=[],
-            help="SAEs to evaluate: checkpoints, folders that hold some, sae-lens:RELEASE/SAE_ID, or "
-            "hf:REPO[@REVISION]/PATH; those that differ in their seed are one condition",
+            help="SAEs to evaluate: checkpoints, folders of checkpoints, sae-lens:RELEASE/SAE_ID, or "
+            "hf:REPO[@REVISION]/PATH; SAEs that differ in their seed alone are one condition",
         )
         self.add_model_name()
         self.add_same_model()
         self.add_argument(
-            "--hook-name", help="hook, or module whose output is meant (default: blocks.HOOK_LAYER.hook_resid_pre)"
+            "--hook-name", help="hook, or module for its output (default: blocks.HOOK_LAYER.hook_resid_pre)"
         )
-        self.add_argument("--hook-layer", type=int, help="default: that of --hook-name, else 1")
+        self.add_argument(
+            "--hook-layer", type=int, help="block of the default hook (default: that of --hook-name, else 1)"
+        )
         self.add_argument(
             "--rows",
             type=positive_int,
             default=100_000,
-            help="of held-out activations, for L0, explained variance and PCA (default: %(default)s)",
+            help="held-out rows for L0, explained variance and PCA (default: %(default)s)",
         )
         self.add_text()
 
     def add_benchmark(self, needs_checkpoint: bool = True) -> None:
-        """The SAEs of an external benchmark: the flags of `add_checkpoints`, --reference,
-        --random-model-checkpoint."""
+        """Add SAEs of an external benchmark: the flags of `add_checkpoints`, --reference, --random-model-checkpoint."""
         self.add_checkpoints(needs_checkpoint)
         self.add_argument(
             "--reference",
@@ -262,7 +266,7 @@ class EvalParser(cli.Parser):
             counts=by_named_checkpoint,
             nargs="+",
             default=[],
-            help="further SAEs, as references that a delta may be taken against (the --checkpoint ones serve as well)",
+            help="further SAEs that may serve as matched references (those of --checkpoint may serve as well)",
         )
         self.add_argument(
             "--random-model-checkpoint",
@@ -270,11 +274,11 @@ class EvalParser(cli.Parser):
             counts=by_named_checkpoint,
             nargs="+",
             default=[],
-            help="SAEs trained alike on the random-weights model",
+            help="SAEs of the random-weights model with the same recipe",
         )
 
     def add_candidate(self) -> None:
-        """The SAEs of a stress test: --candidate, or the flags of `add_checkpoints`."""
+        """Add the SAEs of a stress test: --candidate, or the flags of `add_checkpoints`."""
         self.add_argument(
             "--candidate",
             type=Path,
@@ -284,7 +288,7 @@ class EvalParser(cli.Parser):
         self.add_checkpoints(required=False)
 
     def add_supplied(self, required: bool = True) -> None:
-        """SAEs that a user supplies to be judged: the flags of `add_benchmark`, and what their evidence needs."""
+        """Add user-supplied SAEs: the flags of `add_benchmark`, and those of their evidence."""
         self.add_benchmark(required)
         self.add_untrained()
         self.add_dataset_names()
@@ -294,39 +298,39 @@ class EvalParser(cli.Parser):
         self.add_null_draws()
 
     def add_untrained(self) -> None:
-        """--untrained."""
+        """Add --untrained."""
         self.add_argument(
             "--untrained",
             type=Path,
             counts=by_named_checkpoint,
             nargs="+",
             default=[],
-            help="the same SAEs before training, in the order of --checkpoint, where these do not keep them themselves",
+            help="the same SAEs before training, in the order of --checkpoint, unless their folders contain them",
         )
 
     def add_dataset_names(self) -> None:
-        """--dataset-names."""
+        """Add --dataset-names."""
         self.add_argument(
             "--dataset-names",
             type=name_list,
             default=DATA_SETS,
-            help="of sae-probes: names or sides; fewer than the default give no verdict",
+            help="data sets of sae-probes, by names or sides; fewer than the default give no verdict",
         )
 
     def add_max_rows(self) -> None:
-        """--max-rows."""
+        """Add --max-rows."""
         self.add_argument("--max-rows", type=positive_int, default=200, help="story pairs (default: %(default)s)")
 
     def add_study(self) -> None:
-        """A study of whole sets of SAEs: subject, sizes, benchmarks, executor."""
+        """Add the flags of a study of whole banks of SAEs: subject, sizes, benchmarks."""
         self.add_model_name()
         self.add_text()
-        self.add_argument("--rows", type=positive_int, default=300_000, help="of a bank (default: %(default)s)")
+        self.add_argument("--rows", type=positive_int, default=300_000, help="rows of a bank (default: %(default)s)")
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
         self.add_null_draws()
         self.add_argument(
-            "--heldout-rows", type=positive_int, default=50_000, help="for L0 and explained variance (%(default)s)"
+            "--heldout-rows", type=positive_int, default=50_000, help="rows for held-out figures (default: %(default)s)"
         )
         self.add_argument("--run-saebench", action="store_true", help="sae-probes, against matched references")
         self.add_dataset_names()
@@ -338,17 +342,17 @@ class EvalParser(cli.Parser):
         self.add_max_rows()
         self.add_baseline_map()
         self.add_argument(
-            "--require-matched", action="store_true", help="exit 2 where a condition has no matched reference"
+            "--require-matched", action="store_true", help="exit 2 if a condition has no matched reference"
         )
 
     def add_feature_reliability(self) -> None:
-        """The SAE whose features are judged, and its siblings: the flags of `add_candidate` and of a training."""
+        """Add the SAE whose features are judged, and its siblings: the flags of `add_candidate` and of a training."""
         self.add_candidate()
-        self.add_argument("--siblings", type=int, help="to train (default: 14 for one checkpoint, none for several)")
+        self.add_argument("--siblings", type=int, help="number to train (default: 14 for one checkpoint, else 0)")
         self.add_argument(
             "--tokens",
             type=positive_int,
-            help="tokens that each sibling is trained on (default: as many as the SAE was)",
+            help="training tokens of each sibling (default: as many as those of the SAE)",
         )
         self.add_argument(
             "--train-rows", type=positive_int, help="different activations among these tokens (default: up to 1000000)"
@@ -356,7 +360,7 @@ class EvalParser(cli.Parser):
         self.add_argument(
             "--buffer-rows",
             type=positive_int,
-            help="train siblings while the model gives activations, each token once, through a buffer of so many rows",
+            help="train siblings on a stream of activations, through a buffer of so many rows, each row once",
         )
         self.add_argument(
             "--relatives",
@@ -364,27 +368,27 @@ class EvalParser(cli.Parser):
             nargs="*",
             counts=by_named_checkpoint,
             metavar="SAE",
-            help="other SAEs of the hook in place of siblings; without a name: those of SAELens' catalogue",
+            help="other SAEs of the hook instead of siblings; without a name: those of SAELens' catalogue",
         )
         self.add_argument(
-            "--features", type=index_list, help="whose contexts are collected, as 12,34 (default: a sample)"
+            "--features", type=index_list, help="features whose contexts are shown, as 12,34 (default: a sample)"
         )
         self.add_argument(
             "--contexts", type=positive_int, default=200, help="size of that sample (default: %(default)s)"
         )
-        bars = {
+        thresholds = {
             "--recurs-cosine": (levels.RECURS_COSINE, "least decoder cosine with a partner"),
             "--recurs-correlation": (levels.RECURS_CORRELATION, "least held-out correlation with a partner"),
             "--certify-at": (levels.CERTIFIED_AT, "share π of trainings that a certified feature recurs in"),
         }
-        for flag, (bar, meaning) in bars.items():
-            self.add_argument(flag, type=fraction, default=bar, help=f"{meaning} (default: %(default)s)")
+        for flag, (threshold, meaning) in thresholds.items():
+            self.add_argument(flag, type=fraction, default=threshold, help=f"{meaning} (default: %(default)s)")
         self.add_argument(
-            "--rotations", type=positive_int, help="of all siblings alike (default: by the number of features)"
+            "--rotations", type=positive_int, help="random rotations of the null (default: by the number of features)"
         )
 
     def parse_feature_reliability(self, words: list[str] | None = None) -> argparse.Namespace:
-        """The arguments; exit 2 where a number of siblings is negative, or flags of a training go unheard."""
+        """Arguments; exit 2 if the number of siblings is negative, or flags of a training would have no effect."""
         args = self.with_hook(self.parse_args(words))
         if args.siblings is not None and args.siblings < 0:
             self.error(f"--siblings {args.siblings}: 0 or more expected")
@@ -394,51 +398,51 @@ class EvalParser(cli.Parser):
         return args
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
-        """The arguments; --text with its column and split, --model-name with its revision and dtype, are one each.
-        --hook-name is TransformerLens' name of a place that a module's name gives.
+        """Arguments with `text` and `subject` as one object each, and `hook_name` in TransformerLens' spelling.
 
-        Exits 2 where a text, or a revision of a folder, cannot be.
+        `text` joins --text, --text-column and --text-split. `subject` joins --model-name, --revision and --dtype. Exits
+        2 for an invalid text, or a revision of a folder.
         """
-        found = super().parse_args(args, namespace)
+        arguments = super().parse_args(args, namespace)
         try:
-            if hasattr(found, "text"):
-                found.text = with_flags(found.text, found.text_column, found.text_split)
-            if hasattr(found, "revision"):
-                found.subject = with_version(found.subject, found.revision, found.dtype)
-            if hook := getattr(found, "hook_name", None):
-                found.hook_name = [*map(hook_name_of, hook)] if isinstance(hook, list) else hook_name_of(hook)
+            if hasattr(arguments, "text"):
+                arguments.text = with_flags(arguments.text, arguments.text_column, arguments.text_split)
+            if hasattr(arguments, "revision"):
+                arguments.subject = with_version(arguments.subject, arguments.revision, arguments.dtype)
+            if hook := getattr(arguments, "hook_name", None):
+                arguments.hook_name = [*map(hook_name_of, hook)] if isinstance(hook, list) else hook_name_of(hook)
         except BadInput as error:
             self.error(str(error))
-        return found
+        return arguments
 
     def given(self, names: Iterable[str]) -> dict[str, str]:
-        """Argument -> its flag, of those that the command line names."""
+        """Argument -> its flag, for the arguments that are on the command line."""
         words = {word.partition("=")[0] for word in sys.argv[1:]}
         flags = {action.dest: words.intersection(action.option_strings) for action in self._actions}
         return {name: min(flags[name]) for name in names if flags[name]}
 
-    def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-        """Exit 2 where one of these arguments was given and would not be used."""
+    def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+        """Exit 2 if one of these arguments was given, because it would have no effect."""
         flags = {action.dest: action.option_strings[0] for action in self._actions}
         for name in names:
             if getattr(args, name) != self.get_default(name):
-                self.error(f"{flags[name]}: {why}")
+                self.error(f"{flags[name]}: {reason}")
 
     def parse_benchmark(self) -> argparse.Namespace:
-        """The arguments, with --hook-name filled in."""
+        """Arguments, with the default of --hook-name."""
         return self.with_hook(self.parse_args())
 
     def with_hook(self, args: argparse.Namespace) -> argparse.Namespace:
-        """The arguments with --hook-name filled in; exit 2 where --hook-layer names another layer."""
+        """Arguments, with the default of --hook-name; exit 2 if --hook-layer names another layer."""
         if args.hook_name is None:
             args.hook_name = f"blocks.{1 if args.hook_layer is None else args.hook_layer}.hook_resid_pre"
         elif args.hook_layer is not None and not args.hook_name.startswith(f"blocks.{args.hook_layer}."):
             self.error(f"--hook-layer {args.hook_layer} with --hook-name {args.hook_name}: one layer expected")
-        args.hook_layer = None  # said by the name
+        args.hook_layer = None  # --hook-name contains the layer
         return args
 
     def parse_phase(self) -> argparse.Namespace:
-        """The arguments, --layer as --hook-name; exit 2 where flags contradict each other or one would go unheard."""
+        """Arguments, with --layer as --hook-name; exit 2 if flags contradict each other or would have no effect."""
         args = self.parse_args()
         from husai.runs.subjects import is_language_model
 
@@ -463,7 +467,7 @@ class EvalParser(cli.Parser):
         return args
 
     def refuse_overlap(self, **seeds: list[int]) -> None:
-        """Exit 2 where two of these flags share a seed."""
+        """Exit 2 if two of these flags share a seed."""
         flags = list(seeds)
         for i, first in enumerate(flags):
             for second in flags[i + 1 :]:

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--subject", required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--model-cache-path", type=Path, help="prompts' activations (sparse_probing_sae_probes)")
-    parser.add_argument("--dataset-names", type=lambda t: t.split(","), help="of sparse_probing_sae_probes")
+    parser.add_argument("--dataset-names", type=lambda t: t.split(","), help="data sets of sparse_probing_sae_probes")
     parser.add_argument("--documents", type=Path, help="JSON list of held-out texts, of core (default: packaged ones)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=usable_cores())
