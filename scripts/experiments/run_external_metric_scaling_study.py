@@ -81,7 +81,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
     """Draw each figure against the budget, one line for each layer and width."""
     from husai.report import figures
 
-    rows = [row for found in results["banks"] for row in found["conditions"]]
+    rows = [row for scored_bank in results["banks"] for row in scored_bank["conditions"]]
     budgets = sorted({r["budget"] for r in rows})
     lines: dict[str, list[dict]] = {}
     for r in sorted(rows, key=lambda r: r["budget"]):
@@ -112,7 +112,7 @@ def summary(results: dict) -> str:
     from husai.evidence.schemas import Gain
     from husai.report.text import GAIN_HEADER, gain_cells, interval, strata_of_banks, table
 
-    rows = [row for found in results["banks"] for row in found["conditions"]]
+    rows = [row for scored_bank in results["banks"] for row in scored_bank["conditions"]]
     names = (
         "l0",
         "explained_variance",

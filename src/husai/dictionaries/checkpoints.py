@@ -163,7 +163,7 @@ def _inference(state: dict[str, Tensor], architecture: str, d_sae: int, path: Pa
     return state
 
 
-def _scale(folder: Path, config: dict, where: str) -> float:
+def _scale(folder: Path, config: dict, location: str) -> float:
     """Factor by which the training scaled activations; 1 if the weights hold it already.
 
     SAELens folds the factor into the weights at the end of training. Versions 3.15 to 5 still write
@@ -190,7 +190,7 @@ def _scale(folder: Path, config: dict, where: str) -> float:
         if (ended or one_only) and version(config) >= (3, 15):
             return 1.0
     raise BadInput(
-        f"{where}: normalize_activations is 'expected_average_only_in', and no file says by what activations were "
+        f"{location}: normalize_activations is 'expected_average_only_in', and no file says by what activations were "
         f"scaled or that the weights hold it; a checkpoint with {SCALER} or the last one of its training, "
         "final_<tokens>, expected"
     )
@@ -247,7 +247,7 @@ def unit_decoder(sae: SAE) -> SAE:
     return sae
 
 
-def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
+def modern(config: dict, location: str, folder: Path) -> tuple[dict, dict]:
     """(settings of a `cfg.json` of SAELens 3 or later, converted to version 6; `SAE.metadata`).
 
     Args:
@@ -258,27 +258,27 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
     """
     file_metadata = config.get("metadata") or {}
     if not isinstance(file_metadata, dict):
-        raise BadInput(f"{where}: metadata is no object")
+        raise BadInput(f"{location}: metadata is no object")
     config = {key: value for key, value in config.items() if key != "metadata"}
-    described = TABLE["sae_lens cfg.json"].split(config, where)
+    described = TABLE["sae_lens cfg.json"].split(config, location)
     settings = dict(described.computes)
     activation = settings.pop("activation_fn", None) or settings.pop("activation_fn_str", None)
     arguments = settings.pop("activation_fn_kwargs", None) or {}
     settings.pop("activation_fn_str", None)
     if not isinstance(arguments, dict):
-        raise BadInput(f"{where}: activation_fn_kwargs is {arguments!r}; an object expected")
+        raise BadInput(f"{location}: activation_fn_kwargs is {arguments!r}; an object expected")
     if activation == "topk" and set(arguments) == {"k"} and settings.get("architecture", "standard") in STANDARD:
         if settings.get("k") not in (None, arguments["k"]):
-            raise BadInput(f"{where}: k is {settings['k']!r} and activation_fn_kwargs {arguments!r}; one k expected")
+            raise BadInput(f"{location}: k is {settings['k']!r} and activation_fn_kwargs {arguments!r}; one k expected")
         settings |= {"architecture": "topk", "k": arguments["k"]}
     elif activation not in (None, "relu") or arguments:
-        raise BadInput(f"{where}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
+        raise BadInput(f"{location}: activation_fn {activation!r} with {arguments}; relu, or topk with k, expected")
     if settings.pop("finetuning_scaling_factor", False):
-        raise BadInput(f"{where}: finetuning_scaling_factor is set; an SAE without one expected")
+        raise BadInput(f"{location}: finetuning_scaling_factor is set; an SAE without one expected")
     if not {"reshape_activations", "sae_lens_version"} & {*config, *file_metadata} and "hook_z" in str(
         file_metadata.get("hook_name")
     ):
-        raise BadInput(f"{where}: an SAE of hook_z without reshape_activations reshapes its input; none expected")
+        raise BadInput(f"{location}: an SAE of hook_z without reshape_activations reshapes its input; none expected")
     architecture = settings.setdefault("architecture", "standard")
     scaling = settings.get("normalize_activations")
     if scaling in (None, False):
@@ -286,7 +286,7 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
     settings["normalize_activations"] = scaling = "expected_average_only_in" if scaling is True else scaling
     trained = file_metadata.get("training_architecture") or architecture
     details = file_metadata.get("training_architecture_details")
-    details, runner = details if isinstance(details, dict) else {}, _runner(folder, where)
+    details, runner = details if isinstance(details, dict) else {}, _runner(folder, location)
     settings_by_file = {
         CONFIG: settings,
         "training_architecture_details": details,
@@ -294,7 +294,7 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
     }
     if settings.get("k") is not None and isinstance(husai := file_metadata.get("husai"), dict):
         settings_by_file["metadata.husai"] = husai  # for other architectures, this k is the target L0
-    _refuse_contradiction(settings_by_file, trained, where)
+    _refuse_contradiction(settings_by_file, trained, location)
     training = details | described.training
     if training or runner:  # else the files state nothing
         training["architecture"] = trained
@@ -304,9 +304,9 @@ def modern(config: dict, where: str, folder: Path) -> tuple[dict, dict]:
         k: v for k, v in file_metadata.items() if not k.startswith("training_") and v not in (None, [], {}, ())
     }
     if "husai" in file_metadata:  # trained by HUSAI: `husai` holds the settings
-        return _computed(settings, where), dict(file_metadata)
+        return _computed(settings, location), dict(file_metadata)
     described_parts = Described({}, in_metadata), Described({}, described.activations, training)
-    return _computed(settings, where), metadata_of(*described_parts, *runner, where=where)
+    return _computed(settings, location), metadata_of(*described_parts, *runner, location=location)
 
 
 def _refuse_contradiction(settings_by_file: dict[str, dict], trained: str, place: str) -> None:
@@ -325,7 +325,7 @@ def _refuse_contradiction(settings_by_file: dict[str, dict], trained: str, place
             raise BadInput(f"{place}: k is {k!r} ({file}) in a {trained} SAE, which has none; one of both expected")
 
 
-def _runner(folder: Path, where: str) -> list[Described]:
+def _runner(folder: Path, location: str) -> list[Described]:
     """Settings in the configuration of a SAELens 6 run; empty if the file is missing."""
     if not (folder / RUNNER).is_file():
         return []
@@ -342,24 +342,24 @@ def _runner(folder: Path, where: str) -> list[Described]:
     return [Described(sizes, described.activations, described.training | sae.training | trained)]
 
 
-def _computed(settings: dict, where: str) -> dict:
+def _computed(settings: dict, location: str) -> dict:
     """The settings. Raises BadInput for a setting that HUSAI does not compute."""
     architecture = settings["architecture"]
     known = (*ARCHITECTURES, *BY_BATCH)
     if sources.beyond_formulas(settings):
         return settings  # SAELens' own object computes it
     for key in sorted(set(SAELENS_OBJECTS) & set(settings)):
-        raise BadInput(f"{where}: {key} is {settings[key]!r} in a {architecture} SAE, which has none")
+        raise BadInput(f"{location}: {key} is {settings[key]!r} in a {architecture} SAE, which has none")
     if not isinstance(architecture, str) or architecture not in known:
-        raise BadInput(f"{where}: architecture {architecture!r} cannot be read; one of {', '.join(known)} expected")
+        raise BadInput(f"{location}: architecture {architecture!r} cannot be read; one of {', '.join(known)} expected")
     for key, expected in ASSUMED.items():
         values = (expected, "expected_average_only_in") if key == "normalize_activations" else (expected,)
         if (value := settings.get(key, expected)) not in values:
             raise BadInput(
-                f"{where}: {key} is {value!r}; only {expected!r} can be read (fold it into the weights first)"
+                f"{location}: {key} is {value!r}; only {expected!r} can be read (fold it into the weights first)"
             )
     if settings.get("rescale_acts_by_decoder_norm") and architecture not in ("topk", *BY_BATCH):
-        raise BadInput(f"{where}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
+        raise BadInput(f"{location}: rescale_acts_by_decoder_norm is set; it is known of topk alone")
     return settings
 
 

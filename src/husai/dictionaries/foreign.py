@@ -224,7 +224,7 @@ def _learning(path: Path, at: Path, step: int | None = None) -> SAE:
     training = {"architecture": name} | described.training | data.training | ({} if k is None else {"k": k})
     place = _place(described.activations.pop("hook_name", None), data, place_in_messages)
     activations = described.activations | data.activations | place
-    metadata = metadata_of(Described({}, activations, training), where=place_in_messages)
+    metadata = metadata_of(Described({}, activations, training), location=place_in_messages)
     metadata |= {} if step is None else {"checkpoint_step": step}
     k = k if architecture == "topk" else None
     sae = _finished(weights, architecture, k, subtract, metadata, "dictionary_learning", path, untrained=step == 0)
@@ -233,11 +233,11 @@ def _learning(path: Path, at: Path, step: int | None = None) -> SAE:
     return sae
 
 
-def _place(submodule: Any, buffer: Described, where: str) -> dict[str, str]:
+def _place(submodule: Any, buffer: Described, location: str) -> dict[str, str]:
     """Metadata of the place that dictionary_learning names: the input or the output of a module."""
     io = buffer.activations.get("io", "out")
     if io not in ("in", "out"):
-        raise BadInput(f"{where}: buffer: io is {io!r}; activations of one place expected, 'in' or 'out'")
+        raise BadInput(f"{location}: buffer: io is {io!r}; activations of one place expected, 'in' or 'out'")
     if not submodule:
         return {}
     name = hook_name_of(str(submodule))
@@ -250,12 +250,12 @@ def _place(submodule: Any, buffer: Described, where: str) -> dict[str, str]:
 
 def _sparsify(folder: Path, weights: str = "sae.safetensors", config_name: str = "cfg.json") -> SAE:
     path, config = folder / weights, read_json(folder / config_name, "checkpoint")
-    where = f"checkpoint: {folder / config_name}"
+    location = f"checkpoint: {folder / config_name}"
     if not isinstance(config, dict):
-        raise BadInput(f"{where} does not hold an SAE's configuration")
-    described = TABLE["sparsify cfg.json"].split(config, where)
+        raise BadInput(f"{location} does not hold an SAE's configuration")
+    described = TABLE["sparsify cfg.json"].split(config, location)
     if config.get("activation", "topk") != "topk" or config.get("signed"):
-        raise BadInput(f"{where}: activation {config.get('activation')!r}; 'topk', not signed, expected")
+        raise BadInput(f"{location}: activation {config.get('activation')!r}; 'topk', not signed, expected")
     state = read_tensors(path)
     k = _k(state, config, path)
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -263,7 +263,7 @@ def _sparsify(folder: Path, weights: str = "sae.safetensors", config_name: str =
     weights_of = _renamed(state, names, path)
     run = _sparsify_run(folder, k)
     training = {"architecture": "topk", "k": k} | described.training if run else {}  # cfg.json alone is incomplete
-    metadata = metadata_of(Described({}, _hookpoint(folder), training), *run, where=where)
+    metadata = metadata_of(Described({}, _hookpoint(folder), training), *run, location=location)
     sae = _finished(weights_of, "topk", k, not config.get("transcode", False), metadata, "sparsify", path)
     _fits(config, "d_in", sae.d_in, path)
     if config.get("num_latents"):  # 0 means unknown
@@ -290,11 +290,11 @@ def _sparsify_run(folder: Path, k: int) -> list[Described]:
         at = place / "config.json"
         config = read_json(at, "checkpoint") if at.is_file() else None
         if isinstance(config, dict) and isinstance(config.get("sae"), dict):
-            where = f"checkpoint: {at}"
-            run = TABLE["sparsify config.json"].split(config, where)
-            sae = TABLE["sparsify cfg.json"].split(config["sae"], f"{where}: sae")
+            location = f"checkpoint: {at}"
+            run = TABLE["sparsify config.json"].split(config, location)
+            sae = TABLE["sparsify cfg.json"].split(config["sae"], f"{location}: sae")
             if sae.computes.get("k", k) != k:
-                raise BadInput(f"{where}: sae.k is {sae.computes['k']!r}, and {k} in {folder}; one k expected")
+                raise BadInput(f"{location}: sae.k is {sae.computes['k']!r}, and {k} in {folder}; one k expected")
             return [Described({}, run.activations, run.training | sae.training)]
     return []
 

@@ -44,7 +44,7 @@ class Keys:
     run: tuple[str, ...] = ()
     """Keys of machine, paths and logs of the run. They are dropped."""
 
-    def split(self, config: dict[str, Any], where: str) -> Described:
+    def split(self, config: dict[str, Any], location: str) -> Described:
         """The configuration, grouped by meaning.
 
         Raises:
@@ -53,7 +53,7 @@ class Keys:
         known = {*self.computes, *self.activations, *self.training, *self.run}
         for key in sorted(set(config) - known):
             raise BadInput(
-                f"{where}: {key} ({config[key]!r}) is not known; it may change what the SAE computes or how its "
+                f"{location}: {key} ({config[key]!r}) is not known; it may change what the SAE computes or how its "
                 "activations were made; remove it from the file if it changes neither"
             )
         given = {key: value for key, value in config.items() if value not in (None, [], {}, ())}
@@ -178,7 +178,7 @@ TABLE = {
 """Library and file -> its keys."""
 
 
-def metadata_of(*described: Described, where: str) -> dict[str, Any]:
+def metadata_of(*described: Described, location: str) -> dict[str, Any]:
     """`SAE.metadata` from several files of one checkpoint, in the form that the module's docstring gives.
 
     Raises:
@@ -191,8 +191,8 @@ def metadata_of(*described: Described, where: str) -> dict[str, Any]:
             value = str(value).removeprefix("torch.") if name == "dtype" else value
             if name in ACTIVATIONS and metadata.get(name, value) != value:
                 raise BadInput(
-                    f"{where}: {name} is {metadata[name]!r}, and {value!r} in the configuration of its run; one value "
-                    "expected"
+                    f"{location}: {name} is {metadata[name]!r}, and {value!r} in the configuration of its run; "
+                    "one value expected"
                 )
             metadata[name] = value
         training |= {key: value for key, value in one.training.items() if key not in training}

@@ -332,7 +332,7 @@ def open_folder(folder: Path) -> SAE:
     return behind(peer, f"checkpoint: {folder}")
 
 
-def behind(peer: Any, where: str) -> SAE:
+def behind(peer: Any, location: str) -> SAE:
     """SAELens' object as an `SAE`: by its weights if HUSAI's formulas compute the same map, else by the object itself.
 
     Raises:
@@ -342,7 +342,7 @@ def behind(peer: Any, where: str) -> SAE:
     architecture, scaling = config.architecture(), config.normalize_activations
     for setting in (architecture, scaling):
         if setting in REFUSED:
-            raise BadInput(f"{where}: {setting}: {REFUSED[setting]}")
+            raise BadInput(f"{location}: {setting}: {REFUSED[setting]}")
     if getattr(config, "rescale_acts_by_decoder_norm", False):
         peer.fold_W_dec_norm()
     peer.requires_grad_(False)

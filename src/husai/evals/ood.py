@@ -268,11 +268,11 @@ def on_shifted(
     with progress("probes under shift (data sets)", (1 + len(encoders)) * len(names)) as advance:
 
         def of_each(probe) -> list:
-            found = []
+            records = []
             for name in names:
-                found.append(probe(name))
+                records.append(probe(name))
                 advance(1)
-            return found
+            return records
 
         def compute_llm() -> tuple[dict, list[Path]]:
             figures = of_each(lambda name: of_llm(name, prompts))

@@ -21,15 +21,15 @@ def residual(
     goal = tl.load(target + member * target_stride + (row % rows) * d_in + columns, mask=inside, other=0.0)
     total = goal - tl.load(bias + member * d_in + columns, mask=inside, other=0.0)
     low, high = tl.load(offsets + row), tl.load(offsets + row + 1)
-    own = W + member * d_sae * d_in
+    member_W = W + member * d_sae * d_in
     for e in range(low, high):
         feature = tl.load(features + e).to(tl.int64)
-        total -= tl.load(values + e) * tl.load(own + feature * d_in + columns, mask=inside, other=0.0)
+        total -= tl.load(values + e) * tl.load(member_W + feature * d_in + columns, mask=inside, other=0.0)
     tl.store(error + row * d_in + columns, total, mask=inside)
     tl.store(squares + row, tl.sum(total * total, 0))
     for e in range(low, high):
         feature = tl.load(features + e).to(tl.int64)
-        tl.store(slopes + e, tl.sum(total * tl.load(own + feature * d_in + columns, mask=inside, other=0.0), 0))
+        tl.store(slopes + e, tl.sum(total * tl.load(member_W + feature * d_in + columns, mask=inside, other=0.0), 0))
 
 
 @triton.jit
@@ -39,11 +39,11 @@ def gather_dots(features, W, bias, x, out, entries, rows, d_sae, d_in, x_stride,
     member = row // rows
     columns = tl.arange(0, BLOCK)
     inside = columns < d_in
-    own = tl.load(x + member * x_stride + (row % rows) * d_in + columns, mask=inside, other=0.0)
+    row_of_x = tl.load(x + member * x_stride + (row % rows) * d_in + columns, mask=inside, other=0.0)
     for e in range(0, entries):
         feature = tl.load(features + row * entries + e) + member * d_sae
         w = tl.load(W + feature * d_in + columns, mask=inside, other=0.0)
-        tl.store(out + row * entries + e, tl.sum(w * own, 0) + tl.load(bias + feature))
+        tl.store(out + row * entries + e, tl.sum(w * row_of_x, 0) + tl.load(bias + feature))
 
 
 @triton.jit

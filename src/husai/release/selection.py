@@ -206,12 +206,12 @@ def select(studies: list[Study], rules: Rules) -> dict:
     banks, excluded = [], []
     seeds_used: set[int] = set()
     for study in studies:
-        found = study.results.get("banks") if isinstance(study.results, dict) else None
-        seeds_used |= _seeds_in(found if isinstance(found, list) else None)
-        if not isinstance(found, list) or study.results.get("phase") not in STUDIES:
+        candidates_of_bank = study.results.get("banks") if isinstance(study.results, dict) else None
+        seeds_used |= _seeds_in(candidates_of_bank if isinstance(candidates_of_bank, list) else None)
+        if not isinstance(candidates_of_bank, list) or study.results.get("phase") not in STUDIES:
             excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
             continue
-        for i, raw in enumerate(found):
+        for i, raw in enumerate(candidates_of_bank):
             usable, reasons = cleaned(raw)
             excluded += [_out(study, name or f"bank {i}", why) for name, why in reasons.items()]
             if usable is not None:
@@ -227,8 +227,8 @@ def select(studies: list[Study], rules: Rules) -> dict:
     split = _split([bank for _, bank, _ in comparable])
     candidates: list[dict] = []
     for study, bank, damaged in comparable:
-        found, lost = _rows(study, bank, damaged, split["selection_families"], rules)
-        candidates, excluded = candidates + found, excluded + lost
+        candidates_of_bank, lost = _rows(study, bank, damaged, split["selection_families"], rules)
+        candidates, excluded = candidates + candidates_of_bank, excluded + lost
     candidates, lost = _distinct(candidates)
     excluded += lost
     used = [
