@@ -1,12 +1,11 @@
-"""Every rule that decides something, once.
+"""All rules that decide something, each defined once.
 
     python -m husai.evidence.rules     # the table "Rules" of docs/methods.md
 
-A rule reads typed evidence, checks what must be true of it, and gives estimates with the inequality that each must
-satisfy. The page of a phase, the gate and the audit call the same function. The table "Rules" of docs/methods.md is
-made from here (`table`).
+A rule reads typed evidence, checks its conditions, and returns estimates with the inequality that each must satisfy.
+The page of a phase, the gate and the audit call the same function. `table` prints the table "Rules" of docs/methods.md.
 
-Outcomes: PASS; FAIL; MISSING, where the evidence does not answer (`Missing` says why).
+Outcomes are PASS, FAIL, and MISSING. MISSING means that the evidence gives no answer; `Missing` states the reason.
 """
 
 from __future__ import annotations
@@ -65,69 +64,69 @@ FAIL: Literal["FAIL"] = "FAIL"
 MISSING: Literal["MISSING"] = "MISSING"
 ROUNDING = 1e-12
 SAME_SCORE = 1e-5
-"""Largest difference of two accounts of one score, which rounding may make."""
+"""Largest difference, by rounding, between two records of one score."""
 POWER = 0.8
 """Pass probability for which a gate states the effect that it needs."""
 MINIMUM_SEEDS = 5
 EQUIVALENCE_MARGIN = 0.01
 MOVED_AT_MOST = 0.02
-"""Change of mcc over the last third of training: beyond, training is too short to judge by."""
+"""Largest change of mcc over the last third of a training that is at rest."""
 MINIMUM_FAMILIES = 3
 """Families of data sets needed to generalise beyond the tested ones."""
 SAME_DIRECTION = 1 - 1e-5
 """|cos| of two copies of a direction, bfloat16 copies included."""
 SHARED_DECODER, SHARED_INITIALISATION = 0.25, 0.05
-"""Shares of the smaller dictionary's directions in another. Trained ones may come to agree; initial ones never do."""
+"""Shares of common directions, relative to the smaller dictionary, from which decoders or initialisations are refused.
+Trained directions may become equal, initial directions never do."""
 SAME_NUMBER, SAME_NUMBER_ERRORS = 0.1, 6.0
 """Excess of the mean |cos| of features of one number over that of neighbouring numbers, and the same in standard
 errors. Independent SAEs reach 0.06 and 4, sorted by firing rate; SAEs of one initialisation 0.6 and 100."""
 UNUSUAL_L0, FAR_L0 = 0.1, 0.5
-"""Range of L0 over seeds, as a share of its median: said beyond the first; beyond the second refused where the files do
-not say how the SAEs were trained."""
+"""Range of L0 over seeds, as a share of its median. A range above the first is stated. A range above the second is
+refused, if the files do not describe the training."""
 UNUSUAL_EV, FAR_EV = 0.1, 0.3
-"""The same of an SAE's explained variance, as the distance from the median."""
+"""The same thresholds for the distance of an SAE's explained variance from the median."""
 MANY_DEAD = 0.2
-"""Share of dead features from which the report page warns; the rule *fit* decides by another bound."""
+"""Share of dead features from which the report page warns. The rule *fit* has another bound."""
 NOT_SPARSE = 0.5
-"""L0 as a share of the smaller of d_in and d_sae, from which the report page warns. Above, a code has more active
-features than half the dimensions that it codes."""
+"""L0 as a share of the smaller of d_in and d_sae, from which the report page warns."""
 FEW_DIMENSIONS = 8
-"""Below, directions may coincide by chance."""
+"""Least number of dimensions in which directions do not coincide by chance."""
 BELOW_BIGRAM = 0.8
-"""Share of the bigram's bits per byte that a language model must stay below."""
+"""Upper bound of a language model's bits per byte, as a share of the bigram's."""
 
 
 def in_one_order(excess: float, errors: float) -> bool:
-    """Whether features of one number are alike beyond those of neighbouring numbers (SAME_NUMBER)."""
+    """True if features with the same index match better than features with neighbouring indices (SAME_NUMBER)."""
     return excess > SAME_NUMBER and errors > SAME_NUMBER_ERRORS
 
 
 def many_dead(share: float) -> bool:
-    """Whether so many features are dead that a reader must know (MANY_DEAD)."""
+    """True if the share of dead features reaches MANY_DEAD, thus the page warns."""
     return share >= MANY_DEAD
 
 
 def not_sparse(l0: float, d_in: int, d_sae: int) -> bool:
-    """Whether a code has so many active features that it is no sparse one (NOT_SPARSE)."""
+    """True if the L0 is so large that the code is not sparse (NOT_SPARSE)."""
     return l0 >= NOT_SPARSE * min(d_in, d_sae)
 
 
 def far_apart(l0: Sequence[float], explained_variance: Sequence[float], of_l0: float, of_ev: float) -> list[str]:
-    """Sentences on figures of SAEs of one condition that lie further apart than these (UNUSUAL_L0, FAR_L0, …)."""
-    said, middle = [], float(np.median(explained_variance))
+    """Sentences about differences between SAEs of one condition above the thresholds (UNUSUAL_L0, FAR_L0, …)."""
+    sentences, median_ev = [], float(np.median(explained_variance))
     if max(l0) - min(l0) > of_l0 * float(np.median(l0)):
-        said.append(f"L0 is {min(l0):.3g} to {max(l0):.3g}; a range of at most {of_l0:.0%} of the median expected")
-    furthest = max(explained_variance, key=lambda value: abs(value - middle))
-    if abs(furthest - middle) > of_ev:
-        said.append(
-            f"one explained variance is {furthest:.3f} beside a median of {middle:.3f}; a distance of at most "
+        sentences.append(f"L0 is {min(l0):.3g} to {max(l0):.3g}; a range of at most {of_l0:.0%} of the median expected")
+    furthest = max(explained_variance, key=lambda value: abs(value - median_ev))
+    if abs(furthest - median_ev) > of_ev:
+        sentences.append(
+            f"one explained variance is {furthest:.3f} beside a median of {median_ev:.3f}; a distance of at most "
             f"{of_ev:g} expected"
         )
-    return said
+    return sentences
 
 
 def outlier_note(heldout: Sequence[Heldout]) -> list[str]:
-    """A sentence on rows of many times the median norm, where held-out rows hold some."""
+    """Sentences about outlier rows: rows that were left out, and outliers among held-out rows."""
     known = [h.outliers for h in heldout if h.outliers is not None]
     dropped = [
         f"Outliers: {share:.2%} of all rows have more than {multiple:g} times the median norm and are left out "
@@ -150,7 +149,7 @@ class Missing(Exception):
 
 
 def require(holds: bool, reason: str) -> None:
-    """Raise Missing with the reason unless something holds."""
+    """Raise Missing with the reason unless `holds`."""
     if not holds:
         raise Missing(reason)
 
@@ -160,7 +159,7 @@ def enough_seeds(n: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An inequality, and what is held against it
+# An inequality, and its estimates
 
 
 @dataclass(frozen=True)
@@ -175,21 +174,21 @@ class Rule:
     relation: str
     """`>`, `>=` or `<=`."""
     threshold: float
-    """Registered value; a caller may ask for more."""
+    """Registered value. A caller may require more."""
     passed: str = ""
-    """Sentence of the phase's page where the rule holds; {threshold} and {ends} are filled in."""
+    """Sentence of the phase's page if the rule holds, with places for {threshold} and {ends}."""
     failed: str = ""
-    """The same where it does not; {which} names the estimates that fail."""
+    """Sentence of the phase's page if the rule fails; {which} names the failing estimates."""
 
     def holds(self, end: float | None, threshold: float | None = None) -> bool:
-        """Whether an end of an interval satisfies the inequality; no interval satisfies none."""
+        """True if the end of an interval satisfies the inequality. Without an interval it does not."""
         if end is None or not math.isfinite(end):
             return False
         limit = self.threshold if threshold is None else threshold
         return {">": end > limit, ">=": end >= limit, "<=": end <= limit}[self.relation]
 
     def met_by(self, interval: Estimate | Interval | Mapping, threshold: float | None = None) -> bool:
-        """Whether an estimate's interval satisfies the inequality."""
+        """True if an estimate's interval satisfies the inequality."""
         end = interval[self.end] if isinstance(interval, Mapping) else getattr(interval, self.end)
         return self.holds(end, threshold)
 
@@ -199,7 +198,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Shown:
-    """Estimates, each of which must satisfy a rule."""
+    """Estimates that must all satisfy a rule."""
 
     rule: Rule
     estimates: dict[str, Estimate]
@@ -207,11 +206,11 @@ class Shown:
     n: int
     """Seeds."""
     families: int | None = None
-    """Families of data sets, where these are a sample too."""
+    """Number of families of data sets, if these are a sample too."""
     note: str = ""
     """Words that follow the figure's name."""
     beside: Mapping[str, Estimate] = field(default_factory=dict)
-    """Name -> an estimate that stands beside the figure and decides nothing."""
+    """Name -> further estimate that is reported and decides nothing."""
     left_out: Sequence[str] = ()
     """Names of data sets or pairs that were measured and do not count."""
 
@@ -220,28 +219,30 @@ class Shown:
         return [name for name, e in self.estimates.items() if not self.rule.met_by(e, self.threshold)]
 
     def worst(self) -> tuple[str, Estimate]:
-        """The estimate that comes nearest to failing."""
+        """Name and value of the estimate with the least margin."""
         sign = -1 if self.rule.end == "high" else 1
         return min(self.estimates.items(), key=lambda item: sign * getattr(item[1], self.rule.end))
 
     def passes_at(self, truth: float) -> float:
-        """Probability to pass if every figure were truly this: that of the estimate least likely to pass, and therefore
-        an upper bound for all of them together."""
+        """Pass probability if `truth` is the true value of every figure.
+
+        It is the least probability of the estimates, and therefore an upper bound for all of them together.
+        """
         return min(self._passes_at(truth, e) for e in self.estimates.values())
 
     def _passes_at(self, truth: float, estimate: Estimate) -> float:
-        if (estimate.standard_error or 0) <= ROUNDING:  # seeds that do not differ leave nothing to chance
+        if (estimate.standard_error or 0) <= ROUNDING:  # without variation between seeds the outcome is certain
             return float(self.rule.holds(truth, self.threshold))
         return pass_probability(estimate, self.rule.end, self.threshold, truth)
 
     def effect_for(self, probability: float = POWER) -> float:
-        """The true figure at which each estimate passes with at least this probability."""
+        """True value of the figures at which each estimate passes with at least this probability."""
         needed = [effect_for(e, self.rule.end, self.threshold, probability) for e in self.estimates.values()]
         return min(needed) if self.rule.end == "high" else max(needed)
 
 
 def checked(judge: Callable[[], Shown]) -> Shown:
-    """The result of a rule's function, with an interval for each estimate.
+    """Result of a rule's function, after a check that each estimate has an interval.
 
     Raises:
         Missing.
@@ -254,7 +255,7 @@ def checked(judge: Callable[[], Shown]) -> Shown:
 
 
 def verdict(judge: Callable[[], Shown]) -> dict[str, str]:
-    """The outcome on a stress test's page: {"outcome", "reason"}."""
+    """Outcome for a stress test's page: {"outcome", "reason"}."""
     try:
         shown = checked(judge)
     except (Missing, BadInput) as missing:
@@ -284,13 +285,13 @@ CHANCE = {
     "spectral, absolute": ("mcc_alive_abs", "spectral"),
     "gaussian": ("mcc_alive", "gaussian"),
 }
-"""Name of an excess -> its score, and the control that it is over."""
+"""Name of an excess -> its score and its control."""
 SINGLE = {f"single features, {null}": ("share70_alive", null) for null in ("spectral", "gaussian")}
 NO_PROTOTYPES = {
     f"without prototypes: {name}": (score.replace("_alive", "_others"), null)
     for name, (score, null) in (CHANCE | SINGLE).items()
 }
-"""The same of features that are like no prototype."""
+"""The same excesses for features that are not prototype-like."""
 STABLE = CHANCE | SINGLE | NO_PROTOTYPES
 LICENCES: tuple[tuple[str, list[str], str], ...] = (
     ("nothing", [], "Nothing is shown to be reproduced."),
@@ -324,8 +325,8 @@ LICENCES: tuple[tuple[str, list[str], str], ...] = (
         "and covariance explain.",
     ),
 )
-"""(what was beaten, the excesses that show it beside those of the lines before, what may then be said). Only the last
-passes."""
+"""(beaten controls, excesses that must hold in addition to those of earlier lines, licensed sentence). Only the last
+line passes."""
 RECOVERY = Rule(
     "positive control",
     "recovery of the planted features (signed mcc)",
@@ -337,14 +338,13 @@ PLANTED = PlantedRows(structure="independent", features=128, d_in=64, active=8, 
 """Rows of the positive control, fixed in advance."""
 PLANTED_HOOK = "planted"
 PLANTED_TOKENS = (10_000, 30_000, 60_000)
-"""Rows that the SAEs of each degree are trained for, fixed in advance. The last degree decides."""
+"""Training rows of the SAEs of each degree, fixed in advance. The last degree decides."""
 PLANTED_BATCH, PLANTED_RATE = 256, 0.01
 """Batch size and learning rate of these SAEs, fixed in advance. Width and k are those of the planted features."""
 
 
 def against_every_null(section: Scored) -> None:
-    """Raise Missing for fewer than MINIMUM_SEEDS seeds, not every pair of them once, a required null that a pair lacks,
-    or too few draws of the spectral one."""
+    """Raise Missing unless a section has enough seeds, each pair once, and all required nulls with enough draws."""
     labels = section.stability.labels
     enough_seeds(len(labels))
     named = sorted(sorted((str(p["a"]), str(p["b"]))) for p in section.pairs)
@@ -358,49 +358,52 @@ def against_every_null(section: Scored) -> None:
 
 
 def stability(section: Section | OwnSection, level: float = 0.95, minimum: float | None = None) -> Shown:
-    """The features of SAEs of several seeds are more alike than those of every control: on average, as single features,
-    and without those that are like a prototype. Where untrained states are known of SAEs that a user supplies, they are
-    one more control."""
+    """Rule: features of SAEs with different seeds match better than those of every control.
+
+    The match is compared on average, for single features, and without prototype-like features. If a user supplies
+    untrained states of the SAEs, they are a further control.
+    """
     against_every_null(section)
     trained_alike(section)
-    apart = section.others is not None and all(s in section.stability.scores for s, _ in STABLE.values())
-    require(apart, "prototypes were not told apart")
-    wanted = STABLE
+    complete = section.others is not None and all(s in section.stability.scores for s, _ in STABLE.values())
+    require(complete, "prototypes were not told apart")
+    compared = STABLE
     if isinstance(section, OwnSection) and all("untrained" in p for p in section.pairs):
-        wanted = wanted | {"untrained": ("mcc_alive", "untrained")}
-    estimates = {name: jackknife(section.scores(null, score), level) for name, (score, null) in wanted.items()}
+        compared = compared | {"untrained": ("mcc_alive", "untrained")}
+    estimates = {name: jackknife(section.scores(null, score), level) for name, (score, null) in compared.items()}
     return STABILITY.shown(estimates, len(section.members), minimum)
 
 
 def trained_alike(section: Section | OwnSection | Control, at_same_l0: bool = True) -> None:
-    """Raise Missing unless the SAEs of Gaussian rows are those of the section's seeds, of other activations and at the
-    same L0.
+    """Raise Missing unless the SAEs of Gaussian rows have the section's seeds, other activations and the same L0.
 
     Args:
-        at_same_l0: False where the same k in training is all that is asked.
+        at_same_l0: False if the same k in training is sufficient.
     """
     control = section.gaussian
     if control is None:
         raise Missing("no SAEs of Gaussian rows")
-    own: Sequence[TrainedMember | OwnMember | AlikeMember] = section.members
-    theirs = control.members
-    require(len(theirs) == len(own), "SAEs of Gaussian rows: one for each of those under test expected")
-    paired = zip(own, theirs, strict=True)
+    members: Sequence[TrainedMember | OwnMember | AlikeMember] = section.members
+    control_members = control.members
+    require(len(control_members) == len(members), "SAEs of Gaussian rows: one for each of those under test expected")
+    paired = zip(members, control_members, strict=True)
     require(all(a.seed in (None, b.seed) for a, b in paired), "SAEs of Gaussian rows have other seeds")
     require(control.subject_digest == section.subject_digest, "Gaussian rows of another subject")
     require(control.store_digest != section.store_digest, "its Gaussian rows are the activations themselves")
-    shas = {m.checkpoint_sha256 for m in theirs}
-    once = len(shas) == len(theirs) and shas.isdisjoint(m.checkpoint_sha256 for m in own)
+    shas = {m.checkpoint_sha256 for m in control_members}
+    once = len(shas) == len(control_members) and shas.isdisjoint(m.checkpoint_sha256 for m in members)
     require(once, "an SAE of Gaussian rows stands twice")
-    alike = all(_same_l0(a.heldout, b.heldout) for a, b in zip(own, theirs, strict=True))
-    require(alike or not at_same_l0, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %")
+    l0_agrees = all(_same_l0(a.heldout, b.heldout) for a, b in zip(members, control_members, strict=True))
+    require(
+        l0_agrees or not at_same_l0, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %"
+    )
 
 
 def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
-    """Raise Missing for scores of the candidate's own pairs that are not those of its confirmation.
+    """Raise Missing unless the scores of the candidate's own pairs equal those of its confirmation.
 
-    Studies of another store are not compared. Drawn nulls are compared where both studies have the same nulls with as
-    many draws, SAEs of Gaussian rows where both have the same SAEs.
+    Studies of another store are not compared. Drawn nulls are compared if both studies have the same nulls with equally
+    many draws. SAEs of Gaussian rows are compared if both studies have the same SAEs.
     """
     if (section.checkpoints, section.store_digest) != (confirmed.checkpoints, confirmed.store_digest):
         return
@@ -411,45 +414,48 @@ def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
     require(pairs.keys() == known.keys(), "pairs of its own SAEs are not those of the confirmation")
     for saes, pair in pairs.items():
         for name in [name for name in shared if name in pair and name in known[saes]]:
-            own, other = pair[name], known[saes][name]
-            same = all(abs(own[score] - other[score]) <= SAME_SCORE for score in own.keys() & other.keys() - {GAP})
+            scores, confirmed_scores = pair[name], known[saes][name]
+            same = all(
+                abs(scores[score] - confirmed_scores[score]) <= SAME_SCORE
+                for score in scores.keys() & confirmed_scores.keys() - {GAP}
+            )
             which = f"{pair['a']} and {pair['b']}, {name}"
             why = f"scores of its own SAEs are not those of the confirmation ({which}); both by one version of HUSAI"
             require(same, f"{why} expected")
 
 
 def _draws(section: Scored) -> dict[str, int]:
-    """Null -> its draws."""
+    """Null -> number of its draws."""
     primary = section.stability.scores.get(PRIMARY_SCORE)
     return {} if primary is None else {null: spread.draws for null, spread in primary.nulls.items()}
 
 
 def _by_checkpoints(section: Section | OwnSection) -> dict[frozenset[str], dict]:
-    """sha256 of both SAEs of a pair -> the pair."""
+    """Digests of both SAEs of a pair -> the pair."""
     sha256 = dict(zip(section.stability.labels, section.checkpoints.values(), strict=True))
     pairs: list[dict] = section.pairs
     return {frozenset(sha256.get(pair[side], "") for side in ("a", "b")): pair for pair in pairs}
 
 
 def sentence(met: Container[str]) -> str:
-    """What may be said of features.
+    """Sentence about the features that the beaten controls license.
 
     Args:
-        met: names of the excesses of STABLE that the rule of stability holds for.
+        met: names of the excesses of STABLE for which the rule of stability holds.
     """
-    said = ""
+    licensed = ""
     for _, needed, text in LICENCES:
         if not all(name in met for name in needed):
             break
-        said = text
-    return said
+        licensed = text
+    return licensed
 
 
 def with_budget(text: str, tokens: int | None, rested: bool | None) -> str:
-    """A sentence about SAEs, which names their budget unless training had come to rest. Nothing shown needs no budget.
+    """Sentence about SAEs with their token budget, unless training had come to rest or nothing is shown.
 
     Args:
-        tokens, rested: None where they are not known.
+        tokens, rested: None if unknown.
     """
     if rested or text == LICENCES[0][2]:
         return text
@@ -459,13 +465,13 @@ def with_budget(text: str, tokens: int | None, rested: bool | None) -> str:
 
 
 def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
-    """SAEs that recover the planted features are stable, at the registered setting.
+    """Rule: SAEs that recover the planted features are stable, in the registered setting.
 
     Returns:
-        The recovery where it is too low, else the stability of these SAEs.
+        The recovery if it is too low, else the stability of these SAEs.
 
     Raises:
-        Missing: another setting than the registered one, or a degree without a verdict.
+        Missing: the setting is not the registered one, or a degree has no verdict.
     """
     degrees, data = planted.degrees, planted.data
     require(data == PLANTED, "other planted features than the registered ones")
@@ -478,11 +484,13 @@ def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
     for degree in degrees:
         study = degree.study
         own_training(study)
-        on = study.subject_digest, study.hook_name, study.rows, study.d_in
-        require(on == (data.digest, PLANTED_HOOK, data.rows, data.d_in), "planted features: SAEs of other rows")
-        made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in study.members}
+        activations = study.subject_digest, study.hook_name, study.rows, study.d_in
+        require(
+            activations == (data.digest, PLANTED_HOOK, data.rows, data.d_in), "planted features: SAEs of other rows"
+        )
+        recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in study.members}
         expected = {("topk", data.features, data.active, PLANTED_RATE)}
-        require(made == expected, f"planted features: SAEs {expected} expected, as registered")
+        require(recipes == expected, f"planted features: SAEs {expected} expected, as registered")
         shown = stability(study, level)
     recovered = RECOVERY.shown({"": mean_over_seeds(degrees[-1].recovery, level)}, len(degrees[-1].recovery))
     return recovered if recovered.failing() else shown
@@ -508,37 +516,41 @@ FIT = Rule(
 )
 
 
-def code(found: Code, level: float = 0.95) -> Shown:
-    """SAEs code activations better than dictionaries of prototypes of their width, at their L0.
+def code(section: Code, level: float = 0.95) -> Shown:
+    """Rule: SAEs code activations better than dictionaries of prototypes with the same width and L0.
 
-    The bar is the kind of prototypes with the highest mean over seeds, for each figure.
+    For each figure, the baseline is the kind of prototypes with the highest mean over seeds.
     """
-    seeds = list(found.saes.explained_variance)
+    seeds = list(section.saes.explained_variance)
     enough_seeds(len(seeds))
-    needed = {"rows", "centroids"} | ({"token means"} if found.saes.ce_recovered is not None else set())
-    require(needed <= found.prototypes.keys(), f"prototypes of each kind expected: {', '.join(sorted(needed))}")
-    figures = [figure for figure in CODE_FIGURES if getattr(found.saes, figure) is not None]
-    gains = {CODE_FIGURES[f]: gain_over_prototypes(found, level)[found.best(f)][f] for f in figures}
+    needed = {"rows", "centroids"} | ({"token means"} if section.saes.ce_recovered is not None else set())
+    require(needed <= section.prototypes.keys(), f"prototypes of each kind expected: {', '.join(sorted(needed))}")
+    figures = [figure for figure in CODE_FIGURES if getattr(section.saes, figure) is not None]
+    gains = {CODE_FIGURES[f]: gain_over_prototypes(section, level)[section.best(f)][f] for f in figures}
     return CODE.shown(gains, len(seeds))
 
 
-def gain_over_prototypes(found: Code, level: float = 0.95) -> dict[str, dict[str, Estimate]]:
-    """Kind of prototypes -> figure -> how much better the SAEs are, over seeds."""
+def gain_over_prototypes(section: Code, level: float = 0.95) -> dict[str, dict[str, Estimate]]:
+    """Kind of prototypes -> figure -> gain of the SAEs, over seeds."""
 
-    def gain(own: Mapping[str, float], others: Mapping[str, float]) -> Estimate:
-        return mean_over_seeds([own[seed] - others[seed] for seed in own], level)
+    def gain(of_saes: Mapping[str, float], of_prototypes: Mapping[str, float]) -> Estimate:
+        return mean_over_seeds([of_saes[seed] - of_prototypes[seed] for seed in of_saes], level)
 
     return {
-        kind: {f: gain(own, getattr(coded, f)) for f in CODE_FIGURES if (own := getattr(found.saes, f)) is not None}
-        for kind, coded in found.prototypes.items()
+        kind: {
+            f: gain(by_seed, getattr(coded, f))
+            for f in CODE_FIGURES
+            if (by_seed := getattr(section.saes, f)) is not None
+        }
+        for kind, coded in section.prototypes.items()
     }
 
 
 def fit(heldout: Sequence[Heldout], ce_recovered: Sequence[float] | None, level: float = 0.95) -> Shown:
-    """Held-out figures of SAEs of several seeds reach the registered floors and the ceiling of dead features.
+    """Rule: held-out figures of SAEs reach the registered floors, and dead features stay below the ceiling.
 
     Args:
-        ce_recovered: one a seed; None where the subject is no language model.
+        ce_recovered: one value for each seed; None if the subject is no language model.
     """
     enough_seeds(len(heldout))
     distances = {
@@ -578,11 +590,12 @@ OOD = Rule(
 
 
 def random_model(section: OwnSection, controls: Sequence[Control], level: float = 0.95) -> Shown:
-    """The candidate's features are more alike than those of SAEs trained alike on each draw of the random weights: by
-    the score, and by how far it lies above each required null.
+    """Rule: the candidate's features match better than those of SAEs of each draw of the random weights.
+
+    The rule compares the score and its excess over each required null.
 
     Args:
-        section: the candidate's study. controls: one a draw of the weights, in the order of `levels.RANDOM_DRAWS`.
+        section: the candidate's study. controls: one for each draw, in the order of `levels.RANDOM_DRAWS`.
     """
     enough_seeds(len(section.members))
     drawn = [levels.random_subject(section.subject_digest, draw) for draw in levels.RANDOM_DRAWS]
@@ -590,17 +603,17 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
     hint = "--random-model-checkpoint names SAEs trained alike on each"
     require(not absent, f"no SAEs of draw {', '.join(absent)} of its subject's random weights; {hint}")
     require(_subjects(controls) == drawn, "SAEs of one draw of the random weights twice, or of another one")
-    own = [m.seed for m in section.members]
+    candidate_seeds = [m.seed for m in section.members]
     against_every_null(section)
     trained_alike(section)
     estimates: dict[str, Estimate] = {}
     for draw, control in zip(levels.RANDOM_DRAWS, controls, strict=True):
         seeds = [m.seed for m in control.members]
-        same = seeds == own or (set(own) == {None} and len(seeds) == len(own))
+        same = seeds == candidate_seeds or (set(candidate_seeds) == {None} and len(seeds) == len(candidate_seeds))
         require(same and control.stability.labels == section.stability.labels, "its controls have other seeds")
         pairs = zip(section.members, control.members, strict=True)
-        alike = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
-        require(alike, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
+        l0_agrees = all(_same_l0(a.heldout, b.heldout) for a, b in pairs)
+        require(l0_agrees, f"L0 of its controls differs by more than {100 * L0_TOLERANCE:g} %")
         against_every_null(control)
         trained_alike(control)
         estimates |= {
@@ -629,29 +642,28 @@ def transcoder(
     level: float = 0.95,
     minimum: float | None = None,
 ) -> Shown:
-    """The candidate's features are found by transcoders of other seeds, more than each control of stability explains.
+    """Rule: transcoders of other seeds find the candidate's features, beyond each control of stability.
 
     Args:
-        section: the candidate's SAEs among themselves. transcoders: transcoders among themselves. across: the one
-            against the other.
+        section: study of the candidate's SAEs. transcoders: study of transcoders. across: scores between the two.
     """
     require(setting.preregistered, "the setting is not the one that was fixed in advance")
     enough_seeds(len(section.members))
     own_training(transcoders)
     for arm in (section, transcoders):
         require([m.seed for m in arm.members] == setting.seeds, "an arm with other seeds")
-    made = {(m.family, m.d_sae, m.k, m.learning_rate) for m in transcoders.members}
+    recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in transcoders.members}
     expected = {("transcoder", setting.d_sae, setting.k, setting.learning_rate)}
-    require(made == expected, "transcoders of another width, k or learning rate than the setting's")
+    require(recipes == expected, "transcoders of another width, k or learning rate than the setting's")
     for study in (section, transcoders, across):
-        about = study.hook_name, study.subject_digest, study.store_digest
-        expected_about = setting.hook_out, setting.subject_digest, section.store_digest
-        require(about == expected_about, "a study of another space, subject or store")
+        place = study.hook_name, study.subject_digest, study.store_digest
+        expected_place = setting.hook_out, setting.subject_digest, section.store_digest
+        require(place == expected_place, "a study of another space, subject or store")
     require(across.stability.labels == section.stability.labels, "scores of other seeds")
     shas = [m.checkpoint_sha256 for arm in (section, transcoders) for m in arm.members]
     require(len(set(shas)) == len(shas), "an SAE stands twice")
     trained_alike(section)
-    trained_alike(transcoders, at_same_l0=False)  # held-out L0 of BatchTopK is that of a learned threshold
+    trained_alike(transcoders, at_same_l0=False)  # a learned threshold determines the held-out L0 of BatchTopK
     noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
     require(len(noise) == 1, "SAEs and transcoders of different Gaussian rows")
     against_every_null(across)
@@ -662,7 +674,7 @@ def transcoder(
 
 
 def own_training(section: Section) -> None:
-    """Raise Missing unless the SAEs of a study were trained each by itself, by one recipe."""
+    """Raise Missing unless the SAEs of a study were trained independently, with one recipe."""
     alone = all(m.assignment_weight == 0 and m.reference is None for m in section.members)
     require(alone, "SAEs that were pulled to a common reference are not independent")
     recipes = {(m.family, m.d_sae, m.k, m.learning_rate) for m in section.members}
@@ -670,8 +682,9 @@ def own_training(section: Section) -> None:
 
 
 def ood(shifted: Shifted, skipped: Iterable[str], level: float = 0.95, maximum: float | None = None) -> Shown:
-    """On the shifted sets that the model's own probe survives, the SAEs lose no more than the model itself. These sets
-    are fixed and named; the seeds are the sample.
+    """Rule: on shifted sets where the model's probe is above chance, SAEs lose at most a little more than the model.
+
+    These sets are fixed and named. The seeds are the sample.
 
     Args:
         skipped: shifted versions that cannot be used.
@@ -701,14 +714,14 @@ CEBENCH = Rule("CE-Bench", "normalised score", "low", ">", levels.MIN_CEBENCH_DE
 
 @dataclass(frozen=True)
 class AgainstReference:
-    """Figures of a candidate's seeds, and of their matched references."""
+    """Figures of a candidate's seeds and of their matched references."""
 
     own: np.ndarray
-    """`[S, D]`: of each seed on each data set or pair."""
+    """Figures `[S, D]` of each seed on each data set or pair."""
     reference: np.ndarray
-    """`[S, D]`, paired by seed."""
+    """Figures `[S, D]` of the references, paired by seed."""
     explained_variance: list[float]
-    """Difference of each seed to its reference, on held-out rows."""
+    """Difference between each seed and its reference in held-out explained variance."""
     names: Sequence[str]
     """Names of the data sets or pairs."""
     groups: Sequence[str]
@@ -718,8 +731,9 @@ class AgainstReference:
 def shown_better(
     rule: Rule, figures: AgainstReference, level: float = 0.95, minimum: float | None = None, named: str = ""
 ) -> Shown:
-    """The candidate is shown to be better than its matched reference, on sets of which no group holds more than a
-    quarter.
+    """Rule: the candidate is shown to be better than its matched reference.
+
+    It counts sets of which no group has more than a quarter.
 
     Args:
         named: words that follow the figure's name.
@@ -727,13 +741,13 @@ def shown_better(
     enough_seeds(len(figures.own))
     enough_families(figures.groups)
     keep = gated(figures.names, figures.groups)
-    own, reference = figures.own[:, keep], figures.reference[:, keep]
+    candidate, reference = figures.own[:, keep], figures.reference[:, keep]
     if rule is CEBENCH:
         reachable(float(reference.mean()), rule.threshold if minimum is None else minimum)
     groups = [figures.groups[i] for i in keep]
     return rule.shown(
-        {"": mean_over_seeds_and_sets(own - reference, groups, level)},
-        len(own),
+        {"": mean_over_seeds_and_sets(candidate - reference, groups, level)},
+        len(candidate),
         minimum,
         families=len(set(groups)),
         note=f"{named} less the matched reference's",
@@ -742,8 +756,8 @@ def shown_better(
     )
 
 
-def enough_families(of: Iterable[str]) -> None:
-    n = len(set(of))
+def enough_families(groups: Iterable[str]) -> None:
+    n = len(set(groups))
     require(n >= MINIMUM_FAMILIES, f"{n} families of data sets; at least {MINIMUM_FAMILIES} expected")
 
 
@@ -753,13 +767,13 @@ def only_cebench(benchmark: str) -> None:
 
 
 def reachable(reference: float, minimum: float) -> None:
-    """Raise Missing where no SAE can be better than the reference by a minimum."""
+    """Raise Missing if no SAE can exceed the reference by the minimum."""
     why = f"refused: no SAE can reach {minimum:g} above a reference of {reference:.3f} of 1"
     require(levels.within_reach(reference, minimum), why)
 
 
 def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
-    """Why a condition's difference to its matched reference does not reach a minimum; None where it does."""
+    """Reason why a condition's delta does not reach a minimum; None if it does."""
     try:
         only_cebench(benchmark)
         require(delta["estimate"] is not None, delta["reason"] or "there is no difference")
@@ -772,7 +786,7 @@ def cebench_delta(benchmark: str, delta: Mapping, minimum: float) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside a study: whether training came to rest, which k or weight is chosen, whether a gain is accepted
+# Rules inside a study: training at rest, the choice of k or weight, acceptance of a gain
 
 
 BETTER = Rule("gain", "gain over each required null", "low", ">", 0.0)
@@ -780,19 +794,19 @@ KEPT = Rule("explained variance lost", "held-out explained variance lost", "high
 
 
 def at_rest(moved: Estimate | Interval) -> bool | None:
-    """Whether the interval of the change over the last third lies within ±MOVED_AT_MOST; None without an interval."""
+    """True if the interval of the change over the last third is within ±MOVED_AT_MOST; None without an interval."""
     if moved.low is None or moved.high is None:
         return None
     return moved.low >= -MOVED_AT_MOST and moved.high <= MOVED_AT_MOST
 
 
 def better(gain: Gain) -> bool:
-    """Whether a gain is shown over each required null."""
+    """True if a gain is shown over each required null."""
     return all(BETTER.met_by(e) for e in gain.over.values())
 
 
 def gain_verdict(gain: Gain, seeds: int) -> str:
-    """The outcome of a gain: `better`, `worse`, `not shown to differ`, or MISSING with too few seeds."""
+    """Outcome of a gain: `better`, `worse`, `not shown to differ`, or MISSING with too few seeds."""
     if seeds < MINIMUM_SEEDS or gain.observed.low is None:
         return MISSING
     if better(gain):
@@ -802,23 +816,27 @@ def gain_verdict(gain: Gain, seeds: int) -> str:
 
 
 def sparsity_outcome(chosen: int | None, gain: Gain | None, seeds: int) -> str:
-    """The outcome of a choice of k: that of its gain over the control's on fresh seeds, where there is one."""
+    """Outcome of a choice of k, by its gain over the control's k on fresh seeds."""
     if chosen is None:
         return "no candidate meets the floor"
     return "the chosen k is the control's" if gain is None else gain_verdict(gain, seeds)
 
 
 def choose_k(candidates: Sequence[SparsitySection], floor: float) -> int | None:
-    """The k with the largest `contrast.lower_bound` among sections whose held-out explained variance is surely at
-    least `floor`. Ties go to the sparser k. None if no section qualifies."""
+    """Chosen k: the largest `contrast.lower_bound` among sections whose explained variance is surely at least `floor`.
+
+    Ties go to the sparser k. None if no section qualifies.
+    """
     surely = [(s, contrast.heldout(s).low) for s in candidates]
     allowed = [s for s, low in surely if low is not None and low >= floor]
     return max(allowed, key=lambda s: (contrast.lower_bound(s), -s.k)).k if allowed else None
 
 
 def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | None:
-    """The λ with the largest lower end of its least gain among arms that surely lose at most `max_drop` of the
-    explained variance, and whose gain has an interval. None if no arm qualifies."""
+    """Chosen λ: the largest lower end of the least gain among arms that surely lose at most `max_drop` of the EV.
+
+    None if no arm with an interval qualifies.
+    """
     kept = [a for a in arms if KEPT.met_by(a.ev_drop, max_drop)]
     surely = [(low, a.weight) for a in kept if (low := a.gain.over_least.low) is not None]
     return max(surely, key=lambda pair: pair[0])[1] if surely else None
@@ -827,10 +845,10 @@ def choose_weight(arms: Sequence[PulledSection], max_drop: float) -> float | Non
 def acceptance(
     arms: Sequence[PulledSection], gain: Gain | None, lost: Interval | None, seeds: int, max_drop: float
 ) -> Acceptance:
-    """Whether the pull of `choose_weight` is accepted, by its gain and the explained variance it lost on fresh seeds.
+    """Acceptance of the pull of `choose_weight`, by its gain and its loss of explained variance on fresh seeds.
 
     Raises:
-        ValueError: a weight was chosen and its confirmation is missing.
+        ValueError: a weight was chosen, and its confirmation is missing.
     """
     weight = choose_weight(arms, max_drop)
     rule = f"gain over each required null > 0 and EV lost <= {max_drop}, surely; own references, fresh seeds"
@@ -856,14 +874,14 @@ def acceptance(
 
 CERTIFIED_LEVEL = 0.95
 FALSE_SHARE = 0.05
-"""Expected share of false ones among features that are marked as above chance (Benjamini–Hochberg)."""
+"""Expected share of false features among those marked as above chance (Benjamini–Hochberg)."""
 REBUILT_BY, REBUILT_COSINE = 3, 0.9
-"""Most features of a sibling, and least cosine with what they rebuild, for a feature that is split or merged there."""
+"""Largest number of a sibling's features, and least cosine of their sum, for a split or merged feature."""
 DENSE = 0.1
 """Share of tokens on which a feature fires, above which it counts as dense."""
 CALIBRATED_SHARE, CALIBRATED_BOUND, FEATURE_POWER = 0.05, 0.07, 0.8
-"""Calibration: largest realised share of false ones, its largest 95 % upper bound, and least share of true features of
-at least RARE firing that are marked."""
+"""Calibration: largest realised share of false features, its largest 95 % upper bound, and least share of marked
+features among true features that fire on at least RARE of the rows."""
 RARE = 0.001
 
 STATEMENTS = {
@@ -886,23 +904,23 @@ def recurs(
     cosine: float = RECURS_COSINE,
     correlation: float = RECURS_CORRELATION,
 ) -> np.ndarray:
-    """Whether each feature recurs in each sibling, bool `[siblings, features]`.
+    """True where a feature recurs in a sibling, `[siblings, features]`.
 
     Args:
-        cosines: signed, with the one-to-one partner. correlations: of their held-out activations; None: not known, and
-            the cosine alone decides.
+        cosines: signed cosines with the one-to-one partner. correlations: correlations of their held-out activations;
+            None: unknown, and the cosine alone decides.
     """
-    found = np.asarray(cosines) >= cosine
-    return found if correlations is None else found & (np.asarray(correlations) >= correlation)
+    close = np.asarray(cosines) >= cosine
+    return close if correlations is None else close & (np.asarray(correlations) >= correlation)
 
 
 def certified(bounds: np.ndarray, share: float = CERTIFIED_AT) -> np.ndarray:
-    """Whether lower bounds of recurrence reach the share; rounding aside."""
+    """True where the lower bound of recurrence reaches the share, up to rounding."""
     return np.asarray(bounds) >= share - ROUNDING
 
 
 def siblings_needed(share: float = CERTIFIED_AT, misses: int = 0) -> int:
-    """Fewest siblings of which all but `misses` certify a feature at a share."""
+    """Least number of siblings that certify a feature which recurs in all but `misses` of them."""
     n = misses + 1
     while not certified(clopper_pearson_low(n - misses, n, CERTIFIED_LEVEL), share):
         n += 1
@@ -910,17 +928,18 @@ def siblings_needed(share: float = CERTIFIED_AT, misses: int = 0) -> int:
 
 
 def above_chance(q_values: np.ndarray) -> np.ndarray:
-    """Whether q-values mark their features."""
+    """True where the q-value marks its feature."""
     return np.asarray(q_values) <= FALSE_SHARE
 
 
 def differs_from_siblings(own: Sequence[float], among: Sequence[float]) -> bool | None:
-    """Whether an SAE recurs less than its siblings do among each other: its mean share lies below the 95 % prediction
-    interval of one more sibling's. None with fewer than three siblings.
+    """True if an SAE recurs less in its siblings than these recur in each other; None with fewer than three siblings.
+
+    Its mean share must be below the 95 % prediction interval for one more sibling.
 
     Args:
-        own: share of its features with a partner in each sibling, by decoder cosine. among: the same of each sibling,
-            its mean over the others.
+        own: shares of its features with a partner in each sibling, by decoder cosine. among: mean share of each sibling
+            over the other siblings.
     """
     if len(among) < 3:
         return None
@@ -944,18 +963,19 @@ def statements(
     """Statement about each feature, one of STATEMENTS, `[features]`.
 
     Args:
-        recurrent: siblings in which it recurs. bounds: their Clopper–Pearson bounds. marked: above chance. prototype:
-            like one. rebuilt: siblings in which it does not recur and is rebuilt. dead: fires nowhere.
-        share: to certify at; None: nothing can be certified, because the siblings are no fresh trainings.
-        withheld: why nothing is said to be missing is known.
+        recurrent: number of siblings in which it recurs. bounds: Clopper–Pearson bounds. marked: above chance.
+            prototype: prototype-like. rebuilt: number of siblings that rebuild it without recurrence. dead: without
+            activity.
+        share: π of certified features; None: no feature is certified, because the siblings are no fresh trainings.
+        withheld: True if the comparison cannot show that a feature is missing.
     """
-    sure = certified(bounds, share) if share is not None else np.zeros(len(bounds), bool)
+    is_certified = certified(bounds, share) if share is not None else np.zeros(len(bounds), bool)
     missing = "withheld" if withheld else "not found"
     kinds = {
         "dead": dead,
-        "prototype-like": prototype & (sure | marked | (recurrent > 0)),
-        "certified": sure & marked,
-        "certified, not above chance": sure,
+        "prototype-like": prototype & (is_certified | marked | (recurrent > 0)),
+        "certified": is_certified & marked,
+        "certified, not above chance": is_certified,
         "above chance": marked,
         "recurs in some": recurrent > 0,
         "split or merged": 2 * rebuilt > siblings,
@@ -968,7 +988,7 @@ def statements(
 
 
 def table() -> str:
-    """The rules as they stand in docs/methods.md."""
+    """Table of the rules for docs/methods.md."""
     seeds, over_nulls = f"S ≥ {MINIMUM_SEEDS}", "over isotropic, spectral (signed and absolute) and gaussian"
     low, high = "lower end of the 95 % interval", "upper end of the 95 % interval"
     rows = {
@@ -1050,9 +1070,11 @@ def table() -> str:
 
 
 def licences() -> str:
-    """The table of sentences as it stands in docs/methods.md."""
+    """Table of licensed sentences for docs/methods.md."""
     outcomes = [FAIL] * (len(LICENCES) - 1) + [PASS]
-    rows = [f"| {what} | {text} | {outcome} |" for (what, _, text), outcome in zip(LICENCES, outcomes, strict=True)]
+    rows = [
+        f"| {controls} | {text} | {outcome} |" for (controls, _, text), outcome in zip(LICENCES, outcomes, strict=True)
+    ]
     return (
         "\n".join(["| beaten, beside the lines above | what may be said | stability |", "|---|---|---|", *rows]) + "\n"
     )
