@@ -1,4 +1,4 @@
-"""The selected recipe, trained again on fresh seeds: what the gate reads of a candidate that a study selected."""
+"""Confirmation: the selected recipe is trained again on fresh seeds, and the gate reads these SAEs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from husai.runs.errors import BadInput, CheckFailed
 from husai.runs.files import locked, read_json, sha256_file, write_json
 
 LEDGER = "confirmations.json"
-"""Ledger of all confirmations, below --artifact-root: neither --force nor another output folder starts it anew."""
+"""Ledger of all confirmations, below --artifact-root. Neither --force nor another output folder resets it."""
 
 
 def evaluate(args: argparse.Namespace) -> Retrained:
-    """Train the recipe again; stability and benchmarks of the SAEs that come out.
+    """Train the selected recipe again; returns stability and benchmarks of the new SAEs.
 
     Args:
-        args: of `run_candidate_confirmation.py`; `candidate` names the selection.
+        args: those of `run_candidate_confirmation.py`. `candidate` names the selection.
 
     Raises:
-        BadInput: nothing was selected, a seed is not fresh, the seeds are not as many as selection fixed, selection has
-            read all data sets, or the ledger of confirmations is damaged.
-        CheckFailed: the recipe gives other facts here than it gave in the study.
+        BadInput: there is no selected condition, a seed is not fresh, the number of seeds is not that of the selection,
+            selection has read all data sets, or the ledger of confirmations is damaged.
+        CheckFailed: the facts of the new SAEs differ from those in the study.
     """
     sha256 = sha256_file(args.candidate)
     try:
@@ -59,15 +59,15 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         raise BadInput(f"--seeds {old[0]}: a study used it; seeds that none did expected")
     if len(seeds) != fixed:
         raise BadInput(f"--seeds: {fixed} seeds expected, as many as the selection fixed; found {len(seeds)}")
-    confirmations(args.artifact_root)  # a damaged ledger is seen before anything is trained
+    confirmations(args.artifact_root)  # finds a damaged ledger before any training
     names = args.dataset_names or selection.split.gate_data_sets or DATA_SETS.split(",")
     read = set(selection.split.selection_families)
 
-    def left(sets: list[str]) -> list[str]:
+    def unread(sets: list[str]) -> list[str]:
         sets = sae_probes.check_data_sets(sets)
         return [n for n, family in zip(sets, families(sets), strict=True) if family not in read]
 
-    if not (data_sets := left(names)):
+    if not (data_sets := unread(names)):
         raise BadInput("--dataset-names: selection has read the families of all of them; others expected")
     plan = bank.BankPlan(
         **dict(recipe),
@@ -82,36 +82,36 @@ def evaluate(args: argparse.Namespace) -> Retrained:
         data_sets=data_sets,
         cebench=True,
         judged=True,
-        pair_sets=left(PAIR_SETS.split(",")),
+        pair_sets=unread(PAIR_SETS.split(",")),
         **bank.places_of(args),
     )
     bank.check(plan)
     trained_bank = bank.trained(plan)
     candidate = trained_bank.saes.group
-    if other := [n for n, value in candidate.facts if value != getattr(facts, n)]:
+    if differing := [n for n, value in candidate.facts if value != getattr(facts, n)]:
         why = "(--threads, device and packages as in the study expected)"
-        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(other)} came out otherwise {why}")
-    # Before anything is scored: an attempt that is broken off once figures can be seen is an attempt.
+        raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(differing)} came out otherwise {why}")
+    # The entry is written before scores exist, because an attempt that is stopped after them must count.
     ledger = noted(args.artifact_root, LedgerEntry.of(selected, candidate))
-    found = bank.scored(trained_bank)
+    scored_bank = bank.scored(trained_bank)
     return Retrained(
         phase="candidate_confirmation",
-        inputs=found.inputs | found.sections[0].control_inputs | {"selection": sha256},
+        inputs=scored_bank.inputs | scored_bank.sections[0].control_inputs | {"selection": sha256},
         subject=subject,
         candidate=candidate,
-        paths={str(m.seed): m.checkpoint for m in found.sections[0].members},
+        paths={str(m.seed): m.checkpoint for m in scored_bank.sections[0].members},
         selection=selected,
         attempt=len(ledger),
         ledger=ledger,
-        bank=found,
+        bank=scored_bank,
     )
 
 
 def confirmations(root: Path) -> list[LedgerEntry]:
-    """The ledger of confirmations; empty where there is none yet.
+    """Entries of the ledger of confirmations; none if there is no ledger yet.
 
     Raises:
-        BadInput: it is damaged.
+        BadInput: the ledger is damaged.
     """
     path = root / LEDGER
     if not path.exists():
@@ -126,11 +126,11 @@ def confirmations(root: Path) -> list[LedgerEntry]:
 
 
 def noted(root: Path, entry: LedgerEntry) -> list[LedgerEntry]:
-    """Write a confirmation into the ledger unless it stands there already; all of its configuration up to this one."""
+    """Add a confirmation to the ledger once; returns all entries of its configuration up to this one."""
     with locked(root / f".{LEDGER}.lock"):
         entries = confirmations(root)
         if entry not in entries:
             entries.append(entry)
             write_json(root / LEDGER, [e.to_json() for e in entries])
-    own = [e for e in entries if e.candidate == entry.candidate]
-    return own[: own.index(entry) + 1]
+    same_configuration = [e for e in entries if e.candidate == entry.candidate]
+    return same_configuration[: same_configuration.index(entry) + 1]

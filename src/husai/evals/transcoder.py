@@ -1,4 +1,4 @@
-"""Another objective: transcoders that write the candidate's own hook, scored against the candidate's SAEs."""
+"""Stress test: transcoders that reconstruct the candidate's hook, scored against the candidate's SAEs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from husai.training.trainer import TrainingConfig
 
 @dataclass(frozen=True)
 class TranscoderTask:
-    """A setting with what it is trained on."""
+    """A setting with its training configuration and activations."""
 
     setting: Setting
-    """`preregistered` is filled in later, from the results (`evidence.transcoder.concluded`)."""
+    """Setting. `preregistered` is filled in later, from the results (`evidence.transcoder.concluded`)."""
     config: TrainingConfig
     read: ActivationStore
     written: ActivationStore
-    """What the candidate was trained on, row by row."""
+    """Target activations: those that the candidate was trained on, row by row."""
 
     @property
     def grid(self) -> list[Member]:
@@ -43,29 +43,29 @@ class TranscoderTask:
 def task_of(
     tested: LoadedSAEs, overrides: dict, artifact_root: Path, rows: int | None, device: torch.device, threads: int
 ) -> TranscoderTask:
-    """The hook before the candidate's, at the candidate's width, k, tokens, batch size and seeds.
+    """Task with the hook before the candidate's, and the candidate's width, k, tokens, batch size and seeds.
 
     Args:
-        overrides: `d_sae`, `k`, `tokens`, each None where it is the candidate's.
-        rows: of the candidate's own activations (`candidate.training_store`); those that transcoders read are as many,
-            of the same text.
+        overrides: `d_sae`, `k`, `tokens`. None: that of the candidate.
+        rows: number of the candidate's activations (`candidate.training_store`). Transcoders read equally many rows of
+            the same text.
 
     Raises:
-        BadInput: no hook comes before, or the candidate's training is not known.
+        BadInput: there is no hook before, or the candidate's training is unknown.
     """
-    config, made = tested.recipe, tested.training_metadata
-    assert made is not None  # `recipe` would have refused
+    config, metadata = tested.recipe, tested.training_metadata
+    assert metadata is not None  # else `recipe` raises BadInput
     hook = hook_before(tested.hook_name)
     written = training_store(tested, artifact_root, rows, device, threads)
     read = _read_beside(tested, hook, written, artifact_root / "activations", threads)
     random_model.check_same_text(written, read)
-    own = {"d_sae": made["d_sae"], "k": made["k"], "tokens": config.tokens}
+    candidate_sizes = {"d_sae": metadata["d_sae"], "k": metadata["k"], "tokens": config.tokens}
     setting = Setting(
         hook_in=hook,
         hook_out=tested.hook_name,
-        **own | {name: value for name, value in overrides.items() if value is not None},
+        **candidate_sizes | {name: value for name, value in overrides.items() if value is not None},
         batch_size=config.batch_size,
-        learning_rate=made["learning_rate"],
+        learning_rate=metadata["learning_rate"],
         seeds=[m.order_seed for m in random_model.grid_of(tested)],
         subject_digest=tested.subject.digest,
         preregistered=False,
@@ -74,12 +74,12 @@ def task_of(
 
 
 def _read_beside(tested: LoadedSAEs, hook: str, written: ActivationStore, root: Path, threads: int) -> ActivationStore:
-    """Activations at a hook, row by row those that are written; rows that these leave out are left out too."""
-    way, m = tested.subject.harvesting, written.manifest
-    subject = replace(tested.subject, harvesting=replace(way, max_norm_multiple=None))
-    where = tested.source.training(), root, written.rows + (m.dropped_rows or 0)
+    """Activations at a hook, with the same rows as the target store, and without the rows that it leaves out."""
+    harvesting, m = tested.subject.harvesting, written.manifest
+    subject = replace(tested.subject, harvesting=replace(harvesting, max_norm_multiple=None))
+    source = tested.source.training(), root, written.rows + (m.dropped_rows or 0)
     hooks = [hook] if m.dropped_rows is None else [hook, m.hook_name]
-    folders = harvest_tokens(subject, hooks, *where, threads=threads, by_document=True)
+    folders = harvest_tokens(subject, hooks, *source, threads=threads, by_document=True)
     read, *beside = (ActivationStore.open(folders[name]) for name in hooks)
     if not beside:
         return read
@@ -95,8 +95,8 @@ def sections(
     device: torch.device,
     threads: int,
 ) -> tuple[OwnSection, tuple[Section, Drawn], Comparison]:
-    """(the candidate's SAEs among themselves, transcoders among themselves, the one against the other)."""
-    own, _ = random_model.section_of(tested, task.written, artifact_root, draws, device, threads)
+    """(study of the candidate's SAEs, study of the transcoders, scores between the two)."""
+    own_section, _ = random_model.section_of(tested, task.written, artifact_root, draws, device, threads)
     trained = train_or_find(cells, task.read, task.grid, task.config, device, threads, task.written)
     noise = controls.gaussian_transcoders(
         artifact_root, task.read, task.written, task.grid, task.config, device, threads
@@ -110,11 +110,11 @@ def sections(
     across = study.compare_across(
         cells,
         task.written,
-        own.stability.labels,
+        own_section.stability.labels,
         (own_side, partners),
         draws,
         threads,
         (gaussian.dictionaries, noise.dictionaries),
         ACROSS,
     )
-    return own, (transcoders, drawn), across
+    return own_section, (transcoders, drawn), across

@@ -15,22 +15,24 @@ BEFORE_ALL = (FIRST, "blocks.0.hook_in")
 
 
 def preregistered(setting: Setting, candidate: SeedGroup) -> bool:
-    """Whether a setting is the one that was fixed in advance: the candidate's subject, hook, width, k, tokens and
-    seeds, read from the hook before."""
+    """True if a setting is the one that was fixed in advance.
+
+    It has the candidate's subject, hook, width, k, tokens and seeds, and its input is the hook before.
+    """
     facts, seeds = candidate.facts, sorted(map(int, candidate.checkpoints))
     names = ("subject_digest", "d_sae", "k", "learning_rate", "tokens")
-    alike = all(getattr(setting, name) == getattr(facts, name) for name in names)
+    same_recipe = all(getattr(setting, name) == getattr(facts, name) for name in names)
     hooks = (hook_before(facts.hook_name or ""), facts.hook_name)
-    return alike and (setting.hook_in, setting.hook_out) == hooks and sorted(setting.seeds) == seeds
+    return same_recipe and (setting.hook_in, setting.hook_out) == hooks and sorted(setting.seeds) == seeds
 
 
 def hook_before(hook_name: str) -> str:
-    """Input hook of transcoders that write a hook: the same kind of hook one block earlier.
+    """Input hook of transcoders for an output hook: the same kind of hook one block earlier.
 
     In the first block it is the input of the block.
 
     Raises:
-        BadInput: nothing comes before that hook, or it is of no block.
+        BadInput: there is no hook before, or the hook belongs to no block.
     """
     if (block := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)) is None:
         raise BadInput(
@@ -43,26 +45,29 @@ def hook_before(hook_name: str) -> str:
 
 
 def inputs(stress: TranscoderStress) -> dict[str, str]:
-    """The inputs of the test beside the candidate and what transcoders read: label -> sha256."""
-    found = {"activation store": stress.section.store_digest}
-    found |= {f"transcoder {m.label}": m.checkpoint_sha256 for m in stress.transcoder.members}
-    noise = stress.transcoder.gaussian
-    return found | stress.section.control_inputs | ({} if noise is None else noise.inputs("transcoder, gaussian"))
+    """Inputs of the test other than the candidate and the input activations: label -> sha256."""
+    digests = {"activation store": stress.section.store_digest}
+    digests |= {f"transcoder {m.label}": m.checkpoint_sha256 for m in stress.transcoder.members}
+    gaussian_control = stress.transcoder.gaussian
+    return (
+        digests
+        | stress.section.control_inputs
+        | ({} if gaussian_control is None else gaussian_control.inputs("transcoder, gaussian"))
+    )
 
 
 def concluded(stress: TranscoderStress) -> TranscoderStress:
-    """The same test with every conclusion made from its sections: the setting as the transcoders' records give it, the
-    gain, the explained variance, and the verdict."""
+    """The test with all conclusions computed from its sections: setting, gain, explained variance and verdict."""
     section, transcoders = stress.section, stress.transcoder
     setting = stress.setting.model_copy(update=_of_members(transcoders))
     setting = setting.model_copy(update={"preregistered": preregistered(setting, stress.candidate)})
-    made = {
+    conclusions = {
         "setting": setting,
         "gain": contrast.gain([transcoders], [section]) if _same_seeds(stress) else None,
         "explained_variance": {"candidate": contrast.heldout(section), "transcoder": contrast.heldout(transcoders)},
         "verdict": rules.verdict(lambda: rules.transcoder(setting, section, transcoders, stress.across)),
     }
-    return stress.model_copy(update=made)
+    return stress.model_copy(update=conclusions)
 
 
 def _same_seeds(stress: TranscoderStress) -> bool:
@@ -70,16 +75,16 @@ def _same_seeds(stress: TranscoderStress) -> bool:
 
 
 def _of_members(section: Section) -> dict:
-    """The setting as the records of transcoders give it."""
-    said: dict[str, Any] = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
-    said["seeds"] = [m.seed for m in section.members]
+    """Setting according to the records of the transcoders."""
+    setting: dict[str, Any] = {"subject_digest": section.subject_digest, "hook_out": section.hook_name}
+    setting["seeds"] = [m.seed for m in section.members]
     for name in ("d_sae", "k", "learning_rate"):
-        (said[name],) = {getattr(m, name) for m in section.members}
-    return said
+        (setting[name],) = {getattr(m, name) for m in section.members}
+    return setting
 
 
 def decisions(stress: TranscoderStress) -> dict:
-    """Conclusions from the sections, and the SAEs concerned: place in the results -> value."""
-    made = concluded(stress).to_json()
-    again = {f"/{name}": made[name] for name in ("setting", "gain", "explained_variance", "verdict")}
-    return again | {"/candidate/checkpoints": stress.section.checkpoints}
+    """Conclusions from the sections, and the candidate's SAEs: place in the results -> value."""
+    results = concluded(stress).to_json()
+    by_place = {f"/{name}": results[name] for name in ("setting", "gain", "explained_variance", "verdict")}
+    return by_place | {"/candidate/checkpoints": stress.section.checkpoints}

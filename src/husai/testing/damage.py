@@ -1,7 +1,8 @@
-"""Damaged evidence, to try the gate on: every kind of damage at every place of every file.
+"""Damaged evidence for tests of the gate: every kind of damage at every place of every file.
 
-A case is a bundle that passed, with one thing changed, and the gates that must no longer hold. Its files' problems are
-found again and its digests are taken for signed again, so that only schema, binding and recomputation can tell.
+A case is a bundle that passed, with one change, and the gates that must no longer pass. Problems of its files are
+computed again, and digests fit the changed files. Only schemas, bindings and recomputation can therefore reveal the
+change.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ OF_FILE = {
     "transcoder": ("transcoder",),
     "ood": ("ood",),
 }
-"""File -> the gates that rest on it."""
+"""File -> gates that depend on it."""
 OF_ONE_GATE = {
     r"confirmation/bank/saebench/(families|data_sets|probing|versions|random_seed)(/.*)?": ("saebench",),
     r"confirmation/bank/cebench/(benchmark|clusters|no_reference)(/.*)?": ("cebench",),
     r"confirmation/bank/code(/.*)?": ("code",),
     r"confirmation/(bank/sections/\d+|section)/gaussian/members/\d+/(seed|heldout)(/.*)?": ("stability",),
 }
-"""Places on which one gate rests."""
+"""Places (patterns) on which one gate depends."""
 ALONE = {
     "another version": ("saebench",),
     "another data set": ("saebench",),
@@ -45,7 +46,7 @@ ALONE = {
     "local pairs": ("cebench",),
     "another checkpoint": ("random_model", "transcoder", "ood"),
 }
-"""Kinds of damage to a whole confirmation that not all of its gates can see -> those that do."""
+"""Kinds of damage to a whole confirmation that only some of its gates can detect -> these gates."""
 A_SECTION = (
     r"(phase4a/husai|phase4a/planted/degrees/\d+/study|confirmation/(bank/sections/\d+|section)|"
     r"transcoder/(section|transcoder|across)|random_model/(section|random_models/\d+))"
@@ -79,7 +80,7 @@ INFORMATIONAL = {
     r"ood/shifted/llm/ood_low/\d+": "above 0.5 a set is kept: other values there change nothing",
     r"(selection|confirmation)/subject": "a name",
 }
-"""Places (patterns) whose values nobody decides by -> why. They may be edited, and nothing more."""
+"""Places (patterns) whose values enter no decision -> reason. Their values may be edited, but not their types."""
 OPEN = {
     r"ood/(rule|activations|skipped|families|shifted/prompts)(/.*)?": "reported, "
     "whatever they hold; the rule that counts is the gate's own",
@@ -91,9 +92,9 @@ OPEN = {
     r"phase4a/published(_figures)?(/.*)?": "the earlier study's",
     r"confirmation/bank/cebench/saes/\d+/checkout(/.*)?": "what CE-Bench's own code said, reported",
 }
-"""Places whose very shape is free -> why."""
+"""Places (patterns) whose values and types are free -> reason."""
 FEW = 3
-"""Items of a list that are tried."""
+"""Largest number of a list's items that are all tried."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,15 @@ class Case:
 
     kind: str
     place: str
-    """file/key/…"""
+    """Path of the damage: file/key/…"""
     bundle: Bundle
     gates: tuple[str, ...]
-    """Must not hold any more."""
+    """Gates that must not pass."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     waived: tuple[str, ...] = ()
 
     def caught(self) -> bool:
-        """Whether the gate does not pass, and none of these gates; first without computing the evidence again."""
+        """True if the decision is no pass and none of `gates` passes, with or without recomputation of the evidence."""
         if self._refused(self.bundle):
             return True
         files = dict(self.bundle.files)
@@ -135,7 +136,7 @@ class Case:
 
 
 NOTHING = object()
-"""The damage does not apply here, or changes nothing."""
+"""Result of damage that does not apply to a value or does not change it."""
 
 
 def _edited(value: Any, rng: np.random.Generator) -> Any:
@@ -169,11 +170,11 @@ VALUES: dict[str, Callable[[Any, np.random.Generator], Any]] = {
     "unknown key": lambda v, rng: v | {"unknown": 0.5} if isinstance(v, dict) else NOTHING,
     "edited": _edited,
 }
-"""Damage to a value; keys are removed and renamed beside."""
+"""Kind of damage -> function of a value. Keys are also removed and renamed."""
 
 
 def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """Every place below a JSON value; of a list the first, the last, and one in the middle."""
+    """Every place below a JSON value. Of a long list, the first, the middle and the last item are visited."""
     keys: Sequence[Any]
     if isinstance(value, dict):
         keys = list(value)
@@ -187,7 +188,7 @@ def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
 
 
 def changed(results: dict, at: tuple, change: Callable[[Any, Any], None]) -> dict:
-    """Results with `change(parent, key)` done at a place; only what lies on the way there is copied."""
+    """Results after `change(parent, key)` at a place. Only the containers on the path are copied."""
     results = top = copy.copy(results)
     for key in at[:-1]:
         results[key] = copy.copy(results[key])
@@ -197,7 +198,7 @@ def changed(results: dict, at: tuple, change: Callable[[Any, Any], None]) -> dic
 
 
 def of_values(bundle: Bundle, rng: np.random.Generator) -> Iterator[Case]:
-    """Each kind of damage at each place of each file."""
+    """Cases with each kind of damage at each place of each file."""
     for label in bundle.files:
         file = bundle.given(label)
         for at in places(file.results):
@@ -228,12 +229,12 @@ def _at(value: Any, at: Sequence) -> Any:
 
 
 def gates_of(place: str) -> tuple[str, ...]:
-    found = (gates for pattern, gates in OF_ONE_GATE.items() if re.fullmatch(pattern, place))
-    return next(found, OF_FILE[place.split("/")[0]])
+    matches = (gates for pattern, gates in OF_ONE_GATE.items() if re.fullmatch(pattern, place))
+    return next(matches, OF_FILE[place.split("/")[0]])
 
 
 def free(place: str) -> bool:
-    """Whether nobody decides by what stands there, or below."""
+    """True if no decision depends on this place or on places below it."""
     return _any(OPEN, place) or _any(INFORMATIONAL, place)
 
 
@@ -242,21 +243,21 @@ def _any(patterns: dict[str, str], place: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What holds together by itself, and belongs to another candidate, or to none
+# Consistent evidence that belongs to another candidate, or to none
 
 
 def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
-    """Damage that no single value shows.
+    """Cases of damage that no single value reveals.
 
     Args:
-        others: bundles that pass by themselves, of other seeds: their files are put in the place of this one's.
+        others: bundles of other seeds that pass. Their files replace those of this bundle.
     """
 
     def case(kind: str, label: str, gates: tuple[str, ...], **changes) -> Case:
         files = bundle.files | ({label: changes["file"]} if "file" in changes else {})
-        there = Bundle(files, changes.get("on_disk", bundle.on_disk))
+        damaged_bundle = Bundle(files, changes.get("on_disk", bundle.on_disk))
         given = {n: changes[n] for n in ("thresholds", "waived") if n in changes}
-        return Case(kind, label, there, gates, **given)
+        return Case(kind, label, damaged_bundle, gates, **given)
 
     for label, gates in OF_FILE.items():
         file = bundle.given(label)
@@ -266,19 +267,19 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
         for other in others:
             if label not in ("phase4a", "selection"):
                 yield case("another candidate's file", label, gates, file=other.files[label])
-        for what, old, new in _replacements(bundle, label):
+        for title, old, new in _replacements(bundle, label):
             results = json.loads(json.dumps(file.results).replace(old, new))
             if results != file.results:
-                rest = ALONE.get(what, gates) if label == "confirmation" else gates
-                yield case(what, label, rest, file=replace(file, results=results, sha256=digest([what, label, new])))
-        for what, results in (*_swaps(file.results, label), *_other_accounts(file.results, label)):
-            yield case(what, label, gates, file=replace(file, results=results, sha256=digest([what, label])))
+                rest = ALONE.get(title, gates) if label == "confirmation" else gates
+                yield case(title, label, rest, file=replace(file, results=results, sha256=digest([title, label, new])))
+        for title, results in (*_swaps(file.results, label), *_other_accounts(file.results, label)):
+            yield case(title, label, gates, file=replace(file, results=results, sha256=digest([title, label])))
     stale = replace(bundle.given("selection"), sha256=digest("another selection"))
     yield case("stale selection", "selection", OF_FILE["selection"], file=stale)
     for seed in bundle.on_disk:
-        for what, there in (("absent", None), ("another", digest("another checkpoint"))):
-            disk = bundle.on_disk | {seed: there}
-            yield case(f"checkpoint {what} on disk", "confirmation", OF_FILE["confirmation"], on_disk=disk)
+        for title, identity in (("absent", None), ("another", digest("another checkpoint"))):
+            disk = bundle.on_disk | {seed: identity}
+            yield case(f"checkpoint {title} on disk", "confirmation", OF_FILE["confirmation"], on_disk=disk)
     for gate in GATES:
         yield case("waived", "", (), waived=(gate,))
     registered = Thresholds()
@@ -288,13 +289,13 @@ def of_bundles(bundle: Bundle, others: list[Bundle]) -> Iterator[Case]:
 
 
 def _replacements(bundle: Bundle, label: str) -> Iterator[tuple[str, str, str]]:
-    """(kind, text, other text) of what one file says throughout."""
+    """(kind, text, other text) for replacements in a whole file."""
     candidate = bundle.given("confirmation").results["candidate"]
     facts = candidate["facts"]
     other = digest("another")
     if label == "phase4a":
-        own = bundle.given("phase4a").results["planted"]["degrees"][0]["study"]["subject_digest"]
-        yield "the candidate's own subject", own, facts["subject_digest"]
+        planted_subject = bundle.given("phase4a").results["planted"]["degrees"][0]["study"]["subject_digest"]
+        yield "the candidate's own subject", planted_subject, facts["subject_digest"]
         return
     yield "another subject", facts["subject_digest"], other
     if label != "ood":
@@ -319,17 +320,17 @@ def _read_family(bundle: Bundle) -> str:
 
 
 def _attempts(confirmation: dict) -> Iterator[tuple[str, dict]]:
-    """(kind, an attempt and a ledger that do not fit each other or the confirmation)."""
+    """(kind, inconsistent attempt and ledger)."""
     if "ledger" not in confirmation:  # SAEs that a user supplies
         return
-    ledger, own = confirmation["ledger"], confirmation["ledger"][-1]
-    other = own | {"saes": digest("other SAEs")}
+    ledger, own_entry = confirmation["ledger"], confirmation["ledger"][-1]
+    other = own_entry | {"saes": digest("other SAEs")}
     for kind, entries in (
-        ("one attempt twice", [*ledger, own]),
+        ("one attempt twice", [*ledger, own_entry]),
         ("a later attempt", [*ledger, other]),
         ("an attempt by other SAEs", [*ledger[:-1], other]),
-        ("an attempt on other seeds", [*ledger[:-1], own | {"seeds": own["seeds"][1:]}]),
-        ("an attempt of another selection", [*ledger[:-1], own | {"selection": digest("another selection")}]),
+        ("an attempt on other seeds", [*ledger[:-1], own_entry | {"seeds": own_entry["seeds"][1:]}]),
+        ("an attempt of another selection", [*ledger[:-1], own_entry | {"selection": digest("another selection")}]),
         ("an attempt of another configuration", [other | {"candidate": digest("another")}, *ledger]),
         ("no attempt", []),
     ):
@@ -339,7 +340,7 @@ def _attempts(confirmation: dict) -> Iterator[tuple[str, dict]]:
 
 
 def _other_accounts(results: dict, label: str) -> Iterator[tuple[str, dict]]:
-    """(kind, results of a stress test that score the candidate's own pairs otherwise, all that follows made again)."""
+    """(kind, results of a stress test with other scores of the candidate's own pairs, and fitting derived figures)."""
     if label not in ("random_model", "transcoder"):
         return
     for name, by in (("observed", 0.01), *((null, -0.01) for null in GATED_NULLS)):
@@ -354,7 +355,7 @@ def _other_accounts(results: dict, label: str) -> Iterator[tuple[str, dict]]:
 
 
 def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
-    """(kind, results) with two SAEs in each other's places, or a pair of seeds counted twice."""
+    """(kind, results) with two SAEs exchanged, or a pair of seeds counted twice."""
     if label == "confirmation":
         for owner in ((), ("saebench",), ("cebench",)):
             for kind, i, j in (("seeds swapped", 0, 1), ("swapped with the reference", 0, -1)):
