@@ -63,6 +63,7 @@ benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more t
 	@$(BIN)/python benchmarks/gate_calibration.py
 	@$(BIN)/python benchmarks/feature_calibration.py
 	@$(BIN)/python benchmarks/matching_speed.py
+	@$(BIN)/python benchmarks/null_draws.py
 	@$(BIN)/python benchmarks/training_speed.py
 	@$(BIN)/python benchmarks/eval_speed.py
 	@$(BIN)/python benchmarks/cross_entropy.py
