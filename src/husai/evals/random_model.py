@@ -1,4 +1,4 @@
-"""What a meaningless subject scores: SAEs trained like the candidate's on draws of its subject's random weights."""
+"""Stress test: SAEs with the candidate's recipe on draws of its subject's random weights."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from husai.training.trainer import TrainingConfig
 
 log = logging.getLogger("husai")
 ALIKE = ("family", "d_sae", "k", "learning_rate", "tokens", "training")
-"""Facts in which SAEs of the random-weights model that a user supplies must equal a candidate that HUSAI trained."""
+"""Facts that user-supplied SAEs of the random-weights model must share with a candidate that HUSAI trained."""
 
 
 SHARED_DOCUMENTS = 0.9
-"""Least share of documents that stores have in common whose outliers are left out. A short document may lose all."""
+"""Least share of common documents of two stores without outliers. A short document may lose all of its rows."""
 PASSES, LEARNING_RATE = 10, 1e-3
-"""Over the Gaussian rows, where SAEs do not say how they were trained."""
+"""Passes over the Gaussian rows and learning rate, if the recipe of the SAEs is unknown."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """SAEs of one draw of the random weights, one for each of the candidate's, in its order."""
+    """SAEs of one draw of the random weights, one for each SAE of the candidate, in its order."""
 
     saes: ControlArm
     """SAEs of the activations of these weights."""
@@ -50,10 +50,10 @@ class Draw:
 
 
 def grid_of(tested: LoadedSAEs) -> list[Member]:
-    """What it takes to train the candidate's SAEs again, one member each, in order of seeds.
+    """Members of a grid that repeat the candidate's SAEs, in order of seeds.
 
     Raises:
-        BadInput: they were pulled towards a reference of another run.
+        BadInput: an SAE was pulled towards a reference of another run.
     """
     names = [f.name for f in fields(Member)]
     grid = [Member(**{n: c.sae.metadata["husai"][n] for n in names}) for c in tested.saes]
@@ -65,8 +65,11 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
 
 
 def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
-    """What it takes to train SAEs like these, one for each: their own recipe, or, where that is not known, HUSAI's own
-    at their width and L0, of their family if HUSAI has it and TopK else."""
+    """Grid and configuration for controls, one member for each SAE.
+
+    They have the SAEs' own recipe. If it is unknown, they have HUSAI's recipe at the same width and L0, in the same
+    architecture if HUSAI trains it, else TopK.
+    """
     if tested.training_metadata is not None:
         return grid_of(tested), tested.recipe
     rows = tested.store.rows
@@ -79,7 +82,7 @@ def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
 
 
 def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:
-    """The candidate's dictionaries, with the untrained states that its SAEs keep or the user gives."""
+    """Dictionaries of the candidate, with untrained states from the SAEs' folders or from the user."""
     folders = [foreign.folder_of(c.folder) for c in tested.saes]
     if tested.training_metadata is not None and all((folder / SNAPSHOTS).is_file() for folder in folders):
         return [study.own_dictionary(folder) for folder in folders]
@@ -90,8 +93,7 @@ def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:
 def own_store(
     tested: LoadedSAEs, artifact_root: Path, rows: int | None, device: torch.device, threads: int
 ) -> ActivationStore:
-    """The activations that the candidate's study is on: those that it was trained on; held-out ones where its training
-    is not known.
+    """Activations for the candidate's study: its training activations, or held-out ones if its training is unknown.
 
     Args:
         rows: see `candidate.training_store`.
@@ -106,10 +108,10 @@ def own_store(
 def section_of(
     tested: LoadedSAEs, store: ActivationStore, artifact_root: Path, draws: int, device: torch.device, threads: int
 ) -> tuple[OwnSection, Drawn]:
-    """The stability study of the candidate's own SAEs; phases that need it share its cells.
+    """Stability study of the candidate's SAEs. Phases share its cells.
 
     Args:
-        store: `own_store`. draws: of the spectral null.
+        store: `own_store`. draws: number of draws of the spectral null.
     """
     gaussian = controls.gaussian(artifact_root, store, *trained_alike(tested), device, threads)
     members = [c.member for c in tested.saes]
@@ -120,55 +122,56 @@ def section_of(
 
 
 def near_prototypes(dictionaries: list[Dictionary], store: ActivationStore, artifact_root: Path) -> list[Dictionary]:
-    """The same dictionaries, which know their cosines with the store's prototypes: matches are reported by them."""
+    """Dictionaries with the cosines between their features and the store's prototypes, for strata of matches."""
     return study.with_nearest_prototype(dictionaries, of_store(store, artifact_root, len(dictionaries[0].W_dec)))
 
 
 def control_of(cells: Cells, draw: Draw, labels: list[str], draws: int, threads: int) -> Control:
-    """The SAEs of one draw of the random weights, with a study of their own.
+    """SAEs of one draw of the random weights, with their stability study.
 
     Args:
-        labels: the candidate's. draws: of the spectral null.
+        labels: those of the candidate. draws: number of draws of the spectral null.
     """
     arm = draw.saes
     arguments = cells, arm.store, labels, arm.dictionaries, draws, threads
     compared, _ = study.compare_all(*arguments, {}, draw.gaussian, scores=PAIRED)
-    found = dict(arm.alike) | {n: getattr(compared, n) for n in ("stability", "pairs", "strata")}
-    return Control(**found, gaussian=draw.gaussian.alike)
+    values = dict(arm.alike) | {n: getattr(compared, n) for n in ("stability", "pairs", "strata")}
+    return Control(**values, gaussian=draw.gaussian.alike)
 
 
 def trained_draws(
     tested: LoadedSAEs, store: ActivationStore, artifact_root: Path, device: torch.device, threads: int
 ) -> list[Draw]:
-    """SAEs trained alike on the activations that each draw of the random weights computes of the same text, and on
-    Gaussian rows of these.
+    """SAEs with the candidate's recipe on the activations of each draw of the weights, and on Gaussian rows of these.
+
+    The text is the same for all draws.
 
     Args:
-        store: that the candidate was trained on.
+        store: activations that the candidate was trained on.
 
     Raises:
-        BadInput: the SAEs' training is not known, or their text cannot be had.
+        BadInput: the SAEs' training is unknown, or their text is not available.
     """
     recipe = grid_of(tested), tested.recipe
-    found = []
+    draws = []
     for seed in RANDOM_DRAWS:
         log.info("%s: the candidate's recipe on its activations", random_weights(seed))
         drawn = activations_of(tested, artifact_root, store.rows, device, threads, seed)
         check_same_text(store, drawn)
         arms = (f(artifact_root, drawn, *recipe, device, threads) for f in (controls.trained, controls.gaussian))
-        found.append(Draw(*arms))
-    return found
+        draws.append(Draw(*arms))
+    return draws
 
 
 def check_same_text(store: ActivationStore, control: ActivationStore) -> None:
-    """Raise BadInput where the rows of two stores are not of the same documents, in the same order."""
-    if any(s.manifest.dropped_rows is not None for s in (store, control)):  # each leaves its own rows out
-        same = all(s.manifest.heldout_rows is not None for s in (store, control))
-        documents = [s.labels("document", 0, s.rows).unique() for s in (store, control)] if same else []
-        if same and torch.isin(*documents).double().mean() > SHARED_DOCUMENTS:
+    """Raise BadInput unless the rows of two stores come from the same documents, in the same order."""
+    if any(s.manifest.dropped_rows is not None for s in (store, control)):  # each store leaves out other rows
+        comparable = all(s.manifest.heldout_rows is not None for s in (store, control))
+        documents = [s.labels("document", 0, s.rows).unique() for s in (store, control)] if comparable else []
+        if comparable and torch.isin(*documents).double().mean() > SHARED_DOCUMENTS:
             return
-    same = store.rows == control.rows and store.manifest.heldout_rows == control.manifest.heldout_rows
-    if not same or not torch.equal(*(s.labels("document", 0, s.rows) for s in (store, control))):
+    comparable = store.rows == control.rows and store.manifest.heldout_rows == control.manifest.heldout_rows
+    if not comparable or not torch.equal(*(s.labels("document", 0, s.rows) for s in (store, control))):
         raise BadInput(
             f"candidate: its activations ({store.rows} rows, digest {store.digest[:12]}) are of other text than those "
             f"of the random-weights model ({control.rows} rows, digest {control.digest[:12]})"
@@ -184,18 +187,17 @@ def supplied_draws(
     device: torch.device,
     threads: int,
 ) -> list[Draw]:
-    """SAEs of the random-weights model that a user supplies, each checked against its partner, by draw of the weights.
+    """User-supplied SAEs of each draw of the random weights, checked against the candidate's SAEs.
 
     Args:
-        rows: of each random-weights model's held-out activations.
-        train_rows: of those that the SAEs were trained on (`candidate.training_store`), on which the study of a draw is
-            where the candidate's recipe is known.
+        rows: held-out rows of each random-weights model.
+        train_rows: rows of the SAEs' training activations (`candidate.training_store`). If the candidate's recipe is
+            known, the study of a draw uses these activations.
 
     Raises:
-        BadInput: another number of SAEs of a draw, other seeds, or trained otherwise than the candidate's, as far as
-            is known.
+        BadInput: a draw has another number of SAEs, other seeds, or another known recipe than the candidate.
     """
-    flag, opener, found = "--random-model-checkpoint", loaded.Opener(), []
+    flag, opener, draws = "--random-model-checkpoint", loaded.Opener(), []
     for seed, folders in loaded.controls_by_draw(paths, opener).items():
         place = tested.name, tested.hook_name, artifact_root, rows, device, threads
         opened = loaded.open_draw(folders, seed, *place, opener, tested.source, tested.harvesting)
@@ -206,9 +208,9 @@ def supplied_draws(
                 f"{flag}: {len(saes)} SAEs of {random_weights(seed)} for the {len(tested.saes)} of the candidate; as "
                 "many of each draw expected"
             )
-        for ours, theirs in zip(tested.saes, saes, strict=True):
-            if (reason := unlike(ours, theirs, tested.training_metadata is not None)) is not None:
-                raise BadInput(f"{flag}: {theirs.label} was not trained as {ours.label} was: {reason}")
+        for candidate_sae, random_sae in zip(tested.saes, saes, strict=True):
+            if (reason := unlike(candidate_sae, random_sae, tested.training_metadata is not None)) is not None:
+                raise BadInput(f"{flag}: {random_sae.label} was not trained as {candidate_sae.label} was: {reason}")
         store_digest = saes[0].facts.store_digest
         if store_digest is None:
             raise BadInput(f"{flag}: {saes[0].label} does not name the activations that it was trained on")
@@ -226,19 +228,21 @@ def supplied_draws(
         if tested.training_metadata is not None:
             store = training_store(opened, artifact_root, train_rows, device, threads, seed)
         gaussian = controls.gaussian(artifact_root, store, grid_of(opened), opened.recipe, device, threads)
-        found.append(Draw(ControlArm(store, own_dictionaries(opened), named), gaussian))
-    return found
+        draws.append(Draw(ControlArm(store, own_dictionaries(opened), named), gaussian))
+    return draws
 
 
-def unlike(ours: LoadedSAE, theirs: LoadedSAE, recipe_known: bool) -> str | None:
-    """In what an SAE of the random-weights model differs from its partner; None if in nothing that counts. Where the
-    partner's recipe is not known, width, activation and L0 (within 10 %) count."""
+def unlike(candidate_sae: LoadedSAE, random_sae: LoadedSAE, recipe_known: bool) -> str | None:
+    """Relevant difference between an SAE of the random-weights model and the candidate's SAE; None if there is none.
+
+    If the candidate's recipe is unknown, width, architecture and L0 (within 10 %) are compared.
+    """
     if recipe_known:
-        differing = [n for n in (*ALIKE, "seed") if getattr(ours.facts, n) != getattr(theirs.facts, n)]
+        differing = [n for n in (*ALIKE, "seed") if getattr(candidate_sae.facts, n) != getattr(random_sae.facts, n)]
         return f"{differing[0]} differs" if differing else None
     for name in ("d_sae", "architecture"):
-        a, b = getattr(ours.sae, name), getattr(theirs.sae, name)
+        a, b = getattr(candidate_sae.sae, name), getattr(random_sae.sae, name)
         if a != b:
             return f"{name} {b}, {a} expected"
-    a, b = ours.record.heldout.l0, theirs.record.heldout.l0
+    a, b = candidate_sae.record.heldout.l0, random_sae.record.heldout.l0
     return None if same_l0(a, b) else f"L0 differs by more than 10 %: {a:.1f} and {b:.1f}"
