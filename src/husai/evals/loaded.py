@@ -343,12 +343,12 @@ def open_all(
 
 
 def read_harvesting(folder: Path, sae: SAE, hook_name: str) -> Harvesting:
-    """How an SAE's activations were made, as its files state."""
+    """Harvesting settings of an SAE's activations, from its files."""
     return Harvesting.read(sae.metadata, hook_name, f"checkpoint: {folder}")
 
 
 def common_harvesting(folders: list[Path], saes: list[SAE], hook_name: str | None, flag: str) -> Harvesting:
-    """How the activations of all these SAEs were made, as their files state.
+    """Common harvesting settings of the activations of all SAEs, from their files.
 
     Args:
         hook_name: hook that the SAEs read. None: the hook that each SAE names.

@@ -1,6 +1,6 @@
-"""What two dictionaries that have nothing to do with each other would score, for the same shapes and the same data.
+"""Nulls: pairs of unrelated dictionaries with the same shapes, for scores by chance on the same data.
 
-Each null takes a pair of dictionaries and gives a pair to score in its place. None of them knows the true features.
+Each null takes a pair of dictionaries and returns a pair that is scored instead. No null knows the true features.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from torch import Tensor
 
 
 def isotropic(a: Tensor, b: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Gaussian directions of the same shapes."""
+    """Gaussian directions with the same shapes."""
     return torch.randn(a.shape, generator=g), torch.randn(b.shape, generator=g)
 
 
 @dataclass
 class Spectrum:
-    """Principal components of the activations, with (near-)degenerate ones grouped.
+    """Principal components of the activations, with groups of (nearly) degenerate ones.
 
-    Two neighbouring eigenvalues that differ by less than their sampling error λ·√(2/n) have no eigenvectors of their
-    own, only a common eigenspace (North et al. 1982, "Sampling errors in the estimation of empirical orthogonal
-    functions", rule of thumb). Eigenvalues at rounding level form one group.
+    If two neighbouring eigenvalues differ by less than their sampling error λ·√(2/n), only their common eigenspace is
+    determined (North et al. 1982, "Sampling errors in the estimation of empirical orthogonal functions", rule of
+    thumb). Eigenvalues at rounding level form one group.
     """
 
-    components: Tensor  # [d, d], a column each, by falling eigenvalue; where it is held, the mean direction last
+    components: Tensor  # [d, d], columns by falling eigenvalue, then the direction of the mean if it is held
     eigenvalues: Tensor  # [d]
-    groups: list[range]  # of the columns that are drawn; the mean direction is in none
+    groups: list[range]  # groups of drawn columns; the direction of the mean is in none
 
     @classmethod
     def of(cls, covariance: Tensor, rows: int, mean: Tensor | None = None) -> Spectrum:
-        """From a covariance `[d, d]` estimated on `rows` rows.
+        """Spectrum of a covariance `[d, d]` that was estimated on `rows` rows.
 
         Args:
-            mean: `[d]`, of the rows. Its direction is then set apart and left as it is: what two dictionaries share
-                with the mean is no feature of either. A mean within its sampling error is none. The other columns are
-                components of the space beside it: for `spectral` alone. None: the mean is not set apart.
+            mean: mean `[d]` of the rows. Its direction is held fixed, because components along the mean are no common
+                features. A mean within its sampling error counts as 0. The other columns are components of the
+                orthogonal space; such a spectrum serves `spectral` alone. None: no direction is held.
         """
         covariance = covariance.double()
         mean = None if mean is None else mean.double()
@@ -67,13 +67,15 @@ class Spectrum:
 
     @cached_property
     def columns_by_size(self) -> list[Tensor]:
-        """Columns of the groups of each size, int `[groups, size]`: groups of one size are drawn in one call."""
+        """Columns of the groups of each size, int `[groups, size]`. Groups of one size are drawn in one call."""
         sizes = sorted({len(group) for group in self.groups})
         return [torch.tensor([list(g) for g in self.groups if len(g) == size]) for size in sizes]
 
     def turned(self, coordinates: Tensor, g: torch.Generator) -> Tensor:
-        """Rows `[n, d]` in the coordinates of the components, with each group of columns rotated at random, a single
-        column's sign flipped at random, and a mean direction that is set apart left as it is."""
+        """Rows `[n, d]` in coordinates of the components, after a random rotation of each group of columns.
+
+        A group of one column gets a random sign. A held direction of the mean does not change.
+        """
         drawn = coordinates.clone()
         for columns in self.columns_by_size:
             rotations = random_rotations(len(columns), columns.shape[1], g)  # [groups, size, size]
@@ -81,30 +83,32 @@ class Spectrum:
         return drawn
 
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007)."""
+        """Exponential of the entropy of the normalised eigenvalues (Roy & Vetterli 2007)."""
         p = self.eigenvalues.double() / self.eigenvalues.double().sum()
         return torch.special.entr(p).sum().exp().item()
 
 
 def spectral(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`a`, and `b` with every principal component's sign flipped at random, groups of components rotated at random; a
-    mean direction that the spectrum sets apart is left as it is.
+    """`a`, and `b` after random rotations of groups of principal components, with random signs of single components.
 
-    All cosines inside `b` and the energy of each of its features in each group stay; only what aligned it with `a`
-    beyond the spectrum of the activations is gone. A feature that is a single component by itself is left where it
-    was: such a feature has no excess over this null, by design.
+    A held direction of the mean does not change. All cosines inside `b`, and the energy of each of its features in each
+    group, do not change. Only an alignment with `a` beyond the spectrum of the activations is removed. A feature that
+    equals one component keeps its axis, therefore it has no excess over this null, by design.
     """
     return a, spectrum.turned(b @ spectrum.components, g) @ spectrum.components.T
 
 
 def random_rotations(count: int, size: int, g: torch.Generator) -> Tensor:
-    """Haar-distributed orthogonal matrices `[count, size, size]` (Mezzadri 2007, "How to generate random matrices from
-    the classical compact groups", section 5); of size 1, signs."""
+    """Haar-distributed orthogonal matrices `[count, size, size]`; random signs for size 1.
+
+    The method is that of Mezzadri (2007, "How to generate random matrices from the classical compact groups", section
+    5).
+    """
     q, r = torch.linalg.qr(torch.randn(count, size, size, generator=g, dtype=torch.float64))
     return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]).float()
 
 
 def covariance_matched(a: Tensor, b: Tensor, spectrum: Spectrum, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Directions drawn with the covariance of the activations."""
+    """Random directions with the covariance of the activations."""
     root = spectrum.eigenvalues.sqrt() * spectrum.components  # [d, d]; z @ root.T has the covariance
     return torch.randn(a.shape, generator=g) @ root.T, torch.randn(b.shape, generator=g) @ root.T

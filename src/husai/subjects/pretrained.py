@@ -258,7 +258,7 @@ def load(
 
 
 def centred(bridge: TransformerBridge) -> bool | None:
-    """Whether TransformerLens' `center_writing_weights` centres a model's residual stream and changes nothing else.
+    """True if TransformerLens' `center_writing_weights` centres a model's residual stream and changes nothing else.
 
     False: it does not change this model, because the model has no LayerNorm. None: it does not centre the stream fully,
     because a LayerNorm writes to the stream and its output keeps a mean.
