@@ -152,7 +152,7 @@ PARTS = {
     "activity": "activity",
     "adam": "Adam",
 }
-"""What a backend does in a step -> how the report calls it."""
+"""Function of a backend -> its name in the report."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
 The input is checkpoints of any library, folders of checkpoints, names (sae-lens:RELEASE/SAE_ID, hf:REPO/PATH), or bare
 matrices (.npy, .safetensors, .pt). The script prints mcc, pwmcc and share70 with jackknife intervals over the SAEs,
-beside random directions and, with --covariance, beside the spectral null. Then it counts the other SAEs in which
+with the scores of random directions and, with --covariance, of the spectral null. Then it counts the other SAEs in which
 features recur. It gives figures alone; the release check gives a verdict. Exit 0 done, 2 bad input.
 """  # noqa: E501
 

@@ -1,4 +1,4 @@
-"""Evaluate a language model: bits per byte beside n-grams, and logistic probes on its residual stream.
+"""Evaluate a language model: bits per byte compared with n-grams, and logistic probes on its residual stream.
 
     python scripts/analysis/evaluate_language_model.py
     python scripts/analysis/evaluate_language_model.py --model-name results/subjects/husai-tiny --no-control

@@ -94,7 +94,7 @@ def guess(name: str, n_saes: int, n_data_sets: int) -> float:
     """Seconds that an eval may take."""
     if name == "cebench_custom":
         return SECONDS["official"] + SECONDS["story"] * 200 * 2 * n_saes
-    if name == "saebench_custom":  # with an untrained SAE beside each, PCA, and the runs for the noise
+    if name == "saebench_custom":  # with an untrained SAE for each, PCA, and the runs for the noise
         return SECONDS["official"] + SECONDS["sae-probes"] * n_data_sets * (2 * n_saes + 5)
     more = (SECONDS["sae-probes"] + SECONDS["llm"]) * n_data_sets if name.startswith("sparse_probing") else 0
     return SECONDS["official"] + more

@@ -358,7 +358,7 @@ def summary(results: dict) -> str:
 
 
 def table(section) -> list[str]:
-    """Lines of Markdown: the verdict, then each score beside its nulls."""
+    """Lines of Markdown: the verdict, then each score with its nulls."""
     from husai.evidence.rules import outlier_note
     from husai.report.text import interval, strata
 
@@ -445,7 +445,7 @@ def spliced(section) -> list[str]:
 
 
 def comparison(section) -> list[str]:
-    """Lines of Markdown: published figures beside those of the same setting here."""
+    """Lines of Markdown: published figures, and figures of the same setting here."""
     from husai.report.text import interval
 
     score, verdict = section.stability.scores["pwmcc"], section.stability.verdict

@@ -200,7 +200,7 @@ def _short(path: str) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Stop this process when its parent ends for whatever reason (Linux)."""
+    """Stop this process when its parent ends for any reason (Linux)."""
     if sys.platform == "linux":
         import ctypes
 

@@ -59,7 +59,7 @@ def save(sae: SAE, folder: Path, firing_rate: Tensor | None = None) -> list[Path
         firing_rate: share of rows on which each feature fires, `[d_sae]`; saved as SAELens' log10 sparsity.
 
     Raises:
-        BadInput: SAELens has no such architecture (a top-k SAE beside a linear map, as sparsify makes them).
+        BadInput: SAELens has no such architecture (a top-k SAE with a linear skip connection, as in sparsify).
     """
     if isinstance(sae, sources.PeerSAE):
         tensors, config = sae.saved()
@@ -96,7 +96,7 @@ def _write(folder: Path, weights: dict[str, Tensor], config: dict, firing_rate: 
 def load(folder: Path, weights_name: str = WEIGHTS, config_name: str = CONFIG) -> SAE:
     """Open a checkpoint folder in SAELens' layout. The returned SAE has decoder rows of norm 1 (`unit_decoder`).
 
-    Checkpoints from before the end of a training keep the scale of activations beside the weights. It is folded into
+    Checkpoints from before the end of a training keep the scale of activations next to the weights. It is folded into
     the weights.
 
     Raises:

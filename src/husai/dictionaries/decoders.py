@@ -77,7 +77,7 @@ def _loaded(path: Path) -> list[Tensor]:
         if path.suffix == ".npy":
             return [torch.from_numpy(np.load(path, allow_pickle=False))]
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # numpy and torch raise whatever a damaged file happens to cause
+    except Exception as error:  # numpy and torch raise many types of exceptions for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: cannot be read as numbers alone ({reason})") from None
     values = saved.values() if isinstance(saved, dict) else [saved]

@@ -17,7 +17,7 @@ log = logging.getLogger("husai")
 STEP = re.compile(r"(?P<word>step|steps|checkpoint|ckpt|iter|tokens|samples|epoch)?[_-]?(?P<number>\d+)")
 FINAL = re.compile(r"final([_-]\d+)?|last|latest")
 STATE = ("trainer_state.pt", "activation_scaler.json", "activations_store_state.safetensors")
-"""Files that SAELens writes beside a checkpoint so that a training can resume."""
+"""Files of SAELens in a checkpoint folder from which a training resumes."""
 LEARNING_STEP = re.compile(r"ae_(\d+)\.pt")
 """Name of dictionary_learning's RUN/checkpoints/ae_<step>.pt."""
 STEPS_FOLDER, BEST = "checkpoints", "best"

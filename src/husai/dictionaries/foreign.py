@@ -99,7 +99,7 @@ def find(root: Path, flag: str = "--sae-root", hook_name: str | None = None, unt
     """Checkpoints at or below `root`, sorted: one for each training (`finding.of_each_run`).
 
     Args:
-        hook_name: if SAEs of several places lie below `root`, take those of this place.
+        hook_name: if there are SAEs of several hooks below `root`, those of this hook are taken.
         untrained: take a run's state from before its first step, if the run kept it.
 
     Raises:
@@ -114,7 +114,7 @@ def find(root: Path, flag: str = "--sae-root", hook_name: str | None = None, unt
 
 
 def _here(folder: Path, names: list[str]) -> list[Path]:
-    """Checkpoints whose weights lie in a folder."""
+    """Checkpoints with weights in a folder."""
     steps = [folder / name for name in names if LEARNING_STEP.fullmatch(name)] if folder.name == STEPS_FOLDER else []
     upload = UPLOAD in names and not set(FILES) & set(names) and _uploaded(folder) is not None
     return steps or ([folder] if set(FILES) & set(names) or upload else [])
@@ -189,7 +189,7 @@ def _dictionary_learning(folder: Path, weights: str = "ae.pt") -> SAE:
 
 
 def _learning_step(path: Path) -> SAE:
-    """Open RUN/checkpoints/ae_<step>.pt, whose configuration lies in RUN."""
+    """Open RUN/checkpoints/ae_<step>.pt, with its configuration in RUN."""
     folder = path.parent
     folder = folder.parent if folder.name == STEPS_FOLDER else folder
     return _learning(path, folder / "config.json", finding.step_of(path))

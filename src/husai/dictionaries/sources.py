@@ -108,7 +108,7 @@ def _locate(name: Path, flag: str) -> tuple[Path, Path]:
         patterns += [glob.escape(inside), f"{glob.escape(str(Path(inside).parent))}/*.json".removeprefix("./")]
     try:
         snapshot = _snapshot(repo, revision, patterns)
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises many types of exceptions
         raise BadInput(f"{flag}: {name} {_unavailable(error)}") from None
     path = snapshot / inside
     if not path.exists():

@@ -317,7 +317,7 @@ def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:
 
 
 def controls_of(plan: BankPlan, g: TrainedGroup, store: ActivationStore, device) -> tuple[Tensor, study.ControlArm]:
-    """(prototypes of the store, SAEs trained alike on Gaussian rows)."""
+    """(prototypes of the store, SAEs with the same recipe on Gaussian rows)."""
     root = Path(plan.artifact_root)
     grid = members(plan.seeds, [g.d_sae], [g.k], [plan.learning_rate], (g.family,))
     gaussian = controls.gaussian(root, store, grid, recipe_of(plan, g.budget), device, plan.threads)

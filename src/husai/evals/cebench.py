@@ -1,4 +1,4 @@
-"""CE-Bench's score of SAEs, beside untrained SAEs, SAEs of a random-weights model, and matched references."""
+"""CE-Bench's score of SAEs, with baselines: untrained SAEs, SAEs of a random-weights model, matched references."""
 
 from __future__ import annotations
 

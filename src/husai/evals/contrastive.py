@@ -1,5 +1,5 @@
 """CE-Bench (Peng et al., "CE-Bench: Towards a reliable contrastive evaluation benchmark of interpretability of sparse
-autoencoders", 2025): how sharply an SAE's features tell two stories on one subject apart.
+autoencoders", 2025): how well an SAE's features separate two stories on one subject.
 
 V is the vector of mean feature activations over the tokens of a story. The score uses the contrast |V₁ − V₂|, the
 independence |I − Ī| (I: mean over the tokens of both stories; Ī: mean of I over the data set), and their sum. Each is
@@ -44,8 +44,8 @@ class Pairs:
     """Story pairs."""
 
     benchmark: ContrastiveName
-    """`cebench`: pairs from CE-Bench's own place on the hub. `cebench_local_copy`: a local file that the user says is a
-    copy, unverified. `contrastive_local`: local pairs, another metric. Gates accept the first alone as CE-Bench."""
+    """`cebench`: pairs from CE-Bench's repository on the hub. `cebench_local_copy`: a local file that the user names a
+    copy, which is not verified. `contrastive_local`: local pairs, another metric. Gates accept only the first."""
     source: str
     rows: list[dict[str, str]]
     """Story pairs, each with the keys COLUMNS."""
@@ -121,7 +121,7 @@ def published_pairs(name: str, rows: int | None, seed: int) -> Pairs:
             table = datasets.load_dataset(name, split="train")
     except BadInput:
         raise
-    except Exception as error:  # whatever the hub's client or a reader raises
+    except Exception as error:  # the hub's client and readers raise many types of exceptions
         raise BadInput(
             f"--stories {name}: cannot be read ({type(error).__name__}); without it, pairs are built locally"
         ) from None

@@ -1,4 +1,4 @@
-"""Measures how probes on an SAE's features lose accuracy under a shift of the data, beside the model's own probes.
+"""Measures how probes on an SAE's features lose accuracy under a shift of the data, relative to the model's own probes.
 
 A probe is trained on a data set's training rows by sae-probes' own functions. It is scored on the data set's test rows,
 where its figure is the official one, and on the shifted version of the data set. HUSAI reads shifted versions itself:

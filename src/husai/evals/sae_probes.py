@@ -312,7 +312,7 @@ class Linear:
 
 
 def end_with_parent() -> None:
-    """Stop this process when its parent ends for whatever reason (Linux)."""
+    """Stop this process when its parent ends for any reason (Linux)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""SAEBench: sparse probing beside baselines, and core metrics."""
+"""SAEBench: sparse probing with baselines, and core metrics."""
 
 from __future__ import annotations
 

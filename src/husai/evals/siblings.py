@@ -436,7 +436,7 @@ def _enough(grid: list[Member], n: int) -> list[Member]:
 def _own_store(
     user_saes: LoadedSAEs, rows: int | None, artifact_root: Path, device: torch.device, threads: int
 ) -> ActivationStore:
-    """Store of the activations that the SAEs were trained on, or the held-out store if they are not at hand."""
+    """Store of the activations that the SAEs were trained on, or the held-out store if they are not available."""
     if user_saes.training_metadata is None:
         return user_saes.store
     try:
@@ -507,7 +507,7 @@ def _in_catalogue(user_saes: LoadedSAEs) -> list[Path]:
 def store_of(
     user_saes: LoadedSAEs, plan: SiblingPlan, artifact_root: Path, device: torch.device, threads: int
 ) -> ActivationStore:
-    """Store that siblings are trained on: the one that the SAE names if it is at hand, else a harvested one."""
+    """Store that siblings are trained on: the one that the SAE names if it is available, else a harvested one."""
     if plan.recipe_known and plan.rows is None:
         try:
             return training_store(user_saes, artifact_root, None, device, threads)

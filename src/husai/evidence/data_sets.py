@@ -1,7 +1,7 @@
 """The labelled data sets that the sae-probes package carries, split once, by name, into three sides.
 
 `train` holds the training text of husai-tiny, `probe` the data sets for probes, `ood` the shifted data. A family is a
-group of data sets made from the same source texts. Each family lies on one side as a whole. The table is fixed:
+group of data sets made from the same source texts. Each family belongs to one side as a whole. The table is fixed:
 subjects, probes, stress tests and the gate read it here.
 """
 
@@ -219,7 +219,7 @@ DATA_SETS = (
 PAIR_SETS = (
     "36_sciq_tf,92_glue_sst2,95_toxic_is,96_spam_is,105_click_bait,106_hate_hate,110_aimade_humangpt3,157_amazon_5star"
 )
-"""Data sets of contrastive pairs, if CE-Bench's stories are not at hand."""
+"""Data sets of contrastive pairs, if CE-Bench's stories are not available."""
 
 
 def families(data_sets: list[str]) -> list[str]:

@@ -109,7 +109,7 @@ def keep_largest(columns, scores, count, k, scratch, features, values):
     for i in range(count):
         if scores[i] > threshold or (scores[i] == threshold and ties > 0):
             ties -= scores[i] == threshold
-            if scores[i] > 0 and n < k:  # n < k: never past the row's end, whatever a diverged training holds
+            if scores[i] > 0 and n < k:  # n < k: never past the row's end, even for NaN of a diverged training
                 features[n] = columns[i]
                 values[n] = scores[i]
                 n += 1
@@ -192,7 +192,7 @@ def propose(bits, error, largest_bias, k, offsets, features):
         number[0] = kth - 2 * error[r] - np.float32(2.0**-7) * (kth + largest_bias)
         if number[0] > 0:
             count = at_least(row, maxima, word[0] >> 16, chosen, features[offsets[r] :])
-        else:  # hardly k positive ones: whatever may be positive
+        else:  # there are hardly k positive values: all that may be positive
             lowest, count = number[0], 0
             for j in range(width):
                 word[0] = np.int32(row[j]) << 16

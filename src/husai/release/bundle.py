@@ -1,4 +1,4 @@
-"""Reads the evidence of the gate, and records what was read. `release.gate` makes the decision."""
+"""Reads the evidence of the gate, and records all inputs. `release.gate` makes the decision."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def strict(
 
     Args:
         paths: label of `gate.MAKES` -> file. studies: results that the selection was made from.
-        on_disk: function that identifies the checkpoints beside a confirmation (`evals.loaded.on_disk`).
+        on_disk: function that identifies the checkpoints of a confirmation (`evals.loaded.on_disk`).
     """
     files = {label: read(path) for label, path in paths.items()}
     if files["selection"]:

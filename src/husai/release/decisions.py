@@ -1,4 +1,4 @@
-"""Audits decisions of the gate: each is made again from the evidence in the repository that it names."""
+"""Audits decisions of the gate: each is computed again from the evidence in the repository that it names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECIDED = (
 
 
 def decide_again(decision: dict, root: Path) -> dict:
-    """The decision, made again from the files below docs/evidence whose digests it names.
+    """The decision, computed again from the files below docs/evidence whose digests it names.
 
     Raises:
         LookupError, TypeError: the file is no decision of the strict gate.

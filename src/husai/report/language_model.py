@@ -1,4 +1,4 @@
-"""Draws figures of a language model: loss, bits per byte beside n-grams, and probes."""
+"""Draws figures of a language model: loss, bits per byte with those of n-grams, and probes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def probes(results: dict, path: Path) -> Path:
 
 
 def cross_entropy(section: Phase4aSection, losses: CrossEntropy, path: Path) -> Path:
-    """Loss with each seed's SAE spliced in, beside the model's own loss and the loss with zeroed activations."""
+    """Loss with each seed's SAE spliced in, with the model's own loss and the loss with zeroed activations."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     labels = [m.label for m in section.members]
     bars = axis.bar(labels, losses.spliced, color=COLOURS["observed"], alpha=0.8)

@@ -80,7 +80,7 @@ def run(
             this machine, which ends with this process.
         threads: CPU threads of each task, and cores that Ray reserves for it.
         retries: number of retries after the loss of a worker or node. A task that raises is not retried.
-        title: name of the tasks beside the progress bar.
+        title: name of the tasks at the progress bar.
 
     Returns:
         One outcome for each task, in the order of the tasks.
@@ -147,7 +147,7 @@ def _on_ray(tasks: list[Task], address: str | None, threads: int, retries: int) 
     paths = [str(Path(husai.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),  # the husai of this process, editable install or not
-        "OMP_NUM_THREADS": str(threads),  # Ray sets it where it is not set
+        "OMP_NUM_THREADS": str(threads),  # Ray sets it if it is unset
     }
     call = ray.remote(num_cpus=threads, max_retries=retries, runtime_env={"env_vars": environment})(_call_on_worker)
     pending = {

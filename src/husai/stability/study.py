@@ -274,7 +274,7 @@ def compare_across(
     Each pair of seeds is one cell. It has two scores, whose mean counts.
 
     Args:
-        store: activations in whose space both sides lie. labels: one for each seed.
+        store: activations of the space of both sides. labels: one for each seed.
         sides: two lists with one dictionary for each seed. gaussian: the same, trained on Gaussian rows.
     """
     mean, covariance = moments(store)

@@ -1,7 +1,7 @@
 """Real, labelled text of the installed sae-probes package, split once, by name, into three sides.
 
 `train` holds the training text of husai-tiny, `probe` the data sets for probes, `ood` the shifted data. A family is a
-group of data sets made from the same source texts. Each family lies on one side as a whole. The table is fixed
+group of data sets made from the same source texts. Each family belongs to one side as a whole. The table is fixed
 (`evidence.data_sets`). The text is read from the package and never copied.
 """
 

@@ -329,7 +329,7 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 @torch.no_grad()
 def _restore(path: Path, key: str, model, optimizers) -> tuple[Progress, list[dict]]:
-    """Load an interrupted training into model and optimisers. Without a fitting one, training starts afresh."""
+    """Load an interrupted training into model and optimisers. Without one, training starts at step 0."""
     if not path.exists():
         return Progress(), []
     try:

@@ -2,7 +2,7 @@
 
     python -m husai.training.compile
 
-numba keeps what it compiles beside the source. `make setup` calls this; without it the first training does it.
+numba caches compiled kernels next to the source. `make setup` runs this module; else the first training compiles.
 """
 
 from __future__ import annotations

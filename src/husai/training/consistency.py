@@ -3,7 +3,7 @@
     λ · [1 − mean_i |cos(d_i, r_π(i))|],  π the best one-to-one assignment of the rows by |cos|
 
 π is computed again at regular intervals of steps. The pull makes dictionaries more like their references.
-`run_assignment_consistency_v2.py` measures whether it makes independent dictionaries more alike.
+`run_assignment_consistency_v2.py` measures whether it makes independent dictionaries more similar.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def train_or_find(
     references: References | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Grid:
-    """Train the grid, in one pass over the store where it fits into memory, or read the finished cells.
+    """Train the grid, in one pass over the store if it fits into memory, or read the finished cells.
 
     Args:
         target: activations that transcoders reconstruct.

@@ -23,12 +23,12 @@ from husai.subjects.pretrained import LanguageModel
 LAYER_ROWS = 8192
 """Rows `[copies × batch × position]` that pass a layer together, unless two copies of one input are longer."""
 LOGIT_ROWS = 256
-"""Predictions whose logits exist at one time, whatever the vocabulary."""
+"""Predictions whose logits exist at one time, for any vocabulary."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """Map of a hook's activations `[n, d]` to what stands in their place: an SAE's reconstruction of what it reads."""
+    """Map of a hook's activations `[n, d]` to their replacements: an SAE's reconstruction of its input."""
 
     subject: LanguageModel
     hook_name: str
@@ -54,7 +54,7 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoe
         each SAE's reconstruction, "kl_zeroed", "kl_spliced": KL(unchanged ‖ changed), "tokens": predictions counted}
 
     Raises:
-        BadInput: the hook is not where one of transformers' modules begins or ends, its activation is not
+        BadInput: the hook is at no input or output of a module of transformers, its activation is not
             `[batch, position, d_in]`, the model's logits cannot be made again from its final states, or no text has
             more than two tokens.
     """
@@ -67,7 +67,7 @@ def cross_entropies(subject: LanguageModel, hook_name: str, saes: Sequence[Autoe
         raise BadInput(f"texts: none of {len(texts)} has more than two tokens; longer ones expected")
     replacements = [Replacement(subject, hook_name), *(Replacement(subject, hook_name, sae.to(device)) for sae in saes)]
     lengths = np.array([len(ids) for ids, _ in inputs])
-    together = max(1, min(len(replacements), LAYER_ROWS // int(lengths.max()) - 1))  # beside the unchanged copy
+    together = max(1, min(len(replacements), LAYER_ROWS // int(lengths.max()) - 1))  # one more copy is unchanged
     total, losses, divergences, count = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements)), 0
 
     for chosen in batches(lengths, LAYER_ROWS // (1 + together)):
@@ -133,7 +133,7 @@ class Site:
         """Find the module that the bridge wraps at a hook.
 
         Raises:
-            BadInput: the hook is not where one of transformers' modules begins or ends.
+            BadInput: the hook is at no input or output of a module of transformers.
         """
         point = subject.model.hook_dict.get(hook_name)
         for component in subject.model.modules() if point is not None else ():
