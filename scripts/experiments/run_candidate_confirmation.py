@@ -51,9 +51,9 @@ def parse():
     if args.seeds is not None and len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")
     if not args.checkpoint:
-        p.refuse_unheard(args, OF_SUPPLIED, "goes with --checkpoint; the selection names its own")
+        p.refuse_unused(args, OF_SUPPLIED, "goes with --checkpoint; the selection names its own")
         return args
-    p.refuse_unheard(args, OF_SELECTION, "goes with a selection, not with --checkpoint")
+    p.refuse_unused(args, OF_SELECTION, "goes with a selection, not with --checkpoint")
     args.candidate = None
     args.dataset_names = args.dataset_names or DATA_SETS.split(",")
     if args.output_dir == p.get_default("output_dir"):  # a confirmed candidate is not replaced

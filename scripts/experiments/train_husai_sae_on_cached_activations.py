@@ -106,9 +106,9 @@ def parse():
     if args.subject and args.max_norm_multiple:
         p.error("--max-norm-multiple: goes with --activation-cache-dir; rows of a stream cannot be left out")
     if args.subject is None:
-        p.refuse_unheard(args, OF_STREAM, "goes with --model-name, whose activations are a stream")
+        p.refuse_unused(args, OF_STREAM, "goes with --model-name, whose activations are a stream")
         return args
-    p.refuse_unheard(args, OF_STORE, "goes with --activation-cache-dir, not with a stream")
+    p.refuse_unused(args, OF_STORE, "goes with --activation-cache-dir, not with a stream")
     if args.hook_name is None:
         p.error("--hook-name: the hooks of the stream expected")
     args.buffer_rows -= args.buffer_rows % args.batch_size

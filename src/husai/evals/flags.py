@@ -393,8 +393,8 @@ class EvalParser(cli.Parser):
         if args.siblings is not None and args.siblings < 0:
             self.error(f"--siblings {args.siblings}: 0 or more expected")
         if args.relatives is not None:
-            unheard = ("siblings", "tokens", "train_rows", "buffer_rows")
-            self.refuse_unheard(args, unheard, "nothing is trained with --relatives")
+            unused = ("siblings", "tokens", "train_rows", "buffer_rows")
+            self.refuse_unused(args, unused, "nothing is trained with --relatives")
         return args
 
     def parse_args(self, args=None, namespace=None) -> Arguments:  # type: ignore[override]
@@ -421,7 +421,7 @@ class EvalParser(cli.Parser):
         flags = {action.dest: words.intersection(action.option_strings) for action in self._actions}
         return {name: min(flags[name]) for name in names if flags[name]}
 
-    def refuse_unheard(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    def refuse_unused(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
         """Exit 2 if one of these arguments was given, because it would have no effect."""
         flags = {action.dest: action.option_strings[0] for action in self._actions}
         for name in names:

@@ -88,9 +88,12 @@ def worth(cosines: Tensor, signed: bool) -> Tensor:
 
 
 def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
-    """Optimal matching. The matrix holds negated worths, because scipy copies the matrix to maximise. The least cost of
-    each row is subtracted first, and of each column where none stays free: every assignment pays them, and scipy is
-    a quarter faster without."""
+    """Optimal matching.
+
+    The matrix has negated worths, because scipy would copy a matrix that it maximises. The least cost of each row is
+    subtracted first; of square matrices, that of each column too. Every assignment pays these costs, and scipy is a
+    quarter faster without them.
+    """
     cost = np.empty((len(a), len(b)))
     for start in range(0, len(a), BLOCK):
         cost[start : start + BLOCK] = worth(a[start : start + BLOCK] @ b.T, signed).neg_().numpy()
