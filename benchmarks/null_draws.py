@@ -1,20 +1,25 @@
-"""Measure the speed of a pair's spectral draws, against a draw group by group and scipy on the plain matrix.
+"""Measure the speed of a pair's spectral draws, against the code before: group after group, scipy on the plain matrix.
 
     python benchmarks/null_draws.py
 
-Both draw the null and match its directions one to one, signed, with one thread. `group by group` turns one group of
-components after the other, returns to the coordinates of the activations, and gives scipy the matrix of cosines as it
-is. HUSAI turns all groups of one size in one call, matches in the coordinates of the components, and subtracts what
-every assignment pays. The two take turns, draw by draw. Half of the components are alone, half in pairs, as in
-activations with few rows. Both find the optimum of their draw; the means agree within the error of the draws.
+Both draw the null and match its directions one to one, signed, with one thread. The code before turned one group of
+components after the other, flipped neighbouring single components together, returned to the coordinates of the
+activations, and gave scipy the cosines as they are. HUSAI turns all groups of one size in one call, matches in the
+coordinates of the components (which a pair needs once, inside the clock), and subtracts row and column minima. The
+two take turns, draw by draw, with draws of their own. A quarter of the components form pairs, as in activations with
+few rows. Above 2,048 features another matching is used: benchmarks/matching_speed.py.
 """
 
 import time
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from husai.kernels.workers import one_torch_thread
 from husai.runs.cli import Parser, int_list, positive_int, run_main
@@ -22,30 +27,54 @@ from husai.runs.files import write_json, write_text
 from husai.runs.machine import cpu_model
 from husai.runs.progress import progress
 from husai.runs.seeds import generator
-from husai.stability.matching import match, unit_rows
+from husai.stability.matching import match, unit_rows, worth
 from husai.stability.nulls import Spectrum, random_rotations
 
 
 def spectrum_of(d_in: int) -> Spectrum:
-    """Spectrum of d_in components, every second pair of which has one eigenvalue."""
+    """Spectrum of d_in components. Of every four, two have one eigenvalue."""
     values = torch.linspace(4, 0.1, d_in)
     values[1::4] = values[0::4]
     return Spectrum.of(torch.diag(values), 1_000_000)
 
 
-def group_by_group(a: torch.Tensor, b: torch.Tensor, spectrum: Spectrum, g: torch.Generator) -> float:
-    """Mean matched cosine of one draw."""
+def runs_of(spectrum: Spectrum) -> list[tuple[slice, bool]]:
+    """Columns that the code before drew together: (a group of several, True), or (neighbouring single ones, False)."""
+    runs: list[tuple[slice, bool]] = []
+    for several, groups in groupby(spectrum.groups, key=lambda group: len(group) > 1):
+        parts = [*groups]
+        runs += (
+            [(slice(g.start, g.stop), True) for g in parts]
+            if several
+            else [(slice(parts[0].start, parts[-1].stop), False)]
+        )
+    return runs
+
+
+def group_by_group(
+    a: Tensor, b: Tensor, spectrum: Spectrum, runs: list[tuple[slice, bool]], g: torch.Generator
+) -> float:
+    """Mean matched cosine of one draw, by the code before."""
     coordinates = b @ spectrum.components
-    for group in spectrum.groups:
-        columns = slice(group.start, group.stop)
-        coordinates[:, columns] = coordinates[:, columns] @ random_rotations(1, len(group), g)[0]
-    cosines = (unit_rows(a) @ unit_rows(coordinates @ spectrum.components.T).T).clamp_min(0).double().numpy()
-    return float(cosines[linear_sum_assignment(-cosines)].mean())
+    for columns, rotated in runs:
+        part = coordinates[:, columns]
+        if rotated:
+            coordinates[:, columns] = part @ random_rotations(1, part.shape[1], g)[0]
+        else:
+            part.mul_(torch.where(torch.rand(part.shape[1], generator=g) < 0.5, 1.0, -1.0))
+    cost = worth(unit_rows(a) @ unit_rows(coordinates @ spectrum.components.T).T, signed=True).neg_().double().numpy()
+    return float(-cost[linear_sum_assignment(cost)].mean())
 
 
-def together(x: torch.Tensor, y: torch.Tensor, spectrum: Spectrum, g: torch.Generator) -> float:
-    """The same of a draw of HUSAI, from coordinates of the components."""
+def together(x: Tensor, y: Tensor, spectrum: Spectrum, g: torch.Generator) -> float:
+    """Mean matched cosine of one draw of HUSAI, from coordinates of the components."""
     return float(match(x, spectrum.turned(y, g), signed=True).cosines.mean())
+
+
+def timed(function: Callable, *arguments) -> tuple[Any, float]:
+    """(result, seconds)."""
+    began = time.perf_counter()
+    return function(*arguments), time.perf_counter() - began
 
 
 def main() -> None:
@@ -57,22 +86,21 @@ def main() -> None:
     args = p.parse_args()
 
     spectrum, rows = spectrum_of(args.d_in), []
+    runs = runs_of(spectrum)
     with one_torch_thread(), progress("sizes", len(args.sizes)) as advance:
         for size in args.sizes:
             a, b = (torch.randn(size, args.d_in, generator=generator("null draws", size, i)) for i in range(2))
-            x, y = a @ spectrum.components, b @ spectrum.components
-            ways = {"group by group": (group_by_group, a, b), "HUSAI": (together, x, y)}
-            seconds, means = {name: [] for name in ways}, {name: [] for name in ways}
-            for draw in range(args.draws + 1):
-                for name, (way, *pair) in ways.items():
-                    began = time.perf_counter()
-                    mean = way(*pair, spectrum, generator(name, size, draw))
-                    if draw:  # the first loads and compiles
-                        seconds[name].append(time.perf_counter() - began)
-                        means[name].append(mean)
-            error = np.hypot(*(np.std(m) for m in means.values())) / args.draws**0.5
-            row = {"size": size} | {name: sum(s) for name, s in seconds.items()}
-            rows.append(row | {"difference": float(np.subtract(*map(np.mean, means.values()))), "error": float(error)})
+            (x, y), once = timed(lambda a=a, b=b: (a @ spectrum.components, b @ spectrum.components))
+            seconds, means = np.zeros((2, args.draws + 1)), np.zeros((2, args.draws + 1))
+            for i in range(args.draws + 1):
+                streams = [generator(way, size, i) for way in ("before", "after")]
+                means[0, i], seconds[0, i] = timed(group_by_group, a, b, spectrum, runs, streams[0])
+                means[1, i], seconds[1, i] = timed(together, x, y, spectrum, streams[1])
+            before, after = seconds[:, 1:].sum(1)  # the first draw loads and compiles
+            difference = means[0, 1:].mean() - means[1, 1:].mean()
+            error = np.hypot(*means[:, 1:].std(1)) / args.draws**0.5
+            row = {"size": size, "before": before, "after": after + once, "difference": difference, "error": error}
+            rows.append({name: float(value) for name, value in row.items()})
             advance(1)
     write_json(args.output_dir / "null_draws.json", {"cpu": cpu_model(), "draws": args.draws, "rows": rows})
     lines = [
@@ -81,13 +109,13 @@ def main() -> None:
         f"`python benchmarks/null_draws.py`: {args.draws} draws of a pair at d_in {args.d_in}, one thread, "
         f"{cpu_model()}. The difference is that of the mean matched cosines, with its standard error over draws.",
         "",
-        "| features | group by group, s | HUSAI, s | ratio | difference |",
+        "| features | before, s | after, s | ratio | difference |",
         "|---" * 5 + "|",
     ]
     for r in rows:
-        before, after = r["group by group"], r["HUSAI"]
+        before, after = r["before"], r["after"]
         lines.append(
-            f"| {r['size']:,} | {before:.2f} | {after:.2f} | {before / after:.1f} | "
+            f"| {r['size']:,.0f} | {before:.2f} | {after:.2f} | {before / after:.1f} | "
             f"{r['difference']:+.4f} ± {r['error']:.4f} |"
         )
     text = "\n".join(lines) + "\n"

@@ -359,8 +359,7 @@ def test_a_stress_test_scores_the_candidates_own_pairs_as_the_confirmation_does(
     for name in ("observed", *GATED_NULLS):
         assert status(name, 2e-5) == "MISSING"
         assert status(name, 1e-7) == "PASS", "rounding"
-    assert status("spectral", 2e-5, draws=200) == "PASS", "other draws"
-    assert status("observed", 2e-5, draws=200) == "MISSING"
+    assert status("spectral", 0.0, draws=200) == "MISSING", "nothing else binds draws of another number"
 
     def other_noise(results):
         for member in results["section"]["gaussian"]["members"]:

@@ -53,7 +53,7 @@ case "$PROFILE" in
     # Each architecture is the other's matched reference: nothing is trained for the comparison alone.
     FRONTIER=(--architectures topk,relu --d-sae 256 --ks 16 --tokens 60000)
     SCALING=(--token-budgets 60000 --hook-layers 1 --d-sae-values 128 --k 8)
-    STRESS=(--rows 20000) NULLS=() RANDOM_MODEL=() SHIFTED=("${PROBING[@]}")
+    STRESS=(--rows 20000) SHIFTED=("${PROBING[@]}")
     BENCHMARKS=()
     ;;
   b200)
@@ -65,7 +65,7 @@ case "$PROFILE" in
     STUDY=(--rows 5000000 --batch-size 4096 --learning-rate 5e-4 --heldout-rows 500000 --seeds "$SEEDS" --probing sae_probes)
     FRONTIER=(--architectures topk,relu,batchtopk,jumprelu,gated,matryoshka --d-sae 4096 --ks 16,32,64 --tokens 50000000)
     SCALING=(--token-budgets 5000000,15000000,50000000,150000000 --hook-layers 1,2,3 --d-sae-values 2048,4096,8192 --k 32)
-    STRESS=(--rows 500000) NULLS=() RANDOM_MODEL=() SHIFTED=(--probing sae_probes)
+    STRESS=(--rows 500000) SHIFTED=(--probing sae_probes)
     BENCHMARKS=(--execute)
     ;;
   smoke)
@@ -82,7 +82,7 @@ case "$PROFILE" in
     STUDY=(--rows 3000 --null-draws 100 --heldout-rows 1000 --max-rows 8 --seeds "$THREE" --core-texts 10 "${PROBING[@]}")
     FRONTIER=(--architectures topk --d-sae 32 --ks 8 --tokens 80000 --learning-rate 6e-3)
     SCALING=(--token-budgets 3000 --batch-size 128 --hook-layers 1 --d-sae-values 24 --k 8 --dataset-names 96_spam_is)
-    STRESS=(--rows 3000) NULLS=(--null-draws 5) RANDOM_MODEL=(--null-draws 5) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
+    STRESS=(--rows 3000) SHIFTED=(--shifted 87_glue_cola_OOD "${PROBING[@]}")
     BENCHMARKS=()
     ;;
   *) refuse "PROFILE=$PROFILE: embedded, b200 or smoke expected" ;;
@@ -288,8 +288,8 @@ run selection candidate_selection experiments/select_release_candidate.py --requ
 run confirmation candidate_confirmation experiments/run_candidate_confirmation.py \
   --candidate "$E/candidate_selection/results.json" "${MAP[@]}" "${REPO[@]}" "${STORIES[@]}"
 CANDIDATE=(--candidate "$E/candidate_confirmation/results.json" "${STRESS[@]}")
-run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}" "${RANDOM_MODEL[@]}"
-run transcoder transcoder_stress experiments/run_transcoder_stress_eval.py "${CANDIDATE[@]}" "${NULLS[@]}"
+run random_model random_model_stress experiments/run_random_model_stress_eval.py "${CANDIDATE[@]}"
+run transcoder transcoder_stress experiments/run_transcoder_stress_eval.py "${CANDIDATE[@]}"
 run ood ood_stress experiments/run_ood_stress_eval.py "${CANDIDATE[@]}" --skip-families "${SHIFTED[@]}"
 
 # ----------------------------------------------------------------------------------------------------------------------

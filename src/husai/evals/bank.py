@@ -209,13 +209,27 @@ def run(**settings) -> dict:
 
 @dataclass(frozen=True)
 class TrainedBank:
-    """The SAEs of a bank, trained and opened; none of their scores is computed yet."""
+    """The SAEs of a bank, trained; none of their scores is computed yet."""
 
     plan: BankPlan
     cells: Cells
     store: ActivationStore
     groups: list[TrainedGroup]
-    saes: LoadedSAEs
+
+    def opened(self) -> LoadedSAEs:
+        """The language model and the SAEs, in memory, with their held-out figures."""
+        plan = self.plan
+        root, device = Path(plan.artifact_root), prepare(plan.device, plan.threads)
+        subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
+        heldout = loaded.heldout_store(subject, plan.hook_name, root, plan.heldout_rows, plan.threads, plan.source)
+
+        def open_group(reference: bool) -> list[LoadedSAE]:
+            groups = [g for g in self.groups if g.reference == reference]
+            paths = [Path(plan.output_dir) / m.checkpoint for g in groups for m in g.members]
+            return loaded.open_all(paths, heldout, "checkpoint", subject, root)
+
+        references = loaded.as_references(open_group(True))
+        return LoadedSAEs(plan.subject, subject, heldout, open_group(False), references, source=plan.source)
 
 
 def evaluated(plan: BankPlan) -> Bank:
@@ -224,7 +238,7 @@ def evaluated(plan: BankPlan) -> Bank:
 
 
 def trained(plan: BankPlan) -> TrainedBank:
-    """Train the bank's SAEs, or find them, and open them."""
+    """Train the bank's SAEs, or find them."""
     device = prepare(plan.device, plan.threads)
     cells = Cells(Path(plan.output_dir) / "cells", plan.force)
     machine = Path(plan.artifact_root), device, plan.threads
@@ -236,31 +250,21 @@ def trained(plan: BankPlan) -> TrainedBank:
         text=plan.source,
         harvesting=plan.harvesting,
     )
-    groups = train(plan, cells, store, device)
-    subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
-    place = plan.hook_name, Path(plan.artifact_root), plan.heldout_rows, plan.threads
-    heldout = loaded.heldout_store(subject, *place, plan.source)
-
-    def opened(reference: bool) -> list[LoadedSAE]:
-        paths = [Path(plan.output_dir) / m.checkpoint for g in groups if g.reference == reference for m in g.members]
-        return loaded.open_all(paths, heldout, "checkpoint", subject, Path(plan.artifact_root))
-
-    references = loaded.as_references(opened(True))
-    saes = LoadedSAEs(plan.subject, subject, heldout, opened(False), references, source=plan.source)
-    return TrainedBank(plan, cells, store, groups, saes)
+    return TrainedBank(plan, cells, store, train(plan, cells, store, device))
 
 
-def scored(opened: TrainedBank) -> Bank:
-    """Compare the bank's SAEs over seeds, and hold them against the benchmarks."""
-    plan, cells, store, saes = opened.plan, opened.cells, opened.store, opened.saes
+def scored(bank: TrainedBank) -> Bank:
+    """Compare the bank's SAEs over seeds, then open them and score them on the benchmarks."""
+    plan, cells, store = bank.plan, bank.cells, bank.store
     device, sections = prepare(plan.device, plan.threads), []
-    for g in (g for g in opened.groups if not g.reference):
+    for g in (g for g in bank.groups if not g.reference):
         arguments = cells, store, g.members, g.snapshot_steps, plan.null_draws, plan.threads
         prototype_rows, gaussian = controls_of(plan, g, store, device) if plan.judged else (None, None)
         scores = SCORES if plan.judged else ALIVE
         section, _ = study.score_trained(*arguments, gaussian, scores=scores, prototype_rows=prototype_rows)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
+    saes = bank.opened()
     probing = pairs = None
     if plan.saebench:
         setup = saebench.Setup(
@@ -284,7 +288,7 @@ def scored(opened: TrainedBank) -> Bank:
     records = saebench.scored(saes, core)
     root = plan.places.artifact_root
     coded = {"code": coding.evaluate(saes, records, store, plan.core_texts, root, plan.threads)} if plan.judged else {}
-    bank = Bank(
+    results = Bank(
         saebench=probing,
         cebench=pairs,
         hook_name=plan.hook_name,
@@ -298,7 +302,7 @@ def scored(opened: TrainedBank) -> Bank:
         conditions=[],
         **coded,
     )
-    return bank.model_copy(update={"conditions": conditions.conditions(bank)})
+    return results.model_copy(update={"conditions": conditions.conditions(results)})
 
 
 def train(plan: BankPlan, cells: Cells, store, device) -> list[TrainedGroup]:

@@ -50,6 +50,7 @@ from husai.evidence.schemas import (
     PlantedSection,
     PulledSection,
     Scored,
+    ScoredRecord,
     Section,
     Setting,
     Shifted,
@@ -63,6 +64,8 @@ PASS: Literal["PASS"] = "PASS"
 FAIL: Literal["FAIL"] = "FAIL"
 MISSING: Literal["MISSING"] = "MISSING"
 ROUNDING = 1e-12
+SAME_L0 = 0.02
+"""Largest relative difference of an SAE's L0 on two samples of held-out rows."""
 SAME_SCORE = 1e-5
 """Largest difference, by rounding, between two records of one score."""
 POWER = 0.8
@@ -402,13 +405,16 @@ def trained_alike(section: Section | OwnSection | Control, at_same_l0: bool = Tr
 def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
     """Raise Missing unless the scores of the candidate's own pairs equal those of its confirmation.
 
-    Studies of another store are not compared. Drawn nulls are compared if both studies have the same nulls with equally
-    many draws. SAEs of Gaussian rows are compared if both studies have the same SAEs.
+    Studies of another store are not compared. SAEs of Gaussian rows are compared if both studies have the same SAEs. A
+    null's draws are seeded by the two dictionaries and their untrained states. Therefore equal draws have equal scores,
+    and other nulls, or another number of draws, are refused: nothing else in the evidence would bind the nulls.
     """
     if (section.checkpoints, section.store_digest) != (confirmed.checkpoints, confirmed.store_digest):
         return
     draws = _draws(section)
-    shared = ["observed", *(null for null in draws if null != "gaussian" and draws == _draws(confirmed))]
+    alike = draws == _draws(confirmed)
+    require(alike, "nulls of its own SAEs are not drawn as in the confirmation; the same --null-draws expected")
+    shared = ["observed", *(null for null in draws if null != "gaussian")]
     shared += ["gaussian"] if section.control_inputs == confirmed.control_inputs else []
     pairs, known = _by_checkpoints(section), _by_checkpoints(confirmed)
     require(pairs.keys() == known.keys(), "pairs of its own SAEs are not those of the confirmation")
@@ -420,8 +426,18 @@ def one_account(section: OwnSection, confirmed: Section | OwnSection) -> None:
                 for score in scores.keys() & confirmed_scores.keys() - {GAP}
             )
             which = f"{pair['a']} and {pair['b']}, {name}"
-            why = f"scores of its own SAEs are not those of the confirmation ({which}); both by one version of HUSAI"
-            require(same, f"{why} expected")
+            why = f"scores of its own SAEs are not those of the confirmation ({which})"
+            require(same, f"{why}; run both scripts with one version of HUSAI")
+
+
+def same_sparsity(section: OwnSection, records: Iterable[ScoredRecord]) -> None:
+    """Raise Missing unless the SAEs of a stress test have the L0 of their records, up to other held-out rows."""
+    known = {record.checkpoint_sha256: record.heldout.l0 for record in records}
+    for member in section.members:
+        known_l0 = known.get(member.checkpoint_sha256)
+        require(known_l0 is not None, "an SAE that the confirmation does not hold")
+        same = known_l0 is not None and abs(member.heldout.l0 - known_l0) <= SAME_L0 * known_l0
+        require(same, f"L0 of its own SAEs differs from that of the confirmation by more than {100 * SAME_L0:g} %")
 
 
 def _draws(section: Scored) -> dict[str, int]:

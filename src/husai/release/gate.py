@@ -558,6 +558,7 @@ def _random_model(bundle: Bundle, candidate: _Candidate, level: float) -> Shown:
 
     def judge() -> Shown:
         rules.one_account(stress.section, c.section)
+        rules.same_sparsity(stress.section, c.bank.saes)
         return rules.random_model(stress.section, stress.random_models, level)
 
     return _of(script, judge)
@@ -585,6 +586,7 @@ def _transcoder(bundle: Bundle, candidate: _Candidate, level: float, minimum: fl
 
     def judge() -> Shown:
         rules.one_account(stress.section, c.section)
+        rules.same_sparsity(stress.section, c.bank.saes)
         return rules.transcoder(setting, *arms, level=level, minimum=minimum)
 
     return _of(script, judge)

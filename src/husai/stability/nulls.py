@@ -79,7 +79,10 @@ class Spectrum:
         drawn = coordinates.clone()
         for columns in self.columns_by_size:
             rotations = random_rotations(len(columns), columns.shape[1], g)  # [groups, size, size]
-            drawn[:, columns] = torch.einsum("ngs,gst->ngt", coordinates[:, columns], rotations)
+            if columns.shape[1] == 1:  # in place: most components are alone
+                drawn[:, columns[:, 0]] *= rotations[:, 0, 0]
+            else:
+                drawn[:, columns] = torch.einsum("ngs,gst->ngt", coordinates[:, columns], rotations)
         return drawn
 
     def effective_rank(self) -> float:

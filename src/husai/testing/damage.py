@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from husai.evidence.names import GAP, GATED_NULLS
+from husai.evidence.names import COMPARED_NULLS, GAP, GATED_NULLS
 from husai.evidence.schemas import Strict
 from husai.release.gate import GATES, Bundle, Thresholds, decide
 from husai.release.recompute import decisions, results_problems
@@ -52,8 +52,11 @@ A_SECTION = (
     r"transcoder/(section|transcoder|across)|random_model/(section|random_models/\d+))"
 )
 INFORMATIONAL = {
-    A_SECTION + r"/(members/\d+/(heldout/.*|checkpoint|l0_miss|order_seed)|effective_rank)": "held-out figures of the "
-    "study's SAEs, where they lie, their order of rows, the rank of the activations: reported",
+    A_SECTION
+    + r"/(members/\d+/(heldout/(explained_variance|mse|dead_share)|checkpoint|l0_miss|order_seed)|effective_rank)": (
+        "held-out figures of the study's SAEs, their places, their order of rows, the rank of the activations: reported"
+    ),
+    A_SECTION + r"/members/\d+/heldout/l0": "within the tolerance it changes nothing; beyond, test_gate asks",
     A_SECTION
     + r"/(convergence/(from_step|to_step|moved/.*)|over_training/.*)": "whether training is at rest: reported",
     A_SECTION + r"/stability/(missing_nulls/.*|scores/.*/(draws|q95_of_mean))": "why a null that no gate reads is not "
@@ -343,15 +346,28 @@ def _other_accounts(results: dict, label: str) -> Iterator[tuple[str, dict]]:
     """(kind, results of a stress test with other scores of the candidate's own pairs, and fitting derived figures)."""
     if label not in ("random_model", "transcoder"):
         return
-    for name, by in (("observed", 0.01), *((null, -0.01) for null in GATED_NULLS)):
-        new = copy.deepcopy(results)
-        for pair in new["section"]["pairs"]:
-            pair[name] = {score: value + (score != GAP) * by for score, value in pair[name].items()}
+
+    def again(new: dict) -> dict:
         simulate.summarise_again(new["section"])
         for place, value in decisions(new).items():
             *above, key = place.split("/")[1:]
             _at(new, above)[key] = json.loads(json.dumps(value, default=Strict.to_json))
-        yield "another account of its own SAEs", new
+        return new
+
+    for name, by in (("observed", 0.01), *((null, -0.01) for null in GATED_NULLS)):
+        new = copy.deepcopy(results)
+        for pair in new["section"]["pairs"]:
+            pair[name] = {score: value + (score != GAP) * by for score, value in pair[name].items()}
+        yield "another account of its own SAEs", again(new)
+    for null in COMPARED_NULLS:  # the number of draws is no figure that can be made again
+        new = copy.deepcopy(results)
+        for score in new["section"]["stability"]["scores"].values():
+            score["nulls"][null]["draws"] += 1
+        yield "other draws of its own SAEs", new
+    new = copy.deepcopy(results)
+    for member in new["section"]["members"]:
+        member["heldout"]["l0"] *= 1.05
+    yield "another L0 of its own SAEs", again(new)
 
 
 def _swaps(results: dict, label: str) -> Iterator[tuple[str, dict]]:
