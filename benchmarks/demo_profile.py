@@ -153,9 +153,8 @@ def ran(checkout: Path, profile: str, results: Path, notes: Path) -> dict:
     wall = time.monotonic() - began
     processes = [json.loads(path.read_text()) for path in notes.glob("*.json")]
     kinds, scripts = Counter(), {}
-    for process in (
-        processes
-    ):  # a process's CPU time, divided over its samples: a sample while threads work counts for all of them
+    # The CPU time of a process is divided over its samples: a sample while threads work counts for all of them.
+    for process in processes:
         total, script = sum(process["samples"].values()), Path(process["argv"][0]).name
         for kind, n in process["samples"].items():
             kinds[kind] += process["cpu"] * n / total

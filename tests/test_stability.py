@@ -571,10 +571,8 @@ def test_choices_by_what_is_sure():
         section = arm(np.zeros((3, 3)), ev=ev, lows=(low, 1.0, 1.0))
         return SparsitySection.model_construct(k=k, **dict(section))
 
-    fine, straddling = (
-        [0.95, 0.951, 0.949],
-        [0.8, 0.95, 1.0],
-    )  # the second's mean lies above the floor, its interval not
+    # The mean of `straddling` lies above the floor, its interval does not.
+    fine, straddling = [0.95, 0.951, 0.949], [0.8, 0.95, 1.0]
     candidates = [
         candidate(4, straddling, 0.9),
         candidate(8, fine, 0.3),

@@ -55,9 +55,8 @@ def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation:
     husai_rate, product = rates["HUSAI, float32 product"], rates["the encoder's dense float32 product alone"]
     rows = study.tokens * study.saes * study.layers
     operations = 2 * study.d_in * study.d_sae * rows / (husai_rate / product)
-    measured = (
-        husai_rate * speed["d_in"] * width(widest) / (study.d_in * study.d_sae)
-    )  # rows × SAEs a second, this machine
+    # Rows × SAEs a second on the measured machine.
+    measured = husai_rate * speed["d_in"] * width(widest) / (study.d_in * study.d_sae)
     harvest = 2 * study.parameters * study.tokens  # all layers in one pass
     probing = next(r for r in evals["rows"] if r["unit"] == "SAEs × data sets")
     core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]

@@ -152,9 +152,8 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
     arms: dict[tuple[str, float, str | None], list] = {("control", 0.0, None): plain(args.seeds)}
     arms |= {("own", weight, None): pulled(args.seeds, weight, own_references) for weight in lambdas}
     arms |= {("shared", w, name): pulled(args.seeds, w, [name] * len(args.seeds)) for w in lambdas for name in shared}
-    grid = list(
-        dict.fromkeys(m for arm in arms.values() for m in arm)
-    )  # a shared reference is also the own reference of a seed
+    # A shared reference is also the own reference of a seed.
+    grid = list(dict.fromkeys(m for arm in arms.values() for m in arm))
     selection = train(grid)
     sae_of = dict(zip(grid, selection.members, strict=True))
 

@@ -74,17 +74,23 @@ def compute(args, cells) -> tuple[dict, list[Path]]:
 
 def draw(results, drawn, output_dir: Path) -> list[Path]:
     from husai.evidence.names import GATED_NULLS
+    from husai.evidence.rules import CHANCE
     from husai.report import figures
     from husai.report.text import GAINS, pair_rows, write_csv
 
     folder, arms = output_dir / "figures", arms_of(results)
-    scores = {name: arm.stability.scores["mcc_alive"].excess for name, arm in arms.items()}
-    excess = {name: [scores[name][null] for null in GATED_NULLS] for name in arms}
+    scores = {name: arm.stability.scores for name, arm in arms.items()}
+    excess = {
+        name: [known[score].excess[null] if score in known else None for score, null in CHANCE.values()]
+        for name, known in scores.items()
+    }
     over = [f"over {null}" for null in GATED_NULLS]
     gain = {"gain": [getattr(results.gain, name) for name in GAINS]}
     variance = {names: [e] for names, e in results.explained_variance.items()}
     panels = [
-        figures.Panel("Scores against the nulls", "excess of mcc_alive", "", over, excess),
+        figures.Panel(
+            "Scores against the nulls", "excess of mcc_alive", "", [f"over {name}" for name in CHANCE], excess
+        ),
         figures.Panel("Gain of transcoders over the candidate", "gain of mcc_alive", "", ["itself", *over], gain),
         figures.Panel("Reconstruction", "held-out explained variance", "", ["candidate's hook"], variance),
     ]
@@ -140,10 +146,11 @@ def summary(results: dict) -> str:
             *table(["", "held-out explained variance", "L0", "dead features"], heldout),
             "",
             "The first line is judged: the SAE of each seed against the transcoders of the other seeds. *Absolute* "
-            "stands for matches by |cos|. Reported "
-            "beside it: transcoders among themselves less the candidate's SAEs among themselves, "
+            "means matching by |cos|. Reported beside it: transcoders among themselves less the candidate's SAEs among "
+            "themselves, "
             f"{gain_sentence(stress.gain)}. Training of transcoders was at rest: {at_rest(stress.transcoder)}. "
-            "SAEs read what they reconstruct, transcoders have to compute it: what each explains is no contest.",
+            "SAEs read what they reconstruct, transcoders compute it, "
+            "therefore their explained variances are not compared.",
             "",
             *strata(arms_of(stress)),
             "",

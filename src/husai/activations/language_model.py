@@ -78,7 +78,9 @@ def check_hooks(subject: LanguageModel, hook_names: list[str], by_document: bool
 
 
 def inspect_hook(subject: LanguageModel, hook: str) -> Hook:
-    """Run two short inputs of three tokens and compare rows, because the name of a hook does not show its dependence.
+    """Run two inputs of six tokens, made of three different ones, and compare rows.
+
+    The name of a hook does not show on which tokens its rows depend.
 
     The tokens come from a sentence. Unused tokens, with which many vocabularies begin, may have equal embeddings.
 

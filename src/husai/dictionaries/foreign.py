@@ -405,9 +405,8 @@ def _renamed(state: dict[str, Tensor], names: dict[str, str], path: Path) -> dic
     if unknown := sorted(set(state) - set(names) - BESIDE):
         raise BadInput(f"checkpoint: {path}: {unknown[0]} is not known; it may change what the SAE computes")
     linear = {"encoder.weight", "decoder.weight"} & set(names)
-    turned = {
-        foreign_name for foreign_name in linear if state[foreign_name].ndim == 2
-    }  # torch deprecates `.T` of any other shape
+    # torch deprecates `.T` of any other shape.
+    turned = {foreign_name for foreign_name in linear if state[foreign_name].ndim == 2}
     return {
         husai_name: state[foreign_name].T if foreign_name in turned else state[foreign_name]
         for foreign_name, husai_name in names.items()

@@ -155,7 +155,7 @@ class TrainedGroup:
 def check(plan: BankPlan) -> None:
     """Raise BadInput for a grid that cannot be trained or evaluated. Computes nothing."""
     if not all((plan.families, plan.seeds, plan.d_saes, plan.ks, plan.budgets)):
-        raise BadInput("the product of families, seeds, widths, sparsities and budgets is empty")
+        raise BadInput("the product of architectures, seeds, widths, sparsities and budgets is empty")
     for k, d_sae in product(plan.ks, plan.d_saes):
         if k > d_sae:
             raise BadInput(f"an L0 of {k} cannot be reached with {d_sae} features")

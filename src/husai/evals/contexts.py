@@ -64,9 +64,8 @@ def strongest_contexts(
 
 def _context(tokenizer, tokens: np.ndarray, values: np.ndarray) -> dict:
     peak = int(values.argmax())
-    first = max(
-        0, min(peak - 2 * WINDOW // 3, len(tokens) - WINDOW)
-    )  # two thirds before the peak, because the model reads left to right
+    # Two thirds of the window precede the peak, because the model reads left to right.
+    first = max(0, min(peak - 2 * WINDOW // 3, len(tokens) - WINDOW))
     text: list[str] = []
     kept: list[float] = []
     for token, value in zip(tokens[first : first + WINDOW], values[first : first + WINDOW], strict=True):

@@ -216,7 +216,7 @@ def scores(means: np.ndarray, tokens: np.ndarray, rows_at_once: int = 256) -> di
     pairs, d_sae = len(means) // 2, means.shape[1]
     parts = [slice(i, min(i + rows_at_once, pairs)) for i in range(0, pairs, rows_at_once)]
 
-    def halves(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def means_of(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(V₁, V₂, I) of a range of pairs."""
         second = slice(part.start + pairs, part.stop + pairs)
         first_tokens, second_tokens = tokens[part, None], tokens[second, None]
@@ -225,10 +225,10 @@ def scores(means: np.ndarray, tokens: np.ndarray, rows_at_once: int = 256) -> di
 
     average = np.zeros(d_sae)
     for part in parts:
-        average += halves(part)[2].sum(0)
+        average += means_of(part)[2].sum(0)
     values: dict = {"published": {s: [] for s in SCORES}, "corrected": {s: [] for s in SCORES}}
     for part in parts:
-        a, b, story = halves(part)
+        a, b, story = means_of(part)
         contrast = np.abs(a - b)
         for variant, centre in (("published", 0.0), ("corrected", average / pairs)):
             independence = np.abs(story - centre)

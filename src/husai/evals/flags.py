@@ -325,7 +325,9 @@ class EvalParser(cli.Parser):
         """Add the flags of a study of whole banks of SAEs: subject, sizes, benchmarks."""
         self.add_model_name()
         self.add_text()
-        self.add_argument("--rows", type=positive_int, default=300_000, help="rows of a bank (default: %(default)s)")
+        self.add_argument(
+            "--rows", type=positive_int, default=300_000, help="rows of an activation store (default: %(default)s)"
+        )
         self.add_argument("--batch-size", type=positive_int, default=512, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default: %(default)s")
         self.add_null_draws()

@@ -78,9 +78,8 @@ def main() -> None:
             raise BadInput(
                 f"--checkpoint: {args.checkpoint} holds no cfg.json; a folder in the SAELens layout expected"
             )
-        if args.output_dir.exists() and any(
-            args.output_dir.iterdir()
-        ):  # an eval reads existing files as its own results
+        # An eval reads existing files as its own results.
+        if args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise BadInput(f"--output-dir: {args.output_dir} is not empty")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(args.threads)

@@ -59,7 +59,8 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
     grid = [Member(**{n: c.sae.metadata["husai"][n] for n in names}) for c in tested.saes]
     if pulled := next((c for c, m in zip(tested.saes, grid, strict=True) if m.reference), None):
         raise BadInput(
-            f"checkpoint: {pulled.label} was pulled towards a reference, which is not at hand to train a control alike"
+            f"checkpoint: {pulled.label} was pulled towards a reference, which is not available to train a control "
+            "alike"
         )
     return grid
 

@@ -121,7 +121,7 @@ def confirmations(root: Path) -> list[LedgerEntry]:
     except ValidationError as error:
         raise BadInput(f"--artifact-root: {path} is no ledger of confirmations ({refusal(error)})") from None
     if any(entry in entries[:i] for i, entry in enumerate(entries)):
-        raise BadInput(f"--artifact-root: {path} is no ledger of confirmations (an entry stands twice)")
+        raise BadInput(f"--artifact-root: {path} is no ledger of confirmations (an entry occurs twice)")
     return entries
 
 

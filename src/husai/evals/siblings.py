@@ -512,7 +512,7 @@ def store_of(
         try:
             return training_store(user_saes, artifact_root, None, device, threads)
         except BadInput:
-            log.info("the activations that the SAE was trained on are not at hand; others are harvested, of --text")
+            log.info("the activations that the SAE was trained on are not available; others are harvested, of --text")
     rows = plan.rows or min(LANGUAGE_MODEL_ROWS, plan.config.tokens)
     place = artifact_root, device, threads
     store = partial(open_store, *place, subject=user_saes.name, hook_name=user_saes.hook_name, rows=rows)

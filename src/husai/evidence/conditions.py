@@ -33,19 +33,19 @@ def conditions(bank: Bank) -> list[dict]:
     parts = bank.hook_name.split(".")
     rows = []
     for s in bank.sections:
-        members_records = [records[m.checkpoint_sha256, s.family, s.d_sae, s.k] for m in s.members]
+        member_records = [records[m.checkpoint_sha256, s.family, s.d_sae, s.k] for m in s.members]
         row = {
-            "condition": members_records[0].condition,
-            "facts": members_records[0].facts.to_json(),
+            "condition": member_records[0].condition,
+            "facts": member_records[0].facts.to_json(),
             "layer": int(parts[1]) if parts[0] == "blocks" else None,
             **{name: getattr(s, name) for name in Condition.model_fields},
             "epochs": s.budget / bank.train_rows,
             "seeds": [m.seed for m in s.members],
             "checkpoints": {str(m.seed): m.checkpoint_sha256 for m in s.members},
-            "l0": over_seeds([r.heldout.l0 for r in members_records]),
-            "explained_variance": over_seeds([r.heldout.explained_variance for r in members_records]),
-            "dead_share": over_seeds([r.heldout.dead_share for r in members_records]),
-            "ce_loss_score": over_seeds([r.core.ce_loss_score for r in members_records]),
+            "l0": over_seeds([r.heldout.l0 for r in member_records]),
+            "explained_variance": over_seeds([r.heldout.explained_variance for r in member_records]),
+            "dead_share": over_seeds([r.heldout.dead_share for r in member_records]),
+            "ce_loss_score": over_seeds([r.core.ce_loss_score for r in member_records]),
             "mcc_alive": s.stability.scores["mcc_alive"].observed.to_json(),
             "excess": s.stability.verdict.claimable_excess.to_json(),
             "outcome": s.stability.verdict.outcome,
@@ -186,9 +186,8 @@ def power_laws(rows: list[dict]) -> list[dict]:
             if len(conditions_of_setting) < POINTS or len({tuple(r["seeds"]) for r in conditions_of_setting}) > 1:
                 continue
             x = np.log([r[axis] for r in conditions_of_setting])
-            y = np.log(
-                [1 - np.array(r["explained_variance"]["of_seeds"]) for r in conditions_of_setting]
-            )  # [values, seeds]
+            # [values, seeds]
+            y = np.log([1 - np.array(r["explained_variance"]["of_seeds"]) for r in conditions_of_setting])
             slope, level = np.polyfit(x, y, 1)
             residual = float(np.abs((y - np.outer(x, slope) - level).mean(1)).max())
             law: dict[str, Any] = {"axis": axis, "figure": "1 - explained_variance"}

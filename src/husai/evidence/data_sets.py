@@ -239,11 +239,11 @@ ONE_IN = 3
 FEWEST = 3
 """Fewest groups that selection reads."""
 LARGEST = 4
-"""The gated sets are at least this many times as many as those of any group."""
+"""Largest share of one group in the gated sets, as 1/LARGEST."""
 
 
 def third(groups: Iterable[str], read: Collection[str] = (), left: Collection[str] = ()) -> list[str]:
-    """Groups that selection reads: a third, at least three, in the order of their names' digests.
+    """Groups that selection reads: a third, at least three, the first in the order of their names' digests.
 
     Args:
         read: groups that selection reads in any case; they count first. left: groups that the gate reads in any case.
@@ -256,10 +256,11 @@ def third(groups: Iterable[str], read: Collection[str] = (), left: Collection[st
 
 
 def gated(names: Sequence[str], groups: Sequence[str]) -> list[int]:
-    """Places of the sets that the gate counts, in order. No group holds more than a quarter of these sets.
+    """Places of the sets that the gate counts, in order.
 
-    With fewer than four groups, all groups hold equally many. Up to c sets of each group count, in the order of their
-    names' digests. c is the largest number that keeps every group small enough.
+    With four groups or more, no group holds more than a quarter of these sets. With fewer, all groups hold equally
+    many. Up to c sets of each group count, the first in the order of their names' digests. c is the largest number that
+    keeps every group small enough.
     """
     members: dict[str, list[int]] = {}
     for place in sorted(range(len(names)), key=lambda i: digest(names[i])):

@@ -79,7 +79,8 @@ def jackknife(matrix: np.ndarray, level: float = 0.95) -> Estimate:
         matrix: symmetric `[S, S]`; the diagonal is ignored.
 
     Raises:
-        ValueError: there are fewer than two seeds, or the matrix is not square, not symmetric, or not finite.
+        ValueError: there are fewer than two seeds, or the matrix is not square, or is not symmetric and finite off the
+            diagonal.
     """
     matrix = np.asarray(matrix, dtype=float)
     s = len(matrix)

@@ -83,7 +83,7 @@ def matched(candidates: Sequence[SAERecord], references: Sequence[R]) -> Match[R
         if r.facts.family in ((family, "standard") if family == "relu" else (family,)):
             groups.setdefault(r.condition, []).append(r)
     if not groups:
-        return Match([], f"no {family} reference whose facts are known is at hand")
+        return Match([], f"no {family} reference whose facts are known is available")
     fitting: list[tuple[float, str, list[R]]] = []
     reasons: list[str] = []
     for name in sorted(groups):

@@ -369,7 +369,7 @@ def stability(section: Section | OwnSection, level: float = 0.95, minimum: float
     against_every_null(section)
     trained_alike(section)
     complete = section.others is not None and all(s in section.stability.scores for s, _ in STABLE.values())
-    require(complete, "prototypes were not told apart")
+    require(complete, "no scores without prototype-like features")
     compared = STABLE
     if isinstance(section, OwnSection) and all("untrained" in p for p in section.pairs):
         compared = compared | {"untrained": ("mcc_alive", "untrained")}
@@ -395,7 +395,7 @@ def trained_alike(section: Section | OwnSection | Control, at_same_l0: bool = Tr
     require(control.store_digest != section.store_digest, "its Gaussian rows are the activations themselves")
     shas = {m.checkpoint_sha256 for m in control_members}
     once = len(shas) == len(control_members) and shas.isdisjoint(m.checkpoint_sha256 for m in members)
-    require(once, "an SAE of Gaussian rows stands twice")
+    require(once, "an SAE of Gaussian rows occurs twice")
     l0_agrees = all(_same_l0(a.heldout, b.heldout) for a, b in zip(members, control_members, strict=True))
     require(
         l0_agrees or not at_same_l0, f"L0 of the SAEs of Gaussian rows differs by more than {100 * L0_TOLERANCE:g} %"
@@ -495,7 +495,7 @@ def positive_control(planted: PlantedSection, level: float = 0.95) -> Shown:
     trained_for = tuple(d.tokens for d in degrees), planted.batch_size
     require(trained_for == registered, f"planted features: tokens and batch size {registered} expected, as registered")
     shas = [m.checkpoint_sha256 for d in degrees for m in d.study.members]
-    require(len(set(shas)) == len(shas), "planted features: an SAE stands twice")
+    require(len(set(shas)) == len(shas), "planted features: an SAE occurs twice")
     require(len({d.study.store_digest for d in degrees}) == 1, "planted features: SAEs of several stores")
     for degree in degrees:
         study = degree.study
@@ -638,7 +638,7 @@ def random_model(section: OwnSection, controls: Sequence[Control], level: float 
         }
     shas = [m.checkpoint_sha256 for m in section.members]
     shas += [m.checkpoint_sha256 for control in controls for m in control.members]
-    require(len(set(shas)) == len(shas), "a control stands twice")
+    require(len(set(shas)) == len(shas), "a control occurs twice")
     return RANDOM_MODEL.shown(estimates, len(section.members))
 
 
@@ -677,7 +677,7 @@ def transcoder(
         require(place == expected_place, "a study of another space, subject or store")
     require(across.stability.labels == section.stability.labels, "scores of other seeds")
     shas = [m.checkpoint_sha256 for arm in (section, transcoders) for m in arm.members]
-    require(len(set(shas)) == len(shas), "an SAE stands twice")
+    require(len(set(shas)) == len(shas), "an SAE occurs twice")
     trained_alike(section)
     trained_alike(transcoders, at_same_l0=False)  # a learned threshold determines the held-out L0 of BatchTopK
     noise = {arm.gaussian.store_digest for arm in (section, transcoders) if arm.gaussian is not None}
@@ -1053,7 +1053,7 @@ def table() -> str:
         f"`{PRIMARY_SCORE}` and of its excess over each required null, in each of {len(levels.RANDOM_DRAWS)} draws of "
         "the weights",
         "transcoder": f"{seeds}, the setting fixed in advance, and the {low} of each of these is above the minimum "
-        f"({TRANSCODER.threshold:g} where none is set, as in phase 4a): the excess of `{PRIMARY_SCORE}` between the "
+        f"({TRANSCODER.threshold:g} by default, the minimum of stability): the excess of `{PRIMARY_SCORE}` between the "
         f"candidate's SAEs and transcoders of other seeds, {over_nulls}",
         "single features, recurs": f"in a sibling: signed decoder cosine with the one-to-one partner of at least "
         f"{RECURS_COSINE:g}, and held-out correlation with it of at least {RECURS_CORRELATION:g}",

@@ -38,7 +38,9 @@ def chosen_again(selected: File, studies: list[File]) -> File:
     try:
         digests, rules = selected.results["inputs"], selected.results["rules"]
         if absent := next((label for label, sha256 in digests.items() if sha256 not in at_hand), None):
-            return replace(selected, problems=[*selected.problems, f"the study that it calls {absent} is not at hand"])
+            return replace(
+                selected, problems=[*selected.problems, f"the study that it calls {absent} is not available"]
+            )
         if bad := next((s for sha256 in digests.values() if (s := at_hand[sha256]).problems), None):
             return replace(selected, problems=[*selected.problems, f"a study that it read: {bad.problems[0]}"])
         read_studies = [selection.Study(label, sha256, at_hand[sha256].results) for label, sha256 in digests.items()]

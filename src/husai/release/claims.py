@@ -39,7 +39,7 @@ def _distinct(claims: list[Claim]) -> list[Claim]:
     ids = [c.id for c in claims]
     repeated = sorted({i for i in ids if ids.count(i) > 1})
     if repeated:
-        raise ValueError(f"the id {repeated[0]} stands twice")
+        raise ValueError(f"the id {repeated[0]} occurs twice")
     return claims
 
 
@@ -110,7 +110,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -60,9 +60,8 @@ def problem(path: Path, decision: Any, root: Path) -> str | None:
         if problems:
             return problems[0]
         recomputed = decide_again(decision, root)
-        published = {n: decision[n] for n in DECIDED} | {
-            "unconfirmed": decision.get("unconfirmed")
-        }  # older ones: confirmed
+        # Older decisions have no such key: they were about confirmed SAEs.
+        published = {n: decision[n] for n in DECIDED} | {"unconfirmed": decision.get("unconfirmed")}
         difference = next(differences(published, {n: recomputed[n] for n in published}, "decision"), None)
     except (LookupError, TypeError, ValueError, AttributeError, BadInput, RecursionError) as error:
         return f"it is no decision of the strict gate ({type(error).__name__}: {error})"

@@ -466,7 +466,7 @@ def _kept(record: SAERecord) -> dict:
 
 def _members(section: Section | OwnSection) -> dict[str, str]:
     checkpoints = section.checkpoints
-    require(len(checkpoints) == len(section.members), "a seed stands twice")
+    require(len(checkpoints) == len(section.members), "a seed occurs twice")
     return checkpoints
 
 
@@ -517,7 +517,7 @@ def _code(candidate: _Candidate, level: float) -> Shown:
     c = candidate.known()
     section, records = c.bank.code, c.records
     require(
-        section is not None, "its SAEs were not held against dictionaries of prototypes: confirmation makes it again"
+        section is not None, "its SAEs were not compared with dictionaries of prototypes: confirmation makes it again"
     )
     assert section is not None
     require(section.heldout_digest == c.bank.inputs["held-out activations"], "code: of other held-out activations")
@@ -619,9 +619,8 @@ def _saebench(candidate: _Candidate, level: float, minimum: float) -> Shown:
     require(probing.families == families(probing.data_sets), "SAEBench: families of other data sets")
     require(bool(c.data_sets), "selection read no probing figures, so that no data sets are left to it for the gate")
     judged = zip(probing.data_sets, probing.families, strict=True)
-    keep = [
-        i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read
-    ]  # extra data sets do not count
+    # Extra data sets do not count.
+    keep = [i for i, (name, f) in enumerate(judged) if name in c.data_sets and f not in c.read]
     names, groups = ([values[i] for i in keep] for values in (probing.data_sets, probing.families))
     values = {r.identity: np.array(r.test_auc[deltas.K])[keep] for r in probing.saes}
     figures = _against_reference(c, probing.saes, values, names, groups)
@@ -662,7 +661,7 @@ def _against_reference(
     require(match.reason is None, f"no matched reference: {match.reason}{hint}")
     require(len(match.records) >= len(group), f"{len(match.records)} reference SAEs for {len(group)} seeds")
     references = match.records
-    require(len({r.identity for r in references}) == len(group), "a reference stands for several seeds")
+    require(len({r.identity for r in references}) == len(group), "one reference serves several seeds")
     candidate_figures, reference = (np.array([values[r.identity] for r in arm]) for arm in (group, references))
     pairs = zip(group, references, strict=True)
     variance = [r.heldout.explained_variance - other.heldout.explained_variance for r, other in pairs]

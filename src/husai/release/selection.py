@@ -206,12 +206,12 @@ def select(studies: list[Study], rules: Rules) -> dict:
     banks, excluded = [], []
     seeds_used: set[int] = set()
     for study in studies:
-        candidates_of_bank = study.results.get("banks") if isinstance(study.results, dict) else None
-        seeds_used |= _seeds_in(candidates_of_bank if isinstance(candidates_of_bank, list) else None)
-        if not isinstance(candidates_of_bank, list) or study.results.get("phase") not in STUDIES:
+        banks_of_study = study.results.get("banks") if isinstance(study.results, dict) else None
+        seeds_used |= _seeds_in(banks_of_study if isinstance(banks_of_study, list) else None)
+        if not isinstance(banks_of_study, list) or study.results.get("phase") not in STUDIES:
             excluded.append(_out(study, None, "it is no result of a frontier or scaling study"))
             continue
-        for i, raw in enumerate(candidates_of_bank):
+        for i, raw in enumerate(banks_of_study):
             usable, reasons = cleaned(raw)
             excluded += [_out(study, name or f"bank {i}", why) for name, why in reasons.items()]
             if usable is not None:

@@ -122,12 +122,16 @@ class Panel:
     x_label: str
     y_label: str
     x: list
-    series: Mapping[str, Sequence[dict | Interval]]
-    """Name -> one estimate for each x. `low` and `high` are None without an interval. If all are None: not drawn."""
+    series: Mapping[str, Sequence[dict | Interval | None]]
+    """Name -> one estimate for each x, None where it was not computed. Ends are None without an interval."""
     unfinished: dict[str, list[bool]] | None = None
     """Points of each series that are drawn hollow, because stability was still changing at the end of training."""
     line: float = 0
     """Position of the reference line beside names: no difference, or chance."""
+
+
+NOT_COMPUTED = {"estimate": np.nan, "low": None, "high": None}
+"""Estimate that is not drawn."""
 
 
 def panels(path: Path, drawn: list[Panel]) -> Path:
@@ -141,7 +145,8 @@ def panels(path: Path, drawn: list[Panel]) -> Path:
         named = isinstance(panel.x[0], str)
         places = np.arange(len(panel.x))[::-1] if named else np.array(panel.x, dtype=float)
         for i, (name, series) in enumerate(panel.series.items()):
-            estimates = [e if isinstance(e, dict) else e.to_json() for e in series]
+            known = [NOT_COMPUTED if e is None else e for e in series]
+            estimates = [e if isinstance(e, dict) else e.to_json() for e in known]
             value = np.array([e["estimate"] for e in estimates], dtype=float)
             ends = [[e["estimate"] if e[s] is None else e[s] for e in estimates] for s in ("low", "high")]
             ends = np.array(ends, dtype=float)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from husai.evidence.names import GATED_NULLS
+from husai.evidence.rules import CHANCE
 from husai.report import markup
 from husai.report.markup import Scale, Strip
 from husai.report.names import NAMES
@@ -45,10 +45,17 @@ class Forest:
         try:
             sections = [*stability_sections(results)]
             lead, null = LEAD.get(results.get("phase", ""), (None, None))
+            lead = lead if lead in results else None  # older results of the transcoder stress have other sets
             if lead or len(sections) == 1:
                 stability = results[lead]["stability"] if lead else sections[0][1]
                 score, null = stability["verdict"]["score"], null or stability["verdict"]["highest_null"]
-                excess, required = stability["scores"][score]["excess"], {*REQUIRED, null}
+                excess, required = stability["scores"][score]["excess"], {*CHANCE, null}
+                by_other_scores = {
+                    name: stability["scores"][other]["excess"][control]
+                    for name, (other, control) in CHANCE.items()
+                    if name not in excess and control in stability["scores"].get(other, {}).get("excess", {})
+                }
+                excess = excess | by_other_scores
                 rows = [(NAMES.get(n, n), e, n in required) for n, e in excess.items()]
                 ends = markup.interval(*(excess[null][end] for end in ("estimate", "low", "high")))
                 claim = f"{score} {ends} over {NAMES.get(null, null)}"
@@ -74,8 +81,7 @@ class Forest:
             return None  # an older or later shape: the summary's table has the figures
 
 
-REQUIRED = GATED_NULLS
-LEAD = {"4a": ("husai", None)}
+LEAD = {"4a": ("husai", None), "transcoder_stress": ("across", None)}
 """Phase -> (key of its main set of SAEs, null that its rule reads; None: the highest required one)."""
 
 

@@ -267,7 +267,9 @@ def _failed(gate: Gate, reader: ReportReader) -> Step:
             f"python {EXPERIMENTS}/run_phase4a_reproduction.py",
         )
     if name == "transcoder":
-        return Step(f"{why} Transcoders of other seeds learn other features here, and no setting is left open.", None)
+        return Step(
+            f"{why} The match with transcoders is not shown beyond the controls, and no setting is left open.", None
+        )
     if name == "ood":
         words = ["python", STRESS["ood"], "--candidate", reader.confirmed, "--probe-ks", "1,5,16,64"]
         words += ["--output-dir", f"{reader.root}/../ood_more_features"]

@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
             "--threads",
             type=positive_int,
             default=usable_cores(),
-            help="CPU threads; part of what makes a result repeatable to the byte (default: the cores at hand)",
+            help="CPU threads; part of what makes a result repeatable to the byte (default: the available cores)",
         )
 
 

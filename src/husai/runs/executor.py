@@ -203,9 +203,9 @@ def _connect(address: str | None, threads: int):
     Raises:
         BadInput: Ray is not installed, or nothing answers.
     """
-    for name, value in (
-        NEW_CLUSTER if address is None else EXISTING_CLUSTER
-    ).items():  # ray reads them when it is imported
+    # Ray reads these variables when it is imported.
+    variables = NEW_CLUSTER if address is None else EXISTING_CLUSTER
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     try:
         import ray

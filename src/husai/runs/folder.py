@@ -49,9 +49,8 @@ class Manifest(BaseModel):
     inputs: dict[str, str]  # label -> sha256
     commands: list[dict] = []
     """Commands that the run started: {"command", "return_code", "seconds", "log": path in the run folder}."""
-    outputs: dict[
-        str, str
-    ]  # file in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`, `<name>_map.json`) -> sha256
+    # File in the run folder, or drawn beside it (`figures/<name>`, `<name>.csv`, `<name>_map.json`) -> sha256.
+    outputs: dict[str, str]
 
 
 def git_state() -> tuple[str | None, bool | None, str | None]:

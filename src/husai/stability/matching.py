@@ -90,9 +90,9 @@ def worth(cosines: Tensor, signed: bool) -> Tensor:
 def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
     """Optimal matching.
 
-    The matrix has negated worths, because scipy would copy a matrix that it maximises. The least cost of each row is
-    subtracted first; of square matrices, that of each column too. Every assignment pays these costs, and scipy is a
-    quarter faster without them.
+    The matrix has negated worths, because scipy would copy a matrix that it maximises. Row minima
+    are subtracted first, and column minima if the matrix is square, because the cost of every assignment contains them.
+    This makes scipy a quarter faster.
     """
     cost = np.empty((len(a), len(b)))
     for start in range(0, len(a), BLOCK):

@@ -338,8 +338,8 @@ def refuse_other(stated: Harvesting, needed: Harvesting, present: Harvesting, ch
             required = OWN_WAY if getattr(stated, name) is None else f"{getattr(stated, name)!r} by its files"
             available = OWN_WAY if present_value is None else repr(present_value)
             raise BadInput(
-                f"{checkpoint}: {name} of its activations is {required}, and {available} of those at hand; activations "
-                "made alike expected"
+                f"{checkpoint}: {name} of its activations is {required}, and {available} of the available ones; "
+                "activations made alike expected"
             )
 
 

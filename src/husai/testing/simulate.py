@@ -132,9 +132,9 @@ def measured(docs: Path) -> Noise:
 def measure(evidence: Path) -> Noise:
     """Noise of each gate's figure in the runs on husai-tiny, estimated by moments.
 
-    Variances of a gate's figures are averaged.
-    Stability, code, fit and the stress tests come from the demo's candidate. Benchmarks come from the larger studies
-    of data sets and pairs, each condition against its matched reference.
+    Variances of a gate's figures are averaged. Stability, code, fit and the stress tests come from the demo's
+    candidate. Benchmarks come from the larger studies of data sets and pairs, each condition against its matched
+    reference.
 
     Args:
         evidence: folder of the evidence.

@@ -73,7 +73,7 @@ def passes(members: list[Member], sizes: Sizes, device: torch.device) -> list[li
         if need + step_bytes(m, sizes) > available:
             needed = (need + step_bytes(m, sizes)) / 2**30
             raise BadInput(
-                f"d_sae {m.d_sae}: one such SAE takes {needed:.0f} GiB to train; {available / 2**30:.0f} GiB at hand"
+                f"d_sae {m.d_sae}: one such SAE takes {needed:.0f} GiB to train; {available / 2**30:.0f} GiB available"
             )
         if out[-1] and used + need > available // 2:
             out.append([])
