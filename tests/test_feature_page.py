@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from browser import CHROMIUM, browse, with_script
 from conftest import ROOT
 from husai.evidence import rules
-from husai.evidence.features import COLUMNS
-from husai.report.features import embedded, encoded, feature_page, within
+from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.report.feature_summary import summary_lines
+from husai.report.features import embedded, encoded, feature_page, tiles, within
 
 CONFIRMED = ROOT / "docs" / "evidence" / "embedded_queue" / "candidate_confirmation" / "results.json"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -44,7 +45,8 @@ def results(features: pd.DataFrame, origin: str = "trained", **changed) -> dict:
     record.pop("core")
     share = {"estimate": 0.4, "low": 0.3, "high": 0.5, "standard_error": 0.05, "n_seeds": SIBLINGS}
     share |= {"method": "mean over seeds", "reason": None}
-    sibling = {"origin": origin, "checkpoint_sha256": "a" * 64, "d_sae": len(features), "heldout": None}
+    sibling = {"origin": origin, "checkpoint_sha256": "a" * 64, "d_sae": len(features)}
+    sibling["heldout"] = record["heldout"]
     counts = {name: int((features["statement"] == name).sum()) for name in rules.STATEMENTS}
     return {
         "phase": "feature_reliability",
@@ -64,7 +66,7 @@ def results(features: pd.DataFrame, origin: str = "trained", **changed) -> dict:
         "recur": share,
         "recur_others": None,
         "certified": 0.2,
-        "above_chance": 0.5,
+        "above_chance": {"marked": 0, "features": 236, "prototypes_marked": 18, "prototypes": 20},
         "deciles": [{"low": 0.1, "high": 0.2, "features": 10, "recur": share}],
         "in_every": [0.2] * SIBLINGS,
         "in_some": [0.6] * SIBLINGS,
@@ -111,6 +113,18 @@ def test_what_may_not_be_certified_is_said():
     assert "14 relatives" in html
     assert data_of(html)["peers"] == "relatives"
     assert feature_page(results(features), features, {}) == feature_page(results(features), features, {})
+
+
+def test_tile_and_summary_count_prototype_like_features_apart():
+    features = table(20)
+    found = FeatureReliability.model_validate(results(features))
+    (tile,) = [t for t in tiles(found) if t.name == "Above chance"]
+    assert tile.value == "0"
+    assert "of 236" in tile.spread
+    assert "18 of 20" in tile.note
+    (line,) = [line for line in summary_lines(found.to_json()) if "Above chance" in line]
+    assert "0 of 236" in line
+    assert "18 of 20" in line
 
 
 FIGURES = st.floats(-1e300, 1e300) | st.just(float("nan"))

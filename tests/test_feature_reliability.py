@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import husai
 from husai.activations import language_model as lm
@@ -23,6 +24,7 @@ from husai.evals.loaded import LoadedSAEs, heldout_store, open_all
 from husai.evidence import rules
 from husai.evidence.estimates import clopper_pearson_low
 from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.evidence.names import NEAR
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput
 from husai.stability.recurrence import NONE
@@ -112,6 +114,11 @@ def test_one_sae(reliability, saes):
     assert sum(results.statements.values()) == 48
     assert results.recur.estimate == pytest.approx((table["recurs"] / 6)[~table["dead"]].mean())
     assert results.recur.estimate > 0.1  # the subject has directions to find
+    others = table[~table["dead"] & (table["prototype_cosine"] < NEAR)]
+    above = results.above_chance
+    assert (above.marked, above.features) == (int(others["above_chance"].sum()), len(others))
+    assert above.features + above.prototypes == results.alive
+    assert above.marked + above.prototypes_marked == int(table["above_chance"][~table["dead"]].sum())
     contexts = json.loads((out / "contexts.json").read_text())
     assert len(contexts) == 5
     assert all(c["contexts"] for c in contexts.values())
@@ -305,6 +312,18 @@ def test_deciles_hold_each_alive_feature_once():
     assert all(a.high <= b.low for a, b in itertools.pairwise(found))
     total = sum(d.features * d.recur.estimate for d in found)
     assert total / 95 == pytest.approx(recurrent[:, 5:].mean())
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 8))))
+def test_shares_over_siblings_lie_between_0_and_1(recurrent):
+    share = features.share_over_siblings(recurrent, np.ones(recurrent.shape[1], bool))
+    assert share.estimate == pytest.approx(recurrent.mean())
+    if len(recurrent) < 3 or len(set(recurrent.sum(1))) == 1:
+        assert share.low is None
+        assert share.reason is not None
+    else:
+        assert 0 <= share.low <= share.estimate <= share.high <= 1
+        assert share.low < share.high
 
 
 def test_contexts_are_of_held_out_text(asked, few):

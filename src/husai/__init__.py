@@ -18,7 +18,7 @@ A few lines compare SAEs that differ in their seed, as `scripts/analysis/compare
 the feature table, because HUSAI trains its siblings:
 
     reliability = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre")
-    print(reliability.table.query("certified and above_chance"))
+    print(reliability.table.query("statement == 'certified'"))
 """
 
 import importlib

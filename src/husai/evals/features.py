@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import comb
 from pathlib import Path
@@ -22,7 +22,7 @@ from husai.evals.loaded import LoadedSAEs
 from husai.evals.siblings import Group
 from husai.evidence import rules
 from husai.evidence.estimates import clopper_pearson_low, mean_over_seeds
-from husai.evidence.features import COLUMNS, Bars, Decile, FeatureReliability, Sibling
+from husai.evidence.features import COLUMNS, AboveChance, Bars, Decile, FeatureReliability, Sibling
 from husai.evidence.names import NEAR
 from husai.evidence.schemas import Interval
 from husai.runs.progress import progress
@@ -326,7 +326,7 @@ def sum_up(
         recur=share_over_siblings(judged.recurs, alive),
         recur_others=share_over_siblings(judged.recurs, apart) if apart.any() else None,
         certified=None if t["certified"].isna().all() else float(t["certified"][alive].mean()),
-        above_chance=None if t["above_chance"].isna().all() else float(t["above_chance"][alive].mean()),
+        above_chance=above_chance(t),
         deciles=deciles(t["firing_rate"].to_numpy(), judged.recurs),
         in_every=every,
         in_some=some,
@@ -338,13 +338,38 @@ def sum_up(
     )
 
 
+def above_chance(table: pd.DataFrame) -> AboveChance | None:
+    """Number of marked features, prototype-like ones apart. None if chance is not tested."""
+    if table["above_chance"].isna().all():
+        return None
+    marked, alive = table["above_chance"].to_numpy(bool), ~table["dead"].to_numpy(bool)
+    near = table["prototype_cosine"].to_numpy(float) >= NEAR
+    return AboveChance(
+        marked=int((marked & alive & ~near).sum()),
+        features=int((alive & ~near).sum()),
+        prototypes_marked=int((marked & alive & near).sum()),
+        prototypes=int((alive & near).sum()),
+    )
+
+
 def share_over_siblings(recurrent: np.ndarray, chosen: np.ndarray) -> Interval:
     """Share of the chosen features that recur in a sibling: the mean over siblings, with its interval.
+
+    The interval is that of t over siblings, cut at 0 and 1. If all siblings give the same share, their spread is no
+    estimate of the variation between trainings, therefore there is no interval.
 
     Args:
         recurrent: bool `[siblings, d_sae]`. chosen: bool `[d_sae]`, at least one of them true.
     """
-    return Interval.of(mean_over_seeds([float(v) for v in recurrent[:, chosen].mean(1)]))
+    shares = [float(v) for v in recurrent[:, chosen].mean(1)]
+    mean = mean_over_seeds(shares)
+    if mean.low is None or mean.high is None:
+        return Interval.of(mean)
+    if len(set(shares)) == 1:
+        reason = "all siblings give the same share, which is no estimate of the variation between trainings"
+        return Interval.of(replace(mean, low=None, high=None, standard_error=None, reason=reason))
+    low, high = max(0.0, mean.low), min(1.0, mean.high)
+    return Interval.of(replace(mean, low=low, high=high, method=f"{mean.method}, cut at 0 and 1"))
 
 
 def deciles(rate: np.ndarray, recurrent: np.ndarray) -> list[Decile]:

@@ -39,7 +39,7 @@ class Prepared:
     """Time, memory and disk of the training, as lines of text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reliability:
     """Results of the analysis."""
 
@@ -48,6 +48,17 @@ class Reliability:
     """One row for each feature. `evidence.features.COLUMNS` explains the columns."""
     contexts: dict[str, dict]
     """Feature -> its strongest held-out contexts and those of its nearest partner (`features.contexts`)."""
+
+    def __repr__(self) -> str:
+        results, n = self.results, len(self.results.siblings)
+        above = "not tested" if results.above_chance is None else results.above_chance.sentence()
+        certified = "none" if results.certified is None else f"{results.statements['certified']:,}"
+        return (
+            f"Reliability of {results.sae.label}, {results.alive:,} alive features, {n} SAEs for comparison\n"
+            f"  recur in one of them: {results.recur.estimate:.1%}\n"
+            f"  certified: {certified}\n"
+            f"  above chance: {above}"
+        )
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
@@ -119,7 +130,7 @@ def feature_reliability(checkpoint: Any, model_name: str, hook_name: str, **flag
 
         import husai
         reliability = husai.feature_reliability("MY_SAE", "husai-tiny", "blocks.1.hook_resid_pre", siblings=14)
-        reliability.table.query("certified and above_chance")[["feature", "recurs", "low", "prototype"]]
+        reliability.table.query("statement == 'certified'")[["feature", "recurs", "low", "prototype_cosine"]]
 
     Args:
         checkpoint: path or name of an SAE, or a list of SAEs. The first one is judged.

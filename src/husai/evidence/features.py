@@ -107,6 +107,27 @@ class Decile(Strict):
     """Share of these features that recur in a sibling."""
 
 
+class AboveChance(Strict):
+    """Number of alive features that are marked as above chance. Prototype-like features are tested apart."""
+
+    marked: int
+    features: int
+    """Number of alive features that are like no prototype."""
+    prototypes_marked: int
+    prototypes: int
+    """Number of alive prototype-like features."""
+
+    def sentence(self) -> str:
+        """Both counts in words, without a full stop."""
+        words = f"{self.marked:,} of {self.features:,} features"
+        if not self.prototypes:
+            return words
+        return (
+            f"{words}, prototype-like ones aside; {self.prototypes_marked:,} of {self.prototypes:,} prototype-like "
+            "ones, which are tested apart"
+        )
+
+
 class SiblingTraining(Strict):
     """Recipe of the trained siblings."""
 
@@ -151,7 +172,8 @@ class FeatureReliability(Strict):
     """The same share of alive features that are like no prototype. None if all are prototype-like."""
     certified: Share | None
     """Share of the alive features. None if nothing can be certified."""
-    above_chance: Share | None
+    above_chance: AboveChance | None
+    """None if chance is not tested."""
     deciles: list[Decile]
     in_every: list[Share]
     """Expected share of the alive features that recur in every one of j siblings, j = 1 … n."""

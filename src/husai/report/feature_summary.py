@@ -7,6 +7,7 @@ from math import comb
 import numpy as np
 
 from husai.evidence import rules
+from husai.evidence.features import AboveChance
 from husai.report.text import percent_interval
 
 
@@ -22,8 +23,8 @@ def summary_lines(results: dict) -> list[str]:
         f"1. SAE: `{sae['label']}` on {results['subject']}, {results['hook_name']}; {sae['facts']['d_sae']} features, "
         f"{alive} of them alive on {results['heldout_tokens']:,} held-out tokens; explained variance "
         f"{held['explained_variance']:.3f}, L0 {held['l0']:.1f}. {_siblings(results)}",
-        f"2. Recurrence: {percent_interval(results['recur'])} of the alive features recur in a sibling (95 % interval "
-        "over siblings)"
+        f"2. Recurrence: {percent_interval(results['recur'])} of the alive features recur in a sibling"
+        + (" (95 % interval over siblings)" if results["recur"]["low"] is not None else "")
         + _without_prototypes(results)
         + f"; {results['in_every'][-1]:.1%} recur in every one of {n}."
         + _partners(results),
@@ -93,10 +94,10 @@ def _chance(results: dict, counts: dict) -> str:
     if results["above_chance"] is None:
         return "Above chance: not tested, for the reason below."
     return (
-        f"Above chance: {results['above_chance']:.1%} of the alive features, against rotated siblings and "
-        f"{results['gaussian']} SAEs of Gaussian rows. Benjamini–Hochberg controls the expected share of false ones "
-        "among those marked. Shared draws make p-values dependent, therefore the realised share is measured "
-        f"(docs/benchmarks/feature_calibration.md).{_least(results)}"
+        f"Above chance: {AboveChance(**results['above_chance']).sentence()}. The comparison is with rotated "
+        f"siblings and {results['gaussian']} SAEs of Gaussian rows. Benjamini–Hochberg controls the expected share "
+        "of false ones among those marked. Shared draws make p-values dependent, therefore the realised share is "
+        f"measured (docs/benchmarks/feature_calibration.md).{_least(results)}"
     )
 
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from husai.evidence import rules
-from husai.evidence.features import COLUMNS, FeatureReliability
+from husai.evidence.features import COLUMNS, AboveChance, FeatureReliability
 from husai.evidence.schemas import Interval
 from husai.report import glossary
 from husai.report.evidence import Phase
@@ -191,7 +191,6 @@ def tiles(reliability: FeatureReliability) -> list[Tile]:
     at = f"{100 * reliability.bars.certified_at:g}\u00a0%"
     word = peers(reliability)
     alive = f"of {reliability.alive:,} alive features"
-    above = "Not tested." if reliability.above_chance is None else percent(reliability.above_chance)
     sure = "none" if reliability.certified is None else f"{counts.get('certified', 0):,}"
     needed = rules.siblings_needed(reliability.bars.certified_at)
     few = f" This takes at least {needed} siblings." if n < needed else ""
@@ -203,19 +202,34 @@ def tiles(reliability: FeatureReliability) -> list[Tile]:
     )
     return [
         Tile("Certified", sure, alive, note),
-        Tile(
-            "Above chance", above, alive, "Features that resemble those of other trainings more than chance explains."
-        ),
+        _above_chance(reliability.above_chance),
         Tile(
             f"Recur in a {word.removesuffix('s')}",
             percent(reliability.recur.estimate),
             _bounds(reliability.recur, word),
             f"The mean over {n} {word}.",
         ),
-        Tile("Prototype-like", f"{counts.get('prototype-like', 0):,}", alive, "They lie near the mean of a token."),
+        Tile(
+            "Prototype-like",
+            f"{counts.get('prototype-like', 0):,}",
+            alive,
+            "They lie near the mean of a token, or a centroid, and recur or are above chance.",
+        ),
         Tile("Dead features", f"{counts.get('dead', 0):,}", f"of {reliability.sae.facts.d_sae:,} features", ""),
         Tile("Explained variance", f"{held.explained_variance:.3f}", f"L0 {held.l0:.4g}", "On held-out tokens."),
     ]
+
+
+def _above_chance(counts: AboveChance | None) -> Tile:
+    if counts is None:
+        return Tile("Above chance", "Not tested.", "", "")
+    note = "Features that resemble those of other trainings more than chance explains."
+    if not counts.prototypes:
+        return Tile("Above chance", f"{counts.marked:,}", f"of {counts.features:,} alive features", note)
+    apart = f" Tested apart: {counts.prototypes_marked:,} of {counts.prototypes:,} prototype-like ones."
+    return Tile(
+        "Above chance", f"{counts.marked:,}", f"of {counts.features:,}, prototype-like features aside", note + apart
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from husai.evidence.names import GATED_NULLS
+from husai.evidence.names import GATED_NULLS, NEAR
 from husai.evidence.schemas import Drawn, Interval, Phase4aSection, Scored, Section, Sensitivity
 from husai.report.markup import few_colours
 from husai.report.names import NAMES
@@ -263,8 +263,9 @@ def of_features(results: dict, table: pd.DataFrame, folder: Path) -> list[Path]:
     """Recurrence by firing rate; observed similarity against both nulls; recurrence by number of siblings."""
     drawn = [_by_frequency(results, folder / "recurrence_by_frequency.png")]
     drawn.append(_by_siblings(results, folder / "recurrence_by_siblings.png"))
-    if table["similarity_rotated"].notna().any():
-        drawn.append(_against_null(table, folder / "observed_against_null.png"))
+    others = table[~table["dead"].astype(bool) & (table["prototype_cosine"].astype(float) < NEAR)]
+    if others["similarity_rotated"].notna().any():
+        drawn.append(_against_null(others, folder / "observed_against_null.png"))
     return drawn
 
 
@@ -272,13 +273,9 @@ def _by_frequency(results: dict, path: Path) -> Path:
     deciles = results["deciles"]
     middle = [float(np.sqrt(d["low"] * d["high"])) for d in deciles]
     shares = [d["recur"]["estimate"] for d in deciles]
-    bounds = [[d["recur"][end] for d in deciles] for end in ("low", "high")]
+    bounds = np.array([[d["recur"][end] for d in deciles] for end in ("low", "high")], float)  # NaN: no interval
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    if None in bounds[0]:
-        axis.plot(middle, shares, "o-", color=COLOURS["observed"])
-    else:
-        reach = np.abs(np.array(bounds) - np.array(shares))
-        axis.errorbar(middle, shares, reach, fmt="o-", color=COLOURS["observed"], capsize=3)
+    axis.errorbar(middle, shares, np.abs(bounds - np.array(shares)), fmt="o-", color=COLOURS["observed"], capsize=3)
     axis.set(xscale="log", xlabel="share of held-out tokens on which a feature fires (tenths of the alive features)")
     axis.set(ylabel="share that recurs in a sibling", ylim=(0, 1))
     return _save(figure, path)
@@ -297,16 +294,17 @@ def _by_siblings(results: dict, path: Path) -> Path:
 def _against_null(table: pd.DataFrame, path: Path) -> Path:
     named = {"similarity": "observed", "similarity_rotated": "spectral", "similarity_gaussian": "gaussian"}
     labels = {"observed": "siblings", "spectral": "rotated siblings", "gaussian": "SAEs of Gaussian rows"}
-    alive, edges = table[~table["dead"].astype(bool)], np.linspace(0, 1, 51)
+    edges = np.linspace(0, 1, 51)
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     for column, name in named.items():
-        values = alive[column].dropna().to_numpy(float)
+        values = table[column].dropna().to_numpy(float)
         if len(values):
             share = np.histogram(values.clip(0, 1), edges)[0] / len(values)
             main = name == "observed"
             fill = {"fill": main, "alpha": 0.45 if main else 1.0, "lw": 1.8}
             axis.stairs(share, edges, label=labels[name], color=COLOURS[name], **fill)
-    axis.set(xlabel="mean over siblings of the largest decoder cosine", ylabel="share of the alive features")
+    axis.set(xlabel="mean over siblings of the largest decoder cosine")
+    axis.set(ylabel="share of the alive features, prototype-like ones aside")
     axis.set(xlim=(0, 1), ylim=(0, None))
     axis.legend(frameon=False)
     return _save(figure, path)
