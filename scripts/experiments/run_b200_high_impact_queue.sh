@@ -269,7 +269,7 @@ run adaptive_l0 adaptive_l0_calibration experiments/run_adaptive_l0_calibration.
 run assignment assignment_consistency_v2 experiments/run_assignment_consistency_v2.py --seeds "$SEEDS" "${ASSIGNMENT[@]}"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# External benchmarks, and the studies that are held against them
+# External benchmarks, and the studies that are scored on them
 
 run benchmarks official_external_benchmarks experiments/run_official_external_benchmarks.py --model-name "$SUBJECT" \
   --hook-name "$HOOK" "${SOURCE[@]}" --dataset-names "$DATASETS" "${REPO[@]}" "${STORIES[@]}" "${BENCHMARKS[@]}"
