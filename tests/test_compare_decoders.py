@@ -24,6 +24,21 @@ def test_the_readme_shows_what_the_shipped_saes_give(run_script):
     shown = [line for line in README.read_text().splitlines() if re.match(r"\| (mcc|pwmcc|share70) \|", line)]
     assert len(shown) == 3
     assert all(line in out for line in shown)
+    rows = [line.split(" | ") for line in out.splitlines() if "seed" in line]
+    none, everywhere = (float(np.mean([int(re.sub(r"\D", "", row[i])) for row in rows])) for i in (2, 4))
+    assert f"about {round(none, -1):.0f}\nrecur in no other" in README.read_text()
+    assert everywhere == pytest.approx(25, abs=1)
+    assert "| certified" not in out
+
+
+def test_two_saes_have_no_interval_and_widths_are_remarked(run_script, matrix, tmp_path):
+    np.save(tmp_path / "a.npy", matrix)
+    np.save(tmp_path / "b.npy", np.random.default_rng(1).normal(size=(12, 4)).astype(np.float32))
+    code, out, err = run_script(SCRIPT, tmp_path / "a.npy", tmp_path / "b.npy", "--rows-are-features", "yes")
+    assert code == 0, err
+    assert "95 % interval" not in out
+    assert "from 9 to 12 features" in out
+    assert "| certified" not in out
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ def test_what_may_not_be_certified_is_said():
 
 def test_tile_and_summary_count_prototype_like_features_apart():
     features = table(20)
-    found = FeatureReliability.model_validate(results(features))
+    bars = {"cosine": 0.7, "correlation": 0.5, "certified_at": 0.5}
+    found = FeatureReliability.model_validate(results(features, bars=bars))
     (tile,) = [t for t in tiles(found) if t.name == "Above chance"]
     assert tile.value == "0"
     assert "of 236" in tile.spread

@@ -6,7 +6,8 @@
 The input is checkpoints of any library, folders of checkpoints, names (sae-lens:RELEASE/SAE_ID, hf:REPO/PATH), or bare
 matrices (.npy, .safetensors, .pt). The script prints mcc, pwmcc and share70 with jackknife intervals over the SAEs,
 with the scores of random directions and, with --covariance, of the spectral null. Then it counts the other SAEs in which
-features recur. It gives figures alone; the release check gives a verdict. Exit 0 done, 2 bad input.
+features recur. Few SAEs cannot certify a feature, and then nothing is counted as certified. It gives figures alone; the
+release check gives a verdict. Exit 0 done, 2 bad input.
 """  # noqa: E501
 
 import argparse
@@ -46,7 +47,15 @@ def main() -> None:
     labels = [str(p) for p in paths]
     comparison = husai.compare([read_decoder(p, rows) for p in paths], labels=labels, **moments)
 
-    header = ["score", "observed, 95 % interval", "random directions"]
+    widths = sorted({len(k) for k in comparison.recurrence})
+    if len(widths) > 1:
+        print(
+            f"The SAEs differ in width, from {widths[0]} to {widths[-1]} features: they do not differ in their seed "
+            "alone. A narrow SAE has too few partners for the features of a wide one.\n"
+        )
+
+    has_interval = all(estimate.low is not None for estimate in comparison.scores.values())
+    header = ["score", "observed, 95 % interval" if has_interval else "observed", "random directions"]
     header += ["spectral null"] if comparison.spectral is not None else []
     scores = []
     for name, estimate in comparison.scores.items():
@@ -55,20 +64,26 @@ def main() -> None:
     print(*table(header, scores), "", sep="\n")
 
     others = len(labels) - 1
-    header = ["SAE", "features", "recur in any other", "in every other", "certified"]
+    needed = rules.siblings_needed(rules.CERTIFIED_AT)
+    certifiable = others >= needed
+    header = ["SAE", "features", "recur in no other", "in at least one other", "in all others"]
+    header += ["certified"] if certifiable else []
     header += ["above the spectral null"] if comparison.q_values is not None else []
     lines = []
     for i, (label, k, bound) in enumerate(zip(labels, comparison.recurrence, comparison.bounds, strict=True)):
-        counts = [len(k), int((k > 0).sum()), int((k == others).sum()), int((bound >= rules.CERTIFIED_AT).sum())]
+        counts = [len(k), int((k == 0).sum()), int((k > 0).sum()), int((k == others).sum())]
+        counts += [int(rules.certified(bound).sum())] if certifiable else []
         above = [] if comparison.q_values is None else [int((comparison.q_values[i] <= rules.FALSE_SHARE).sum())]
         lines.append([label, *counts, *above])
     print(*table(header, lines), "", sep="\n")
-    needed = rules.siblings_needed(rules.CERTIFIED_AT)
     print(
         f"A feature recurs in another SAE if its one-to-one partner there has a decoder cosine of at least "
         f"{rules.RECURS_COSINE:g}.\nCertified: the one-sided 95 % bound of its share of trainings reaches "
-        f"{rules.CERTIFIED_AT:g}, which needs {needed} other SAEs or more; here are {others}."
+        f"{rules.CERTIFIED_AT:g}. This needs at least {needed} other SAEs"
+        + ("." if certifiable else f"; with {others}, no feature can be certified.")
     )
+    if not has_interval:
+        print("An interval over seeds needs at least three SAEs.")
     if comparison.q_values is not None:
         share = float(np.mean([(q <= rules.FALSE_SHARE).mean() for q in comparison.q_values]))
         print(f"{share:.0%} of the features lie above the spectral null. That alone does not make a feature stable.")

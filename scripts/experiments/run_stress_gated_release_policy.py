@@ -178,15 +178,15 @@ def summary(results: dict) -> str:
     lines = [
         "# Release gate",
         "",
-        f"{verdict} Of {len(gates)} gates {counts['PASS']} pass, {counts['FAIL']} fail, and {counts['MISSING']} lack "
-        "evidence.",
+        f"{verdict} Of {len(gates)} gates {counts['PASS']} pass, {counts['FAIL']} fail, and {counts['MISSING']} "
+        f"{'lacks' if counts['MISSING'] == 1 else 'lack'} evidence.",
         "",
         candidate_line,
         "",
     ]
     if results["licensed"] is not None:
         heading = (
-            "What may be claimed" if results["pass_all"] else "What its stability licenses, inside this project alone"
+            "What may be claimed" if results["pass_all"] else "What its stability supports, inside this project alone"
         )
         lines += [f"{heading}: *{results['licensed']}*", ""]
     for g in gates:

@@ -1013,8 +1013,8 @@ def table() -> str:
         "features matched at 0.7 or more, over spectral and gaussian; both of the features that are like no prototype",
         "husai-tiny": f"bits per byte below {BELOW_BIGRAM:g} × the bigram's, and below the trigram's, on the same "
         "held-out documents",
-        "what may be claimed": "the sentence that the controls which were beaten license (table below), and the excess "
-        f"of `{PRIMARY_SCORE}` over the highest control, with its interval",
+        "what may be claimed": "the sentence that the controls that were beaten support ([table](#nulls)), and the "
+        f"excess of `{PRIMARY_SCORE}` over the highest control, with its interval",
         "at rest": "the 95 % interval of the slope of `mcc`, all features, over the last third of training, as the "
         f"change over that third, lies within ±{MOVED_AT_MOST:g}; else the condition is marked as still moving",
         "adaptive L0, choice": "among the k whose mean held-out EV has its interval's lower end at or above the "

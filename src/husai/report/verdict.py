@@ -205,7 +205,7 @@ class Decision(BaseModel):
     attempt: int | None = None
     """Number of confirmations of the configuration, including this one."""
     licensed: str | None = None
-    """Sentence that the stability of the SAEs licenses."""
+    """Sentence that the stability of the SAEs supports."""
 
     looser_than_registered: list[str] = Field(default_factory=list)
     candidate: dict | None = None
