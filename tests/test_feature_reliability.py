@@ -167,7 +167,7 @@ def test_the_forecast_counts_all_that_is_trained(asked, root):
     """Siblings and as many SAEs of Gaussian rows; of supplied siblings, the Gaussian ones alone."""
     for to_train, trained in ((0, 5), (2, 4)):
         found = siblings.forecast(asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4)
-        assert found.saes == trained
+        assert (found.saes, found.siblings) == (trained, to_train)
         assert found.training_seconds > 0
 
 

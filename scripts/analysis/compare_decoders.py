@@ -19,7 +19,7 @@ from husai.runs.cli import run_main
 
 def parse() -> argparse.Namespace:
     p = EvalParser(__doc__)
-    p.add_argument("decoders", nargs="+", type=Path, help="two at least, or a folder of checkpoints")
+    p.add_argument("decoders", nargs="+", type=Path, help="at least two SAEs or matrices, or a folder of checkpoints")
     p.add_argument(
         "--covariance", type=Path, help="activation store, .npy, or .safetensors with covariance, mean, rows"
     )

@@ -50,7 +50,10 @@ def parse():
     )
     p.add_argument("--rows", type=positive_int, default=1_000_000, help="rows of a store (default: %(default)s)")
     p.add_argument(
-        "--heldout-fraction", type=fraction, default=0.2, help="by document; last in the store (default: %(default)s)"
+        "--heldout-fraction",
+        type=fraction,
+        default=0.2,
+        help="share of held-out documents, whose rows are the last of the store (default: %(default)s)",
     )
     p.add_argument(
         "--store-dtype", choices=["float32", "bfloat16"], help="type of the rows of a store (default: that of --dtype)"

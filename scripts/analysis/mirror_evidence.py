@@ -15,7 +15,7 @@ from husai.runs.cli import Parser, run_main
 def parse():
     p = Parser(__doc__)
     p.add_argument("--results-root", type=Path, required=True, help="holds a folder a run")
-    p.add_argument("--output", type=Path, required=True, help="gets the same folders")
+    p.add_argument("--output", type=Path, required=True, help="folder that receives the same folders")
     return p.parse_args()
 
 

@@ -169,7 +169,9 @@ def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--gpu", choices=sorted(GPUS), default="H100", help="default: %(default)s")
     p.add_argument("--utilisation", type=fraction, default=0.4, help="share of the peak (default: %(default)s)")
-    p.add_argument("--gigabits", type=positive_float, default=10.0, help="between nodes, a second (%(default)s)")
+    p.add_argument(
+        "--gigabits", type=positive_float, default=10.0, help="gigabits a second between nodes (default: %(default)s)"
+    )
     p.add_argument("--benchmarks", type=Path, default=Path("docs/benchmarks"), help="default: %(default)s")
     p.add_argument("--output", type=Path, default=Path("docs/scaling.md"), help="default: %(default)s")
     args = p.parse_args()

@@ -17,7 +17,7 @@ BELOW, FACTOR = 0.1, 2.0
 def main() -> None:
     p: argparse.ArgumentParser = Parser(__doc__)
     p.add_argument("results", type=Path, help="results.json of run_husai_saebench_custom_eval.py on this SAE")
-    p.add_argument("name", type=Path, help="its name in the catalogue")
+    p.add_argument("name", type=Path, help="name of the SAE in the catalogue")
     args = p.parse_args()
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

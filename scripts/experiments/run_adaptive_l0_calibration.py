@@ -29,9 +29,11 @@ def parse():
         "--confirmation-seeds",
         type=seed_list,
         default="2024,2025,2026,2027,2028",
-        help="fresh ones (default: %(default)s)",
+        help="fresh seeds of the confirmation (default: %(default)s)",
     )
-    p.add_argument("--ev-floor", type=fraction, default=0.9, help="held-out (default: %(default)s)")
+    p.add_argument(
+        "--ev-floor", type=fraction, default=0.9, help="least held-out explained variance (default: %(default)s)"
+    )
     p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)
     args = p.parse_phase()
     for flag, seeds in (("seeds", args.seeds), ("confirmation-seeds", args.confirmation_seeds)):

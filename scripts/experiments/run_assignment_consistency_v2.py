@@ -48,7 +48,10 @@ def parse():
         "--reference", type=Path, counts=by_checkpoint, help="a checkpoint that the shared arm takes in their place"
     )
     p.add_argument(
-        "--max-ev-drop", type=positive_float, default=levels.MAX_EV_LOST, help="held-out EV lost (default: %(default)s)"
+        "--max-ev-drop",
+        type=positive_float,
+        default=levels.MAX_EV_LOST,
+        help="largest loss of held-out explained variance (default: %(default)s)",
     )
     p.add_argument(
         "--fail-on-acceptance-fail",

@@ -42,7 +42,7 @@ def parse():
     p.add_argument(
         "--seeds",
         type=seed_list,
-        help="that no study used, as many as the selection fixed (default: fixed ones; the gate takes no others)",
+        help="seeds that no study used, as many as the selection fixed (default: fixed ones; the gate takes no others)",
     )
     p.add_supplied(required=False)
     p.set_defaults(dataset_names=None)  # a selection names the data sets that it left

@@ -32,9 +32,17 @@ def parse():
     p.add_source("blocks.0.hook_resid_post")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--architectures", type=name_list, default="topk", help="default: %(default)s")
-    p.add_argument("--ks", type=int_list, default="8,16,32,64", help="sparsities at --d-sae (default: %(default)s)")
     p.add_argument(
-        "--d-saes", type=int_list, default="64,128,256,512,1024", help="widths at --k (default: %(default)s)"
+        "--ks",
+        type=int_list,
+        default="8,16,32,64",
+        help="numbers of active features, at the width --d-sae (default: %(default)s)",
+    )
+    p.add_argument(
+        "--d-saes",
+        type=int_list,
+        default="64,128,256,512,1024",
+        help="numbers of features, at the sparsity --k (default: %(default)s)",
     )
     p.add_argument("--k", type=positive_int, default=8, help="active features a row (default: %(default)s)")
     p.add_recipe(d_sae=256, tokens=300_000, batch_size=512)

@@ -31,7 +31,7 @@ def parse():
     p.add_argument("--d-sae-values", type=int_list, default="512,1024", help="features (default: %(default)s)")
     p.add_argument("--seeds", type=seed_list, default=DEFAULT_SEEDS, help="default: %(default)s")
     p.add_argument("--architectures", type=name_list, default="topk", help="default: %(default)s")
-    p.add_argument("--k", type=positive_int, default=16, help="L0 (default: %(default)s)")
+    p.add_argument("--k", type=positive_int, default=16, help="active features a row (default: %(default)s)")
     args = p.parse_args()
     if len(args.seeds) < 2:
         p.error(f"--seeds {args.seeds[0]}: one seed says nothing about stability; at least 2 expected, 5 for a verdict")

@@ -9,9 +9,10 @@
 With one checkpoint, siblings of the same architecture, width and L0 are trained, each with its own initialisation and
 data order. With several, the statements are about the first one, and the others are its siblings. --relatives uses
 decoders of other SAEs at the hook, of any width, and trains nothing. A forecast of time, memory and disk comes first;
---dry-run stops after it. The script writes features.csv and features.parquet (one row for each feature; columns.md
-explains the columns), results.json, summary.md, contexts.json, figures, and report.html. Exit 0 done, 1 the siblings
-miss the SAE's L0, 2 bad input.
+--dry-run stops after it. It trains nothing, but harvests the held-out rows (--rows), which the run then reuses. The
+script writes features.csv and features.parquet (one row for each feature; columns.md explains the columns),
+results.json, summary.md, contexts.json, figures, and report.html. Exit 0 done, 1 the siblings miss the SAE's L0, 2 bad
+input.
 """  # noqa: E501
 
 from pathlib import Path
@@ -26,7 +27,12 @@ def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/feature_reliability")
     p.add_feature_reliability()
-    p.add_argument("--dry-run", action="store_true", counts=not_at_all, help="stop after the forecast")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        counts=not_at_all,
+        help="stop after the forecast, which harvests held-out rows",
+    )
     return p.parse_feature_reliability()
 
 

@@ -23,7 +23,9 @@ def parse():
     p = EvalParser(__doc__)
     p.add_common("results/experiments/saebench_custom")
     p.add_benchmark()
-    p.add_argument("--dataset-names", type=name_list, default="probe", help="names or sides (default: %(default)s)")
+    p.add_argument(
+        "--dataset-names", type=name_list, default="probe", help="names or sides of data sets (default: %(default)s)"
+    )
     p.add_argument("--ks", type=probe_ks, default="1,2,5,16", help="features a probe may use (default: %(default)s)")
     p.add_argument("--reg-type", choices=["l1", "l2"], default="l1", help="penalty of probes (default: %(default)s)")
     p.add_argument("--binarize", action="store_true", help="probes see only whether a feature is active")

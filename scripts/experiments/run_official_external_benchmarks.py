@@ -39,7 +39,7 @@ def parse():
     p.add_argument(
         "--dataset-names", type=name_list, default="probe", help="data sets of sae-probes (default: %(default)s)"
     )
-    p.add_argument("--evals", type=name_list, help=f"some of {', '.join(EVALS)} (default: all)")
+    p.add_argument("--evals", type=name_list, help=f"evals to run, out of {', '.join(EVALS)} (default: all)")
     args = p.parse_benchmark()
     if unknown := [name for name in args.evals or [] if name not in EVALS]:
         p.error(f"--evals {unknown[0]}: one of {', '.join(EVALS)} expected")

@@ -30,7 +30,7 @@ def parse():
         "--dataset-names",
         type=name_list,
         default=DATA_SETS,
-        help="data sets that the held-out family stands beside: names or sides (default: %(default)s)",
+        help="names or sides of the data sets that the held-out family is compared with (default: %(default)s)",
     )
     p.add_probing()
     p.add_probe_ks()

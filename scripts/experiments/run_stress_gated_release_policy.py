@@ -83,9 +83,17 @@ def parse():
         "--alpha", type=fraction, default=levels.ALPHA, help="intervals are of level 1 - alpha (default: %(default)s)"
     )
     for name in ("random-model", "transcoder", "ood", "external"):
-        p.add_argument(f"--require-{name}", action="store_true", help="said for the record: all is required")
-    p.add_argument("--waive", action="append", default=[], metavar="GATE", help="do without a gate; no pass then")
-    p.add_argument("--reason", action="append", default=[], metavar="TEXT", help="why: one for each --waive")
+        p.add_argument(
+            f"--require-{name}",
+            action="store_true",
+            help="no effect: every gate is required, and the record states the flag",
+        )
+    p.add_argument(
+        "--waive", action="append", default=[], metavar="GATE", help="gate to waive; the decision is then no pass"
+    )
+    p.add_argument(
+        "--reason", action="append", default=[], metavar="TEXT", help="reason of a waiver, one for each --waive"
+    )
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
     p.add_argument("--policy", choices=("strict", "published"), default="strict", help="default: %(default)s")
     args = p.parse_args()

@@ -15,7 +15,7 @@ def parse():
     p = Parser(__doc__)
     p.add_shared()
     p.add_argument("--modulus", type=positive_int, default=113, help="an odd number (default: %(default)s)")
-    p.add_argument("--epochs", type=positive_int, default=100, help="at most (default: %(default)s)")
+    p.add_argument("--epochs", type=positive_int, default=100, help="largest number of epochs (default: %(default)s)")
     p.add_argument(
         "--learning-rate", type=positive_float, default=3e-3, help="learning rate of AdamW (default: %(default)s)"
     )
@@ -24,7 +24,7 @@ def parse():
     )
     p.add_argument("--batch-size", type=positive_int, default=1024, help="pairs a step (default: %(default)s)")
     p.add_argument(
-        "--train-fraction", type=fraction, default=0.8, help="share of pairs trained on (default: %(default)s)"
+        "--train-fraction", type=fraction, default=0.8, help="share of the pairs for training (default: %(default)s)"
     )
     p.add_argument(
         "--seed", type=int, default=42, help="seed of split, initialisation and batches (default: %(default)s)"

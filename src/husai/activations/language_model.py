@@ -432,7 +432,7 @@ def _harvest(subject: LanguageModel, inputs: Inputs, plans: dict[str, Plan], dty
                 done += n
             advance(n)
     if done:
-        log.info("%d rows of %d hooks: %.0f tokens/s", done, len(plans), done / (time.monotonic() - began))
+        log.info("%d rows for %s: %.0f tokens/s", done, ", ".join(plans), done / (time.monotonic() - began))
 
 
 @dataclass(frozen=True)
@@ -590,5 +590,5 @@ def harvest_prompts(
                 done += int(lengths.sum())
             advance(1)
     if done:
-        log.info("%d tokens, %d hooks: %.0f tokens/s", done, len(hook_names), done / (time.monotonic() - began))
+        log.info("%d tokens for %s: %.0f tokens/s", done, ", ".join(hook_names), done / (time.monotonic() - began))
     return folder

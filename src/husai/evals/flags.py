@@ -154,7 +154,7 @@ class EvalParser(cli.Parser):
         """Add the recipe of SAEs and scores: --d-sae, --tokens, --batch-size, --learning-rate, --null-draws."""
         self.add_argument("--d-sae", type=positive_int, default=d_sae, help="features (default: %(default)s)")
         self.add_argument(
-            "--tokens", type=positive_int, default=tokens, help="rows each SAE sees (default: %(default)s)"
+            "--tokens", type=positive_int, default=tokens, help="rows that each SAE sees (default: %(default)s)"
         )
         self.add_argument("--batch-size", type=positive_int, default=batch_size, help="default: %(default)s")
         self.add_argument("--learning-rate", type=positive_float, default=learning_rate, help="default: %(default)s")
@@ -350,14 +350,18 @@ class EvalParser(cli.Parser):
     def add_feature_reliability(self) -> None:
         """Add the SAE whose features are judged, and its siblings: the flags of `add_candidate` and of a training."""
         self.add_candidate()
-        self.add_argument("--siblings", type=int, help="number to train (default: 14 for one checkpoint, else 0)")
+        self.add_argument(
+            "--siblings", type=int, help="number of siblings to train (default: 14 for one checkpoint, else 0)"
+        )
         self.add_argument(
             "--tokens",
             type=positive_int,
             help="training tokens of each sibling (default: as many as those of the SAE)",
         )
         self.add_argument(
-            "--train-rows", type=positive_int, help="different activations among these tokens (default: up to 1000000)"
+            "--train-rows",
+            type=positive_int,
+            help="different activations among the tokens of trained siblings (default: up to 1000000)",
         )
         self.add_argument(
             "--buffer-rows",
@@ -376,7 +380,10 @@ class EvalParser(cli.Parser):
             "--features", type=index_list, help="features whose contexts are shown, as 12,34 (default: a sample)"
         )
         self.add_argument(
-            "--contexts", type=positive_int, default=200, help="size of that sample (default: %(default)s)"
+            "--contexts",
+            type=positive_int,
+            default=200,
+            help="number of features in the sample of --features (default: %(default)s)",
         )
         thresholds = {
             "--recurs-cosine": (levels.RECURS_COSINE, "least decoder cosine with a partner"),

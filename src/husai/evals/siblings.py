@@ -159,6 +159,8 @@ class Forecast:
 
     saes: int
     """Number of SAEs to train: siblings and as many SAEs of Gaussian rows. Without siblings, the latter alone."""
+    siblings: int
+    """Number of siblings among them."""
     tokens: int
     """Number of rows that each SAE sees."""
     rows: int
@@ -176,9 +178,16 @@ class Forecast:
     def lines(self) -> list[str]:
         """The forecast as text."""
         seconds = self.harvest_seconds + self.training_seconds + self.rotation_seconds
+        controls = f"{self.saes - self.siblings} controls (SAEs of Gaussian rows)"
+        if self.siblings:
+            trained = f"{self.siblings} sibling{'s' if self.siblings > 1 else ''} + {controls}"
+            rows = f"{self.rows:,} different ones (--train-rows)"
+        else:
+            trained = f"{controls}; the given SAEs are the siblings, and none is trained"
+            rows = f"{self.rows:,} different Gaussian rows, as many as the held-out rows (--rows)"
         return [
-            f"{self.saes} SAEs on {self.tokens:,} tokens each, {self.rows:,} different ones; "
-            f"{self.passes} pass{'es' if self.passes > 1 else ''} over the data",
+            f"to train: {trained}",
+            f"{self.tokens:,} tokens each, {rows}; {self.passes} pass{'es' if self.passes > 1 else ''} over the data",
             f"time about {duration(seconds)}: activations {duration(self.harvest_seconds)}, training "
             f"{duration(self.training_seconds)}, rotations {duration(self.rotation_seconds)}",
             f"memory about {self.memory_bytes / 1e9:.1f} GB, disk about {self.disk_bytes / 1e9:.1f} GB "
@@ -215,6 +224,7 @@ def forecast(
     artifact_root.mkdir(parents=True, exist_ok=True)
     return Forecast(
         saes=trainings * len(grid),
+        siblings=n,
         tokens=config.tokens,
         rows=rows_to_harvest,
         passes=trainings * len(passes),
