@@ -33,6 +33,7 @@ $(STAMP): $(REQUIREMENTS)
 	  $(BIN)/pre-commit install >/dev/null || echo "pre-commit's hooks were not installed; make lint checks the same"; fi
 	@rm -f .venv/.installed-*
 	@touch $@
+	@echo "done; next: source .venv/bin/activate"
 
 $(PEERS): requirements-bench.txt requirements-cluster.txt $(STAMP)
 	@echo "installing the libraries that the tests and benchmarks compare with, and Ray"

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -202,6 +203,15 @@ def test_bad_input(reliability, saes, flags, named):
     code, error, _ = reliability(saes[0], **flags)
     assert code == 2
     assert named in error.splitlines()[-1]
+
+
+def test_a_copy_is_no_second_sae(reliability, saes, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(saes[0], copy)
+    code, error, out = reliability(saes[0], copy)
+    assert code == 2
+    assert f"{saes[0]} and {copy} are the same decoder" in error.splitlines()[-1]
+    assert not (out / "results.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

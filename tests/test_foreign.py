@@ -204,6 +204,7 @@ def learned(tmp_path, change=lambda state, trainer: None, cls="AutoEncoderTopK")
         (lambda f: (f / "sae_final.pt").write_bytes(b"PK\x03\x04 cut off"), r"sae_final\.pt "),
         (lambda f: (f / "sae_final.pt").write_bytes(b""), r"sae_final\.pt "),
         (lambda f: (f / "sae_final.pt").write_text("<html>not found</html>"), r"sae_final\.pt "),
+        (lambda f: (f / "sae_final.pt").write_text("e\n"), r"sae_final\.pt (.*torch\.save|holds more)"),
         (lambda f: torch.save([1, 2], f / "sae_final.pt"), r"sae_final\.pt: .*\btensors\b"),
         (lambda f: torch.save({"architecture": "vq", "model_state_dict": {}}, f / "sae_final.pt"), "'vq'.*topk"),
         (lambda f: torch.save({"W_enc": X}, f / "sae_final.pt"), r"sae_final\.pt: (W_dec|b_dec) "),

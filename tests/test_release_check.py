@@ -113,7 +113,7 @@ def check(run_script, monkeypatch, root, subject):
     """`check(name, saes, *arguments, failing)` -> (exit code, results, what was said), in `root/name`."""
     alone, started = Run.command, []
 
-    def command(run, name, words):
+    def command(run, name, words, title=None):
         started.append(name)
         if name in check.failing:
             return alone(run, name, [sys.executable, "-c", "print('error: no room'); raise SystemExit(1)"])
@@ -272,6 +272,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     copy = tmp_path / "copy"
     shutil.copytree(saes[0], copy)
     no([copy, "decoder"], "--checkpoint", *saes, copy)
+    no([saes[0], copy, "the same decoder"], "--checkpoint", saes[0], copy)
     no(tmp_path / "none", "--checkpoint", tmp_path / "none")
     no([controls[0], "subject"], "--checkpoint", *controls)
     no([saes[0], HOOK, HOOK_0], "--checkpoint", *saes, where=[HOOK_0 if w == HOOK else w for w in where])
@@ -319,7 +320,7 @@ def test_each_check_has_a_folder_named_by_its_saes_and_all_share_one_control(tmp
 
 
 def test_a_second_group_does_not_overwrite_the_first(run_script, monkeypatch, saes, trained, root, subject, tmp_path):
-    def command(run, name, words):
+    def command(run, name, words, title=None):
         log = run.folder / "logs" / f"{name}.log"
         log.write_text("error: no room")
         run.commands.append(
@@ -426,8 +427,11 @@ def test_saes_that_are_none_are_refused(refused, foreign, saes, subject, tmp_pat
     no("narrow", replace(sae, weights=narrow), "d_in 8", "16")
 
 
-def test_flags_of_the_confirmation_go_with_what_it_evaluates(monkeypatch, capsys):
+def test_flags_of_the_confirmation_go_with_what_it_evaluates(monkeypatch, capsys, tmp_path):
     parse = runpy.run_path(str(ROOT / CONFIRMATION))["parse"]
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
 
     def parsed(*arguments: str):
         monkeypatch.setattr(sys, "argv", [CONFIRMATION, *arguments])

@@ -107,6 +107,9 @@ def parsed(monkeypatch, tmp_path):
     def stop(parser, *arguments):
         raise Parsed(argparse.ArgumentParser.parse_args(parser, *arguments))
 
+    # The documents write MY_SAES and STORE for what a reader has.
+    monkeypatch.setattr("husai.evals.flags.refuse_missing", lambda args: None)
+
     def parse(words):
         (tmp_path / "a.txt").write_text("a document\n")
         words = [str(tmp_path) if word == "TEXT_FOLDER" else word for word in words]

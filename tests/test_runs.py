@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -14,7 +15,7 @@ import pytest
 import husai
 import processes
 from conftest import ROOT
-from husai.runs import cli, code
+from husai.runs import cli, code, progress
 from husai.runs.cells import Cells
 from husai.runs.code import code_version
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
@@ -348,6 +349,25 @@ def test_failed_run_says_so_and_publishes_nothing(tmp_path, error, status, code)
     manifest = read_json(folder / "manifest.json")
     assert (manifest["status"], manifest["return_code"]) == (status, code)
     assert not (tmp_path / "results.json").exists()
+    lines = (folder / "logs" / "run.log").read_text().splitlines()
+    assert ("Traceback (most recent call last):" in lines) == (len(lines) > 2) == (status == "failed")
+
+
+def test_the_terminal_shows_the_progress_of_a_command_and_the_place_of_its_log(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    logged = [progress.LINE % ("exact probes (jobs)", done, 336, 400 - done) for done in (7, 93)]
+    script = "import sys, time\nfor line in sys.argv[1:]: print(line, flush=True); time.sleep(0.4)\nsys.exit(3)"
+    with caplog.at_level(logging.INFO, "husai"), Run(tmp_path, {"a": 1}, "cpu", 2) as run:
+        code = run.command("probes", [sys.executable, "-c", script, *logged, "a warning"], "part 2 of 5, probes")
+    log = run.folder / "logs" / "probes.log"
+    titled = [line for line in caplog.messages if line.startswith("part 2 of 5, probes: ")]
+    assert titled == [f"part 2 of 5, probes: {text}" for text in (f"log {log}", *logged)]
+    assert log.read_text().splitlines() == [*logged, "a warning"]
+    assert code == run.commands[0]["return_code"] == 3
+    assert not any("sys.argv" in line for line in caplog.messages), "the command line is for the files"
+    assert "sys.argv" in (run.folder / "logs" / "run.log").read_text()
+    assert "sys.argv" in run.commands[0]["command"]
 
 
 def test_a_check_that_does_not_hold_is_a_finished_run_with_return_code_1(tmp_path):

@@ -55,6 +55,36 @@ assert not heavy, heavy
     assert titles == [title for title in (*first, "this script", last) if title in titles]
 
 
+@pytest.mark.parametrize("script", ["run_feature_reliability.py", "run_release_check.py"])
+def test_input_that_is_not_there_is_refused_at_once(script, tmp_path):
+    """In one line, before torch is imported."""
+    notes, nowhere = tmp_path / "notes.txt", str(tmp_path / "nowhere")
+    notes.write_text("hello")
+    sae = str(ROOT / "assets/husai-tiny-saes/seed42")
+    named = {
+        "--checkpoint": [["--checkpoint", str(notes)], ["--checkpoint", sae, nowhere]],
+        "--text": [["--checkpoint", sae, "--text", nowhere]],
+        "--model-name": [["--checkpoint", sae, "--model-name", nowhere]],
+    }
+    code = f"""
+import runpy, sys
+for words in {[words for cases in named.values() for words in cases]!r}:
+    sys.argv = ["scripts/experiments/{script}", *words, "--output-dir", {str(tmp_path / "out")!r}]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stopped:
+        assert stopped.code == 2
+assert "torch" not in sys.modules
+"""
+    lines = processes.run([sys.executable, "-c", code]).stderr.splitlines()
+    flags = [flag for flag, cases in named.items() for _ in cases]
+    assert len(lines) == len(flags)
+    for line, flag in zip(lines, flags, strict=True):
+        assert line.startswith(f"error: {flag}")
+        assert str(tmp_path) in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def phase4a(small_subject, small_activations, tmp_path_factory):
     """(command, finished output folder): a tiny phase 4a."""

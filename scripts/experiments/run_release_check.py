@@ -79,12 +79,17 @@ def parse():
 def main() -> None:
     args = parse()
     typed = shlex.join(["python", "scripts/experiments/run_release_check.py", *sys.argv[1:]])
+    from husai.runs.errors import BadInput, CheckFailed
+    from husai.runs.files import content_or_name, read_json, write_json
+
+    if args.phase4a_results:
+        phase = read_json(args.phase4a_results, "--phase4a-results")
+        if not isinstance(phase, dict) or phase.get("phase") != "4a":
+            raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
     prepare(args.device, args.threads)
     from husai.evals import cebench_checkout, loaded, sae_probes, supplied
     from husai.evals.loaded import Opener
     from husai.report.evidence import PARTS
-    from husai.runs.errors import BadInput, CheckFailed
-    from husai.runs.files import content_or_name, read_json, write_json
     from husai.runs.folder import Run
     from husai.subjects import pretrained
     from husai.subjects.harvesting import recorded
@@ -95,10 +100,6 @@ def main() -> None:
     content_or_name(args.stories)
     if args.cebench_repo:
         cebench_checkout.code_digest(args.cebench_repo)
-    if args.phase4a_results:
-        phase = read_json(args.phase4a_results, "--phase4a-results")
-        if not isinstance(phase, dict) or phase.get("phase") != "4a":
-            raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
     opener = Opener()
     group = supplied.look_over(args, opener)
     names = supplied.named(args, group, opener)
@@ -116,13 +117,15 @@ def main() -> None:
         for seed, sha256 in group.checkpoints.items():
             run.add_input(f"checkpoint {seed}", sha256)
         done: list[dict] = []
-        for part in [*evidence(args, root, group), gate(args, root)]:
-            done.append(record(run, part, done))
+        parts = [*evidence(args, root, group), gate(args, root)]
+        count = len(parts) + 1  # and the page
+        for part in parts:
+            done.append(record(run, part, done, count))
         write_json(root / PARTS, {p["name"]: p["reason"] for p in done})
         report = args.output_dir / "report.html"
         arguments = ["--results-root", str(root), "--output", str(report), "--command", typed]
         page = Part("report", "analysis/build_report.py", arguments)
-        done.append(record(run, page, done))
+        done.append(record(run, page, done, count))
 
         decided = root / "release_gate" / "results.json"
         decision = read_json(decided, "decision") if decided.is_file() else None
@@ -259,8 +262,8 @@ def gate(args, root: Path) -> Part:
     )
 
 
-def record(run, part: Part, done: list[dict]) -> dict:
-    """Run one part; its return code, log, and results."""
+def record(run, part: Part, done: list[dict], count: int) -> dict:
+    """Run one part of so many; its return code, log, and results."""
     from husai.runs.files import relative, sha256_file
 
     facts = {"name": part.name, "return_code": None, "seconds": None, "log": None, "result": None, "sha256": None}
@@ -268,7 +271,7 @@ def record(run, part: Part, done: list[dict]) -> dict:
     if "--candidate" in part.arguments and next(p for p in done if p["name"] == "candidate_confirmation")["reason"]:
         reason = reason or "it takes what candidate_confirmation leaves"
     if reason is None:
-        code = run.command(part.name, part.words)
+        code = run.command(part.name, part.words, f"part {len(done) + 1} of {count}, {part.name}")
         facts |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
         reason = None if code == 0 else f"return code {code}: {last_line(run.folder / facts['log'])}"
     if part.folder is not None and reason is not None:

@@ -18,7 +18,7 @@ from husai.dictionaries.checkpoints import checked, read_tensors, unit_decoder
 from husai.dictionaries.finding import LEARNING_STEP, STEPS_FOLDER
 from husai.dictionaries.keys import TABLE, Described, metadata_of
 from husai.dictionaries.sae import SAE
-from husai.runs.checkpoints import in_catalogue, is_name
+from husai.runs.checkpoints import in_catalogue, is_name, refuse_none
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json, sha256_file
 from husai.subjects.hooks import BLOCK, hook_name_of, same_place
@@ -158,9 +158,7 @@ def find_all(paths: list[Path], flag: str, hook_name: str | None = None, untrain
     Raises:
         BadInput: a path does not exist, or holds no checkpoint.
     """
-    for path in paths:
-        if not is_name(path) and not path.exists():
-            raise BadInput(f"{flag}: {path} does not exist")
+    refuse_none(paths, flag)
     return list(dict.fromkeys(f for path in paths for f in _at_or_below(path, flag, hook_name, untrained)))
 
 
@@ -458,9 +456,9 @@ def _torch_load(path: Path) -> dict:
             raise BadInput(
                 f"checkpoint: {path} holds more than tensors and plain values, or is no torch file"
             ) from None
-        raise BadInput(
-            f"checkpoint: {path} cannot be read ({(str(error) or 'it is cut off').splitlines()[0]})"
-        ) from None
+        stated = str(error).splitlines() if isinstance(error, (OSError, RuntimeError)) else []
+        reason = stated[0] if stated else "it is damaged or cut off"  # others name a byte or a key of the pickle
+        raise BadInput(f"checkpoint: {path} cannot be read ({reason}); a file that torch.save wrote expected") from None
     if not isinstance(saved, dict):
         raise BadInput(f"checkpoint: {path}: a dictionary of tensors expected")
     return saved

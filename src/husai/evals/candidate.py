@@ -32,6 +32,7 @@ from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
+from husai.stability.recurrence import refuse_copies
 from husai.subjects.sources import TextSource
 
 log = logging.getLogger("husai")
@@ -69,6 +70,8 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     opener = Opener()
     flags = {"checkpoint": paths, "hook_name": hook_name, "subject": name, "dtype": args.dtype, "same_model": any_name}
     name, harvesting = subject_and_harvesting(argparse.Namespace(**flags, max_norm_multiple=multiple), opener)
+    folders = foreign.find_all(paths, "--checkpoint", hook_name)
+    refuse_copies([str(folder) for folder in folders], [opener.sae(folder).W_dec for folder in folders])
     subject = opener.subject(name, device, harvesting)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     settings = args.artifact_root, opener, any_name

@@ -13,12 +13,36 @@ from husai.evidence import levels
 from husai.evidence.data_sets import DATA_SETS
 from husai.evidence.levels import SPECTRAL_DRAWS, K
 from husai.runs import cli
+from husai.runs.checkpoints import EXPECTED, refuse_none
 from husai.runs.cli import fraction, index_list, int_list, name_list, positive_float, positive_int
 from husai.runs.errors import BadInput
 from husai.runs.inputs import Arguments, by_content_or_name, by_subject, not_at_all
-from husai.runs.subjects import DTYPES, with_version
+from husai.runs.subjects import DTYPES, SubjectName, with_version
 from husai.subjects.hooks import hook_name_of
 from husai.subjects.sources import TextSource, with_flags
+
+CHECKPOINTS = ("decoders", "checkpoint", "untrained", "reference", "random_model_checkpoint", "relatives")
+"""Arguments that name SAEs."""
+READ = ("covariance", "activation_cache_dir", "target_activation_cache_dir")
+"""Arguments that name other files and folders to read; their defaults name none."""
+
+
+def refuse_missing(args: argparse.Namespace) -> None:
+    """Raise BadInput for input that is not on this machine, before torch is imported."""
+    for name in CHECKPOINTS:
+        flag, paths = f"--{name.replace('_', '-')}", getattr(args, name, None) or []
+        if name == "decoders":
+            refuse_none(paths, name, f"a .npy, {EXPECTED.removeprefix('a ')}")
+        else:
+            refuse_none(paths if isinstance(paths, list) else [paths], flag)
+    for name in READ:
+        path = getattr(args, name, None)
+        if path is not None and not Path(path).exists():
+            raise BadInput(f"--{name.replace('_', '-')}: {path} does not exist")
+    subject = getattr(args, "subject", None)
+    place = Path(SubjectName.parse(subject).name) if subject is not None else Path()
+    if (place.is_absolute() or len(place.parts) > 2) and not place.is_dir():  # a hub name is OWNER/NAME or NAME
+        raise BadInput(f"--model-name: {place} is no folder; husai-tiny, a Hugging Face folder, or a hub name expected")
 
 
 def probe_ks(text: str) -> list[int]:
@@ -414,6 +438,7 @@ class EvalParser(cli.Parser):
         """
         arguments = super().parse_args(args, namespace)
         try:
+            refuse_missing(arguments)
             if hasattr(arguments, "text"):
                 arguments.text = with_flags(arguments.text, arguments.text_column, arguments.text_split)
             if hasattr(arguments, "revision"):

@@ -39,6 +39,7 @@ from husai.runs.files import sha256_file
 from husai.stability import controls, independence, replicates, study
 from husai.stability.compare import Dictionary
 from husai.stability.prototypes import of_store
+from husai.stability.recurrence import refuse_copies
 from husai.subjects import pretrained
 from husai.subjects.harvesting import recorded, refuse_other
 from husai.subjects.pretrained import LanguageModel
@@ -64,12 +65,14 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
             towards a reference. References, controls or stories cannot be read.
     """
     opener, folders = opener or Opener(), foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)
+    saes = [opener.sae(folder) for folder in folders]
+    labels = [str(folder) for folder in folders]
+    refuse_copies(labels, [sae.W_dec for sae in saes])
     if len(folders) < MINIMUM:
         raise BadInput(
             f"--checkpoint: {len(folders)} SAEs; one each of at least {MINIMUM} seeds expected, 5 for a verdict"
         )
     known_as = pretrained.known_as(args.subject)
-    saes = [opener.sae(folder) for folder in folders]
     references = foreign.find_all(args.reference, "--reference", args.hook_name)
     for flag, paths in (("checkpoint", folders), ("reference", references)):
         for folder in paths:
@@ -99,7 +102,6 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
         torch.set_num_threads(args.threads)
     dictionaries = [Dictionary(s.W_dec, torch.ones(s.d_sae), b) for s, b in zip(saes, initial, strict=True)]
     replicates.check("--checkpoint", folders, saes)
-    labels = [str(folder) for folder in folders]
     independence.refuse_shared(labels, dictionaries)
     independence.refuse_dependent(labels, [sae.W_dec for sae in saes])
     # All parts use this order. Therefore a number means the same SAE in every part.

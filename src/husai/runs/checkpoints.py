@@ -6,11 +6,16 @@ A name is a path, `sae-lens:RELEASE/SAE_ID` or `hf:REPO[@REVISION]/PATH`, each a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from husai.runs.errors import BadInput
 from husai.runs.files import relative
 
 CATALOGUE, HUB = "sae-lens:", "hf:"
+EXPECTED = "a .safetensors, .pt or .npz file, or a folder that holds one"
+ARCHIVES = (b"PK", b"\x80", b"\x93NUMPY")
+"""First bytes of an archive of torch or numpy, of an older torch file, and of a bare matrix."""
 
 
 def in_catalogue(path: Path | str) -> bool:
@@ -31,3 +36,23 @@ def write_place(path: Path, folder: Path) -> str:
 def read_place(place: str, folder: Path) -> Path:
     """The checkpoint that a file in `folder` refers to (`write_place`)."""
     return Path(place) if is_name(place) else folder / place
+
+
+def refuse_none(paths: Iterable[Path], flag: str, expected: str = EXPECTED) -> None:
+    """Raise BadInput for a path that does not exist, or a file of another kind than checkpoints. Names are not looked
+    up."""
+    for path in (p for p in paths if not is_name(p)):
+        if not path.exists():
+            raise BadInput(
+                f"{flag}: {path} does not exist; a checkpoint ({expected}), {CATALOGUE}RELEASE/SAE_ID or "
+                f"{HUB}REPO[@REVISION]/PATH expected"
+            )
+        if path.is_file() and not _may_hold_tensors(path):
+            raise BadInput(f"{flag} {path}: no checkpoint ({expected}, expected)")
+
+
+def _may_hold_tensors(path: Path) -> bool:
+    """Whether a file begins as torch, numpy and safetensors files do."""
+    with open(path, "rb") as file:
+        first = file.read(9)
+    return first.startswith(ARCHIVES) or first[8:] == b"{"  # safetensors: eight bytes of length, then JSON

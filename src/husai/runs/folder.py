@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from husai.runs.cli import INTERRUPTED
 from husai.runs.errors import CRASHED, BadInput, CheckFailed
 from husai.runs.files import REPOSITORY, digest, locked, sha256_file, write_json, write_text
+from husai.runs.progress import follow
 
 log = logging.getLogger("husai")
 RECORDED_PACKAGES = ("husai", "torch", "numpy", "scipy", "pandas", "safetensors", "transformer-lens", "sae-lens")
@@ -74,6 +75,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a process; whether it ended within these seconds."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 class Run:
     """Context manager of one run. It locks the output folder against a second run.
 
@@ -122,13 +132,21 @@ class Run:
         """Record an input by its sha256, which is given or computed from the file."""
         self.inputs[label] = sha256_file(path_or_digest) if isinstance(path_or_digest, Path) else path_or_digest
 
-    def command(self, name: str, command: list[str]) -> int:
-        """Run a command, log its output in `logs/<name>.log`, record it in the manifest; returns its return code."""
-        log.info("%s: %s", name, shlex.join(command))
-        began, path = time.monotonic(), self.folder / "logs" / f"{name}.log"
+    def command(self, name: str, command: list[str], title: str | None = None) -> int:
+        """Run a command, log its output in `logs/<name>.log`, record it in the manifest; returns its return code.
+
+        The terminal shows the log's place and the command's progress. The command line, which may be long, is in
+        `run.log` and in the manifest.
+
+        Args:
+            title: what the terminal calls the command. None: its name.
+        """
+        began, path, title = time.monotonic(), self.folder / "logs" / f"{name}.log", title or name
+        self._note(logging.INFO, f"{name}: {shlex.join(command)}")
+        log.info("%s: log %s", title, path)
         with open(path, "wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
             try:
-                process.wait()
+                follow(title, path, lambda seconds: _ended(process, seconds))
             except BaseException:  # SIGTERM lets the command stop its own children
                 process.terminate()
                 process.wait()
@@ -139,6 +157,10 @@ class Run:
                 seconds = round(time.monotonic() - began, 3)
                 self.commands.append(record | {"seconds": seconds, "log": str(path.relative_to(self.folder))})
         return process.returncode
+
+    def _note(self, level: int, text: str, error: Any = None) -> None:
+        """Write a line into `run.log` alone, with the traceback of an error."""
+        self._handler.handle(log.makeRecord(log.name, level, "", 0, "%s", (text,), error))
 
     def write(self, results: Any, summary: str) -> None:
         """Write `results.json` (strict) and `summary.md` into the run folder."""
@@ -157,9 +179,10 @@ class Run:
             status = "complete"  # the work was done; the return code shows the failed check
         if INTERRUPTED.is_set():
             status, code = codes[KeyboardInterrupt]
-        if kind is not None:  # the log keeps the traceback; the terminal gets one line, from `run_main`
-            record = log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (error,), (kind, error, traceback))
-            self._handler.handle(record)
+        if status == "interrupted":
+            self._note(logging.INFO, "interrupted: the same command resumes")
+        elif kind is not None:  # the log keeps the traceback; the terminal gets one line, from `run_main`
+            self._note(logging.ERROR, str(error), (kind, error, traceback))
         try:
             self._write_manifest(status, code)
             if (self.folder / "results.json").exists() and status == "complete":

@@ -542,6 +542,12 @@ def refuse_unlike(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
     for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
         if a.shape[1] != b.shape[1]:
             raise BadInput(f"{name_a} and {name_b} have d_in {a.shape[1]} and {b.shape[1]}; one d_in expected")
+    refuse_copies(labels, decoders)
+
+
+def refuse_copies(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
+    """Raise BadInput if two decoders are equal."""
+    for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
         if a.shape == b.shape and torch.equal(a, b):
             raise BadInput(f"{name_a} and {name_b} are the same decoder; independently trained SAEs expected")
 
