@@ -180,7 +180,8 @@ class FeatureReliability(Strict):
     in_some: list[Share]
     """Expected share of the alive features that recur in at least one of j siblings, j = 1 … n."""
     differs: bool | None
-    """Whether the SAE's features recur less in siblings than siblings' features do. None: too few siblings."""
+    """Whether the SAE's features recur less in siblings than siblings' features do, by the 95 % prediction interval for
+    one more sibling. None: too few siblings."""
     among_siblings: list[Share]
     """Share of each sibling's features with a partner in the other siblings."""
     limits: list[str]

@@ -36,8 +36,9 @@ def summary_lines(results: dict) -> list[str]:
     ]
     if results["differs"]:
         lines.append(
-            "\n**The SAE differs from its siblings in more than the seed**: fewer of its features have a partner "
-            f"than of theirs. Explained variance and L0: {held['explained_variance']:.3f} and {held['l0']:.1f} of the "
+            "\n**The SAE may differ from its siblings in more than the seed**: fewer of its features have a partner "
+            "than of theirs. An unusual seed can have the same effect: by chance, about one SAE in forty has this "
+            f"note. Explained variance and L0: {held['explained_variance']:.3f} and {held['l0']:.1f} of the "
             f"SAE, {_figures(results)} of siblings."
         )
     return [*lines, *(f"\n**Limit**: {limit}" for limit in results["limits"]), *(f"\n{n}" for n in results["notes"])]
