@@ -352,7 +352,7 @@ HOOKS = ("hook_resid_mid", "hook_mlp_out")
         (["--untrained-root", "x"], ["--untrained-root", "--sae-root"]),
         (["--protocol", "published", "--sae-root", "x"], ["--protocol published", "--sae-root"]),
         (["--rows", "9"], ["--rows 9: ", "--model-name"]),
-        (["--rows", "9", "--subject", "husai-tiny", "--activation-cache-dir", "x"], ["--rows 9: ", "--model-name"]),
+        (["--rows", "9", "--subject", "husai-tiny", "--activation-cache-dir", "tests"], ["--rows 9: ", "--model-name"]),
         (
             ["--layer", "1", "--hook-name", "blocks.1.hook_resid_pre"],
             ["--layer 1", "blocks.1.hook_resid_post", "blocks.1.hook_resid_pre"],
@@ -438,7 +438,7 @@ def test_bad_inputs_of_the_other_scripts(refused, small_activations, tmp_path):
     refused("transcoders", TRAIN, *grid, "--target-activation-cache-dir", small_activations)
     refused("--activation-cache-dir", TRAIN)
     absent = tmp_path / "none"
-    refused(absent / "manifest.json", TRAIN, "--activation-cache-dir", absent, "--output-dir", tmp_path)
+    refused(absent, TRAIN, "--activation-cache-dir", absent, "--output-dir", tmp_path)
     refused(["--modulus 10: ", "11"], SUBJECT, "--modulus", "10")
     refused(["--train-fraction: ", "'1.5'"], SUBJECT, "--train-fraction", "1.5")
     refused(
