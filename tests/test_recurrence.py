@@ -75,6 +75,19 @@ def test_an_sae_that_differs_from_its_siblings():
     assert rules.differs_from_siblings([0.3], [0.6, 0.6]) is None
 
 
+@pytest.mark.parametrize("n", [3, 4, 14])
+def test_an_sae_of_another_seed_seldom_differs(n):
+    """Effects of SAEs and of pairs: an SAE like its siblings is below the interval in at most 2.5 %."""
+    draws, g = 2000, np.random.default_rng(n)
+    differ = 0
+    for _ in range(draws):
+        effect, pair = g.normal(size=n + 1), np.triu(g.normal(size=(n + 1, n + 1)), 1)
+        shares = effect[:, None] + effect + pair + pair.T
+        among = (shares[1:, 1:].sum(1) - shares.diagonal()[1:]) / (n - 1)
+        differ += bool(rules.differs_from_siblings(shares[0, 1:], among))
+    assert differ / draws < 0.025 + 3 * np.sqrt(0.025 / draws)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chance
 
