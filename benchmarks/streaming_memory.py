@@ -109,11 +109,10 @@ def summary(results: dict) -> str:
     lines = [
         "# Peak memory of a stream",
         "",
-        "`benchmarks/streaming_memory.py` writes a jsonl of random words, reads it to its end, and trains two SAEs of "
+        f"`python benchmarks/streaming_memory.py --gigabytes {results['sources'][-1]['megabytes'] / 1000:.1f} --rows "
+        f"{results['rows_trained']}` writes a jsonl of random words, reads it to its end, and trains two SAEs of "
         f"husai-tiny on {results['rows_trained']:,} rows while they are harvested (a buffer of "
-        f"{results['buffer_rows']:,} rows, {results['threads']} threads). It is written for a source of 10 GB "
-        f"(`--gigabytes 10`); this page is of {results['sources'][-1]['megabytes'] / 1000:.2f} GB, on two shared "
-        "cores.",
+        f"{results['buffer_rows']:,} rows, {results['threads']} threads). The machine had other work at the same time.",
         "",
         "| source, MB | documents | peak, MB | seconds: reading | training, of which the model |",
         "|---|---|---|---|---|",
