@@ -242,7 +242,7 @@ def test_bad_input(refused, common, tmp_path):
 
 def test_an_empty_product_is_refused():
     settings = dict.fromkeys(bank.BankPlan.__dataclass_fields__)
-    with pytest.raises(BadInput, match="families"):
+    with pytest.raises(BadInput, match="is empty"):
         bank.check(
             bank.BankPlan(**settings | {"families": [], "seeds": [1], "d_saes": [8], "ks": [2], "budgets": [10]})
         )
