@@ -305,7 +305,9 @@ def summary(results: dict) -> str:
     else:
         about_saes = [g["status"] for g in decision["gates"] if g["gate"] != CONTROL]
         counts = [about_saes.count(status) for status in ("PASS", "FAIL", "MISSING")]
-        tally = "{} of {} gates pass, {} fail, and {} lack evidence".format(counts[0], len(about_saes), *counts[1:])
+        tally = "{} of {} gates about the SAEs are PASS, {} FAIL and {} MISSING".format(
+            counts[0], len(about_saes), *counts[1:]
+        )
         lines += [
             f"**{decision['outcome'].capitalize()}**: {tally}. {decision['unconfirmed']}, therefore the result "
             "supports no external claim.",
