@@ -158,7 +158,7 @@ def streams(memory: dict) -> list[str]:
         "is read more than once (stability, prototypes, Gaussian rows, held-out figures) remains a "
         f"store, of as many rows as it needs. On husai-tiny, {memory['rows_trained']:,} rows through a "
         f"buffer of {memory['buffer_rows']:,} had a peak of {min(peaks):,.0f} to {max(peaks):,.0f} MB, on "
-        f"sources of {sources[0]['megabytes']:.0f} to {sources[-1]['megabytes']:.0f} MB of text "
+        f"sources of {sources[0]['megabytes'] / 1e3:.0f} to {sources[-1]['megabytes'] / 1e3:.0f} GB of text "
         "([streaming_memory](benchmarks/streaming_memory.md)). Sixteen bytes a document, for repeated "
         "documents, are all that grows with the source."
     )
