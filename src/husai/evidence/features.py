@@ -25,10 +25,10 @@ COLUMNS: dict[str, Column] = {
     "siblings": Column("int64", "number of siblings (n)"),
     "low": Column(
         "Float64",
-        "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs; empty where nothing can be "
-        "certified",
+        "one-sided 95 % Clopper–Pearson bound of the share of trainings in which it recurs; empty if the "
+        "siblings are no fresh trainings, as relatives",
     ),
-    "certified": Column("boolean", "the bound reaches π; empty where nothing can be certified"),
+    "certified": Column("boolean", "the bound reaches π, which few siblings never do; empty where `low` is"),
     "above_chance": Column("boolean", "q_value is at most 0.05; empty where a test was not run"),
     "q_value": Column(
         "Float64",

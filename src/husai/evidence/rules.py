@@ -903,11 +903,11 @@ RARE = 0.001
 STATEMENTS = {
     "certified": "recurs in at least the share π of trainings, and more than chance explains",
     "certified, not above chance": "recurs in at least the share π of trainings; chance can explain it",
-    "above chance": "is more alike than chance explains; too few trainings show that it recurs",
+    "above chance": "resembles features of other trainings more than chance explains; too few show that it recurs",
     "recurs in some": "recurs in a sibling; chance can explain it",
     "prototype-like": "lies near a token mean or a centroid, which every training finds",
     "split or merged": "does not recur; a few features of most siblings rebuild its direction",
-    "not found": "does not recur, and few features of a sibling do not rebuild it",
+    "not found": "does not recur, and no sum of a few features of a sibling comes close to it",
     "withheld": "does not recur; what the SAE was compared with cannot show that it is missing",
     "dead": "does not fire on the held-out tokens",
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from husai.evidence import rules
 from husai.evidence.features import AboveChance
-from husai.report.text import percent_interval
+from husai.report.text import percent, percent_interval
 
 
 def summary_lines(results: dict) -> list[str]:
@@ -26,11 +26,12 @@ def summary_lines(results: dict) -> list[str]:
         f"2. Recurrence: {percent_interval(results['recur'])} of the alive features recur in a sibling"
         + (" (95 % interval over siblings)" if results["recur"]["low"] is not None else "")
         + _without_prototypes(results)
-        + f"; {results['in_every'][-1]:.1%} recur in every one of {n}."
+        + f"; {percent(results['in_every'][-1])} recur in every one of {n}."
         + _partners(results),
         "3. " + _certified(results, counts, bars, n),
         "4. " + _chance(results, counts),
-        f"5. The others: {counts['prototype-like']} lie near a token mean or a centroid, which every training finds; "
+        f"5. The others: {counts['recurs in some']} recur in some siblings, which chance can explain; "
+        f"{counts['prototype-like']} lie near a token mean or a centroid, which every training finds; "
         f"{counts['split or merged']} are split or merged; {counts['not found']} are not found; "
         f"{counts['withheld']} are withheld; {counts['dead']} are dead.",
     ]

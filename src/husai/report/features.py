@@ -213,7 +213,8 @@ def tiles(reliability: FeatureReliability) -> list[Tile]:
             "Prototype-like",
             f"{counts.get('prototype-like', 0):,}",
             alive,
-            "They lie near the mean of a token, or a centroid, and recur or are above chance.",
+            "They lie near the mean of a token, or a centroid, and recur or are above chance. Others that lie there "
+            "count as not found.",
         ),
         Tile("Dead features", f"{counts.get('dead', 0):,}", f"of {reliability.sae.facts.d_sae:,} features", ""),
         Tile("Explained variance", f"{held.explained_variance:.3f}", f"L0 {held.l0:.4g}", "On held-out tokens."),
