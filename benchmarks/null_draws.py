@@ -32,7 +32,7 @@ from husai.stability.nulls import Spectrum, random_rotations
 
 
 def spectrum_of(d_in: int) -> Spectrum:
-    """Spectrum of d_in components. Of every four, two have one eigenvalue."""
+    """Spectrum of d_in components, two of every four with one eigenvalue."""
     values = torch.linspace(4, 0.1, d_in)
     values[1::4] = values[0::4]
     return Spectrum.of(torch.diag(values), 1_000_000)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -216,8 +217,9 @@ class TrainedBank:
     store: ActivationStore
     groups: list[TrainedGroup]
 
-    def opened(self) -> LoadedSAEs:
-        """The language model and the SAEs, in memory, with their held-out figures."""
+    @cached_property
+    def saes(self) -> LoadedSAEs:
+        """The SAEs with their language model and held-out figures, opened when first needed."""
         plan = self.plan
         root, device = Path(plan.artifact_root), prepare(plan.device, plan.threads)
         subject = pretrained.load(plan.subject, device=device, harvesting=plan.harvesting)
@@ -264,7 +266,7 @@ def scored(bank: TrainedBank) -> Bank:
         section, _ = study.score_trained(*arguments, gaussian, scores=scores, prototype_rows=prototype_rows)
         sections.append(ConditionSection(family=g.family, d_sae=g.d_sae, k=g.k, budget=g.budget, **dict(section)))
 
-    saes = bank.opened()
+    saes = bank.saes
     probing = pairs = None
     if plan.saebench:
         setup = saebench.Setup(

@@ -32,7 +32,7 @@ from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
-from husai.stability.recurrence import refuse_copies
+from husai.stability.independence import refuse_copies
 from husai.subjects.sources import TextSource
 
 log = logging.getLogger("husai")

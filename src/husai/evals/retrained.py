@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> Retrained:
     )
     bank.check(plan)
     trained_bank = bank.trained(plan)
-    candidate = trained_bank.opened().group
+    candidate = trained_bank.saes.group
     if differing := [n for n, value in candidate.facts if value != getattr(facts, n)]:
         why = "(--threads, device and packages as in the study expected)"
         raise CheckFailed(f"the recipe cannot be trained again here: {', '.join(differing)} came out otherwise {why}")

@@ -38,8 +38,8 @@ from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
 from husai.stability import controls, independence, replicates, study
 from husai.stability.compare import Dictionary
+from husai.stability.independence import refuse_copies
 from husai.stability.prototypes import of_store
-from husai.stability.recurrence import refuse_copies
 from husai.subjects import pretrained
 from husai.subjects.harvesting import recorded, refuse_other
 from husai.subjects.pretrained import LanguageModel

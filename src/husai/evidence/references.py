@@ -16,9 +16,9 @@ L0_TOLERANCE = 0.1
 ALIKE = ("subject_digest", "hook_name", "d_sae", "tokens", "store_digest", "training")
 
 
-def same_l0(a: float, b: float) -> bool:
-    """True if the larger L0 exceeds the smaller one by at most 10 %."""
-    return max(a, b) <= (1 + L0_TOLERANCE) * min(a, b)
+def same_l0(a: float, b: float, tolerance: float = L0_TOLERANCE) -> bool:
+    """True if the larger L0 exceeds the smaller one by at most this share."""
+    return max(a, b) <= (1 + tolerance) * min(a, b)
 
 
 def untrained_like(facts: Facts) -> tuple[int, int, int]:

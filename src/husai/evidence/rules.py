@@ -434,9 +434,8 @@ def same_sparsity(section: OwnSection, records: Iterable[ScoredRecord]) -> None:
     """Raise Missing unless the SAEs of a stress test have the L0 of their records, up to other held-out rows."""
     known = {record.checkpoint_sha256: record.heldout.l0 for record in records}
     for member in section.members:
-        known_l0 = known.get(member.checkpoint_sha256)
-        require(known_l0 is not None, "an SAE that the confirmation does not hold")
-        same = known_l0 is not None and abs(member.heldout.l0 - known_l0) <= SAME_L0 * known_l0
+        require(member.checkpoint_sha256 in known, "an SAE that the confirmation does not hold")
+        same = same_l0(member.heldout.l0, known[member.checkpoint_sha256], SAME_L0)
         require(same, f"L0 of its own SAEs differs from that of the confirmation by more than {100 * SAME_L0:g} %")
 
 

@@ -18,6 +18,13 @@ NUMBERS, NEIGHBOURS = 4096, 8
 """Number of features that the test of order reads, and of neighbours on either side that each is compared with."""
 
 
+def refuse_copies(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
+    """Raise BadInput if two decoders are equal."""
+    for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
+        if a.shape == b.shape and torch.equal(a, b):
+            raise BadInput(f"{name_a} and {name_b} are the same decoder; independently trained SAEs expected")
+
+
 def refuse_shared(labels: Sequence[str], dictionaries: Sequence[Dictionary]) -> None:
     """Raise BadInput if two dictionaries share their decoder or their initialisation."""
     if len(dictionaries) < 2:

@@ -35,6 +35,7 @@ from husai.evidence.features import COLUMNS
 from husai.runs.errors import BadInput
 from husai.runs.seeds import generator
 from husai.stability import nulls, prototypes
+from husai.stability.independence import refuse_copies
 from husai.stability.matching import match, unit_rows
 from husai.stability.nulls import Spectrum
 from husai.stability.scores import MATCHED, pwmcc
@@ -543,13 +544,6 @@ def refuse_unlike(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
         if a.shape[1] != b.shape[1]:
             raise BadInput(f"{name_a} and {name_b} have d_in {a.shape[1]} and {b.shape[1]}; one d_in expected")
     refuse_copies(labels, decoders)
-
-
-def refuse_copies(labels: Sequence[str], decoders: Sequence[Tensor]) -> None:
-    """Raise BadInput if two decoders are equal."""
-    for (name_a, a), (name_b, b) in combinations(zip(labels, decoders, strict=True), 2):
-        if a.shape == b.shape and torch.equal(a, b):
-            raise BadInput(f"{name_a} and {name_b} are the same decoder; independently trained SAEs expected")
 
 
 def spectrum_of(covariance: Any, mean: Any, rows: int, d_in: int) -> Spectrum:
