@@ -614,6 +614,7 @@ def test_stories_count_by_their_content(run_script, trained, common, tmp_path):
     assert str(stories) not in config
 
 
+@pytest.mark.slow
 def test_bad_input_from_the_shell(refused, trained, common, small_activations, tmp_path, make_store):
     own = ["--checkpoint", trained["own"], *common]
     nowhere = tmp_path / "map.json"

@@ -233,6 +233,7 @@ def test_jumprelu_thresholds_learn(make_store, planted, tmp_path):
     assert sparse.mean() > dense.mean()
 
 
+@pytest.mark.slow
 def test_sparsity_against_explained_variance_on_modular_addition(small_activations, tmp_path):
     """More active features explain more, in every family, far above what the untrained SAE explains."""
     from husai.activations.store import ActivationStore

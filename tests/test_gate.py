@@ -534,6 +534,7 @@ def test_what_is_not_known_of_supplied_saes_is_missing_and_says_which_flag_would
     assert "--stories" in judged(local)[1]["cebench"]["reason"]
 
 
+@pytest.mark.slow
 def test_no_damage_of_supplied_evidence_gets_through(supplied):
     rng = np.random.default_rng(0)
     files = {"confirmation": supplied.files["confirmation"]}
@@ -649,6 +650,7 @@ def test_no_damage_of_a_bundle_gets_through(good):
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
 
 
+@pytest.mark.slow
 def test_no_damage_of_a_place_gets_through(good):
     """A sample; benchmarks/gate_calibration.py tries more than ten thousand."""
     rng = np.random.default_rng(0)
@@ -666,6 +668,7 @@ def test_strata_are_required_of_each_draw_of_the_random_weights(good):
     assert [f"{c.kind} at {c.place}" for c in cases if not c.caught()] == []
 
 
+@pytest.mark.slow
 def test_no_damage_of_a_ledger_gets_through():
     """At the second attempt, where the first one is not the last entry. What was said of an earlier attempt beside its
     configuration counts for nothing, because its number alone is read."""

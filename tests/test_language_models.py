@@ -375,6 +375,7 @@ def test_a_pass_stops_at_the_last_layer_that_is_asked_for(subject):
 # The last token of each prompt, and sae-probes' own code on it
 
 
+@pytest.mark.slow
 def test_prompts_equal_what_sae_probes_would_compute(subject, tmp_path):
     from sae_probes.generate_model_activations import ensure_dataset_activations
 

@@ -59,6 +59,7 @@ def matched(a, b):
     return cosines[linear_sum_assignment(-cosines)].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", OWN)
 def test_a_repeat_gives_the_same_bytes_without_torch(finished, script):
     command, out = finished(script)

@@ -305,6 +305,7 @@ def arguments(root) -> Namespace:
     return Namespace(**sources, **sizes, **where, seeds=[42, 123, 456, 789, 1011], max_norm_multiple=None)
 
 
+@pytest.mark.slow
 def test_the_phase_trains_scores_and_measures(good, tmp_path, monkeypatch):
     setting = rows_of(features=48, d_in=32, active=6, rows=4000)
     monkeypatch.setattr(rules, "PLANTED", setting)

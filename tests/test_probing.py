@@ -102,6 +102,7 @@ def tasks(tmp_path_factory):
     return task, replace(task, settings=replace(official, probing="sae_probes_exact"))
 
 
+@pytest.mark.slow
 def test_exact_probes_keep_splits_and_features(tasks, tmp_path):
     """At k = 1 every fit orders the rows alike, therefore the official code agrees; at k = 5 another solver does."""
     from sae_probes.generate_sae_activations import generate_sae_activations

@@ -263,10 +263,10 @@ def test_what_failed_by_how_much_and_what_it_would_take(root):
     [
         ({"gates": decision()["gates"][:-1]}, ": CE-Bench"),
         ({"gates": decision()["gates"] * 2}, "gate ood"),
-        (change(decision(), "ood", **FAILS), ": Out of distribution"),
-        (change(decision(), "ood", low=-0.01), "Out of distribution: "),
-        (change(decision(), "ood", low=0.0), "Out of distribution: "),
-        (change(decision(), "ood", bound="high", relation="<=", threshold=0.02), "Out of distribution: "),
+        (change(decision(), "ood", **FAILS), ": Shifted data (ood)"),
+        (change(decision(), "ood", low=-0.01), "Shifted data (ood): "),
+        (change(decision(), "ood", low=0.0), "Shifted data (ood): "),
+        (change(decision(), "ood", bound="high", relation="<=", threshold=0.02), "Shifted data (ood): "),
         ({"read": {}}, " read"),
         ({"read": {"ood": {"path": "x/elsewhere/results.json", "sha256": "0" * 64}}}, "ood: "),
         (
@@ -643,7 +643,7 @@ def test_a_report_on_a_readers_own_saes_leaves_the_method_out(root):
     write_json(root / "parts.json", {"candidate_confirmation": None, "ood_stress": f"return code 1: {HOSTILE}"})
     html = card.render(root, None, root.parent / "report.html", CHECK)
     page = Page(html)
-    assert f"Shifted text: return code 1: {HOSTILE}" in page.inside["failed"]
+    assert f"Shifted data: return code 1: {HOSTILE}" in page.inside["failed"]
     assert "modular" not in page.text
     assert "Phase 4a" not in page.text
     assert "absent" not in {a.get("id") for _, a in page.tags}

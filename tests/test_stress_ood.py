@@ -331,6 +331,7 @@ def test_one_sae_runs_and_is_inconclusive(run_script, trained, common, tmp_path)
     assert phase_problems(results) == []
 
 
+@pytest.mark.slow
 def test_bad_input_from_the_shell(refused, trained, common, tmp_path):
     own = ["--checkpoint", trained["own"], *common]
     transcoder = {"W_enc": torch.eye(16), "b_enc": torch.zeros(16), "W_dec": torch.eye(16), "b_dec": torch.zeros(16)}

@@ -312,6 +312,7 @@ def test_the_shipped_files_are_those_that_were_made(corpus):
     assert str(ROOT) not in "".join(p.read_text() for p in folder.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_have_the_recorded_bits_per_byte(corpus):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

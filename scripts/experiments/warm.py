@@ -31,7 +31,7 @@ SOME = ("torch", *PAGE, "scipy.optimize", "scipy.sparse.csgraph")
 SUBJECT = (*SOME, "transformer_lens")
 ALL = (
     *(*SUBJECT, "scipy.stats", "pandas", "sklearn.linear_model", "sklearn.metrics", "numba", "matplotlib.pyplot"),
-    *("rich.progress", "psutil", "transformers.models.auto", "transformers.models.gpt_neox"),
+    *("pyarrow.csv", "rich.progress", "psutil", "transformers.models.auto", "transformers.models.gpt_neox"),
     *("transformer_lens.model_bridge", "sae_lens", "sae_probes"),
 )
 NEEDS = {

@@ -71,9 +71,11 @@ COLUMNS: dict[str, Column] = {
 
 
 def dictionary() -> str:
-    """The data dictionary as a Markdown table."""
+    """The data dictionary: Markdown tables of the columns and of the statements."""
     lines = [f"| `{name}` | {column.dtype} | {column.meaning} |" for name, column in COLUMNS.items()]
-    return "\n".join(["| column | type | meaning |", "|---|---|---|", *lines]) + "\n"
+    statements = [f"| {name} | {meaning} |" for name, meaning in rules.STATEMENTS.items()]
+    columns = ["| column | type | meaning |", "|---|---|---|", *lines]
+    return "\n".join([*columns, "", "| `statement` | meaning |", "|---|---|", *statements]) + "\n"
 
 
 class Bars(Strict):

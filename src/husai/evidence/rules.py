@@ -902,7 +902,7 @@ RARE = 0.001
 STATEMENTS = {
     "certified": "recurs in at least the share π of trainings, and more than chance explains",
     "certified, not above chance": "recurs in at least the share π of trainings; chance can explain it",
-    "above chance": "resembles features of other trainings more than chance explains; too few show that it recurs",
+    "above chance": "resembles features of other trainings more than chance explains; recurs in few or none of them",
     "recurs in some": "recurs in a sibling; chance can explain it",
     "prototype-like": "lies near a token mean or a centroid, which every training finds",
     "split or merged": "does not recur; a few features of most siblings rebuild its direction",

@@ -24,7 +24,7 @@ PHASES = {
     "candidate_confirmation": ("Confirmation", "How good and how stable are the selected SAEs on fresh seeds?"),
     "random_model_stress": ("Random-model stress", "Would a model with random weights give equally stable features?"),
     "transcoder_stress": ("Transcoder stress", "Do transcoders find the same features?"),
-    "ood_stress": ("Shifted text", "What is left of the probes on text unlike the training text?"),
+    "ood_stress": ("Shifted data", "What is left of the probes on text unlike the training text?"),
     "feature_reliability": ("Feature table", "Which single features can be trusted?"),
     "release_gate": ("Release gate", "May anything be claimed externally?"),
     "candidate_selection": ("Selection", "Which condition goes to the gate?"),

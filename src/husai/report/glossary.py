@@ -203,10 +203,11 @@ TERMS = _terms(
         "Features that a generator put into synthetic data, and therefore known.",
     ),
     (
-        "shifted text",
+        "shifted data",
         "Text of another language, spelling or register than the training text.",
         (
             "shifted data sets",
+            "shifted text",
             "under shift",
         ),
     ),

@@ -21,7 +21,7 @@ GATES = {
     "fit": "Are explained variance and CE recovered high enough, and are few enough features dead?",
     "random_model": "Do features come back more than those of the same model with random weights?",
     "transcoder": "Do transcoders of other seeds find the same features?",
-    "ood": "On shifted text, do probes on the SAE's features lose hardly more than the model's own?",
+    "ood": "On shifted data, do probes on the SAE's features lose hardly more than the model's own?",
     "saebench": "Are probes on few features better than those on a matched reference's features?",
     "cebench": "Do single features separate contrasting texts better than a matched reference's?",
 }
@@ -33,7 +33,7 @@ SHOWN = {
     "fit": "Explained variance and CE recovered are high enough, and few enough features are dead.",
     "random_model": "Features come back more than those of the same model with random weights.",
     "transcoder": "Transcoders of other seeds find the same features.",
-    "ood": "On shifted text, probes on the SAE's features lose hardly more than the model's own.",
+    "ood": "On shifted data, probes on the SAE's features lose hardly more than the model's own.",
     "saebench": "Probes on few features are better than those on a matched reference's features.",
     "cebench": "Single features separate contrasting texts better than a matched reference's.",
 }
@@ -102,7 +102,7 @@ class Gate(BaseModel):
 
     @property
     def title(self) -> str:
-        known = {"ood": "Out of distribution", "saebench": "SAEBench", "cebench": "CE-Bench"}
+        known = {"ood": "Shifted data (ood)", "saebench": "SAEBench", "cebench": "CE-Bench"}
         return known.get(self.gate, self.gate.replace("_", " ").capitalize())
 
     @property

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         *first, last = self.groups.items()
         grouped = {dest for dests in self.groups.values() for dest in dests}
         others = tuple(action.dest for action in self._actions if action.dest not in grouped)
-        formatter = self._get_formatter()
+        formatter = self.formatter_class(prog=f"{self.prog} [options]")
         formatter.add_text(self.description)
         formatter.add_usage(self.usage, [a for a in self._actions if a.required], [])
         for title, dests in (*first, ("this script", others), last):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -30,17 +30,17 @@ class Dictionary:
     untrained: Tensor | None = None  # [d_sae, d_in], the same initialisation
     nearest: Tensor | None = None  # [d_sae], signed cosine with the nearest prototype; None if unknown
 
-    @property
+    @cached_property
     def alive(self) -> Tensor:
         """Features that fire on held-out rows, bool `[d_sae]`."""
         return self.firing_rate > 0
 
-    @property
+    @cached_property
     def apart(self) -> Tensor | None:
         """Features that are like no prototype, bool `[d_sae]`."""
         return None if self.nearest is None else self.nearest < NEAR
 
-    @property
+    @cached_property
     def others(self) -> Tensor | None:
         """Alive features that are like no prototype, bool `[d_sae]`."""
         return None if self.apart is None else self.alive & self.apart

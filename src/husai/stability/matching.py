@@ -36,6 +36,7 @@ errors in near ties can make scipy a thousand times slower. The bound holds for 
 at most this number."""
 JITTER = 1e-7
 """Largest random number added to worths when candidates are chosen. Otherwise equal rows choose the same columns."""
+NOT_FINITE = "matching: a dictionary holds a NaN or infinite value"
 SLACK = 1e-11
 """Margin of the bound for float64 rounding, which is d_in · 2⁻⁵³ for each cosine: 1e-12 at d_in 9,000."""
 
@@ -71,9 +72,14 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = False)
         return Matching(swapped.cosines, swapped.columns, swapped.rows, swapped.gap_bound)
     a, b = unit_rows(a), unit_rows(b)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("matching: a dictionary holds a NaN or infinite value")
-    exact = len(a) <= EXACT_UP_TO if exact is None else exact
+        raise ValueError(NOT_FINITE)
+    exact = small(a, b) if exact is None else exact
     return _exact(a, b, signed) if exact or len(a) == 0 else _bounded(a.float(), b.float(), signed)
+
+
+def small(a: Tensor, b: Tensor) -> bool:
+    """True if two dictionaries are matched exactly by default."""
+    return min(len(a), len(b)) <= EXACT_UP_TO
 
 
 def partners(a: Tensor, b: Tensor) -> Tensor:
@@ -87,19 +93,38 @@ def worth(cosines: Tensor, signed: bool) -> Tensor:
     return cosines.clamp_min_(0) if signed else cosines.abs_()
 
 
-def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
-    """Optimal matching.
+def match_cosines(cosines: Tensor, signed: bool = False) -> Matching:
+    """Optimal matching of rows whose cosines `[n, m]` are known. `signed`: see `match`.
 
-    The matrix has negated worths, because scipy would copy a matrix that it maximises. Row minima
-    are subtracted first, and column minima if the matrix is square, because the cost of every assignment contains them.
-    This makes scipy a quarter faster.
+    Raises:
+        ValueError: a cosine is not finite.
     """
+    if len(cosines) > cosines.shape[1]:
+        swapped = match_cosines(cosines.T, signed)
+        return Matching(swapped.cosines, swapped.columns, swapped.rows, swapped.gap_bound)
+    if not cosines.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    return _optimal(worth(cosines.to(torch.float64, copy=True), signed).neg_().numpy())
+
+
+def _exact(a: Tensor, b: Tensor, signed: bool) -> Matching:
+    """Optimal matching of unit rows. At no time are all cosines in memory in two forms."""
     cost = np.empty((len(a), len(b)))
     for start in range(0, len(a), BLOCK):
         cost[start : start + BLOCK] = worth(a[start : start + BLOCK] @ b.T, signed).neg_().numpy()
+    return _optimal(cost)
+
+
+def _optimal(cost: np.ndarray) -> Matching:
+    """Assignment with the smallest sum of costs, negated worths `[n, m]` with n ≤ m. Overwrites the costs.
+
+    The worths are negated because scipy would copy a matrix that it maximises. Row minima are subtracted first, and
+    column minima if the matrix is square, because the cost of every assignment contains them. This makes scipy a
+    quarter faster.
+    """
     of_rows = cost.min(1, initial=0)
     cost -= of_rows[:, None]
-    of_columns = cost.min(0, initial=np.inf) if len(a) == len(b) else np.zeros(len(b))
+    of_columns = cost.min(0, initial=np.inf) if len(cost) == cost.shape[1] else np.zeros(cost.shape[1])
     cost -= of_columns
     rows, columns = linear_sum_assignment(cost)
     least = cost[rows, columns] + of_rows[rows] + of_columns[columns]

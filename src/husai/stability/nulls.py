@@ -107,7 +107,10 @@ def random_rotations(count: int, size: int, g: torch.Generator) -> Tensor:
     The method is that of Mezzadri (2007, "How to generate random matrices from the classical compact groups", section
     5).
     """
-    q, r = torch.linalg.qr(torch.randn(count, size, size, generator=g, dtype=torch.float64))
+    normal = torch.randn(count, size, size, generator=g, dtype=torch.float64)
+    if size == 1:  # a decomposition of each number by itself would take most of a draw's time
+        return normal.sign().float()
+    q, r = torch.linalg.qr(normal)
     return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]).float()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from husai.evidence.names import GAP, SCORES
-from husai.stability.matching import BLOCK, Matching, match, unit_rows
+from husai.stability.matching import BLOCK, Matching, match, match_cosines, small, unit_rows
 
 MATCHED = 0.7
 FEWEST = 10
@@ -36,7 +36,10 @@ def max_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def pwmcc(a: Tensor, b: Tensor) -> float:
     """Symmetrised mean-max |cos| of `a [n, d]` and `b [m, d]`, in [0, 1]."""
-    best_a, best_b = max_cosines(a, b)
+    return _mean_of_sides(*max_cosines(a, b))
+
+
+def _mean_of_sides(best_a: Tensor, best_b: Tensor) -> float:
     return 0.5 * (best_a.double().mean() + best_b.double().mean()).item()
 
 
@@ -63,24 +66,33 @@ def score(
             FEWEST others score 0.
         scores: one of SCORED.
     """
-    parts = {"": (a, b), "_alive": (a[alive_a], b[alive_b])}
+    every_a, every_b = torch.ones(len(a), dtype=torch.bool), torch.ones(len(b), dtype=torch.bool)
+    parts = {"": (every_a, every_b), "_alive": (alive_a, alive_b)}
     if others_a is not None and others_b is not None:
         enough = min(int(others_a.sum()), int(others_b.sum())) >= FEWEST
-        parts["_others"] = (a[others_a], b[others_b]) if enough else (a[:0], b[:0])
+        parts["_others"] = (others_a, others_b) if enough else (~every_a, ~every_b)
+    # Cosines of small dictionaries are computed once for all parts.
+    cosines = unit_rows(a) @ unit_rows(b).T if small(a, b) else None
     values: dict[str, float] = {}
     gap = 0.0
     whole: dict[bool, Matching | None] = {}
-    for part, (first, second) in parts.items():
+    for part, (rows_a, rows_b) in parts.items():
         if "mcc" + part not in scores:
             continue
-        empty = not len(first) or not len(second)
+        complete, empty = bool(rows_a.all() and rows_b.all()), not (rows_a.any() and rows_b.any())
+        within = cosines if complete or cosines is None else cosines[rows_a][:, rows_b]
         for signed, names in ((True, ("mcc" + part, "share70" + part)), (False, ("mcc" + part + "_abs",))):
             if names[0] not in scores:
                 continue
             # If all features fire, the matching of all features is that of the alive ones.
-            known = whole if len(first) == len(a) and len(second) == len(b) else {}
+            known = whole if complete else {}
             if signed not in known:
-                known[signed] = None if empty else match(first, second, signed=signed)
+                if empty:
+                    known[signed] = None
+                elif within is not None:
+                    known[signed] = match_cosines(within, signed)
+                else:
+                    known[signed] = match(a[rows_a], b[rows_b], signed=signed)
             matching = known[signed]
             matched = (
                 (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
@@ -88,5 +100,10 @@ def score(
             values |= {name: float(value) for name, value in zip(names, matched, strict=False)}
             gap = gap if matching is None else max(gap, matching.gap_bound)
         if "pwmcc" + part in scores:
-            values["pwmcc" + part] = 0.0 if empty else pwmcc(first, second)
+            if empty:
+                values["pwmcc" + part] = 0.0
+            elif within is not None:
+                values["pwmcc" + part] = _mean_of_sides(*(within.abs().amax(dim) for dim in (1, 0)))
+            else:
+                values["pwmcc" + part] = pwmcc(a[rows_a], b[rows_b])
     return {name: values[name] for name in scores} | {GAP: gap}
