@@ -59,7 +59,7 @@ tiny-lm: setup ## train the language model that assets/ ships again, about an ho
 audit-results: setup ## every headline figure read again from its artefact, the evidence computed again
 	@$(BIN)/python scripts/analysis/verify_experiment_consistency.py
 
-benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more than half an hour
+benchmarks: setup $(PEERS) ## measure again most of what docs/benchmarks reports, more than half an hour
 	@$(BIN)/python benchmarks/inference_calibration.py
 	@$(BIN)/python benchmarks/gate_calibration.py
 	@$(BIN)/python benchmarks/feature_calibration.py
@@ -76,16 +76,16 @@ benchmarks: setup $(PEERS) ## measure again what docs/benchmarks reports, more t
 # What two workers start shares the cores.
 test test-slow test-chaos test-nightly: export OMP_WAIT_POLICY := passive
 
-test: setup $(PEERS) ## the test suite without its slow parts, some three minutes
+test: setup $(PEERS) ## the test suite without its slow parts
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow and not nightly"
 
-test-slow: setup $(PEERS) ## whole studies, a Ray cluster, some four minutes
+test-slow: setup $(PEERS) ## whole studies, a Ray cluster
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "slow and not nightly"
 
-test-chaos: setup ## the queue killed at random moments, with damaged artefacts, some four minutes
+test-chaos: setup ## the queue killed at random moments, with damaged artefacts
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs -m "not nightly"
 
-test-nightly: setup $(PEERS) ## what takes longer and CI does not run
+test-nightly: setup $(PEERS) ## what takes longer and .ci/run does not run
 	@$(BIN)/python -m pytest tests -n 2 --dist loadfile -m nightly
 	@$(BIN)/python -m pytest tests/chaos -n 2 --dist worksteal -rs -m nightly
 

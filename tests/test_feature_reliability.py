@@ -19,7 +19,7 @@ from husai.activations import language_model as lm
 from husai.activations import source
 from husai.dictionaries import checkpoints, recipes
 from husai.dictionaries.sae import SAE
-from husai.evals import features, random_model, siblings
+from husai.evals import features, forecast, random_model, siblings
 from husai.evals.contexts import CONTEXTS, strongest_contexts
 from husai.evals.loaded import LoadedSAEs, heldout_store, open_all
 from husai.evidence import rules
@@ -165,9 +165,9 @@ def test_dry_run(reliability, saes):
 
 
 def test_the_forecast_counts_all_that_is_trained(asked, root):
-    """Siblings and as many SAEs of Gaussian rows; of supplied siblings, the Gaussian ones alone."""
-    for to_train, trained in ((0, 5), (2, 4)):
-        found = siblings.forecast(asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4)
+    """Siblings, and an SAE of Gaussian rows for each sibling; of supplied siblings, one for each SAE."""
+    for to_train, trained in ((0, 5), (2, 2 + 6)):
+        found = forecast.of_siblings(asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4 + to_train)
         assert (found.saes, found.siblings) == (trained, to_train)
         assert found.training_seconds > 0
 

@@ -453,6 +453,27 @@ def supplied(good) -> Bundle:
     return simulate.supplied(good)
 
 
+def test_supplied_saes_of_a_stream_are_tested_on_the_documents_of_the_prototypes(supplied):
+    """Their files name a stream, which is no store."""
+    facts = supplied.files["confirmation"].results["candidate"]["facts"]
+
+    def streamed(value):
+        if isinstance(value, list):
+            return [streamed(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        changed = {name: streamed(v) for name, v in value.items()}
+        of_the_saes = value.get("store_digest") == facts["store_digest"] and "training" in value
+        return changed | {"store_digest": "e" * 64} if of_the_saes else changed
+
+    files = {label: f and replace(f, results=streamed(f.results)) for label, f in supplied.files.items()}
+    assert files["confirmation"].results["candidate"]["facts"]["store_digest"] == "e" * 64
+    decision, gates = judged(Bundle(files, supplied.on_disk))
+    assert decision["outcome"] == "provisional", {n: g["reason"] for n, g in gates.items() if g["status"] != "PASS"}
+    files["confirmation"].results["bank"]["code"]["store_digest"] = "d" * 64
+    assert judged(Bundle(files, supplied.on_disk))[1]["transcoder"]["status"] == "MISSING"
+
+
 def test_supplied_saes_never_get_more_than_provisional(good, supplied):
     """All gates are judged, on the same bounds; nobody knows what the SAEs were chosen from."""
     assert recompute.results_problems(supplied.files["confirmation"].results) == []

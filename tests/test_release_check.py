@@ -158,11 +158,35 @@ def gates(results):
     return {g["gate"]: g for g in results["decision"]["gates"]}
 
 
+def all_saes(root):
+    return set(root.rglob("sae_weights.safetensors"))
+
+
+def counted(said):
+    return int(re.search(r"^(\d+) SAEs, about", said, re.M)[1])
+
+
+def test_a_dry_run_trains_nothing(check, root, saes, foreign):
+    before = all_saes(root)
+    code, results, said = check("dry", saes[:3], "--dry-run")
+    assert (code, results, check.started) == (0, None, []), said
+    assert all_saes(root) == before
+    gaussian, random_weights, transcoders = 2 + 3, 3, 2
+    assert counted(said) == 3 * (gaussian + random_weights + transcoders)
+    assert "--reference" in said
+    assert re.search(r"^MISSING: .*\b3 SAEs\b", said, re.M)
+    code, _, said = check("dry", foreign, "--dry-run")
+    assert (code, counted(said)) == (0, 5), "HUSAI does not know how to train more alike"
+    assert re.search(r"^transcoder_stress\b", said, re.M)
+
+
 @pytest.mark.nightly  # five SAEs of another library take the same way in CI
 def test_three_saes_from_the_command_line_to_the_page(check, root, saes):
     saes = saes[:3]
+    to_train, there = counted(check("own", saes, "--dry-run")[2]), all_saes(root)
     code, results, said = check("own", saes)
     assert code == 0, said
+    assert len(all_saes(root) - there) == to_train
     assert [p["name"] for p in results["parts"]] == check.started
     assert check.started[:4] == ["candidate_confirmation", "random_model_stress", "transcoder_stress", "ood_stress"]
     assert {p["reason"] for p in results["parts"]} == {None}
@@ -309,14 +333,18 @@ def test_each_check_has_a_folder_named_by_its_saes_and_all_share_one_control(tmp
     names = [script["folder_of"]([Path(p)], shas) for p in ("my saes", "hf:a/b@c/d") for shas in ("ab", "ac", "ba")]
     assert len(set(names)) == 4, "two groups by two names, in whatever order"
     assert all(re.fullmatch(r"(my-saes|d)-[0-9a-f]{8}", name) for name in names)
-    args = Namespace(phase4a_results=None, artifact_root=tmp_path)
+    args = Namespace(phase4a_results=None, artifact_root=tmp_path, force=False)
     assert script["positive_control"](args) is None
     shared = script["shared_control"](args)
     shared.parent.mkdir(parents=True)
     shared.write_text('{"planted": null}')
     assert script["positive_control"](args) is None, "of another subject"
     shutil.copy(PHASE4A, shared)
+    assert script["positive_control"](args) is None, "cut off before its manifest was written"
+    shutil.copytree(PHASE4A.parent, shared.parent, dirs_exist_ok=True)
     assert script["positive_control"](args) == shared
+    args.force = True
+    assert script["positive_control"](args) is None
 
 
 def test_a_second_group_does_not_overwrite_the_first(run_script, monkeypatch, saes, trained, root, subject, tmp_path):

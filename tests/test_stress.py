@@ -13,6 +13,7 @@ from conftest import run_without_torch
 from husai.activations import source
 from husai.dictionaries import checkpoints
 from husai.dictionaries.sae import SAE
+from husai.evals import random_model
 from husai.evidence import levels, rules, transcoder
 from husai.evidence.names import PAIRED, STRATA
 from husai.evidence.schemas import (
@@ -192,6 +193,17 @@ def test_gaussian_rows_exceed_no_control(make_store, tmp_path):
     shown = rules.random_model(section, drawn)
     assert {"draw 0, over gaussian", "draw 1, over gaussian", "draw 2, over gaussian"} <= set(shown.failing())
     assert shown.estimates["draw 0, the score itself"].low > 0.01, "the score alone would have passed"
+
+
+@pytest.mark.parametrize("family", ["relu", *(pytest.param(f, marks=pytest.mark.slow) for f in ("jumprelu", "gated"))])
+def test_controls_of_an_unknown_recipe_reach_the_l0(make_store, tmp_path, family):
+    """Of few rows too, where a penalty has few steps to grow."""
+    g, wanted = torch.Generator().manual_seed(0), 6.0
+    store = make_store(torch.randn(5000, 32, generator=g) * torch.logspace(0, -1, 32) + 1)
+    recipe = random_model.own_recipe(random_model.PASSES * store.rows)
+    grid = members(SEEDS[:3], [64], [round(wanted)], [random_model.LEARNING_RATE], (family,))
+    arm = random_model.gaussian_at_l0(tmp_path, store, grid, recipe, [wanted] * 3, CPU, 1)
+    assert [m.heldout.l0 for m in arm.alike.members] == pytest.approx([wanted] * 3, rel=0.1)
 
 
 def of_draws(train, structured, name, seeds=SEEDS, tokens=20_000):

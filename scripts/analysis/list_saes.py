@@ -35,8 +35,9 @@ loaders too. No path leaves its repository.
 
 SAELens {version} names these SAEs. *Named*: the catalogue has the SAE. *Tested on an imitation*: a test opens
 an imitation of the loader's repositories, and encode and decode equal SAELens' own object to 1e-6. *Opened*:
-someone opened the SAE itself (`list_saes.py --open`). *Judged*: the release check takes such an SAE.
-`python scripts/analysis/list_saes.py --model gpt2-small` prints them one a line."""
+someone opened the SAE itself (`list_saes.py --open`). *Judged*: the release check refuses no SAE of this kind;
+it also needs three seeds of one condition. `python scripts/analysis/list_saes.py --model gpt2-small` prints the
+SAEs one a line."""
 BELOW = """The release check refuses transcoders. HUSAI opens them for encode and decode. A layer of a cross-layer
 transcoder is opened with its decoders summed, as SAELens does it; its decode is no reconstruction.
 

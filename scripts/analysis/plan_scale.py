@@ -67,9 +67,9 @@ def costs(study: ScaleStudy, speed: dict, evals: dict, peak: float, utilisation:
         "harvest": harvest / (peak * utilisation) / 3600,
         "probing, core-hours": core_seconds * 2 * study.saes * study.layers * study.data_sets / 3600,
         "storage, TB": stored / 1e12,
-        "sending the bank to a node": stored * 8 / (gigabits * 1e9) / 3600,
+        "sending the store to a node": stored * 8 / (gigabits * 1e9) / 3600,
     }
-    each = {name: hours[name] for name in ("training", "harvest", "sending the bank to a node")}
+    each = {name: hours[name] for name in ("training", "harvest", "sending the store to a node")}
     each["probing on 16 cores"] = hours["probing, core-hours"] / 16
     return hours | {"bottleneck": max(each, key=lambda name: each[name])}
 
@@ -89,7 +89,7 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
     husai_rate = rates["HUSAI, float32 product"]
     harvest = prompts["work"] / prompts["seconds"]["ours"]
     core_seconds = probing["seconds"]["ours"] / probing["work"] * evals["threads"]
-    header = ["study", "training, GPU-h", "on the measured machine, h", "harvest, GPU-h", "bank, TB", "to a node, h"]
+    header = ["study", "training, GPU-h", "on the measured machine, h", "harvest, GPU-h", "store, TB", "to a node, h"]
     header += ["probing, core-h", "bottleneck"]
     lines = [
         "# Past one machine",
@@ -115,26 +115,27 @@ def document(speed: dict, evals: dict, memory: dict, args) -> str:
     for study in STUDIES:
         c = costs(study, speed, evals, args.peak, args.utilisation, args.gigabits)
         hours = ("training", "training on the measured machine", "harvest", "storage, TB")
-        cells = [f"{c[n]:,.1f}" if c[n] < 1000 else f"{c[n]:,.0f}" for n in (*hours, "sending the bank to a node")]
+        cells = [f"{c[n]:,.1f}" if c[n] < 1000 else f"{c[n]:,.0f}" for n in (*hours, "sending the store to a node")]
         rows.append([study.name, *cells, f"{c['probing, core-hours']:,.0f}", c["bottleneck"]])
     first = STUDIES[0]
     lines += [
         *table(header, rows),
         "",
         textwrap.fill(
-            f"Each study: {first.tokens / 1e6:.0f}M tokens, 5 seeds × 6 families = {first.saes} SAEs a layer, with an "
-            f"untrained one beside each; {first.data_sets} probing data sets at one seed; {args.gigabits:g} Gbit/s "
-            "between nodes. All SAEs of a layer are one stack on one bank: a token is harvested and read once for all "
-            "of them. Layers are tasks of their own: with as many GPUs as layers the time is that of one layer. What "
-            "does not fit into a GPU's memory is divided into passes (`src/husai/training/memory.py`), each of which "
-            "reads the bank again. Left out: that ReLU, JumpReLU and gated SAEs multiply densely three times where "
-            "TopK does once, AuxK, CE-Bench, and the checkpoints (an SAE and eight decoders over training each).",
+            f"Each study: {first.tokens / 1e6:.0f}M tokens, 5 seeds × 6 architectures = {first.saes} SAEs a "
+            f"layer, with an untrained one beside each; {first.data_sets} probing data sets at one seed; "
+            f"{args.gigabits:g} Gbit/s between nodes. All SAEs of a layer are one stack on one activation store: "
+            "a token is harvested and read once for all of them. Layers are tasks of their own: with as many "
+            "GPUs as layers the time is that of one layer. What does not fit into a GPU's memory is divided into "
+            "passes (`src/husai/training/memory.py`), each of which reads the store again. Left out: that ReLU, "
+            "JumpReLU and gated SAEs multiply densely three times where TopK does once, AuxK, CE-Bench, and the "
+            "checkpoints (an SAE and eight decoders over training each).",
             WIDTH,
         ),
         "",
-        "The bottleneck is the largest of training, harvest, sending the bank, and probing on 16 cores.",
+        "The bottleneck is the largest of training, harvest, sending the store, and probing on 16 cores.",
         "",
-        "## Without a bank",
+        "## Without a store",
         "",
         *streams(memory),
     ]
@@ -151,7 +152,7 @@ def streams(memory: dict) -> list[str]:
     peaks = [source["peak_mb"] for source in sources]
     sizes = ", ".join(f"{BUFFER * s.d_in * BYTES * s.layers / 1e9:.1f} GB ({s.name})" for s in STUDIES)
     paragraph = (
-        "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no bank is stored "
+        "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no activation is stored "
         "or sent. Rows pass a buffer of `--buffer-rows` rows a hook, in memory or on disk. At "
         f"{BUFFER:,} rows in bfloat16 it takes {sizes}. The price is the harvest, again for each "
         "training: the column above, once. All SAEs of all hooks that one command names share it. What "

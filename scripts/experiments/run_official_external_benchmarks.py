@@ -131,7 +131,8 @@ def execute(args, run, device, data_sets: list[str], saes) -> list[dict]:
     for flag in ("reference", "random_model_checkpoint"):
         if getattr(args, flag):
             shared += [f"--{flag.replace('_', '-')}", *map(str, getattr(args, flag))]
-    shared += ["--force"] if args.force else []
+    shared += ["--max-norm-multiple", str(args.max_norm_multiple)] if args.max_norm_multiple else []
+    shared += [flag for flag, given in (("--same-model", args.same_model), ("--force", args.force)) if given]
 
     def custom(name: str, *more: str) -> tuple[str, list[str], Path]:
         folder = args.output_dir / name

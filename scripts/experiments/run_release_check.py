@@ -11,8 +11,9 @@ must differ in their seed alone: at least three, five for a verdict. `sae-lens:R
 Each part runs in a separate process. A failed part is named with its log, and the other parts continue. The same
 command again reads finished parts. Each group of SAEs has its own output folder. The check of the method itself (the
 positive control) runs once, and all groups share it. HUSAI cannot see how you selected these SAEs, therefore the
-decision is at best provisional. Exit 0 done, for every verdict (--fail-on-gate-fail: 1 without a pass), 1 a part
-failed, 2 bad input.
+decision is at best provisional. --dry-run says what would be trained, at what cost, and what would have no answer. It
+trains nothing, but harvests the held-out rows (--rows), which the check then reuses. Exit 0 done, for every verdict
+(--fail-on-gate-fail: 1 without a pass), 1 a part failed, 2 bad input.
 """
 
 import re
@@ -72,6 +73,7 @@ def parse():
     p.add_argument(
         "--contexts", type=positive_int, default=200, help="features to read in their contexts (default: %(default)s)"
     )
+    p.add_argument("--dry-run", action="store_true", help="say what would be trained, and at what cost; train nothing")
     p.add_argument("--fail-on-gate-fail", action="store_true", help="exit 1 where the decision is not a pass")
     return p.parse_benchmark()
 
@@ -86,7 +88,7 @@ def main() -> None:
         phase = read_json(args.phase4a_results, "--phase4a-results")
         if not isinstance(phase, dict) or phase.get("phase") != "4a":
             raise BadInput(f"--phase4a-results: {args.phase4a_results} is no result of run_phase4a_reproduction.py")
-    prepare(args.device, args.threads)
+    device = prepare(args.device, args.threads)
     from husai.evals import cebench_checkout, loaded, sae_probes, supplied
     from husai.evals.loaded import Opener
     from husai.report.evidence import PARTS
@@ -102,10 +104,14 @@ def main() -> None:
         cebench_checkout.code_digest(args.cebench_repo)
     opener = Opener()
     group = supplied.look_over(args, opener)
-    names = supplied.named(args, group, opener)
+    names, cannot_run = supplied.named(args, group, opener), supplied.cannot_run(args, group, opener)
     args.subject, harvesting = loaded.subject_and_harvesting(args, opener)
-    del opener  # frees its memory for the parts
     make_folder(args.artifact_root)
+    if args.dry_run:
+        parts = evidence(args, Path("parts"), group, cannot_run)
+        print(forecast_of(args, parts, loaded.load(args, device, opener), device))
+        return
+    del opener  # frees its memory for the parts
     subject = pretrained.digest_of(args.subject)
     if args.output_dir is None:
         args.output_dir = CHECKS / folder_of(args.checkpoint, group.checkpoints.values())
@@ -117,7 +123,7 @@ def main() -> None:
         for seed, sha256 in group.checkpoints.items():
             run.add_input(f"checkpoint {seed}", sha256)
         done: list[dict] = []
-        parts = [*evidence(args, root, group), gate(args, root)]
+        parts = [*evidence(args, root, group, cannot_run), gate(args, root)]
         count = len(parts) + 1  # and the page
         for part in parts:
             done.append(record(run, part, done, count))
@@ -151,8 +157,12 @@ def main() -> None:
 # Parts of the check
 
 
-def evidence(args, root: Path, group) -> list[Part]:
-    """Parts whose results the gate and the page read, in order."""
+def evidence(args, root: Path, group, cannot_run: dict[str, str]) -> list[Part]:
+    """Parts whose results the gate and the page read, in order.
+
+    Args:
+        cannot_run: part that cannot run on these SAEs -> the reason.
+    """
     machine = ["--artifact-root", str(args.artifact_root), "--device", args.device, "--threads", str(args.threads)]
     machine += ["--force"] if args.force else []
     draws = ["--null-draws", str(args.null_draws)]
@@ -177,8 +187,6 @@ def evidence(args, root: Path, group) -> list[Part]:
     # SAEs of Gaussian rows need activations. The training activations of other libraries' SAEs are not available.
     rows = args.train_rows or (None if group.facts.source == "husai" else args.rows)
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
-    no_recipe = None if group.facts.source == "husai" else "the SAEs do not say how they were trained"
-    no_control = no_recipe and not controls and f"{no_recipe}; --random-model-checkpoint names SAEs of the control"
 
     parts = [
         Part("candidate_confirmation", "experiments/run_candidate_confirmation.py", [*arguments, *draws, *machine]),
@@ -186,9 +194,8 @@ def evidence(args, root: Path, group) -> list[Part]:
             "random_model_stress",
             "experiments/run_random_model_stress_eval.py",
             [*trained, *controls],
-            not_run=no_control or None,
         ),
-        Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained, not_run=no_recipe),
+        Part("transcoder_stress", "experiments/run_transcoder_stress_eval.py", trained),
         Part("ood_stress", "experiments/run_ood_stress_eval.py", [*candidate, *probing, "--skip-families"]),
         Part(
             "feature_reliability",
@@ -196,11 +203,40 @@ def evidence(args, root: Path, group) -> list[Part]:
             [*candidate, *given("train_rows", rows), "--contexts", str(args.contexts)],
         ),
     ]
-    parts = [replace(p, folder=root / p.name) for p in parts]
+    parts = [replace(p, folder=root / p.name, not_run=cannot_run.get(p.name)) for p in parts]
     if positive_control(args) is None:  # it comes last, because problems of the SAEs are then seen sooner
         shared = shared_control(args).parent
         parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws], shared))
     return parts
+
+
+def forecast_of(args, parts: list[Part], tested, device) -> str:
+    """What a check would train, at what cost, and which gates would have no answer."""
+    from husai.evals import forecast, sae_probes
+    from husai.evidence.data_sets import DATA_SETS
+    from husai.evidence.rules import MINIMUM_SEEDS
+    from husai.report.text import table
+    from husai.runs.progress import duration
+
+    running = {p.name for p in parts if p.not_run is None}
+    trainings = forecast.of_check(tested, running, device)
+    rows = [[t.part, t.what, str(t.saes), f"{t.tokens:,}", duration(t.seconds)] for t in trainings]
+    lines = table(["part", "what it trains", "SAEs", "tokens each", "about"], rows)
+    total = f"{sum(t.saes for t in trainings)} SAEs, about {duration(sum(t.seconds for t in trainings))} of training"
+    lines += ["", f"{total}, less those that are there already. Activations, probes and benchmarks take time too."]
+    if "positive_control" in running:
+        lines.append("positive_control trains SAEs of planted features and of modular addition, once for all checks.")
+    lines += [f"{p.name} does not run, and its gate will be MISSING: {p.not_run}." for p in parts if p.not_run]
+    missing = {
+        f"All gates about the SAEs: {len(tested.saes)} SAEs; {MINIMUM_SEEDS} expected": len(tested.saes)
+        < MINIMUM_SEEDS,
+        "SAEBench, CE-Bench: no reference is matched while the training is unknown": tested.training_metadata is None,
+        "SAEBench, CE-Bench: no matched references (--reference)": tested.training_metadata and not args.reference,
+        "SAEBench: other --dataset-names than the default": set(args.dataset_names)
+        != set(sae_probes.check_data_sets(DATA_SETS.split(","))),
+        "CE-Bench: no stories (--stories)": tested.training_metadata and not args.stories,
+    }
+    return "\n".join([*lines, *(f"MISSING: {why}." for why, holds in missing.items() if holds)])
 
 
 def given(flag: str, value) -> list[str]:
@@ -233,18 +269,19 @@ def shared_control(args) -> Path:
 
 def positive_control(args) -> Path | None:
     """Path of the positive control's results; None if it must be run."""
+    from husai.release.recompute import run_problems
     from husai.runs.errors import BadInput
-    from husai.runs.files import read_json
 
     if args.phase4a_results:
         return args.phase4a_results
     of_the_program = args.artifact_root / "experiments" / "phase4a_trained_vs_random" / "results.json"
-    for path in (shared_control(args), of_the_program):
+    for path in (shared_control(args), of_the_program) if not args.force else ():
         try:
-            if read_json(path, "phase 4a").get("planted"):
-                return path
-        except (BadInput, AttributeError):  # missing or incomplete results
+            results, problems = run_problems(path)
+        except BadInput:  # there are none, or they are cut off
             continue
+        if not problems and results.get("planted"):
+            return path
     return None
 
 
@@ -274,7 +311,7 @@ def record(run, part: Part, done: list[dict], count: int) -> dict:
         code = run.command(part.name, part.words, f"part {len(done) + 1} of {count}, {part.name}")
         facts |= {"return_code": code, "seconds": run.commands[-1]["seconds"], "log": run.commands[-1]["log"]}
         reason = None if code == 0 else f"return code {code}: {last_line(run.folder / facts['log'])}"
-    if part.folder is not None and reason is not None:
+    if reason is not None and part.folder is not None and part.folder.is_relative_to(run.output_dir):
         # Remove results of an earlier check, because they are not about this one. Its run folder keeps them.
         for name in ("results.json", "summary.md", "manifest.json", "release_policy.json", "release_policy.md"):
             (part.folder / name).unlink(missing_ok=True)

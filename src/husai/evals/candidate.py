@@ -101,7 +101,7 @@ def _untrained(
     if evaluation is None:
         before = untrained_of(args)
         return {c.identity: before[c.folder] for c in saes}
-    folders = foreign.find_all(args.untrained, "--untrained", args.hook_name, untrained=True)
+    folders = foreign.find_all(args.untrained, "--untrained", evaluation.bank.hook_name, untrained=True)
     folder_of_digest = {foreign.checkpoint_sha256(folder): folder for folder in folders}
     digest_of_seed = (evaluation.untrained if isinstance(evaluation, Supplied) else None) or {}
     if set(digest_of_seed.values()) != set(folder_of_digest):
@@ -169,6 +169,17 @@ def activations_of(
     return source.open_store(*machine, subject=subject, hook_name=hook_name, rows=rows, **settings)
 
 
+def folder_of_store(artifact_root: Path, digest: str) -> Path | None:
+    """Folder of the store with a digest below `artifact_root`; None if there is none."""
+    for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
+        try:
+            if StoreManifest.model_validate(read_json(path)).digest == digest:
+                return path.parent
+        except (BadInput, ValidationError):  # a damaged store cannot be the one with this digest
+            continue
+    return None
+
+
 def training_store(
     tested: LoadedSAEs,
     artifact_root: Path,
@@ -201,14 +212,11 @@ def training_store(
             log.warning(
                 "the SAEs were trained on the text %s; their controls are of %s", metadata.get("text"), tested.source
             )
-        return activations_of(tested, artifact_root, rows or tested.store.rows, device, threads, random_seed)
+        of_heldout = tested.store.rows + (tested.store.manifest.dropped_rows or 0)
+        return activations_of(tested, artifact_root, rows or of_heldout, device, threads, random_seed)
     if rows is None:
-        for path in sorted((artifact_root / "activations").glob("*/manifest.json")):
-            try:
-                if StoreManifest.model_validate(read_json(path)).digest == digest:
-                    return ActivationStore.open(path.parent)
-            except (BadInput, ValidationError):  # a damaged store cannot be the one with this digest
-                continue
+        if folder := folder_of_store(artifact_root, digest):
+            return ActivationStore.open(folder)
         raise BadInput(
             f"checkpoint: the activations that {tested.saes[0].folder} was trained on (digest {digest[:12]}) are not "
             f"below {artifact_root / 'activations'}; --train-rows says how many to harvest"

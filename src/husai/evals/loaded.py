@@ -524,7 +524,7 @@ def open_draw(
     store = heldout_store(random_model, hook_name, artifact_root, rows, threads, source)
     controls = open_all(folders, store, "random-model-checkpoint", random_model, artifact_root, opener)
     refuse_twins(controls)
-    return LoadedSAEs(name, random_model, store, controls, source=source)
+    return LoadedSAEs(name, random_model, store, controls, source=source, harvesting=harvesting or Harvesting())
 
 
 @dataclass(frozen=True)

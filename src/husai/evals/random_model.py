@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -37,6 +38,11 @@ SHARED_DOCUMENTS = 0.9
 """Least share of common documents of two stores without outliers. A short document may lose all of its rows."""
 PASSES, LEARNING_RATE = 10, 1e-3
 """Passes over the Gaussian rows and learning rate, if the recipe of the SAEs is unknown."""
+BATCHES, LEAST_STEPS = (64, 1024), 950
+"""Smallest and largest batch, and number of steps for which batches become smaller. In fewer steps a sparsity penalty
+does not reach its L0."""
+AIMED = 3
+"""Largest number of trainings of such SAEs, to reach the L0 of the SAEs."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ def grid_of(tested: LoadedSAEs) -> list[Member]:
     return grid
 
 
+def own_recipe(tokens: int) -> TrainingConfig:
+    """HUSAI's recipe for controls and siblings of SAEs whose own recipe is unknown."""
+    return TrainingConfig(tokens=tokens, batch_size=min(BATCHES[1], max(BATCHES[0], tokens // LEAST_STEPS)))
+
+
 def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
     """Grid and configuration for controls, one member for each SAE.
 
@@ -73,13 +84,56 @@ def trained_alike(tested: LoadedSAEs) -> tuple[list[Member], TrainingConfig]:
     """
     if tested.training_metadata is not None:
         return grid_of(tested), tested.recipe
-    rows = tested.store.rows
-    config = TrainingConfig(tokens=PASSES * rows, batch_size=min(1024, rows))
+    config = own_recipe(PASSES * tested.store.rows)
     grid = [
         Member(i, c.sae.d_sae, max(1, round(c.record.heldout.l0)), LEARNING_RATE, i, family_of(c.sae.architecture))
         for i, c in enumerate(tested.saes)
     ]
     return grid, config
+
+
+def gaussian_control(
+    tested: LoadedSAEs, store: ActivationStore, artifact_root: Path, device: torch.device, threads: int
+) -> ControlArm:
+    """SAEs trained like the tested ones, on Gaussian rows with a store's moments. All phases share them."""
+    place, (grid, config) = (artifact_root, store), trained_alike(tested)
+    if tested.training_metadata is not None:
+        return controls.gaussian(*place, grid, config, device, threads)
+    return gaussian_at_l0(*place, grid, config, [c.record.heldout.l0 for c in tested.saes], device, threads)
+
+
+def gaussian_at_l0(
+    artifact_root: Path,
+    store: ActivationStore,
+    grid: list[Member],
+    config: TrainingConfig,
+    wanted: list[float],
+    device: torch.device,
+    threads: int,
+) -> ControlArm:
+    """SAEs of Gaussian rows that reach a held-out L0.
+
+    Architectures without a fixed number of active features can miss it. Members that do are trained again, aimed at a
+    corrected L0. Of all attempts, the one with the smallest largest miss counts.
+
+    Args:
+        wanted: L0 of each member of the grid.
+    """
+    attempts = []
+    for _ in range(AIMED):
+        arm = controls.gaussian(artifact_root, store, grid, config, device, threads)
+        ratios = [w / max(m.heldout.l0, 0.5) for w, m in zip(wanted, arm.alike.members, strict=True)]
+        miss = max(abs(math.log(max(ratio, 1e-9))) for ratio in ratios)
+        attempts.append((miss, arm))
+        if all(same_l0(ratio, 1.0) for ratio in ratios):
+            return arm
+        grid = [
+            m if same_l0(ratio, 1.0) else replace(m, k=min(m.d_sae, max(1, round(m.k * ratio))))
+            for m, ratio in zip(grid, ratios, strict=True)
+        ]
+    miss, arm = min(attempts, key=lambda attempt: attempt[0])
+    log.warning("SAEs of Gaussian rows miss the L0 of the SAEs by up to %.0f %%", 100 * (math.exp(miss) - 1))
+    return arm
 
 
 def own_dictionaries(tested: LoadedSAEs) -> list[Dictionary]:
@@ -114,7 +168,7 @@ def section_of(
     Args:
         store: `own_store`. draws: number of draws of the spectral null.
     """
-    gaussian = controls.gaussian(artifact_root, store, *trained_alike(tested), device, threads)
+    gaussian = gaussian_control(tested, store, artifact_root, device, threads)
     members = [c.member for c in tested.saes]
     labels, dictionaries = [m.label for m in members], near_prototypes(own_dictionaries(tested), store, artifact_root)
     cells = Cells(artifact_root / "controls" / "cells")

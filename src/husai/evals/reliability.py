@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pandas as pd
 import torch
 
-from husai.evals import candidate, features, siblings
+from husai.evals import candidate, features, forecast, siblings
 from husai.evals.flags import EvalParser
 from husai.evals.loaded import LoadedSAEs
 from husai.evals.siblings import SiblingPlan
@@ -95,8 +95,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
     if to_train == 0 and (args.tokens or args.buffer_rows):
         raise BadInput("--tokens and --buffer-rows: nothing is trained for several checkpoints; --siblings N expected")
     plan = siblings.make_plan(user_saes, to_train, args.tokens, args.train_rows, args.buffer_rows)
-    forecast = siblings.forecast(user_saes, plan, args.artifact_root, device, others + to_train, args.rotations)
-    return Prepared(user_saes, plan, limits, [*notes, *more, *siblings.departures(user_saes, plan)], forecast.lines())
+    sizes = args.artifact_root, device, others + to_train, args.rotations
+    lines = forecast.of_siblings(user_saes, plan, *sizes).lines()
+    return Prepared(user_saes, plan, limits, [*notes, *more, *siblings.departures(user_saes, plan)], lines)
 
 
 def answer(args: argparse.Namespace, cells: Cells, device: torch.device) -> Reliability:

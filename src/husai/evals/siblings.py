@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,39 +11,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from husai.activations.language_model import Inputs, run
+from husai.activations.language_model import Inputs
+from husai.activations.outliers import moments
 from husai.activations.source import LANGUAGE_MODEL_ROWS, open_store
 from husai.activations.store import ActivationStore
 from husai.activations.stream import ActivationStream
 from husai.dictionaries import catalogue, foreign, recipes
 from husai.dictionaries.families import FAMILIES, family_of
-from husai.dictionaries.family import Shape
 from husai.dictionaries.sae import SAE
 from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs
-from husai.evals.random_model import LEARNING_RATE, PASSES, trained_alike
+from husai.evals.random_model import LEARNING_RATE, PASSES, gaussian_at_l0, gaussian_control, own_recipe
 from husai.evidence.features import SiblingTraining
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
 from husai.runs.cells import Cells
 from husai.runs.errors import BadInput, CheckFailed, Dependent
-from husai.runs.progress import duration, progress
+from husai.runs.progress import progress
 from husai.stability import controls, independence, replicates
 from husai.stability.nulls import Spectrum
-from husai.stability.recurrence import refuse_unlike, rotations_for
+from husai.stability.recurrence import refuse_unlike
 from husai.subjects.hooks import same_place
-from husai.training import memory
 from husai.training.grid import train_on_stream, train_or_find
-from husai.training.stack import Member, Stack, StepSettings
+from husai.training.stack import Member
 from husai.training.trainer import TrainingConfig
 
 log = logging.getLogger("husai")
 DEFAULT = 14
 """Number of siblings of a single SAE. A feature that recurs in all 14 is certified at 0.8 (`rules.siblings_needed`)."""
-TIMED_STEPS = 3
-FLOAT = 4
-"""Bytes of one number in checkpoints and stores."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def make_plan(
     k = first.sae.k or max(1, round(first.record.heldout.l0))
     rows = rows or min(LANGUAGE_MODEL_ROWS, tokens or own_tokens or LANGUAGE_MODEL_ROWS)
     tokens = tokens or own_tokens or PASSES * rows
-    config = TrainingConfig(tokens=tokens, batch_size=min(1024, rows))
+    config = own_recipe(tokens)
     grid = [Member(s, first.sae.d_sae, k, LEARNING_RATE, s, family_of(first.sae.architecture)) for s in seeds]
     return SiblingPlan(grid, config, rows, whole_batches(buffer_rows, config), False, own_tokens)
 
@@ -147,147 +141,6 @@ def whole_batches(buffer_rows: int | None, config: TrainingConfig) -> int | None
     if buffer_rows < config.batch_size:
         raise BadInput(f"--buffer-rows {buffer_rows}: at least a batch of {config.batch_size} expected")
     return buffer_rows - buffer_rows % config.batch_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Forecast
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Time, memory and disk of a run, extrapolated from a few timed steps on this machine."""
-
-    saes: int
-    """Number of SAEs to train: siblings and as many SAEs of Gaussian rows. Without siblings, the latter alone."""
-    siblings: int
-    """Number of siblings among them."""
-    tokens: int
-    """Number of rows that each SAE sees."""
-    rows: int
-    """Number of activations to harvest."""
-    passes: int
-    """Number of passes over the data. More than one are needed if the SAEs do not fit into memory together."""
-    harvest_seconds: float
-    training_seconds: float
-    rotation_seconds: float
-    memory_bytes: int
-    """Memory of the largest pass."""
-    disk_bytes: int
-    free_bytes: int
-
-    def lines(self) -> list[str]:
-        """The forecast as text."""
-        seconds = self.harvest_seconds + self.training_seconds + self.rotation_seconds
-        controls = f"{self.saes - self.siblings} controls (SAEs of Gaussian rows)"
-        if self.siblings:
-            trained = f"{self.siblings} sibling{'s' if self.siblings > 1 else ''} + {controls}"
-            rows = f"{self.rows:,} different ones (--train-rows)"
-        else:
-            trained = f"{controls}; the given SAEs are the siblings, and none is trained"
-            rows = f"{self.rows:,} different Gaussian rows, as many as the held-out rows (--rows)"
-        return [
-            f"to train: {trained}",
-            f"{self.tokens:,} tokens each, {rows}; {self.passes} pass{'es' if self.passes > 1 else ''} over the data",
-            f"time about {duration(seconds)}: activations {duration(self.harvest_seconds)}, training "
-            f"{duration(self.training_seconds)}, rotations {duration(self.rotation_seconds)}",
-            f"memory about {self.memory_bytes / 1e9:.1f} GB, disk about {self.disk_bytes / 1e9:.1f} GB "
-            f"({self.free_bytes / 1e9:.0f} GB free)",
-        ]
-
-
-def forecast(
-    user_saes: LoadedSAEs,
-    plan: SiblingPlan,
-    artifact_root: Path,
-    device: torch.device,
-    siblings: int,
-    rotations: int | None = None,
-) -> Forecast:
-    """Forecast a plan. Times a few training steps, one batch of the model, and one product of two decoders.
-
-    Args:
-        siblings: number of SAEs that the SAE is compared with. rotations: see `recurrence.rotations_for`.
-    """
-    first, n = user_saes.saes[0].sae, len(plan.grid)
-    grid, config = (plan.grid, plan.config) if n else trained_alike(user_saes)
-    trainings = 2 if n else 1  # of siblings and of SAEs of Gaussian rows, or of these alone
-    rows = (plan.rows or min(LANGUAGE_MODEL_ROWS, config.tokens)) if n else user_saes.store.rows
-    rows_to_harvest = rows + (config.tokens if plan.buffer_rows else 0)
-    sizes = memory.Sizes(first.d_in, first.d_out, config.batch_size, len(config.snapshot_steps()))
-    passes = memory.passes(grid, sizes, device)
-    step = _seconds_of_step([grid[i] for i in passes[0]], config, first.d_in, device)
-    training = trainings * step * config.steps * len(grid) / len(passes[0])
-    largest = max(sum(memory.state_bytes(grid[i], sizes, device) for i in p) for p in passes)
-
-    checkpoint = FLOAT * first.d_sae * (first.d_in + first.d_out * (1 + sizes.snapshots))
-    stores = trainings * FLOAT * rows * first.d_in
-    artifact_root.mkdir(parents=True, exist_ok=True)
-    return Forecast(
-        saes=trainings * len(grid),
-        siblings=n,
-        tokens=config.tokens,
-        rows=rows_to_harvest,
-        passes=trainings * len(passes),
-        harvest_seconds=rows_to_harvest * _seconds_of_token(user_saes, device) if n else 0.0,
-        training_seconds=training,
-        rotation_seconds=2
-        * siblings
-        * (rotations or rotations_for(first.d_sae))
-        * _seconds_of_product(first.W_dec, device),
-        memory_bytes=largest,
-        disk_bytes=stores + trainings * len(grid) * checkpoint,
-        free_bytes=shutil.disk_usage(artifact_root).free,
-    )
-
-
-def _seconds_of_step(members: list[Member], config: TrainingConfig, d_in: int, device: torch.device) -> float:
-    """Median seconds of a training step of a stack on Gaussian rows. The first step may compile and does not count."""
-    settings = StepSettings(
-        config.betas,
-        config.weight_decay,
-        config.aux_coefficient,
-        config.dead_after_tokens,
-        config.proposes(device, d_in),
-        config.steps,
-        config.freeze_decoder,
-    )
-    shape = Shape(d_in, d_in, members[0].d_sae)
-    stack = Stack(members, shape, device, torch.float32, config.tied_init, None)
-    x = torch.randn(config.batch_size, d_in, device=device).expand(len(members), -1, -1)
-    times = []
-    for i in range(TIMED_STEPS + 1):
-        began = time.monotonic()
-        stack.step(x, x, i, 1.0, settings)
-        _wait(device)
-        times.append(time.monotonic() - began)
-    return sorted(times[1:])[TIMED_STEPS // 2]
-
-
-def _seconds_of_token(user_saes: LoadedSAEs, device: torch.device) -> float:
-    """Seconds of the model up to the hook for one token, from the second of two batches."""
-    subject, length = user_saes.subject, min(128, user_saes.subject.n_ctx)
-    tokens = torch.randint(len(subject.tokenizer), (4, length)).numpy()
-    for _ in range(2):
-        began = time.monotonic()
-        run(subject, [*tokens], [user_saes.hook_name])
-        _wait(device)
-    return (time.monotonic() - began) / tokens.size
-
-
-def _seconds_of_product(W_dec: torch.Tensor, device: torch.device) -> float:
-    """Seconds for all cosines of two decoders, extrapolated from a part of one decoder."""
-    W = W_dec.to(device)
-    part = W[: min(1024, len(W))]
-    for _ in range(2):
-        began = time.monotonic()
-        (part @ W.T).amax(1)
-        _wait(device)
-    return (time.monotonic() - began) * len(W) / len(part)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,8 +239,13 @@ def compared(
         store = store_of(user_saes, plan, artifact_root, device, threads)
         trained, plan = train(user_saes, plan, store, cells, artifact_root, device, threads)
         others += [Other.of(c, "trained") for c in trained]
-        recipe = _enough(plan.grid, len(others)), plan.config
         member, config = plan.grid[0], plan.config
+        grid = _enough(plan.grid, len(others))
+        place = artifact_root, store, grid, config
+        if plan.recipe_known:
+            noise = controls.gaussian(*place, device, threads)
+        else:
+            noise = gaussian_at_l0(*place, [user_saes.saes[0].record.heldout.l0] * len(grid), device, threads)
         of_store = len(store.split(config.heldout_fraction)[0])
         training = SiblingTraining(
             family=member.family,
@@ -402,10 +260,9 @@ def compared(
         )
         withheld = plan.fewer_tokens or _fewer_rows(user_saes, plan, store)
     else:
-        recipe = trained_alike(user_saes)
         store = _own_store(user_saes, plan.rows, artifact_root, device, threads)
-    noise = controls.gaussian(artifact_root, store, *recipe, device, threads)
-    mean, covariance = store.stats()
+        noise = gaussian_control(user_saes, store, artifact_root, device, threads)
+    mean, covariance = moments(store)
     inputs = user_saes.inputs() | {"activations": store.digest}
     inputs |= {f"checkpoint {o.label}": o.sha256 for o in others}
     return Group(
@@ -446,12 +303,19 @@ def _enough(grid: list[Member], n: int) -> list[Member]:
 def _own_store(
     user_saes: LoadedSAEs, rows: int | None, artifact_root: Path, device: torch.device, threads: int
 ) -> ActivationStore:
-    """Store of the activations that the SAEs were trained on, or the held-out store if they are not available."""
+    """Store of the activations that the SAEs were trained on, or the held-out store if they are not available.
+
+    Raises:
+        BadInput: `rows` do not give these activations.
+    """
     if user_saes.training_metadata is None:
         return user_saes.store
     try:
         return training_store(user_saes, artifact_root, rows, device, threads)
-    except BadInput:
+    except BadInput as error:
+        if rows is not None:
+            raise
+        log.info("%s; the held-out activations are used", error)
         return user_saes.store
 
 

@@ -18,7 +18,7 @@ from husai.activations.source import open_store
 from husai.dictionaries import foreign
 from husai.dictionaries.sae import SAE
 from husai.evals import cebench, coding, contrastive, loaded, random_model, sae_probes, saebench
-from husai.evals.candidate import untrained_of
+from husai.evals.candidate import folder_of_store, untrained_of
 from husai.evals.loaded import LoadedSAE, LoadedSAEs, Opener, Places, in_order
 from husai.evidence.data_sets import PAIR_SETS
 from husai.evidence.levels import PROBING_SEED, random_weights
@@ -32,11 +32,12 @@ from husai.evidence.schemas import (
     Supplied,
     seed_names,
 )
+from husai.evidence.transcoder import hook_before
 from husai.runs.cells import Cells
 from husai.runs.checkpoints import write_place
 from husai.runs.errors import BadInput
 from husai.runs.files import sha256_file
-from husai.stability import controls, independence, replicates, study
+from husai.stability import independence, replicates, study
 from husai.stability.compare import Dictionary
 from husai.stability.independence import refuse_copies
 from husai.stability.prototypes import of_store
@@ -106,6 +107,27 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     independence.refuse_dependent(labels, [sae.W_dec for sae in saes])
     # All parts use this order. Therefore a number means the same SAE in every part.
     return SeedGroup.of(in_order([_record(folder, opener) for folder in folders]))
+
+
+def cannot_run(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
+    """Stress test that cannot run on SAEs that `look_over` accepted -> the reason."""
+    random_model, transcoders = "random_model_stress", "transcoder_stress"
+    if group.facts.source != "husai":
+        why = "the SAEs do not say how they were trained"
+        hint = "--random-model-checkpoint names SAEs of the control"
+        return ({} if args.random_model_checkpoint else {random_model: f"{why}; {hint}"}) | {transcoders: why}
+    folder = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)[0]
+    digest, streamed = group.facts.store_digest, opener.sae(folder).metadata["husai"].get("streamed")
+    if digest is None:
+        return dict.fromkeys((random_model, transcoders), "the SAEs do not name the activations of their training")
+    if not streamed and args.train_rows is None and folder_of_store(args.artifact_root, digest) is None:
+        why = f"the activations that the SAEs were trained on are not below {args.artifact_root / 'activations'}"
+        return dict.fromkeys((random_model, transcoders), f"{why}; --train-rows says how many to harvest")
+    try:
+        hook_before(args.hook_name)
+    except BadInput as error:
+        return {transcoders: str(error)}
+    return {}
 
 
 def named(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
@@ -243,9 +265,8 @@ def stability(
         initial = initial or [sha256_file(_snapshots(c.folder)) for c in saes.saes]
         states = dict(zip(seed_names([m.seed for m in members]), initial, strict=True))
     labels = [m.label for m in members]
-    grid, config = random_model.trained_alike(saes)
-    gaussian = controls.gaussian(args.artifact_root, saes.store, grid, config, device, args.threads)
-    store_prototypes = of_store(saes.store, args.artifact_root, grid[0].d_sae)
+    gaussian = random_model.gaussian_control(saes, saes.store, args.artifact_root, device, args.threads)
+    store_prototypes = of_store(saes.store, args.artifact_root, saes.saes[0].sae.d_sae)
     arguments = cells, saes.store, labels, dictionaries, args.null_draws, args.threads
     compared, _ = study.compare_all(*arguments, {}, gaussian, prototype_rows=store_prototypes)
     return OwnSection(members=members, **dict(compared)), states

@@ -103,7 +103,7 @@ def sections(
     )
     saes, steps = trained.members, trained.snapshot_steps
     transcoders, drawn = study.score_trained(cells, task.written, saes, steps, draws, threads, noise, scores=PAIRED)
-    gaussian = controls.gaussian(artifact_root, task.written, *random_model.trained_alike(tested), device, threads)
+    gaussian = random_model.gaussian_control(tested, task.written, artifact_root, device, threads)
     folders = [cells.folder.parent / m.checkpoint for m in saes]
     sides = random_model.own_dictionaries(tested), [study.own_dictionary(folder) for folder in folders]
     own_side, partners = (random_model.near_prototypes(side, task.written, artifact_root) for side in sides)

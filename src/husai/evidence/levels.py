@@ -37,8 +37,8 @@ MAX_OOD_DROP = 0.1
 MIN_SAEBENCH_DELTA = 0.0
 MIN_CEBENCH_DELTA = 0.0
 MIN_EXPLAINED_VARIANCE, MIN_CE_RECOVERED = 0.5, 0.5
-"""Floors. Below that of explained variance, SAEs of planted features recover less than half of them. That of CE
-recovered is a convention."""
+"""Floors. Below that of explained variance, SAEs of planted features have a recovery below one half.
+That of CE recovered is a convention."""
 MAX_DEAD_SHARE = 0.25
 """Ceiling. SAEs twice as wide as a planted dictionary, trained until they recover it, have fewer dead features."""
 MAX_EV_LOST = 0.05

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from husai.release import decisions
 from husai.release.recompute import resolve
 from husai.runs.errors import BadInput
-from husai.runs.files import read_json, sha256_file
+from husai.runs.files import read_json, sha256_file, write_text
 
 LOG = "EXPERIMENT_LOG.md"
 DOCUMENTS = ("README.md", "START_HERE.md", LOG, "docs/methods.md")
@@ -145,7 +145,7 @@ def write_digests(path: Path, root: Path) -> list[str]:
     text = re.sub(r"^artefacts:.*\n(?:[ \t]+\S.*\n)*", "\n".join(lines) + "\n", path.read_text(), count=1, flags=re.M)
     if yaml.load(text, _Loader).get("artefacts") != now:
         raise BadInput(f"claims: {path}: artefacts: one indented line an artefact expected, `path: sha256`")
-    path.write_text(text)
+    write_text(path, text)
     before = claims.artefacts
     return [
         f"{name}: {before.get(name, 'none')[:12]} -> {now.get(name, 'none')[:12]}"

@@ -238,12 +238,12 @@ def _to_pass(shown: Shown, worst: Estimate) -> str:
     seeds = int(np.ceil(shown.n * times**2))
     if shown.families is not None:
         return (
-            f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true, an interval {times:.1f} "
-            f"times as narrow would show it: it is of {shown.families} families of data sets and {shown.n} seeds"
+            f"the estimate, {worst.estimate:+.4f}, is on the right side; if it is the true figure, an interval "
+            f"{times:.1f} times as narrow shows it; this one is of {shown.families} families and {shown.n} seeds"
         )
     return (
-        f"the estimate, {worst.estimate:+.4f}, is on the right side; were it true and all the spread that of seeds, "
-        f"about {max(seeds, shown.n + 1)} seeds would show it"
+        f"the estimate, {worst.estimate:+.4f}, is on the right side; if it is the true figure and seeds alone vary, "
+        f"about {max(seeds, shown.n + 1)} seeds show it"
     )
 
 
@@ -388,7 +388,10 @@ class _Candidate:
         heldout = bank.inputs["held-out activations"]
         self.stores = {heldout}  # the store of the candidate's own study
         _about(confirmation.section, self)
-        self.stores = {heldout, group.facts.store_digest} - {None}  # a stress test may use the training activations
+        # A stress test may use the training activations. SAEs that were trained on a stream have no store of these: it
+        # then uses those of the same documents that gave the prototypes.
+        documents = None if bank.code is None else bank.code.store_digest
+        self.stores = {heldout, group.facts.store_digest, documents} - {None}
         self.read, self.data_sets = set(), set(DATA_SETS.split(","))
         probing = bank.saebench
         self.cohort = {"probing_seed": levels.PROBING_SEED, "probing": probing and probing.probing}
