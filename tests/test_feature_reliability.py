@@ -167,7 +167,9 @@ def test_dry_run(reliability, saes):
 def test_the_forecast_counts_all_that_is_trained(asked, root):
     """Siblings, and an SAE of Gaussian rows for each sibling; of supplied siblings, one for each SAE."""
     for to_train, trained in ((0, 5), (2, 2 + 6)):
-        found = forecast.of_siblings(asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4 + to_train)
+        found = forecast.estimate_siblings(
+            asked, siblings.make_plan(asked, to_train, None, None), root, CPU, 4 + to_train
+        )
         assert (found.saes, found.siblings) == (trained, to_train)
         assert found.training_seconds > 0
 

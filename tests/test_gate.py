@@ -453,25 +453,31 @@ def supplied(good) -> Bundle:
     return simulate.supplied(good)
 
 
-def test_supplied_saes_of_a_stream_are_tested_on_the_documents_of_the_prototypes(supplied):
-    """Their files name a stream, which is no store."""
-    facts = supplied.files["confirmation"].results["candidate"]["facts"]
+def test_stress_tests_of_a_stream_take_the_documents_of_the_prototypes(supplied):
+    """Files of streamed SAEs name a stream, which is no store. Stores of all other SAEs are named by their files."""
+    own = supplied.files["confirmation"].results["candidate"]["facts"]["store_digest"]
 
-    def streamed(value):
+    def with_facts(value, **facts):
         if isinstance(value, list):
-            return [streamed(v) for v in value]
+            return [with_facts(v, **facts) for v in value]
         if not isinstance(value, dict):
             return value
-        changed = {name: streamed(v) for name, v in value.items()}
-        of_the_saes = value.get("store_digest") == facts["store_digest"] and "training" in value
-        return changed | {"store_digest": "e" * 64} if of_the_saes else changed
+        changed = {name: with_facts(v, **facts) for name, v in value.items()}
+        return changed | facts if value.get("store_digest") == own and "training" in value else changed
 
-    files = {label: f and replace(f, results=streamed(f.results)) for label, f in supplied.files.items()}
-    assert files["confirmation"].results["candidate"]["facts"]["store_digest"] == "e" * 64
-    decision, gates = judged(Bundle(files, supplied.on_disk))
+    def decided(documents=own, **facts):
+        files = {label: f and replace(f, results=with_facts(f.results, **facts)) for label, f in supplied.files.items()}
+        files["confirmation"].results["bank"]["code"]["store_digest"] = documents
+        return judged(Bundle(files, supplied.on_disk))
+
+    decision, gates = decided(store_digest="e" * 64, streamed=True)
     assert decision["outcome"] == "provisional", {n: g["reason"] for n, g in gates.items() if g["status"] != "PASS"}
-    files["confirmation"].results["bank"]["code"]["store_digest"] = "d" * 64
-    assert judged(Bundle(files, supplied.on_disk))[1]["transcoder"]["status"] == "MISSING"
+    other_documents = decided("d" * 64, store_digest="e" * 64, streamed=True)
+    no_stream = decided(store_digest="e" * 64)
+    for _, gates in (other_documents, no_stream):
+        for name in ("random_model", "transcoder"):
+            assert gates[name]["status"] == "MISSING"
+            assert "store_digest" in gates[name]["reason"]
 
 
 def test_supplied_saes_never_get_more_than_provisional(good, supplied):

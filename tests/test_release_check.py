@@ -168,18 +168,20 @@ def counted(said):
     return int(re.search(r"^(\d+) SAEs, about", said, re.M)[1])
 
 
-def test_a_dry_run_trains_nothing(check, root, saes, foreign):
+def test_a_dry_run_trains_nothing(check, refused, root, saes, foreign):
     before = all_saes(root)
     code, results, said = check("dry", saes[:3], "--dry-run")
     assert (code, results, check.started) == (0, None, []), said
     assert all_saes(root) == before
     gaussian, random_weights, transcoders = 2 + 3, 3, 2
     assert counted(said) == 3 * (gaussian + random_weights + transcoders)
-    assert "--reference" in said
     assert re.search(r"^MISSING: .*\b3 SAEs\b", said, re.M)
     code, _, said = check("dry", foreign, "--dry-run")
     assert (code, counted(said)) == (0, 5), "HUSAI does not know how to train more alike"
-    assert re.search(r"^transcoder_stress\b", said, re.M)
+    assert re.search(r"^MISSING: transcoder: ", said, re.M)
+    code, _, said = check("dry", saes, "--dry-run", "--reference", *saes)
+    assert re.search(r"^MISSING: saebench, cebench: .*--reference", said, re.M), said
+    refused(f"--checkpoint: {saes[0]} is named twice", CHECK, "--checkpoint", saes[0], saes[0], saes[1])
 
 
 @pytest.mark.nightly  # five SAEs of another library take the same way in CI

@@ -45,6 +45,7 @@ def few():
 def run(run_script, monkeypatch, few, work):
     """`run(script, name, *arguments)` -> (exit code, results, stderr), in `work/name`."""
     monkeypatch.setattr(text, "corpus", lambda: few)
+    monkeypatch.chdir(work)  # the gate's default paths must not find results of the repository
 
     def call(script, name, *arguments):
         places = ["--output-dir", work / name]

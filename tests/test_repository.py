@@ -145,6 +145,8 @@ def test_hosted_ci_does_what_ci_does():
 def test_the_table_of_rules_is_the_rules():
     for printed in (rules.table(), rules.licences()):
         assert printed in (ROOT / "docs/methods.md").read_text(), "python -m husai.evidence.rules prints it"
+    for statement, meaning in rules.STATEMENTS.items():
+        assert f"| {statement} | {meaning} |" in (ROOT / "docs/methods.md").read_text()
 
 
 def documents():

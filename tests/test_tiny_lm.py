@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +41,13 @@ def test_each_data_set_lies_in_one_family_on_one_side():
     assert len(text.binary_sets()) == 113
     assert len(text.probe_sets()) == 94
     assert set(text.expand(["ood", "36_sciq_tf"])) == {*text.names("ood"), "36_sciq_tf"}
+
+
+@pytest.mark.slow
+def test_tables_are_those_that_pandas_reads():
+    for name in (name for side in text.FAMILIES for name in text.names(side)):
+        expected = pd.read_csv(text.path_of(name), compression="zstd")[["prompt", "target"]]
+        pd.testing.assert_frame_equal(text.table.__wrapped__(name), expected)
 
 
 def test_no_probe_or_shifted_text_is_trained_on(corpus):

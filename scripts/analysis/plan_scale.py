@@ -152,7 +152,7 @@ def streams(memory: dict) -> list[str]:
     peaks = [source["peak_mb"] for source in sources]
     sizes = ", ".join(f"{BUFFER * s.d_in * BYTES * s.layers / 1e9:.1f} GB ({s.name})" for s in STUDIES)
     paragraph = (
-        "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no activation is stored "
+        "`train_husai_sae_on_cached_activations.py --model-name` trains on a stream: no activation store is written "
         "or sent. Rows pass a buffer of `--buffer-rows` rows a hook, in memory or on disk. At "
         f"{BUFFER:,} rows in bfloat16 it takes {sizes}. The price is the harvest, again for each "
         "training: the column above, once. All SAEs of all hooks that one command names share it. What "

@@ -104,12 +104,12 @@ def main() -> None:
         cebench_checkout.code_digest(args.cebench_repo)
     opener = Opener()
     group = supplied.look_over(args, opener)
-    names, cannot_run = supplied.named(args, group, opener), supplied.cannot_run(args, group, opener)
+    names, not_run = supplied.named(args, group, opener), supplied.find_parts_not_run(args, group, opener)
     args.subject, harvesting = loaded.subject_and_harvesting(args, opener)
     make_folder(args.artifact_root)
     if args.dry_run:
-        parts = evidence(args, Path("parts"), group, cannot_run)
-        print(forecast_of(args, parts, loaded.load(args, device, opener), device))
+        parts = evidence(args, Path("parts"), group, not_run)
+        print(forecast(args, parts, loaded.load(args, device, opener), data_sets, device))
         return
     del opener  # frees its memory for the parts
     subject = pretrained.digest_of(args.subject)
@@ -123,7 +123,7 @@ def main() -> None:
         for seed, sha256 in group.checkpoints.items():
             run.add_input(f"checkpoint {seed}", sha256)
         done: list[dict] = []
-        parts = [*evidence(args, root, group, cannot_run), gate(args, root)]
+        parts = [*evidence(args, root, group, not_run), gate(args, root)]
         count = len(parts) + 1  # and the page
         for part in parts:
             done.append(record(run, part, done, count))
@@ -157,11 +157,11 @@ def main() -> None:
 # Parts of the check
 
 
-def evidence(args, root: Path, group, cannot_run: dict[str, str]) -> list[Part]:
+def evidence(args, root: Path, group, not_run: dict[str, str]) -> list[Part]:
     """Parts whose results the gate and the page read, in order.
 
     Args:
-        cannot_run: part that cannot run on these SAEs -> the reason.
+        not_run: part that cannot run on these SAEs -> the reason.
     """
     machine = ["--artifact-root", str(args.artifact_root), "--device", args.device, "--threads", str(args.threads)]
     machine += ["--force"] if args.force else []
@@ -183,9 +183,12 @@ def evidence(args, root: Path, group, cannot_run: dict[str, str]) -> list[Part]:
         str(args.rows),
         *machine,
     ]
-    trained = [*candidate, *draws, *given("train_rows", args.train_rows), *given("untrained", args.untrained)]
-    # SAEs of Gaussian rows need activations. The training activations of other libraries' SAEs are not available.
-    rows = args.train_rows or (None if group.facts.source == "husai" else args.rows)
+    # A stream leaves no store: its SAEs are tested on the activations that give the prototypes, of --rows rows.
+    train_rows = None if group.facts.streamed else args.train_rows
+    trained = [*candidate, *draws, *given("train_rows", train_rows), *given("untrained", args.untrained)]
+    # The feature table finds the training activations that the stress tests left. Those of other libraries' SAEs are
+    # not available.
+    rows = None if group.facts.source == "husai" else args.train_rows or args.rows
     controls = given("random_model_checkpoint", args.random_model_checkpoint)
 
     parts = [
@@ -203,40 +206,59 @@ def evidence(args, root: Path, group, cannot_run: dict[str, str]) -> list[Part]:
             [*candidate, *given("train_rows", rows), "--contexts", str(args.contexts)],
         ),
     ]
-    parts = [replace(p, folder=root / p.name, not_run=cannot_run.get(p.name)) for p in parts]
+    parts = [replace(p, folder=root / p.name, not_run=not_run.get(p.name)) for p in parts]
     if positive_control(args) is None:  # it comes last, because problems of the SAEs are then seen sooner
         shared = shared_control(args).parent
         parts.append(Part("positive_control", "experiments/run_phase4a_reproduction.py", [*machine, *draws], shared))
     return parts
 
 
-def forecast_of(args, parts: list[Part], tested, device) -> str:
-    """What a check would train, at what cost, and which gates would have no answer."""
-    from husai.evals import forecast, sae_probes
-    from husai.evidence.data_sets import DATA_SETS
-    from husai.evidence.rules import MINIMUM_SEEDS
+def forecast(args, parts: list[Part], tested, data_sets: list[str], device) -> str:
+    """What a check would train, at what cost, and which gates are certain to be MISSING."""
+    from husai.evals.forecast import estimate_check
     from husai.report.text import table
     from husai.runs.progress import duration
 
     running = {p.name for p in parts if p.not_run is None}
-    trainings = forecast.of_check(tested, running, device)
+    trainings = estimate_check(tested, running, device)
     rows = [[t.part, t.what, str(t.saes), f"{t.tokens:,}", duration(t.seconds)] for t in trainings]
     lines = table(["part", "what it trains", "SAEs", "tokens each", "about"], rows)
     total = f"{sum(t.saes for t in trainings)} SAEs, about {duration(sum(t.seconds for t in trainings))} of training"
-    lines += ["", f"{total}, less those that are there already. Activations, probes and benchmarks take time too."]
+    lines += ["", f"{total}; fewer if some exist already. Activations, probes and benchmarks take time too."]
     if "positive_control" in running:
         lines.append("positive_control trains SAEs of planted features and of modular addition, once for all checks.")
-    lines += [f"{p.name} does not run, and its gate will be MISSING: {p.not_run}." for p in parts if p.not_run]
-    missing = {
-        f"All gates about the SAEs: {len(tested.saes)} SAEs; {MINIMUM_SEEDS} expected": len(tested.saes)
-        < MINIMUM_SEEDS,
-        "SAEBench, CE-Bench: no reference is matched while the training is unknown": tested.training_metadata is None,
-        "SAEBench, CE-Bench: no matched references (--reference)": tested.training_metadata and not args.reference,
-        "SAEBench: other --dataset-names than the default": set(args.dataset_names)
-        != set(sae_probes.check_data_sets(DATA_SETS.split(","))),
-        "CE-Bench: no stories (--stories)": tested.training_metadata and not args.stories,
-    }
-    return "\n".join([*lines, *(f"MISSING: {why}." for why, holds in missing.items() if holds)])
+    if tested.training_metadata is None:
+        lines.append("The files do not state the training: controls have HUSAI's recipe, ten passes over --rows.")
+    elif args.train_rows:
+        lines.append(
+            f"--train-rows {args.train_rows}: whether these are the SAEs' activations is seen once they are there."
+        )
+    missing = gates_missing(args, parts, tested, data_sets)
+    lines += ["", *(f"MISSING: {gate}: {why}." for gate, why in missing.items())]
+    best = "not passed" if missing else "provisional, because HUSAI cannot see how you selected the SAEs"
+    return "\n".join([*lines, f"The best possible decision is *{best}*."])
+
+
+def gates_missing(args, parts: list[Part], tested, data_sets: list[str]) -> dict[str, str]:
+    """Gate that is certain to be MISSING -> the reason."""
+    from husai.evidence.data_sets import DATA_SETS
+    from husai.evidence.references import matched
+    from husai.evidence.rules import MINIMUM_SEEDS
+
+    if len(tested.saes) < MINIMUM_SEEDS:
+        return {"all gates about the SAEs": f"{len(tested.saes)} SAEs; {MINIMUM_SEEDS} expected"}
+    missing = {p.name.removesuffix("_stress"): p.not_run for p in parts if p.not_run}
+    if tested.training_metadata is None:
+        missing["saebench, cebench"] = "no reference is matched while the training is unknown"
+        return missing
+    reference = matched([c.record for c in tested.saes], [c.record for c in tested.references])
+    if reference.reason:
+        missing["saebench, cebench"] = f"{reference.reason} (--reference)"
+    elif left_out := sorted({*DATA_SETS.split(",")} - {*data_sets}):
+        missing["saebench"] = f"--dataset-names lacks {', '.join(left_out[:3])}"
+    if not reference.reason and not args.stories:
+        missing["cebench"] = "no stories (--stories)"
+    return missing
 
 
 def given(flag: str, value) -> list[str]:

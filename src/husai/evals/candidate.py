@@ -32,6 +32,7 @@ from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
+from husai.stability import study
 from husai.stability.independence import refuse_copies
 from husai.subjects.sources import TextSource
 
@@ -73,6 +74,9 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     folders = foreign.find_all(paths, "--checkpoint", hook_name)
     refuse_copies([str(folder) for folder in folders], [opener.sae(folder).W_dec for folder in folders])
     subject = opener.subject(name, device, harvesting)
+    for folder in folders:  # before the rows are harvested
+        sae = opener.sae(folder)
+        study.refuse_unfitting(folder, sae, hook_name, subject.digest, sae.d_in, subject.same_place)
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     settings = args.artifact_root, opener, any_name
     saes = in_order(open_all(paths, store, "checkpoint", subject, *settings))
@@ -194,7 +198,8 @@ def training_store(
     get activations of training documents of the same text.
 
     Args:
-        rows: rows of the store. None: those of the store on disk, or after a stream those of the held-out store.
+        rows: rows of the store. None: those of the store on disk, or after a stream as many as of the held-out store,
+            with the outliers that it leaves out.
         random_seed: seed of the random weights that the SAEs were trained on. None: the subject's own weights.
 
     Raises:

@@ -37,10 +37,10 @@ def strongest_contexts(
             values_of_part: list = [None] * len(token_lists)
             for chosen in batches(np.array([*map(len, token_lists)])):
                 x = run(subject, [token_lists[i] for i in chosen], [hook_name])[hook_name]
-                for row, i in enumerate(chosen):  # position 0 gives no row, as in the stores
-                    rows = x[row, 1 : len(token_lists[i])]
-                    fired = [sae.encode(rows)[:, features].float() for sae, features in saes]
-                    values_of_part[i] = torch.cat(fired, 1).cpu().numpy()
+                rows = [x[row, 1 : len(token_lists[i])] for row, i in enumerate(chosen)]  # position 0 gives no row
+                fired = [sae.encode(torch.cat(rows))[:, features].float() for sae, features in saes]
+                for i, of_input in zip(chosen, torch.cat(fired, 1).cpu().split([*map(len, rows)]), strict=True):
+                    values_of_part[i] = of_input.numpy()
                     values_of_part[i][~subject.harvesting.kept(token_lists[i])[1:]] = 0
                 advance(len(chosen))
             tokens += [t[1:] for t in token_lists]

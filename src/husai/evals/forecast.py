@@ -17,6 +17,7 @@ from husai.dictionaries.sae import SAE
 from husai.evals.loaded import LoadedSAEs
 from husai.evals.random_model import grid_of, trained_alike
 from husai.evals.siblings import SiblingPlan
+from husai.evals.supplied import RANDOM_MODEL, TRANSCODERS
 from husai.evidence.levels import RANDOM_DRAWS
 from husai.runs.progress import duration
 from husai.stability.recurrence import rotations_for
@@ -71,7 +72,7 @@ class Forecast:
         ]
 
 
-def of_siblings(
+def estimate_siblings(
     user_saes: LoadedSAEs,
     plan: SiblingPlan,
     artifact_root: Path,
@@ -128,43 +129,49 @@ def training_seconds(sae: SAE, grid: list[Member], config: TrainingConfig, devic
 
 
 @dataclass(frozen=True)
-class Controls:
+class Training:
     """SAEs that one part of a release check trains."""
 
     part: str
+    """Name of the part."""
     what: str
+    """Kind of the SAEs."""
     saes: int
+    """Number of the SAEs."""
     tokens: int
     """Number of rows that each SAE sees."""
     seconds: float
 
 
-def of_check(tested: LoadedSAEs, parts: set[str], device: torch.device) -> list[Controls]:
-    """SAEs that a release check of several SAEs trains. SAEs that miss an L0 are trained again, which does not count.
+def estimate_check(tested: LoadedSAEs, parts: set[str], device: torch.device) -> list[Training]:
+    """SAEs that a release check of several SAEs trains. Repeats for a missed L0 are not counted.
 
     Args:
         tested: SAEs with their references and controls. parts: names of the parts that run.
     """
-    sae = tested.saes[0].sae
-    own = trained_alike(tested)
 
-    def of(part: str, what: str, times: int = 1, recipe: tuple[list[Member], TrainingConfig] = own) -> Controls:
-        grid, config = recipe
-        seconds = times * training_seconds(sae, grid, config, device)
-        return Controls(part, what, times * len(grid), config.tokens, seconds)
+    def measure(grid: list[Member], config: TrainingConfig) -> tuple[int, int, float]:
+        return len(grid), config.tokens, training_seconds(tested.saes[0].sae, grid, config, device)
 
-    trainings = [of("candidate_confirmation", "SAEs of Gaussian rows with the moments of the held-out rows")]
-    stress = {"random_model_stress", "transcoder_stress"} & parts
-    if stress and tested.training_metadata is not None:  # both parts and the feature table share them
-        trainings.append(of(min(stress), "SAEs of Gaussian rows with the moments of the training rows"))
-    if "random_model_stress" in parts:
-        part, draws, gaussian = "random_model_stress", len(RANDOM_DRAWS), "SAEs of Gaussian rows of each draw"
+    def train(part: str, what: str, times: int, timed: tuple[int, int, float]) -> Training:
+        saes, tokens, seconds = timed
+        return Training(part, what, times * saes, tokens, times * seconds)
+
+    alike = measure(*trained_alike(tested))
+    trainings = [train("candidate_confirmation", "SAEs of Gaussian rows with the moments of held-out rows", 1, alike)]
+    if (stress := {RANDOM_MODEL, TRANSCODERS} & parts) and tested.training_metadata is not None:
+        first = RANDOM_MODEL if RANDOM_MODEL in stress else TRANSCODERS  # the other parts share them
+        trainings.append(train(first, "SAEs of Gaussian rows with the moments of training rows", 1, alike))
+    if RANDOM_MODEL in parts:
+        draws, gaussian = len(RANDOM_DRAWS), "SAEs of Gaussian rows of each draw"
         if tested.controls is None:
-            trainings += [of(part, f"SAEs of {draws} draws of random weights", draws), of(part, gaussian, draws)]
+            trainings.append(train(RANDOM_MODEL, f"SAEs of {draws} draws of random weights", draws, alike))
+            trainings.append(train(RANDOM_MODEL, gaussian, draws, alike))
         else:  # by the recipe of the supplied SAEs, of which `controls` holds those of one draw
-            trainings.append(of(part, gaussian, draws, (grid_of(tested.controls), tested.controls.recipe)))
-    if "transcoder_stress" in parts:
-        trainings += [of("transcoder_stress", what) for what in ("transcoders", "transcoders of Gaussian rows")]
+            supplied = measure(grid_of(tested.controls), tested.controls.recipe)
+            trainings.append(train(RANDOM_MODEL, gaussian, draws, supplied))
+    if TRANSCODERS in parts:
+        trainings += [train(TRANSCODERS, what, 1, alike) for what in ("transcoders", "transcoders of Gaussian rows")]
     return trainings
 
 

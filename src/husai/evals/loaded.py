@@ -180,7 +180,8 @@ def _read_facts(sae: SAE, l0: float | None) -> Facts:
     training = husai.get("training")
     trained_by_husai = training is not None
     settings = {k: v for k, v in (training or {}).items() if k not in ("tokens", "propose")}
-    of_one_seed: dict[str, Any] = {} if l0 is None else {"l0": l0, "seed": husai.get("seed")}
+    more: dict[str, Any] = {} if l0 is None else {"l0": l0, "seed": husai.get("seed")}
+    more |= {"streamed": True} if husai.get("streamed") else {}
     return Facts(
         source="husai" if trained_by_husai else husai.get("source", "SAELens"),
         subject_digest=husai.get("subject_digest"),
@@ -194,7 +195,7 @@ def _read_facts(sae: SAE, l0: float | None) -> Facts:
         store_digest=husai.get("store_digest"),
         training=digest(settings) if trained_by_husai else None,
         control=husai.get("control"),
-        **of_one_seed,
+        **more,
     )
 
 

@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> Prepared:
         raise BadInput("--tokens and --buffer-rows: nothing is trained for several checkpoints; --siblings N expected")
     plan = siblings.make_plan(user_saes, to_train, args.tokens, args.train_rows, args.buffer_rows)
     sizes = args.artifact_root, device, others + to_train, args.rotations
-    lines = forecast.of_siblings(user_saes, plan, *sizes).lines()
+    lines = forecast.estimate_siblings(user_saes, plan, *sizes).lines()
     return Prepared(user_saes, plan, limits, [*notes, *more, *siblings.departures(user_saes, plan)], lines)
 
 

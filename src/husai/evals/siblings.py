@@ -22,7 +22,7 @@ from husai.dictionaries.sae import SAE
 from husai.evals import loaded
 from husai.evals.candidate import training_store
 from husai.evals.loaded import LoadedSAE, LoadedSAEs
-from husai.evals.random_model import LEARNING_RATE, PASSES, gaussian_at_l0, gaussian_control, own_recipe
+from husai.evals.random_model import LEARNING_RATE, PASSES, aim, gaussian_at_l0, gaussian_control, own_recipe
 from husai.evidence.features import SiblingTraining
 from husai.evidence.references import same_l0
 from husai.evidence.schemas import Heldout
@@ -312,10 +312,10 @@ def _own_store(
         return user_saes.store
     try:
         return training_store(user_saes, artifact_root, rows, device, threads)
-    except BadInput as error:
+    except BadInput:
         if rows is not None:
             raise
-        log.info("%s; the held-out activations are used", error)
+        log.info("Gaussian rows get the moments of held-out activations: the SAEs' training activations are not there")
         return user_saes.store
 
 
@@ -415,12 +415,13 @@ def train(
         reached = sum(s.record.heldout.l0 for s in siblings) / len(siblings)
         if same_l0(target, reached):
             return siblings, plan
-        k = min(plan.grid[0].d_sae, max(1, round(plan.grid[0].k * target / reached))) if reached else plan.grid[0].k
-        if attempt == 0 and k != plan.grid[0].k:
+        grid = [aim(m, target, reached) for m in plan.grid]
+        if attempt == 0 and grid != plan.grid:
+            aimed = grid[0].k
             log.warning(
-                "siblings reach an L0 of %.1f, the SAE has %.1f: trained again, aimed at %d", reached, target, k
+                "siblings reach an L0 of %.1f, the SAE has %.1f: trained again, aimed at %d", reached, target, aimed
             )
-            plan = replace(plan, grid=[replace(m, k=k) for m in plan.grid])
+            plan = replace(plan, grid=grid)
     raise CheckFailed(
         f"--siblings: they reach an L0 of {reached:.1f} on held-out tokens; the SAE has {target:.1f}, and 10 % more or "
         f"less is allowed; more --tokens than {plan.config.tokens} may reach it"

@@ -49,6 +49,8 @@ from husai.training.grid import SNAPSHOTS
 log = logging.getLogger("husai")
 MINIMUM = 3
 """Fewest SAEs for an interval over seeds. A verdict needs five."""
+RANDOM_MODEL, TRANSCODERS = "random_model_stress", "transcoder_stress"
+"""Parts of a release check that train SAEs alike."""
 NOISE_SEEDS, KS = (43, 44), [1, 5, 16]
 """Further seeds of probes and drawn pairs, and numbers of features of a probe. Studies use the same."""
 
@@ -109,24 +111,23 @@ def look_over(args: argparse.Namespace, opener: Opener | None = None) -> SeedGro
     return SeedGroup.of(in_order([_record(folder, opener) for folder in folders]))
 
 
-def cannot_run(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
-    """Stress test that cannot run on SAEs that `look_over` accepted -> the reason."""
-    random_model, transcoders = "random_model_stress", "transcoder_stress"
+def find_parts_not_run(args: argparse.Namespace, group: SeedGroup, opener: Opener) -> dict[str, str]:
+    """Part of a release check that cannot run on SAEs that `look_over` accepted -> the reason; empty if all can."""
     if group.facts.source != "husai":
         why = "the SAEs do not say how they were trained"
-        hint = "--random-model-checkpoint names SAEs of the control"
-        return ({} if args.random_model_checkpoint else {random_model: f"{why}; {hint}"}) | {transcoders: why}
-    folder = foreign.find_all(args.checkpoint, "--checkpoint", args.hook_name)[0]
-    digest, streamed = group.facts.store_digest, opener.sae(folder).metadata["husai"].get("streamed")
+        reasons = {RANDOM_MODEL: f"{why}; --random-model-checkpoint names SAEs of the control", TRANSCODERS: why}
+        return {part: why for part, why in reasons.items() if part != RANDOM_MODEL or not args.random_model_checkpoint}
+    digest = group.facts.store_digest
     if digest is None:
-        return dict.fromkeys((random_model, transcoders), "the SAEs do not name the activations of their training")
-    if not streamed and args.train_rows is None and folder_of_store(args.artifact_root, digest) is None:
+        return dict.fromkeys((RANDOM_MODEL, TRANSCODERS), "the SAEs do not name the activations of their training")
+    there = group.facts.streamed or args.train_rows or folder_of_store(args.artifact_root, digest)
+    if not there:
         why = f"the activations that the SAEs were trained on are not below {args.artifact_root / 'activations'}"
-        return dict.fromkeys((random_model, transcoders), f"{why}; --train-rows says how many to harvest")
+        return dict.fromkeys((RANDOM_MODEL, TRANSCODERS), f"{why}; --train-rows says how many to harvest")
     try:
         hook_before(args.hook_name)
     except BadInput as error:
-        return {transcoders: str(error)}
+        return {TRANSCODERS: str(error)}
     return {}
 
 

@@ -85,11 +85,13 @@ class Facts(Strict):
     """Digest of the settings of training."""
     seed: int | None = None
     control: str | None
+    streamed: bool = False
+    """Whether the SAE was trained on a stream, of which no store is kept. Absent: false."""
 
     @property
     def shared(self) -> Facts:
         """Facts that SAEs of other seeds share."""
-        return Facts(**{name: value for name, value in self if name not in OF_ONE_SEED})
+        return Facts(**{n: value for n, value in self if n not in OF_ONE_SEED and n in self.model_fields_set})
 
     @property
     def whole(self) -> bool:

@@ -388,10 +388,11 @@ class _Candidate:
         heldout = bank.inputs["held-out activations"]
         self.stores = {heldout}  # the store of the candidate's own study
         _about(confirmation.section, self)
-        # A stress test may use the training activations. SAEs that were trained on a stream have no store of these: it
-        # then uses those of the same documents that gave the prototypes.
-        documents = None if bank.code is None else bank.code.store_digest
-        self.stores = {heldout, group.facts.store_digest, documents} - {None}
+        # A stress test may use the training activations. A stream leaves no store of these: a stress test of its SAEs
+        # uses the activations that gave the prototypes, which are of documents of the same text.
+        streamed = group.facts.streamed and bank.code is not None
+        training = bank.code.store_digest if streamed and bank.code else group.facts.store_digest
+        self.stores = {heldout, training} - {None}
         self.read, self.data_sets = set(), set(DATA_SETS.split(","))
         probing = bank.saebench
         self.cohort = {"probing_seed": levels.PROBING_SEED, "probing": probing and probing.probing}

@@ -39,8 +39,11 @@ def read_place(place: str, folder: Path) -> Path:
 
 
 def refuse_none(paths: Iterable[Path], flag: str, expected: str = EXPECTED) -> None:
-    """Raise BadInput for a path that does not exist, or a file of another kind than checkpoints. Names are not looked
-    up."""
+    """Raise BadInput for a path that is named twice, does not exist, or is a file of another kind than checkpoints.
+    Names are not looked up."""
+    paths = list(paths)
+    if repeated := [path for path in paths if paths.count(path) > 1]:
+        raise BadInput(f"{flag}: {repeated[0]} is named twice; each SAE once expected")
     for path in (p for p in paths if not is_name(p)):
         if not path.exists():
             raise BadInput(

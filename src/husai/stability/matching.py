@@ -73,13 +73,8 @@ def match(a: Tensor, b: Tensor, exact: bool | None = None, signed: bool = False)
     a, b = unit_rows(a), unit_rows(b)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError(NOT_FINITE)
-    exact = small(a, b) if exact is None else exact
+    exact = len(a) <= EXACT_UP_TO if exact is None else exact
     return _exact(a, b, signed) if exact or len(a) == 0 else _bounded(a.float(), b.float(), signed)
-
-
-def small(a: Tensor, b: Tensor) -> bool:
-    """True if two dictionaries are matched exactly by default."""
-    return min(len(a), len(b)) <= EXACT_UP_TO
 
 
 def partners(a: Tensor, b: Tensor) -> Tensor:

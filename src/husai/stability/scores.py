@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from husai.evidence.names import GAP, SCORES
-from husai.stability.matching import BLOCK, Matching, match, match_cosines, small, unit_rows
+from husai.stability import matching
+from husai.stability.matching import BLOCK, Matching, match, match_cosines, unit_rows
 
 MATCHED = 0.7
 FEWEST = 10
@@ -71,8 +72,8 @@ def score(
     if others_a is not None and others_b is not None:
         enough = min(int(others_a.sum()), int(others_b.sum())) >= FEWEST
         parts["_others"] = (others_a, others_b) if enough else (~every_a, ~every_b)
-    # Cosines of small dictionaries are computed once for all parts.
-    cosines = unit_rows(a) @ unit_rows(b).T if small(a, b) else None
+    # Cosines of small dictionaries are computed once for all parts. Of others, parts would be large copies.
+    cosines = unit_rows(a) @ unit_rows(b).T if max(len(a), len(b)) <= matching.EXACT_UP_TO else None
     values: dict[str, float] = {}
     gap = 0.0
     whole: dict[bool, Matching | None] = {}
@@ -93,12 +94,12 @@ def score(
                     known[signed] = match_cosines(within, signed)
                 else:
                     known[signed] = match(a[rows_a], b[rows_b], signed=signed)
-            matching = known[signed]
+            assigned = known[signed]
             matched = (
-                (0.0, 0.0) if matching is None else (matching.cosines.mean(), (matching.cosines >= MATCHED).mean())
+                (0.0, 0.0) if assigned is None else (assigned.cosines.mean(), (assigned.cosines >= MATCHED).mean())
             )
             values |= {name: float(value) for name, value in zip(names, matched, strict=False)}
-            gap = gap if matching is None else max(gap, matching.gap_bound)
+            gap = gap if assigned is None else max(gap, assigned.gap_bound)
         if "pwmcc" + part in scores:
             if empty:
                 values["pwmcc" + part] = 0.0
