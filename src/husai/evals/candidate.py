@@ -230,6 +230,6 @@ def training_store(
     if store.digest != digest:
         raise BadInput(
             f"--train-rows {rows}: gives activations of digest {store.digest[:12]}; {tested.saes[0].folder} was "
-            f"trained on {digest[:12]}"
+            f"trained on {digest[:12]}: the same rows, --text, --threads and kind of machine expected"
         )
     return store
