@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from husai.activations import source
 from husai.activations.store import ActivationStore, StoreManifest
-from husai.dictionaries import foreign
+from husai.dictionaries import foreign, recipes
 from husai.evals.loaded import (
     LoadedSAE,
     LoadedSAEs,
@@ -32,7 +32,6 @@ from husai.evidence.schemas import Retrained, Supplied, read_evaluation, refusal
 from husai.runs.checkpoints import read_place
 from husai.runs.errors import BadInput
 from husai.runs.files import read_json
-from husai.stability import study
 from husai.stability.independence import refuse_copies
 from husai.subjects.sources import TextSource
 
@@ -75,8 +74,9 @@ def find(args: argparse.Namespace, device: torch.device) -> LoadedSAEs:
     refuse_copies([str(folder) for folder in folders], [opener.sae(folder).W_dec for folder in folders])
     subject = opener.subject(name, device, harvesting)
     for folder in folders:  # before the rows are harvested
-        sae = opener.sae(folder)
-        study.refuse_unfitting(folder, sae, hook_name, subject.digest, sae.d_in, subject.same_place)
+        made_for = recipes.place_of(opener.sae(folder))
+        if made_for is not None and not subject.same_place(made_for, hook_name):
+            raise BadInput(f"--hook-name {hook_name}: {folder} was made for {made_for}")
     store = heldout_store(subject, hook_name, args.artifact_root, args.rows, args.threads, source)
     settings = args.artifact_root, opener, any_name
     saes = in_order(open_all(paths, store, "checkpoint", subject, *settings))

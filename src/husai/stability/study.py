@@ -105,7 +105,7 @@ def refuse_unfitting(
     if d_in != sae.d_in:
         raise BadInput(f"checkpoint: {folder} has d_in {sae.d_in}; the activations have {d_in}")
     if made_for is not None and not same(made_for, hook_name):
-        raise BadInput(f"checkpoint: {folder} was made for {made_for}; --hook-name is {hook_name}")
+        raise BadInput(f"checkpoint: {folder} was made for {made_for}; the activations are of {hook_name}")
     Harvesting.read(sae.metadata, hook_name, f"checkpoint: {folder}")  # refuses what cannot be applied
     if sae.metadata.get("checkpoint_step") == 0:
         raise BadInput(f"checkpoint: {folder} is a state from before training; give it as --untrained")
